@@ -1,0 +1,20 @@
+"""Builds vattention._native with a C++ compiler alone: no torch, no CUDA toolkit (the driver is resolved at run time)."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
+
+native = Pybind11Extension(
+    "vattention._native",
+    sorted(glob("csrc/vattention/*.cpp")),
+    include_dirs=["csrc"],
+    depends=sorted(glob("csrc/vattention/*.h")),
+    cxx_std=17,
+    extra_compile_args=["-O2", "-fvisibility=hidden", *WARNINGS],
+    libraries=["dl", "pthread"],
+)
+
+setup(ext_modules=[native], cmdclass={"build_ext": build_ext})
