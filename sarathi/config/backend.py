@@ -1,0 +1,166 @@
+r"""A backend's name as a product of choices: kernel, memory, layout, mapping, granularity. Knows none of them itself.
+
+fa_vattn_megacache_sync_2mb
+|  |     |         |    \-- page of virtual memory (64kb, 2mb), or tokens of a block where paged (16)
+|  |     |         \------- map in the step instead of beside it (vattn)
+|  |     \----------------- all layers of K in one region, all of V in another (vattn)
+|  \----------------------- vattn: contiguous virtual memory; paged: block tables
+\-------------------------- sdpa, fa (the best installed), fa2, fa3, fa4, fi (FlashInfer), no_op (computes nothing)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sarathi.config.units import format_bytes, nearest, parse_bytes
+
+AUTO = "auto"
+KERNELS = ("sdpa", "fa", "fa2", "fa3", "fa4", "fi", "no_op")
+MEMORIES = ("vattn", "paged")
+_FLAGS = ("megacache", "sync")
+_KNOWN_WORDS = (*KERNELS, *MEMORIES, *_FLAGS)
+_SIZE_WORD = re.compile(r"(\d+)([a-z]*)")
+
+
+class BackendNameError(ValueError):
+    """A backend name that means nothing, or contradicts itself; the message says what would be right."""
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """One backend. `BackendSpec.parse(str(spec)) == spec` for every spec that can be built.
+
+    page_bytes: page of virtual memory, a multiple of 1 KiB; None leaves it to the device's granularity.
+    block_size: tokens of a block where paged; None leaves it to the kernel.
+    """
+
+    kernel: str
+    memory: str = "vattn"
+    megacache: bool = False
+    sync: bool = False
+    page_bytes: int | None = None
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_word("kernel", self.kernel, KERNELS)
+        _check_word("memory", self.memory, MEMORIES)
+        if self.is_paged:
+            self._check_paged()
+        else:
+            self._check_vattn()
+
+    @classmethod
+    def parse(cls, name: str) -> BackendSpec:
+        """Read a name in any case, with its words in any order; BackendNameError says what is wrong with it."""
+        fields: dict[str, Any] = {}
+        for word in _words(name):
+            axis, value = _read_word(name, word)
+            if axis in fields:
+                raise BackendNameError(f"backend {name!r} gives its {axis} twice: the second time with {word!r}")
+            fields[axis] = value
+        try:
+            return cls(**_place_size(_complete(fields)))
+        except BackendNameError as error:
+            raise BackendNameError(f"backend {name!r}: {error}") from None
+
+    @property
+    def is_paged(self) -> bool:
+        return self.memory == "paged"
+
+    def __str__(self) -> str:
+        words = [self.kernel, self.memory, *(flag for flag in _FLAGS if getattr(self, flag))]
+        if self.page_bytes is not None:
+            words.append(format_bytes(self.page_bytes))
+        if self.block_size is not None:
+            words.append(str(self.block_size))
+        return "_".join(words)
+
+    def _check_paged(self) -> None:
+        if self.megacache:
+            raise BackendNameError("megacache is a layout of virtual memory; block tables (paged) have no use for it")
+        if self.sync:
+            raise BackendNameError("sync says when virtual memory is mapped; blocks (paged) are never mapped")
+        if self.page_bytes is not None:
+            raise BackendNameError(
+                f"a block is counted in tokens (as _16), not in bytes (_{format_bytes(self.page_bytes)}), where paged"
+            )
+        if self.block_size is not None and self.block_size < 1:
+            raise BackendNameError(f"a block of {self.block_size} tokens: it must hold at least 1")
+
+    def _check_vattn(self) -> None:
+        if self.block_size is not None:
+            raise BackendNameError(
+                f"virtual memory has pages of bytes (as _64kb or _2mb), not blocks of {self.block_size} tokens"
+            )
+        if self.page_bytes is not None and (self.page_bytes < 1024 or self.page_bytes % 1024):
+            raise BackendNameError(f"a page of {self.page_bytes} bytes: it must be a multiple of 1kb")
+
+
+def resolve_backend(name: str, device_kind: str) -> BackendSpec:
+    """The backend meant by `name` on a device of this kind ("cpu" or "cuda"); "auto" takes the fastest usual one."""
+    if name.lower() != AUTO:
+        return BackendSpec.parse(name)
+    return BackendSpec("sdpa" if device_kind == "cpu" else "fa", "vattn")
+
+
+def _words(name: str) -> Iterator[str]:
+    words = name.strip().lower().split("_")
+    while words:
+        word = words.pop(0)
+        if word == "no" and words[:1] == ["op"]:
+            word = f"no_{words.pop(0)}"
+        yield word
+
+
+def _read_word(name: str, word: str) -> tuple[str, object]:
+    if word in KERNELS:
+        return "kernel", word
+    if word in MEMORIES:
+        return "memory", word
+    if word in _FLAGS:
+        return word, True
+    if size := _SIZE_WORD.fullmatch(word):
+        return "size", _read_size(name, word, unit=size[2])
+    raise BackendNameError(
+        f"backend {name!r}: {word!r} is unknown; the nearest known word is {nearest(word, _KNOWN_WORDS)!r}. "
+        f"A name is a kernel ({', '.join(KERNELS)}), a memory ({', '.join(MEMORIES)}), "
+        "and, as wanted, megacache, sync and a size"
+    )
+
+
+def _read_size(name: str, word: str, unit: str) -> tuple[str, int]:
+    if not unit:
+        return "block_size", int(word)
+    try:
+        return "page_bytes", parse_bytes(word)
+    except ValueError as error:
+        raise BackendNameError(f"backend {name!r}: {error}") from None
+
+
+def _complete(fields: dict[str, Any]) -> dict[str, Any]:
+    """A name needs its kernel and its memory; no_op alone stands on vattn, for there is nothing to choose."""
+    if "kernel" not in fields:
+        raise BackendNameError(f"no kernel is named; known are {', '.join(KERNELS)}")
+    if fields["kernel"] == "no_op":
+        fields.setdefault("memory", "vattn")
+    if "memory" not in fields:
+        raise BackendNameError("no memory is named: write {0}_vattn or {0}_paged".format(fields["kernel"]))
+    return fields
+
+
+def _place_size(fields: dict[str, Any]) -> dict[str, Any]:
+    size = fields.pop("size", None)
+    if size is not None:
+        axis, value = size
+        fields[axis] = value
+    return fields
+
+
+def _check_word(axis: str, word: str, known: tuple[str, ...]) -> None:
+    if word not in known:
+        raise BackendNameError(
+            f"{axis} {word!r} is not one of {', '.join(known)}; the nearest is {nearest(word, known)!r}"
+        )

@@ -1,0 +1,176 @@
+"""Fields of configuration sections that explain and check themselves. Knows none of the sections.
+
+A section is a frozen dataclass derived from Section whose fields are made by knob(). From that follow its checks, the
+options of the command line and the documentation, so that each fact about a knob is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from sarathi.config.units import nearest, parse_bytes
+
+_METADATA_KEY = "knob"
+_WORDS_FOR_NONE = ("none", "null", "")
+_WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class ConfigError(ValueError):
+    """A knob that does not exist, or a value that it cannot take; the message names both and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What values a knob takes beyond its type. unit "bytes" also reads sizes such as "8gb"."""
+
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One field of a configuration, found by its dotted path from the root."""
+
+    path: str
+    value_type: type
+    optional: bool
+    default: object
+    help: str
+    limits: Limits
+
+    @property
+    def leaf(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def flat(self) -> str:
+        return self.path.replace(".", "_")
+
+    @property
+    def allowed(self) -> str:
+        """What the knob takes, in words."""
+        words = "one of " + ", ".join(self.limits.choices) if self.limits.choices else _TYPE_WORDS[self.value_type]
+        low, high = self.limits.low, self.limits.high
+        if low > -math.inf and high < math.inf:
+            words += f" from {low:g} to {high:g}"
+        elif low > -math.inf:
+            words += f", at least {low:g}"
+        return f"{words}, or none" if self.optional else words
+
+    def coerce(self, value: object) -> object:
+        """`value`, typed or as written on a command line, as what the field holds; ConfigError if it cannot be."""
+        if value is None or (self.optional and isinstance(value, str) and value.lower() in _WORDS_FOR_NONE):
+            if self.optional:
+                return None
+            raise self._refusal(value)
+        try:
+            typed = _READERS[self.value_type](value, self.limits)
+        except (OverflowError, TypeError, ValueError):
+            raise self._refusal(value) from None
+        if isinstance(typed, (int, float)) and not self.limits.low <= typed <= self.limits.high:
+            raise self._refusal(value)
+        return typed
+
+    def _refusal(self, value: object) -> ConfigError:
+        hint = ""
+        if self.limits.choices and isinstance(value, str) and value:
+            hint = f"; the nearest is {nearest(value, self.limits.choices)!r}"
+        return ConfigError(f"{self.path} is {value!r}: it must be {self.allowed}{hint}")
+
+
+def knob(default: Any, help: str, **limits: Any) -> Any:
+    """A field of a section: its default, its explanation, and the fields of Limits as keywords."""
+    return dataclasses.field(default=default, metadata={_METADATA_KEY: (help, Limits(**limits))})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of configuration sections: values are checked and made canonical when one is built."""
+
+    def __post_init__(self) -> None:
+        for each in knobs_of(type(self), type(self).__name__ + "."):
+            if each.path.count(".") == 1:
+                object.__setattr__(self, each.leaf, each.coerce(getattr(self, each.leaf)))
+
+
+def knobs_of(section: type[Section], prefix: str = "") -> tuple[Knob, ...]:
+    """Every knob of a section and of those inside it, in the order they are written."""
+    return tuple(_walk(section, prefix))
+
+
+def sections_of(section: type[Section]) -> dict[str, type[Section]]:
+    """The sections directly inside one, by field name."""
+    hints = get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section) if _is_section(hints[field.name])}
+
+
+def _walk(section: type[Section], prefix: str) -> Iterator[Knob]:
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        if _is_section(hint):
+            yield from _walk(hint, f"{prefix}{field.name}.")
+        else:
+            help, limits = field.metadata[_METADATA_KEY]
+            value_type, optional = _split_optional(hint)
+            yield Knob(prefix + field.name, value_type, optional, field.default, help, limits)
+
+
+def _is_section(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _split_optional(hint: Any) -> tuple[type, bool]:
+    if get_origin(hint) in (Union, types.UnionType):
+        (value_type,) = (arg for arg in get_args(hint) if arg is not type(None))
+        return value_type, True
+    return hint, False
+
+
+def _read_str(value: object, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    if not limits.choices:
+        return value
+    by_lower = {choice.lower(): choice for choice in limits.choices}
+    if value.lower() not in by_lower:
+        raise ValueError
+    return by_lower[value.lower()]
+
+
+def _read_int(value: object, limits: Limits) -> int:
+    if isinstance(value, str):
+        return parse_bytes(value) if limits.unit == "bytes" else int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise TypeError
+    return int(value)
+
+
+def _read_float(value: object, limits: Limits) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
+    return float(value)
+
+
+def _read_bool(value: object, limits: Limits) -> bool:
+    if isinstance(value, str) and value.lower() in _WORDS_FOR_BOOL:
+        return _WORDS_FOR_BOOL[value.lower()]
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+_READERS: dict[type, Callable[[object, Limits], object]] = {
+    str: _read_str,
+    int: _read_int,
+    float: _read_float,
+    bool: _read_bool,
+}
+_TYPE_WORDS: dict[type, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false"}

@@ -1,0 +1,124 @@
+"""Every knob of the engine, with its default and its meaning. Knows no file format and no device.
+
+Built once, never written to: what is found out at run time (the resolved backend, the capacity) is returned and passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sarathi.config.backend import AUTO, BackendSpec
+from sarathi.config.knobs import ConfigError, Section, knob
+
+SCHEDULERS = ("sarathi", "vllm", "orca", "faster_transformer", "simple_chunking")
+CHUNKED_SCHEDULERS = ("sarathi", "simple_chunking")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Which model, as what numbers, on which device."""
+
+    model: str = knob("smollm2-135m", "model: a shipped name, a folder, a .gguf file, or a hub id")
+    tokenizer: str | None = knob(None, "tokenizer: a folder or hub id; none: the model's own")
+    dtype: str = knob(
+        AUTO, "type of weights and cache; auto: the model's own on a GPU, float32 on a CPU",
+        choices=(AUTO, "float32", "float16", "bfloat16"),
+    )  # fmt: skip
+    device: str = knob(AUTO, "cpu, cuda or cuda:N; auto: a GPU where there is one")
+    load_format: str = knob(
+        AUTO, "how weights are stored; dummy: random weights, for measuring speed",
+        choices=(AUTO, "safetensors", "gguf", "dummy"),
+    )  # fmt: skip
+    max_model_len: int | None = knob(None, "longest prompt plus output, in tokens; none: the model's own limit", low=2)
+    seed: int = knob(0, "seed of dummy weights and of requests that bring none", low=0)
+    attention_backend: str = knob(AUTO, "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.attention_backend.lower()
+        canonical = AUTO if name == AUTO else str(BackendSpec.parse(name))
+        object.__setattr__(self, "attention_backend", canonical)
+
+
+@dataclass(frozen=True)
+class CacheConfig(Section):
+    """How much memory keys and values may take."""
+
+    memory_bytes: int | None = knob(
+        None, "budget of the KV cache, as 8gb or in bytes; none: a share of what is free", low=1, unit="bytes"
+    )
+    gpu_memory_utilization: float = knob(
+        0.9, "share of the GPU's memory for weights, activations and cache together, where memory_bytes is none",
+        low=0.01, high=1.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChunkBudgetConfig(Section):
+    """How many tokens a step of a chunked scheduler takes."""
+
+    policy: str = knob(
+        "fixed",
+        "fixed: chunk_size always; schedule: large chunks first, smaller ones as a prompt grows; "
+        "latency: learned from the times of steps to meet target_step_s",
+        choices=("fixed", "schedule", "latency"),
+    )
+    low_chunk_size: int = knob(64, "schedule, latency: fewest tokens of a step", low=1)
+    high_chunk_size: int = knob(2048, "schedule, latency: most tokens of a step", low=1)
+    chunk_schedule_max_tokens: int = knob(32768, "schedule: prompt tokens after which chunks are smallest", low=1)
+    chunk_schedule_stages: int = knob(16, "schedule: sizes between the largest and the smallest chunk", low=1)
+    target_step_s: float = knob(0.05, "latency: seconds a step may take, and so the time between tokens", low=1e-6)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low_chunk_size > self.high_chunk_size:
+            raise ConfigError(
+                f"low_chunk_size is {self.low_chunk_size}: it must not exceed high_chunk_size, {self.high_chunk_size}"
+            )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(Section):
+    """Who goes first, and how much at once."""
+
+    type: str = knob("sarathi", "scheduling policy", choices=SCHEDULERS)
+    max_num_seqs: int = knob(128, "requests that run at the same time, at most", low=1)
+    chunk_size: int = knob(512, "token budget of a step (sarathi, simple_chunking)", low=1)
+    max_chunk_per_request: int | None = knob(
+        None, "tokens that one prompt may take of a step, so that a long one leaves room; none: all of it", low=1
+    )
+    max_num_partial_prefills: int = knob(4, "prompts that may be in progress at the same time, at most", low=1)
+    max_batched_tokens: int | None = knob(
+        None, "tokens of a step where prompts go whole (vllm, orca, faster_transformer); a longer prompt goes alone; "
+        "none: the model's limit", low=1,
+    )  # fmt: skip
+    watermark: float = knob(
+        0.01, "share of the cache left free when a request starts beside others, for these to grow into",
+        low=0.0, high=0.5,
+    )  # fmt: skip
+    chunk_budget: ChunkBudgetConfig = field(default_factory=ChunkBudgetConfig)
+
+    def max_step_tokens(self, max_model_len: int) -> int:
+        """The most tokens that one step can hold, for sizing activations."""
+        if self.type not in CHUNKED_SCHEDULERS:
+            return max(self.max_batched_tokens or 0, max_model_len, self.max_num_seqs)
+        fixed = self.chunk_budget.policy == "fixed"
+        return max(self.chunk_size if fixed else self.chunk_budget.high_chunk_size, 1 if fixed else self.max_num_seqs)
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """How the model is spread over devices."""
+
+    tensor_parallel_size: int = knob(1, "devices that share each layer", low=1)
+    pipeline_parallel_size: int = knob(1, "devices that take the layers in turn", low=1)
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """Everything an engine is built from."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,0 +1,133 @@
+"""What passes between scheduler and worker, across processes if need be. Immutable; knows no queues and no torch.
+
+A worker treats one SchedulerOutput in this order: release `preempted` and `finished`, take in `new_requests` and every
+chunk's `block_ids`, prepare memory, compute. Only the last two can run out of memory, so all bookkeeping before them
+holds even for a step that answers with `available_rows`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sarathi.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """Sent once, before a request's first chunk; the worker keeps the tokens and appends what it samples.
+
+    token_ids: the prompt, and any output it already had.
+    eos_token_ids: what a sampler holds back until sampling_params.min_tokens are out.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling_params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, start + num_tokens) of one request, computed in one step.
+
+    samples: whether the chunk ends at the request's last token, so that the next one is drawn from its logits.
+    granted_tokens: length for which the ledger holds memory, >= start + num_tokens; the prompt's from admission on.
+    block_ids: blocks granted since the request's last chunk, in order (all of them after a resume); () on vattn.
+
+    A named tuple, not a dataclass: hundreds are built in every step, and it takes a third of the time.
+    """
+
+    request_id: str
+    start: int
+    num_tokens: int
+    samples: bool
+    granted_tokens: int
+    block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step's work. The order of chunks is the order of the batch.
+
+    preempted: release the memory, keep the tokens: they will be computed again.
+    finished: forget the request. Both are released before the chunks of this step are prepared.
+    """
+
+    step_id: int
+    new_requests: tuple[NewRequest, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    preempted: tuple[str, ...] = ()
+    finished: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step, over all chunks."""
+        return sum([chunk.num_tokens for chunk in self.chunks])
+
+
+class SampledToken(NamedTuple):
+    """A token drawn for one request.
+
+    logprob: natural logarithm of its probability; None unless asked for.
+    top_logprobs: (token id, logprob) of the most likely tokens, best first.
+    """
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a step: one token for every chunk that samples, in any order.
+
+    model_s: seconds that the step took on the device.
+    available_rows: set where memory ran out beneath the ledger: nothing was computed, `tokens` is empty, and this many
+        rows in all can be had from now on. Steps already sent behind a failed one fail as well.
+    """
+
+    step_id: int
+    tokens: tuple[SampledToken, ...] = ()
+    model_s: float = 0.0
+    available_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCapacity:
+    """The cache as the ledger sees it: rows, the unit of account.
+
+    Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
+    Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.
+    """
+
+    rows: int
+    token_bytes: int
+    page_bytes: int
+
+    def rows_for(self, num_tokens: int) -> int:
+        """Rows that num_tokens of one request take."""
+        return -(-num_tokens * self.token_bytes // self.page_bytes)
+
+    def tokens_in(self, rows: int) -> int:
+        """Tokens of one request that fit in rows: the largest n with rows_for(n) <= rows."""
+        return rows * self.page_bytes // self.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """The cache's memory, in bytes of all layers together, and what managing it cost so far.
+
+    reserved: addresses. created: physical memory held. mapped: the part of it at some address. idle: mapped for nobody
+    now. wasted: mapped for a request but past its last token. steps_waited: steps that had to wait for a page.
+    """
+
+    reserved_bytes: int = 0
+    created_bytes: int = 0
+    mapped_bytes: int = 0
+    idle_bytes: int = 0
+    wasted_bytes: int = 0
+    peak_mapped_bytes: int = 0
+    driver_calls: int = 0
+    driver_s: float = 0.0
+    steps_waited: int = 0

@@ -1,0 +1,84 @@
+r"""One request: its tokens and one counter of progress. Knows no blocks, no slots, no clock and no torch.
+
+There is no prefill and no decode: num_computed_tokens catches up with num_tokens, in chunks of any size.
+
+    prompt_token_ids          output_token_ids   pending
+    |------------------------|------------------|-------|   num_tokens
+    |=================|                                     num_computed_tokens
+                       \---- num_remaining_tokens ----/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sarathi.sampling_params import SamplingParams
+
+
+class RequestStatus(Enum):
+    """Where a request stands: only RUNNING holds memory, and only FINISHED is final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A prompt on its way to a completion; compared by identity.
+
+    eos_token_ids: the model's own end tokens, which sampling_params.ignore_eos switches off.
+    num_computed_tokens: tokens whose K and V are in the cache, or will be once the steps in flight are done.
+    num_pending_tokens: tokens being sampled by steps in flight, of which only the count is known.
+    finish_reason: "stop", "length", "abort" or "error"; None until finished.
+    stop_reason: the stop token or stop string that ended it; None for the model's end token.
+
+    Raises ValueError where the prompt is empty: there is nothing to compute the first token from.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    arrival_time_s: float = 0.0
+    eos_token_ids: frozenset[int] = frozenset()
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = tuple(self.prompt_token_ids)
+        if not self.prompt_token_ids:
+            raise ValueError(f"request {self.request_id!r}: the prompt is empty; it must hold at least one token")
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens whose value is known."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def all_token_ids(self) -> tuple[int, ...]:
+        """Prompt and output so far, without pending tokens."""
+        return (*self.prompt_token_ids, *self.output_token_ids)

@@ -1,0 +1,126 @@
+"""How the tokens of one request are chosen and when it ends. Knows no tokenizer, no model and no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Settings of one request, by the names that users of vLLM know; checked when built.
+
+    Raises ValueError naming the field, the value and what is allowed.
+
+    n: completions of the prompt.
+    temperature: 0 takes the most likely token (true argmax); larger is flatter.
+    top_p, top_k, min_p: what is left to draw from; 1.0, -1 (or 0) and 0.0 switch each off.
+    presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, in [-2, 2].
+    repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt and output; > 0.
+    seed: None draws a new one.
+    stop: strings that end the output and are cut from it; a lone string is one of them.
+    stop_token_ids: tokens that end the output.
+    max_tokens: output tokens at most; None goes to the model's limit.
+    min_tokens: output tokens before which nothing but max_tokens ends the output.
+    ignore_eos: go on past the model's own end token.
+    logprobs: None for none, k for the chosen token's and the k most likely ones'.
+    logit_bias: token id -> what is added to its logit, in [-100, 100].
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._normalize()
+        self._check_counts()
+        self._check_distribution()
+        self._check_penalties()
+        self._check_stops()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, without a draw."""
+        return self.temperature == 0.0
+
+    def _normalize(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _integer_keys(self.logit_bias))
+
+    def _check_counts(self) -> None:
+        _check_int("n", self.n, 1)
+        _check_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1)
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(f"min_tokens is {self.min_tokens}: it must not exceed max_tokens, {self.max_tokens}")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63))
+
+    def _check_distribution(self) -> None:
+        _check_float("temperature", self.temperature, 0.0, math.inf)
+        _check_float("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise ValueError("top_p is 0: it must lie in (0, 1]")
+        _check_int("top_k", self.top_k, -1)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+
+    def _check_penalties(self) -> None:
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        if self.repetition_penalty == 0.0:
+            raise ValueError("repetition_penalty is 0: it must be greater than 0")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+    def _check_stops(self) -> None:
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}: it must be true or false")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop holds {text!r}: each entry must be a string of one character or more")
+        for token_id in self.stop_token_ids:
+            _check_int("an entry of stop_token_ids", token_id, 0)
+
+
+def _integer_keys(bias: Mapping[int, float]) -> dict[int, float]:
+    """JSON has only string keys: accept "17" for 17."""
+    try:
+        return {int(token_id): value for token_id, value in bias.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"logit_bias is {bias!r}: it must map token ids (integers) to numbers") from None
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}: it must be an integer")
+    if value < low:
+        raise ValueError(f"{name} is {value}: it must be at least {low}")
+
+
+def _check_float(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number")
+    if not low <= value <= high:
+        allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} is {value}: it must be {allowed}")
