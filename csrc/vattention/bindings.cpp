@@ -1,0 +1,204 @@
+// The native module: C++ types as Python sees them. The GIL is released around everything that can block; nothing here
+// is called from a native thread.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <string>
+
+#include "vattention/cuda_device.h"
+#include "vattention/dlpack.h"
+#include "vattention/errors.h"
+#include "vattention/host_device.h"
+#include "vattention/kv_cache.h"
+
+namespace py = pybind11;
+
+namespace vattention {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+// Raises the class of vattention.errors with that name.
+template <typename... Args>
+void raise(const char* name, Args&&... args) {
+  const py::object type = py::module_::import("vattention.errors").attr(name);
+  const py::object error = type(std::forward<Args>(args)...);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const OutOfMemory& error) {
+    raise("OutOfMemoryError", error.what(), error.needed, error.available);
+  } catch (const NoFreeSlot& error) {
+    raise("NoFreeSlotError", error.what());
+  } catch (const DeviceError& error) {
+    raise("DeviceError", error.what());
+  } catch (const IntegrityError& error) {
+    raise("IntegrityError", error.what());
+  } catch (const Error& error) {
+    raise("VAttentionError", error.what());
+  }
+}
+
+std::int64_t to_int(PyObject* item, const char* name) {
+  const long long value = PyLong_AsLongLong(item);
+  if (value != -1 || !PyErr_Occurred()) return value;
+  PyErr_Clear();
+  const std::string type = Py_TYPE(item)->tp_name;
+  throw py::type_error(std::string(name) + " must be a sequence of integers, found " + type);
+}
+
+// Reads the two sequences without a converter in between: at 512 slots converting was most of a prepare.
+Targets to_targets(const py::object& slots, const py::object& tokens) {
+  const auto fast = [](const py::object& object, const char* text) {
+    PyObject* sequence = PySequence_Fast(object.ptr(), text);
+    if (sequence == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(sequence);
+  };
+  const py::object s = fast(slots, "slots must be a sequence of integers");
+  const py::object t = fast(tokens, "tokens must be a sequence of integers");
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(s.ptr());
+  if (size != PySequence_Fast_GET_SIZE(t.ptr())) {
+    throw py::value_error("slots and tokens must be of one length, got " + std::to_string(size) + " and " +
+                          std::to_string(PySequence_Fast_GET_SIZE(t.ptr())));
+  }
+  Targets targets(static_cast<std::size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    targets[static_cast<std::size_t>(i)] = {to_int(PySequence_Fast_GET_ITEM(s.ptr(), i), "slots"),
+                                            to_int(PySequence_Fast_GET_ITEM(t.ptr(), i), "tokens")};
+  }
+  return targets;
+}
+
+// A tensor of bytes over one region, which keeps the address space (not the pages) alive.
+struct RegionTensor {
+  DLManagedTensor managed;
+  std::int64_t shape;
+  std::shared_ptr<Reservation> reservation;
+};
+
+void drop_unused(PyObject* capsule) {
+  if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;  // consumed: the tensor owns it now
+  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  managed->deleter(managed);
+}
+
+py::object region_capsule(const KVCache& cache, std::uint64_t region) {
+  const Geometry& geometry = cache.geometry();
+  if (region >= geometry.num_regions()) throw py::index_error("no such region: " + std::to_string(region));
+  if (!cache.reservation()) throw Error("the cache is closed");
+  auto owner = std::make_unique<RegionTensor>();
+  owner->reservation = cache.reservation();
+  owner->shape = static_cast<std::int64_t>(geometry.region_bytes());
+  DLTensor& tensor = owner->managed.dl_tensor;
+  tensor = {reinterpret_cast<void*>(owner->reservation->base() + region * geometry.region_bytes()),
+            {static_cast<std::int32_t>(cache.device().type()), cache.device().index()},
+            1,
+            {1, 8, 1},
+            &owner->shape,
+            nullptr,
+            0};
+  owner->managed.manager_ctx = owner.get();
+  owner->managed.deleter = [](DLManagedTensor* self) { delete static_cast<RegionTensor*>(self->manager_ctx); };
+  PyObject* capsule = PyCapsule_New(&owner->managed, "dltensor", drop_unused);
+  if (capsule == nullptr) throw py::error_already_set();
+  owner.release();
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+std::unique_ptr<KVCache> make_cache(std::shared_ptr<Device> device, std::uint64_t num_regions,
+                                    std::uint64_t token_bytes, std::uint64_t num_slots, std::uint64_t max_tokens,
+                                    std::uint64_t page_bytes, std::int64_t budget_bytes, const Policy& policy) {
+  const py::gil_scoped_release no_gil;
+  const Geometry geometry(num_regions, token_bytes, num_slots, max_tokens, page_bytes);
+  return std::make_unique<KVCache>(std::move(device), geometry, budget_bytes, policy);
+}
+
+py::dict to_dict(const Stats& stats) {
+  py::dict calls, seconds;
+  for (std::size_t kind = 0; kind < kNumCallKinds; ++kind) {
+    calls[kCallNames[kind]] = stats.device[kind].calls;
+    seconds[kCallNames[kind]] = static_cast<double>(stats.device[kind].nanoseconds) * 1e-9;
+  }
+  py::dict pooled;
+  for (std::size_t c = 0; c < kNumClasses; ++c) pooled[py::int_(kClassRows[c])] = stats.pooled_extents[c];
+  const Counters& counters = stats.counters;
+  using py::literals::operator""_a;
+  return py::dict("reserved_bytes"_a = stats.reserved_bytes, "capacity_bytes"_a = stats.capacity_bytes,
+                  "created_bytes"_a = stats.created_bytes, "mapped_bytes"_a = stats.mapped_bytes,
+                  "idle_bytes"_a = stats.idle_bytes, "wasted_bytes"_a = stats.wasted_bytes,
+                  "peak_mapped_bytes"_a = stats.peak_mapped_bytes, "prepares"_a = counters.prepares,
+                  "prepares_waited"_a = counters.prepares_waited, "prefetches"_a = counters.prefetches,
+                  "prefetches_short"_a = counters.prefetches_short, "rows_prefetched"_a = counters.rows_prefetched,
+                  "rows_reclaimed"_a = counters.rows_reclaimed, "worker_failures"_a = counters.worker_failures,
+                  "worker_error"_a = counters.worker_error, "pooled_extents"_a = pooled, "calls"_a = calls,
+                  "seconds"_a = seconds);
+}
+
+void define_devices(py::module_& m) {
+  py::class_<Device, std::shared_ptr<Device>>(m, "Device")
+      .def_property_readonly("granularity", &Device::granularity)
+      .def_property_readonly("index", &Device::index)
+      .def_property_readonly("is_cuda", [](const Device& device) { return device.type() == DeviceType::kCuda; });
+  m.def("host_device", []() -> std::shared_ptr<Device> { return std::make_shared<HostDevice>(); });
+  m.def(
+      "cuda_device", [](std::int32_t index) -> std::shared_ptr<Device> { return std::make_shared<CudaDevice>(index); },
+      py::arg("index"), NoGil());
+}
+
+void define_cache(py::module_& m) {
+  py::class_<Policy>(m, "Policy")
+      .def(py::init([](bool deferred, double threshold) { return Policy{deferred, threshold}; }), py::kw_only(),
+           py::arg("deferred_reclamation"), py::arg("reclaim_threshold"));
+  const auto with_targets = [](void (KVCache::*verb)(const Targets&)) {
+    return [verb](KVCache& cache, const py::object& slots, const py::object& tokens) {
+      const Targets targets = to_targets(slots, tokens);
+      const py::gil_scoped_release no_gil;
+      (cache.*verb)(targets);
+    };
+  };
+  py::class_<KVCache>(m, "KVCache")
+      .def(py::init(&make_cache), py::kw_only(), py::arg("device"), py::arg("num_regions"), py::arg("token_bytes"),
+           py::arg("num_slots"), py::arg("max_tokens"), py::arg("page_bytes"), py::arg("budget_bytes"),
+           py::arg("policy"))
+      .def_property_readonly("slot_bytes", [](const KVCache& cache) { return cache.geometry().slot_bytes(); })
+      .def("rows_for", [](const KVCache& cache, std::uint64_t tokens) { return cache.geometry().rows_for(tokens); })
+      .def("capacity_rows", &KVCache::capacity_rows, NoGil())
+      .def("region_capsule", &region_capsule, py::arg("region"))
+      .def("alloc", &KVCache::alloc, py::arg("tokens"), NoGil())
+      .def("claim", &KVCache::claim, py::arg("slot"), NoGil())
+      .def("free", &KVCache::free, py::arg("slot"), NoGil())
+      .def("prepare", with_targets(&KVCache::prepare), py::arg("slots"), py::arg("tokens"))
+      .def("prefetch", with_targets(&KVCache::prefetch), py::arg("slots"), py::arg("tokens"))
+      .def("wait", &KVCache::wait, NoGil())
+      .def("share", &KVCache::share, py::arg("source"), py::arg("target"), py::arg("tokens"), NoGil())
+      .def("map_ahead", &KVCache::map_ahead, py::arg("tokens"), NoGil())
+      .def("set_deferred_reclamation", &KVCache::set_deferred_reclamation, py::arg("deferred"), NoGil())
+      .def("resize", &KVCache::resize, py::arg("budget_bytes"), NoGil())
+      .def("fill_pool", &KVCache::fill_pool, py::arg("bytes"), NoGil())
+      .def("slot_state", &KVCache::slot_state, py::arg("slot"), NoGil())
+      .def("stats",
+           [](KVCache& cache) {
+             return to_dict([&] {
+               const py::gil_scoped_release no_gil;
+               return cache.stats();
+             }());
+           })
+      .def("check_integrity", &KVCache::check_integrity, NoGil())
+      .def("close", &KVCache::close, NoGil());
+}
+
+}  // namespace
+}  // namespace vattention
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Page-mapping allocator: reserved address space, physical rows mapped into slots on demand.";
+  pybind11::register_exception_translator(&vattention::translate);
+  vattention::define_devices(m);
+  vattention::define_cache(m);
+}

@@ -1,0 +1,35 @@
+// The part of DLPack's stable C layout that handing out a byte range needs (dmlc.github.io/dlpack, version 0.x).
+#pragma once
+
+#include <cstdint>
+
+namespace vattention {
+
+struct DLDevice {
+  std::int32_t device_type;
+  std::int32_t device_id;
+};
+
+struct DLDataType {
+  std::uint8_t code;  // 1: unsigned integer
+  std::uint8_t bits;
+  std::uint16_t lanes;
+};
+
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  std::int32_t ndim;
+  DLDataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;  // null: dense
+  std::uint64_t byte_offset;
+};
+
+struct DLManagedTensor {
+  DLTensor dl_tensor;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensor* self);
+};
+
+}  // namespace vattention

@@ -1,0 +1,235 @@
+// The private half of the cache: where rows come from, and what the worker does beside the step.
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "vattention/errors.h"
+#include "vattention/kv_cache.h"
+
+namespace vattention {
+
+// Protects, for the length of a call, the rows that the call is about to use from being taken back for each other.
+class KVCache::Goals {
+ public:
+  explicit Goals(KVCache& cache) : cache_(cache) {}
+  ~Goals() {
+    for (const std::uint64_t slot : slots_) cache_.goals_[slot] = 0;
+  }
+  Goals(const Goals&) = delete;
+  Goals& operator=(const Goals&) = delete;
+
+  void add(std::uint64_t slot, std::uint64_t rows) {
+    std::uint64_t& goal = cache_.goals_[slot];
+    const std::uint64_t before = std::max(goal, cache_.slots_[slot].used_rows);
+    if (rows <= before) return;
+    if (goal == 0) slots_.push_back(slot);
+    goal = rows;
+    growth_ += rows - before;
+  }
+  const std::vector<std::uint64_t>& slots() const noexcept { return slots_; }
+  std::uint64_t growth() const noexcept { return growth_; }  // rows past the prepared lengths
+
+ private:
+  KVCache& cache_;
+  std::vector<std::uint64_t> slots_;
+  std::uint64_t growth_ = 0;
+};
+
+// A handle cannot be mapped in part, so an extent that straddles a length would charge rows that the length does not
+// need, and no set of lengths that fills the budget could be promised. A shared extent may be written through one slot
+// only. Neither may serve; both stay mapped until their place is needed, because idle rows cost nothing.
+KVCache::Fit KVCache::fit(const Slot& slot, std::uint64_t rows) const noexcept {
+  Fit fit{slot.used_extents, slot.used_rows};
+  for (; fit.extents < slot.whole; ++fit.extents) {
+    const Extent& extent = *slot.extents[fit.extents];
+    if (extent.mappings > 1 || fit.rows + extent.rows > rows) break;
+    fit.rows += extent.rows;
+  }
+  return fit;
+}
+
+// The slot that saves most mapping; among equals the one that gives least away, so that an empty slot is preferred to
+// one whose pages another length could still use.
+std::uint64_t KVCache::best_idle_slot(std::uint64_t rows) const {
+  std::uint64_t best = slots_.size(), best_kept = 0, best_waste = 0;
+  for (std::uint64_t s = 0; s < slots_.size(); ++s) {
+    if (slots_[s].active) continue;
+    const std::uint64_t kept = fit(slots_[s], rows).rows, waste = slots_[s].rows - kept;
+    if (best < slots_.size() && (kept < best_kept || (kept == best_kept && waste >= best_waste))) continue;
+    best = s;
+    best_kept = kept;
+    best_waste = waste;
+  }
+  return best;
+}
+
+// True if anything had to be mapped. Prepared lengths are the caller's to advance, after this: until then whatever was
+// mapped here can be taken back, which is what makes a failure harmless.
+bool KVCache::grow(const Targets& targets) {
+  Goals goals(*this);
+  for (const Target& target : targets) {
+    goals.add(static_cast<std::uint64_t>(target.slot), geometry_.rows_for(static_cast<std::uint64_t>(target.tokens)));
+  }
+  const std::uint64_t needed = slots_.used_rows() + goals.growth();
+  if (needed > pool_.budget_rows()) throw OutOfMemory(needed, pool_.budget_rows(), "the budget");
+  for (const std::uint64_t slot : goals.slots()) clear_way(slot, goals_[slot]);
+  bool mapped = false;
+  for (const std::uint64_t slot : goals.slots()) mapped |= map_up_to(slot, goals_[slot]);
+  return mapped;
+}
+
+void KVCache::clear_way(std::uint64_t slot, std::uint64_t rows) {
+  slots_.finish(slot);
+  const Fit fit = this->fit(slots_[slot], rows);
+  if (fit.rows < rows) slots_.trim(slot, fit.extents);
+}
+
+bool KVCache::map_up_to(std::uint64_t slot, std::uint64_t rows) {
+  if (slots_[slot].rows >= rows) return false;
+  const std::uint64_t missing = rows - slots_[slot].rows;
+  if (!make_room(missing, false)) throw Error("internal error: idle rows could not be taken back");
+  slots_.append(slot, take(missing));
+  return true;
+}
+
+// The budget may promise more than the device has. Ready extents of other classes go first, then the caller hears what
+// there really is.
+Extents KVCache::take(std::uint64_t rows) {
+  try {
+    return pool_.take(rows);
+  } catch (const DeviceOutOfMemory&) {
+    pool_.clear();
+  }
+  try {
+    return pool_.take(rows);
+  } catch (const DeviceOutOfMemory& error) {
+    throw OutOfMemory(pool_.created_rows() + rows, pool_.created_rows(), error.what());
+  }
+}
+
+bool KVCache::make_room(std::uint64_t rows, bool idle_only) {
+  if (pool_.free_rows() >= rows) return true;
+  pool_.retry_condemned();
+  std::vector<std::uint64_t> order = idle_slots();
+  for (std::uint64_t s = 0; s < slots_.size() && !idle_only; ++s) {
+    if (slots_[s].active) order.push_back(s);
+  }
+  for (const std::uint64_t slot : order) {
+    if (pool_.free_rows() >= rows) break;
+    reclaim(slot, rows - pool_.free_rows());
+  }
+  return pool_.free_rows() >= rows;
+}
+
+// Takes back at least `rows` rows if the slot has them to give: whole extents from its tail, none that is in use or
+// that the call in progress counts on.
+void KVCache::reclaim(std::uint64_t index, std::uint64_t rows) {
+  slots_.finish(index);
+  const Slot& slot = slots_[index];
+  const std::uint64_t keep_rows = std::max(slot.used_rows, goals_[index]);
+  std::size_t cut = slot.whole;
+  std::uint64_t taken = 0, begin = slot.rows;
+  while (cut > 0 && taken < rows && begin - slot.extents[cut - 1]->rows >= keep_rows) {
+    const Extent& extent = *slot.extents[--cut];
+    begin -= extent.rows;
+    if (extent.mappings == 1) taken += extent.rows;
+  }
+  slots_.trim(index, cut);
+  counters_.rows_reclaimed += taken;
+}
+
+// Longest idle first.
+std::vector<std::uint64_t> KVCache::idle_slots() const {
+  std::vector<std::uint64_t> idle;
+  for (std::uint64_t s = 0; s < slots_.size(); ++s) {
+    if (!slots_[s].active && !slots_[s].extents.empty()) idle.push_back(s);
+  }
+  const auto earlier = [this](std::uint64_t a, std::uint64_t b) { return slots_[a].freed_at < slots_[b].freed_at; };
+  std::sort(idle.begin(), idle.end(), earlier);
+  return idle;
+}
+
+// Each step on its own: what one cannot do must not keep the others from trying.
+void KVCache::work() noexcept {
+  attempt([this] { prefetch_requested(); });
+  attempt([this] { reclaim_ahead(); });
+  attempt([this] { map_one_ahead(); });
+}
+
+template <typename Step>
+void KVCache::attempt(Step step) noexcept {
+  try {
+    step();
+  } catch (const std::exception& error) {
+    ++counters_.worker_failures;
+    counters_.worker_error = error.what();
+  }
+}
+
+// Takes rows back from idle slots only: an active slot's rows ahead are as good as those wanted here.
+void KVCache::prefetch_requested() {
+  const Targets targets = std::exchange(requested_, {});
+  Goals goals(*this);
+  for (const Target& target : targets) {
+    goals.add(static_cast<std::uint64_t>(target.slot), geometry_.rows_for(static_cast<std::uint64_t>(target.tokens)));
+  }
+  for (const std::uint64_t slot : goals.slots()) {
+    clear_way(slot, goals_[slot]);
+    if (slots_[slot].rows >= goals_[slot]) continue;
+    const std::uint64_t missing = goals_[slot] - slots_[slot].rows;
+    if (make_room(missing, true)) {
+      slots_.append(slot, take(missing));
+      counters_.rows_prefetched += missing;
+    } else {
+      ++counters_.prefetches_short;
+    }
+  }
+}
+
+void KVCache::reclaim_ahead() {
+  if (policy_.deferred_reclamation && below_threshold()) make_room(threshold_rows(), true);
+}
+
+void KVCache::map_one_ahead() {
+  if (!lacks_slot_ahead()) return;
+  const std::uint64_t slot = best_idle_slot(ahead_rows_);
+  Goals goals(*this);
+  goals.add(slot, ahead_rows_);
+  clear_way(slot, ahead_rows_);
+  const std::uint64_t missing = ahead_rows_ - std::min(ahead_rows_, slots_[slot].rows);
+  if (missing == 0 || pool_.free_rows() < missing + threshold_rows()) return;  // never at the expense of others
+  slots_.append(slot, take(missing));
+}
+
+std::uint64_t KVCache::threshold_rows() const noexcept {
+  return static_cast<std::uint64_t>(policy_.reclaim_threshold * static_cast<double>(pool_.budget_rows()));
+}
+
+bool KVCache::below_threshold() const noexcept {
+  return pool_.free_rows() < threshold_rows() && slots_.mapped_rows() > slots_.used_rows();
+}
+
+bool KVCache::lacks_slot_ahead() const {
+  if (ahead_rows_ == 0) return false;
+  const std::uint64_t slot = best_idle_slot(ahead_rows_);
+  return slot < slots_.size() && fit(slots_[slot], ahead_rows_).rows < ahead_rows_;
+}
+
+void KVCache::release_everything() {
+  std::exception_ptr first;
+  const auto attempt_all = [&first](auto step) {
+    try {
+      step();
+    } catch (const DeviceError&) {
+      if (!first) first = std::current_exception();
+    }
+  };
+  for (std::uint64_t s = 0; s < slots_.size(); ++s) {
+    slots_.retire(s);
+    attempt_all([&] { slots_.trim(s, 0); });
+  }
+  attempt_all([&] { pool_.clear(); });
+  if (first) std::rethrow_exception(first);
+}
+
+}  // namespace vattention

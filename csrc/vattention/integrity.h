@@ -1,0 +1,12 @@
+// The invariants of the books as code. Knows no policy and changes nothing.
+#pragma once
+
+#include "vattention/page_pool.h"
+#include "vattention/slot_map.h"
+
+namespace vattention {
+
+// Throws IntegrityError naming the first invariant that does not hold.
+void check_books(const Geometry& geometry, const SlotMap& slots, const PagePool& pool);
+
+}  // namespace vattention

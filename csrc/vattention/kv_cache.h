@@ -1,0 +1,145 @@
+// The cache: which slot gets which rows, when they are mapped and taken back, and who may touch the books. Knows
+// nothing of layers, data types or tensors.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "vattention/device.h"
+#include "vattention/page_pool.h"
+#include "vattention/slot_map.h"
+#include "vattention/timed_device.h"
+#include "vattention/worker.h"
+
+namespace vattention {
+
+// Address space, which outlives the cache for as long as a tensor over it does.
+class Reservation {
+ public:
+  Reservation(std::shared_ptr<Device> device, std::uint64_t bytes)
+      : device_(std::move(device)), base_(device_->reserve(bytes)), bytes_(bytes) {}
+  ~Reservation() { device_->release(base_, bytes_); }
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+
+  Address base() const noexcept { return base_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  Address base_;
+  std::uint64_t bytes_;
+};
+
+struct Policy {
+  bool deferred_reclamation = true;  // a freed slot keeps its pages until they are needed or free memory runs low
+  double reclaim_threshold = 0.1;    // share of the budget that background reclamation keeps free
+};
+
+struct Target {
+  std::int64_t slot;
+  std::int64_t tokens;
+};
+using Targets = std::vector<Target>;
+
+struct Counters {
+  std::uint64_t prepares = 0, prepares_waited = 0;     // waited: something had to be mapped before it returned
+  std::uint64_t prefetches = 0, prefetches_short = 0;  // short: a slot's rows that the budget had no room for
+  std::uint64_t rows_prefetched = 0, rows_reclaimed = 0;
+  std::uint64_t worker_failures = 0;
+  std::string worker_error;  // the last one, empty if there was none
+};
+
+struct Stats {
+  std::uint64_t reserved_bytes, capacity_bytes, created_bytes, mapped_bytes, idle_bytes, wasted_bytes,
+      peak_mapped_bytes;
+  std::array<std::uint64_t, kNumClasses> pooled_extents;
+  Counters counters;
+  DeviceStats device;
+};
+
+// (active, prepared tokens, mapped rows)
+using SlotState = std::tuple<bool, std::uint64_t, std::uint64_t>;
+
+// Every call first waits for the worker to be idle. The promise: any lengths of the active slots whose rows_for() add
+// up to at most capacity_rows() can be prepared.
+class KVCache {
+ public:
+  KVCache(std::shared_ptr<Device> device, const Geometry& geometry, std::int64_t budget_bytes, Policy policy);
+  ~KVCache();
+
+  const Geometry& geometry() const noexcept { return geometry_; }
+  const Device& device() const noexcept { return *device_; }
+  const std::shared_ptr<Reservation>& reservation() const noexcept { return reservation_; }
+  std::uint64_t capacity_rows();
+
+  std::uint64_t alloc(std::int64_t tokens);
+  void claim(std::int64_t slot);
+  void free(std::int64_t slot);
+  void prepare(const Targets& targets);
+  void prefetch(const Targets& targets);
+  void wait();
+  std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
+  void map_ahead(std::int64_t tokens);
+  void set_deferred_reclamation(bool deferred);
+  void resize(std::int64_t budget_bytes);
+  void fill_pool(std::int64_t bytes);
+  SlotState slot_state(std::int64_t slot);
+  Stats stats();
+  void check_integrity();
+  void close();
+
+ private:
+  // The leading extents of a slot that may serve a length: private ones that end within it.
+  struct Fit {
+    std::size_t extents;
+    std::uint64_t rows;
+  };
+  class Goals;
+
+  Worker::Lock own();
+  std::uint64_t budget_rows_for(std::int64_t bytes) const;
+  std::uint64_t tokens_in_range(const char* name, std::int64_t tokens) const;
+  std::uint64_t slot_in_range(std::int64_t slot) const;
+  std::uint64_t active_slot(std::int64_t slot) const;
+  void check_targets(const Targets& targets) const;
+
+  Fit fit(const Slot& slot, std::uint64_t rows) const noexcept;
+  bool grow(const Targets& targets);
+  void clear_way(std::uint64_t slot, std::uint64_t rows);
+  bool map_up_to(std::uint64_t slot, std::uint64_t rows);
+  Extents take(std::uint64_t rows);
+  bool make_room(std::uint64_t rows, bool idle_only);
+  void reclaim(std::uint64_t slot, std::uint64_t rows);
+  std::vector<std::uint64_t> idle_slots() const;
+  std::uint64_t best_idle_slot(std::uint64_t rows) const;
+
+  void work() noexcept;
+  template <typename Step>
+  void attempt(Step step) noexcept;
+  void prefetch_requested();
+  void reclaim_ahead();
+  void map_one_ahead();
+  std::uint64_t threshold_rows() const noexcept;
+  bool below_threshold() const noexcept;
+  bool lacks_slot_ahead() const;
+  void release_everything();
+
+  const std::shared_ptr<TimedDevice> device_;
+  const Geometry geometry_;
+  Policy policy_;
+  std::shared_ptr<Reservation> reservation_;
+  PagePool pool_;
+  SlotMap slots_;
+  std::vector<std::uint64_t> goals_;  // rows of a slot that the call in progress must not take back; 0 outside of calls
+  std::uint64_t ahead_rows_ = 0;
+  Targets requested_;
+  Counters counters_;
+  bool closed_ = false;
+  Worker worker_;  // last: its thread uses all of the above
+};
+
+}  // namespace vattention

@@ -1,0 +1,123 @@
+#include "vattention/slot_map.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "vattention/errors.h"
+
+namespace vattention {
+
+void SlotMap::append(std::uint64_t index, Extents extents) {
+  Slot& slot = slots_[index];
+  try {
+    finish(index);
+  } catch (...) {
+    for (ExtentPtr& extent : extents) {
+      if (extent->mappings == 0) pool_.put(std::move(extent));
+    }
+    throw;
+  }
+  adopt(slot, std::move(extents));
+  try {
+    map_regions(index);
+  } catch (...) {
+    try {
+      finish(index);
+    } catch (const DeviceError&) {  // tried again later; the first failure is the one to report
+    }
+    throw;
+  }
+  settle(slot);
+}
+
+void SlotMap::trim(std::uint64_t index, std::size_t keep) {
+  finish(index);
+  Slot& slot = slots_[index];
+  if (keep >= slot.whole) return;
+  for (std::size_t i = keep; i < slot.whole; ++i) slot.rows -= slot.extents[i]->rows;
+  slot.whole = keep;
+  slot.half_begin = 0;
+  slot.half_end = geometry_.num_regions();
+  slot.half_extent = keep;
+  finish(index);
+}
+
+void SlotMap::finish(std::uint64_t index) {
+  Slot& slot = slots_[index];
+  if (slot.extents.size() == slot.whole) return;
+  for (; slot.half_begin < slot.half_end; ++slot.half_begin) {
+    unmap_region(index);
+    slot.half_extent = slot.whole;
+  }
+  drop_half(slot);
+}
+
+void SlotMap::use(std::uint64_t index, std::uint64_t tokens) {
+  Slot& slot = slots_[index];
+  const std::uint64_t rows = geometry_.rows_for(tokens);
+  for (; slot.used_rows < rows; ++slot.used_extents) {
+    Extent& extent = *slot.extents[slot.used_extents];
+    slot.used_rows += extent.rows;
+    if (extent.users++ == 0) used_rows_ += extent.rows;
+  }
+  slot.tokens = tokens;
+}
+
+void SlotMap::retire(std::uint64_t index) noexcept {
+  Slot& slot = slots_[index];
+  for (std::size_t i = 0; i < slot.used_extents; ++i) {
+    if (--slot.extents[i]->users == 0) used_rows_ -= slot.extents[i]->rows;
+  }
+  slot.used_extents = 0;
+  slot.used_rows = slot.tokens = 0;
+  slot.active = false;
+  slot.freed_at = ++clock_;
+}
+
+void SlotMap::adopt(Slot& slot, Extents extents) {
+  for (ExtentPtr& extent : extents) {
+    if (extent->mappings++ == 0) mapped_rows_ += extent->rows;
+    slot.extents.push_back(std::move(extent));
+  }
+  slot.half_begin = slot.half_end = 0;
+  slot.half_extent = slot.whole;
+}
+
+void SlotMap::map_regions(std::uint64_t index) {
+  Slot& slot = slots_[index];
+  std::vector<Handle> handles(slot.extents.size() - slot.whole);
+  for (std::uint64_t region = 0; region < geometry_.num_regions(); ++region) {
+    for (std::size_t i = 0; i < handles.size(); ++i) handles[i] = slot.extents[slot.whole + i]->handles[region];
+    device_.map(address_of(region, index, slot.rows), handles);
+    slot.half_end = region + 1;
+  }
+}
+
+void SlotMap::unmap_region(std::uint64_t index) {
+  Slot& slot = slots_[index];
+  std::uint64_t row = slot.rows;
+  for (std::size_t i = slot.whole; i < slot.half_extent; ++i) row += slot.extents[i]->rows;
+  for (; slot.half_extent < slot.extents.size(); ++slot.half_extent) {
+    const Extent& extent = *slot.extents[slot.half_extent];
+    device_.unmap(address_of(slot.half_begin, index, row), extent.handles[slot.half_begin]);
+    row += extent.rows;
+  }
+}
+
+void SlotMap::settle(Slot& slot) {
+  for (; slot.whole < slot.extents.size(); ++slot.whole) slot.rows += slot.extents[slot.whole]->rows;
+  slot.half_begin = slot.half_end = 0;
+  peak_mapped_rows_ = std::max(peak_mapped_rows_, mapped_rows_);
+}
+
+void SlotMap::drop_half(Slot& slot) {
+  while (slot.extents.size() > slot.whole) {
+    ExtentPtr extent = std::move(slot.extents.back());
+    slot.extents.pop_back();
+    if (--extent->mappings > 0) continue;
+    mapped_rows_ -= extent->rows;
+    pool_.put(std::move(extent));
+  }
+}
+
+}  // namespace vattention

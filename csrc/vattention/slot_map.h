@@ -1,0 +1,77 @@
+// Which extents stand at which slot, in what order and in how many regions. Knows no policy: what to map, keep or take
+// back is decided by its caller.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "vattention/device.h"
+#include "vattention/page_pool.h"
+
+namespace vattention {
+
+// Extents of a slot, side by side from row 0:
+//
+//   | used by the prepared length | mapped ahead, or left by an earlier owner | half mapped, if a device call failed |
+//   0                             used_extents                                whole size
+struct Slot {
+  Extents extents;
+  std::size_t whole = 0;         // extents mapped in every region
+  std::size_t used_extents = 0;  // extents under the prepared length; 0 while idle
+  std::uint64_t rows = 0;        // rows of the whole extents
+  std::uint64_t used_rows = 0;   // rows of the used extents = rows_for(tokens)
+  std::uint64_t tokens = 0;      // prepared length
+  bool active = false;
+  std::uint64_t freed_at = 0;  // a counter, for taking from the longest idle first
+  // Extents from `whole` on are mapped in regions [half_begin, half_end), in the first of these from half_extent on.
+  std::uint64_t half_begin = 0, half_end = 0;
+  std::size_t half_extent = 0;
+};
+
+class SlotMap {
+ public:
+  SlotMap(Device& device, const Geometry& geometry, PagePool& pool, Address base)
+      : device_(device), geometry_(geometry), pool_(pool), base_(base), slots_(geometry.num_slots()) {}
+
+  std::uint64_t size() const noexcept { return slots_.size(); }
+  Slot& operator[](std::uint64_t slot) noexcept { return slots_[slot]; }
+  const Slot& operator[](std::uint64_t slot) const noexcept { return slots_[slot]; }
+
+  // Each extent counts once, at however many slots it stands.
+  std::uint64_t mapped_rows() const noexcept { return mapped_rows_; }
+  std::uint64_t peak_mapped_rows() const noexcept { return peak_mapped_rows_; }
+  std::uint64_t used_rows() const noexcept { return used_rows_; }
+
+  // Maps extents behind those of the slot. If the device fails nothing of them stays mapped and they are back in the
+  // pool; if even undoing fails, finish() completes it later.
+  void append(std::uint64_t slot, Extents extents);
+  // Unmaps the slot's extents from index `keep` on; those that stand nowhere else return to the pool.
+  void trim(std::uint64_t slot, std::size_t keep);
+  // Completes an unmapping that a device failure interrupted.
+  void finish(std::uint64_t slot);
+
+  void activate(std::uint64_t slot) noexcept { slots_[slot].active = true; }
+  // The prepared length is `tokens` from here on; an extent of the slot ends at exactly that many rows.
+  void use(std::uint64_t slot, std::uint64_t tokens);
+  // The slot is idle from here on; everything stays mapped.
+  void retire(std::uint64_t slot) noexcept;
+
+ private:
+  Address address_of(std::uint64_t region, std::uint64_t slot, std::uint64_t row) const noexcept {
+    return base_ + geometry_.offset_of(region, slot, row);
+  }
+  void adopt(Slot& slot, Extents extents);
+  void map_regions(std::uint64_t index);
+  void unmap_region(std::uint64_t index);
+  void settle(Slot& slot);
+  void drop_half(Slot& slot);
+
+  Device& device_;
+  const Geometry& geometry_;
+  PagePool& pool_;
+  Address base_;
+  std::vector<Slot> slots_;
+  std::uint64_t mapped_rows_ = 0, peak_mapped_rows_ = 0, used_rows_ = 0, clock_ = 0;
+};
+
+}  // namespace vattention

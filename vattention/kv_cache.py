@@ -1,0 +1,237 @@
+"""The KV cache as torch sees it: the one place that knows layouts. Knows nothing of requests, blocks or kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+
+from vattention import _native
+from vattention.stats import CacheStats
+from vattention.tensors import region_tensor, token_view
+
+DEFAULT_HOST_PAGE_BYTES = 64 * 1024
+
+
+def open_device(device: str | int | torch.device) -> _native.Device:
+    """The memory behind a torch device: "cpu", "cuda", "cuda:1", an index, or a torch.device.
+
+    Raises ValueError for other types and DeviceError if there is no such GPU.
+    """
+    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if resolved.type == "cpu":
+        return _native.host_device()
+    if resolved.type == "cuda":
+        index = resolved.index
+        if index is None:
+            index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        return _native.cuda_device(index)
+    raise ValueError(f"device must be cpu or cuda, got {device!r}")
+
+
+class VirtualKVCache:
+    """K and V of every layer in reserved address space, backed by physical pages where tokens are.
+
+    Layouts. Per layer: 2 * num_layers regions, a token is num_kv_heads * head_size elements in each. Megacache: one
+    region for K and one for V, a token holds all layers, so a page holds fewer tokens and less of it is wasted.
+    A row is one page at the same offset of every region, and the unit of account.
+
+    Promise: any lengths of the allocated slots with sum(rows_for(length)) <= capacity_rows can be prepared, taking
+    back rows from idle slots first and then rows mapped ahead. `prefetch` and `map_ahead` never break it.
+
+    Args:
+        dtype: any torch dtype of at least one byte an element.
+        device: "cpu", "cuda", "cuda:1", a CUDA index, or a torch.device.
+        budget_bytes: physical memory for K and V together; whole rows of it are used.
+        page_bytes: a multiple of the device's granularity, at least one token. Default: 64 KiB on the CPU, the
+            granularity of the driver on CUDA (2 MiB on present GPUs).
+        deferred_reclamation: a freed slot keeps its pages until they are needed (Section 6 of the vAttention paper).
+        reclaim_threshold: share of the budget that the worker keeps free, taking rows back from idle slots.
+
+    Raises ValueError or TypeError for arguments out of range, DeviceError if the device refuses.
+    Not for use after a fork; threads may share it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_size: int,
+        num_slots: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: str | int | torch.device = "cpu",
+        budget_bytes: int,
+        page_bytes: int | None = None,
+        megacache: bool = False,
+        deferred_reclamation: bool = True,
+        reclaim_threshold: float = 0.1,
+    ) -> None:
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_size": head_size}
+        _require_positive(**sizes, num_slots=num_slots, max_tokens=max_tokens)
+        memory = open_device(device)
+        self.num_layers, self.num_kv_heads, self.head_size = num_layers, num_kv_heads, head_size
+        self.num_slots, self.max_tokens, self.dtype, self.megacache = num_slots, max_tokens, dtype, megacache
+        self.num_regions = 2 if megacache else 2 * num_layers
+        self.token_bytes = num_kv_heads * head_size * dtype.itemsize * (num_layers if megacache else 1)
+        self.page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
+        _require_positive(page_bytes=self.page_bytes)
+        self.row_bytes = self.num_regions * self.page_bytes
+        self._native = _native.KVCache(
+            device=memory,
+            num_regions=self.num_regions,
+            token_bytes=self.token_bytes,
+            num_slots=num_slots,
+            max_tokens=max_tokens,
+            page_bytes=self.page_bytes,
+            budget_bytes=budget_bytes,
+            policy=_native.Policy(deferred_reclamation=deferred_reclamation, reclaim_threshold=reclaim_threshold),
+        )
+        self._regions = [region_tensor(self._native, region, dtype) for region in range(self.num_regions)]
+
+    @property
+    def capacity_rows(self) -> int:
+        """Rows of the budget; changes with `resize`."""
+        return self._native.capacity_rows()
+
+    def rows_for(self, tokens: int) -> int:
+        """Rows that `tokens` tokens of one slot take: ceil(tokens * token_bytes / page_bytes)."""
+        return self._native.rows_for(tokens)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each [num_slots, max_tokens, num_kv_heads, head_size], strided.
+
+        Only prepared tokens may be touched: elsewhere the CPU gets SIGSEGV and CUDA error 700. Pages come with
+        whatever their last owner left in them, so a kernel must not read past a sequence's length.
+        """
+        if not 0 <= index < self.num_layers:
+            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {index}")
+        shape = (self.num_kv_heads, self.head_size)
+        if self.megacache:
+            offset = index * self.num_kv_heads * self.head_size
+            return self._view(0, shape, offset), self._view(1, shape, offset)
+        return self._view(index, shape), self._view(self.num_layers + index, shape)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The regions as tensors, K first and then V.
+
+        Per layer: 2 * num_layers of [num_slots, max_tokens, num_kv_heads, head_size]. Megacache: two of
+        [num_slots, max_tokens, num_layers, num_kv_heads, head_size].
+        """
+        heads = (self.num_kv_heads, self.head_size)
+        shape = (self.num_layers, *heads) if self.megacache else heads
+        return [self._view(region, shape) for region in range(self.num_regions)]
+
+    def alloc(self, tokens: int = 0) -> int:
+        """An idle slot, the one whose rows serve `tokens` tokens best. Calls no driver; maps nothing.
+
+        Rows that cannot serve this length stay mapped until their place or their memory is needed.
+        Raises NoFreeSlotError.
+        """
+        return self._native.alloc(tokens)
+
+    def claim(self, slot: int) -> None:
+        """Takes one particular idle slot. Raises ValueError if it is in use."""
+        self._native.claim(slot)
+
+    def free(self, slot: int) -> None:
+        """Gives a slot back. The caller guarantees that no kernel in flight touches it.
+
+        Its pages stay mapped for the next owner (deferred reclamation) or are unmapped now.
+        """
+        self._native.free(slot)
+
+    def prepare(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Pages for the first tokens[i] tokens of slots[i] exist on return, of every i or, if it raises, of none more.
+
+        A length never shrinks: a target below the slot's prepared length asks for nothing.
+        Raises OutOfMemoryError, DeviceError, and ValueError for a slot not allocated or a length past max_tokens.
+        """
+        self._native.prepare(slots, tokens)
+
+    def prefetch(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """The same targets, best effort, mapped on the worker thread; returns at once.
+
+        Takes rows back from idle slots only. What goes wrong is counted in `stats`. Lengths past max_tokens are cut.
+        """
+        self._native.prefetch(slots, tokens)
+
+    def wait(self) -> None:
+        """Returns once the worker has nothing left to do."""
+        self._native.wait()
+
+    def share(self, source: int, target: int, tokens: int) -> int:
+        """Maps the extents that hold the first `tokens` tokens of `source` at `target` too; the number shared.
+
+        The number is rounded down to whole extents that end together with a token, so it may be 0. `target` must be
+        allocated and have nothing prepared; from here on its prepared length is that number, and it must write at
+        that token and behind it only: what lies before is one memory for both. Freeing either leaves the other whole.
+        """
+        return self._native.share(source, target, tokens)
+
+    def map_ahead(self, tokens: int) -> None:
+        """Keeps one idle slot mapped for `tokens` tokens from now on, so that the next prompt need not wait; 0: stop.
+
+        Uses memory that is free beyond the reclaim threshold, and gives it back the moment it is needed.
+        """
+        self._native.map_ahead(tokens)
+
+    def set_deferred_reclamation(self, deferred: bool) -> None:
+        """Whether slots freed from now on keep their pages."""
+        self._native.set_deferred_reclamation(deferred)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Changes the budget. Shrinking releases idle memory; raises OutOfMemoryError if active slots need more."""
+        self._native.resize(budget_bytes)
+
+    def fill_pool(self, bytes: int) -> None:
+        """Creates physical pages ahead of need until `bytes` are ready or the budget is spent.
+
+        Without it pages are created when first mapped. Creating maps nothing: it moves the driver's allocation, and a
+        shortage of memory, from the first steps to here.
+        """
+        self._native.fill_pool(bytes)
+
+    def slot_state(self, slot: int) -> tuple[bool, int, int]:
+        """(allocated, prepared tokens, mapped rows) of a slot."""
+        return self._native.slot_state(slot)
+
+    def stats(self) -> CacheStats:
+        return CacheStats(**self._native.stats())
+
+    def check_integrity(self) -> None:
+        """Counts everything anew; raises IntegrityError naming the first disagreement."""
+        self._native.check_integrity()
+
+    def close(self) -> None:
+        """Releases all physical memory. Tensors keep their addresses but nothing is behind them. Idempotent."""
+        self._regions.clear()
+        self._native.close()
+
+    def __enter__(self) -> VirtualKVCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _view(self, region: int, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
+        if not self._regions:
+            raise ValueError("the cache is closed")
+        slot_bytes = self._native.slot_bytes
+        return token_view(self._regions[region], slot_bytes, self.token_bytes, self.max_tokens, shape, offset)
+
+
+def _default_page_bytes(memory: _native.Device) -> int:
+    return memory.granularity if memory.is_cuda else max(DEFAULT_HOST_PAGE_BYTES, memory.granularity)
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,34 @@
+"""From a reserved region to torch tensors, through DLPack. Knows nothing of pages; reading an unmapped part faults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from vattention import _native
+
+
+def region_tensor(cache: _native.KVCache, region: int, dtype: torch.dtype) -> torch.Tensor:
+    """The whole region as a one-dimensional tensor of `dtype`. It keeps the addresses alive, not the pages.
+
+    DLPack does not know every type torch has (the float8 family, for one), so the region travels as bytes.
+    """
+    data: torch.Tensor = from_dlpack(cache.region_capsule(region))
+    return data.view(dtype)
+
+
+def token_view(
+    region: torch.Tensor, slot_bytes: int, token_bytes: int, max_tokens: int, shape: Sequence[int], offset: int = 0
+) -> torch.Tensor:
+    """[num_slots, max_tokens, *shape] over a region, `offset` elements into each token.
+
+    Slots are `slot_bytes` apart and tokens `token_bytes`; what lies behind a slot's last token is skipped.
+    """
+    num_slots = region.numel() * region.itemsize // slot_bytes
+    inner = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        inner[dim] = inner[dim + 1] * shape[dim + 1]
+    strides = [slot_bytes // region.itemsize, token_bytes // region.itemsize, *inner]
+    return region.as_strided([num_slots, max_tokens, *shape], strides, offset)
