@@ -1,0 +1,27 @@
+"""The queue of requests that hold no memory, oldest first. Knows no policy."""
+
+from __future__ import annotations
+
+import heapq
+
+from sarathi.core.scheduler.step import Ticket
+
+
+class WaitingQueue:
+    """New and preempted requests by arrival: who was preempted comes back before all who came later."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, Ticket]] = []
+
+    def push(self, ticket: Ticket) -> None:
+        heapq.heappush(self._heap, (ticket.place, ticket))
+
+    def first(self) -> Ticket | None:
+        """The oldest request; those that ended while they waited are dropped on the way."""
+        while self._heap and self._heap[0][1].request.is_finished:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> None:
+        """Take away what first() gave."""
+        heapq.heappop(self._heap)
