@@ -1,0 +1,130 @@
+// Devices for tests: one that is only books and refuses every misuse, and one that fails where it is told to.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "vattention/device.h"
+#include "vattention/errors.h"
+
+namespace vattention::test {
+
+// Holds no memory. A misuse (mapping over a mapping, unmapping what is not there, destroying what is mapped) is a
+// logic_error, which the allocator never catches.
+class BookDevice final : public Device {
+ public:
+  DeviceType type() const noexcept override { return DeviceType::kHost; }
+  std::int32_t index() const noexcept override { return 0; }
+  std::uint64_t granularity() const noexcept override { return 4096; }
+
+  Address reserve(std::uint64_t bytes) override {
+    reserved_ += bytes;
+    return Address{1} << 40;
+  }
+  void release(Address, std::uint64_t bytes) noexcept override { reserved_ -= bytes; }
+
+  Handle create(std::uint64_t bytes) override {
+    const Handle handle{next_id_++, bytes};
+    if (physical_bytes_ + bytes > limit_bytes) throw DeviceOutOfMemory("create failed: out of memory");
+    physical_bytes_ += bytes;
+    mappings_of_[handle.id] = 0;
+    return handle;
+  }
+
+  void destroy(const Handle& handle) override {
+    require(mappings_of_.at(handle.id) == 0, "destroyed while mapped");
+    mappings_of_.erase(handle.id);
+    physical_bytes_ -= handle.bytes;
+  }
+
+  void map(Address at, const std::vector<Handle>& handles) override {
+    for (const Handle& handle : handles) {
+      const auto next = mapped_.lower_bound(at);
+      require(next == mapped_.end() || next->first >= at + handle.bytes, "mapped over a mapping");
+      require(next == mapped_.begin() || std::prev(next)->first + std::prev(next)->second.bytes <= at,
+              "mapped into a mapping");
+      ++mappings_of_.at(handle.id);
+      mapped_[at] = handle;
+      at += handle.bytes;
+    }
+  }
+
+  void unmap(Address at, const Handle& handle) override {
+    const auto found = mapped_.find(at);
+    require(found != mapped_.end() && found->second.id == handle.id, "unmapped what is not mapped there");
+    --mappings_of_.at(handle.id);
+    mapped_.erase(found);
+  }
+
+  std::uint64_t mapped_bytes() const {
+    std::uint64_t bytes = 0;
+    for (const auto& [at, handle] : mapped_) bytes += handle.bytes;
+    return bytes;
+  }
+  std::uint64_t physical_bytes() const { return physical_bytes_; }
+  std::uint64_t reserved_bytes() const { return reserved_; }
+
+  std::uint64_t limit_bytes = ~std::uint64_t{0};
+
+ private:
+  static void require(bool holds, const char* what) {
+    if (!holds) throw std::logic_error(std::string("device misused: ") + what);
+  }
+
+  std::uint64_t next_id_ = 1, physical_bytes_ = 0, reserved_ = 0;
+  std::map<Address, Handle> mapped_;
+  std::map<std::uint64_t, int> mappings_of_;
+};
+
+// Passes calls on until the countdown reaches one of them; that one, and `length` - 1 after it, fail.
+class FaultyDevice final : public Device {
+ public:
+  explicit FaultyDevice(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+
+  void fail_at(std::uint64_t call, std::uint64_t length) {
+    begin_ = calls_ + call;
+    end_ = begin_ + length;
+  }
+  void heal() { begin_ = end_ = 0; }
+  bool has_failed() const { return failed_; }
+
+  DeviceType type() const noexcept override { return device_->type(); }
+  std::int32_t index() const noexcept override { return device_->index(); }
+  std::uint64_t granularity() const noexcept override { return device_->granularity(); }
+  Address reserve(std::uint64_t bytes) override { return device_->reserve(bytes); }
+  void release(Address base, std::uint64_t bytes) noexcept override { device_->release(base, bytes); }
+  Handle create(std::uint64_t bytes) override {
+    step("create");
+    return device_->create(bytes);
+  }
+  void destroy(const Handle& handle) override {
+    step("destroy");
+    device_->destroy(handle);
+  }
+  void map(Address at, const std::vector<Handle>& handles) override {
+    step("map");
+    device_->map(at, handles);
+  }
+  void unmap(Address at, const Handle& handle) override {
+    step("unmap");
+    device_->unmap(at, handle);
+  }
+
+ private:
+  void step(const char* name) {
+    const std::uint64_t call = calls_++;
+    if (call < begin_ || call >= end_) return;
+    failed_ = true;
+    throw DeviceError(std::string(name) + " failed: told to");
+  }
+
+  std::shared_ptr<Device> device_;
+  std::uint64_t calls_ = 0, begin_ = 0, end_ = 0;
+  bool failed_ = false;
+};
+
+}  // namespace vattention::test

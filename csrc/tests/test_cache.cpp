@@ -1,0 +1,226 @@
+// What the cache promises, one behaviour a test.
+#include <string>
+
+#include "check.h"
+#include "fake_device.h"
+#include "fixture.h"
+#include "vattention/errors.h"
+#include "vattention/host_device.h"
+
+namespace vattention::test {
+namespace {
+
+std::uint64_t rows_of(KVCache& cache, std::uint64_t slot) {
+  return std::get<2>(cache.slot_state(at(slot)));
+}
+
+}  // namespace
+
+TEST(geometry_counts_rows_across_page_ends) {
+  const Geometry geometry(1, 3000, 2, 10, kPage);  // 30,000 bytes in pages of 4096
+  CHECK_EQUAL(geometry.rows_for(0), 0U);
+  CHECK_EQUAL(geometry.rows_for(1), 1U);
+  CHECK_EQUAL(geometry.rows_for(2), 2U);
+  CHECK_EQUAL(geometry.slot_rows(), 8U);
+  CHECK_EQUAL(geometry.offset_of(0, 1, 2), 10 * kPage);
+}
+
+TEST(geometry_refuses_what_cannot_be) {
+  const auto error = CHECK_THROWS(std::invalid_argument, Geometry(1, 5000, 1, 1, kPage));
+  CHECK(std::string(error.what()).find("5000") != std::string::npos);
+  CHECK_THROWS(std::invalid_argument, Geometry(0, 1, 1, 1, kPage));
+  CHECK_THROWS(std::invalid_argument, Geometry(1U << 20, kPage, 1U << 20, std::uint64_t{1} << 40, kPage));
+}
+
+TEST(growth_maps_exactly_what_is_asked_in_few_handles) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 200);
+  const std::uint64_t slot = cache->alloc(600);
+  cache->prepare({{at(slot), 600}});  // 150 rows = 2 x 64 + 16 + 4 + 2 x 1
+  CHECK_EQUAL(rows_of(*cache, slot), 150U);
+  CHECK_EQUAL(cache->stats().device[kMap].calls, 6 * cache->geometry().num_regions());
+}
+
+TEST(any_lengths_that_fit_can_be_prepared) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 160);
+  const std::uint64_t big = cache->alloc(600);
+  cache->prepare({{at(big), 600}});
+  cache->free(at(big));
+  // One row at a time to the last, over memory that stands in large extents at an idle slot.
+  const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
+  for (std::int64_t row = 1; row <= 80; ++row) cache->prepare({{at(a), row * 4}, {at(b), row * 4}});
+  cache->check_integrity();
+  const auto error = CHECK_THROWS(OutOfMemory, cache->prepare({{at(a), 321}}));
+  CHECK_EQUAL(error.needed, 161U);
+  CHECK_EQUAL(error.available, 160U);
+}
+
+TEST(rows_ahead_of_active_slots_are_given_up) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
+  cache->prepare({{at(a), 4}});
+  cache->prefetch({{at(a), 400}});
+  cache->wait();
+  CHECK_EQUAL(rows_of(*cache, a), 100U);
+  cache->prepare({{at(b), 396}});
+  CHECK_EQUAL(rows_of(*cache, a), 1U);
+  cache->check_integrity();
+}
+
+TEST(best_fit_prefers_most_kept_then_least_wasted) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 300);
+  const std::uint64_t small = cache->alloc(0), large = cache->alloc(0), exact = cache->alloc(0);
+  cache->prepare({{at(small), 16 * 4}, {at(large), 128 * 4}, {at(exact), 64 * 4}});
+  for (const std::uint64_t slot : {small, large, exact}) cache->free(at(slot));
+  CHECK_EQUAL(cache->alloc(70 * 4), exact);     // 64 rows kept, none given away
+  CHECK_EQUAL(cache->alloc(140 * 4), large);    // 128 rows kept
+  const std::uint64_t fresh = cache->alloc(4);  // nothing can serve one row: an empty slot
+  CHECK(fresh != small);
+  CHECK_EQUAL(rows_of(*cache, small), 16U);
+}
+
+TEST(alloc_and_free_make_no_device_call_when_reclamation_is_deferred) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const std::uint64_t slot = cache->alloc(100);
+  cache->prepare({{at(slot), 100}});
+  const std::uint64_t unmaps = cache->stats().device[kUnmap].calls;
+  cache->free(at(slot));
+  CHECK_EQUAL(cache->alloc(100), slot);
+  cache->prepare({{at(slot), 100}});
+  CHECK_EQUAL(cache->stats().device[kUnmap].calls, unmaps);
+  CHECK_EQUAL(cache->stats().counters.prepares_waited, 1U);
+}
+
+TEST(eager_reclamation_unmaps_at_once) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100, {false, 0.0});
+  const std::uint64_t slot = cache->alloc(100);
+  cache->prepare({{at(slot), 100}});
+  cache->free(at(slot));
+  CHECK_EQUAL(cache->stats().mapped_bytes, 0U);
+}
+
+TEST(worker_keeps_a_share_of_the_budget_free) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100, {true, 0.5});
+  const std::uint64_t slot = cache->alloc(400);
+  for (std::int64_t rows = 16; rows <= 96; rows += 16) cache->prepare({{at(slot), rows * 4}});
+  cache->free(at(slot));
+  cache->wait();
+  CHECK_EQUAL(rows_of(*cache, slot), 48U);  // whole extents of 16 rows, the fewest that leave 50 free
+}
+
+TEST(one_idle_slot_is_kept_mapped_ahead) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  cache->map_ahead(40);
+  cache->wait();
+  const std::uint64_t slot = cache->alloc(40);
+  CHECK_EQUAL(rows_of(*cache, slot), 10U);
+  cache->prepare({{at(slot), 40}});
+  CHECK_EQUAL(cache->stats().counters.prepares_waited, 0U);
+  const std::uint64_t other = cache->alloc(0);
+  cache->prepare({{at(other), 360}});  // the whole budget is there for those who need it
+  cache->check_integrity();
+}
+
+TEST(shared_pages_are_never_written_through_two_slots) {
+  const auto cache = make_cache(std::make_shared<HostDevice>(), small_geometry(), 200);
+  const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
+  cache->prepare({{at(source), 83}});  // 16 + 4 + 1 rows
+  SlotBytes(*cache, source).fill(0, 20 * kPage, 7);
+  CHECK_EQUAL(cache->share(at(source), at(target), 83), 80U);
+  CHECK(SlotBytes(*cache, target).holds(0, 20 * kPage, 7));
+  CHECK_EQUAL(cache->stats().mapped_bytes, 21 * cache->geometry().row_bytes());
+  cache->prepare({{at(target), 100}});
+  SlotBytes(*cache, target).fill(20 * kPage, 25 * kPage, 9);
+  cache->free(at(source));
+  const std::uint64_t next = cache->alloc(83);  // best fit would offer the shared pages of the freed slot
+  cache->prepare({{at(next), 83}});
+  SlotBytes(*cache, next).fill(0, 20 * kPage, 1);
+  CHECK(SlotBytes(*cache, target).holds(0, 20 * kPage, 7));
+  CHECK(SlotBytes(*cache, target).holds(20 * kPage, 25 * kPage, 9));
+  cache->check_integrity();
+}
+
+TEST(sharing_stops_where_a_token_ends_with_a_page) {
+  const Geometry geometry(2, 3 * kPage / 4, 3, 400, kPage);  // four tokens are three rows
+  const auto cache = make_cache(std::make_shared<BookDevice>(), geometry, 300);
+  const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
+  cache->prepare({{at(source), 8}});                         // 6 rows = 4 + 1 + 1
+  CHECK_EQUAL(cache->share(at(source), at(target), 7), 0U);  // 4 rows end inside of a token
+  CHECK_EQUAL(cache->share(at(source), at(target), 8), 8U);
+  cache->check_integrity();
+}
+
+TEST(resize_takes_idle_memory_and_refuses_to_starve_slots) {
+  const auto device = std::make_shared<BookDevice>();
+  const Geometry geometry = small_geometry();
+  const auto cache = make_cache(device, geometry, 100);
+  const std::uint64_t slot = cache->alloc(0), idle = cache->alloc(0);
+  cache->prepare({{at(slot), 40}, {at(idle), 256}});
+  cache->free(at(idle));
+  CHECK_THROWS(OutOfMemory, cache->resize(budget(geometry, 9)));
+  cache->resize(budget(geometry, 10));
+  CHECK_EQUAL(device->physical_bytes(), 10 * geometry.row_bytes());
+  CHECK_THROWS(OutOfMemory, cache->prepare({{at(slot), 44}}));
+  cache->resize(budget(geometry, 11));
+  cache->prepare({{at(slot), 44}});
+  cache->check_integrity();
+}
+
+TEST(pool_is_created_ahead_and_serves_growth_without_creating) {
+  const Geometry geometry = small_geometry();
+  const auto cache = make_cache(std::make_shared<BookDevice>(), geometry, 100);
+  cache->fill_pool(budget(geometry, 1000));
+  CHECK_EQUAL(cache->stats().created_bytes, 100 * geometry.row_bytes());
+  CHECK_EQUAL(cache->stats().mapped_bytes, 0U);
+  const std::uint64_t created = cache->stats().device[kCreate].calls;
+  const std::uint64_t slot = cache->alloc(0);
+  cache->prepare({{at(slot), 4}});
+  CHECK_EQUAL(cache->stats().device[kCreate].calls, created);
+}
+
+TEST(a_device_with_less_memory_than_the_budget_says_how_much) {
+  const auto device = std::make_shared<BookDevice>();
+  const Geometry geometry = small_geometry();
+  const auto cache = make_cache(device, geometry, 100);
+  device->limit_bytes = 50 * geometry.row_bytes();
+  const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
+  cache->prepare({{at(a), 120}});
+  const auto error = CHECK_THROWS(OutOfMemory, cache->prepare({{at(b), 120}}));
+  CHECK_EQUAL(error.available, 30U);
+  cache->check_integrity();
+  cache->prepare({{at(b), 80}});
+  CHECK_EQUAL(device->physical_bytes(), 50 * geometry.row_bytes());
+}
+
+TEST(wrong_arguments_are_named_with_their_numbers) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const auto past = CHECK_THROWS(std::invalid_argument, cache->alloc(601));
+  CHECK(std::string(past.what()).find("600") != std::string::npos);
+  CHECK_THROWS(std::invalid_argument, cache->prepare({{0, 4}}));  // not allocated
+  CHECK_THROWS(std::invalid_argument, cache->prepare({{-1, 4}}));
+  CHECK_THROWS(std::invalid_argument, cache->free(6));
+  const std::uint64_t slot = cache->alloc(0);
+  CHECK_THROWS(std::invalid_argument, cache->prepare({{at(slot), 4}, {at(slot), 601}}));
+  CHECK_EQUAL(rows_of(*cache, slot), 0U);
+  CHECK_THROWS(std::invalid_argument, cache->claim(at(slot)));
+  CHECK_THROWS(std::invalid_argument, cache->share(at(slot), at(slot), 0));
+  CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<BookDevice>(), Geometry(1, 8, 1, 1, 6000), 4));
+  CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<BookDevice>(), small_geometry(), 0));
+}
+
+TEST(close_releases_memory_now_and_addresses_with_the_last_user) {
+  const auto device = std::make_shared<BookDevice>();
+  auto cache = make_cache(device, small_geometry(), 100);
+  cache->prepare({{at(cache->alloc(0)), 200}});
+  auto tensor = cache->reservation();
+  cache->close();
+  cache->close();
+  CHECK_EQUAL(device->physical_bytes(), 0U);
+  CHECK_EQUAL(device->mapped_bytes(), 0U);
+  CHECK_THROWS(Error, cache->alloc(0));
+  cache.reset();
+  CHECK(device->reserved_bytes() > 0);
+  tensor.reset();
+  CHECK_EQUAL(device->reserved_bytes(), 0U);
+}
+
+}  // namespace vattention::test

@@ -1,0 +1,134 @@
+// Random histories against a model that is only a sum: whatever fits the budget can be prepared.
+#include <map>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "fake_device.h"
+#include "fixture.h"
+#include "vattention/errors.h"
+
+namespace vattention::test {
+namespace {
+
+class Simulation {
+ public:
+  explicit Simulation(std::uint64_t seed)
+      : random_(seed),
+        geometry_(1 + pick(4), 1 + pick(kPage), 2 + pick(6), 1 + pick(700), kPage),
+        rows_(1 + pick(300)),
+        device_(std::make_shared<BookDevice>()),
+        cache_(make_cache(device_, geometry_, rows_, {pick(2) == 0, 0.25 * static_cast<double>(pick(4))})) {}
+
+  void run(int steps) {
+    for (int i = 0; i < steps; ++i) {
+      step();
+      cache_->check_integrity();
+      CHECK(device_->physical_bytes() <= rows_ * geometry_.row_bytes());
+    }
+    cache_->close();
+    CHECK_EQUAL(device_->physical_bytes(), 0U);
+  }
+
+ private:
+  std::uint64_t pick(std::uint64_t bound) { return random_() % bound; }
+
+  void step() {
+    switch (pick(9)) {
+      case 0:
+      case 1:
+        return alloc();
+      case 2:
+        return free_one();
+      case 3:
+        return prefetch();
+      case 4:
+        return resize();
+      case 5:
+        return share();
+      case 6:
+        return cache_->map_ahead(at(pick(geometry_.max_tokens() + 1)));
+      default:
+        return prepare();
+    }
+  }
+
+  void alloc() {
+    if (tokens_.size() == geometry_.num_slots()) {
+      CHECK_THROWS(NoFreeSlot, cache_->alloc(0));
+      return;
+    }
+    tokens_[cache_->alloc(at(pick(geometry_.max_tokens() + 1)))] = 0;
+  }
+
+  std::uint64_t any() { return std::next(tokens_.begin(), static_cast<std::ptrdiff_t>(pick(tokens_.size())))->first; }
+
+  void free_one() {
+    if (tokens_.empty()) return;
+    const std::uint64_t slot = any();
+    cache_->free(at(slot));
+    tokens_.erase(slot);
+  }
+
+  // Growth of a few slots at once; the model says whether it must succeed. Sharing only makes the truth smaller.
+  void prepare() {
+    std::map<std::uint64_t, std::uint64_t> goal = tokens_;
+    Targets targets;
+    for (auto& [slot, tokens] : goal) {
+      if (pick(2) == 0) continue;
+      tokens = std::min(geometry_.max_tokens(), tokens + pick(pick(4) == 0 ? 300 : 4));
+      targets.push_back({at(slot), at(tokens)});
+    }
+    std::uint64_t needed = 0;
+    for (const auto& [slot, tokens] : goal) needed += geometry_.rows_for(tokens);
+    try {
+      cache_->prepare(targets);
+      tokens_ = goal;
+    } catch (const OutOfMemory& error) {
+      CHECK(needed > rows_);
+      CHECK(error.needed > error.available);
+    }
+  }
+
+  void prefetch() {
+    Targets targets;
+    for (const auto& [slot, tokens] : tokens_) {
+      if (pick(2) == 0) targets.push_back({at(slot), at(tokens + pick(pick(3) == 0 ? 200 : 3))});
+    }
+    cache_->prefetch(targets);
+  }
+
+  void resize() {
+    const std::uint64_t rows = 1 + pick(300);
+    try {
+      cache_->resize(budget(geometry_, rows));
+      rows_ = rows;
+    } catch (const OutOfMemory&) {
+      CHECK(rows < rows_);
+    }
+  }
+
+  void share() {
+    if (tokens_.size() < 2) return;
+    const std::uint64_t source = any(), target = any();
+    if (source == target || tokens_[target] > 0) return;
+    tokens_[target] = cache_->share(at(source), at(target), at(pick(tokens_[source] + 1)));
+    CHECK(tokens_[target] <= tokens_[source]);
+  }
+
+  std::mt19937_64 random_;
+  Geometry geometry_;
+  std::uint64_t rows_;
+  std::shared_ptr<BookDevice> device_;
+  std::unique_ptr<KVCache> cache_;
+  std::map<std::uint64_t, std::uint64_t> tokens_;  // prepared length of each active slot
+};
+
+}  // namespace
+
+TEST(random_histories_keep_the_books_and_the_promise) {
+  const std::uint64_t seed = fresh_seed();
+  for (std::uint64_t i = 0; i < 300; ++i) Simulation(seed + i).run(60);
+}
+
+}  // namespace vattention::test
