@@ -51,6 +51,8 @@ class SchedulerOutput:
 
     preempted: release the memory, keep the tokens: they will be computed again.
     finished: forget the request. Both are released before the chunks of this step are prepared.
+    num_recoveries: failed steps that the scheduler knew of. A worker that has seen more of them fails this step too,
+        for it was sent behind a failed one and counts on what that should have computed.
     """
 
     step_id: int
@@ -58,6 +60,7 @@ class SchedulerOutput:
     chunks: tuple[Chunk, ...] = ()
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
+    num_recoveries: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +87,7 @@ class StepResult:
 
     model_s: seconds that the step took on the device.
     available_rows: set where memory ran out beneath the ledger: nothing was computed, `tokens` is empty, and this many
-        rows in all can be had from now on. Steps already sent behind a failed one fail as well.
+        rows in all can be had from now on.
     """
 
     step_id: int

@@ -101,9 +101,10 @@ class SchedulerConfig(Section):
     def max_step_tokens(self, max_model_len: int) -> int:
         """The most tokens that one step can hold, for sizing activations."""
         if self.type not in CHUNKED_SCHEDULERS:
-            return max(self.max_batched_tokens or 0, max_model_len, self.max_num_seqs)
+            return max(self.max_batched_tokens or 0, max_model_len) + self.max_num_seqs
         fixed = self.chunk_budget.policy == "fixed"
-        return max(self.chunk_size if fixed else self.chunk_budget.high_chunk_size, 1 if fixed else self.max_num_seqs)
+        budget = self.chunk_size if fixed else max(self.chunk_budget.high_chunk_size, self.max_num_seqs)
+        return min(budget, self.max_num_seqs * max_model_len)
 
 
 @dataclass(frozen=True)

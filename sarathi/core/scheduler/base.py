@@ -1,7 +1,7 @@
 """A request's way from arrival to its end, common to all policies. Knows no policy, no torch and no backend.
 
-A policy is a subclass whose _fill states who goes first. It calls _decode and _prefill for requests that run
-and _admit for those that wait; memory, preemption and the end of a request are settled here and in what this is made of.
+A policy is a subclass whose _fill states who goes first. It calls _decode and _prefill for requests that run and
+_admit for those that wait; memory, preemption and the end of a request are settled here and in what this is made of.
 
 A step may be scheduled before the results of earlier ones are in: the token that a request is still waiting for is
 counted as pending, and is on the device when the next step needs it.
@@ -45,6 +45,7 @@ class Scheduler(ABC):
         self._in_flight: dict[int, Step] = {}
         self._num_added = 0
         self._num_steps = 0
+        self._num_recoveries = 0
 
     @abstractmethod
     def _make_prompt_rule(self) -> PromptRule:
@@ -123,7 +124,7 @@ class Scheduler(ABC):
         self._in_flight[step.step_id] = step
         finished = tuple(self._finished_ids)
         self._finished_ids.clear()
-        return step.output(finished)
+        return step.output(finished, self._num_recoveries)
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[Request]:
         """Take in a step's result, oldest step first; returns the requests that got a token or that it ended."""
@@ -283,6 +284,7 @@ class Scheduler(ABC):
         for failed in reversed([step, *self._in_flight.values()]):
             failed.roll_back()
         self._land_all(step)
-        rows = min(available_rows, self.ledger.num_used_rows - 1)
+        self._num_recoveries += 1
+        rows = max(0, min(available_rows, self.ledger.num_used_rows - 1))
         logger.warning("memory ran out in step %d: going on with %d rows", step.step_id, rows)
         return self.resize(rows)

@@ -9,7 +9,7 @@ from sarathi.core.scheduler.step import Step
 
 
 class PromptRule(Protocol):
-    """Cuts prompts into chunks. A single remaining token, which is what a decode is, never asks it."""
+    """Cuts prompts into chunks. Running requests with a single token left, as decodes have, are not asked about."""
 
     @property
     def max_running(self) -> int | None:

@@ -93,7 +93,8 @@ class Step:
                 ticket.request.num_computed_tokens = chunk.start
                 ticket.request.num_pending_tokens -= chunk.samples
 
-    def output(self, finished: tuple[str, ...]) -> SchedulerOutput:
+    def output(self, finished: tuple[str, ...], num_recoveries: int) -> SchedulerOutput:
         """The message to the worker."""
         preempted = tuple([ticket.request.request_id for ticket in self.preempted])
-        return SchedulerOutput(self.step_id, tuple(self.new_requests), tuple(self.chunks), preempted, finished)
+        new, chunks = tuple(self.new_requests), tuple(self.chunks)
+        return SchedulerOutput(self.step_id, new, chunks, preempted, finished, num_recoveries)

@@ -1,0 +1,144 @@
+"""Ten thousand random lives of schedulers: every policy, both ledgers, small pools, aborts, overlap, lost memory."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+
+import pytest
+from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request
+
+from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
+from sarathi.core.scheduler.base import Scheduler
+from sarathi.core.scheduler.limits import RequestTooLongError
+from sarathi.messages import CacheCapacity, SchedulerOutput, StepResult
+from sarathi.request import Request
+
+HISTORIES = 1000
+MAX_STEPS = 3000
+
+
+class History:
+    """One random life: what arrives, what is aborted, how far steps overlap, and when memory is lost."""
+
+    def __init__(self, rng: random.Random, policy: str, backend: str) -> None:
+        self.rng = rng
+        self.max_len = rng.randint(4, 40)
+        self.config = SchedulerConfig(
+            type=policy, max_num_seqs=rng.randint(1, 6), chunk_size=rng.choice((1, 2, 3, 7, 16, 1000)),
+            max_chunk_per_request=rng.choice((None, 1, 4)), max_num_partial_prefills=rng.randint(1, 3),
+            max_batched_tokens=rng.choice((None, 8)), watermark=rng.choice((0.0, 0.2)),
+        )  # fmt: skip
+        token_bytes = rng.randint(1, 3)
+        page_bytes = token_bytes * rng.choice((1, 2, 4)) if "paged" in backend else rng.randint(1, 9)
+        capacity = CacheCapacity(rng.randint(2, 40), 1 if "paged" in backend else token_bytes, page_bytes)
+        self.scheduler, self.worker = make_pair(self.config, backend, capacity, self.max_len)
+        self.depth = rng.choice((1, 1, 2, 3))
+        self.requests: list[Request] = []
+        self.aborted: set[str] = set()
+        self.lost_memory = False
+        self.in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
+
+    def play(self) -> None:
+        to_come = self.rng.randint(1, 7)
+        for _ in range(MAX_STEPS):
+            while to_come and (self.rng.random() < 0.5 or not self.scheduler.has_work):
+                to_come -= 1
+                self._arrive()
+            if not (to_come or self.scheduler.has_work or self.in_flight):
+                return
+            if self.scheduler.has_work:
+                self._step()
+            while self.in_flight and (len(self.in_flight) >= self.depth or not self.scheduler.has_work):
+                self._land()
+            self._disturb()
+        raise AssertionError(f"no end after {MAX_STEPS} steps")
+
+    def _arrive(self) -> None:
+        request = make_request(
+            f"r{len(self.requests)}", self.rng.randint(1, self.max_len), self.rng.choice((None, 1, 5, 12)),
+            min_tokens=self.rng.choice((0, 0, 1)), ignore_eos=self.rng.random() < 0.5,
+            stop_token_ids=self.rng.choice(((), (5, 6))),
+        )  # fmt: skip
+        try:
+            self.scheduler.add(request)
+            self.requests.append(request)
+        except RequestTooLongError:
+            capacity = self.scheduler.ledger.capacity
+            fits_model = request.num_prompt_tokens < self.max_len
+            assert not fits_model or capacity.rows_for(request.num_prompt_tokens) > capacity.rows
+
+    def _step(self) -> None:
+        out = self.scheduler.schedule()
+        check_step(out, self.config, self.scheduler, self.worker)
+        self.in_flight.append((out, self.worker.execute(out)))
+        assert self.worker.held_rows() == self.scheduler.ledger.num_used_rows
+
+    def _land(self) -> None:
+        out, result = self.in_flight.popleft()
+        before = {request.request_id: len(request.output_token_ids) for request in self.requests}
+        self.worker.landed(out.step_id)
+        for request in self.scheduler.update(out, result):
+            grown = len(request.output_token_ids) - before[request.request_id]
+            assert grown == 1 or (grown == 0 and request.is_finished)
+        self.scheduler.check_integrity()
+
+    def _disturb(self) -> None:
+        event = self.rng.random()
+        if event < 0.03 and self.requests:
+            victim = self.rng.choice(self.requests).request_id
+            if self.scheduler.abort(victim):
+                self.aborted.add(victim)
+        elif event < 0.05 and not self.lost_memory:
+            self.lost_memory = True
+            self.worker.rows = self.rng.randint(0, self.worker.rows)
+
+    def check_outputs(self) -> None:
+        for request in self.requests:
+            tokens, reason = expected_output(request, self.max_len)
+            assert request.is_finished and request.num_pending_tokens == 0
+            assert request.output_token_ids == tokens[: len(request.output_token_ids)], "another schedule, other tokens"
+            if request.request_id in self.aborted:
+                assert request.finish_reason == "abort"
+            elif request.output_token_ids != tokens:
+                assert self._is_full(request) and request.finish_reason in ("length", "error")
+            else:
+                assert request.finish_reason == reason or self._is_full(request)
+        assert not self.worker.sequences
+        assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.ledger.num_used_rows == 0
+
+    def _is_full(self, request: Request) -> bool:
+        """Whether the cache, as small as it is now, could not hold the request with one more token."""
+        capacity = self.scheduler.ledger.capacity
+        return capacity.rows_for(request.num_tokens) > capacity.rows
+
+
+def check_step(out: SchedulerOutput, config: SchedulerConfig, scheduler: Scheduler, worker: FakeWorker) -> None:
+    names = [chunk.request_id for chunk in out.chunks]
+    assert len(names) == len(set(names)) <= scheduler.num_running <= config.max_num_seqs
+    assert not set(names) & {*out.preempted, *out.finished}
+    lengths = [chunk.num_tokens for chunk in out.chunks]
+    if config.type in CHUNKED_SCHEDULERS:
+        assert sum(lengths) <= config.chunk_size
+        assert max(lengths, default=0) <= (config.max_chunk_per_request or config.chunk_size)
+        new = {request.request_id for request in out.new_requests}
+        partial = [chunk for chunk in out.chunks if not chunk.samples]
+        assert len(partial) <= config.max_num_partial_prefills or not new
+    else:
+        assert all(chunk.samples for chunk in out.chunks), "a prompt was cut"
+        prompts = [length for length in lengths if length > 1]
+        assert sum(prompts) <= (config.max_batched_tokens or scheduler.max_model_len) or len(prompts) == 1
+
+
+@pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_every_invariant_in_random_histories(policy: str, backend: str) -> None:
+    start = int(os.environ.get("SEED", random.randrange(2**40)))
+    for seed in range(start, start + HISTORIES):
+        history = History(random.Random(seed), policy, backend)
+        try:
+            history.play()
+            history.check_outputs()
+        except Exception as error:
+            raise AssertionError(f"SEED={seed} {policy} {backend}: {error!r}") from error
