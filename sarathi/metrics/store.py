@@ -1,0 +1,182 @@
+"""Takes rows from a running engine: a clock and nothing else is handed in. Knows no percentiles, plots or files.
+
+The engine calls it at five places; NullMetricsStore is what it calls where nobody wants to know.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
+from sarathi.metrics.records import (
+    MemoryRecord,
+    OperationRecord,
+    RequestRecord,
+    RunRows,
+    ScheduleRecord,
+    StepRecord,
+    StepTimes,
+)
+from sarathi.request import Request
+
+Clock = Callable[[], float]
+
+
+class MetricsSink(Protocol):
+    """What an engine tells of itself. Calls of one step come in the order of their times."""
+
+    def on_request_arrived(self, request: Request) -> None: ...
+
+    def on_request_finished(self, request: Request) -> None: ...
+
+    def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None: ...
+
+    def on_operation(self, name: str, start_s: float | None, duration_s: float, on_device: bool = False) -> None: ...
+
+    def on_memory(self, stats: MemoryStats) -> None: ...
+
+
+class NullMetricsStore:
+    """Metrics switched off: every call does nothing."""
+
+    def on_request_arrived(self, request: Request) -> None:
+        pass
+
+    def on_request_finished(self, request: Request) -> None:
+        pass
+
+    def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
+        pass
+
+    def on_operation(self, name: str, start_s: float | None, duration_s: float, on_device: bool = False) -> None:
+        pass
+
+    def on_memory(self, stats: MemoryStats) -> None:
+        pass
+
+
+class MetricsStore:
+    """Rows of one engine.
+
+    clock: the engine's own, in seconds.
+    replica: which of several engines this is; it goes before each request's id.
+    capacity: the cache's, for rows a request took; None: not recorded.
+    page_bytes: size of its pages of physical memory; None where it has none.
+    keep_schedule: also keep each step's chunks, about 100 bytes a chunk.
+    """
+
+    def __init__(
+        self,
+        clock: Clock = time.monotonic,
+        *,
+        replica: int = 0,
+        capacity: CacheCapacity | None = None,
+        page_bytes: int | None = None,
+        keep_schedule: bool = False,
+    ) -> None:
+        self._clock = clock
+        self._replica = replica
+        self._capacity = capacity
+        self._page_bytes = page_bytes
+        self._keep_schedule = keep_schedule
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows, as after a warm-up; time zero is now."""
+        self._origin_s = self._clock()
+        self._last_arrival_s: float | None = None
+        self._step_id = 0
+        self._requests: list[RequestRecord] = []
+        self._by_id: dict[str, RequestRecord] = {}
+        self._steps: list[StepRecord] = []
+        self._operations: list[OperationRecord] = []
+        self._memory: list[MemoryRecord] = []
+        self._schedule: list[ScheduleRecord] = []
+
+    def rows(self) -> RunRows:
+        """Everything so far, at any time; requests under way are in it with what they have."""
+        return RunRows(
+            self._origin_s,
+            self._clock(),
+            tuple(self._requests),
+            tuple(self._steps),
+            tuple(self._operations),
+            tuple(self._memory),
+            tuple(self._schedule),
+            self._page_bytes,
+        )
+
+    def on_request_arrived(self, request: Request) -> None:
+        """Time zero of a request is its arrival_time_s, which may lie before this call."""
+        arrived_s = request.arrival_time_s
+        gap_s = None if self._last_arrival_s is None else arrived_s - self._last_arrival_s
+        self._last_arrival_s = arrived_s
+        name = f"{self._replica}_{request.request_id}"
+        record = RequestRecord(name, request.num_prompt_tokens, arrived_s, gap_s, capacity=self._capacity)
+        self._requests.append(record)
+        self._by_id[request.request_id] = record
+
+    def on_request_finished(self, request: Request) -> None:
+        """Its last token may still be told by the on_step that follows."""
+        record = self._by_id.get(request.request_id)
+        if record is not None:
+            record.closed_at_s = self._clock()
+            record.finish_reason = request.finish_reason
+
+    def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
+        """One step and its tokens. A step that computed nothing is none; requests before a reset are passed over."""
+        self._step_id = out.step_id
+        self._note_preempted(out.preempted)
+        if not out.chunks or result.available_rows is not None:
+            return
+        num_decodes = self._note_chunks(out.chunks, times)
+        self._note_tokens(result, times.ended_at_s)
+        self._steps.append(
+            StepRecord(
+                out.step_id,
+                self._replica,
+                times,
+                len(out.chunks),
+                out.num_tokens,
+                num_decodes,
+                len(out.preempted),
+                result.model_s,
+            )
+        )
+        if self._keep_schedule:
+            self._schedule.append(ScheduleRecord(out.step_id, self._replica, out.chunks, out.preempted))
+
+    def on_operation(self, name: str, start_s: float | None, duration_s: float, on_device: bool = False) -> None:
+        """Operations are told before the on_step that they belong to, or after the run."""
+        self._operations.append(OperationRecord(name, self._step_id + 1, self._replica, start_s, duration_s, on_device))
+
+    def on_memory(self, stats: MemoryStats) -> None:
+        self._memory.append(MemoryRecord(self._clock(), self._step_id, self._replica, stats))
+
+    def _note_chunks(self, chunks: tuple[Chunk, ...], times: StepTimes) -> int:
+        """The number of chunks that are decodes."""
+        started_s = times.started_at_s
+        duration_s = times.ended_at_s - started_s
+        find, num_decodes = self._by_id.get, 0
+        for request_id, start, num_tokens, *_ in chunks:
+            record = find(request_id)
+            if record is None:
+                continue
+            if record.scheduled_at_s is None:
+                record.scheduled_at_s = started_s
+            record.execution_s += duration_s
+            record.num_steps += 1
+            num_decodes += num_tokens == 1 and start >= record.num_prompt_tokens
+        return num_decodes
+
+    def _note_preempted(self, request_ids: tuple[str, ...]) -> None:
+        for request_id in request_ids:
+            if request_id in self._by_id:
+                self._by_id[request_id].num_restarts += 1
+
+    def _note_tokens(self, result: StepResult, at_s: float) -> None:
+        find = self._by_id.get
+        for token in result.tokens:
+            record = find(token[0])
+            if record is not None:
+                record.token_times_s.append(at_s)

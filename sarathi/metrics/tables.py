@@ -1,0 +1,191 @@
+"""Rows to tables, distributions and series, by the names of Sarathi-Serve's metrics store. Knows no files and no plots.
+
+Units: seconds, but milliseconds for operations, as there; `kv_*_bytes` are bytes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from sarathi.metrics.records import MemoryRecord, OperationRecord, RequestRecord, RunRows, StepRecord
+
+REQUEST_ID, BATCH_ID, TOKEN_ID, TIME = "Request Id", "Batch Id", "Decode Token Id", "Time (sec)"
+REQUEST_TIMES = (
+    "request_e2e_time",
+    "request_e2e_time_normalized",
+    "request_e2e_time_piecewise_normalized",
+    "request_execution_time",
+    "request_execution_time_normalized",
+    "request_preemption_time",
+    "request_scheduling_delay",
+    "request_execution_plus_preemption_time",
+    "request_execution_plus_preemption_time_normalized",
+    "prefill_e2e_time",
+    "prefill_e2e_time_normalized",
+    "prefill_e2e_time_piecewise_normalized",
+    "prefill_time_execution_plus_preemption",
+    "prefill_time_execution_plus_preemption_normalized",
+    "decode_time_execution_plus_preemption_normalized",
+)
+REQUEST_COUNTS = (
+    "request_inter_arrival_delay",
+    "request_num_tokens",
+    "request_num_prefill_tokens",
+    "request_num_decode_tokens",
+    "request_pd_ratio",
+    "request_num_restarts",
+    "request_num_pauses",
+    "request_num_ignored",
+    "kv_blocks_mapped",
+    "kv_fragmentation_percent",
+)
+BATCH_COUNTS = ("batch_num_tokens", "batch_num_prefill_tokens", "batch_num_decode_tokens", "batch_size")
+BATCH_TIMES = ("batch_execution_time", "inter_batch_delay")
+TOKEN_TIME = "decode_token_execution_plus_preemption_time"
+CPU_OPERATIONS = ("schedule", "model_execution_e2e", "process_model_outputs")
+MEMORY_COUNTS = ("kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes", "kv_mapping_time", "kv_steps_waited")
+PAGES = "kv_pages_mapped"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of a CSV file; a missing or None value is an empty cell."""
+
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
+
+    def values(self, column: str) -> list[float]:
+        return [row[column] for row in self.rows if row.get(column) is not None]
+
+
+def request_table(rows: RunRows) -> Table:
+    """One row a request that has ended; one that was not served has its counts only."""
+    ended = [record for record in rows.requests if record.closed_at_s is not None]
+    return Table((REQUEST_ID, *REQUEST_TIMES, *REQUEST_COUNTS), [_request_row(record) for record in ended])
+
+
+def _request_row(record: RequestRecord) -> dict[str, Any]:
+    times = REQUEST_TIMES if record.is_complete else ()
+    return {REQUEST_ID: record.request_id} | {name: getattr(record, name) for name in (*times, *REQUEST_COUNTS)}
+
+
+def batch_table(rows: RunRows) -> Table:
+    """One row a step."""
+    last_end: dict[int, float] = {}
+    table = Table((BATCH_ID, *BATCH_COUNTS, *BATCH_TIMES), [])
+    for step in rows.steps:
+        values = (step.num_tokens, step.num_prefill_tokens, step.num_decode_tokens, step.batch_size, step.duration_s)
+        delay_s = step.times.started_at_s - last_end.get(step.replica, step.times.started_at_s)
+        first = step.replica not in last_end
+        row = dict(zip(table.columns, (_batch_id(step), *values, None if first else delay_s), strict=True))
+        table.rows.append(row)
+        last_end[step.replica] = step.times.ended_at_s
+    return table
+
+
+def _batch_id(row: StepRecord | OperationRecord | MemoryRecord) -> int | str:
+    return row.step_id if row.replica == 0 else f"{row.replica}_{row.step_id}"
+
+
+def token_table(rows: RunRows) -> Table:
+    """One row a token but the first of each request: seconds since the token before it."""
+    table = Table((TOKEN_ID, f"{TOKEN_TIME}_list"), [])
+    for record in rows.requests:
+        for index, gap_s in enumerate(record.token_gaps_s, start=1):
+            table.rows.append({TOKEN_ID: f"{record.request_id}_{index}", f"{TOKEN_TIME}_list": gap_s})
+    return table
+
+
+def operation_table(rows: RunRows, on_device: bool) -> Table:
+    """Milliseconds of each operation in each step, one column an operation."""
+    by_step: dict[int | str, dict[str, Any]] = {}
+    names: list[str] = []
+    if not on_device:
+        names += CPU_OPERATIONS
+        by_step.update((_batch_id(step), _cpu_times_ms(step)) for step in rows.steps)
+    for row in rows.operations:
+        if row.on_device == on_device:
+            cells = by_step.setdefault(_batch_id(row), {})
+            cells[row.name] = cells.get(row.name, 0.0) + 1e3 * row.duration_s
+            names.append(row.name)
+    return Table((BATCH_ID, *dict.fromkeys(names)), [{BATCH_ID: step} | cells for step, cells in by_step.items()])
+
+
+def _cpu_times_ms(step: StepRecord) -> dict[str, Any]:
+    return {
+        name: 1e3 * (after - before) for name, (before, after) in zip(CPU_OPERATIONS, pairwise(step.times), strict=True)
+    }
+
+
+def memory_table(rows: RunRows) -> Table:
+    """One row a sample of the cache's memory; kv_mapping_time and kv_steps_waited since the sample before."""
+    pages = (PAGES,) if rows.page_bytes else ()
+    table = Table((BATCH_ID, TIME, *pages, *MEMORY_COUNTS), [])
+    last: dict[int, MemoryRecord] = {}
+    for sample in rows.memory:
+        before, stats = last.get(sample.replica, sample).stats, sample.stats
+        row = {BATCH_ID: _batch_id(sample), TIME: sample.at_s - rows.origin_s}
+        row |= {"kv_mapped_bytes": stats.mapped_bytes, "kv_wasted_bytes": stats.wasted_bytes}
+        row |= {"kv_idle_bytes": stats.idle_bytes, "kv_mapping_time": stats.driver_s - before.driver_s}
+        row |= {"kv_steps_waited": stats.steps_waited - before.steps_waited}
+        row |= {name: stats.mapped_bytes // rows.page_bytes for name in pages if rows.page_bytes}
+        table.rows.append(row)
+        last[sample.replica] = sample
+    return table
+
+
+def distributions(rows: RunRows) -> dict[str, list[float]]:
+    """Everything that has a distribution, by name; names without a value are left out."""
+    found = {}
+    for table, names in (
+        (request_table(rows), (*REQUEST_TIMES, *REQUEST_COUNTS)),
+        (batch_table(rows), (*BATCH_COUNTS, *BATCH_TIMES)),
+        (memory_table(rows), (PAGES, *MEMORY_COUNTS)),
+    ):
+        found.update({name: table.values(name) for name in names})
+    found[TOKEN_TIME] = [gap for record in rows.requests for gap in record.token_gaps_s]
+    for on_device in (False, True):
+        table = operation_table(rows, on_device)
+        found.update({f"{name}_execution_time": table.values(name) for name in table.columns[1:]})
+    return {name: values for name, values in found.items() if values}
+
+
+def time_series(rows: RunRows) -> dict[str, list[tuple[float, float]]]:
+    """Running totals over time, as (seconds since time zero, total): requests, prompt tokens, output tokens."""
+    events: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for record in rows.requests:
+        events["request_arrival"].append((record.arrived_at_s, 1))
+        if record.finished_at_s is not None:
+            events["request_completion"].append((record.finished_at_s, 1))
+        if record.first_token_at_s is not None:
+            events["prefill_completion"].append((record.first_token_at_s, record.num_prompt_tokens))
+        events["decode_completion"] += [(at_s, 1) for at_s in record.token_times_s]
+    return {name: _running_total(points, rows.origin_s) for name, points in events.items() if points}
+
+
+def _running_total(points: list[tuple[float, float]], origin_s: float) -> list[tuple[float, float]]:
+    points.sort()
+    totals = np.cumsum([value for _, value in points]).tolist()
+    return [(at_s - origin_s, total) for (at_s, _), total in zip(points, totals, strict=True)]
+
+
+def cdf(values: Iterable[float]) -> tuple[list[float], list[float]]:
+    """Sorted values, and the share of values that are not larger than each."""
+    ordered = sorted(values)
+    return ordered, [(index + 1) / len(ordered) for index in range(len(ordered))]
+
+
+QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+
+
+def describe(values: Sequence[float]) -> dict[str, float]:
+    """Count, sum, mean, standard deviation, extremes, and quantiles (linear between neighbours, as numpy's)."""
+    data = np.asarray(values, dtype=float)
+    summary = {"count": len(values), "sum": data.sum(), "mean": data.mean(), "std": data.std(), "min": data.min()}
+    summary |= {"max": data.max()}
+    summary |= {f"p{100 * q:g}": value for q, value in zip(QUANTILES, np.quantile(data, QUANTILES), strict=True)}
+    return {name: float(value) for name, value in summary.items()}

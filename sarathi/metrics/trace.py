@@ -1,0 +1,123 @@
+"""A run as a trace that Perfetto and chrome://tracing show: steps, operations, mapping and requests. Knows no engine.
+
+Format: the Trace Event Format's complete ("X"), counter ("C") and metadata ("M") events; times in microseconds since
+time zero. One process a replica, with a thread of steps, one of operations on the device and one of mapping, and one
+more process with a thread a request.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from sarathi.metrics.records import RequestRecord, RunRows, StepRecord
+from sarathi.metrics.tables import CPU_OPERATIONS, memory_table
+
+STEPS, PARTS, OPERATIONS, MAPPER = range(4)
+THREADS = {STEPS: "steps", PARTS: "parts of steps", OPERATIONS: "operations", MAPPER: "mapping"}
+REQUESTS_PID = 1_000_000
+
+Event = dict[str, Any]
+
+
+def chrome_trace(rows: RunRows) -> dict[str, Any]:
+    """The trace as a JSON object."""
+    events = [*_names(rows), *_steps(rows), *_operations(rows), *_mapping(rows), *_requests(rows)]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _names(rows: RunRows) -> Iterator[Event]:
+    for replica in sorted({step.replica for step in rows.steps}):
+        yield _metadata("process_name", replica, 0, f"replica {replica}")
+        for thread, name in THREADS.items():
+            yield _metadata("thread_name", replica, thread, name)
+    yield _metadata("process_name", REQUESTS_PID, 0, "requests")
+    for index, record in enumerate(rows.requests):
+        yield _metadata("thread_name", REQUESTS_PID, index, f"request {record.request_id}")
+
+
+def _steps(rows: RunRows) -> Iterator[Event]:
+    for step in rows.steps:
+        start_us, duration_us = _span(rows, step.times.started_at_s, step.times.ended_at_s)
+        yield _complete(f"step {step.step_id}", step.replica, STEPS, start_us, duration_us) | {"args": _step_args(step)}
+        for name, (before, after) in zip(CPU_OPERATIONS, pairwise(step.times), strict=True):
+            yield _complete(name, step.replica, PARTS, *_span(rows, before, after))
+        yield _counter("tokens of a step", step.replica, start_us, {"tokens": step.num_tokens})
+
+
+def _step_args(step: StepRecord) -> dict[str, Any]:
+    return {
+        "batch_size": step.batch_size,
+        "num_batched_tokens": step.num_tokens,
+        "num_batched_prompt_tokens": step.num_prefill_tokens,
+        "num_batched_output_tokens": step.num_decode_tokens,
+        "num_preempted": step.num_preempted,
+        "model_ms": 1e3 * step.model_s,
+    }
+
+
+def _operations(rows: RunRows) -> Iterator[Event]:
+    """Operations stand where they began; those of which only the duration is known follow their step's beginning."""
+    cursor = {(step.replica, step.step_id): step.times.scheduled_at_s for step in rows.steps}
+    for row in rows.operations:
+        key = (row.replica, row.step_id)
+        start_s = row.start_s if row.start_s is not None else cursor.get(key)
+        if start_s is None:
+            continue
+        cursor[key] = start_s + row.duration_s
+        yield _complete(row.name, row.replica, OPERATIONS, *_span(rows, start_s, start_s + row.duration_s))
+
+
+def _mapping(rows: RunRows) -> Iterator[Event]:
+    """The mapper's share of time: its duration is measured, its start taken to be that of its step."""
+    starts = {(step.replica, step.step_id): step.times.started_at_s for step in rows.steps}
+    for sample, row in zip(rows.memory, memory_table(rows).rows, strict=True):
+        at_us = _span(rows, sample.at_s, sample.at_s)[0]
+        stats = sample.stats
+        levels = {"in use": stats.mapped_bytes - stats.idle_bytes, "idle": stats.idle_bytes}
+        yield _counter("mapped bytes", sample.replica, at_us, levels)
+        start_s = starts.get((sample.replica, sample.step_id), sample.at_s)
+        if row["kv_mapping_time"] > 0:
+            span = _span(rows, start_s, start_s + row["kv_mapping_time"])
+            yield _complete("map pages", sample.replica, MAPPER, *span)
+
+
+def _requests(rows: RunRows) -> Iterator[Event]:
+    for index, record in enumerate(rows.requests):
+        for name, start_s, end_s in _phases(record, rows.origin_s + rows.duration_s):
+            event = _complete(name, REQUESTS_PID, index, *_span(rows, start_s, end_s))
+            yield event | {"args": _request_args(record)}
+
+
+def _phases(record: RequestRecord, end_of_run_s: float) -> Iterator[tuple[str, float, float]]:
+    """Waiting, prefill and decode, as far as the request came."""
+    names = ("waiting", "prefill", "decode")
+    times = [record.arrived_at_s, record.scheduled_at_s, record.first_token_at_s]
+    end_s = record.finished_at_s if record.finished_at_s is not None else end_of_run_s
+    known = [at_s for at_s in times if at_s is not None] + [end_s]
+    for name, (start_s, stop_s) in zip(names, pairwise(known), strict=False):
+        yield name, start_s, stop_s
+
+
+def _request_args(record: RequestRecord) -> dict[str, Any]:
+    return {
+        "prompt_tokens": record.num_prompt_tokens,
+        "output_tokens": record.request_num_decode_tokens,
+        "restarts": record.num_restarts,
+        "finish_reason": record.finish_reason,
+    }
+
+
+def _span(rows: RunRows, start_s: float, end_s: float) -> tuple[float, float]:
+    return 1e6 * (start_s - rows.origin_s), 1e6 * max(end_s - start_s, 0.0)
+
+
+def _complete(name: str, process: int, thread: int, start_us: float, duration_us: float) -> Event:
+    return {"name": name, "ph": "X", "pid": process, "tid": thread, "ts": start_us, "dur": duration_us}
+
+
+def _counter(name: str, process: int, at_us: float, values: Mapping[str, float]) -> Event:
+    return {"name": name, "ph": "C", "pid": process, "tid": 0, "ts": at_us, "args": values}
+
+
+def _metadata(kind: str, process: int, thread: int, name: str) -> Event:
+    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

@@ -1,0 +1,49 @@
+"""A result sent to Weights & Biases where a project is named. The only module that knows wandb, loaded when called."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WandbTarget:
+    """Where results go; empty texts are left to wandb. wandb's own WANDB_MODE=offline keeps everything on disk."""
+
+    project: str
+    group: str = ""
+    run_name: str = ""
+    run_id: str = ""
+    sweep_id: str = ""
+
+
+def log_report(folder: Path, summary: Mapping[str, Any], target: WandbTarget) -> None:
+    """One finished run: the configuration, every number of the summary, and the plots in `folder`."""
+    try:
+        import wandb
+    except ImportError:
+        raise RuntimeError(
+            f"wandb_project is {target.project!r}, but wandb is not installed: pip install wandb"
+        ) from None
+    run = wandb.init(
+        project=target.project,
+        group=target.group or None,
+        name=target.run_name or None,
+        id=target.run_id or None,
+        dir=str(folder),
+        config={"sweep_id": target.sweep_id, **summary.get("config", {})},
+    )
+    try:
+        run.summary.update(dict(_numbers(summary)))
+        run.log({path.stem: wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))})
+    finally:
+        run.finish()
+
+
+def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of nested dicts by dotted names, without the configuration."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and name not in ("config", "environment"):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value
