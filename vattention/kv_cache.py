@@ -182,6 +182,10 @@ class VirtualKVCache:
         """Whether slots freed from now on keep their pages."""
         self._native.set_deferred_reclamation(deferred)
 
+    def reclaim_idle(self) -> None:
+        """Unmaps every idle slot now; the pages stay in the pool, ready for whoever grows."""
+        self._native.reclaim_idle()
+
     def resize(self, budget_bytes: int) -> None:
         """Changes the budget. Shrinking releases idle memory; raises OutOfMemoryError if active slots need more."""
         self._native.resize(budget_bytes)

@@ -179,6 +179,7 @@ void define_cache(py::module_& m) {
       .def("share", &KVCache::share, py::arg("source"), py::arg("target"), py::arg("tokens"), NoGil())
       .def("map_ahead", &KVCache::map_ahead, py::arg("tokens"), NoGil())
       .def("set_deferred_reclamation", &KVCache::set_deferred_reclamation, py::arg("deferred"), NoGil())
+      .def("reclaim_idle", &KVCache::reclaim_idle, NoGil())
       .def("resize", &KVCache::resize, py::arg("budget_bytes"), NoGil())
       .def("fill_pool", &KVCache::fill_pool, py::arg("bytes"), NoGil())
       .def("slot_state", &KVCache::slot_state, py::arg("slot"), NoGil())

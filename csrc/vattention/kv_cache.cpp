@@ -145,6 +145,11 @@ void KVCache::set_deferred_reclamation(bool deferred) {
   policy_.deferred_reclamation = deferred;
 }
 
+void KVCache::reclaim_idle() {
+  const Worker::Lock lock = own();
+  for (const std::uint64_t slot : idle_slots()) slots_.trim(slot, 0);
+}
+
 void KVCache::resize(std::int64_t budget_bytes) {
   const Worker::Lock lock = own();
   const std::uint64_t rows = budget_rows_for(budget_bytes), before = pool_.budget_rows();

@@ -85,6 +85,7 @@ class KVCache {
   std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
   void map_ahead(std::int64_t tokens);
   void set_deferred_reclamation(bool deferred);
+  void reclaim_idle();
   void resize(std::int64_t budget_bytes);
   void fill_pool(std::int64_t bytes);
   SlotState slot_state(std::int64_t slot);

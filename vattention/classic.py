@@ -1,0 +1,199 @@
+"""The functions of the original vAttention release over one VirtualKVCache. Knows nothing that the class does not.
+
+A script written against the original finds its names here: a request id is a slot, a KV block is a row, and the list
+of sequence lengths that `step` takes has one entry for each slot, 0 where there is no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from vattention.errors import NoFreeSlotError, VAttentionError
+from vattention.kv_cache import VirtualKVCache
+
+_UNBOUNDED_BYTES = 1 << 62
+
+
+@dataclass
+class ClassicCache:
+    """One cache and what the original kept beside it: the last lengths that were handed in."""
+
+    cache: VirtualKVCache
+    lengths: list[int]
+    allocated: set[int] = field(default_factory=set)
+
+    def follow(self, lengths: Sequence[int]) -> None:
+        """Takes over the caller's lengths: a slot that got one becomes active, one that fell to 0 idle."""
+        if len(lengths) != self.cache.num_slots:
+            raise ValueError(f"seq_lens must have one entry a slot: {self.cache.num_slots}, got {len(lengths)}")
+        for slot, (before, now) in enumerate(zip(self.lengths, lengths, strict=True)):
+            if before > 0 and now == 0:
+                self.release(slot)
+            elif now > 0 and slot not in self.allocated:
+                self.cache.claim(slot)
+                self.allocated.add(slot)
+            self.lengths[slot] = now
+
+    def active(self) -> tuple[list[int], list[int]]:
+        slots = [slot for slot, length in enumerate(self.lengths) if length > 0]
+        return slots, [self.lengths[slot] for slot in slots]
+
+    def release(self, slot: int) -> None:
+        self.lengths[slot] = 0
+        if slot in self.allocated:
+            self.allocated.remove(slot)
+            self.cache.free(slot)
+
+    def alloc(self, length: int) -> int:
+        try:
+            slot = self.cache.alloc(length)
+        except NoFreeSlotError:
+            # Slots that only hold common pages are allocated to the cache, yet free to whoever uses these functions.
+            slot = next((slot for slot in sorted(self.allocated) if self.lengths[slot] == 0), -1)
+        if slot >= 0:
+            self.allocated.add(slot)
+            self.lengths[slot] = length
+        return slot
+
+
+class ClassicAPI:
+    """The functions as methods, so that the package can offer those of one instance."""
+
+    def __init__(self, log: Callable[[str], None] = print) -> None:
+        self._state: ClassicCache | None = None
+        self._verbose = False
+        self._log = log
+
+    def init_kvcache(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_size: int,
+        max_batch_size: int,
+        max_context_length: int,
+        device: int | str | torch.device,
+        dtype: torch.dtype,
+        page_size: int | None,
+        megacache: bool = False,
+    ) -> list[torch.Tensor]:
+        """Reserves address space and returns its tensors, K of every layer and then V; maps nothing.
+
+        Per layer: 2 * num_layers of [max_batch_size, max_context_length, num_kv_heads, head_size]. Megacache: K and V
+        as [max_batch_size, max_context_length, num_layers, num_kv_heads, head_size]. `page_size` in bytes; None or 0
+        for the device's own. Until reserve_physical_pages() the budget is one row a slot.
+        """
+        self.cleanup()
+        cache = VirtualKVCache(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            num_slots=max_batch_size,
+            max_tokens=max_context_length,
+            dtype=dtype,
+            device=device,
+            budget_bytes=_UNBOUNDED_BYTES,  # a row's bytes, and so the real budget, follow from the probed page size
+            page_bytes=page_size or None,
+            megacache=megacache,
+        )
+        cache.resize(max_batch_size * cache.row_bytes)
+        self._state = ClassicCache(cache, [0] * max_batch_size)
+        return cache.tensors()
+
+    def reserve_physical_pages(self, free_memory: int) -> int:
+        """Makes `free_memory` bytes the budget and creates its pages now; the number of pages."""
+        cache = self._open.cache
+        cache.resize(free_memory)
+        cache.fill_pool(free_memory)
+        return cache.capacity_rows * cache.num_regions
+
+    def alloc_new_batch_idx(self, seq_len: int) -> int:
+        """A free slot, best fit for `seq_len` tokens, or -1 if there is none. Maps nothing: step() does."""
+        slot = self._open.alloc(seq_len)
+        self._say(f"slot {slot} for {seq_len} tokens")
+        return slot
+
+    def free_batch_idx(self, idx: int) -> None:
+        """Gives a slot back; its pages stay mapped while reclamation is deferred."""
+        self._open.release(idx)
+
+    def step(self, seq_lens: Sequence[int], eager_reclaim: bool) -> None:
+        """Maps what these lengths need before it returns; with eager_reclaim slots of length 0 lose their pages.
+
+        A length that shrinks without passing through 0 keeps its pages.
+        """
+        state = self._open
+        state.follow(seq_lens)
+        if eager_reclaim:
+            for slot in [slot for slot in state.allocated if state.lengths[slot] == 0]:
+                state.release(slot)
+            state.cache.reclaim_idle()
+        state.cache.prepare(*state.active())
+
+    def step_async(self, seq_lens: Sequence[int]) -> None:
+        """Maps what these lengths need before it returns, and one token more of each in the background."""
+        state = self._open
+        state.follow(seq_lens)
+        slots, lengths = state.active()
+        state.cache.prepare(slots, lengths)
+        state.cache.prefetch(slots, [length + 1 for length in lengths])
+
+    def num_free_kvblocks(self) -> int:
+        """Rows that new tokens could get: free ones, and those that no length in use needs."""
+        stats = self._open.cache.stats()
+        return (stats.capacity_bytes - stats.mapped_bytes + stats.idle_bytes) // self._open.cache.row_bytes
+
+    def set_deferred_reclamation(self, value: bool) -> None:
+        self._open.cache.set_deferred_reclamation(value)
+
+    def map_common_pages(self, num_tokens: int) -> None:
+        """Maps the same pages at the start of every slot; what one writes there all read."""
+        state = self._open
+        cache = state.cache
+        if any(state.lengths):
+            raise VAttentionError("map_common_pages needs every slot to be free")
+        tokens = min(cache.rows_for(num_tokens) * cache.page_bytes // cache.token_bytes, cache.max_tokens)
+        for slot in range(cache.num_slots):
+            if slot not in state.allocated:
+                cache.claim(slot)
+                state.allocated.add(slot)
+        cache.prepare([0], [tokens])
+        for slot in range(1, cache.num_slots):
+            cache.share(0, slot, tokens)
+
+    def show_kvcache_config(self) -> None:
+        """Prints sizes and layout."""
+        cache = self._open.cache
+        for name in ("num_layers", "num_kv_heads", "head_size", "num_slots", "max_tokens", "dtype", "megacache"):
+            self._log(f"{name}: {getattr(cache, name)}")
+        self._log(f"page_bytes: {cache.page_bytes}  token_bytes: {cache.token_bytes}  regions: {cache.num_regions}")
+
+    def show_allocator_state(self) -> None:
+        """Prints free rows, and length, mapped and needed rows of every slot."""
+        state = self._open
+        self._log(f"free rows: {self.num_free_kvblocks()} of {state.cache.capacity_rows}")
+        self._log("slot : length : mapped : needed")
+        for slot, length in enumerate(state.lengths):
+            mapped = state.cache.slot_state(slot)[2]
+            self._log(f"{slot:4} : {length:6} : {mapped:6} : {state.cache.rows_for(length):6}")
+
+    def set_verbose(self, value: bool) -> None:
+        self._verbose = value
+
+    def cleanup(self) -> None:
+        """Releases everything; the tensors of init_kvcache() must not be touched afterwards."""
+        if self._state is not None:
+            self._state.cache.close()
+            self._state = None
+
+    @property
+    def _open(self) -> ClassicCache:
+        if self._state is None:
+            raise VAttentionError("init_kvcache() comes first")
+        return self._state
+
+    def _say(self, text: str) -> None:
+        if self._verbose:
+            self._log(text)
