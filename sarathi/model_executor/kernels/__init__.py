@@ -1,0 +1,43 @@
+"""The operations that a decoder step is made of: Triton on CUDA, torch elsewhere, of one interface.
+
+Knows nothing of layers, models or schedulers. Triton is imported only where a CUDA device is asked for.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable
+
+
+class Kernels(Protocol):
+    """Shapes and meaning: see the functions of these names in ``kernels.reference``."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, table: RotationTable) -> None: ...
+    def rope_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RotationTable, target: CacheTarget
+    ) -> None: ...
+    def store(self, k: Tensor, v: Tensor, target: CacheTarget) -> None: ...
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor: ...
+    def argmax(self, logits: Tensor) -> Tensor: ...
+    def sample(self, logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor: ...
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor) -> None: ...
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor: ...
+    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor: ...
+
+
+def create_kernels(device: torch.device, *, pdl: bool = False) -> Kernels:
+    """The fastest kernels for `device`. pdl: overlap launches (Hopper and later; kernels in one stream only)."""
+    if device.type == "cuda":
+        from sarathi.model_executor.kernels.fused.kernels import FusedKernels
+
+        return FusedKernels(device, pdl=pdl)
+    from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+
+    return ReferenceKernels()

@@ -1,0 +1,52 @@
+"""All Triton kernels behind one interface. Safe in CUDA graphs: nothing here waits for the device or reads from it."""
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.kernels.fused import activation, norm, rope, sampling
+from sarathi.model_executor.kernels.fused.linear import LinearKernels
+from sarathi.model_executor.kernels.fused.skinny import MAX_TOKENS
+from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable
+
+
+class FusedKernels(LinearKernels):
+    """Implements ``sarathi.model_executor.kernels.Kernels`` on CUDA. One instance serves one stream."""
+
+    def __init__(self, device: torch.device, *, max_skinny_tokens: int = MAX_TOKENS, pdl: bool = False):
+        """pdl: let each kernel start while the one before it ends (programmatic dependent launch, Hopper and later)."""
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        super().__init__(num_sms, device, max_skinny_tokens=max_skinny_tokens, pdl=pdl)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See ``reference.norm.rms_norm``."""
+        return norm.rms_norm(x, weight, eps, pdl=self._pdl)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See ``reference.norm.add_rms_norm``."""
+        return norm.add_rms_norm(x, residual, weight, eps, pdl=self._pdl)
+
+    def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, table: RotationTable) -> None:
+        """See ``reference.rope.apply_rope``."""
+        rope.apply_rope(q, k, positions, table, pdl=self._pdl)
+
+    def rope_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RotationTable, target: CacheTarget
+    ) -> None:
+        """See ``reference.rope.rope_and_store``."""
+        rope.rope_and_store(q, k, v, positions, table, target, pdl=self._pdl)
+
+    def store(self, k: Tensor, v: Tensor, target: CacheTarget) -> None:
+        """See ``reference.rope.store``."""
+        rope.store(k, v, target, pdl=self._pdl)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See ``reference.activation.silu_and_mul``."""
+        return activation.silu_and_mul(gate_up, pdl=self._pdl)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See ``reference.sampling.argmax``."""
+        return sampling.argmax(logits)
+
+    def sample(self, logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
+        """See ``reference.sampling.sample``."""
+        return sampling.sample(logits, temperatures, key)

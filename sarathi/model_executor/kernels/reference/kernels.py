@@ -1,0 +1,21 @@
+"""All torch twins behind the interface of the fused kernels. Runs on any device."""
+
+from sarathi.model_executor.kernels.reference import activation, norm, rope, sampling
+from sarathi.model_executor.kernels.reference import linear as products
+
+
+class ReferenceKernels:
+    """Implements ``sarathi.model_executor.kernels.Kernels`` with torch operations."""
+
+    rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    apply_rope = staticmethod(rope.apply_rope)
+    rope_and_store = staticmethod(rope.rope_and_store)
+    store = staticmethod(rope.store)
+    silu_and_mul = staticmethod(activation.silu_and_mul)
+    argmax = staticmethod(sampling.argmax)
+    sample = staticmethod(sampling.sample)
+    linear = staticmethod(products.linear)
+    linear_add = staticmethod(products.linear_add)
+    norm_linear = staticmethod(products.norm_linear)
+    norm_gated_linear = staticmethod(products.norm_gated_linear)

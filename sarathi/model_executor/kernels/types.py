@@ -1,0 +1,36 @@
+"""What the kernels are handed beside activations: tables and places in the cache. Knows no kernel and no device."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RotationTable(NamedTuple):
+    """Rotation angles by position, for rotations that pair element i with element i + rotary_dim / 2."""
+
+    cos: Tensor  # [max_positions, rotary_dim / 2], float32 or the model's dtype
+    sin: Tensor  # [max_positions, rotary_dim / 2]
+
+
+class CacheTarget(NamedTuple):
+    """One layer of the cache and, for each token of the batch, the place of its key and value in it."""
+
+    keys: Tensor  # [num_rows, row_tokens, kv_heads, head_size], any strides with the last one 1
+    values: Tensor  # [num_rows, row_tokens, kv_heads, head_size]
+    rows: Tensor  # [num_tokens] int32: slot or block; negative: the token is padding and is stored nowhere
+    cols: Tensor  # [num_tokens] int32: token within the slot or block
+
+
+class NoiseKey(NamedTuple):
+    """Names the random numbers of each row of logits: the same key gives the same numbers in any batch."""
+
+    seeds: Tensor  # [num_rows] int64, one per request
+    positions: Tensor  # [num_rows] int64, tokens before the one being drawn
+
+
+class DecodeBatch(NamedTuple):
+    """One query token for each of several sequences over contiguous slots."""
+
+    slots: Tensor  # [num_seqs] int32: row of the cache
+    lengths: Tensor  # [num_seqs] int32: tokens in the slot, the query's own included; 0: padding
+    window: int | None = None  # how many tokens a query sees, its own included; None: all

@@ -1,0 +1,199 @@
+"""The Triton kernels in Triton's interpreter against their torch twins, over random shapes."""
+
+import importlib.util
+import inspect
+import os
+import random
+import sys
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the compiled kernels here", allow_module_level=True)
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("triton was imported before it could be told to interpret", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before the imports below
+
+from sarathi.model_executor.kernels.fused import activation, norm, rope, sampling
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.kernels.fused.kernels import FusedKernels
+from sarathi.model_executor.kernels.fused.linear import LinearKernels
+from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, matvec
+from sarathi.model_executor.kernels.fused.skinny import MAX_TILES, SkinnyConfig, skinny
+from sarathi.model_executor.kernels.reference import decode_attention as attention_twin
+from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NoiseKey, RotationTable
+
+TWINS = ReferenceKernels()
+CPU = torch.device("cpu")
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+# The interpreter turns loop bounds into integers in a way that numpy 2.4 no longer takes.
+loops = pytest.mark.skipif(
+    numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton's interpreter needs numpy < 2.4 for loops"
+)
+
+
+@pytest.fixture(autouse=True, params=range(2))
+def seed(request: pytest.FixtureRequest) -> int:
+    value = random.randrange(2**31)
+    print(f"seed {value}")
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+def test_interfaces_are_the_same() -> None:
+    names = [name for name, _ in inspect.getmembers(ReferenceKernels, callable) if not name.startswith("_")]
+    assert names
+    for name in names:
+        ours = list(inspect.signature(getattr(FusedKernels, name)).parameters.values())[1:]
+        twin = list(inspect.signature(getattr(ReferenceKernels, name)).parameters.values())
+        assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in twin], name
+
+
+def test_rms_norm() -> None:
+    size = random.choice((48, 128, 320))
+    x, residual, weight = torch.randn(5, size), torch.randn(5, size), torch.randn(size)
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-5), TWINS.rms_norm(x, weight, 1e-5), **CLOSE)
+    twin_residual = residual.clone()
+    normed = norm.add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(normed, TWINS.add_rms_norm(x, twin_residual, weight, 1e-5), **CLOSE)
+    torch.testing.assert_close(residual, twin_residual)
+
+
+def test_rms_norm_of_heads_within_a_wider_tensor() -> None:
+    packed, weight = torch.randn(4, 7 * 32), torch.randn(32)
+    heads = packed[:, 32 : 32 * 5].unflatten(1, (4, 32))
+    torch.testing.assert_close(norm.rms_norm(heads, weight, 1e-6), TWINS.rms_norm(heads, weight, 1e-6), **CLOSE)
+
+
+def test_silu_and_mul() -> None:
+    gate_up = torch.randn(random.randint(1, 5), 2 * random.choice((24, 2048, 2500)))
+    torch.testing.assert_close(activation.silu_and_mul(gate_up), TWINS.silu_and_mul(gate_up), **CLOSE)
+
+
+def test_rope_and_store_into_a_strided_cache() -> None:
+    q_heads, kv_heads, half = random.choice(((9, 3, 16), (16, 8, 12), (4, 1, 16)))
+    tokens, table = random.randint(1, 6), RotationTable(torch.randn(50, half), torch.randn(50, half))
+    packed = torch.randn(tokens, (q_heads + 2 * kv_heads) * 32)
+    places = torch.randperm(3 * 10)[:tokens].int()
+    rows, positions = places // 10, torch.randint(0, 50, (tokens,))
+    rows[random.randrange(tokens)] = -1
+    results = []
+    for kernels in (rope, TWINS):
+        heads = packed.clone().unflatten(1, (-1, 32))
+        cache = torch.full((3, 10, 5, kv_heads, 32), 7.0)  # five layers side by side, as in a megacache
+        target = CacheTarget(cache[:, :, 1], cache[:, :, 4], rows, places % 10)
+        kernels.rope_and_store(*heads.split((q_heads, kv_heads, kv_heads), dim=1), positions, table, target)
+        results.append((heads, cache))
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
+
+
+def test_apply_rope_and_store_apart_do_the_same() -> None:
+    table, positions = RotationTable(torch.randn(9, 8), torch.randn(9, 8)), torch.randint(0, 9, (3,))
+    q, k, v = torch.randn(3, 4, 16), torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    results = []
+    for kernels in (rope, TWINS):
+        ours_q, ours_k = q.clone(), k.clone()
+        keys, values = torch.zeros(2, 4, 2, 16), torch.zeros(2, 4, 2, 16)
+        kernels.apply_rope(ours_q, ours_k, positions, table)
+        target = CacheTarget(keys, values, torch.tensor([1, -1, 0]).int(), torch.tensor([3, 0, 2]).int())
+        kernels.store(ours_k, v, target)
+        results.append((ours_q, ours_k, keys, values))
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
+
+
+def test_sampling_draws_the_twins_tokens() -> None:
+    logits = torch.randn(4, random.choice((100, 4096, 9000))) * 3
+    logits[:, ::7] = float("-inf")
+    temperatures = torch.tensor([0.0, 0.3, 1.0, 2.0])
+    key = NoiseKey(torch.randint(-(2**62), 2**62, (4,)), torch.randint(0, 2**40, (4,)))
+    assert sampling.sample(logits, temperatures, key).tolist() == TWINS.sample(logits, temperatures, key).tolist()
+    assert sampling.argmax(logits).tolist() == TWINS.argmax(logits).tolist()
+
+
+def test_argmax_takes_the_first_of_equals() -> None:
+    logits = torch.zeros(2, 9000)
+    logits[0, [8500, 300, 4100]] = 5.0
+    assert sampling.argmax(logits).tolist() == [300, 0]
+
+
+def test_matvec_with_everything_around_it() -> None:
+    outputs, size = random.choice(((37, 320), (64, 384)))
+    x, weight, gated_weight = torch.randn(1, size), torch.randn(outputs, size), torch.randn(2 * outputs, size)
+    norm_weight, bias, residual = torch.randn(size), torch.randn(outputs), torch.randn(1, outputs)
+    config, out = MatvecConfig(random.choice((1, 2, 4)), 128, 4), torch.empty(1, outputs)
+    matvec(x, weight, out, Around(norm_weight, 1e-5, bias), config)
+    assert_near(out, TWINS.norm_linear(x, norm_weight, 1e-5, weight, bias))
+    matvec(x, gated_weight, out, Around(norm_weight, 1e-5, gated=True), config)
+    assert_near(out, TWINS.norm_gated_linear(x, norm_weight, 1e-5, gated_weight))
+    expected = residual.clone()
+    TWINS.linear_add(x, weight, expected)
+    matvec(x, weight, residual, Around(residual=residual), config)
+    assert_near(residual, expected)
+
+
+@loops
+@pytest.mark.parametrize("splits", [1, 3])
+def test_skinny_with_everything_around_it(splits: int) -> None:
+    tokens, outputs, size = random.randint(1, 16), random.choice((37, 128)), 256
+    x, weight, gated_weight = torch.randn(tokens, size), torch.randn(outputs, size), torch.randn(2 * outputs, size)
+    bias, residual, out = torch.randn(outputs), torch.randn(tokens, outputs), torch.empty(tokens, outputs)
+    config, counters = SkinnyConfig(32, 64, splits), torch.zeros(MAX_TILES, dtype=torch.int32)
+    skinny(x, weight, out, Around(bias=bias), config, counters)
+    assert_near(out, TWINS.linear(x, weight, bias))
+    skinny(x, gated_weight, out, Around(gated=True), config, counters)
+    assert_near(out, TWINS.silu_and_mul(TWINS.linear(x, gated_weight)))
+    expected = residual.clone()
+    TWINS.linear_add(x, weight, expected)
+    skinny(x, weight, residual, Around(residual=residual), config, counters)
+    assert_near(residual, expected)
+    assert not counters.any()
+
+
+@loops
+@pytest.mark.parametrize("tokens", [1, 5, 17])
+def test_linear_kernels_choose_by_shape(tokens: int) -> None:
+    ours = LinearKernels(2, CPU)
+    x, weight = torch.randn(tokens, 256).half(), torch.randn(160, 256).half() / 16
+    norm_weight, residual = torch.rand(256).half(), torch.randn(tokens, 160).half()
+    close = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(ours.linear(x, weight), TWINS.linear(x, weight), **close)
+    torch.testing.assert_close(
+        ours.norm_linear(x, norm_weight, 1e-5, weight), TWINS.norm_linear(x, norm_weight, 1e-5, weight), **close
+    )
+    torch.testing.assert_close(
+        ours.norm_gated_linear(x, norm_weight, 1e-5, weight),
+        TWINS.norm_gated_linear(x, norm_weight, 1e-5, weight),
+        **close,
+    )
+    twin_residual = residual.clone()
+    ours.linear_add(x, weight, residual)
+    TWINS.linear_add(x, weight, twin_residual)
+    torch.testing.assert_close(residual, twin_residual, **close)
+
+
+@loops
+@pytest.mark.parametrize("window", [None, 20])
+def test_decode_attention(window: int | None) -> None:
+    num_seqs, kv_heads, group = random.randint(1, 5), random.choice((1, 2, 3)), random.choice((1, 3, 4, 8))
+    cache = torch.full((num_seqs + 2, 150, 4, kv_heads, 32), float("nan"))
+    slots = torch.randperm(num_seqs + 2)[:num_seqs].int()
+    lengths = torch.tensor([random.choice((0, 1, 15, 16, 17, 150, random.randint(1, 150))) for _ in slots]).int()
+    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+        cache[slot, :length] = torch.randn(length, 4, kv_heads, 32)
+    keys, values = cache[:, :, 1], cache[:, :, 2]
+    q = torch.randn(num_seqs, kv_heads * group + 2, 32)[:, :-2]
+    batch = DecodeBatch(slots, lengths, window)
+    workspace = DecodeWorkspace.create(random.choice((1, 4, 9)), 32, CPU, DecodeConfig(tile=16))
+    expected = attention_twin.decode_attention(q, keys, values, batch, 0.2)
+    torch.testing.assert_close(decode_attention(q, keys, values, batch, 0.2, workspace), expected, **CLOSE)
+
+
+def assert_near(ours: Tensor, twin: Tensor) -> None:
+    assert (ours - twin).norm() <= 1e-5 * twin.norm()
