@@ -39,7 +39,8 @@ class Ticket:
         request = self.request
         num_output = len(request.output_token_ids)
         if token_id in self.stop_token_ids and num_output > request.sampling_params.min_tokens:
-            return "stop", None if token_id in request.eos_token_ids else token_id
+            is_eos = token_id in request.eos_token_ids and not request.sampling_params.ignore_eos
+            return "stop", None if is_eos else token_id
         return ("length", None) if num_output >= self.max_output_tokens else None
 
 

@@ -30,9 +30,10 @@ class History:
             max_chunk_per_request=rng.choice((None, 1, 4)), max_num_partial_prefills=rng.randint(1, 3),
             max_batched_tokens=rng.choice((None, 8)), watermark=rng.choice((0.0, 0.2)),
         )  # fmt: skip
-        token_bytes = rng.randint(1, 3)
-        page_bytes = token_bytes * rng.choice((1, 2, 4)) if "paged" in backend else rng.randint(1, 9)
-        capacity = CacheCapacity(rng.randint(2, 40), 1 if "paged" in backend else token_bytes, page_bytes)
+        token_bytes = rng.randint(1, 3) if "vattn" in backend else 1
+        page_bytes = rng.randint(1, 9) if "vattn" in backend else rng.choice((1, 2, 4))
+        tokens_in_cache = int(self.max_len * rng.uniform(0.6, 2.5))
+        capacity = CacheCapacity(1 + tokens_in_cache * token_bytes // page_bytes, token_bytes, page_bytes)
         self.scheduler, self.worker = make_pair(self.config, backend, capacity, self.max_len)
         self.depth = rng.choice((1, 1, 2, 3))
         self.requests: list[Request] = []
@@ -57,10 +58,13 @@ class History:
 
     def _arrive(self) -> None:
         request = make_request(
-            f"r{len(self.requests)}", self.rng.randint(1, self.max_len), self.rng.choice((None, 1, 5, 12)),
-            min_tokens=self.rng.choice((0, 0, 1)), ignore_eos=self.rng.random() < 0.5,
+            f"r{len(self.requests)}",
+            self.rng.randint(1, self.rng.choice((4, self.max_len))),
+            self.rng.choice((None, 1, 5, 12, 30)),
+            min_tokens=self.rng.choice((0, 0, 1)),
+            ignore_eos=self.rng.random() < 0.7,
             stop_token_ids=self.rng.choice(((), (5, 6))),
-        )  # fmt: skip
+        )
         try:
             self.scheduler.add(request)
             self.requests.append(request)
@@ -86,11 +90,11 @@ class History:
 
     def _disturb(self) -> None:
         event = self.rng.random()
-        if event < 0.03 and self.requests:
+        if event < 0.01 and self.requests:
             victim = self.rng.choice(self.requests).request_id
             if self.scheduler.abort(victim):
                 self.aborted.add(victim)
-        elif event < 0.05 and not self.lost_memory:
+        elif event < 0.015 and not self.lost_memory:
             self.lost_memory = True
             self.worker.rows = self.rng.randint(0, self.worker.rows)
 

@@ -1,0 +1,94 @@
+"""Both ledgers against a model made of a dict, and what each promises beyond it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from scheduler_simulation import make_request
+
+from sarathi.config.backend import BackendSpec
+from sarathi.core.block_space_manager.factory import make_block_space_manager
+from sarathi.core.block_space_manager.manager import LedgerError
+from sarathi.core.block_space_manager.paged import PagedBlockSpaceManager
+from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
+from sarathi.messages import CacheCapacity
+
+
+def test_capacity_arithmetic_is_exact_for_token_sizes_that_do_not_fit_the_page() -> None:
+    rng = random.Random(seed := random.randrange(2**32))
+    for _ in range(2000):
+        capacity = CacheCapacity(10, rng.randint(1, 3000), rng.randint(1, 3000))
+        rows, tokens = rng.randint(1, 50), rng.randint(1, 5000)
+        most = capacity.tokens_in(rows)
+        assert capacity.rows_for(most) <= rows < capacity.rows_for(most + 1), (seed, capacity, rows)
+        needed = capacity.rows_for(tokens)
+        assert needed * capacity.page_bytes >= tokens * capacity.token_bytes > (needed - 1) * capacity.page_bytes
+
+
+@pytest.mark.parametrize("name", ["sdpa_paged_4", "sdpa_vattn"])
+def test_random_use_agrees_with_a_model(name: str) -> None:
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    capacity = CacheCapacity(40, 3, 7) if "vattn" in name else CacheCapacity(40, 1, 4)
+    ledger = make_block_space_manager(BackendSpec.parse(name), capacity)
+    requests = [make_request(f"r{i}", 1) for i in range(12)]
+    held = dict.fromkeys(requests, 0)
+    rows = 40
+    for _ in range(3000):
+        request = rng.choice(requests)
+        event = rng.random()
+        if event < 0.3:
+            ledger.free(request)
+            held[request] = 0
+        elif event < 0.33:
+            rows = rng.randint(0, 80)
+            ledger.resize(rows)
+        else:
+            tokens, spare = rng.randint(1, 60), rng.choice((0, 0, 5))
+            wanted = max(held[request], capacity.rows_for(tokens))
+            fits = sum(held.values()) - held[request] + wanted + spare <= rows
+            grant = ledger.allocate(request, tokens, spare)
+            assert (grant is not None) == fits
+            if grant is not None:
+                added = wanted - held[request]
+                assert grant.num_tokens >= tokens and capacity.rows_for(grant.num_tokens) == wanted
+                assert len(grant.block_ids) == (added if "paged" in name else 0)
+                held[request] = wanted
+        assert ledger.num_used_rows == sum(held.values())
+        assert ledger.is_overcommitted == (sum(held.values()) > rows)
+        ledger.check_integrity()
+
+
+def test_blocks_are_given_in_order_and_never_twice() -> None:
+    ledger = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
+    first, second = make_request("a", 1), make_request("b", 1)
+    granted = [ledger.allocate(request, tokens) for request, tokens in ((first, 5), (second, 4), (first, 12))]
+    assert [len(grant.block_ids) for grant in granted if grant] == [2, 1, 1]
+    assert ledger.blocks_of(first) == granted[0].block_ids + granted[2].block_ids
+    assert sorted(ledger.blocks_of(first) + ledger.blocks_of(second)) == [0, 1, 2, 3]
+    assert ledger.allocate(second, 16) is None and ledger.num_used_rows == 4, "a refusal changed something"
+
+
+def test_a_shrunken_ledger_refuses_even_those_who_want_nothing_new_until_it_fits() -> None:
+    ledger = VirtualBlockSpaceManager(CacheCapacity(10, 1, 1))
+    first, second = make_request("a", 1), make_request("b", 1)
+    ledger.allocate(first, 5)
+    ledger.allocate(second, 5)
+    ledger.resize(6)
+    assert ledger.is_overcommitted and ledger.allocate(first, 5) is None
+    ledger.free(second)
+    assert ledger.allocate(first, 6) is not None and not ledger.is_overcommitted
+
+
+def test_broken_books_are_noticed() -> None:
+    ledger = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
+    ledger.allocate(make_request("a", 1), 9)
+    ledger._free.append(ledger._blocks["a"][0])
+    with pytest.raises(LedgerError):
+        ledger.check_integrity()
+    virtual = VirtualBlockSpaceManager(CacheCapacity(6, 1, 4))
+    virtual.allocate(make_request("a", 1), 9)
+    virtual._num_used_rows -= 1
+    with pytest.raises(LedgerError, match="2 rows are booked, but requests hold 3"):
+        virtual.check_integrity()

@@ -1,0 +1,386 @@
+"""What every policy keeps to: refusals, endings, memory, preemption, steps that overlap."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+import pytest
+from scheduler_simulation import EOS, expected_output, make_pair, make_request, next_token, run_to_end, step
+
+from sarathi.config.schema import SCHEDULERS, SchedulerConfig
+from sarathi.core.scheduler.limits import RequestTooLongError
+from sarathi.messages import CacheCapacity, SampledToken, StepResult
+from sarathi.request import RequestStatus
+
+BACKENDS = ("sdpa_paged_4", "sdpa_vattn")
+WIDE = CacheCapacity(1000, 1, 4)
+
+
+def pair(capacity=WIDE, max_len=100, backend="sdpa_vattn", **knobs):
+    return make_pair(SchedulerConfig(**knobs), backend, capacity, max_len)
+
+
+# Arrival.
+
+
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_a_request_that_can_never_run_is_refused_with_the_numbers(policy: str) -> None:
+    scheduler, _ = pair(type=policy, max_len=50)
+    with pytest.raises(RequestTooLongError, match="has 50 tokens: the longest sequence is 50"):
+        scheduler.add(make_request("long", 50))
+    small, _ = pair(CacheCapacity(5, 1, 4), type=policy)
+    with pytest.raises(RequestTooLongError, match=r"has 21 tokens: the whole cache holds 20 \(5 rows\)"):
+        small.add(make_request("large", 21))
+    assert not scheduler.has_work and not small.has_work
+
+
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_an_output_longer_than_there_is_room_for_ends_with_length(policy: str) -> None:
+    for capacity, limit in ((WIDE, 30), (CacheCapacity(4, 1, 4), 17)):
+        scheduler, worker = pair(capacity, max_len=30, type=policy)
+        request = make_request("r", 9, max_tokens=None, ignore_eos=True)
+        scheduler.add(request)
+        run_to_end(scheduler, worker)
+        assert request.finish_reason == "length" and request.num_tokens == limit
+        assert request.output_token_ids == expected_output(request, limit)[0]
+
+
+def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
+    scheduler, worker = pair()
+    scheduler.add(make_request("r", 5, 1))
+    with pytest.raises(ValueError, match="'r' belongs to a request that has not ended"):
+        scheduler.add(make_request("r", 5))
+    out = scheduler.schedule()
+    result = worker.execute(out)
+    scheduler.abort("r")
+    with pytest.raises(ValueError, match="has not ended"):
+        scheduler.add(make_request("r", 5))
+    worker.landed(out.step_id)
+    scheduler.update(out, result)
+    again = make_request("r", 7, 2)
+    scheduler.add(again)
+    run_to_end(scheduler, worker)
+    assert again.output_token_ids == expected_output(again, 100)[0]
+
+
+# Endings.
+
+
+def test_what_ends_an_output() -> None:
+    scheduler, worker = pair(max_len=400)
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    requests = []
+    for i in range(40):
+        stops = tuple(rng.sample(range(23), 2))
+        least = rng.choice((0, 8))
+        params = {"stop_token_ids": stops, "min_tokens": least, "ignore_eos": rng.random() < 0.5}
+        requests.append(make_request(f"{seed}-{i}", rng.randint(1, 9), 20, **params))
+        scheduler.add(requests[-1])
+    run_to_end(scheduler, worker)
+    for request in requests:
+        tokens, reason = expected_output(request, 400)
+        assert (request.output_token_ids, request.finish_reason) == (tokens, reason)
+        is_eos = tokens[-1] == EOS and not request.sampling_params.ignore_eos
+        assert request.stop_reason == (tokens[-1] if reason == "stop" and not is_eos else None)
+    assert {request.finish_reason for request in requests} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_abort_in_every_state_gives_all_memory_back(policy: str) -> None:
+    scheduler, worker = pair(CacheCapacity(30, 1, 4), type=policy, max_num_seqs=2, chunk_size=8)
+    requests = [make_request(f"r{i}", 20, 50, ignore_eos=True) for i in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    assert scheduler.abort("r3") and not scheduler.abort("r3") and not scheduler.abort("nobody")
+    step(scheduler, worker)
+    assert scheduler.abort("r0")
+    assert "r0" in step(scheduler, worker).finished
+    out = scheduler.schedule()
+    result = worker.execute(out)
+    names = [chunk.request_id for chunk in out.chunks]
+    for name in ("r1", "r2"):
+        scheduler.abort(name)
+    worker.landed(out.step_id)
+    assert scheduler.update(out, result) == [], "an aborted request got a token"
+    assert scheduler.ledger.num_used_rows == 0
+    last = scheduler.schedule()
+    assert set(names) <= set(last.finished) and not last.chunks and not scheduler.has_work
+    worker.execute(last)
+    assert not worker.sequences
+    assert all(request.finish_reason == "abort" for request in requests)
+
+
+def test_memory_of_a_step_in_flight_is_held_until_its_update() -> None:
+    scheduler, worker = pair(CacheCapacity(6, 1, 4), max_num_seqs=1)
+    scheduler.add(make_request("a", 20, ignore_eos=True))
+    scheduler.add(make_request("b", 20, ignore_eos=True))
+    first = scheduler.schedule()
+    result = worker.execute(first)
+    scheduler.abort("a")
+    behind = scheduler.schedule()
+    assert not behind.finished and not behind.chunks, "its slot and its rows are still in use"
+    behind_result = worker.execute(behind)
+    worker.landed(first.step_id)
+    scheduler.update(first, result)
+    worker.landed(behind.step_id)
+    scheduler.update(behind, behind_result)
+    out = scheduler.schedule()
+    assert out.finished == ("a",) and [chunk.request_id for chunk in out.chunks] == ["b"]
+
+
+def test_a_stop_string_found_outside_ends_a_request_and_drops_the_token_behind_it() -> None:
+    scheduler, worker = pair()
+    request = make_request("r", 5, 50, ignore_eos=True)
+    scheduler.add(request)
+    first = scheduler.schedule()
+    result = worker.execute(first)
+    second = scheduler.schedule()
+    assert second.chunks[0].samples and second.chunks[0].start == 5, "decodes on a token it has not seen"
+    second_result = worker.execute(second)
+    worker.landed(first.step_id)
+    assert scheduler.update(first, result) == [request]
+    scheduler.finish(request, "stop", "END")
+    scheduler.finish(request, "length")
+    worker.landed(second.step_id)
+    assert scheduler.update(second, second_result) == []
+    assert (request.finish_reason, request.stop_reason, len(request.output_token_ids)) == ("stop", "END", 1)
+    assert scheduler.schedule().finished == ("r",)
+
+
+# Overlapped steps.
+
+
+def test_steps_ahead_never_pass_max_tokens() -> None:
+    scheduler, worker = pair()
+    request = make_request("r", 5, 3, ignore_eos=True)
+    scheduler.add(request)
+    outs = [scheduler.schedule() for _ in range(6)]
+    assert [len(out.chunks) for out in outs] == [1, 1, 1, 0, 0, 0]
+    for out, result in [(out, worker.execute(out)) for out in outs]:
+        worker.landed(out.step_id)
+        scheduler.update(out, result)
+    assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+def test_results_out_of_order_are_refused() -> None:
+    scheduler, worker = pair()
+    scheduler.add(make_request("r", 5, 3, ignore_eos=True))
+    outs = [scheduler.schedule() for _ in range(2)]
+    results = [worker.execute(out) for out in outs]
+    with pytest.raises(ValueError, match="step 1 with result 1: the oldest in flight is 0"):
+        scheduler.update(outs[1], results[1])
+
+
+def test_tokens_are_matched_by_request_and_not_by_position() -> None:
+    scheduler, worker = pair(chunk_size=8)
+    requests = [make_request(f"r{i}", 3 + i, 6, ignore_eos=True) for i in range(5)]
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        out = scheduler.schedule()
+        result = worker.execute(out)
+        worker.landed(out.step_id)
+        scheduler.update(out, StepResult(out.step_id, tuple(reversed(result.tokens))))
+    for request in requests:
+        assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("policy", ["sarathi", "vllm", "simple_chunking"])
+def test_the_oldest_goes_on_where_one_request_barely_fits(policy: str, backend: str) -> None:
+    """Eight requests that each need the whole pool: every step of the oldest computes something."""
+    scheduler, worker = pair(CacheCapacity(10, 1, 4), 100, backend, type=policy, chunk_size=16, watermark=0.0)
+    requests = [make_request(f"r{i}", 6, 34, ignore_eos=True) for i in range(8)]
+    for request in requests:
+        scheduler.add(request)
+    num_steps = 0
+    while scheduler.has_work:
+        oldest = next((request for request in requests if not request.is_finished), None)
+        before = (oldest.num_computed_tokens, oldest.num_preemptions) if oldest else (0, 0)
+        out = step(scheduler, worker)
+        num_steps += 1
+        if oldest is not None and before[0] and policy == "sarathi":
+            assert oldest.num_computed_tokens > before[0] and oldest.num_preemptions == before[1]
+        assert out.chunks or out.finished, "an idle step"
+    assert scheduler.num_preemptions > 8
+    assert num_steps < 8 * (34 * 2 + 6)
+    for request in requests:
+        assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+def test_the_victim_is_who_has_computed_least_and_comes_back_before_the_others() -> None:
+    scheduler, worker = pair(CacheCapacity(32, 1, 1), watermark=0.0)
+    for name, num_prompt in (("first", 4), ("small", 5), ("large", 12), ("medium", 10)):
+        scheduler.add(make_request(name, num_prompt, 20, ignore_eos=True))
+    scheduler.add(make_request("later", 2, 20, ignore_eos=True))
+    assert step(scheduler, worker).preempted == ()
+    assert step(scheduler, worker).preempted == ("small",), "first is smaller still, but the oldest"
+    small = scheduler._waiting.first().request
+    assert (small.status, small.num_computed_tokens, small.num_preemptions) == (RequestStatus.PREEMPTED, 0, 1)
+    order = []
+    while scheduler.has_work:
+        order += [chunk.request_id for chunk in step(scheduler, worker).chunks if chunk.start == 0]
+    assert order.index("small") < order.index("later")
+
+
+def test_a_resumed_request_computes_prompt_and_output_again_and_is_not_introduced_again() -> None:
+    scheduler, worker = pair(CacheCapacity(24, 1, 1), watermark=0.0)
+    old, young = make_request("old", 8, 12, ignore_eos=True), make_request("young", 6, 9, ignore_eos=True)
+    scheduler.add(old)
+    scheduler.add(young)
+    outputs = run_to_end(scheduler, worker)
+    assert young.num_preemptions >= 1
+    assert sum(len(out.new_requests) for out in outputs) == 2
+    resumed = [chunk for out in outputs for chunk in out.chunks if chunk.request_id == "young" and chunk.start == 0]
+    assert resumed[0].num_tokens == 6 and resumed[1].num_tokens > 6
+    assert resumed[1].samples and resumed[1].granted_tokens >= resumed[1].num_tokens
+    assert young.output_token_ids == expected_output(young, 100)[0]
+
+
+def test_a_preemption_is_logged_with_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, worker = pair(CacheCapacity(24, 1, 1), watermark=0.0)
+    for name in ("old", "young"):
+        scheduler.add(make_request(name, 10, 12, ignore_eos=True))
+    with caplog.at_level(logging.WARNING, logger="sarathi"):
+        run_to_end(scheduler, worker)
+    message = caplog.records[0].getMessage()
+    assert message == (
+        "preempted request young: 12 computed tokens lost, preemption 1 of this request; 24 of 24 rows were in use"
+    )
+
+
+def test_admission_takes_memory_for_the_whole_prompt() -> None:
+    scheduler, worker = pair(chunk_size=8)
+    scheduler.add(make_request("r", 40, 2))
+    chunks = [step(scheduler, worker).chunks[0] for _ in range(6)]
+    assert [chunk.granted_tokens for chunk in chunks] == [40] * 5 + [44]
+
+
+@pytest.mark.parametrize("num_prompt", [10, 11])
+def test_who_starts_beside_others_leaves_the_watermark_free(num_prompt: int) -> None:
+    scheduler, worker = pair(CacheCapacity(100, 1, 1), max_len=1000, watermark=0.1)
+    for name, length in (("alone", 40), ("beside", 40), ("last", num_prompt)):
+        scheduler.add(make_request(name, length, 9))
+    admitted = [new.request_id for new in step(scheduler, worker).new_requests]
+    assert admitted == ["alone", "beside", "last"][: 3 if num_prompt == 10 else 2]
+
+
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_memory_lost_in_a_step_undoes_that_step_and_goes_on(policy: str) -> None:
+    scheduler, worker = pair(CacheCapacity(30, 1, 4), type=policy, max_len=30, chunk_size=16, watermark=0.0)
+    requests = [make_request(f"r{i}", 10, 15, ignore_eos=True) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(3):
+        step(scheduler, worker)
+    progress = [(request.num_computed_tokens, list(request.output_token_ids)) for request in requests]
+    worker.rows = worker.held_rows() - 1
+    out = scheduler.schedule()
+    result = worker.execute(out)
+    assert result.available_rows == worker.rows and not result.tokens
+    worker.landed(out.step_id)
+    scheduler.update(out, result)
+    assert [(request.num_computed_tokens, list(request.output_token_ids)) for request in requests] == progress
+    assert scheduler.ledger.capacity.rows == worker.rows
+    run_to_end(scheduler, worker)
+    assert scheduler.num_preemptions > 0
+    for request in requests:
+        assert request.output_token_ids == expected_output(request, 30)[0]
+
+
+def test_steps_sent_behind_a_failed_one_are_undone_with_it() -> None:
+    scheduler, worker = pair(CacheCapacity(30, 1, 4), watermark=0.0)
+    requests = [make_request(f"r{i}", 10, 15, ignore_eos=True) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    step(scheduler, worker)
+    worker.rows = worker.held_rows() - 1
+    sent = [scheduler.schedule() for _ in range(3)]
+    results = [worker.execute(out) for out in sent]
+    assert all(result.available_rows is not None for result in results)
+    for out, result in zip(sent, results, strict=True):
+        worker.landed(out.step_id)
+        scheduler.update(out, result)
+        assert [request.num_computed_tokens for request in requests] == [10, 10, 10]
+    run_to_end(scheduler, worker)
+    for request in requests:
+        assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+def test_what_no_longer_fits_a_smaller_cache_is_ended() -> None:
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), watermark=0.0)
+    grown, waiting = make_request("grown", 10, 20, ignore_eos=True), make_request("waiting", 35, 5)
+    scheduler.add(grown)
+    scheduler.add(waiting)
+    for _ in range(5):
+        step(scheduler, worker)
+    assert set(scheduler.resize(12)) == {grown, waiting}
+    assert (grown.finish_reason, len(grown.output_token_ids)) == ("length", 5)
+    assert (waiting.finish_reason, waiting.output_token_ids) == ("error", [])
+    run_to_end(scheduler, worker)
+    assert not worker.sequences
+
+
+def test_a_larger_cache_lets_more_run() -> None:
+    scheduler, worker = pair(CacheCapacity(12, 1, 1), watermark=0.0)
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, 10, 5))
+    step(scheduler, worker)
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    scheduler.resize(40)
+    worker.rows = 40
+    step(scheduler, worker)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+
+
+# Progress, whatever was computed before.
+
+
+def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
+    scheduler, _ = pair()
+    request = make_request("r", 12, 4)
+    request.num_computed_tokens = 11
+    scheduler.add(request)
+    (chunk,) = scheduler.schedule().chunks
+    assert (chunk.start, chunk.num_tokens, chunk.samples) == (11, 1, True)
+
+
+def test_a_prefix_found_in_the_cache_moves_the_chunks_behind_it() -> None:
+    scheduler, _ = pair(chunk_size=5)
+    request = make_request("r", 12, 4)
+    request.num_computed_tokens = 4
+    scheduler.add(request)
+    chunks = [scheduler.schedule().chunks[0] for _ in range(2)]
+    assert [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks] == [(4, 5, False), (9, 3, True)]
+
+
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_a_step_of_256_decodes_is_planned_in_linear_time(policy: str) -> None:
+    """No more than twice and a half the time for twice the requests; the absolute time depends on the machine."""
+    best = {}
+    for num_running in (128, 256):
+        scheduler, _ = pair(CacheCapacity(100_000, 1, 16), 8192, type=policy, max_num_seqs=num_running, chunk_size=4096)
+        for i in range(num_running):
+            scheduler.add(make_request(f"r{i}", 8, 2000, ignore_eos=True))
+        times = [timed_step(scheduler) for _ in range(60)]
+        best[num_running] = min(times[5:])
+    assert best[256] < 2.5 * best[128]
+    assert best[256] < 0.01
+
+
+def timed_step(scheduler) -> float:
+    started = time.perf_counter()
+    out = scheduler.schedule()
+    scheduled = time.perf_counter()
+    token = next_token(())
+    tokens = tuple(SampledToken(chunk.request_id, token) for chunk in out.chunks if chunk.samples)
+    result = StepResult(out.step_id, tokens)
+    resumed = time.perf_counter()
+    scheduler.update(out, result)
+    return scheduled - started + time.perf_counter() - resumed
