@@ -1,0 +1,21 @@
+"""One step's tokens as tensors, in the order of its chunks; knows no queues and not where K and V are kept."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sarathi.messages import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of all chunks, one after the other; tensors lie on the model's device.
+
+    token_ids, positions: [T] int64.
+    sampled_rows: [S] int64, the last row of each chunk that samples; None where every row is one.
+    """
+
+    chunks: tuple[Chunk, ...]
+    token_ids: Tensor
+    positions: Tensor
+    sampled_rows: Tensor | None

@@ -1,0 +1,96 @@
+"""One step on one device: chunks to tensors, the model, the sampler; knows no queues and not how memory is managed."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sarathi.messages import Chunk, SampledToken
+from sarathi.model_executor.attention.backend import Address, AttentionBackend, CacheLayer
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.sampler import Sampled, sample
+from sarathi.model_executor.sampling_plan import SamplingPlan, plan_sampling
+from sarathi.model_executor.sequences import SequenceTable
+
+
+class KVCache(Protocol):
+    """The cache as a step sees it: memory for the chunks is there already."""
+
+    def address(self, chunks: Sequence[Chunk]) -> Address:
+        """Where the chunks' tokens lie, in the order of the chunks."""
+
+    def prefetch(self, chunks: Sequence[Chunk]) -> None:
+        """Starts to map what the next step will need; returns at once."""
+
+
+class Computed(NamedTuple):
+    """Tokens of the chunks that sample, in order, and the seconds inside the model."""
+
+    tokens: tuple[SampledToken, ...]
+    model_s: float
+
+
+class ModelRunner:
+    """Eager steps, each complete when run() returns."""
+
+    def __init__(
+        self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *, prefetch: bool
+    ) -> None:
+        self._model, self._backend, self._cache, self._layers = model, backend, cache, layers
+        self._prefetch = prefetch
+        self._device = model.embedding.weight.device
+        self._vocab_size = model.embedding.weight.shape[0]
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Computed:
+        """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
+        batch = make_batch(chunks, sequences, self._device)
+        sampling = [chunk.request_id for chunk in chunks if chunk.samples]
+        plan = plan_sampling([sequences[request_id] for request_id in sampling], self._vocab_size, self._device)
+        metadata = self._backend.plan(batch, self._cache.address(chunks))
+        if self._prefetch:
+            self._cache.prefetch(chunks)
+        started_s = time.perf_counter()
+        logits = self._model(batch, self._layers, metadata)
+        model_s = time.perf_counter() - started_s
+        tokens = tuple(_read(sampling, sample(logits, plan), plan)) if sampling else ()
+        sequences.append(tokens)
+        return Computed(tokens, model_s)
+
+
+def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device) -> Batch:
+    """Tensors of the chunks' tokens, in order."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    for chunk in chunks:
+        end = chunk.start + chunk.num_tokens
+        token_ids.extend(sequences[chunk.request_id].token_ids[chunk.start : end])
+        positions.extend(range(chunk.start, end))
+        if chunk.samples:
+            rows.append(len(token_ids) - 1)
+    sampled_rows = None if len(rows) == len(token_ids) else _indices(rows, device)
+    return Batch(tuple(chunks), _indices(token_ids, device), _indices(positions, device), sampled_rows)
+
+
+def _indices(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _read(request_ids: Sequence[str], sampled: Sampled, plan: SamplingPlan) -> Iterator[SampledToken]:
+    token_ids = sampled.token_ids.tolist()
+    if plan.logprobs is None or sampled.logprobs is None:
+        yield from map(SampledToken, request_ids, token_ids)
+        return
+    chosen, top = sampled.logprobs.chosen.tolist(), sampled.logprobs.top.tolist()
+    top_token_ids = sampled.logprobs.top_token_ids.tolist()
+    of_row = iter(zip(chosen, top_token_ids, top, strict=True))
+    for request_id, token_id, count in zip(request_ids, token_ids, plan.logprobs.counts, strict=True):
+        if count is None:
+            yield SampledToken(request_id, token_id)
+        else:
+            logprob, ids, values = next(of_row)
+            yield SampledToken(request_id, token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))

@@ -1,0 +1,85 @@
+"""Blocks in one tensor a layer, found through block tables (Kwon et al., SOSP 2023); knows not who grants them."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats
+from sarathi.model_executor.attention.backend import BlockAddress
+from sarathi.worker.cache_engine.base import CacheBudgetError, CacheShape
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+class PagedCacheEngine:
+    """All memory is taken at the start; a request's table grows with the blocks that its chunks bring."""
+
+    def __init__(self, block_size: int | None, shape: CacheShape) -> None:
+        self._block_size = block_size or DEFAULT_BLOCK_SIZE
+        self._block_bytes = shape.token_bytes * self._block_size
+        self._num_blocks = shape.budget_bytes // self._block_bytes
+        if not self._num_blocks:
+            raise CacheBudgetError(
+                f"memory_bytes={shape.budget_bytes} is less than one block of {self._block_size} tokens: "
+                f"{self._block_bytes} bytes"
+            )
+        arch, place = shape.arch, shape.place
+        size = (2, arch.num_layers, self._num_blocks, self._block_size, arch.num_kv_heads, arch.head_size)
+        self._keys, self._values = torch.empty(size, dtype=place.dtype, device=place.device)
+        self._tables: dict[str, list[int]] = {}
+        self._tokens: dict[str, int] = {}
+        self._peak_blocks = 0
+
+    @property
+    def capacity(self) -> CacheCapacity:
+        return CacheCapacity(self._num_blocks, 1, self._block_size)
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._tables.pop(request_id, None)
+            self._tokens.pop(request_id, None)
+
+    def prepare(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._tables.setdefault(chunk.request_id, []).extend(chunk.block_ids)
+            self._tokens[chunk.request_id] = chunk.granted_tokens
+        self._peak_blocks = max(self._peak_blocks, self._used_blocks())
+
+    def address(self, chunks: Sequence[Chunk]) -> BlockAddress:
+        return BlockAddress(tuple(self._tables[chunk.request_id] for chunk in chunks), self._block_size)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._keys[index], self._values[index]
+
+    def prefetch(self, chunks: Sequence[Chunk]) -> None:
+        """Every block is there from the start."""
+
+    def stats(self) -> MemoryStats:
+        """Blocks are memory from the start; "mapped" counts those in somebody's table."""
+        created, used = self._num_blocks * self._block_bytes, self._used_blocks() * self._block_bytes
+        token_bytes = self._block_bytes // self._block_size
+        return MemoryStats(
+            reserved_bytes=created,
+            created_bytes=created,
+            mapped_bytes=used,
+            wasted_bytes=used - sum(self._tokens.values()) * token_bytes,
+            peak_mapped_bytes=self._peak_blocks * self._block_bytes,
+        )
+
+    def check_integrity(self) -> None:
+        """No block is in two tables, none is out of range, and every table holds what was granted."""
+        blocks = [block for table in self._tables.values() for block in table]
+        if len(set(blocks)) != len(blocks) or not all(0 <= block < self._num_blocks for block in blocks):
+            raise RuntimeError(f"blocks shared or outside [0, {self._num_blocks}): {self._tables}")
+        short = [name for name, table in self._tables.items() if len(table) * self._block_size < self._tokens[name]]
+        if short:
+            raise RuntimeError(f"tables shorter than the tokens granted: {', '.join(short)}")
+
+    def close(self) -> None:
+        self._tables.clear()
+        self._tokens.clear()
+        self._keys = self._values = torch.empty(0)
+
+    def _used_blocks(self) -> int:
+        return sum(map(len, self._tables.values()))

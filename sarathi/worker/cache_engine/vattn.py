@@ -1,0 +1,96 @@
+"""A slot of contiguous virtual memory for each request, mapped as it grows; knows no layout (the library does)."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from sarathi.config.backend import BackendSpec
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats
+from sarathi.model_executor.attention.backend import SlotAddress
+from sarathi.worker.cache_engine.base import CacheBudgetError, CacheShape
+from vattention import VirtualKVCache
+
+
+class vATTNCacheEngine:
+    """vAttention: kernels see one tensor, pages come and go beneath it (Prabhu et al., ASPLOS 2025)."""
+
+    def __init__(self, spec: BackendSpec, shape: CacheShape) -> None:
+        arch = shape.arch
+        self._cache = VirtualKVCache(
+            num_layers=arch.num_layers,
+            num_kv_heads=arch.num_kv_heads,
+            head_size=arch.head_size,
+            num_slots=shape.max_num_seqs,
+            max_tokens=shape.max_model_len,
+            dtype=shape.place.dtype,
+            device=shape.place.device,
+            budget_bytes=shape.budget_bytes,
+            page_bytes=spec.page_bytes,
+            megacache=spec.megacache,
+        )
+        self._slots: dict[str, int] = {}
+        if not self._cache.capacity_rows:
+            raise CacheBudgetError(
+                f"memory_bytes={shape.budget_bytes} is less than one page in each of the cache's "
+                f"{self._cache.num_regions} tensors: "
+                f"{self._cache.num_regions} x {self._cache.page_bytes} = {self._cache.row_bytes} bytes"
+            )
+
+    @property
+    def capacity(self) -> CacheCapacity:
+        return CacheCapacity(self._cache.capacity_rows, self._cache.token_bytes, self._cache.page_bytes)
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            slot = self._slots.pop(request_id, None)
+            if slot is not None:
+                self._cache.free(slot)
+
+    def prepare(self, chunks: Sequence[Chunk]) -> None:
+        new = [chunk for chunk in chunks if chunk.request_id not in self._slots]
+        for chunk in new:
+            self._slots[chunk.request_id] = self._cache.alloc(chunk.granted_tokens)
+        try:
+            self._cache.prepare(self._slots_of(chunks), [chunk.granted_tokens for chunk in chunks])
+        except Exception:
+            self.release([chunk.request_id for chunk in new])
+            raise
+
+    def address(self, chunks: Sequence[Chunk]) -> SlotAddress:
+        return SlotAddress(tuple(self._slots_of(chunks)))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._cache.layer(index)
+
+    def prefetch(self, chunks: Sequence[Chunk]) -> None:
+        """A chunk that samples grows by the sampled token; what the others need was granted with the prompt."""
+        growing = [chunk for chunk in chunks if chunk.samples]
+        if growing:
+            self._cache.prefetch(self._slots_of(growing), [chunk.start + chunk.num_tokens + 1 for chunk in growing])
+
+    def stats(self) -> MemoryStats:
+        stats = self._cache.stats()
+        return MemoryStats(
+            reserved_bytes=stats.reserved_bytes,
+            created_bytes=stats.created_bytes,
+            mapped_bytes=stats.mapped_bytes,
+            idle_bytes=stats.idle_bytes,
+            wasted_bytes=stats.wasted_bytes,
+            peak_mapped_bytes=stats.peak_mapped_bytes,
+            driver_calls=stats.driver_calls,
+            driver_s=stats.driver_s,
+            steps_waited=stats.prepares_waited,
+        )
+
+    def check_integrity(self) -> None:
+        self._cache.check_integrity()
+        taken = list(self._slots.values())
+        if len(set(taken)) != len(taken):
+            raise RuntimeError(f"requests share a slot: {self._slots}")
+
+    def close(self) -> None:
+        self._slots.clear()
+        self._cache.close()
+
+    def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
+        return [self._slots[chunk.request_id] for chunk in chunks]

@@ -1,0 +1,44 @@
+"""All ranks behind one step; here the one rank of this process. Knows no queues, no text and no clock."""
+
+from sarathi.config.schema import EngineConfig
+from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
+from sarathi.worker.base_worker import Worker
+
+
+class UnsupportedParallelismError(ValueError):
+    """More ranks than this executor has."""
+
+
+class Executor:
+    """A worker in this process.
+
+    max_model_len: tokens of the longest request. vocab_size: token ids are below. capacity: what a ledger gives out.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        parallel = config.parallel
+        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size != 1:
+            raise UnsupportedParallelismError(
+                f"tensor_parallel_size={parallel.tensor_parallel_size} and "
+                f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
+            )
+        self._worker = Worker(config)
+        self.capacity: CacheCapacity = self._worker.capacity
+        self.max_model_len = self._worker.max_model_len
+        self.vocab_size = self._worker.vocab_size
+
+    def execute(self, out: SchedulerOutput) -> StepResult:
+        """Runs one step to its end; see Worker.execute."""
+        return self._worker.execute(out)
+
+    def memory_stats(self) -> MemoryStats:
+        """The cache's memory now."""
+        return self._worker.memory_stats()
+
+    def check_integrity(self) -> None:
+        """Raises where the cache's books disagree."""
+        self._worker.check_integrity()
+
+    def shutdown(self) -> None:
+        """Gives the cache's memory back; nothing can be executed afterwards. Idempotent."""
+        self._worker.close()
