@@ -1,0 +1,85 @@
+"""The engine's share of a benchmark configuration. Knows both schemas and no engine.
+
+Every knob that says something of the engine is passed on or refused; none is dropped on the way.
+"""
+
+from __future__ import annotations
+
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.config.backend import AUTO, BackendSpec
+from sarathi.config.knobs import ConfigError
+from sarathi.config.load import load_config
+from sarathi.config.schema import EngineConfig
+from sarathi.config.units import parse_bytes
+
+
+def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineConfig:
+    """What the engine of one replica is built from; `device` wins over model.device."""
+    model, scheduler = config.model, config.replica_scheduler
+    settings: dict[str, object] = {
+        "model.model": model.name,
+        "model.tokenizer": model.tokenizer,
+        "model.dtype": model.dtype,
+        "model.device": device or model.device,
+        "model.load_format": model.load_format,
+        "model.max_model_len": model.max_model_len,
+        "model.seed": config.seed,
+        "model.attention_backend": sized_backend(model.attention_backend, model.block_size),
+        "cache.memory_bytes": model.kv_cache_bytes,
+        "cache.gpu_memory_utilization": config.gpu_memory_utilization,
+        "parallel.tensor_parallel_size": model.tensor_parallel_degree,
+        "parallel.pipeline_parallel_size": model.pipeline_parallel_degree,
+        "scheduler.type": scheduler.provider,
+        "scheduler.max_num_seqs": scheduler.max_batch_size,
+    }
+    return load_config(EngineConfig, overrides=settings | _policy_settings(config))
+
+
+def sized_backend(name: str, block_size: str | None) -> str:
+    """The backend's name with the granularity that block_size gives: tokens where paged, bytes elsewhere."""
+    if block_size is None:
+        return name
+    if name == AUTO:
+        raise ConfigError(f"model.block_size is {block_size!r}: it needs model.attention_backend to name a backend")
+    spec = BackendSpec.parse(name)
+    if spec.page_bytes is not None or spec.block_size is not None:
+        raise ConfigError(
+            f"model.block_size is {block_size!r}, but {name!r} gives a size already: leave one of them out"
+        )
+    word = block_size if spec.is_paged else f"{parse_bytes(block_size)}b"
+    return str(BackendSpec.parse(f"{name}_{word}"))
+
+
+def _policy_settings(config: BenchmarkConfig) -> dict[str, object]:
+    provider = config.replica_scheduler.provider
+    if provider == "sarathi":
+        return _sarathi_settings(config)
+    if provider == "simple_chunking":
+        return {"scheduler.chunk_size": config.simple_chunking_scheduler.chunk_size}
+    return {"scheduler.max_batched_tokens": config.vllm_scheduler.max_tokens_in_batch}
+
+
+def _sarathi_settings(config: BenchmarkConfig) -> dict[str, object]:
+    knobs = config.sarathi_scheduler
+    if knobs.enable_dynamic_chunking_schedule and knobs.target_step_time is not None:
+        raise ConfigError(
+            f"sarathi_scheduler.target_step_time is {knobs.target_step_time}: it must be none where "
+            "enable_dynamic_chunking_schedule is true, for a budget is either scheduled or learned"
+        )
+    settings: dict[str, object] = {
+        "scheduler.chunk_size": knobs.chunk_size,
+        "scheduler.max_chunk_per_request": knobs.max_chunk_per_request,
+        "scheduler.max_num_partial_prefills": knobs.max_num_partial_prefills,
+    }
+    if not knobs.enable_dynamic_chunking_schedule and knobs.target_step_time is None:
+        return settings
+    budget: dict[str, object] = {
+        "policy": "schedule" if knobs.target_step_time is None else "latency",
+        "low_chunk_size": knobs.low_chunk_size,
+        "high_chunk_size": knobs.high_chunk_size,
+        "chunk_schedule_max_tokens": knobs.chunk_schedule_max_tokens,
+        "chunk_schedule_stages": knobs.chunk_schedule_stages,
+    }
+    if knobs.target_step_time is not None:
+        budget["target_step_s"] = knobs.target_step_time
+    return settings | {f"scheduler.chunk_budget.{name}": value for name, value in budget.items()}

@@ -1,0 +1,50 @@
+"""A command line's words to a configuration. Knows the schema's names, not their meanings.
+
+--model.attention_backend fa_vattn    the path
+--model_attention_backend fa_vattn    the path in one word
+--attention_backend=FA_VATTN          the last part, where only one knob ends so
+--write_metrics                       a switch alone is true
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.config.knobs import ConfigError
+from sarathi.config.load import find_knob, load_config
+
+CONFIG_FLAG = "config"
+
+
+def parse_options(words: Sequence[str]) -> BenchmarkConfig:
+    """The configuration that `--config FILE` and overrides give. ConfigError names an unknown knob and the nearest."""
+    settings = read_settings(words)
+    path = settings.pop(CONFIG_FLAG, None)
+    return load_config(BenchmarkConfig, path, settings)
+
+
+def read_settings(words: Sequence[str]) -> dict[str, str]:
+    """Names and values as they were written; a name without a value is a switch, and true."""
+    settings: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise ConfigError(f"{word!r} stands where the name of a knob should: write --name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = left.pop(0) if left and not left[0].startswith("--") else "true"
+        settings[name] = value
+    return settings
+
+
+def as_words(settings: Mapping[str, object]) -> list[str]:
+    """Settings as a command line that parse_options reads back."""
+    return [word for name, value in settings.items() for word in (f"--{name}", "none" if value is None else str(value))]
+
+
+def canonical(settings: Mapping[str, object]) -> dict[str, object]:
+    """The same settings by whole paths, values as the knobs hold them; ConfigError names what is wrong."""
+    found = ((find_knob(BenchmarkConfig, name), value) for name, value in settings.items())
+    return {each.path: each.coerce(value) for each, value in found}

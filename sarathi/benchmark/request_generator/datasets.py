@@ -1,0 +1,103 @@
+"""Readers of workload files: CSV of lengths, ShareGPT JSON, Mooncake JSONL. Know nothing of what is made of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.benchmark.request_generator.spec import RequestSpec
+
+CountTokens = Callable[[str], int]
+LENGTH_COLUMNS = ("num_prefill_tokens", "num_decode_tokens")
+TIME_COLUMNS = {
+    ("arrived_at", *LENGTH_COLUMNS): "arrived_at",
+    ("Time", "PromptTokenCount", "CompletionTokenCount"): "Time",
+}
+
+
+def read_lengths(name: str, count_tokens: CountTokens | None = None) -> list[RequestSpec]:
+    """Requests of a file, all at time zero, by its ending: .csv, .json (ShareGPT) or .jsonl (Mooncake)."""
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"{name!r} is no file and no shipped shape; shapes are {', '.join(SHAPES)}")
+    if path.suffix == ".jsonl":
+        return [replace(row, arrived_at_s=0.0) for row in read_mooncake(path)]
+    if path.suffix == ".json":
+        return read_sharegpt(path, count_tokens)
+    return read_length_csv(path)
+
+
+def read_arrivals(name: str, date: str | None = None) -> list[RequestSpec]:
+    """Requests of a file with their arrival times: Mooncake .jsonl, or .csv; `date` selects by the column Date."""
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"trace_request_generator.trace_file is {name!r}: there is no such file")
+    return read_mooncake(path) if path.suffix == ".jsonl" else read_arrival_csv(path, date)
+
+
+def read_length_csv(path: Path) -> list[RequestSpec]:
+    """Columns num_prefill_tokens and num_decode_tokens, whole numbers however written; others are ignored."""
+    rows = _read_csv(path)
+    _check_columns(path, rows, LENGTH_COLUMNS)
+    return [RequestSpec(0.0, _tokens(row["num_prefill_tokens"]), _tokens(row["num_decode_tokens"])) for row in rows]
+
+
+def read_arrival_csv(path: Path, date: str | None) -> list[RequestSpec]:
+    """Columns arrived_at, num_prefill_tokens, num_decode_tokens, or Time, PromptTokenCount, CompletionTokenCount."""
+    rows = [row for row in _read_csv(path) if date is None or row.get("Date") == date]
+    known = next((columns for columns in TIME_COLUMNS if rows and set(columns) <= set(rows[0])), None)
+    if known is None:
+        wanted = " or ".join(", ".join(columns) for columns in TIME_COLUMNS)
+        raise ValueError(
+            f"{str(path)!r} has {len(rows)} rows{f' of {date}' if date else ''}; its columns must be {wanted}"
+        )
+    time, prompt, output = known
+    return [RequestSpec(float(row[time]), _tokens(row[prompt]), _tokens(row[output])) for row in rows]
+
+
+def read_mooncake(path: Path) -> list[RequestSpec]:
+    """One JSON object a line: timestamp (ms), input_length, output_length, hash_ids of 512-token blocks."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_mooncake_row(path, number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _mooncake_row(path: Path, number: int, row: Mapping[str, Any]) -> RequestSpec:
+    try:
+        lengths = int(row["input_length"]), max(int(row["output_length"]), 1)
+        return RequestSpec(row["timestamp"] / 1e3, *lengths, None, tuple(row.get("hash_ids", ())))
+    except KeyError as missing:
+        raise ValueError(f"{path}, line {number}: it has no {missing}, which a Mooncake trace needs") from None
+
+
+def read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[RequestSpec]:
+    """The first question and answer of each conversation; those without both, or under 4 tokens, are left out."""
+    if count_tokens is None:
+        raise ValueError(f"{str(path)!r} holds text: counting its tokens needs a model with a tokenizer")
+    specs = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        turns = [turn["value"] for turn in entry.get("conversations") or entry.get("conversation") or ()][:2]
+        if len(turns) == 2:
+            prompt, output = (count_tokens(turn) for turn in turns)
+            if min(prompt, output) >= 4:
+                specs.append(RequestSpec(0.0, prompt, output, turns[0]))
+    return specs
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _check_columns(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...]) -> None:
+    if not rows or not set(columns) <= set(rows[0]):
+        found = list(rows[0]) if rows else "no rows"
+        raise ValueError(f"{str(path)!r} has {found}: {' and '.join(columns)} must be among its columns")
+
+
+def _tokens(text: str) -> int:
+    return max(round(float(text)), 1)

@@ -1,0 +1,88 @@
+"""Length distributions with published quantiles, in place of data sets that are not ours to ship. Knows no files.
+
+The vAttention paper evaluates on prompts made of arXiv papers. Their lengths are published as quantiles only; here each
+distribution is drawn from an inverse CDF that passes through exactly these quantiles, and between two of them rises as
+
+    Q(u) = a + (b - a) * t**bend,     t = (u - u_a) / (u_b - u_a)
+
+with one bend for the whole curve, chosen so that the mean is the published one too: a segment's mean is
+a + (b - a) / (bend + 1), so the bend follows from one linear equation. Where no mean is published the bend is that of
+the arXiv prompts (or outputs). Bounds that are not published are marked below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class QuantileCurve:
+    """An inverse CDF through `levels` (rising from 0 to 1) at `values`, with the mean given, or else the bend."""
+
+    levels: tuple[float, ...]
+    values: tuple[float, ...]
+    mean: float | None = None
+    given_bend: float = 1.0
+
+    @property
+    def bend(self) -> float:
+        if self.mean is None:
+            return self.given_bend
+        widths, values = np.diff(self.levels), np.array(self.values)
+        low = float(np.sum(widths * values[:-1]))
+        rise = float(np.sum(widths * np.diff(values)))
+        return rise / (self.mean - low) - 1.0
+
+    def __call__(self, u: Floats) -> Floats:
+        """Values at the levels u, each in [0, 1]."""
+        levels, values = np.array(self.levels), np.array(self.values)
+        at = np.clip(np.searchsorted(levels, u, side="right") - 1, 0, len(levels) - 2)
+        share = (u - levels[at]) / (levels[at + 1] - levels[at])
+        return np.asarray(values[at] + (values[at + 1] - values[at]) * share**self.bend, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class TraceShape:
+    """Prompt and output lengths. correlation: of their normal scores: long papers have longer answers."""
+
+    prompt: QuantileCurve
+    output: QuantileCurve
+    correlation: float
+
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+        """`count` prompt and output lengths in tokens, each at least 1.
+
+        Levels are stratified, one in each 1/count of [0, 1]: a few hundred requests have the shape of many.
+        """
+        first, noise = rng.standard_normal((2, count))
+        second = self.correlation * first + np.sqrt(1 - self.correlation**2) * noise
+        levels = ((np.argsort(np.argsort(scores)) + rng.random(count)) / count for scores in (first, second))
+        prompt, output = (curve(u) for curve, u in zip((self.prompt, self.output), levels, strict=True))
+        return np.maximum(np.rint(prompt), 1).astype(np.int64), np.maximum(np.rint(output), 1).astype(np.int64)
+
+
+LEVELS = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+_PROMPT = QuantileCurve(LEVELS, (4096, 4781, 7958, 18490, 26639, 31805), mean=10041)
+_OUTPUT = QuantileCurve(LEVELS, (100, 180, 332, 653, 4053, 8192), mean=471)  # published: all but the two bounds
+
+
+def _long(low: int, median: int, high: int, output_median: int) -> TraceShape:
+    """The long traces are published as a range and medians; outputs are arXiv's, scaled to the median."""
+    scale = output_median / _OUTPUT.values[LEVELS.index(0.5)]
+    output = QuantileCurve(LEVELS, tuple(value * scale for value in _OUTPUT.values), given_bend=_OUTPUT.bend)
+    prompt = QuantileCurve((0.0, 0.5, 1.0), (low, median, high), given_bend=_PROMPT.bend)
+    return TraceShape(prompt, output, CORRELATION)
+
+
+CORRELATION = 0.7  # the median ratio of prompt to output is the published 28 with any value
+SHAPES = {
+    "arxiv": TraceShape(_PROMPT, _OUTPUT, CORRELATION),
+    "arxiv_long_online": _long(22 * 1024, 27_843, 46 * 1024, 318),
+    "arxiv_long_offline": _long(64 * 1024, 78_967, 193 * 1024, 345),
+}

@@ -1,0 +1,31 @@
+"""One request of a workload, before it has tokens or an id. Knows no generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """What arrives when.
+
+    arrived_at_s: seconds after the first request. text: the prompt, where the workload has it as text.
+    block_ids: names of the prompt's blocks, 512 tokens each; prompts that begin with the same names begin alike.
+    """
+
+    arrived_at_s: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    text: str | None = None
+    block_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_prefill_tokens < 1 or self.num_decode_tokens < 1:
+            raise ValueError(
+                f"a request of {self.num_prefill_tokens} prompt and {self.num_decode_tokens} output tokens: "
+                "both must be at least 1"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefill_tokens + self.num_decode_tokens

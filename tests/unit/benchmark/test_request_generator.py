@@ -1,0 +1,232 @@
+"""Workloads: published quantiles are hit, rates and ratios come out as asked, files are read, seeds repeat exactly."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.request_generator import RequestSpec, generate_requests
+from sarathi.benchmark.request_generator.prompts import BLOCK_TOKENS, PromptMaker
+from sarathi.benchmark.request_generator.shapes import SHAPES
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)
+WORKLOADS = {
+    "fixed": ["--length_provider", "fixed"],
+    "uniform": ["--length_provider", "uniform", "--interval_provider", "poisson"],
+    "zipf": ["--length_provider", "zipf", "--zipf_request_length_generator.scramble", "--interval_provider", "gamma"],
+    "arxiv": ["--length_provider", "trace", "--interval_provider", "poisson"],
+}
+
+
+def workload(*words: object, count: int = 200, seed: int = SEED) -> list[RequestSpec]:
+    print(f"seed {seed}")
+    return generate_requests(parse_options([*map(str, words), "--num_requests", str(count), "--seed", str(seed)]))
+
+
+def prompts_of(specs: list[RequestSpec]) -> np.ndarray:
+    return np.array([spec.num_prefill_tokens for spec in specs])
+
+
+def outputs_of(specs: list[RequestSpec]) -> np.ndarray:
+    return np.array([spec.num_decode_tokens for spec in specs])
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_seeds_repeat_exactly(name: str) -> None:
+    assert workload(*WORKLOADS[name]) == workload(*WORKLOADS[name])
+    if name != "fixed":
+        assert workload(*WORKLOADS[name]) != workload(*WORKLOADS[name], seed=SEED + 1)
+
+
+def test_another_rate_leaves_the_lengths() -> None:
+    slow, fast = (workload(*WORKLOADS["arxiv"], "--poisson_request_interval_generator_qps", qps) for qps in (1, 4))
+    assert (prompts_of(slow) == prompts_of(fast)).all()
+    assert slow[-1].arrived_at_s == pytest.approx(4 * fast[-1].arrived_at_s)
+
+
+@pytest.mark.parametrize("count", [256, 20_000])
+def test_arxiv_has_the_published_shape(count: int) -> None:
+    specs = workload("--length_provider", "trace", "--trace_request_length_generator.max_tokens", 10**6, count=count)
+    prompt, output = prompts_of(specs), outputs_of(specs)
+    for share, expected in ((0.1, 4781), (0.5, 7958), (0.9, 18490), (0.99, 26639)):
+        assert np.quantile(prompt, share) == pytest.approx(expected, rel=0.03)
+    for share, expected in ((0.1, 180), (0.5, 332), (0.9, 653)):
+        assert np.quantile(output, share) == pytest.approx(expected, rel=0.03)
+    assert np.quantile(output, 0.99) == pytest.approx(4053, rel=0.25 if count < 1000 else 0.05)
+    assert prompt.mean() == pytest.approx(10041, rel=0.01)
+    assert output.mean() == pytest.approx(471, rel=0.03)
+    assert prompt.min() >= 4096 and prompt.max() <= 31805
+    assert np.median(prompt / output) == pytest.approx(28, rel=0.1 if count < 1000 else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "median", "high", "output_median"),
+    [("arxiv_long_online", 22528, 27843, 47104, 318), ("arxiv_long_offline", 65536, 78967, 197632, 345)],
+)
+def test_long_traces_have_the_published_shape(name: str, low: int, median: int, high: int, output_median: int) -> None:
+    prompt, output = SHAPES[name].sample(5000, np.random.default_rng(SEED))
+    assert low <= prompt.min() and prompt.max() <= high
+    assert np.median(prompt) == pytest.approx(median, rel=0.01)
+    assert np.median(output) == pytest.approx(output_median, rel=0.01)
+
+
+def test_long_requests_are_cut_in_proportion() -> None:
+    words = ["--length_provider", "trace", "--trace_request_length_generator.max_tokens", 6000]
+    free = {spec.num_prefill_tokens: spec for spec in workload(*words[:2])}
+    cut = workload(*words)
+    assert max(spec.num_tokens for spec in cut) <= 6000
+    untouched = [spec for spec in cut if spec.num_tokens < 5990]
+    assert untouched and all(
+        free[spec.num_prefill_tokens].num_decode_tokens == spec.num_decode_tokens for spec in untouched
+    )
+
+
+def test_uniform_totals_and_ratio() -> None:
+    words = ["--length_provider", "uniform"]
+    words += [
+        f"--uniform_request_length_generator.{name}={value}"
+        for name, value in (("min_tokens", 100), ("max_tokens", 900))
+    ]
+    specs = workload(*words, count=4000)
+    totals = np.array([spec.num_tokens for spec in specs])
+    assert totals.min() >= 100 and totals.max() <= 900
+    assert totals.mean() == pytest.approx(500, rel=0.03)
+    assert outputs_of(specs).tolist() == [-(-total // 21) for total in totals.tolist()]
+
+
+def test_static_trace_of_the_paper() -> None:
+    section = "--uniform_request_length_generator"
+    words = [f"{section}.min_tokens=32768", f"{section}.max_tokens=32768", f"{section}.prefill_to_decode_ratio=500"]
+    (spec,) = set(workload("--length_provider", "uniform", *words, count=50))
+    assert (spec.arrived_at_s, spec.num_prefill_tokens, spec.num_decode_tokens) == (0.0, 32702, 66)
+
+
+def test_zipf_prefers_short_ones_by_its_law() -> None:
+    section = "--zipf_request_length_generator"
+    words = ["--length_provider", "zipf", f"{section}.min_tokens=10", f"{section}.max_tokens=109", f"{section}.theta=1"]
+    totals = np.array([spec.num_tokens for spec in workload(*words, count=40_000)])
+    harmonic = sum(1 / n for n in range(1, 101))
+    for rank in (1, 2, 5):
+        assert (totals == 9 + rank).mean() == pytest.approx(1 / rank / harmonic, rel=0.1)
+
+
+@pytest.mark.parametrize(("provider", "cv"), [("poisson", 1.0), ("gamma", 0.3), ("gamma", 2.5)])
+def test_intervals_have_the_mean_and_spread_asked_for(provider: str, cv: float) -> None:
+    words = ["--interval_provider", provider, f"--{provider}_request_interval_generator.qps", 5]
+    words += ["--cv", cv] if provider == "gamma" else []
+    gaps = np.diff([spec.arrived_at_s for spec in workload(*words, count=20_000)])
+    assert gaps.min() >= 0
+    assert gaps.mean() == pytest.approx(0.2, rel=0.08)
+    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.08)
+
+
+def test_lengths_of_a_csv_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(SEED)
+    pairs = rng.integers(1, 5000, (30, 2)).tolist()
+    lines = [f"{prompt}.0,{output},x" for prompt, output in pairs]
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(["num_prefill_tokens,num_decode_tokens,other", *lines]) + "\n")
+    words = ["--length_provider", "trace", "--trace_request_length_generator.trace_file", path]
+    assert sorted([spec.num_prefill_tokens, spec.num_decode_tokens] for spec in workload(*words, count=30)) == sorted(
+        pairs
+    )
+    with pytest.raises(ValueError, match="30 requests of more than 0 prompt tokens, and 31 are asked for"):
+        workload(*words, count=31)
+
+
+def test_replay_of_mooncake_keeps_times_and_shared_beginnings(tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": 5000, "input_length": 1200, "output_length": 7, "hash_ids": [1, 2, 3]},
+        {"timestamp": 2000, "input_length": 1300, "output_length": 9, "hash_ids": [1, 2, 4]},
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = "--trace_request_generator"
+    words = [
+        "--request_generator.provider",
+        "trace",
+        f"{section}.trace_file",
+        path,
+        f"{section}.time_scale_factor",
+        0.5,
+    ]
+    specs = workload(*words)
+    assert [(s.arrived_at_s, s.num_prefill_tokens, s.num_decode_tokens) for s in specs] == [
+        (0, 1300, 9),
+        (1.5, 1200, 7),
+    ]
+    first, second = (PromptMaker(SEED, 1000).token_ids(spec, number) for number, spec in enumerate(specs))
+    assert (len(first), len(second)) == (1300, 1200)
+    assert first[: 2 * BLOCK_TOKENS] == second[: 2 * BLOCK_TOKENS]
+    assert first[2 * BLOCK_TOKENS : 1200] != second[2 * BLOCK_TOKENS :]
+
+
+def test_replay_of_both_csv_forms(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.csv", tmp_path / "theirs.csv"
+    ours.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n3,10,5\n4.5,20,6\n")
+    theirs.write_text("Date,Time,PromptTokenCount,CompletionTokenCount\nmon,3,10,5\nmon,4.5,20,6\ntue,9,9,9\n")
+    words = ["--request_generator.provider=trace", "--trace_request_generator.trace_file"]
+    expected = [RequestSpec(0.0, 10, 5), RequestSpec(1.5, 20, 6)]
+    assert workload(*words, ours) == workload(*words, theirs, "--date", "mon") == expected
+
+
+def test_sharegpt_counts_tokens_by_the_tokenizer(tmp_path: Path) -> None:
+    turns = [("a b c d e", "one two three four"), ("too short", "also")]
+    content = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in turns]
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps(content))
+    words = [
+        "--length_provider",
+        "trace",
+        "--trace_request_length_generator.trace_file",
+        str(path),
+        "--num_requests",
+        "1",
+    ]
+    config = parse_options(words)
+    (spec,) = generate_requests(config, lambda text: len(text.split()))
+    assert (spec.text, spec.num_prefill_tokens, spec.num_decode_tokens) == ("a b c d e", 5, 4)
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        generate_requests(config)
+
+
+def test_interval_trace_takes_dates_and_a_window(tmp_path: Path) -> None:
+    path = tmp_path / "arrivals.csv"
+    path.write_text("arrival_time\n" + "".join(f"1970-01-04 12:00:{second:02d}\n" for second in range(0, 60, 10)))
+    section = "--trace_request_interval_generator"
+    words = ["--interval_provider", "trace", f"{section}.trace_file", path, "--start_time", "1970-01-04 12:00:05"]
+    words += [f"{section}.time_scale_factor", 0.1]
+    assert [spec.arrived_at_s for spec in workload(*words, count=3)] == pytest.approx([0, 1, 2])
+    with pytest.raises(ValueError, match="5 arrivals in its window, and 6"):
+        workload(*words, count=6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--length_provider=trace", "--trace_request_length_generator.trace_file=arxif"],
+            "shapes are arxiv, arxiv_long",
+        ),
+        (
+            ["--length_provider=uniform", "--uniform_request_length_generator.min_tokens=9000"],
+            "must not exceed max_tokens",
+        ),
+        (["--interval_provider=trace"], "needs a file"),
+        (["--request_generator.provider=trace"], "needs a file"),
+    ],
+)
+def test_what_cannot_be_generated_says_why(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        workload(*words)
+
+
+def test_prompts_depend_on_seed_and_number_alone() -> None:
+    spec = RequestSpec(0.0, 50, 1)
+    ids = PromptMaker(SEED, 777).token_ids(spec, 3)
+    assert ids == PromptMaker(SEED, 777).token_ids(spec, 3)
+    assert ids != PromptMaker(SEED, 777).token_ids(spec, 4)
+    assert ids != PromptMaker(SEED + 1, 777).token_ids(spec, 3)
+    assert len(ids) == 50 and min(ids) >= 0 and max(ids) < 777
