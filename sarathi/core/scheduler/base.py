@@ -134,6 +134,10 @@ class Scheduler(ABC):
             return []
         if result.available_rows is not None:
             return self._recover(step, result.available_rows)
+        if len(result.tokens) != step.num_samples:
+            raise ValueError(
+                f"step {step.step_id} has {len(result.tokens)} tokens for {step.num_samples} that were due"
+            )
         self._prompts.observe(step.num_tokens, result.model_s)
         return self._accept_all(step, {sampled.request_id: sampled.token_id for sampled in result.tokens})
 

@@ -63,6 +63,11 @@ class Step:
     is_starved: bool = False
     is_void: bool = False
 
+    @property
+    def num_samples(self) -> int:
+        """Tokens that come of this step."""
+        return len(self.chunks) - self.num_partial
+
     def add(self, ticket: Ticket, length: int, samples: bool, block_ids: tuple[int, ...]) -> None:
         """Take the next `length` tokens of a request, and count them as computed from now on."""
         request = ticket.request

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from zlib import crc32
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import SchedulerConfig
@@ -109,7 +110,7 @@ def make_pair(
 
 def make_request(name: str, num_prompt: int, max_tokens: int | None = 16, **params: object) -> Request:
     """A request whose prompt differs from every other's; it stops at EOS unless told to ignore it."""
-    prompt = [1 + hash((name, i)) % (VOCAB - 1) if i else 1 + sum(name.encode()) % 20 for i in range(num_prompt)]
+    prompt = [crc32(f"{name}.{i}".encode()) % VOCAB for i in range(num_prompt)]
     return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **params), 0.0, frozenset([EOS]))
 
 

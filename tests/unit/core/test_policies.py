@@ -188,3 +188,4 @@ def test_a_target_that_cannot_be_met_still_makes_progress() -> None:
     arrivals = [(0.0, make_request(f"r{i}", 20, 50, ignore_eos=True)) for i in range(12)]
     line = simulate(scheduler, worker, arrivals)
     assert all(len(times) == 50 for times in line.token_times_s.values())
+    assert line.peak_running == 12, "a budget of one token keeps others from starting"

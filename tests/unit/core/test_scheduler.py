@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
 
 import pytest
 from scheduler_simulation import EOS, expected_output, make_pair, make_request, next_token, run_to_end, step
 
 from sarathi.config.schema import SCHEDULERS, SchedulerConfig
 from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.messages import CacheCapacity, SampledToken, StepResult
+from sarathi.messages import CacheCapacity, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import RequestStatus
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn")
@@ -174,6 +175,15 @@ def test_results_out_of_order_are_refused() -> None:
         scheduler.update(outs[1], results[1])
 
 
+def test_a_result_that_lacks_a_token_is_refused() -> None:
+    scheduler, worker = pair()
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, 5, ignore_eos=True))
+    out = scheduler.schedule()
+    with pytest.raises(ValueError, match="step 0 has 1 tokens for 2 that were due"):
+        scheduler.update(out, StepResult(0, worker.execute(out).tokens[:1]))
+
+
 def test_tokens_are_matched_by_request_and_not_by_position() -> None:
     scheduler, worker = pair(chunk_size=8)
     requests = [make_request(f"r{i}", 3 + i, 6, ignore_eos=True) for i in range(5)]
@@ -212,6 +222,28 @@ def test_the_oldest_goes_on_where_one_request_barely_fits(policy: str, backend: 
     assert num_steps < 8 * (34 * 2 + 6)
     for request in requests:
         assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+def test_the_oldest_goes_on_while_every_request_is_in_flight() -> None:
+    """Three steps under way at any time: nobody can be preempted at once, and still the oldest waits for three only."""
+    scheduler, worker = pair(CacheCapacity(48, 1, 1), watermark=0.0)
+    requests = [make_request(f"r{i}", 6, 34, ignore_eos=True) for i in range(8)]
+    for request in requests:
+        scheduler.add(request)
+    in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
+    waited = 0
+    while scheduler.has_work:
+        out = scheduler.schedule()
+        in_flight.append((out, worker.execute(out)))
+        oldest = next((request for request in requests if not request.is_finished), None)
+        is_idle = oldest is None or oldest.request_id not in {chunk.request_id for chunk in out.chunks}
+        waited = waited + 1 if is_idle else 0
+        assert waited <= 6
+        if len(in_flight) == 3:
+            out, result = in_flight.popleft()
+            worker.landed(out.step_id)
+            scheduler.update(out, result)
+    assert scheduler.num_preemptions > 0
 
 
 def test_the_victim_is_who_has_computed_least_and_comes_back_before_the_others() -> None:
@@ -257,7 +289,7 @@ def test_a_preemption_is_logged_with_what_it_cost(caplog: pytest.LogCaptureFixtu
 
 def test_admission_takes_memory_for_the_whole_prompt() -> None:
     scheduler, worker = pair(chunk_size=8)
-    scheduler.add(make_request("r", 40, 2))
+    scheduler.add(make_request("r", 40, 2, ignore_eos=True))
     chunks = [step(scheduler, worker).chunks[0] for _ in range(6)]
     assert [chunk.granted_tokens for chunk in chunks] == [40] * 5 + [44]
 
@@ -266,7 +298,7 @@ def test_admission_takes_memory_for_the_whole_prompt() -> None:
 def test_who_starts_beside_others_leaves_the_watermark_free(num_prompt: int) -> None:
     scheduler, worker = pair(CacheCapacity(100, 1, 1), max_len=1000, watermark=0.1)
     for name, length in (("alone", 40), ("beside", 40), ("last", num_prompt)):
-        scheduler.add(make_request(name, length, 9))
+        scheduler.add(make_request(name, length, 9, ignore_eos=True))
     admitted = [new.request_id for new in step(scheduler, worker).new_requests]
     assert admitted == ["alone", "beside", "last"][: 3 if num_prompt == 10 else 2]
 
@@ -330,7 +362,7 @@ def test_what_no_longer_fits_a_smaller_cache_is_ended() -> None:
 def test_a_larger_cache_lets_more_run() -> None:
     scheduler, worker = pair(CacheCapacity(12, 1, 1), watermark=0.0)
     for name in ("a", "b"):
-        scheduler.add(make_request(name, 10, 5))
+        scheduler.add(make_request(name, 10, 5, ignore_eos=True))
     step(scheduler, worker)
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
     scheduler.resize(40)
