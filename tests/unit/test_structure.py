@@ -1,0 +1,29 @@
+"""docs/structure.md tells the truth: every path that it names exists, and every package and native source is named in it."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
+NAMED = set(re.findall(r"^\| `([^`]+)` \|", STRUCTURE, re.MULTILINE))
+
+
+def packages() -> set[str]:
+    inits = [*ROOT.glob("sarathi/**/__init__.py"), *ROOT.glob("vattention/**/__init__.py")]
+    return {f"{path.parent.relative_to(ROOT)}/" for path in inits}
+
+
+def test_every_name_exists() -> None:
+    assert len(NAMED) > 20
+    assert not [name for name in NAMED if not (ROOT / name).exists()]
+
+
+def test_every_package_is_named() -> None:
+    assert not packages() - NAMED
+
+
+def test_every_module_of_the_engine_and_the_allocator_is_named() -> None:
+    modules = [*ROOT.glob("sarathi/**/*.py"), *ROOT.glob("vattention/**/*.py"), *ROOT.glob("csrc/vattention/*")]
+    paths = {str(path.relative_to(ROOT)) for path in modules if not path.name.startswith("__init__")}
+    covered = {path for path in paths for name in NAMED if path == name or (name.endswith("/") and Path(path).parent == Path(name))}
+    assert not paths - covered
