@@ -8,6 +8,7 @@ import pytest
 from scheduler_simulation import Timeline, make_pair, make_request, run_to_end, simulate, step
 
 from sarathi.config.schema import SCHEDULERS, ChunkBudgetConfig, SchedulerConfig
+from sarathi.core.scheduler.chunk_budget import LatencyBudget
 from sarathi.messages import CacheCapacity
 
 WIDE = CacheCapacity(100_000, 1, 16)
@@ -180,6 +181,23 @@ def test_a_learned_budget_meets_its_target(target_s: float) -> None:
     settled_s = line.gaps_s("d0")[100:]
     assert sum(settled_s) / len(settled_s) == pytest.approx(target_s, rel=0.12)
     assert max(settled_s) < 1.15 * target_s
+
+
+def test_a_learned_budget_gives_way_at_once_when_steps_become_slower() -> None:
+    budget = LatencyBudget(16, 4096, target_step_s=0.02)
+    token_s = 1e-5
+    for _ in range(60):
+        tokens = budget.tokens(0)
+        budget.observe(tokens, 1e-3 + token_s * tokens)
+    assert budget.tokens(0) == pytest.approx(1900, rel=0.01)
+    token_s *= 4
+    for _ in range(2):
+        tokens = budget.tokens(0)
+        budget.observe(tokens, 1e-3 + token_s * tokens)
+    assert 1e-3 + token_s * budget.tokens(0) < 1.05 * 0.02
+    idle = budget.tokens(0)
+    budget.observe(idle // 3, 1e-3)
+    assert budget.tokens(0) == idle, "a step that was not full says nothing about larger ones"
 
 
 def test_a_target_that_cannot_be_met_still_makes_progress() -> None:
