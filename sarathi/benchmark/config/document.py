@@ -44,7 +44,7 @@ def readme_with_table(text: str) -> str:
 
 
 def _yaml_knobs(section: type[Section], indent: str) -> Iterator[str]:
-    for each in knobs_of(section):  # type: ignore[arg-type]
+    for each in knobs_of(section):
         if "." in each.path:
             continue
         comment = f"{each.help} ({each.allowed})"

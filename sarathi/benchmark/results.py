@@ -1,0 +1,96 @@
+"""Files of a run: the report, the configuration that made it, and what was answered. Knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.runner import RunOutcome
+from sarathi.benchmark.serving_loop import COMPLETED
+from sarathi.config.load import load_config, to_dict
+from sarathi.metrics import merge
+from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, write_json, write_report
+from sarathi.metrics.wandb_log import WandbTarget, log_report
+
+CONFIG_FILE = "config.yml"
+RESPONSES_FILE = "responses.json"
+HEADLINES = (
+    ("request_e2e_time_normalized", "normalized latency"),
+    ("prefill_e2e_time", "time to first token"),
+    ("decode_token_execution_plus_preemption_time", "time between tokens"),
+)
+
+
+def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
+    """Everything into output_dir; returns the summary."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    status = _status(outcomes)
+    responses = [each for outcome in outcomes for each in outcome.responses]
+    if responses:
+        write_json(folder / RESPONSES_FILE, {each["request_id"]: each for each in responses})
+    rows = [outcome.rows for outcome in outcomes if outcome.rows is not None]
+    if not rows:
+        summary = status | {"config": to_dict(config)}
+    else:
+        summary = write_report(merge(rows), folder, _options(config)) | status
+    write_json(folder / SUMMARY_FILE, summary)
+    _send_to_wandb(config, folder, summary)
+    return summary
+
+
+def read_config(folder: Path) -> BenchmarkConfig:
+    """The configuration of a run that was written to `folder`."""
+    return load_config(BenchmarkConfig, folder / CONFIG_FILE)
+
+
+def describe_run(summary: Mapping[str, Any]) -> str:
+    """A few lines for people."""
+    lines = [f"{summary['ended']}: {summary['num_finished']} requests in {summary['run_s']:.2f} s"]
+    if summary["refused"]:
+        lines.append(
+            f"refused: {len(summary['refused'])} requests, the first: {next(iter(summary['refused'].values()))}"
+        )
+    metrics = summary.get("metrics", {})
+    for name, words in HEADLINES:
+        if name in metrics:
+            quantiles = ", ".join(f"{key} {1e3 * metrics[name][key]:.2f}" for key in ("p50", "p90", "p99"))
+            lines.append(f"{words}, ms: {quantiles}")
+    for name, value in summary.get("throughput", {}).items():
+        lines.append(f"{name}: {value:.1f}")
+    return "\n".join(lines)
+
+
+def _status(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
+    """How the run ended: as its worst replica did."""
+    endings = [outcome.ended for outcome in outcomes if outcome.ended != COMPLETED]
+    return {
+        "ended": endings[0] if endings else COMPLETED,
+        "run_s": max(outcome.duration_s for outcome in outcomes),
+        "num_finished": sum(outcome.num_finished for outcome in outcomes),
+        "refused": {name: why for outcome in outcomes for name, why in outcome.refused.items()},
+    }
+
+
+def _options(config: BenchmarkConfig) -> ReportOptions:
+    knobs = config.metrics_store
+    return ReportOptions(
+        plots=knobs.write_plots,
+        chrome_trace=config.write_chrome_trace,
+        individual_batches=knobs.keep_individual_batch_metrics,
+        operations=knobs.enable_op_level_metrics,
+        cpu_operations=knobs.enable_cpu_op_level_metrics,
+        config=to_dict(config),
+    )
+
+
+def _send_to_wandb(config: BenchmarkConfig, folder: Path, summary: Mapping[str, Any]) -> None:
+    knobs = config.metrics_store
+    if knobs.wandb_project:
+        names = (knobs.wandb_project, knobs.wandb_group, knobs.wandb_run_name, knobs.wandb_run_id, knobs.wandb_sweep_id)
+        log_report(folder, summary, WandbTarget(*names))

@@ -1,0 +1,135 @@
+"""The engine of one replica, built from a benchmark configuration, and its runs. Knows no files but a profile's.
+
+One runner serves many workloads: a capacity search loads the model once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sarathi.benchmark.config.engine import engine_config
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.profiling import profile_window
+from sarathi.benchmark.progress import ProgressBar
+from sarathi.benchmark.request_generator import RequestSpec, generate_requests
+from sarathi.benchmark.request_generator.prompts import PromptMaker
+from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
+from sarathi.engine.build import build_parts
+from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.outputs import RequestOutput
+from sarathi.metrics import MetricsStore, NullMetricsStore, RunRows
+from sarathi.worker.executor import Executor
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What came of one replica's run. ended: "completed", "time limit" or "interrupted". rows: None: metrics were off.
+
+    refused: request id -> why the engine would not take it. responses: where they were asked for.
+    """
+
+    ended: str
+    duration_s: float
+    num_finished: int
+    refused: dict[str, str]
+    responses: list[dict[str, Any]]
+    rows: RunRows | None
+
+
+class BenchmarkRunner:
+    """device: in place of model.device, for one replica of several. Close it, or use it in a `with`."""
+
+    def __init__(self, config: BenchmarkConfig, replica: int = 0, device: str | None = None) -> None:
+        self._config, self._replica = config, replica
+        scheduler, executor, tokenizer = build_parts(engine_config(config, device))
+        self._store = _make_store(config, replica, executor) if config.write_metrics else None
+        self._engine = LLMEngine(scheduler, executor, tokenizer, metrics=self._store or NullMetricsStore())
+        encode = None if tokenizer is None else tokenizer.encode
+        self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
+        self._prompts = PromptMaker(config.seed, executor.vocab_size, encode)
+        self._is_warm = False
+
+    def workload(self, config: BenchmarkConfig | None = None) -> list[RequestSpec]:
+        """Requests of all replicas together: as configured, or as another configuration of the same engine asks."""
+        return generate_requests(config or self._config, self._count_tokens)
+
+    def warm_up(self, specs: Sequence[RequestSpec]) -> None:
+        """Serve the first few requests, all at once, and forget them."""
+        first = [replace(spec, arrived_at_s=0.0) for spec in specs[: self._config.num_warmup_requests]]
+        loop = ServingLoop(self._engine, self._prompts, lambda outputs: None, keep_responses=False)
+        loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf)
+        self._is_warm = True
+
+    def run(self, specs: Sequence[RequestSpec], profile_folder: Path | None = None) -> RunOutcome:
+        """Serve this replica's share of `specs`; ends early at the time limit or at ^C, with what there is."""
+        if not self._is_warm:
+            self.warm_up(specs)
+        numbered = [NumberedSpec(number, spec) for number, spec in enumerate(specs)]
+        share = numbered[self._replica :: self._config.cluster.num_replicas]
+        limit_s = math.inf if self._config.time_limit is None else self._config.time_limit
+        with ExitStack() as stack:
+            listeners = self._listeners(stack, len(share), profile_folder)
+            loop = ServingLoop(
+                self._engine, self._prompts, _tell_all(listeners), self._config.metrics_store.enable_request_outputs
+            )
+            if self._store is not None:
+                self._store.reset()
+            served = loop.serve(share, limit_s)
+        rows = None if self._store is None else self._store.rows()
+        return RunOutcome(rows=rows, **vars(served))
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        self._engine.shutdown()
+
+    def __enter__(self) -> BenchmarkRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _listeners(self, stack: ExitStack, num_requests: int, profile_folder: Path | None) -> list[Listener]:
+        config = self._config
+        label = str(config.model.attention_backend)
+        if config.cluster.num_replicas > 1:
+            label += f", replica {self._replica}"
+        listeners: list[Listener] = [stack.enter_context(ProgressBar(num_requests, label, config.show_progress)).count]
+        if self._store is not None:
+            listeners.append(_MemorySampler(self._engine, self._store, config.metrics_store.memory_interval_steps))
+        if config.enable_profiling and profile_folder is not None:
+            path = profile_folder / f"profile_{self._replica}.json"
+            listeners.append(stack.enter_context(profile_window(path, config.profiling)))
+        return listeners
+
+
+class _MemorySampler:
+    """Looks at the cache's memory every few steps."""
+
+    def __init__(self, engine: LLMEngine, store: MetricsStore, interval_steps: int) -> None:
+        self._engine, self._store, self._interval = engine, store, interval_steps
+        self._num_steps = 0
+
+    def __call__(self, outputs: Sequence[RequestOutput]) -> None:
+        if self._num_steps % self._interval == 0:
+            self._store.on_memory(self._engine.executor.memory_stats())
+        self._num_steps += 1
+
+
+def _tell_all(listeners: Sequence[Listener]) -> Listener:
+    def tell(outputs: Sequence[RequestOutput]) -> None:
+        for listener in listeners:
+            listener(outputs)
+
+    return tell
+
+
+def _make_store(config: BenchmarkConfig, replica: int, executor: Executor) -> MetricsStore:
+    page_bytes = None if executor.backend.is_paged else executor.capacity.page_bytes
+    return MetricsStore(
+        replica=replica, capacity=executor.capacity, page_bytes=page_bytes, keep_schedule=config.write_json_trace
+    )
