@@ -1,0 +1,116 @@
+"""One streaming request to an OpenAI-compatible server, timed. Knows no load and no statistics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+
+DONE = "[DONE]"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how requests are sent. body: fields that all requests share."""
+
+    url: str
+    is_chat: bool
+    body: Mapping[str, Any]
+
+
+@dataclass
+class RequestResult:
+    """What came of one request; seconds of one clock. error: empty where it succeeded.
+
+    chunk_times_s: when each chunk with choices came; the first is the first token. output_tokens: the server's count,
+    or else the number of chunks.
+    """
+
+    sent_at_s: float
+    prompt_tokens: int
+    output_tokens: int = 0
+    chunk_times_s: list[float] = field(default_factory=list)
+    ended_at_s: float = 0.0
+    text: str = ""
+    error: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.chunk_times_s[0] - self.sent_at_s
+
+    @property
+    def latency_s(self) -> float:
+        """To the last chunk that held a token."""
+        return self.chunk_times_s[-1] - self.sent_at_s
+
+    @property
+    def itls_s(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.chunk_times_s)]
+
+
+async def send(
+    session: aiohttp.ClientSession, endpoint: Endpoint, prompt: str | list[int], num_prompt_tokens: int, max_tokens: int
+) -> RequestResult:
+    """Send, read the stream to its end; failures are told in the result, never raised."""
+    result = RequestResult(time.perf_counter(), num_prompt_tokens)
+    try:
+        async with session.post(endpoint.url, json=_body(endpoint, prompt, max_tokens)) as response:
+            if response.status != 200:
+                result.error = f"HTTP {response.status}: {(await response.text())[:500]}"
+            else:
+                await _read(response, endpoint, result)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        result.error = f"{type(error).__name__}: {error}"
+    result.ended_at_s = time.perf_counter()
+    if not result.error and not result.chunk_times_s:
+        result.error = "the stream ended without a token"
+    return result
+
+
+def _body(endpoint: Endpoint, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
+    shared = {**endpoint.body, "stream": True, "stream_options": {"include_usage": True}}
+    if endpoint.is_chat:
+        content = [{"type": "text", "text": prompt}]
+        return {"messages": [{"role": "user", "content": content}], "max_completion_tokens": max_tokens} | shared
+    return {"prompt": prompt, "max_tokens": max_tokens} | shared
+
+
+async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: RequestResult) -> None:
+    async for data in _events(response):
+        if data == DONE:
+            break
+        chunk = json.loads(data)
+        if error := chunk.get("error"):
+            result.error = str(error.get("message", error) if isinstance(error, dict) else error)
+            return
+        if chunk.get("choices"):
+            result.chunk_times_s.append(time.perf_counter())
+            result.text += _text(chunk["choices"][0], endpoint.is_chat)
+        _take_usage(chunk.get("usage"), result)
+    result.output_tokens = result.output_tokens or len(result.chunk_times_s)
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
+    """Payloads of server-sent events; comments and other fields are skipped, however the bytes are cut."""
+    pending = b""
+    async for piece in response.content.iter_any():
+        *lines, pending = (pending + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip().decode()
+
+
+def _text(choice: Mapping[str, Any], is_chat: bool) -> str:
+    text = (choice.get("delta") or {}).get("content") if is_chat else choice.get("text")
+    return text or ""
+
+
+def _take_usage(usage: Mapping[str, Any] | None, result: RequestResult) -> None:
+    if usage:
+        result.output_tokens = usage.get("completion_tokens") or 0
+        result.prompt_tokens = usage.get("prompt_tokens") or result.prompt_tokens

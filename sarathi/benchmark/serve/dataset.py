@@ -1,0 +1,94 @@
+"""Requests to send, and when, from the options. Knows no HTTP.
+
+Prompts of completions are token ids, so that their length is exact without the server's tokenizer; chat messages are
+words, about one token each, and the server's own count is what results report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sarathi.benchmark.request_generator.datasets import read_length_csv, read_mooncake, read_sharegpt
+from sarathi.benchmark.request_generator.intervals import gamma_arrivals
+from sarathi.benchmark.request_generator.prompts import PromptMaker
+from sarathi.benchmark.request_generator.spec import RequestSpec
+
+SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "te", "vo")
+CHARACTERS_A_TOKEN = 4  # where only text is known; the server's count replaces it
+
+
+@dataclass(frozen=True)
+class OutgoingRequest:
+    """send_at_s: seconds after the first. prompt: token ids, or text. num_prompt_tokens: known or estimated."""
+
+    send_at_s: float
+    prompt: str | list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+
+
+def make_requests(args: argparse.Namespace) -> list[OutgoingRequest]:
+    """`--num-prompts` requests in order of sending; the same options give the same ones."""
+    specs = _specs(args)
+    times = _times(args, specs)
+    prompts = PromptMaker(args.seed, args.vocab_size)
+    prefix = (
+        prompts.token_ids(RequestSpec(0.0, args.random_prefix_len, 1), len(specs)) if args.random_prefix_len else []
+    )
+    requests = []
+    for number, (spec, at_s) in enumerate(zip(specs, times, strict=True)):
+        ids = prefix + prompts.token_ids(spec, number) if spec.text is None else []
+        prompt = spec.text if spec.text is not None else words(ids) if args.backend == "openai-chat" else ids
+        requests.append(OutgoingRequest(at_s, prompt, len(ids) or spec.num_prefill_tokens, spec.num_decode_tokens))
+    return requests
+
+
+def words(ids: list[int]) -> str:
+    """A word an id: short ones that tokenizers seldom split further."""
+    return " ".join(SYLLABLES[token % len(SYLLABLES)] for token in ids)
+
+
+def _specs(args: argparse.Namespace) -> list[RequestSpec]:
+    if args.dataset_name == "random":
+        return _random_specs(args)
+    if args.dataset_path is None:
+        raise ValueError(f"--dataset-name {args.dataset_name} needs --dataset-path")
+    path = Path(args.dataset_path)
+    readers = {"mooncake": read_mooncake, "csv": read_length_csv, "sharegpt": _read_sharegpt}
+    specs = readers[args.dataset_name](path)[: args.num_prompts]
+    if len(specs) < args.num_prompts:
+        raise ValueError(f"--num-prompts is {args.num_prompts}, but {str(path)!r} has {len(specs)} requests")
+    return specs
+
+
+def _read_sharegpt(path: Path) -> list[RequestSpec]:
+    return read_sharegpt(path, lambda text: -(-len(text) // CHARACTERS_A_TOKEN))
+
+
+def _random_specs(args: argparse.Namespace) -> list[RequestSpec]:
+    spread = args.random_range_ratio
+    if not 0 <= spread < 1:
+        raise ValueError(f"--random-range-ratio is {spread}: it must be at least 0 and less than 1")
+    rng = np.random.default_rng([args.seed, 0])
+    means = (args.random_input_len, args.random_output_len)
+    draws = [
+        rng.integers(
+            max(math.floor(mean * (1 - spread)), 1), math.ceil(mean * (1 + spread)), args.num_prompts, endpoint=True
+        )
+        for mean in means
+    ]
+    return [RequestSpec(0.0, int(prompt), int(output)) for prompt, output in zip(*draws, strict=True)]
+
+
+def _times(args: argparse.Namespace, specs: list[RequestSpec]) -> list[float]:
+    if args.request_rate < math.inf:
+        rng = np.random.default_rng([args.seed, 1])
+        times: list[float] = gamma_arrivals(args.request_rate, args.burstiness**-0.5, len(specs), rng).tolist()
+        return times
+    origin_s = min(spec.arrived_at_s for spec in specs)
+    return [spec.arrived_at_s - origin_s for spec in specs]

@@ -1,0 +1,104 @@
+"""Requests sent at their times, so many at once at most. Knows no options and no statistics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from tqdm import tqdm
+
+from sarathi.benchmark.serve.client import Endpoint, RequestResult, send
+from sarathi.benchmark.serve.dataset import OutgoingRequest
+
+
+class ServerError(RuntimeError):
+    """The server cannot be reached, or does not answer as one should."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """max_concurrency: None: no limit. num_warmups: requests sent before, one after the other, and forgotten."""
+
+    base_url: str
+    path: str
+    is_chat: bool
+    model: str | None
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    requests: Sequence[OutgoingRequest]
+    max_concurrency: int | None = None
+    num_warmups: int = 0
+    timeout_s: float = 21600.0
+    show_progress: bool = True
+
+
+@dataclass
+class LoadOutcome:
+    """Results in order of completion. interrupted: ^C ended it; what was under way is not in results."""
+
+    model: str = ""
+    results: list[RequestResult] = field(default_factory=list)
+    duration_s: float = 0.0
+    interrupted: bool = False
+
+
+def run_load(plan: LoadPlan) -> LoadOutcome:
+    """Send everything and wait for it. ServerError where the server is not there or a warm-up fails."""
+    outcome = LoadOutcome()
+    start_s = time.perf_counter()
+    try:
+        asyncio.run(_run(plan, outcome))
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+        outcome.duration_s = time.perf_counter() - start_s
+    return outcome
+
+
+async def _run(plan: LoadPlan, outcome: LoadOutcome) -> None:
+    timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(headers=plan.headers, timeout=timeout, connector=connector) as session:
+        outcome.model = plan.model or await _first_model(session, plan.base_url)
+        endpoint = Endpoint(plan.base_url + plan.path, plan.is_chat, {"model": outcome.model, **plan.body})
+        await _warm_up(session, endpoint, plan)
+        start_s = time.perf_counter()
+        with tqdm(total=len(plan.requests), unit="req", disable=not plan.show_progress) as bar:
+            gate = asyncio.Semaphore(plan.max_concurrency) if plan.max_concurrency else nullcontext()
+            jobs = [  # tasks start in this order; coroutines handed to as_completed would in any
+                asyncio.ensure_future(_job(session, endpoint, request, gate, start_s)) for request in plan.requests
+            ]
+            for job in asyncio.as_completed(jobs):
+                outcome.results.append(await job)
+                bar.update()
+        outcome.duration_s = time.perf_counter() - start_s
+
+
+async def _job(
+    session: aiohttp.ClientSession, endpoint: Endpoint, request: OutgoingRequest, gate: Any, start_s: float
+) -> RequestResult:
+    await asyncio.sleep(max(start_s + request.send_at_s - time.perf_counter(), 0.0))
+    async with gate:
+        return await send(session, endpoint, request.prompt, request.num_prompt_tokens, request.max_tokens)
+
+
+async def _warm_up(session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan) -> None:
+    for request in plan.requests[: plan.num_warmups]:
+        result = await send(session, endpoint, request.prompt, request.num_prompt_tokens, request.max_tokens)
+        if result.error:
+            raise ServerError(f"the warm-up failed: {result.error}")
+
+
+async def _first_model(session: aiohttp.ClientSession, base_url: str) -> str:
+    url = f"{base_url}/v1/models"
+    try:
+        async with session.get(url) as response:
+            response.raise_for_status()
+            name: str = (await response.json())["data"][0]["id"]
+            return name
+    except (aiohttp.ClientError, OSError, LookupError, ValueError) as error:
+        raise ServerError(f"{url} names no model ({type(error).__name__}: {error}); is the server up?") from error

@@ -1,0 +1,98 @@
+"""One load from its options to the printed block and the JSON file. Exit code 1 where a request failed, 130 on ^C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sarathi.benchmark.serve import options, results
+from sarathi.benchmark.serve.dataset import make_requests
+from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, ServerError, run_load
+
+INTERRUPTED = 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send, print, save; the exit code. ValueError names an option that is wrong."""
+    metrics, percentiles = (
+        options.parse_metrics(args.percentile_metrics),
+        options.parse_percentiles(args.metric_percentiles),
+    )
+    goodput_ms = options.parse_goodput(args.goodput)
+    outcome = run_load(_plan(args))
+    result = _head(args, outcome) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
+    result |= results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
+    print(results.block(result, metrics, percentiles))
+    for error in sorted({each.error for each in outcome.results if each.error})[:5]:
+        print(f"error: {error}", file=sys.stderr)
+    if args.save_result or args.save_detailed:
+        print(f"result: {_save(args, result, outcome)}")
+    if outcome.interrupted:
+        return INTERRUPTED
+    return 1 if result["failed"] else 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """python -m sarathi.benchmark.serve.main, without the rest of the command line."""
+    parser = argparse.ArgumentParser(prog="bench serve", description="Load an OpenAI-compatible server and measure it.")
+    options.add_options(parser)
+    try:
+        return run(parser.parse_args(words))
+    except (ValueError, ServerError, OSError) as error:
+        print(f"bench serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _plan(args: argparse.Namespace) -> LoadPlan:
+    headers = options.parse_pairs(args.header, "--header")
+    if args.api_key:
+        headers["Authorization"] = f"Bearer {args.api_key}"
+    body: dict[str, Any] = {"temperature": args.temperature, **args.extra_body}
+    body |= {"top_p": args.top_p} if args.top_p is not None else {}
+    body |= {"ignore_eos": True} if args.ignore_eos else {}
+    return LoadPlan(
+        base_url=options.base_url(args),
+        path=args.endpoint or options.ENDPOINTS[args.backend],
+        is_chat=args.backend == "openai-chat",
+        model=args.model,
+        body=body,
+        headers=headers,
+        requests=make_requests(args),
+        max_concurrency=args.max_concurrency,
+        num_warmups=args.num_warmups,
+        timeout_s=args.request_timeout,
+        show_progress=not args.disable_tqdm,
+    )
+
+
+def _head(args: argparse.Namespace, outcome: LoadOutcome) -> dict[str, Any]:
+    return {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "backend": args.backend,
+        "model_id": outcome.model,
+        "num_prompts": args.num_prompts,
+        "request_rate": args.request_rate if args.request_rate < math.inf else "inf",
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+        "seed": args.seed,
+    } | options.parse_pairs(args.metadata, "--metadata")
+
+
+def _save(args: argparse.Namespace, result: dict[str, Any], outcome: LoadOutcome) -> Path:
+    folder = Path(args.result_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = result["model_id"].replace("/", "-")
+    name = args.result_filename or f"{args.backend}-{result['request_rate']}qps-{model}-{result['date']}.json"
+    content = result | (results.details(outcome.results) if args.save_detailed else {})
+    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder / name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Options of `sarathi bench serve`, by the names that `vllm bench serve` has. Knows no client."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+METRICS = ("ttft", "tpot", "itl", "e2el")
+DATASETS = ("random", "sharegpt", "mooncake", "csv")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Server, load, data set, sampling and results."""
+    _add_server(parser.add_argument_group("server"))
+    _add_load(parser.add_argument_group("load"))
+    _add_dataset(parser.add_argument_group("data set"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_results(parser.add_argument_group("results"))
+
+
+def base_url(args: argparse.Namespace) -> str:
+    """The server's address without a slash at its end."""
+    return (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
+
+
+def _add_server(group: Any) -> None:
+    group.add_argument("--backend", choices=tuple(ENDPOINTS), default="openai", help="completions or chat completions")
+    group.add_argument("--base-url", help="address of the server; default: from --host and --port")
+    group.add_argument("--host", default="127.0.0.1")
+    group.add_argument("--port", type=int, default=8000)
+    group.add_argument("--endpoint", help="path of the requests; default: the backend's usual one")
+    group.add_argument("--model", help="model to ask for; default: the first that the server lists")
+    group.add_argument("--api-key", help="sent as a bearer token")
+    group.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+    group.add_argument(
+        "--request-timeout", type=_positive, default=21600.0, metavar="S", help="seconds for one request"
+    )
+
+
+def _add_load(group: Any) -> None:
+    group.add_argument("--num-prompts", type=_count, default=1000, help="requests")
+    group.add_argument("--request-rate", type=_positive, default=math.inf, help="requests a second; inf: all at once")
+    group.add_argument(
+        "--burstiness", type=_positive, default=1.0, help="1: Poisson; less: bursts; more: evenly spaced"
+    )
+    group.add_argument("--max-concurrency", type=_count, help="requests under way at the same time, at most")
+    group.add_argument("--num-warmups", type=int, default=0, help="requests sent before, one after the other")
+    group.add_argument("--seed", type=int, default=0, help="the same seed sends the same requests at the same times")
+    group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
+
+
+def _add_dataset(group: Any) -> None:
+    group.add_argument("--dataset-name", choices=DATASETS, default="random")
+    group.add_argument(
+        "--dataset-path", help="file of the data set; mooncake replays its timestamps if no rate is given"
+    )
+    group.add_argument("--random-input-len", type=_count, default=1024, help="prompt tokens")
+    group.add_argument("--random-output-len", type=_count, default=128, help="output tokens")
+    group.add_argument("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
+    group.add_argument("--random-prefix-len", type=int, default=0, help="tokens that all prompts begin with")
+    group.add_argument(
+        "--vocab-size", type=_count, default=32000, help="prompts are token ids below this (completions)"
+    )
+
+
+def _add_sampling(group: Any) -> None:
+    group.add_argument("--ignore-eos", action="store_true", help="every answer has its full length")
+    group.add_argument("--temperature", type=float, default=0.0)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="more fields of each request")
+
+
+def _add_results(group: Any) -> None:
+    group.add_argument("--percentile-metrics", default="ttft,tpot,itl", help=f"which of {','.join(METRICS)}")
+    group.add_argument("--metric-percentiles", default="99", help="percentiles, as 50,90,99")
+    group.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="targets a good request meets")
+    group.add_argument("--save-result", action="store_true", help="write the result as JSON")
+    group.add_argument("--save-detailed", action="store_true", help="with each request's lengths, times and text")
+    group.add_argument("--result-dir", default=".", help="folder of the JSON file")
+    group.add_argument("--result-filename", help="its name; default: from backend, rate, model and time")
+    group.add_argument("--metadata", nargs="*", default=[], metavar="NAME=VALUE", help="more keys of the JSON file")
+
+
+def parse_goodput(words: Sequence[str]) -> dict[str, float]:
+    """Metric -> milliseconds of "ttft:200"-like words; ValueError names what is wrong."""
+    targets = {}
+    for word in words:
+        name, _, value = word.partition(":")
+        if name not in ("ttft", "tpot", "e2el"):
+            raise ValueError(f"--goodput {word!r}: its metric must be ttft, tpot or e2el")
+        try:
+            targets[name] = _positive(value)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise ValueError(f"--goodput {word!r}: it must end in milliseconds, as ttft:200") from None
+    return targets
+
+
+def parse_pairs(words: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE words as a dict."""
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"{option} {wrong[0]!r}: it must be NAME=VALUE")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def parse_metrics(text: str) -> list[str]:
+    """Names of metrics, in the usual order."""
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    if unknown := names - set(METRICS):
+        raise ValueError(f"--percentile-metrics {text!r}: {unknown.pop()!r} is not among {', '.join(METRICS)}")
+    return [name for name in METRICS if name in names]
+
+
+def parse_percentiles(text: str) -> list[float]:
+    """Percentiles from 0 to 100."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value <= 100 for value in values):
+        raise ValueError(f"--metric-percentiles {text!r}: it must be numbers from 0 to 100, as 50,90,99")
+    return values
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value

@@ -1,0 +1,157 @@
+"""Results of a load to the numbers and the block that `vllm bench serve` gives, by its keys. Knows no HTTP.
+
+ttft: to the first token. tpot: (e2el - ttft) / (n - 1), of answers with two tokens or more. itl: every gap between two
+chunks. e2el: to the last token. Goodput: requests a second that meet every target given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sarathi.benchmark.serve.client import RequestResult
+
+TITLES = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+WIDTH = 50
+
+
+def compute(results: Sequence[RequestResult], duration_s: float, goodput_ms: Mapping[str, float]) -> dict[str, Any]:
+    """Counts and rates. Failed requests count in `failed` alone."""
+    good = [result for result in results if not result.error]
+    input_tokens, output_tokens = (sum(values) for values in (_prompts(good), _outputs(good)))
+    duration = max(duration_s, 1e-9)
+    return {
+        "duration": duration_s,
+        "completed": len(good),
+        "failed": len(results) - len(good),
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": len(good) / duration,
+        "request_goodput": _num_meeting(good, goodput_ms) / duration if goodput_ms else None,
+        "output_throughput": output_tokens / duration,
+        "total_token_throughput": (input_tokens + output_tokens) / duration,
+        "max_output_tokens_per_s": peak_output_rate(good),
+        "max_concurrent_requests": peak_concurrency(good),
+    }
+
+
+def latencies_ms(results: Sequence[RequestResult]) -> dict[str, list[float]]:
+    """All values of each metric, of requests that succeeded."""
+    good = [result for result in results if not result.error]
+    return {
+        "ttft": [1e3 * result.ttft_s for result in good],
+        "tpot": [1e3 * tpot for result in good if (tpot := tpot_s(result)) is not None],
+        "itl": [1e3 * gap for result in good for gap in result.itls_s],
+        "e2el": [1e3 * result.latency_s for result in good],
+    }
+
+
+def statistics(
+    values: Mapping[str, Sequence[float]], metrics: Sequence[str], percentiles: Sequence[float]
+) -> dict[str, Any]:
+    """mean_ttft_ms, median_ttft_ms, std_ttft_ms, p99_ttft_ms and so on; 0 where there is no value, as vLLM has it."""
+    found: dict[str, Any] = {}
+    for name in metrics:
+        data = np.asarray(values[name] if values[name] else [0.0])
+        found |= {f"mean_{name}_ms": float(data.mean()), f"median_{name}_ms": float(np.median(data))}
+        found[f"std_{name}_ms"] = float(data.std())
+        found |= {f"p{p:g}_{name}_ms": float(np.percentile(data, p)) for p in percentiles}
+    return found
+
+
+def details(results: Sequence[RequestResult]) -> dict[str, Any]:
+    """Lists with an entry a request, in order of sending."""
+    ordered = sorted(results, key=lambda result: result.sent_at_s)
+    return {
+        "input_lens": [result.prompt_tokens for result in ordered],
+        "output_lens": [result.output_tokens for result in ordered],
+        "ttfts": [result.ttft_s if result.chunk_times_s else None for result in ordered],
+        "itls": [result.itls_s for result in ordered],
+        "generated_texts": [result.text for result in ordered],
+        "errors": [result.error for result in ordered],
+    }
+
+
+def tpot_s(result: RequestResult) -> float | None:
+    if result.output_tokens < 2:
+        return None
+    return (result.latency_s - result.ttft_s) / (result.output_tokens - 1)
+
+
+def peak_output_rate(results: Sequence[RequestResult]) -> float:
+    """The most chunks that came within one of the seconds since the first request."""
+    if not results:
+        return 0.0
+    origin_s = min(result.sent_at_s for result in results)
+    seconds = Counter(int(at_s - origin_s) for result in results for at_s in result.chunk_times_s)
+    return float(max(seconds.values(), default=0))
+
+
+def peak_concurrency(results: Sequence[RequestResult]) -> int:
+    """The most requests that were under way at one time; one that ends as another begins is not."""
+    edges = [(result.sent_at_s, 1) for result in results] + [(result.ended_at_s, -1) for result in results]
+    running, peak = 0, 0
+    for _, change in sorted(edges):
+        running += change
+        peak = max(peak, running)
+    return peak
+
+
+def block(result: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]) -> str:
+    """What people paste."""
+    lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
+    lines += [_line(title, result[key]) for title, key in HEAD if result.get(key) is not None]
+    for name in metrics:
+        lines.append(f"{TITLES[name]:-^{WIDTH}}")
+        label = name.upper() if name != "e2el" else "E2EL"
+        keys = [("Mean", "mean"), ("Median", "median"), *((f"P{p:g}", f"p{p:g}") for p in percentiles)]
+        lines += [_line(f"{word} {label} (ms):", result[f"{key}_{name}_ms"]) for word, key in keys]
+    return "\n".join([*lines, "=" * WIDTH])
+
+
+HEAD = (
+    ("Successful requests:", "completed"),
+    ("Failed requests:", "failed"),
+    ("Maximum request concurrency:", "max_concurrency"),
+    ("Request rate configured (RPS):", "request_rate"),
+    ("Benchmark duration (s):", "duration"),
+    ("Total input tokens:", "total_input_tokens"),
+    ("Total generated tokens:", "total_output_tokens"),
+    ("Request throughput (req/s):", "request_throughput"),
+    ("Request goodput (req/s):", "request_goodput"),
+    ("Output token throughput (tok/s):", "output_throughput"),
+    ("Peak output token throughput (tok/s):", "max_output_tokens_per_s"),
+    ("Peak concurrent requests:", "max_concurrent_requests"),
+    ("Total token throughput (tok/s):", "total_token_throughput"),
+)
+
+
+def _line(title: str, value: Any) -> str:
+    shown = f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{title:<40}{shown:<10}"
+
+
+def _prompts(results: Sequence[RequestResult]) -> list[int]:
+    return [result.prompt_tokens for result in results]
+
+
+def _outputs(results: Sequence[RequestResult]) -> list[int]:
+    return [result.output_tokens for result in results]
+
+
+def _num_meeting(results: Sequence[RequestResult], targets_ms: Mapping[str, float]) -> int:
+    return sum(all(_value_ms(result, name) <= limit for name, limit in targets_ms.items()) for result in results)
+
+
+def _value_ms(result: RequestResult, name: str) -> float:
+    """An answer of one token has no time per output token, and so meets any target for it."""
+    seconds = {"ttft": result.ttft_s, "tpot": tpot_s(result) or 0.0, "e2el": result.latency_s}
+    return 1e3 * seconds[name]

@@ -1,0 +1,108 @@
+"""A small OpenAI-compatible server on the loopback device, in a thread: it streams on a timetable that tests know."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+
+@dataclass
+class Behaviour:
+    """first_s, gap_s: delays before the first and between further tokens. trouble: request number -> what fails."""
+
+    first_s: float = 0.02
+    gap_s: float = 0.005
+    usage: bool = True
+    trouble: dict[int, str] = field(default_factory=dict)
+    bodies: list[dict] = field(default_factory=list)
+    headers: list[dict] = field(default_factory=list)
+    num_running: int = 0
+    peak_running: int = 0
+    url: str = ""
+
+
+@contextmanager
+def serving(behaviour: Behaviour) -> Iterator[Behaviour]:
+    """The server is up inside the block, at behaviour.url."""
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(_app(behaviour), shutdown_timeout=0.1)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    behaviour.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield behaviour
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(5)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
+        loop.close()
+
+
+def _app(behaviour: Behaviour) -> web.Application:
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "fake-model", "root": "fake-model"}]})
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        number = len(behaviour.bodies)
+        behaviour.bodies.append(await request.json())
+        behaviour.headers.append(dict(request.headers))
+        behaviour.num_running += 1
+        behaviour.peak_running = max(behaviour.peak_running, behaviour.num_running)
+        try:
+            return await _answer(request, behaviour, number)
+        finally:
+            behaviour.num_running -= 1
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/completions", complete)
+    app.router.add_post("/v1/chat/completions", complete)
+    return app
+
+
+async def _answer(request: web.Request, behaviour: Behaviour, number: int) -> web.StreamResponse:
+    body, trouble = behaviour.bodies[number], behaviour.trouble.get(number)
+    if trouble == "500":
+        return web.json_response({"error": {"message": "out of order"}}, status=500)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for index in range(body.get("max_tokens") or body["max_completion_tokens"]):
+        await asyncio.sleep(behaviour.gap_s if index else behaviour.first_s)
+        if trouble == "error" and index == 2:
+            await _send(response, {"error": {"message": "lost my mind", "code": 500}})
+            return response
+        await _send_in_pieces(response, {"choices": [_choice(body, index)]})
+    if behaviour.usage:
+        await _send(response, {"choices": [], "usage": _usage(body)})
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+def _choice(body: dict, index: int) -> dict:
+    text = f"t{index} "
+    return {"index": 0, "delta": {"content": text}} if "messages" in body else {"index": 0, "text": text}
+
+
+def _usage(body: dict) -> dict:
+    """A prompt of text is counted as twice its words, so that a client's own count shows."""
+    prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"][0]["text"]
+    count = len(prompt) if isinstance(prompt, list) else 2 * len(prompt.split())
+    return {"prompt_tokens": count, "completion_tokens": body.get("max_tokens") or body["max_completion_tokens"]}
+
+
+async def _send(response: web.StreamResponse, content: dict) -> None:
+    await response.write(f"data: {json.dumps(content)}\n\n".encode())
+
+
+async def _send_in_pieces(response: web.StreamResponse, content: dict) -> None:
+    """An event may arrive cut anywhere, and after a comment."""
+    data = f": comment\ndata: {json.dumps(content)}\n\n".encode()
+    await response.write(data[:17])
+    await response.write(data[17:])

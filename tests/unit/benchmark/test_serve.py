@@ -1,0 +1,166 @@
+"""The load generator against a real HTTP server on loopback, and its arithmetic against values made by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_server import Behaviour, serving
+
+from sarathi.benchmark.serve import results
+from sarathi.benchmark.serve.client import RequestResult
+from sarathi.benchmark.serve.main import main
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)
+
+
+def load(behaviour: Behaviour, folder: Path, *words: object, code: int = 0) -> dict:
+    """The JSON result of one load."""
+    print(f"seed {SEED}")
+    common = ["--base-url", behaviour.url, "--disable-tqdm", "--save-detailed", "--seed", SEED]
+    common += ["--result-dir", folder, "--result-filename", "r.json", "--percentile-metrics", "ttft,tpot,itl,e2el"]
+    assert main([str(word) for word in (*common, *words)]) == code
+    return json.loads((folder / "r.json").read_text())
+
+
+def test_latencies_are_those_of_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Behaviour(first_s=0.1, gap_s=0.03)) as server:
+        result = load(server, tmp_path, "--num-prompts", 4, "--random-input-len", 30, "--random-output-len", 6)
+    assert (result["completed"], result["failed"], result["model_id"]) == (4, 0, "fake-model")
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (120, 24)
+    assert 100 <= result["median_ttft_ms"] < 220
+    assert 30 <= result["median_itl_ms"] < 60
+    assert 30 <= result["median_tpot_ms"] < 60
+    assert result["median_e2el_ms"] == pytest.approx(result["median_ttft_ms"] + 5 * result["median_tpot_ms"], rel=0.15)
+    assert result["output_throughput"] == pytest.approx(24 / result["duration"])
+    assert result["generated_texts"] == ["t0 t1 t2 t3 t4 t5 "] * 4
+    printed = capsys.readouterr().out
+    for line in ("Serving Benchmark Result", "Mean TTFT (ms)", "P99 TPOT (ms)", "Median ITL (ms)", "P99 E2EL (ms)"):
+        assert line in printed
+
+
+def test_request_is_what_servers_expect(tmp_path: Path) -> None:
+    words = ["--num-prompts", 3, "--random-input-len", 20, "--random-output-len", 2, "--ignore-eos", "--api-key", "k"]
+    words += ["--extra-body", '{"top_k": 5}', "--header", "X-Test=1", "--vocab-size", 50, "--random-prefix-len", 4]
+    with serving(Behaviour()) as server:
+        load(server, tmp_path, *words)
+    for body, headers in zip(server.bodies, server.headers, strict=True):
+        assert (body["model"], body["stream"], body["ignore_eos"], body["top_k"]) == ("fake-model", True, True, 5)
+        assert body["stream_options"] == {"include_usage": True} and body["max_tokens"] == 2
+        assert len(body["prompt"]) == 24 and max(body["prompt"]) < 50
+        assert (headers["Authorization"], headers["X-Test"]) == ("Bearer k", "1")
+    assert len({tuple(body["prompt"][:4]) for body in server.bodies}) == 1
+    assert len({tuple(body["prompt"]) for body in server.bodies}) == 3
+
+
+def test_chat_counts_the_tokens_of_the_server(tmp_path: Path) -> None:
+    words = ["--backend", "openai-chat", "--num-prompts", 2, "--random-input-len", 10, "--random-output-len", 3]
+    with serving(Behaviour()) as server:
+        result = load(server, tmp_path, *words)
+    assert result["input_lens"] == [20, 20]
+    assert server.bodies[0]["messages"][0]["content"][0]["type"] == "text"
+    assert server.bodies[0]["max_completion_tokens"] == 3
+
+
+def test_chunks_are_counted_where_the_server_counts_nothing(tmp_path: Path) -> None:
+    with serving(Behaviour(usage=False)) as server:
+        result = load(server, tmp_path, "--num-prompts", 2, "--random-input-len", 9, "--random-output-len", 4)
+    assert (result["output_lens"], result["input_lens"]) == ([4, 4], [9, 9])
+
+
+def test_failures_are_counted_told_and_in_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Behaviour(trouble={1: "500", 3: "error"})) as server:
+        words = ["--num-prompts", 6, "--random-input-len", 9, "--random-output-len", 4]
+        result = load(server, tmp_path, *words, "--max-concurrency", 1, code=1)
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (4, 2, 16)
+    assert result["errors"][0] == "" and "HTTP 500" in result["errors"][1] and result["errors"][3] == "lost my mind"
+    assert "lost my mind" in capsys.readouterr().err
+
+
+def test_concurrency_stays_below_its_limit(tmp_path: Path) -> None:
+    words = ["--num-prompts", 9, "--random-input-len", 5, "--random-output-len", 3, "--max-concurrency", 2]
+    with serving(Behaviour()) as server:
+        result = load(server, tmp_path, *words)
+    assert server.peak_running == 2
+    assert result["max_concurrent_requests"] == 2
+
+
+def test_rate_spreads_requests_over_time(tmp_path: Path) -> None:
+    words = ["--num-prompts", 20, "--random-input-len", 5, "--random-output-len", 1, "--request-rate", 50]
+    with serving(Behaviour(first_s=0.001)) as server:
+        result = load(server, tmp_path, *words, "--burstiness", 100)
+    assert 0.25 < result["duration"] < 1.2  # 19 intervals of 20 ms, nearly even
+
+
+def test_warm_ups_are_forgotten(tmp_path: Path) -> None:
+    words = ["--num-prompts", 3, "--random-input-len", 5, "--random-output-len", 1, "--num-warmups", 2]
+    with serving(Behaviour()) as server:
+        assert load(server, tmp_path, *words)["completed"] == 3
+    assert len(server.bodies) == 5
+
+
+def test_goodput_counts_requests_that_meet_every_target(tmp_path: Path) -> None:
+    words = ["--num-prompts", 4, "--random-input-len", 5, "--random-output-len", 3]
+    with serving(Behaviour(first_s=0.05)) as server:
+        met = load(server, tmp_path, *words, "--goodput", "ttft:5000", "e2el:9000")
+        missed = load(server, tmp_path, *words, "--goodput", "ttft:5000", "e2el:10")
+    assert met["request_goodput"] == pytest.approx(met["request_throughput"])
+    assert missed["request_goodput"] == 0
+
+
+def test_same_seed_sends_the_same(tmp_path: Path) -> None:
+    words = ["--num-prompts", 5, "--random-input-len", 40, "--random-output-len", 4, "--random-range-ratio", 0.5]
+    prompts = []
+    for _ in range(2):
+        with serving(Behaviour(first_s=0, gap_s=0)) as server:
+            result = load(server, tmp_path, *words, "--max-concurrency", 1)
+        prompts.append([(body["prompt"], body["max_tokens"]) for body in server.bodies])
+        assert all(20 <= length <= 60 for length in result["input_lens"])
+    assert prompts[0] == prompts[1]
+
+
+def test_mooncake_is_replayed_at_its_times(tmp_path: Path) -> None:
+    rows = [{"timestamp": 100 * n, "input_length": 600, "output_length": 2, "hash_ids": [1, n]} for n in range(4)]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(Behaviour(first_s=0.001)) as server:
+        result = load(server, tmp_path, "--dataset-name", "mooncake", "--dataset-path", path, "--num-prompts", 4)
+    assert 0.3 <= result["duration"] < 1.0
+    assert len({tuple(body["prompt"][:512]) for body in server.bodies}) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--goodput", "speed:3"], "must be ttft, tpot or e2el"),
+        (["--percentile-metrics", "ttft,x"], "'x' is not among"),
+        (["--metric-percentiles", "101"], "0 to 100"),
+        (["--dataset-name", "csv"], "needs --dataset-path"),
+        (["--port", "1"], "is the server up?"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--num-prompts", "1", "--disable-tqdm"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def result_of(sent_s: float, times_s: list[float], tokens: int) -> RequestResult:
+    return RequestResult(sent_s, 10, tokens, times_s, times_s[-1])
+
+
+def test_formulas_by_hand() -> None:
+    made = [result_of(0.0, [1.0, 1.5, 2.5], 3), result_of(0.5, [0.75], 1), result_of(2.5, [3.0, 3.2], 5)]
+    values = results.latencies_ms(made)
+    assert values["ttft"] == [1000, 250, 500]
+    assert values["tpot"] == pytest.approx([750, 50])  # (e2el - ttft) / (n - 1); one token alone has none
+    assert values["itl"] == pytest.approx([500, 1000, 200])
+    computed = results.compute(made, 4.0, {"ttft": 600, "tpot": 100})
+    assert (computed["max_concurrent_requests"], computed["max_output_tokens_per_s"]) == (2, 2)
+    assert computed["request_goodput"] == 2 / 4.0
+    assert computed["total_token_throughput"] == (30 + 9) / 4.0
+    found = results.statistics(values, ["itl"], [50, 99])
+    assert found["p50_itl_ms"] == pytest.approx(500) and found["mean_itl_ms"] == pytest.approx(
+        np.mean([500, 1000, 200])
+    )
+    assert set(found) == {"mean_itl_ms", "median_itl_ms", "std_itl_ms", "p50_itl_ms", "p99_itl_ms"}
