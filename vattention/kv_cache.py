@@ -152,7 +152,8 @@ class VirtualKVCache:
         self._native.prepare(slots, tokens)
 
     def prefetch(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """The same targets, best effort, mapped on the worker thread; returns at once.
+        """The same targets, best effort, mapped on the worker thread; returns at once, unless the worker
+        is still busy with an earlier request.
 
         Takes rows back from idle slots only. What goes wrong is counted in `stats`. Lengths past max_tokens are cut.
         """

@@ -116,22 +116,25 @@ std::uint64_t KVCache::share(std::int64_t source, std::int64_t target, std::int6
     throw std::invalid_argument("tokens is " + std::to_string(tokens) + ", but slot " + std::to_string(source) +
                                 " holds " + std::to_string(from.tokens));
   }
-  // Only where a token ends together with a page: the next token would otherwise be written into a shared page.
-  std::size_t count = 0;
-  std::uint64_t shared_tokens = 0;
-  for (std::size_t i = 0, rows = 0; i < from.used_extents; ++i) {
-    rows += from.extents[i]->rows;
-    const std::uint64_t bytes = rows * geometry_.page_bytes();
-    if (bytes > limit * geometry_.token_bytes()) break;
-    if (bytes % geometry_.token_bytes() != 0) continue;
-    count = i + 1;
-    shared_tokens = bytes / geometry_.token_bytes();
-  }
+  const auto [count, shared_tokens] = shareable(from, limit);
   if (count == 0) return 0;
   slots_.trim(to, 0);
   slots_.append(to, Extents(from.extents.begin(), from.extents.begin() + static_cast<std::ptrdiff_t>(count)));
   slots_.use(to, shared_tokens);
   return shared_tokens;
+}
+
+// The leading extents that hold nothing but the first `limit` tokens. Only where a token ends together with a page: the
+// next one would otherwise be written into a shared page.
+KVCache::Prefix KVCache::shareable(const Slot& slot, std::uint64_t limit) const noexcept {
+  Prefix prefix{0, 0};
+  std::uint64_t bytes = 0;
+  for (std::size_t i = 0; i < slot.used_extents; ++i) {
+    bytes += slot.extents[i]->rows * geometry_.page_bytes();
+    if (bytes > limit * geometry_.token_bytes()) break;
+    if (bytes % geometry_.token_bytes() == 0) prefix = {i + 1, bytes / geometry_.token_bytes()};
+  }
+  return prefix;
 }
 
 void KVCache::map_ahead(std::int64_t tokens) {

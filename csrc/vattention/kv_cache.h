@@ -99,6 +99,10 @@ class KVCache {
     std::size_t extents;
     std::uint64_t rows;
   };
+  struct Prefix {
+    std::size_t extents;
+    std::uint64_t tokens;
+  };
   class Goals;
 
   Worker::Lock own();
@@ -108,6 +112,7 @@ class KVCache {
   std::uint64_t active_slot(std::int64_t slot) const;
   void check_targets(const Targets& targets) const;
 
+  Prefix shareable(const Slot& slot, std::uint64_t limit) const noexcept;
   Fit fit(const Slot& slot, std::uint64_t rows) const noexcept;
   bool grow(const Targets& targets);
   void clear_way(std::uint64_t slot, std::uint64_t rows);

@@ -102,7 +102,6 @@ Extents PagePool::create(const ClassCounts& counts) {
 
 void PagePool::make_room(std::uint64_t rows) {
   if (rows == 0) return;
-  if (created_rows_ + rows > budget_rows_) retry_condemned();
   shrink_to(budget_rows_ - rows);
 }
 
