@@ -163,9 +163,9 @@ def decode_steps_us(cache: VirtualKVCache, steps: int, prefetch: bool, compute: 
 
 
 def simulated_compute(device: torch.device) -> Callable[[], None]:
-    """Some milliseconds in which the worker may map: a matrix product on a GPU, a sleep on the CPU."""
+    """Time in which the worker may map: matrix products on a GPU, a sleep on the CPU."""
     if device.type == "cpu":
-        return lambda: time.sleep(0.002)
+        return lambda: time.sleep(0.001)
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
 
     def multiply() -> None:

@@ -39,10 +39,14 @@ struct AllocationProp {
   } alloc_flags;
 };
 
+static_assert(sizeof(AllocationProp) == 32, "the driver reads CUmemAllocationProp");
+
 struct AccessDesc {
   Location location;
   int flags;
 };
+
+static_assert(sizeof(AccessDesc) == 12, "the driver reads CUmemAccessDesc");
 
 struct Driver {
   // Opens the library and finds every call; throws DeviceError saying what is missing.
