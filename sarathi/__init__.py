@@ -1,0 +1,23 @@
+"""A language-model serving engine whose KV cache is contiguous in virtual memory and mapped to pages on demand.
+
+`LLM` and `SamplingParams` are found on first use: importing the package alone imports neither torch nor a model.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sarathi.entrypoints.llm import LLM
+    from sarathi.sampling_params import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+__version__ = "0.1.0"
+
+_HOMES = {"LLM": "sarathi.entrypoints.llm", "SamplingParams": "sarathi.sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

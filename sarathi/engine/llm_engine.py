@@ -1,0 +1,192 @@
+"""Requests in, text out, one step at a time; knows no kernels and no pages.
+
+Everything is handed in, so that a test can run the engine over a model of three lines; `from_config` builds the real
+parts.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from sarathi.config.schema import EngineConfig
+from sarathi.core.scheduler.base import Scheduler
+from sarathi.engine.answers import Answer, Group
+from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer
+from sarathi.engine.inputs import InputProcessor, Prompt, fan_out
+from sarathi.engine.outputs import RequestMetrics, RequestOutput
+from sarathi.engine.tokenizer import Tokenizer
+from sarathi.messages import MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
+from sarathi.request import Request
+from sarathi.sampling_params import SamplingParams
+
+
+class Executor(Protocol):
+    """All ranks as seen from here: messages in, messages out."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def execute(self, out: SchedulerOutput) -> StepResult: ...
+
+    def memory_stats(self) -> MemoryStats: ...
+
+    def shutdown(self) -> None: ...
+
+
+class LLMEngine:
+    """A scheduler, an executor and a tokenizer put together. One thread at a time may use it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: MetricsSink | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self._clock = clock
+        self._metrics = metrics or NullMetricsStore()
+        self._inputs = InputProcessor(tokenizer, executor.vocab_size)
+        self._groups: dict[str, Group] = {}
+        self._answers: dict[str, tuple[Group, Answer]] = {}
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "LLMEngine":
+        """The engine that `config` describes, its model loaded. Raises ValueErrors that name the setting at fault."""
+        from sarathi.engine.build import build_parts  # imports torch
+
+        return cls(*build_parts(config))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything, be it only to free the memory of requests that have ended."""
+        return self.scheduler.has_work
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have been added and have not ended."""
+        return len(self._groups)
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams, arrival_time_s: float | None = None
+    ) -> None:
+        """Queue a prompt: text, or token ids. It is refused with a ValueError, and nothing else changes, where the id
+        is in use, the prompt is empty or too long, or a parameter does not fit the model.
+
+        arrival_time_s: by the engine's clock, where it came in before this call; None: now.
+        """
+        token_ids = self._inputs.token_ids(prompt)
+        self._inputs.check_params(sampling_params)
+        metrics = RequestMetrics(self._clock() if arrival_time_s is None else arrival_time_s)
+        answers = [
+            self._answer(request_id, index, token_ids, params, metrics.arrival_time_s)
+            for index, params in enumerate(fan_out(sampling_params))
+        ]
+        self._schedule_all(answers)
+        for answer in answers:
+            self._metrics.on_request_arrived(answer.request)
+        group = Group(request_id, prompt if isinstance(prompt, str) else None, answers, metrics)
+        self._groups[request_id] = group
+        self._answers.update({answer.request.request_id: (group, answer) for answer in answers})
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; the requests that got a token or ended in it, as they now stand.
+
+        Where the executor raises, every request in the engine ends without a last output, the error goes on to the
+        caller, and the engine takes new requests.
+        """
+        start_s = self._clock()
+        out = self.scheduler.schedule()
+        scheduled_s = self._clock()
+        result = self._execute(out)
+        executed_s = self._clock()
+        progressed = self.scheduler.update(out, result)
+        self._mark_scheduled(out, start_s)
+        outputs = self._outputs(progressed, result.tokens)
+        self._metrics.on_step(out, result, StepTimes(start_s, scheduled_s, executed_s, self._clock()))
+        return outputs
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; its last output, or None if there is no such request (any more)."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        self._end_all(group.answers, "abort")
+        return self._output(group)
+
+    def shutdown(self) -> None:
+        """Give back the executor's memory and processes; the engine is of no use afterwards."""
+        self.executor.shutdown()
+
+    def _answer(
+        self, request_id: str, index: int, token_ids: tuple[int, ...], params: SamplingParams, arrival_s: float
+    ) -> Answer:
+        name = request_id if index == 0 else f"{request_id}#{index}"
+        ends = frozenset() if self.tokenizer is None else self.tokenizer.eos_token_ids
+        request = Request(name, token_ids, params, arrival_s, ends)
+        if self.tokenizer is None:
+            return Answer(request, index, SilentDetokenizer(), str)
+        return Answer(request, index, Detokenizer(self.tokenizer, params.stop), self.tokenizer.piece)
+
+    def _schedule_all(self, answers: Sequence[Answer]) -> None:
+        """All or none: where the scheduler refuses one, those before it are taken back."""
+        try:
+            for answer in answers:
+                self.scheduler.add(answer.request)
+        except ValueError:
+            self._end_all(answers, "error")
+            raise
+
+    def _execute(self, out: SchedulerOutput) -> StepResult:
+        try:
+            return self.executor.execute(out)
+        except BaseException:
+            self._end_all([answer for _, answer in self._answers.values()], "error")
+            self.scheduler.update(out, _blank_result(out))
+            self._groups.clear()
+            self._answers.clear()
+            raise
+
+    def _end_all(self, answers: Iterable[Answer], reason: str) -> None:
+        for answer in answers:
+            self.scheduler.finish(answer.request, reason)
+
+    def _mark_scheduled(self, out: SchedulerOutput, start_s: float) -> None:
+        for new in out.new_requests:
+            metrics = self._answers[new.request_id][0].metrics
+            if metrics.first_scheduled_time_s is None:
+                metrics.first_scheduled_time_s = start_s
+
+    def _outputs(self, progressed: Iterable[Request], tokens: Iterable[SampledToken]) -> list[RequestOutput]:
+        by_request = {token.request_id: token for token in tokens}
+        touched = {}
+        for request in progressed:
+            group, answer = self._answers[request.request_id]
+            if request.request_id in by_request:
+                self._take(answer, by_request[request.request_id])
+            touched[group.request_id] = group
+        return [self._output(group) for group in touched.values()]
+
+    def _take(self, answer: Answer, token: SampledToken) -> None:
+        answer.take(token)
+        if answer.matched_stop is not None and not answer.request.is_finished:
+            self.scheduler.finish(answer.request, "stop", answer.matched_stop)
+
+    def _output(self, group: Group) -> RequestOutput:
+        output = group.output(self._clock())
+        if output.finished:
+            del self._groups[group.request_id]
+            for answer in group.answers:
+                self._metrics.on_request_finished(answer.request)
+                del self._answers[answer.request.request_id]
+        return output
+
+
+def _blank_result(out: SchedulerOutput) -> StepResult:
+    """Tokens for a step that gave none, so that the scheduler's books close; their requests have ended already."""
+    tokens = tuple(SampledToken(chunk.request_id, 0) for chunk in out.chunks if chunk.samples)
+    return StepResult(out.step_id, tokens)

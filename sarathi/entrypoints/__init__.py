@@ -1,0 +1,1 @@
+"""Ways in: the Python class, the command line. Nothing below imports from here."""

@@ -1,0 +1,92 @@
+"""The `sarathi` command: options, dispatch, and errors as one line; knows no model.
+
+Commands live in modules of their own, imported when called, so that --help needs neither torch nor a model.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from sarathi import __version__
+from sarathi.entrypoints.options import add_config_options, add_sampling_options, token_ids
+
+_INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Errors are one line on stderr and exit code 1, or a traceback with --debug."""
+    args = _parser().parse_args(argv)
+    try:
+        return _command(args.command)(args)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to flush
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"sarathi {args.command}: {_describe(error)}", file=sys.stderr)
+        return 1
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    run: Callable[[argparse.Namespace], int] = importlib.import_module(f"sarathi.entrypoints.{name}").run
+    return run
+
+
+def _describe(error: Exception) -> str:
+    """Errors about what the user asked for speak for themselves; others need their type, and a way to learn more."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, ImportError)) and message:
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sarathi", description="Run language models with a virtually contiguous KV cache."
+    )
+    parser.add_argument("--version", action="version", version=f"sarathi {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_demo(commands)
+    _add_command(commands, "env", "versions, devices and attention backends on this machine")
+    return parser
+
+
+def _add_command(commands: "argparse._SubParsersAction", name: str, help_text: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=f"{help_text}.")
+    command.add_argument("--debug", action="store_true", help="show where an error came from")
+    return command
+
+
+def _add_generate(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
+    command = _add_command(commands, "generate", "complete prompts, printing text as it comes")
+    command.add_argument("prompt", nargs="*", help="text to complete; none: all of standard input is one prompt")
+    command.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - is standard input")
+    command.add_argument("--prompt-token-ids", type=token_ids, metavar="IDS", help="a prompt as token ids: 1,2,3")
+    command.add_argument("--chat", action="store_true", help="put each prompt to the model as a user's message")
+    command.add_argument("--json", action="store_true", help="print one JSON object a prompt, when it is done")
+    add_sampling_options(command)
+    add_config_options(command)
+
+
+def _add_chat(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
+    command = _add_command(commands, "chat", "talk with a model; /exit, /reset and /system TEXT are commands")
+    command.add_argument("--system", metavar="TEXT", help="system message that the conversation begins with")
+    add_sampling_options(command, max_tokens=512, temperature=0.2, top_p=0.9)
+    add_config_options(command)
+
+
+def _add_demo(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
+    command = _add_command(commands, "demo", "answer a dozen prompts, then compare three kinds of KV cache on them")
+    command.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of an answer (default: 64)")
+    add_config_options(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""`sarathi generate`: completes prompts from arguments, a file or standard input; knows no engine internals."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sarathi.engine.inputs import Prompt
+from sarathi.engine.outputs import CompletionOutput, RequestOutput
+from sarathi.entrypoints.console import OrderedPrinter
+from sarathi.entrypoints.llm import LLM
+from sarathi.entrypoints.options import config_from, sampling_from
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 once every prompt has its answer."""
+    params, config = sampling_from(args), config_from(args)  # refused here, before the model is loaded
+    prompts = _read_prompts(args)
+    with LLM.from_config(config) as llm:
+        inputs: list[Prompt] = [_as_chat(llm, prompt) for prompt in prompts] if args.chat else prompts
+        show = _JsonLines(prompts) if args.json else OrderedPrinter(_header(prompts))
+        for number, output in llm.stream_all(inputs, params):
+            show.take(number, output)
+    return 0
+
+
+def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    prompts: list[Prompt] = list(args.prompt)
+    if args.prompt_token_ids is not None:
+        prompts.append(args.prompt_token_ids)
+    if args.prompt_file is not None:
+        prompts += _lines(args.prompt_file)
+    return prompts or [sys.stdin.read()]
+
+
+def _lines(name: str) -> list[str]:
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompt-file {name} holds no prompt: write one a line")
+    return lines
+
+
+def _as_chat(llm: LLM, prompt: Prompt) -> Prompt:
+    return llm.encode_chat([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
+
+
+def _header(prompts: Sequence[Prompt]) -> Callable[[int], str]:
+    if len(prompts) == 1:
+        return lambda number: ""
+    return lambda number: f"--- {prompts[number]}\n"
+
+
+class _JsonLines:
+    """One object a prompt, in the order in which they are done."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+
+    def take(self, number: int, output: RequestOutput) -> None:
+        if output.finished:
+            print(json.dumps(self._object(number, output), ensure_ascii=False), flush=True)
+
+    def _object(self, number: int, output: RequestOutput) -> dict[str, Any]:
+        return {
+            "index": number,
+            "prompt": self._prompts[number],
+            "prompt_tokens": len(output.prompt_token_ids),
+            "outputs": [_answer(each) for each in output.outputs],
+            "metrics": asdict(output.metrics),
+        }
+
+
+def _answer(output: CompletionOutput) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if output.logprobs is not None:
+        answer["logprobs"] = [_logprobs(entry.items()) for entry in output.logprobs]
+    return answer
+
+
+def _logprobs(entries: Iterable[tuple[int, Any]]) -> list[dict[str, Any]]:
+    return [{"token_id": token_id, "token": each.decoded_token, "logprob": each.logprob} for token_id, each in entries]

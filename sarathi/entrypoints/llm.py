@@ -1,0 +1,182 @@
+"""The engine as one Python object for work that is there all at once; knows no sockets and no threads.
+
+with LLM("smollm2-135m") as llm:
+    [output] = llm.generate("The capital of France is", SamplingParams(temperature=0))
+    print(output.outputs[0].text)
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from sarathi.config.load import make_config
+from sarathi.config.schema import EngineConfig
+from sarathi.engine.chat_template import Conversation
+from sarathi.engine.inputs import Prompt
+from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.outputs import RequestOutput
+from sarathi.engine.tokenizer import Tokenizer
+from sarathi.entrypoints.progress import Progress
+from sarathi.messages import MemoryStats
+from sarathi.sampling_params import SamplingParams
+
+Prompts = Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model ready to answer. Its memory is freed by `close`, at the end of a `with`, or when it is deleted."""
+
+    def __init__(self, model: str = "smollm2-135m", **settings: object) -> None:
+        """Load `model`: a known name, a folder, a .gguf file or a hub id. `settings` are knobs of the configuration
+        by name, as `max_num_seqs=16` or `attention_backend="sdpa_vattn_megacache"`; an unknown one is a ValueError."""
+        self._take(LLMEngine.from_config(make_config(model=model, **settings)))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "LLM":
+        """An LLM as `config` describes it."""
+        return cls.from_engine(LLMEngine.from_config(config))
+
+    @classmethod
+    def from_engine(cls, engine: LLMEngine) -> "LLM":
+        """An LLM over an engine that is there already, which it will shut down."""
+        llm = cls.__new__(cls)
+        llm._take(engine)
+        return llm
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a bare configuration with random weights: prompts are token ids then."""
+        return self.engine.tokenizer
+
+    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Complete one prompt or many, together; outputs in the order of the prompts.
+
+        A prompt is text, a list of token ids, or `{"prompt": ...}` / `{"prompt_token_ids": ...}`; kinds may be mixed.
+        `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at fault;
+        nothing runs then, and the engine stays usable.
+        """
+        return self._run([_plain(prompt) for prompt in _as_list(prompts)], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, in the model's own chat format; otherwise as `generate`."""
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if single else messages
+        return self._run([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, with an output after each of its tokens; leaving the loop early aborts it."""
+        return (output for _, output in self.stream_all([prompt], sampling_params))
+
+    def stream_all(
+        self, prompts: Sequence[Prompt], sampling_params: Params = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Complete prompts together; (number of the prompt, output) whenever one got a token or ended.
+
+        Leaving the loop early, by an exception or not, aborts those that are not done.
+        """
+        numbers = self._add_all(prompts, sampling_params)
+        pending = set(numbers)
+        try:
+            while pending:
+                for output in self.engine.step():
+                    if output.finished:
+                        pending.discard(output.request_id)
+                    if output.request_id in numbers:
+                        yield numbers[output.request_id], output
+        finally:
+            self._abort_all(pending)
+            self._free_ended()
+
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so it cannot chat: use generate() with token ids")
+        return self.tokenizer.encode_chat(conversation)
+
+    def memory_stats(self) -> MemoryStats:
+        """What the KV cache holds now, and at its peak, in bytes."""
+        return self.engine.executor.memory_stats()
+
+    def close(self) -> None:
+        """Free all memory; may be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _take(self, engine: LLMEngine) -> None:
+        self.engine = engine
+        self._ids = map(str, itertools.count())
+        self._finalizer = weakref.finalize(self, engine.shutdown)
+
+    def _run(self, prompts: Sequence[Prompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[int, RequestOutput] = {}
+        with Progress(len(prompts), use_tqdm) as progress:
+            for number, output in self.stream_all(prompts, params):
+                progress.count(output)
+                if output.finished:
+                    finished[number] = output
+        return [finished[number] for number in range(len(prompts))]
+
+    def _add_all(self, prompts: Sequence[Prompt], params: Params) -> dict[str, int]:
+        """Numbers of the prompts by request id. All or none: the first refusal takes back the ones before it."""
+        numbers: dict[str, int] = {}
+        for number, (prompt, each) in enumerate(zip(prompts, _for_each(params, len(prompts)), strict=True)):
+            request_id = next(self._ids)
+            try:
+                self.engine.add_request(request_id, prompt, each)
+            except ValueError as error:
+                self._abort_all(numbers)
+                if len(prompts) == 1:
+                    raise
+                raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
+            numbers[request_id] = number
+        return numbers
+
+    def _abort_all(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+
+    def _free_ended(self) -> None:
+        """The worker hears of requests that ended with the next step; where none is left, that would be too late."""
+        while self.engine.has_work and not self.engine.num_unfinished:
+            self.engine.step()
+
+
+def _as_list(prompts: Prompts) -> Sequence[Any]:
+    """One prompt becomes a list of one; a list of integers is one prompt of token ids."""
+    single = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and _is_integer(prompts[0]))
+    return [prompts] if single else prompts  # type: ignore[return-value]
+
+
+def _is_integer(value: object) -> bool:
+    return hasattr(value, "__index__")
+
+
+def _plain(prompt: Prompt | Mapping[str, Any]) -> Prompt:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for key in ("prompt_token_ids", "prompt"):
+        if key in prompt:
+            plain: Prompt = prompt[key]
+            return plain
+    raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
+
+
+def _for_each(params: Params, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one for all or one each")
+    return params

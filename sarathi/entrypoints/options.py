@@ -1,0 +1,87 @@
+"""Command-line options of every knob of the configuration and of sampling; knows no command.
+
+Configuration options come from the schema itself: a new knob is a new option.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+
+from sarathi.config.knobs import Knob, knobs_of
+from sarathi.config.load import load_config
+from sarathi.config.schema import EngineConfig
+from sarathi.sampling_params import SamplingParams
+
+_CONFIG_PREFIX = "config:"  # destinations in the namespace, apart from a command's own options
+
+
+def _optional_int(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+_SAMPLING: dict[str, tuple[Callable[[str], object], str]] = {
+    "n": (int, "answers to each prompt"),
+    "temperature": (float, "0: always the most likely token; larger: more varied"),
+    "top_p": (float, "draw from the most likely tokens that hold this share of the probability"),
+    "top_k": (int, "draw from this many of the most likely tokens; -1: all"),
+    "min_p": (float, "draw from tokens at least this likely, relative to the most likely one"),
+    "presence_penalty": (float, "subtracted once from the logits of tokens already written"),
+    "frequency_penalty": (float, "subtracted for each time a token was written"),
+    "repetition_penalty": (float, "divides the logits of tokens already read or written"),
+    "seed": (int, "makes sampling repeatable"),
+    "max_tokens": (_optional_int, "tokens of an answer at most; none: to the model's limit"),
+    "min_tokens": (int, "tokens of an answer at least"),
+    "logprobs": (int, "also give log probabilities, of this many of the most likely tokens"),
+}
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each knob, and --config for a YAML file that they win over."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--config", metavar="FILE", help="YAML file with sections model, cache, scheduler, parallel")
+    for name, knob in _named_knobs():
+        help_text = f"{knob.help} (default: {knob.default}; {knob.allowed})".replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=_CONFIG_PREFIX + knob.path, metavar="VALUE", help=help_text)
+
+
+def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
+    """The configuration that the options ask for; `forced` knobs win. ConfigError names what is wrong."""
+    given = {
+        name.removeprefix(_CONFIG_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(_CONFIG_PREFIX) and value is not None
+    }
+    return load_config(EngineConfig, args.config, {**given, **forced})
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """One option for each field of SamplingParams; `defaults` are a command's own."""
+    group = parser.add_argument_group("sampling")
+    standard = {field.name: field.default for field in fields(SamplingParams)} | defaults
+    for name, (kind, help_text) in _SAMPLING.items():
+        flag, default = "--" + name.replace("_", "-"), standard[name]
+        group.add_argument(flag, type=kind, default=default, metavar="VALUE", help=f"{help_text} (default: {default})")
+    group.add_argument("--stop", action="append", metavar="TEXT", default=[], help="end before this text; repeatable")
+    group.add_argument("--stop-token-ids", type=token_ids, metavar="IDS", default=[], help="end at any of these: 2,198")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the model's own end token")
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingParams:
+    """The parameters that the options ask for. ValueError names what is wrong."""
+    names = [*_SAMPLING, "stop", "stop_token_ids", "ignore_eos"]
+    return SamplingParams(**{name: getattr(args, name) for name in names})
+
+
+def token_ids(text: str) -> list[int]:
+    """Ids written as 1,2,3."""
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
+def _named_knobs() -> Iterator[tuple[str, Knob]]:
+    """The last part of a knob's path names its option, unless another knob or a sampling option is called that."""
+    knobs = knobs_of(EngineConfig)
+    leaves = [knob.leaf for knob in knobs]
+    for knob in knobs:
+        ambiguous = knob.leaf in _SAMPLING or knob.leaf == "type" or leaves.count(knob.leaf) > 1
+        yield (knob.flat if ambiguous else knob.leaf), knob

@@ -1,0 +1,100 @@
+"""Streamed text equals one-shot text for any tokens and any stop strings, and never shows too much."""
+
+import random
+
+import pytest
+from fake_engine import END, byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer, StopMatcher
+
+TOKENIZER = byte_tokenizer()
+SHORT_ALPHABET = st.text(alphabet="ab界", max_size=30)
+STOPS = st.lists(st.text(alphabet="ab界", min_size=1, max_size=4), max_size=3)
+
+
+def cut_one_shot(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """Grow the text by one character until it ends with a stop string; naive, and the meaning of StopMatcher."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            longest = max(ending, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@given(st.text())
+def test_streamed_text_is_the_text(text: str) -> None:
+    stream = Detokenizer(TOKENIZER)
+    pieces = [stream.push(token_id) for token_id in TOKENIZER.encode(text)]
+    assert "".join(pieces) == text  # nothing is left to flush: all characters are whole
+    assert stream.flush() == ""
+
+
+@given(st.lists(st.integers(0, END)))
+def test_any_tokens_stream_as_one_shot_decoding(token_ids: list[int]) -> None:
+    stream = Detokenizer(TOKENIZER)
+    text = "".join(map(stream.push, token_ids)) + stream.flush()
+    assert text == TOKENIZER.decode(token_ids)
+
+
+@given(st.text(min_size=1))
+def test_no_prefix_ends_in_half_a_character(text: str) -> None:
+    stream = Detokenizer(TOKENIZER)
+    shown = ""
+    for token_id in TOKENIZER.encode(text):
+        shown += stream.push(token_id)
+        assert text.startswith(shown)
+
+
+@given(SHORT_ALPHABET, STOPS, st.randoms(use_true_random=False))
+@settings(max_examples=300)
+def test_stop_strings_cut_alike_however_the_text_comes(text: str, stops: list[str], rng: random.Random) -> None:
+    expected, stop = cut_one_shot(text, stops)
+    matcher, shown, rest = StopMatcher(stops), "", text
+    while rest:
+        size = rng.randint(1, 5)
+        shown += matcher.push(rest[:size])
+        assert expected.startswith(shown), "part of a stop string was shown"
+        rest = rest[size:]
+    assert (shown + matcher.flush(), matcher.matched) == (expected, stop)
+
+
+def test_a_stop_string_is_held_back_only_while_it_can_come() -> None:
+    matcher = StopMatcher(["STOP"])
+    assert [matcher.push(piece) for piece in ("go ST", "O", "NE ", "ST", "OP", "more")] == [
+        "go ",
+        "",
+        "STONE ",
+        "",
+        "",
+        "",
+    ]
+    assert matcher.matched == "STOP"
+    assert matcher.flush() == ""
+
+
+def test_a_stop_string_that_starts_inside_a_multibyte_character_is_found() -> None:
+    stream = Detokenizer(TOKENIZER, ["🙂end"])
+    text = "".join(map(stream.push, TOKENIZER.encode("say 🙂e no 🙂end after"))) + stream.flush()
+    assert (text, stream.matched_stop) == ("say 🙂e no ", "🙂end")
+
+
+def test_what_may_not_stop_yet_passes_through() -> None:
+    stream = Detokenizer(TOKENIZER, ["x"])
+    assert [stream.push(ord(char), may_stop=at >= 2) for at, char in enumerate("axbx")] == ["a", "x", "b", ""]
+    assert stream.matched_stop == "x"
+
+
+def test_an_unfinished_character_is_flushed_as_a_replacement() -> None:
+    stream = Detokenizer(TOKENIZER)
+    assert stream.push("é".encode()[0]) == ""
+    assert stream.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_without_a_tokenizer_there_is_no_text(count: int) -> None:
+    stream = SilentDetokenizer()
+    assert [stream.push(token_id) for token_id in range(count)] == [""] * count
+    assert stream.flush() == "" and stream.matched_stop is None

@@ -1,0 +1,257 @@
+"""The engine over a model of a few lines: what comes out, when, and that no request can end it."""
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+from fake_engine import END, VOCAB_SIZE, echo, make_engine, says
+
+from sarathi.core.scheduler.limits import RequestTooLongError
+from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.outputs import RequestOutput
+from sarathi.sampling_params import SamplingParams
+
+
+def run(engine: LLMEngine) -> dict[str, list[RequestOutput]]:
+    """All outputs of each request, until there is no work; never forgets to check the books."""
+    outputs: dict[str, list[RequestOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        engine.scheduler.check_integrity()
+    return outputs
+
+
+def answer(engine: LLMEngine, prompt: str | Sequence[int], **params: object) -> RequestOutput:
+    engine.add_request("only", prompt, SamplingParams(**{"max_tokens": 50, **params}))
+    return run(engine)["only"][-1]
+
+
+def test_text_streams_and_the_end_token_is_counted_but_not_shown() -> None:
+    engine = make_engine(says("Grüße, 世界 🙂"))
+    engine.add_request("a", "hello\0", SamplingParams(max_tokens=50))
+    outputs = [output.outputs[0] for output in run(engine)["a"]]
+    assert "".join(output.delta for output in outputs) == outputs[-1].text == "Grüße, 世界 🙂"
+    assert [output.num_tokens for output in outputs] == list(range(1, len(outputs) + 1))
+    assert outputs[-1].token_ids == [*"Grüße, 世界 🙂".encode(), END]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", None)
+    assert not any("\ufffd" in output.text for output in outputs)
+
+
+def test_an_output_stays_what_it_was_when_its_request_goes_on() -> None:
+    engine = make_engine(says("abcdef"))
+    engine.add_request("a", [0], SamplingParams(max_tokens=50, logprobs=1))
+    outputs = [output.outputs[0] for output in run(engine)["a"]]
+    assert [output.text for output in outputs[:3]] == ["a", "ab", "abc"]
+    assert (
+        [len(output.token_ids) for output in outputs[:3]]
+        == [len(output.logprobs or ()) for output in outputs[:3]]
+        == [1, 2, 3]
+    )
+
+
+def test_max_tokens_ends_by_length_and_flushes_half_a_character() -> None:
+    engine = make_engine(says("é" * 9))
+    output = answer(engine, [0], max_tokens=3).outputs[0]
+    assert (output.text, output.finish_reason) == ("é\ufffd", "length")
+
+
+@pytest.mark.parametrize("stop", ["wor", "w", "d!", " world!"])
+def test_stop_strings_end_the_request_and_are_cut(stop: str) -> None:
+    engine = make_engine(says("hello world! and more"))
+    outputs = answer(engine, [0], stop=["never", stop]).outputs[0]
+    assert outputs.text == "hello world! and more".partition(stop)[0]
+    assert (outputs.finish_reason, outputs.stop_reason) == ("stop", stop)
+    assert bytes(outputs.token_ids).decode().endswith(stop)
+    assert engine.executor.memory_stats().mapped_bytes == 0
+
+
+def test_a_stop_string_completed_by_the_last_allowed_token_counts_as_a_stop() -> None:
+    output = answer(make_engine(says("abc")), [0], stop="bc", max_tokens=3).outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("a", "stop", "bc")
+
+
+def test_what_could_begin_a_stop_string_comes_out_at_the_end() -> None:
+    engine = make_engine(says("so st"))
+    engine.add_request("a", [0], SamplingParams(max_tokens=50, stop="stop"))
+    outputs = [output.outputs[0] for output in run(engine)["a"]]
+    assert [output.text for output in outputs] == ["", "so", "so ", "so ", "so ", "so st"]
+
+
+def test_stop_tokens_end_with_their_id_as_the_reason_and_are_not_shown() -> None:
+    output = answer(make_engine(says("abc")), [0], stop_token_ids=[ord("b")]).outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("a", "stop", ord("b"))
+
+
+def test_min_tokens_lets_stop_strings_pass() -> None:
+    output = answer(make_engine(says("axbxc")), [0], stop="x", min_tokens=3).outputs[0]
+    assert (output.text, output.stop_reason) == ("axb", "x")
+
+
+def test_logprobs_name_the_chosen_token_first() -> None:
+    output = answer(make_engine(says("z")), [0], logprobs=3, max_tokens=1).outputs[0]
+    assert output.logprobs is not None
+    assert list(output.logprobs[0]) == [ord("z"), 0, 1, 2]
+    assert output.logprobs[0][ord("z")] == (-0.5, "z")
+
+
+def test_n_answers_have_seeds_of_their_own_that_follow_from_the_given_one() -> None:
+    def texts(seed: int) -> list[list[int]]:
+        output = answer(make_engine(), [5, 6], n=4, seed=seed, max_tokens=8)
+        assert [each.index for each in output.outputs] == [0, 1, 2, 3]
+        return [each.token_ids for each in output.outputs]
+
+    first = texts(7)
+    assert first == texts(7) and first != texts(8)
+    assert len(set(map(tuple, first))) == 4
+    assert first[0] == answer(make_engine(), [5, 6], seed=7, max_tokens=8).outputs[0].token_ids
+
+
+def test_n_answers_end_one_by_one_and_the_request_with_the_last() -> None:
+    def next_token(tokens: Sequence[int], params: SamplingParams) -> int:
+        return END if len(tokens) > 2 + (params.seed or 0) % 5 else 65
+
+    engine = make_engine(next_token)
+    engine.add_request("a", [1, 2], SamplingParams(n=5, seed=3, max_tokens=20))
+    outputs = run(engine)["a"]
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    for output in outputs[-1].outputs:
+        deltas = [each.outputs[output.index].delta for each in outputs]
+        assert "".join(deltas) == output.text == "A" * (output.num_tokens - 1)
+    assert engine.num_unfinished == 0
+
+
+def test_abort_returns_the_last_output_and_frees_the_memory() -> None:
+    engine = make_engine(says("abc" * 30))
+    for request_id, n in (("keep", 1), ("drop", 2)):
+        engine.add_request(request_id, [0], SamplingParams(max_tokens=60, n=n))
+    for _ in range(5):
+        engine.step()
+    last = engine.abort("drop")
+    assert last is not None and last.finished
+    assert [(output.text, output.finish_reason) for output in last.outputs] == [("abcab", "abort")] * 2
+    assert engine.abort("drop") is None and engine.abort("unknown") is None
+    outputs = run(engine)
+    assert list(outputs) == ["keep"] and outputs["keep"][-1].outputs[0].text == "abc" * 20
+    assert engine.executor.memory_stats().mapped_bytes == 0
+
+
+def test_abort_before_the_first_step_gives_an_empty_answer() -> None:
+    engine = make_engine()
+    engine.add_request("a", [1], SamplingParams())
+    last = engine.abort("a")
+    assert last is not None and last.outputs[0].token_ids == [] and last.outputs[0].finish_reason == "abort"
+    assert run(engine) == {}
+
+
+BAD_REQUESTS = [
+    ("", {}, "the prompt is empty"),
+    ([], {}, "the prompt is empty"),
+    ([3, VOCAB_SIZE], {}, f"prompt holds token id {VOCAB_SIZE}: it must be from 0 to {VOCAB_SIZE - 1}"),
+    ([-1], {}, "prompt holds token id -1"),
+    ([1.5], {}, "must be text or a list of token ids"),
+    ([[1]], {}, "must be text or a list of token ids"),
+    (7, {}, "must be text or a list of token ids"),
+    ([1] * 200, {}, "200"),
+    ([1], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids holds token id"),
+    ([1], {"logit_bias": {9999: 1.0}}, "logit_bias holds token id 9999"),
+    ([1], {"logprobs": 5000}, "logprobs is 5000"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), BAD_REQUESTS)
+def test_a_bad_request_is_refused_and_changes_nothing(prompt: object, params: dict, message: str) -> None:
+    engine = make_engine(says("fine"))
+    engine.add_request("good", [0], SamplingParams(max_tokens=10))
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("bad", prompt, SamplingParams(n=2, **params))  # type: ignore[arg-type]
+    outputs = run(engine)
+    assert list(outputs) == ["good"] and outputs["good"][-1].outputs[0].text == "fine"
+    engine.add_request("bad", [0], SamplingParams(max_tokens=10))  # its id is free
+    assert run(engine)["bad"][-1].outputs[0].text == "fine"
+
+
+def test_too_long_is_the_schedulers_error_with_the_numbers() -> None:
+    with pytest.raises(RequestTooLongError, match=r"300 tokens.*200"):
+        make_engine().add_request("long", [1] * 300, SamplingParams())
+
+
+def test_an_id_in_use_is_refused_also_where_it_is_one_of_n() -> None:
+    engine = make_engine(says("x"))
+    engine.add_request("a", [0], SamplingParams(n=2))
+    for taken in ("a", "a#1"):
+        with pytest.raises(ValueError, match="a"):
+            engine.add_request(taken, [0], SamplingParams())
+    engine.add_request("b#1", [0], SamplingParams())
+    with pytest.raises(ValueError, match="b#1"):
+        engine.add_request("b", [0], SamplingParams(n=2))
+    assert set(run(engine)) == {"a", "b#1"}
+
+
+def test_without_a_tokenizer_token_ids_work_and_text_is_refused() -> None:
+    engine = make_engine(has_tokenizer=False)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        engine.add_request("a", "text", SamplingParams())
+    with pytest.raises(ValueError, match="use stop_token_ids"):
+        engine.add_request("a", [1], SamplingParams(stop="x"))
+    output = answer(engine, [1, 2], max_tokens=5, logprobs=0).outputs[0]
+    assert output.text == "" and len(output.token_ids) == 5 and output.finish_reason == "length"
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on() -> None:
+    engine = make_engine(says("fine"))
+    for index in range(3):
+        engine.add_request(str(index), [index, 0], SamplingParams(n=2, max_tokens=10))
+    engine.step()
+    engine.executor.fail_next = RuntimeError("device lost")  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="device lost"):
+        engine.step()
+    assert engine.num_unfinished == 0
+    assert answer(engine, [0]).outputs[0].text == "fine"
+    assert engine.executor.memory_stats().mapped_bytes == 0
+
+
+def test_together_equals_alone_whatever_the_chunks_and_however_small_the_cache() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(12)]
+    params = [
+        SamplingParams(max_tokens=rng.randint(1, 30), seed=rng.randrange(99), n=rng.randint(1, 2)) for _ in prompts
+    ]
+
+    def ids(output: RequestOutput) -> list[list[int]]:
+        return [each.token_ids for each in output.outputs]
+
+    alone = []
+    for prompt, each in zip(prompts, params, strict=True):
+        engine = make_engine()
+        engine.add_request("x", prompt, each)
+        alone.append(ids(run(engine)["x"][-1]))
+    for rows, chunk_size in itertools.product((95, 1000), (1, 7, 512)):
+        engine = make_engine(echo, rows, chunk_size=chunk_size)
+        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            engine.add_request(str(number), prompt, each)
+        outputs = run(engine)
+        assert [ids(outputs[str(number)][-1]) for number in range(len(prompts))] == alone, (rows, chunk_size)
+
+
+def test_times_are_in_order_and_by_the_clock_handed_in() -> None:
+    ticks = itertools.count(100)
+    engine = make_engine(says("abc"), clock=lambda: float(next(ticks)), max_num_seqs=1)
+    for request_id in ("first", "second"):
+        engine.add_request(request_id, [0], SamplingParams(max_tokens=10))
+    outputs = run(engine)
+    for request_id in ("first", "second"):
+        times = outputs[request_id][-1].metrics
+        order = [times.arrival_time_s, times.first_scheduled_time_s, times.first_token_time_s, times.finish_time_s]
+        assert None not in order and order == sorted(order) and order[0] >= 100
+    waited = outputs["second"][-1].metrics.first_scheduled_time_s
+    assert waited is not None and waited > (outputs["first"][-1].metrics.first_token_time_s or 0)
+
+
+def test_shutdown_reaches_the_executor() -> None:
+    engine = make_engine()
+    engine.shutdown()
+    assert engine.executor.is_shut_down  # type: ignore[attr-defined]
