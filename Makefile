@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native-built
 READY  := $(VENV)/.installed
 
-.PHONY: setup demo test test-native test-python lint format bench clean
+.PHONY: setup demo test test-native test-python bench-test lint format bench clean
 
 setup: $(READY) $(NATIVE)
 
@@ -31,7 +31,10 @@ test-native:
 	$(MAKE) --no-print-directory -C csrc/tests
 
 test-python: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not bench"
+
+bench-test: setup
+	$(BIN)/python -m pytest -m bench tests/integration/test_benchmark.py
 
 lint: setup
 	$(BIN)/ruff check .
