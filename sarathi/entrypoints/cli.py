@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sarathi import __version__
+from sarathi.entrypoints import bench
 from sarathi.entrypoints.options import add_config_options, add_sampling_options, token_ids
 
 _INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_demo(commands)
     _add_command(commands, "env", "versions, devices and attention backends on this machine")
+    bench.add_arguments(_add_command(commands, "bench", "measure the engine on a workload, or a server under load"))
     return parser
 
 

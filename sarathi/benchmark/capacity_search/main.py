@@ -1,0 +1,129 @@
+"""python -m sarathi.benchmark.capacity_search.main [--config FILE] [--knob value ...]: a search, a table and a plot.
+
+Takes the knobs of a run; section capacity_search says what is looked for. One engine serves all probes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from sarathi.benchmark.capacity_search.search import Probe, ProbeLog, SearchLimits, search
+from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.replicas import replica_devices
+from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.serving_loop import COMPLETED, INTERRUPTED
+from sarathi.config.knobs import ConfigError
+from sarathi.config.load import to_dict
+from sarathi.metrics import RunRows
+from sarathi.metrics.plots import plot_lines
+from sarathi.metrics.report import write_table
+from sarathi.metrics.tables import Table
+
+COLUMNS = ("qps", "value_s", "meets", "num_completed")
+RATED = ("poisson", "gamma")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Search, write, print; the exit code: 0 a rate was found, 1 an error or none was, 130 on ^C."""
+    try:
+        config = parse_options(sys.argv[1:] if words is None else words)
+        logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        probes, capacity_qps = find_capacity(config)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"capacity search: {error}", file=sys.stderr)
+        return 1
+    write_capacity(config, probes)
+    print(describe(config, probes, capacity_qps))
+    return 0 if capacity_qps is not None else 1
+
+
+def find_capacity(config: BenchmarkConfig) -> tuple[list[Probe], float | None]:
+    """Probes in order of rate, and the capacity in requests a second."""
+    provider = config.synthetic_request_generator.interval_provider
+    if provider not in RATED or config.request_generator.provider != "synthetic":
+        raise ConfigError(
+            f"interval_provider is {provider!r}: a search needs one that has a rate, {' or '.join(RATED)}"
+        )
+    if config.cluster.num_replicas != 1 or not config.write_metrics:
+        raise ConfigError("a search needs cluster.num_replicas 1 and write_metrics true")
+    knobs = config.capacity_search
+    log = ProbeLog(Path(config.output_dir) / "probes.jsonl", _key(config))
+    with BenchmarkRunner(config, device=replica_devices(config).get("0")) as runner:
+        limits = SearchLimits(knobs.start_qps, knobs.tolerance, knobs.max_probes)
+        return search(lambda qps: _measure(runner, config, qps), log, limits)
+
+
+def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
+    """capacity.csv and capacity.png in output_dir."""
+    folder = Path(config.output_dir)
+    write_table(folder / "capacity.csv", Table(COLUMNS, [asdict(probe) for probe in probes]))
+    rates = [probe.qps for probe in probes]
+    measured = (rates, [probe.value_s for probe in probes])
+    target = (rates, [config.capacity_search.target_s] * len(rates))
+    lines = {_measured_name(config): measured, "target": target}
+    plot_lines(folder / "capacity.png", lines, "requests a second", "seconds", marker="o")
+
+
+def describe(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
+    """The table of probes, and the answer."""
+    lines = [f"{'qps':>9} {_measured_name(config) + ', s':>12}  meets"]
+    lines += [f"{probe.qps:9.3f} {probe.value_s:12.4f}  {'yes' if probe.meets else 'no'}" for probe in probes]
+    found = "no rate met it" if capacity_qps is None else f"capacity {capacity_qps:.3f} requests a second"
+    return "\n".join([*lines, f"target {config.capacity_search.target_s} s: {found}"])
+
+
+def _measured_name(config: BenchmarkConfig) -> str:
+    return f"P{100 * config.capacity_search.quantile:g} {config.capacity_search.metric}"
+
+
+def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Probe:
+    """A probe that did not end in time did not meet the target, whatever its first requests showed."""
+    at_rate = replace(
+        config,
+        poisson_request_interval_generator=replace(config.poisson_request_interval_generator, qps=qps),
+        gamma_request_interval_generator=replace(config.gamma_request_interval_generator, qps=qps),
+    )
+    outcome = runner.run(runner.workload(at_rate))
+    if outcome.ended == INTERRUPTED:
+        raise KeyboardInterrupt
+    if outcome.refused:
+        raise ConfigError(f"{len(outcome.refused)} requests are refused: {next(iter(outcome.refused.values()))}")
+    values = latencies_s(outcome.rows or RunRows(0.0, 0.0), config.capacity_search.metric)
+    value_s = float(np.quantile(values, config.capacity_search.quantile)) if values else float("inf")
+    meets = outcome.ended == COMPLETED and value_s <= config.capacity_search.target_s
+    return Probe(qps, value_s, meets, outcome.num_finished)
+
+
+def latencies_s(rows: RunRows, metric: str) -> list[float]:
+    """All values of "tbt" or "ttft"."""
+    if metric == "tbt":
+        return [gap for record in rows.requests for gap in record.token_gaps_s]
+    return [time for record in rows.requests if (time := record.prefill_e2e_time) is not None]
+
+
+def _key(config: BenchmarkConfig) -> str:
+    """What decides a probe's value: everything but where it is written, how much is said, and how long is searched."""
+    settings = to_dict(config)
+    for name in ("output_dir", "log_level", "show_progress", "metrics_store", "profiling"):
+        del settings[name]
+    for name in ("start_qps", "tolerance", "max_probes"):
+        del settings["capacity_search"][name]
+    for name in ("poisson_request_interval_generator", "gamma_request_interval_generator"):
+        del settings[name]["qps"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

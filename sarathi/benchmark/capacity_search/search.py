@@ -1,0 +1,89 @@
+"""Bracketing and bisection over request rates. Knows no engine: a probe is a function, what it found is kept in a file.
+
+rate   1 ok   2 ok   4 ok   8 too much   6 ok   7 too much   6.5 ok ...
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One rate that was tried. value_s: the quantile that was measured. meets: whether that is within the target."""
+
+    qps: float
+    value_s: float
+    meets: bool
+    num_completed: int
+
+
+@dataclass(frozen=True)
+class SearchLimits:
+    """Rates start at start_qps; the search ends when the bounds differ by `tolerance`, or after max_probes."""
+
+    start_qps: float
+    tolerance: float
+    max_probes: int
+
+
+class ProbeLog:
+    """Probes on disk, one JSON line each, so that a search goes on where it was interrupted.
+
+    key: what the probes were measured with; a file of another key is refused with a ValueError, not mixed in.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
+        self._known = self._read()
+
+    def find(self, qps: float) -> Probe | None:
+        return self._known.get(qps)
+
+    def add(self, probe: Probe) -> None:
+        self._known[probe.qps] = probe
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": self._key, **asdict(probe)}) + "\n")
+
+    def _read(self) -> dict[float, Probe]:
+        if not self._path.exists():
+            return {}
+        lines = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        if any(line.pop("key") != self._key for line in lines):
+            raise ValueError(
+                f"{self._path} holds probes of another configuration; name another output_dir, or remove it"
+            )
+        return {probe.qps: probe for probe in (Probe(**line) for line in lines)}
+
+
+def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimits) -> tuple[list[Probe], float | None]:
+    """All probes in order of rate, and the highest rate that met the target; None where none did.
+
+    The rate is doubled while it meets the target, or halved while it does not; then the gap is bisected.
+    """
+    tried: list[Probe] = []
+    good, bad = 0.0, float("inf")
+    qps = limits.start_qps
+    while len(tried) < limits.max_probes and not _settled(good, bad, limits.tolerance):
+        probe = log.find(qps)
+        if probe is None:
+            probe = measure(qps)
+            log.add(probe)
+        tried.append(probe)
+        good, bad = (max(good, qps), bad) if probe.meets else (good, min(bad, qps))
+        qps = _next(good, bad)
+    return sorted(tried, key=lambda probe: probe.qps), good or None
+
+
+def _settled(good: float, bad: float, tolerance: float) -> bool:
+    return good > 0 and bad - good <= tolerance * good
+
+
+def _next(good: float, bad: float) -> float:
+    if good == 0:
+        return bad / 2
+    return good * 2 if bad == float("inf") else (good + bad) / 2

@@ -1,0 +1,38 @@
+"""`sarathi bench run | capacity | serve`: the benchmarks' own commands under one name; knows no engine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three subcommands; run and capacity take the knobs of a benchmark, as --name value."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    no_prefix = "\0"  # every word is the command's own, those with dashes too
+    for name, help_text in (("run", "one run of the engine on a workload"), ("capacity", "the highest rate in target")):
+        kind = kinds.add_parser(name, help=help_text, add_help=False, prefix_chars=no_prefix)
+        kind.add_argument("words", nargs=argparse.REMAINDER, metavar="--knob value")
+    _add_serve(kinds)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code of the command asked for."""
+    if args.kind == "serve":
+        from sarathi.benchmark.serve.main import run as run_serve
+
+        return run_serve(args)
+    if args.kind == "capacity":
+        from sarathi.benchmark.capacity_search.main import main as search
+
+        return search(args.words)
+    from sarathi.benchmark.main import main as run_benchmark
+
+    return run_benchmark(args.words)
+
+
+def _add_serve(kinds: Any) -> None:
+    from sarathi.benchmark.serve.options import add_options
+
+    serve = kinds.add_parser("serve", help="load an OpenAI-compatible server", description="Load and measure a server.")
+    add_options(serve)
