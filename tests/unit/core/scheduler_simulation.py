@@ -26,7 +26,7 @@ def next_token(tokens: Sequence[int]) -> int:
 
 
 @dataclass
-class Sequence_:
+class KnownRequest:
     """What a worker knows of a request."""
 
     tokens: list[int]
@@ -41,7 +41,7 @@ class FakeWorker:
     def __init__(self, capacity: CacheCapacity, paged: bool, num_slots: int) -> None:
         self.capacity, self.paged, self.num_slots = capacity, paged, num_slots
         self.rows = capacity.rows
-        self.sequences: dict[str, Sequence_] = {}
+        self.sequences: dict[str, KnownRequest] = {}
         self.in_flight: dict[int, SchedulerOutput] = {}
         self.num_failures = 0
 
@@ -76,7 +76,7 @@ class FakeWorker:
     def _learn(self, out: SchedulerOutput) -> None:
         for new in out.new_requests:
             assert new.request_id not in self.sequences
-            self.sequences[new.request_id] = Sequence_(list(new.token_ids))
+            self.sequences[new.request_id] = KnownRequest(list(new.token_ids))
         for chunk in out.chunks:
             sequence = self.sequences[chunk.request_id]
             assert chunk.granted_tokens >= max(sequence.granted, chunk.start + chunk.num_tokens)
