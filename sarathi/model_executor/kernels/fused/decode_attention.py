@@ -10,6 +10,7 @@ A (sequence, head) that lies within one program is written to the output at once
 written in parts, at most two a program (the share's first and last), which a second kernel joins. The grid depends on
 nothing but the device, and lengths are read on the device, so a captured graph serves any lengths.
 """
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def decode_attention(
         "PADDED": _PADDED_GROUP,
         "HEAD_SIZE": head_size,
         "TILE": config.tile,
-        "SEQS": triton.next_power_of_2(num_seqs),
+        "SEQS": _padded(num_seqs),
         "WINDOW": batch.window or 0,
         "PDL": pdl,
         **({"launch_pdl": True} if pdl else {}),
@@ -99,6 +100,14 @@ def decode_attention(
     return out
 
 
+def _padded(num_seqs: int) -> int:
+    """16, 64, 256, ...: few enough sizes that a ladder of batch sizes shares its compiled kernels."""
+    padded = 16
+    while padded < num_seqs:
+        padded *= 4
+    return padded
+
+
 @triton.jit
 def _tiles_of(lengths, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """(first tile, number of tiles) of sequences of these lengths."""
@@ -108,7 +117,7 @@ def _tiles_of(lengths, TILE: tl.constexpr, WINDOW: tl.constexpr):
     return first, tl.cdiv(lengths, TILE) - first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _share_kernel(
     q_ptr,
     keys_ptr,
@@ -216,7 +225,7 @@ def _share_kernel(
         at = stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _join_kernel(
     lengths_ptr,
     out_ptr,

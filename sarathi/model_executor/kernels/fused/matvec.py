@@ -4,6 +4,7 @@ bias, gated activation or addition to the residual after. Knows nothing of layer
 One program computes a few output rows and reads them front to back: the kernel is a stream of weights and nothing
 else, which is why it beats a matrix product that has to feed tensor cores.
 """
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import NamedTuple
 

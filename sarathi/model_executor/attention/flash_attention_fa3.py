@@ -1,0 +1,119 @@
+"""FlashAttention 3 (Shah et al., 2024), in any of the packages that carry it. Knows no memory policy.
+
+The packages compile the same operator with different parts left out and differ in its last arguments, so arguments are
+given by the names in the operator's own schema.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.attention.flash_attention_provider import Abilities, NewKeysValues, Problem, VarlenStep
+
+_BFLOAT16 = frozenset({torch.bfloat16})
+_BOTH = frozenset({torch.bfloat16, torch.float16})
+_HOPPER = frozenset({9})
+
+
+class _Package(NamedTuple):
+    module: str
+    operators: str  # namespace under torch.ops
+    abilities: Abilities
+
+
+PACKAGES = {
+    "flash_attn_interface": _Package(
+        "flash_attn_interface",
+        "flash_attn_3",
+        Abilities(_BOTH, 256, _HOPPER, append=True, window=True, split_kv=True, block_multiple=1),
+    ),
+    "fa3-fwd": _Package(
+        "fa3_fwd_interface",
+        "fa3_fwd",
+        Abilities(_BFLOAT16, 256, _HOPPER, append=True, window=False, split_kv=True),
+    ),
+    "vllm-flash-attn": _Package(
+        "vllm.vllm_flash_attn",
+        "_vllm_fa3_C",
+        Abilities(_BOTH, 256, _HOPPER, append=False, window=True, split_kv=True, block_multiple=1),
+    ),
+}
+
+
+class FlashAttention3:
+    """One package's build. Raises ImportError where the package is missing."""
+
+    def __init__(self, name: str) -> None:
+        package = PACKAGES[name]
+        importlib.import_module(package.module)  # registers the operators
+        operators = getattr(torch.ops, package.operators)
+        self.name = name
+        self.abilities = package.abilities
+        self._forward = operators.fwd.default
+        self._schedule = operators.get_scheduler_metadata.default
+        self._forward_defaults = _defaults(self._forward)
+        self._schedule_defaults = _defaults(self._schedule)
+
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
+        """See Provider. The lengths that bound the division must be those that `attend` will derive from the cache."""
+        paged = step.block_table is not None
+        return self._schedule(
+            **{
+                **self._schedule_defaults,
+                "batch_size": step.lengths.shape[0],
+                "max_seqlen_q": step.max_new,
+                "max_seqlen_k": cache_cols * step.block_table.shape[1] if step.block_table is not None else cache_cols,
+                "num_heads": problem.num_heads,
+                "num_heads_k": problem.num_kv_heads,
+                "headdim": problem.head_size,
+                "headdim_v": problem.head_size,
+                "qkv_dtype": problem.dtype,
+                "seqused_k": step.cached if append else step.lengths,
+                "cu_seqlens_q": step.starts,
+                "cu_seqlens_k_new": step.starts if append else None,
+                "page_size": cache_cols if paged else None,
+                "max_seqlen_k_new": step.max_new if append else 0,
+                **_mask(problem, step),
+            }
+        )
+
+    def attend(
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem
+    ) -> Tensor:
+        """See Provider."""
+        return self._forward(
+            **{
+                **self._forward_defaults,
+                "q": q,
+                "k": cache[0],
+                "v": cache[1],
+                "k_new": new.k if new else None,
+                "v_new": new.v if new else None,
+                "cu_seqlens_q": step.starts,
+                "cu_seqlens_k_new": step.starts if new else None,
+                "seqused_k": step.cached if new else step.lengths,
+                "max_seqlen_q": step.max_new,
+                "page_table": step.block_table,
+                "kv_batch_idx": step.rows,
+                "softmax_scale": problem.scale,
+                "scheduler_metadata": step.schedule,
+                **_mask(problem, step),
+            }
+        )[0]
+
+
+def _mask(problem: Problem, step: VarlenStep) -> dict[str, Any]:
+    left = -1 if problem.window is None else problem.window - 1
+    right = 0 if problem.window is not None else -1
+    return {"is_causal": step.causal, "window_size_left": left, "window_size_right": right}
+
+
+def _defaults(operator: Any) -> dict[str, Any]:
+    """A value for every argument of the schema: its default, or what leaves that feature out."""
+    off = {"int": 0, "float": 0.0, "bool": False}
+    arguments = operator._schema.arguments
+    values = {a.name: a.default_value if a.has_default_value() else off.get(str(a.type)) for a in arguments}
+    neutral = {"window_size_left": -1, "window_size_right": -1, "cp_world_size": 1, "num_splits": 0}
+    return {**values, **{name: value for name, value in neutral.items() if name in values}}

@@ -1,0 +1,79 @@
+"""What a FlashAttention library is to us: what it can do, and one call for a whole batch. Knows no library by name."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a provider's build can do; the factory compares it with what a model and a memory need."""
+
+    dtypes: frozenset[torch.dtype]
+    max_head_size: int
+    capabilities: frozenset[int]  # major compute capabilities of the devices that it runs on
+    append: bool  # stores the new K and V itself
+    window: bool  # sliding window
+    split_kv: bool  # shares one sequence out over the device
+    contiguous: bool = True  # rows of the cache picked by an index
+    block_multiple: int | None = None  # paged KV with blocks of a multiple of so many tokens; None: no paged KV
+
+
+class NewKeysValues(NamedTuple):
+    """What the step adds to the cache, [T, num_kv_heads, head_size] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenStep:
+    """Lengths and places of the B sequences of a step, on the device; all int32. T tokens are new.
+
+    new tokens    |--- sequence 0 ---|- 1 -|- 2 -|        starts   [B + 1], first 0, last T
+    in the cache  cached[b] before the step, lengths[b] = cached[b] + new tokens after it
+    """
+
+    starts: Tensor
+    cached: Tensor  # [B]
+    lengths: Tensor  # [B]
+    rows: Tensor | None  # [B] row of a contiguous cache
+    block_table: Tensor | None  # [B, blocks] of a paged one
+    max_new: int
+    max_length: int  # bound on lengths
+    causal: bool  # False where each sequence has one new token and a mask would change nothing
+    schedule: Tensor | None = None  # the provider's own division of work, made once for all layers
+
+
+class Problem(NamedTuple):
+    """What stays the same over all steps of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    scale: float
+    window: int | None  # tokens that a query sees, its own included
+
+
+class Provider(Protocol):
+    """A FlashAttention library. Holds nothing of a step."""
+
+    name: str
+    abilities: Abilities
+
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
+        """The division of work that the layers of a step share; None where the library has none.
+
+        cache_cols: columns of a cache row (tokens of a slot or block). Safe to capture in a CUDA graph.
+        """
+
+    def attend(
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem
+    ) -> Tensor:
+        """One call for the batch: q [T, num_heads, head_size] over the cache [rows, cols, num_kv_heads, head_size].
+
+        `new` is stored at the sequences' ends first; None where the cache holds it already. Returns q's shape.
+        """

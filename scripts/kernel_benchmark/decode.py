@@ -1,0 +1,173 @@
+"""Decode attention over contiguous and paged memory, by every kernel at hand. Knows no engine."""
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernel_benchmark.shapes import MODELS, Model
+from kernel_benchmark.table import Row, Table, attempt
+from kernel_benchmark.timing import copies_for, graph_us
+from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
+from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.kernels.types import DecodeBatch
+
+Launch = Callable[[int], Tensor]
+PAGES = (16, 64, 128, 256)
+CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
+    (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (64, 3, 4, 3),
+)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Queries and as many copies of a layer's cache as it takes to leave L2, every row full to `context`."""
+
+    model: Model
+    batch: int
+    context: int
+    q: Tensor  # [batch, heads, head_size]
+    layers: list[tuple[Tensor, Tensor]]  # [batch, context, kv_heads, head_size] each
+    slots: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def create(cls, model: Model, batch: int, context: int) -> "Inputs":
+        shape = (batch, context, model.num_kv_heads, model.head_size)
+        copies = copies_for(model.kv_bytes(batch, context))
+        layers = [(_random(*shape), _random(*shape)) for _ in range(copies)]
+        slots = torch.randperm(batch, device="cuda").int()
+        lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        return cls(model, batch, context, _random(batch, model.num_heads, model.head_size), layers, slots, lengths)
+
+
+def warm_up_jobs(shapes: list[tuple[Model, int, int]]) -> Iterator[Callable[[], None]]:
+    """One thunk for each Triton kernel that these shapes need, on a short context."""
+    paddings = {(model.name, max(16, 4 ** -(-(batch - 1).bit_length() // 2))) for model, batch, _ in shapes}
+    for (name, padded), config in itertools.product(sorted(paddings), CONFIGS):
+        yield lambda n=name, b=padded, c=config: triton_launch(Inputs.create(MODELS[n], b, 256), c)(0)
+
+
+def measure_decode(table: Table, model: Model, batch: int, context: int, *, flashinfer: bool) -> None:
+    """All kernels at one shape, each checked on a few sequences against float64 first; ratios are to the best paged."""
+    inputs = Inputs.create(model, batch, context)
+    expected, checked = exact_output(inputs, sequences=2)
+    rows = []
+    for name, make in _launches(inputs, flashinfer=flashinfer):
+        value = attempt(name, partial(_checked_us, make, len(inputs.layers), expected, checked))
+        if value is not None:
+            rows.append(Row(model.name, "decode", name, batch, context, value, "us"))
+    table.add_compared(sorted(rows, key=lambda row: "paged" not in row.backend), "paged")
+    print(f"    floor at 4.5 TB/s {model.kv_bytes(batch, context) / 4.5e6:.1f} us", flush=True)
+
+
+def _checked_us(make: Callable[[], Launch], copies: int, expected: Tensor, checked: Tensor) -> float:
+    launch = make()
+    error = ((launch(0)[checked].double() - expected).norm() / expected.norm()).item()
+    if not error < 1e-2:
+        raise ValueError(f"wrong result, error {error:.1e}")
+    return graph_us(launch, copies)
+
+
+def exact_output(inputs: Inputs, sequences: int) -> tuple[Tensor, Tensor]:
+    """Float64 attention of the first copy for a few sequences: [n, heads, head_size], and which they are."""
+    checked = torch.randperm(inputs.batch, device="cuda")[:sequences]
+    model, outputs = inputs.model, []
+    for index in checked.tolist():
+        keys, values = (x[inputs.slots[index]].double() for x in inputs.layers[0])
+        q = inputs.q[index].double().view(model.num_kv_heads, -1, model.head_size)
+        scores = torch.einsum("hgd,thd->hgt", q, keys) * model.scale
+        outputs.append(torch.einsum("hgt,thd->hgd", scores.softmax(-1), values).reshape(model.num_heads, -1))
+    return torch.stack(outputs), checked
+
+
+def triton_launch(inputs: Inputs, config: DecodeConfig, *, pdl: bool = False) -> Launch:
+    """Our split-KV kernel."""
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    workspace = DecodeWorkspace.create(sms, inputs.model.head_size, torch.device("cuda"), config)
+    batch = DecodeBatch(inputs.slots, inputs.lengths)
+    scale = inputs.model.scale
+    return lambda i: decode_attention(inputs.q, *inputs.layers[i], batch, scale, workspace, pdl=pdl)
+
+
+def fa3_launch(inputs: Inputs, package: str, page: int | None) -> Launch:
+    """FlashAttention-3 on contiguous memory, or with the same bytes seen as shuffled pages."""
+    provider, model, batch = FlashAttention3(package), inputs.model, inputs.batch
+    problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+    layers, rows, table = inputs.layers, inputs.slots, None
+    if page:
+        rows, (table, layers) = None, as_pages(inputs, page)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    step = VarlenStep(starts, inputs.lengths - 1, inputs.lengths, rows, table, 1, inputs.context, causal=False)
+    schedule = provider.schedule(problem, step, page or inputs.context, append=False)
+    step = VarlenStep(starts, step.cached, step.lengths, rows, table, 1, inputs.context, False, schedule)
+    return lambda i: provider.attend(inputs.q, None, layers[i], step, problem)
+
+
+def as_pages(inputs: Inputs, page: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The same tokens in pages scattered over a pool: a block table [batch, pages] and, for each copy, the pools."""
+    pages = inputs.context // page
+    order = torch.randperm(inputs.batch * pages, device="cuda")
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device="cuda")
+    layers = []
+    for layer in inputs.layers:
+        pools = tuple(x.unflatten(1, (pages, page)).flatten(0, 1)[order] for x in layer)
+        layers.append(pools)
+    return place.view(inputs.batch, pages)[inputs.slots.long()].int().contiguous(), layers
+
+
+def flashinfer_launch(inputs: Inputs, page: int, *, contiguous: bool) -> Launch:
+    """FlashInfer's paged decode on tensor cores; contiguous: over the slots themselves, their pages in order."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    model, pages = inputs.model, inputs.context // page
+    if contiguous:
+        table = inputs.slots[:, None] * pages + torch.arange(pages, device="cuda").int()
+        layers = [tuple(x.view(-1, page, *x.shape[2:]) for x in layer) for layer in inputs.layers]
+    else:
+        table, layers = as_pages(inputs, page)
+    indptr = torch.arange(inputs.batch + 1, dtype=torch.int32, device="cuda") * pages
+    last = torch.full((inputs.batch,), page, dtype=torch.int32, device="cuda")
+    scratch = torch.zeros(512 * 2**20, dtype=torch.uint8, device="cuda")
+    indices = table.flatten().contiguous()
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        scratch, "NHD", use_cuda_graph=True, use_tensor_cores=True,
+        paged_kv_indptr_buffer=indptr, paged_kv_indices_buffer=indices, paged_kv_last_page_len_buffer=last,
+    )  # fmt: skip
+    wrapper.plan(
+        indptr.cpu(), indices, last.cpu(), model.num_heads, model.num_kv_heads, model.head_size, page,
+        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )  # fmt: skip
+    return lambda i: wrapper.run(inputs.q, layers[i])
+
+
+def installed_packages() -> list[str]:
+    """The packages with FlashAttention 3 that can be imported here."""
+    return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.module.split(".")[0])]
+
+
+def _launches(inputs: Inputs, *, flashinfer: bool) -> Iterator[tuple[str, Callable[[], Launch]]]:
+    packages = installed_packages()
+    for package in packages:
+        yield f"fa3 contiguous ({package})", lambda p=package: fa3_launch(inputs, p, None)
+    for config in CONFIGS:
+        name = "triton " + " ".join(f"{key}={value}" for key, value in config._asdict().items())
+        yield name, lambda c=config: triton_launch(inputs, c)
+    yield "triton default, overlapped launch", lambda: triton_launch(inputs, DecodeConfig(), pdl=True)
+    for package, page in itertools.product(packages, PAGES):
+        if PACKAGES[package].abilities.block_multiple is not None:
+            yield f"fa3 paged {page} ({package})", lambda p=package, n=page: fa3_launch(inputs, p, n)
+    if flashinfer:
+        for page in (16, 64):
+            yield f"flashinfer paged {page}", lambda n=page: flashinfer_launch(inputs, n, contiguous=False)
+        yield "flashinfer contiguous as pages of 64", lambda: flashinfer_launch(inputs, 64, contiguous=True)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

@@ -1,0 +1,83 @@
+"""The small kernels of a step, fused and as torch does them, against the bytes that they must move. Knows no engine."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_benchmark.shapes import Model
+from kernel_benchmark.table import Row, Table
+from kernel_benchmark.timing import copies_for, graph_us
+from sarathi.model_executor.kernels import Kernels
+from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable
+
+
+class Work(NamedTuple):
+    """One kernel at one shape."""
+
+    name: str
+    bytes_moved: int
+    launch: Callable[[Kernels, int], object]
+    has_twin: bool = True  # False: the twin asks the device something, which a graph cannot hold
+
+
+def measure_elementwise(table: Table, model: Model, tokens: int, ours: Kernels, twin: Kernels) -> None:
+    """Each small kernel and its torch twin at `tokens` tokens."""
+    copies = copies_for(tokens * model.hidden * 2)
+    for work in _work(model, tokens, copies):
+        rows = []
+        for kind, kernels in (("torch", twin), ("fused", ours)):
+            if kind == "fused" or work.has_twin:
+                value = graph_us(lambda i, k=kernels, w=work: w.launch(k, i), copies)
+                rows.append(Row(model.name, work.name, kind, tokens, 0, value, "us"))
+        table.add_compared(rows, "torch")
+        print(f"    floor at 4.5 TB/s {work.bytes_moved / 4.5e6:.2f} us", flush=True)
+
+
+def _work(model: Model, tokens: int, copies: int) -> Iterator[Work]:
+    yield from _norms(model, tokens, copies)
+    yield _rope(model, tokens, copies)
+    gate_up = [_random(tokens, 2 * model.intermediate) for _ in range(copies)]
+    yield Work("silu_and_mul", tokens * model.intermediate * 6, lambda k, i: k.silu_and_mul(gate_up[i]))
+    if tokens <= 256:
+        yield from _sampling(model, tokens)
+
+
+def _norms(model: Model, tokens: int, copies: int) -> Iterator[Work]:
+    x = [_random(tokens, model.hidden) for _ in range(copies)]
+    residual = [_random(tokens, model.hidden) for _ in range(copies)]
+    weight = _random(model.hidden)
+    moved = tokens * model.hidden * 2
+    yield Work("rms_norm", 2 * moved, lambda k, i: k.rms_norm(x[i], weight, 1e-5))
+    yield Work("add_rms_norm", 4 * moved, lambda k, i: k.add_rms_norm(x[i], residual[i], weight, 1e-5))
+
+
+def _rope(model: Model, tokens: int, copies: int) -> Work:
+    heads = model.num_heads + 2 * model.num_kv_heads
+    packed = [_random(tokens, heads, model.head_size) for _ in range(copies)]
+    angles = torch.rand(tokens, model.head_size // 2, device="cuda")
+    positions = torch.arange(tokens, device="cuda")
+    cache = [_random(2, tokens, model.num_kv_heads, model.head_size) for _ in range(2)]
+    rows = torch.ones(tokens, dtype=torch.int32, device="cuda")
+    target = CacheTarget(*cache, rows, positions.int())
+    turned = RotationTable(angles.cos(), angles.sin())
+
+    def launch(kernels: Kernels, i: int) -> None:
+        q, k, v = packed[i].split((model.num_heads, model.num_kv_heads, model.num_kv_heads), dim=1)
+        kernels.rope_and_store(q, k, v, positions, turned, target)
+
+    moved = tokens * model.head_size * 2 * (2 * model.num_heads + 5 * model.num_kv_heads)
+    return Work("rope_and_store", moved, launch, has_twin=False)
+
+
+def _sampling(model: Model, rows: int) -> Iterator[Work]:
+    logits = [_random(rows, model.vocab) for _ in range(2)]
+    temperatures = torch.full((rows,), 0.8, device="cuda")
+    key = NoiseKey(torch.arange(rows, device="cuda"), torch.arange(rows, device="cuda"))
+    yield Work("argmax", rows * model.vocab * 2, lambda k, i: k.argmax(logits[i % 2]))
+    yield Work("sample", rows * model.vocab * 2, lambda k, i: k.sample(logits[i % 2], temperatures, key))
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

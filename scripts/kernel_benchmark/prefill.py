@@ -1,0 +1,126 @@
+"""Prefill attention over contiguous and paged memory, whole prompts and chunks. Knows no engine."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_benchmark.decode import PAGES, installed_packages
+from kernel_benchmark.shapes import Model
+from kernel_benchmark.table import Row, Table, attempt
+from kernel_benchmark.timing import eager_us
+from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
+from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
+
+Launch = Callable[[int], Tensor]
+
+
+class Inputs(NamedTuple):
+    """The last `chunk` tokens of a prompt of `context` tokens whose keys and values all lie in the cache."""
+
+    model: Model
+    chunk: int
+    context: int
+    q: Tensor  # [chunk, heads, head_size]
+    keys: Tensor  # [1, context, kv_heads, head_size]
+    values: Tensor
+
+
+def measure_prefill(table: Table, model: Model, chunk: int, context: int, *, flashinfer: bool) -> None:
+    """All kernels at one shape, the last rows checked against float64 first; ratios are to the best paged."""
+    cache = (1, context, model.num_kv_heads, model.head_size)
+    q = _random(chunk, model.num_heads, model.head_size)
+    inputs = Inputs(model, chunk, context, q, _random(*cache), _random(*cache))
+    expected = _exact_last_rows(inputs, 4)
+    work = "prefill" if chunk == context else f"prefill {chunk}"
+    rows = []
+    for name, make in _launches(inputs, flashinfer=flashinfer):
+        value = attempt(name, partial(_checked_ms, make, expected))
+        if value is not None:
+            rows.append(Row(model.name, work, name, 1, context, value, "ms"))
+    table.add_compared(sorted(rows, key=lambda row: "paged" not in row.backend), "paged")
+    flops = 4 * chunk * (context - (chunk - 1) / 2) * model.num_heads * model.head_size
+    print("    TFLOP/s:", ", ".join(f"{row.backend} {flops / row.value / 1e9:.0f}" for row in rows), flush=True)
+
+
+def _checked_ms(make: Callable[[], Launch], expected: Tensor) -> float:
+    launch = make()
+    error = ((launch(0)[-len(expected) :].double() - expected).norm() / expected.norm()).item()
+    if not error < 1e-2:
+        raise ValueError(f"wrong result, error {error:.1e}")
+    return eager_us(launch, 1) / 1000
+
+
+def _exact_last_rows(inputs: Inputs, count: int) -> Tensor:
+    model = inputs.model
+    q = inputs.q[-count:].double().view(count, model.num_kv_heads, -1, model.head_size)
+    scores = torch.einsum("qhgd,thd->qhgt", q, inputs.keys[0].double()) * model.scale
+    place = torch.arange(inputs.context, device="cuda")
+    hidden = place[None] > place[-count:, None]
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+    return torch.einsum("qhgt,thd->qhgd", weights, inputs.values[0].double()).flatten(1, 2)
+
+
+def _fa3(inputs: Inputs, package: str, page: int | None) -> Launch:
+    provider, model = FlashAttention3(package), inputs.model
+    problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+    rows, table, cache = torch.zeros(1, dtype=torch.int32, device="cuda"), None, (inputs.keys, inputs.values)
+    if page:
+        rows, (table, cache) = None, _as_pages(inputs, page)
+    counts = torch.tensor([inputs.chunk, inputs.context], dtype=torch.int32, device="cuda")
+    starts = torch.nn.functional.pad(counts[:1], (1, 0))
+    lengths = (starts, counts[1:] - counts[:1], counts[1:], rows, table, inputs.chunk, inputs.context, True)
+    schedule = provider.schedule(problem, VarlenStep(*lengths), page or inputs.context, append=False)
+    step = VarlenStep(*lengths, schedule)
+    return lambda _: provider.attend(inputs.q, None, cache, step, problem)
+
+
+def _as_pages(inputs: Inputs, page: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    pages = inputs.context // page
+    order = torch.randperm(pages, device="cuda")
+    place = torch.empty_like(order)
+    place[order] = torch.arange(pages, device="cuda")
+    pools = tuple(x[0].unflatten(0, (pages, page))[order] for x in (inputs.keys, inputs.values))
+    return place[None].int().contiguous(), pools
+
+
+def _flashinfer_paged(inputs: Inputs, page: int, backend: str) -> Launch:
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    model, (table, cache) = inputs.model, _as_pages(inputs, page)
+    scratch = torch.zeros(512 * 2**20, dtype=torch.uint8, device="cuda")
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend=backend)
+    ends = [torch.tensor([0, n], dtype=torch.int32) for n in (inputs.chunk, table.shape[1])]
+    wrapper.plan(
+        *ends, table.flatten(), torch.tensor([page], dtype=torch.int32), model.num_heads, model.num_kv_heads,
+        model.head_size, page, causal=True, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )  # fmt: skip
+    return lambda _: wrapper.run(inputs.q, cache)
+
+
+def _flashinfer_single(inputs: Inputs, backend: str) -> Launch:
+    from flashinfer import single_prefill_with_kv_cache
+
+    return lambda _: single_prefill_with_kv_cache(
+        inputs.q, inputs.keys[0], inputs.values[0], causal=True, backend=backend
+    )
+
+
+def _launches(inputs: Inputs, *, flashinfer: bool) -> Iterator[tuple[str, Callable[[], Launch]]]:
+    packages = installed_packages()
+    for package in packages:
+        yield f"fa3 contiguous ({package})", lambda p=package: _fa3(inputs, p, None)
+    for package, page in itertools.product(packages, PAGES):
+        if PACKAGES[package].abilities.block_multiple is not None:
+            yield f"fa3 paged {page} ({package})", lambda p=package, n=page: _fa3(inputs, p, n)
+    if flashinfer:
+        yield "flashinfer contiguous fa3", lambda: _flashinfer_single(inputs, "fa3")
+        for page in (16, 64):
+            yield f"flashinfer paged {page} fa3", lambda n=page: _flashinfer_paged(inputs, n, "fa3")
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

@@ -1,0 +1,41 @@
+"""The shapes of the models that are measured. Knows numbers only."""
+
+from typing import NamedTuple
+
+
+class Model(NamedTuple):
+    """A decoder's shape; all with head size 128."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    layers: int = 32
+    head_size: int = 128
+
+    @property
+    def scale(self) -> float:
+        return self.head_size**-0.5
+
+    @property
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each matrix of a layer, and of the head."""
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        return {
+            "qkv": (qkv, self.hidden),
+            "o": (self.hidden, self.num_heads * self.head_size),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+            "lm_head": (self.vocab, self.hidden),
+        }
+
+    def kv_bytes(self, batch: int, context: int) -> int:
+        """Bytes of K and V of one layer in bf16."""
+        return batch * context * self.num_kv_heads * self.head_size * 2 * 2
+
+
+LLAMA = Model("llama-3-8b", 32, 8, 4096, 14336, 128256)
+YI = Model("yi-6b", 32, 4, 4096, 11008, 64000)
+MODELS = {model.name: model for model in (LLAMA, YI)}

@@ -1,0 +1,52 @@
+"""How long a kernel takes on the device. Knows nothing of kernels.
+
+Launches are captured in a CUDA graph that walks over enough copies of the inputs that none is found in L2, and the
+graph is timed with events: what is measured is what a decode step inside a graph pays, launch gaps included.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+L2_BYTES_TO_EXCEED = 256 * 2**20
+
+
+def copies_for(bytes_each: int, limit: int = 64) -> int:
+    """How many copies of an input it takes to defeat the cache; at least 2."""
+    return max(2, min(limit, -(-L2_BYTES_TO_EXCEED // max(bytes_each, 1))))
+
+
+def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int = 8, replays: int = 7) -> float:
+    """Median microseconds of ``launch(i)``, i walking over range(copies), inside a graph."""
+    launches = copies * -(-min_launches // copies)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for copy in range(min(copies, 2)):
+            launch(copy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(launches):
+            launch(number % copies)
+    return _median_us(graph.replay, replays) / launches
+
+
+def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5) -> float:
+    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch."""
+    calls = iter(range(10**9))
+    return _median_us(lambda: launch(next(calls) % copies), replays)
+
+
+def _median_us(work: Callable[[], object], replays: int) -> float:
+    work()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000)
+    return statistics.median(times)

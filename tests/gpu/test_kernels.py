@@ -1,0 +1,193 @@
+"""Every compiled kernel against its torch twin, over fresh random shapes, in bf16 and fp16."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("triton")
+
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.kernels.fused.kernels import FusedKernels
+from sarathi.model_executor.kernels.reference.decode_attention import decode_attention as decode_twin
+from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NoiseKey, RotationTable
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+NUM_SMS = torch.cuda.get_device_properties(CUDA).multi_processor_count
+TWINS = ReferenceKernels()
+TOLERANCE = 1e-2
+
+
+@pytest.fixture(params=[(seed, dtype) for dtype in (torch.bfloat16, torch.float16) for seed in range(2)], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return request.param[1]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def fused(request: pytest.FixtureRequest) -> FusedKernels:
+    return FusedKernels(CUDA, pdl=request.param)
+
+
+def assert_near(ours: Tensor, twin: Tensor, tolerance: float = TOLERANCE) -> None:
+    error = ((ours.double() - twin.double()).norm() / twin.double().norm()).item()
+    assert error < tolerance, error
+
+
+def test_norms(fused: FusedKernels, dtype: torch.dtype) -> None:
+    tokens, size = random.choice((1, 7, 300)), random.choice((576, 4096, 5120))
+    x, weight = torch.randn(tokens, size, dtype=dtype, device=CUDA), torch.rand(size, dtype=dtype, device=CUDA)
+    residual = torch.randn_like(x)
+    twin_residual = residual.clone()
+    assert_near(fused.rms_norm(x, weight, 1e-5), TWINS.rms_norm(x, weight, 1e-5))
+    assert_near(fused.add_rms_norm(x, residual, weight, 1e-5), TWINS.add_rms_norm(x, twin_residual, weight, 1e-5))
+    assert torch.equal(residual, twin_residual)
+
+
+def test_norm_of_heads(fused: FusedKernels, dtype: torch.dtype) -> None:
+    packed, weight = torch.randn(9, 48, 128, dtype=dtype, device=CUDA), torch.rand(128, dtype=dtype, device=CUDA)
+    heads = packed[:, 3:40]
+    assert_near(fused.rms_norm(heads, weight, 1e-6), TWINS.rms_norm(heads, weight, 1e-6))
+
+
+def test_silu_and_mul(fused: FusedKernels, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(random.randint(1, 300), 2 * random.choice((1536, 11008, 14336)), dtype=dtype, device=CUDA)
+    assert_near(fused.silu_and_mul(gate_up), TWINS.silu_and_mul(gate_up))
+
+
+def test_rope_and_store_far_into_a_megacache(fused: FusedKernels, dtype: torch.dtype) -> None:
+    q_heads, kv_heads, head_size = random.choice(((32, 8, 128), (32, 4, 128), (9, 3, 64), (8, 8, 64)))
+    tokens, columns, layers = random.randint(1, 40), 131072, 32
+    # One slot of one region is 2**31 bytes and more: offsets that 32 bits cannot hold.
+    region = torch.zeros(2, columns, layers, kv_heads, head_size, dtype=dtype, device=CUDA)
+    keys, values = region[:, :, 3], region[:, :, layers - 1]
+    cols = torch.randperm(columns, device=CUDA)[:tokens].int()
+    rows = torch.randint(-1, 2, (tokens,), device=CUDA).int()
+    table = RotationTable(*torch.randn(2, 100, head_size // 2, device=CUDA))
+    positions = torch.randint(0, 100, (tokens,), device=CUDA)
+    packed = torch.randn(tokens, q_heads + 2 * kv_heads, head_size, dtype=dtype, device=CUDA)
+    twin = packed.clone()
+    fused.rope_and_store(*packed.split((q_heads, kv_heads, kv_heads), 1), positions, table,
+                         CacheTarget(keys, values, rows, cols))  # fmt: skip
+    q, k, v = twin.split((q_heads, kv_heads, kv_heads), dim=1)
+    TWINS.apply_rope(q, k, positions, table)
+    assert_near(packed, twin)
+    kept = rows >= 0
+    at = (rows[kept].long(), cols[kept].long())
+    if kept.any():
+        assert_near(keys[at], k[kept])
+        assert torch.equal(values[at], v[kept])
+    assert region.count_nonzero(dim=(2, 3, 4)).bool().sum() == kept.sum()
+
+
+def test_sampling(fused: FusedKernels, dtype: torch.dtype) -> None:
+    rows, vocab = random.choice((1, 5, 64)), random.choice((49152, 64000, 128256))
+    logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * 3
+    temperatures = torch.rand(rows, device=CUDA) * 2 * (torch.rand(rows, device=CUDA) > 0.2)
+    key = NoiseKey(torch.randint(-(2**62), 2**62, (rows,), device=CUDA), torch.randint(0, 2**40, (rows,), device=CUDA))
+    ours, twin = fused.sample(logits, temperatures, key), TWINS.sample(logits, temperatures, key)
+    assert (ours == twin).float().mean() > 0.95  # logarithms differ in the last digit and may swap two near winners
+    chosen = logits.gather(1, fused.argmax(logits)[:, None])[:, 0]
+    assert torch.equal(chosen, logits.amax(dim=1))
+
+
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (4096, 14336), (4096, 11008), (1000, 576)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 9, 16, 17])
+def test_linear(shape: tuple[int, int], tokens: int, fused: FusedKernels) -> None:
+    x, weight, bias, residual, norm_weight = _linear_inputs(tokens, *shape)
+    assert_near(fused.linear(x, weight, bias), TWINS.linear(x, weight, bias))
+    assert_near(fused.norm_linear(x, norm_weight, 1e-5, weight), TWINS.norm_linear(x, norm_weight, 1e-5, weight))
+    twin_residual = residual.clone()
+    fused.linear_add(x, weight, residual)
+    TWINS.linear_add(x, weight, twin_residual)
+    assert_near(residual, twin_residual)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 16, 17])
+@pytest.mark.parametrize("inner", [1536, 11008, 14336])
+def test_gated_linear(inner: int, tokens: int, fused: FusedKernels) -> None:
+    x, weight, _, _, norm_weight = _linear_inputs(tokens, 2 * inner, 4096)
+    twin = TWINS.norm_gated_linear(x, norm_weight, 1e-5, weight)
+    assert_near(fused.norm_gated_linear(x, norm_weight, 1e-5, weight), twin)
+
+
+def test_split_products_do_not_depend_on_timing(fused: FusedKernels) -> None:
+    x, weight, *_ = _linear_inputs(16, 4096, 4096)
+    first = fused.linear(x, weight)
+    assert all(torch.equal(fused.linear(x, weight), first) for _ in range(50))
+
+
+def _linear_inputs(tokens: int, outputs: int, inputs: int) -> tuple[Tensor, ...]:
+    shapes = ((tokens, inputs), (outputs, inputs), (outputs,), (tokens, outputs), (inputs,))
+    return tuple(torch.randn(shape, dtype=torch.bfloat16, device=CUDA) for shape in shapes)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_decode_attention(group: int, head_size: int) -> None:
+    dtype = random.choice((torch.bfloat16, torch.float16))
+    kv_heads, num_seqs = random.choice((1, 2, 4, 8)), random.choice((1, 3, 17))
+    lengths = torch.tensor([random.choice((0, 1, 63, 64, 65, random.randint(1, 9000))) for _ in range(num_seqs)])
+    keys, values, batch = _cache(lengths, kv_heads, head_size, dtype, window=random.choice((None, None, 1, 1000)))
+    print(group, head_size, dtype, lengths.tolist(), batch.window)
+    q = torch.randn(num_seqs, kv_heads * group + 3, head_size, dtype=dtype, device=CUDA)[:, :-3]
+    config = random.choice((DecodeConfig(), DecodeConfig(32, 4, 4, 4), DecodeConfig(128, 2, 4, 2)))
+    workspace = DecodeWorkspace.create(NUM_SMS, head_size, CUDA, config)
+    expected = decode_twin(q, keys, values, batch, head_size**-0.5)
+    ours = decode_attention(q, keys, values, batch, head_size**-0.5, workspace, pdl=random.random() < 0.5)
+    if lengths.any():
+        assert_near(ours, expected)
+    assert not ours[lengths.to(CUDA) == 0].any()
+
+
+@pytest.mark.parametrize("length", [16384, 70000])
+def test_decode_attention_of_long_sequences(length: int, dtype: torch.dtype) -> None:
+    keys, values, batch = _cache(torch.tensor([length, 5, length // 3]), 8, 128, dtype, window=None)
+    q = torch.randn(3, 32, 128, dtype=dtype, device=CUDA)
+    workspace = DecodeWorkspace.create(NUM_SMS, 128, CUDA)
+    expected = decode_twin(q, keys, values, batch, 128**-0.5)
+    assert_near(decode_attention(q, keys, values, batch, 128**-0.5, workspace), expected)
+
+
+def test_a_graph_serves_lengths_that_grow(dtype: torch.dtype) -> None:
+    lengths = torch.tensor([900, 1, 300, 64])
+    keys, values, batch = _cache(lengths + 700, 8, 128, dtype, window=None)
+    batch.lengths.copy_(lengths)
+    q = torch.randn(4, 32, 128, dtype=dtype, device=CUDA)
+    workspace = DecodeWorkspace.create(NUM_SMS, 128, CUDA)
+    replay, out = _capture(lambda: decode_attention(q, keys, values, batch, 0.09, workspace))
+    for _ in range(5):
+        batch.lengths.copy_(lengths + torch.randint(0, 700, (4,)))
+        replay()
+        assert_near(out, decode_twin(q, keys, values, batch, 0.09))
+
+
+def _capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    return graph.replay, out
+
+
+def _cache(
+    lengths: Tensor, kv_heads: int, head_size: int, dtype: torch.dtype, window: int | None
+) -> tuple[Tensor, Tensor, DecodeBatch]:
+    """Slots in a random order of a two-layer megacache, NaN wherever nothing was stored."""
+    num_slots, columns = len(lengths) + 2, int(lengths.max()) + 5
+    region = torch.full((2, num_slots, columns, 2, kv_heads, head_size), float("nan"), dtype=dtype, device=CUDA)
+    slots = torch.randperm(num_slots)[: len(lengths)]
+    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+        region[:, slot, :length].normal_()
+    batch = DecodeBatch(slots.int().to(CUDA), lengths.int().to(CUDA), window)
+    return region[0, :, :, 1], region[1, :, :, 0], batch
