@@ -41,13 +41,27 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 _INTERLEAVED = "llama"  # its converter stores query and key for the interleaved rotary layout
 
 
+class _Reader(gguf.GGUFReader):
+    """Passes over arrays of strings: the tokenizer's words are not wanted here, and building them takes seconds."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        data = self.data.data
+        holds_strings = _integer(data, orig_offs, 4) == gguf.GGUFValueType.STRING
+        if raw_type != gguf.GGUFValueType.ARRAY or not holds_strings:
+            return super()._get_field_parts(orig_offs, raw_type)
+        end = orig_offs + 12
+        for _ in range(_integer(data, orig_offs + 4, 8)):
+            end += 8 + _integer(data, end, 8)
+        return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
+
+
 class GGUFCheckpoint:
     """One .gguf file, mapped into memory; a tensor is read and dequantised when its turn comes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
         except Exception as error:  # the reader raises whatever its parsing of a broken file runs into
             raise CheckpointError(
                 f"{path}: corrupt or unreadable GGUF file: {type(error).__name__}: {error}"
@@ -103,6 +117,10 @@ class GGUFCheckpoint:
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be dequantised: {error}") from error
         return torch.from_numpy(numpy.require(values, requirements="W"))  # a stored float is a read-only view
+
+
+def _integer(data: memoryview, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], "little")
 
 
 def _half_split(rows: Tensor, num_heads: int) -> Tensor:

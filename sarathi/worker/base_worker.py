@@ -29,7 +29,7 @@ class Worker:
         checkpoint = open_checkpoint(config.model)
         arch = checkpoint.architecture
         place = choose_placement(config.model, arch)
-        spec = resolve_backend(config.model.attention_backend, place.device.type)
+        self.backend = spec = resolve_backend(config.model.attention_backend, place.device.type)
         self.vocab_size = arch.vocab_size
         self.max_model_len = _model_length(config, arch)
         backend = create_backend(spec, arch, place)
@@ -37,6 +37,7 @@ class Worker:
         load_weights(model, checkpoint, config.model.seed)
         budget_bytes = cache_budget_bytes(config.cache, place.device)
         shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, budget_bytes)
+        self.token_bytes = shape.token_bytes
         self._cache = create_cache_engine(spec, shape)
         layers = [CacheLayer(*self._cache.layer(index), arch.window_of(index)) for index in range(arch.num_layers)]
         self._runner = ModelRunner(model, backend, self._cache, layers, prefetch=not spec.sync)

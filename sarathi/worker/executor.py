@@ -13,6 +13,7 @@ class Executor:
     """A worker in this process.
 
     max_model_len: tokens of the longest request. vocab_size: token ids are below. capacity: what a ledger gives out.
+    backend: the one that was resolved, for the ledger that goes with it. token_bytes: one token's K and V, all layers.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -23,9 +24,11 @@ class Executor:
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
         self._worker = Worker(config)
+        self.backend = self._worker.backend
         self.capacity: CacheCapacity = self._worker.capacity
         self.max_model_len = self._worker.max_model_len
         self.vocab_size = self._worker.vocab_size
+        self.token_bytes = self._worker.token_bytes
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Runs one step to its end; see Worker.execute."""

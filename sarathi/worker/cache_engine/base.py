@@ -29,8 +29,8 @@ class CacheShape:
         return 2 * arch.num_layers * arch.num_kv_heads * arch.head_size * self.place.dtype.itemsize
 
 
-class CacheBudgetError(ValueError):
-    """The budget holds nothing useful; the message does the arithmetic."""
+class CacheSettingsError(ValueError):
+    """Budget, page or block leave room for nothing; the message does the arithmetic."""
 
 
 class CacheEngine(Protocol):

@@ -7,7 +7,7 @@ from sarathi.worker.cache_engine.base import CacheEngine, CacheShape
 def create_cache_engine(spec: BackendSpec, shape: CacheShape) -> CacheEngine:
     """The engine for `spec.memory`; only the one that is needed is imported.
 
-    Raises CacheBudgetError for a budget that holds nothing, and the library's own errors for pages that do not fit.
+    Raises CacheSettingsError for a budget, page or block that cannot work.
     """
     if spec.is_paged:
         from sarathi.worker.cache_engine.paged import PagedCacheEngine

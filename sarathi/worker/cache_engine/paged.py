@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.backend import BlockAddress
-from sarathi.worker.cache_engine.base import CacheBudgetError, CacheShape
+from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -20,7 +20,7 @@ class PagedCacheEngine:
         self._block_bytes = shape.token_bytes * self._block_size
         self._num_blocks = shape.budget_bytes // self._block_bytes
         if not self._num_blocks:
-            raise CacheBudgetError(
+            raise CacheSettingsError(
                 f"memory_bytes={shape.budget_bytes} is less than one block of {self._block_size} tokens: "
                 f"{self._block_bytes} bytes"
             )

@@ -7,7 +7,7 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.backend import SlotAddress
-from sarathi.worker.cache_engine.base import CacheBudgetError, CacheShape
+from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 from vattention import VirtualKVCache
 
 
@@ -15,26 +15,12 @@ class vATTNCacheEngine:
     """vAttention: kernels see one tensor, pages come and go beneath it (Prabhu et al., ASPLOS 2025)."""
 
     def __init__(self, spec: BackendSpec, shape: CacheShape) -> None:
-        arch = shape.arch
-        self._cache = VirtualKVCache(
-            num_layers=arch.num_layers,
-            num_kv_heads=arch.num_kv_heads,
-            head_size=arch.head_size,
-            num_slots=shape.max_num_seqs,
-            max_tokens=shape.max_model_len,
-            dtype=shape.place.dtype,
-            device=shape.place.device,
-            budget_bytes=shape.budget_bytes,
-            page_bytes=spec.page_bytes,
-            megacache=spec.megacache,
-        )
+        try:
+            self._cache = _open_cache(spec, shape)
+        except ValueError as error:
+            settings = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
+            raise CacheSettingsError(f"{settings}: {error}") from error
         self._slots: dict[str, int] = {}
-        if not self._cache.capacity_rows:
-            raise CacheBudgetError(
-                f"memory_bytes={shape.budget_bytes} is less than one page in each of the cache's "
-                f"{self._cache.num_regions} tensors: "
-                f"{self._cache.num_regions} x {self._cache.page_bytes} = {self._cache.row_bytes} bytes"
-            )
 
     @property
     def capacity(self) -> CacheCapacity:
@@ -94,3 +80,19 @@ class vATTNCacheEngine:
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
         return [self._slots[chunk.request_id] for chunk in chunks]
+
+
+def _open_cache(spec: BackendSpec, shape: CacheShape) -> VirtualKVCache:
+    arch = shape.arch
+    return VirtualKVCache(
+        num_layers=arch.num_layers,
+        num_kv_heads=arch.num_kv_heads,
+        head_size=arch.head_size,
+        num_slots=shape.max_num_seqs,
+        max_tokens=shape.max_model_len,
+        dtype=shape.place.dtype,
+        device=shape.place.device,
+        budget_bytes=shape.budget_bytes,
+        page_bytes=spec.page_bytes,
+        megacache=spec.megacache,
+    )

@@ -1,0 +1,113 @@
+"""SmolLM2 on real prompts through scheduler, ledger and worker: every token equals transformers' own greedy output."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from smollm2 import PROMPTS, greedy, load_reference
+from transformers import PreTrainedModel
+
+from sarathi.config.load import make_config
+from sarathi.config.schema import SchedulerConfig
+from sarathi.core.block_space_manager.factory import make_block_space_manager
+from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.engine.tokenizer import load_tokenizer
+from sarathi.model_executor.gguf_checkpoint import GGUFCheckpoint
+from sarathi.model_executor.source import resolve_model
+from sarathi.request import Request
+from sarathi.sampling_params import SamplingParams
+from sarathi.worker.executor import Executor
+
+NUM_TOKENS = 16
+UNLIMITED = 8192
+WORK = {  # backend -> (tokens of a request in a step, requests at once)
+    "sdpa_vattn": [(1, 32), (7, 32), (64, 32), (UNLIMITED, 32), (UNLIMITED, 1)],
+    "sdpa_paged_16": [(7, 32), (UNLIMITED, 32), (64, 1)],
+    "sdpa_vattn_megacache": [(7, 32), (64, 5)],
+    "sdpa_vattn_sync_8kb": [(64, 32)],
+    "sdpa_vattn_megacache_sync_128kb": [(UNLIMITED, 32)],
+}
+
+
+PREEMPTING = ("sdpa_paged_16", "sdpa_vattn_megacache", "sdpa_vattn_sync_8kb")  # rows that 16 tokens outgrow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Others may share the cores, and a product split over a busy core is slower than a whole one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[tuple[int, ...]]:
+    tokenizer = load_tokenizer(resolve_model("smollm2-135m"))
+    return [tuple(tokenizer.encode(prompt)) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedModel:
+    return load_reference()
+
+
+@pytest.fixture(scope="module")
+def expected(prompts, reference) -> list[list[int]]:
+    return [greedy(reference, prompt, NUM_TOKENS) for prompt in prompts]
+
+
+@pytest.fixture(scope="module", params=WORK)
+def executor(request) -> Iterator[Executor]:
+    executor = Executor(make_config(attention_backend=request.param, memory_bytes=2**29, max_num_seqs=32, device="cpu"))
+    yield executor
+    executor.shutdown()
+
+
+def generate(
+    executor: Executor, prompts: list[tuple[int, ...]], config: SchedulerConfig, rows: int | None = None
+) -> list[Request]:
+    """Runs all prompts to their end; with `rows` the ledger believes that there is no more memory than that."""
+    capacity = executor.capacity if rows is None else replace(executor.capacity, rows=rows)
+    scheduler = make_scheduler(config, make_block_space_manager(executor.backend, capacity), executor.max_model_len)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    requests = [Request(f"r{index}", prompt, params) for index, prompt in enumerate(prompts)]
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        out = scheduler.schedule()
+        scheduler.update(out, executor.execute(out))
+    executor.check_integrity()
+    return requests
+
+
+def scheduling(chunk: int, at_once: int) -> SchedulerConfig:
+    return SchedulerConfig(
+        chunk_size=UNLIMITED, max_chunk_per_request=chunk, max_num_seqs=at_once, max_num_partial_prefills=at_once
+    )
+
+
+def test_prompts_are_many_and_mixed(prompts) -> None:
+    lengths = sorted(map(len, prompts))
+    assert len(prompts) >= 24 and lengths[0] == 1 and lengths[-1] > 250
+
+
+def test_weights_equal_transformers_reading_of_the_file(reference) -> None:
+    tensors = {named.name: named.tensor for named in GGUFCheckpoint(resolve_model("smollm2-135m").path).tensors()}
+    theirs = reference.state_dict()
+    theirs.pop("lm_head.weight", None)
+    assert tensors.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors.items())
+
+
+def test_outputs_equal_transformers(executor, prompts, expected) -> None:
+    for chunk, at_once in WORK[str(executor.backend)]:
+        found = generate(executor, prompts, scheduling(chunk, at_once))
+        assert [request.output_token_ids for request in found] == expected, (chunk, at_once)
+
+
+@pytest.mark.parametrize("executor", PREEMPTING, indirect=True)
+def test_outputs_survive_preemption(executor, prompts, expected) -> None:
+    longest = max(map(len, prompts)) + NUM_TOKENS
+    rows = executor.capacity.rows_for(longest) + 3 * executor.capacity.rows_for(NUM_TOKENS)
+    found = generate(executor, prompts, scheduling(64, 32), rows)
+    assert sum(request.num_preemptions for request in found) > 0
+    assert [request.output_token_ids for request in found] == expected

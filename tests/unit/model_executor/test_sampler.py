@@ -1,0 +1,213 @@
+"""Sampling of whole batches against transformers' processors row by row, and against definitions of the rest."""
+
+import random
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sarathi.messages import NewRequest
+from sarathi.model_executor.sampler import filtered, sample
+from sarathi.model_executor.sampling_plan import plan_sampling
+from sarathi.model_executor.sequences import Sequence, SequenceTable
+from sarathi.sampling_params import SamplingParams
+
+VOCAB_SIZE = 3000  # more than the sampler sorts at first
+CPU = torch.device("cpu")
+
+
+def sequence(params: SamplingParams, prompt: list[int], output: list[int] = (), seed: int = 1) -> Sequence:
+    return Sequence([*prompt, *output], len(prompt), params, frozenset({7}), seed)
+
+
+def tokens_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    return sample(logits, plan_sampling(sequences, logits.shape[1], CPU)).token_ids.tolist()
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.uniform(0.3, 2.0),
+        top_k=rng.choice([-1, 0, 1, 5, 200, VOCAB_SIZE, 10 * VOCAB_SIZE]),
+        top_p=rng.choice([1.0, 0.05, 0.5, 0.9, 0.9999]),
+        min_p=rng.choice([0.0, 0.0, 0.02, 0.3]),
+    )
+
+
+def filtered_by_transformers(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    steps = [TemperatureLogitsWarper(params.temperature)]
+    if params.top_k > 0:
+        steps.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        steps.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0.0:
+        steps.append(MinPLogitsWarper(params.min_p))
+    row = row.unsqueeze(0).clone()
+    for step in steps:
+        row = step(torch.zeros(1, 1, dtype=torch.long), row)
+    return row[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_filters_equal_transformers(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    params = [random_params(rng) for _ in range(9)]
+    logits = torch.randn(len(params), VOCAB_SIZE) * rng.choice([0.1, 1.0, 5.0])
+    draws = plan_sampling([sequence(each, [1]) for each in params], VOCAB_SIZE, CPU).draws
+    found = filtered(logits.clone(), draws)
+    for row, each in enumerate(params):
+        expected = filtered_by_transformers(logits[row], each)
+        differing = (found[row].isinf() != expected.isinf()).sum()
+        assert differing <= 1, (seed, row, each)  # the last token of a nucleus may fall either way by rounding
+        both = ~(found[row].isinf() | expected.isinf())
+        torch.testing.assert_close(found[row][both], expected[both])
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    torch.manual_seed(torch.seed() % 1000)
+    logits = torch.randn(3, VOCAB_SIZE) * 4
+    prompts = [torch.randint(0, VOCAB_SIZE, (n,)).tolist() for n in (1, 30, 400)]
+    sequences = [
+        sequence(SamplingParams(temperature=0.0, repetition_penalty=penalty), prompt, [5, 5, 9])
+        for penalty, prompt in zip((1.0, 1.7, 0.4), prompts, strict=True)
+    ]
+    expected = [
+        RepetitionPenaltyLogitsProcessor(each.params.repetition_penalty)(
+            torch.tensor([each.token_ids]), row[None].clone()
+        )
+        for each, row in zip(sequences, logits, strict=True)
+    ]
+    assert tokens_of(logits, sequences) == torch.cat(expected).argmax(-1).tolist()
+
+
+def test_presence_and_frequency_count_the_output_alone() -> None:
+    logits = torch.zeros(1, 6)
+    logits[0] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    prompt, output = [1, 1, 1], [0, 0, 2]
+
+    def best(**penalty: float) -> int:
+        return tokens_of(logits, [sequence(SamplingParams(temperature=0.0, **penalty), prompt, output)])[0]
+
+    assert best() == 0
+    assert best(presence_penalty=0.9) == 0  # 4.1 > 4.0
+    assert best(presence_penalty=1.1) == 1
+    assert best(frequency_penalty=0.4) == 0  # 4.2 > 4.0
+    assert best(frequency_penalty=0.6) == 1  # two of token 0: 3.8
+    assert best(presence_penalty=-2.0, frequency_penalty=-2.0) == 0
+
+
+def test_logit_bias_and_ids_outside_the_vocabulary() -> None:
+    logits = torch.randn(2, 50)
+    biased = SamplingParams(temperature=0.0, logit_bias={13: 100.0, 50: 100.0})
+    found = tokens_of(logits, [sequence(biased, [1]), sequence(SamplingParams(temperature=0.0), [1])])
+    assert found == [13, int(logits[1].argmax())]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_min_tokens_holds_back_every_end(temperature: float) -> None:
+    logits = torch.full((3, 10), -5.0)
+    logits[:, 7], logits[:, 3], logits[:, 4] = 50.0, 40.0, 30.0
+    params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(3,), seed=1)
+    ignoring = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(3,), ignore_eos=True, seed=1)
+    sequences = [sequence(params, [1], [2]), sequence(params, [1], [2, 2]), sequence(ignoring, [1], [2])]
+    assert tokens_of(logits, sequences) == [4, 7, 7]
+
+
+def test_greedy_is_argmax_with_the_lowest_of_equals() -> None:
+    logits = torch.zeros(2, 100)
+    logits[0, [20, 60]] = 1.0
+    assert tokens_of(logits, [sequence(SamplingParams(temperature=0.0), [1])] * 2) == [20, 0]
+
+
+def test_top_k_1_draws_the_best() -> None:
+    logits = torch.randn(4, VOCAB_SIZE)
+    found = tokens_of(logits, [sequence(SamplingParams(top_k=1), [1], seed=seed) for seed in range(4)])
+    assert found == logits.argmax(-1).tolist()
+
+
+def test_draws_follow_the_distribution() -> None:
+    seed, count = torch.seed() % 2**31, 40_000
+    print(f"seed {seed}")
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025, 0.0]))
+    rows = [sequence(SamplingParams(), [1], seed=seed + row * 0x5DEECE66D) for row in range(count)]
+    drawn = tokens_of(logits.expand(count, 6).contiguous(), rows)
+    found = torch.bincount(torch.tensor(drawn), minlength=6) / count
+    assert found[5] == 0
+    assert (found - logits.exp()).abs().max() < 0.015  # six standard deviations
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
+    logits = torch.randn(5, VOCAB_SIZE)
+    table = SequenceTable(seed=0)
+    table.add(NewRequest(f"r{i}", (1, 2), SamplingParams(seed=i, top_p=0.9)) for i in range(5))
+    rows = [table[f"r{i}"] for i in range(5)]
+    together = tokens_of(logits, rows)
+    assert [tokens_of(logits[i : i + 1], [rows[i]])[0] for i in range(5)] == together
+    assert tokens_of(logits.flip(0), rows[::-1]) == together[::-1]
+
+
+def test_seeds_and_positions_change_the_draw() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    draws = {
+        tokens_of(logits, [sequence(SamplingParams(), [1] * n, seed=seed)])[0] for n in (1, 2, 3) for seed in range(9)
+    }
+    assert len(draws) > 20
+
+
+def test_requests_without_a_seed_differ_but_repeat_with_the_engine() -> None:
+    def uniforms(engine_seed: int) -> list[float]:
+        table = SequenceTable(engine_seed)
+        table.add(NewRequest(name, (1,), SamplingParams()) for name in "ab")
+        return [table["a"].uniform(), table["b"].uniform()]
+
+    assert uniforms(3) == uniforms(3) != uniforms(4)
+    assert len(set(uniforms(3))) == 2
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    logits = torch.randn(4, 200)
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.3, logprobs=0, seed=3),
+        SamplingParams(temperature=0.0, logprobs=3, logit_bias={11: 100.0}),
+        SamplingParams(temperature=2.0, logprobs=10_000, repetition_penalty=1.3),
+    ]
+    before = logits.clone()
+    plan = plan_sampling([sequence(each, [1]) for each in params], 200, CPU)
+    found = sample(logits, plan)
+    expected = before.double().log_softmax(-1)
+    assert torch.equal(logits, before)
+    assert plan.logprobs.counts == (None, 0, 3, 200)
+    for row, index in enumerate((1, 2, 3)):
+        assert found.logprobs.chosen[row].double() == pytest.approx(
+            float(expected[index, found.token_ids[index]]), abs=1e-5
+        )
+        torch.testing.assert_close(
+            found.logprobs.top[row].double(), expected[index].sort(descending=True).values, atol=1e-5, rtol=0
+        )
+    assert found.token_ids[2] == 11
+
+
+def test_mixed_rows_keep_their_own_parameters() -> None:
+    logits = torch.randn(3, VOCAB_SIZE)
+    alone = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=5),
+        SamplingParams(temperature=0.0, logit_bias={8: 99.0}),
+    ]
+    rows = [sequence(each, [1, 2]) for each in alone]
+    assert tokens_of(logits, rows) == [tokens_of(logits[i : i + 1], [rows[i]])[0] for i in range(3)]
+
+
+def test_nan_logits_still_give_tokens_of_the_vocabulary() -> None:
+    logits = torch.full((2, 64), float("nan"))
+    found = tokens_of(
+        logits, [sequence(SamplingParams(temperature=0.0), [1]), sequence(SamplingParams(top_p=0.5), [1])]
+    )
+    assert all(0 <= token < 64 for token in found)

@@ -1,0 +1,181 @@
+"""The executor's promises to a scheduler: memory that runs out, requests that come back, order, settings."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from random_driver import RandomDriver
+from tiny_models import TinyModel, build, random_prompts
+
+from sarathi.config.load import make_config
+from sarathi.messages import Chunk, NewRequest, SchedulerOutput
+from sarathi.sampling_params import SamplingParams
+from sarathi.worker.executor import Executor, UnsupportedParallelismError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
+BACKENDS = ("sdpa_paged_4", "sdpa_vattn_4kb", "sdpa_vattn_megacache_sync_4kb")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyModel:
+    return build("llama2", tmp_path_factory.mktemp("llama2"))
+
+
+def make_executor(tiny: TinyModel, backend: str = "sdpa_vattn_4kb", **settings) -> Executor:
+    defaults = {"device": "cpu", "memory_bytes": 2**21, "max_num_seqs": 8}
+    return Executor(make_config(model=str(tiny.folder), attention_backend=backend, **{**defaults, **settings}))
+
+
+def new(name: str, tokens: list[int], params: SamplingParams = GREEDY) -> NewRequest:
+    return NewRequest(name, tuple(tokens), params)
+
+
+def whole(name: str, tokens: list[int], granted: int | None = None) -> Chunk:
+    return Chunk(name, 0, len(tokens), True, granted or len(tokens))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mixed_batch_gives_what_each_request_alone_gives(tiny: TinyModel, backend: str) -> None:
+    seed = torch.seed() % 1000
+    print(f"seed {seed}")
+    prompts = dict(random_prompts(seed, 8, 30))
+    params = SamplingParams(temperature=0.9, top_p=0.95, seed=seed, repetition_penalty=1.1, max_tokens=64)
+    executor = make_executor(tiny, backend)
+    together = RandomDriver(executor, seed).run(prompts, params, 8)
+    driver = RandomDriver(executor, seed + 1)
+    alone = {name: driver.run({name: prompt}, params, 8)[name] for name, prompt in prompts.items()}
+    assert together == alone
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_of_earlier_requests_is_never_seen(tiny: TinyModel, backend: str) -> None:
+    """Every byte of the cache is made NaN through the kernels' own tensors before each of two requests."""
+    executor = make_executor(tiny, backend, max_num_seqs=1)
+    prompt = list(range(20))
+    expected = int(tiny.logprobs(prompt)[-1].argmax())
+    for name in "ab":
+        blocks = tuple(range(64, 128)) if "paged" in backend else ()
+        executor.execute(SchedulerOutput(0, (new("filler", [1] * 200),), (Chunk("filler", 0, 200, True, 200, blocks),)))
+        _fill_with_nan(executor, 200)
+        executor.execute(SchedulerOutput(1, finished=("filler",)))
+        blocks = tuple(range(64, 69)) if "paged" in backend else ()
+        out = SchedulerOutput(2, (new(name, prompt),), (Chunk(name, 0, 20, True, 20, blocks),))
+        assert executor.execute(out).tokens[0].token_id == expected
+        executor.execute(SchedulerOutput(3, finished=(name,)))
+
+
+def _fill_with_nan(executor: Executor, tokens: int) -> None:
+    cache = executor._worker._cache
+    for index in range(3):
+        for tensor in cache.layer(index):
+            if executor.backend.is_paged:
+                tensor.fill_(float("nan"))
+            else:
+                tensor[0, :tokens] = float("nan")
+
+
+def test_memory_that_runs_out_is_an_answer_and_changes_nothing(tiny: TinyModel) -> None:
+    executor = make_executor(tiny, memory_bytes=6 * 4096 * 4, max_num_seqs=4)
+    rows = executor.capacity.rows
+    fits, too_much = [3] * executor.capacity.tokens_in(rows - 1), [5] * executor.capacity.tokens_in(2)
+    first = executor.execute(SchedulerOutput(0, (new("a", fits),), (whole("a", fits),)))
+    assert first.available_rows is None and len(first.tokens) == 1
+    step = Chunk("a", len(fits), 1, True, len(fits) + 1)
+    failed = executor.execute(SchedulerOutput(1, (new("b", too_much),), (step, whole("b", too_much))))
+    assert failed.tokens == () and failed.available_rows == rows
+    executor.check_integrity()
+    again = executor.execute(SchedulerOutput(2, chunks=(step,)))
+    expected = tiny.logprobs([*fits, first.tokens[0].token_id])[-1].argmax()
+    assert again.tokens[0].token_id == int(expected)
+    later = executor.execute(SchedulerOutput(3, chunks=(whole("b", too_much),), finished=("a",)))
+    assert later.tokens[0].token_id == int(tiny.logprobs(too_much)[-1].argmax())
+
+
+def test_a_preempted_request_comes_back_with_its_output(tiny: TinyModel) -> None:
+    executor = make_executor(tiny)
+    prompt = [4, 8, 15, 16, 23, 42]
+    first = executor.execute(SchedulerOutput(0, (new("a", prompt),), (whole("a", prompt),))).tokens[0].token_id
+    assert executor.memory_stats().wasted_bytes > 0
+    executor.execute(SchedulerOutput(1, preempted=("a",)))
+    assert executor.memory_stats().wasted_bytes == 0
+    tokens = [*prompt, first]
+    second = executor.execute(SchedulerOutput(2, chunks=(whole("a", tokens),))).tokens[0].token_id
+    assert second == int(tiny.logprobs(tokens)[-1].argmax())
+
+
+def test_only_chunks_that_reach_the_end_sample_and_in_their_order(tiny: TinyModel) -> None:
+    executor = make_executor(tiny)
+    prompts = dict(random_prompts(3, 4, 20))
+    chunks = [whole(name, prompt) for name, prompt in prompts.items()]
+    chunks[1] = chunks[1]._replace(num_tokens=1, samples=False)
+    out = SchedulerOutput(7, tuple(new(*each) for each in prompts.items()), tuple(chunks))
+    result = executor.execute(out)
+    assert result.step_id == 7 and result.model_s > 0
+    assert [token.request_id for token in result.tokens] == ["r0", "r2", "r3"]
+    assert executor.execute(SchedulerOutput(8, finished=tuple(prompts))).tokens == ()
+    assert executor.execute(SchedulerOutput(9, finished=("never-heard-of",))).tokens == ()
+
+
+def test_a_sync_backend_never_maps_ahead(tiny: TinyModel) -> None:
+    def waited(backend: str) -> int:
+        executor = make_executor(tiny, backend)
+        tokens_of_a_page = executor.capacity.tokens_in(1)
+        prompt = [1] * (tokens_of_a_page - 4)
+        executor.execute(SchedulerOutput(0, (new("a", prompt),), (whole("a", prompt),)))
+        for length in range(len(prompt) + 1, len(prompt) + 3 * tokens_of_a_page):
+            executor.execute(SchedulerOutput(length, chunks=(Chunk("a", length - 1, 1, True, length),)))
+        return executor.memory_stats().steps_waited
+
+    assert (waited("sdpa_vattn_4kb"), waited("sdpa_vattn_sync_4kb")) == (1, 4)
+
+
+def test_dummy_weights_run_at_any_length(tmp_path: Path, tiny: TinyModel) -> None:
+    executor = make_executor(tiny, load_format="dummy", max_model_len=1000)
+    assert (executor.max_model_len, executor.vocab_size) == (1000, 97)
+    prompt = [1] * 300  # more than the model has positions for
+    logged = SamplingParams(temperature=0.0, logprobs=1)
+    token = executor.execute(SchedulerOutput(0, (new("a", prompt, logged),), (whole("a", prompt),))).tokens[0]
+    assert -20 < token.logprob < 0
+
+
+def test_bfloat16_stays_near_float32(tiny: TinyModel) -> None:
+    executor = make_executor(tiny, dtype="bfloat16")
+    prompt = list(range(30))
+    params = SamplingParams(temperature=0.0, logprobs=97)
+    top = (
+        executor.execute(SchedulerOutput(0, (new("a", prompt, params),), (whole("a", prompt),))).tokens[0].top_logprobs
+    )
+    expected = tiny.logprobs(prompt)[-1]
+    assert max(abs(float(expected[token]) - value) for token, value in top) < 0.6
+
+
+def test_no_op_runs_and_samples(tiny: TinyModel) -> None:
+    executor = make_executor(tiny, "no_op")
+    assert len(executor.execute(SchedulerOutput(0, (new("a", [1, 2]),), (whole("a", [1, 2]),))).tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({"max_model_len": 257}, "max_model_len=257: the model has positions for at most 256"),
+        ({"memory_bytes": 1000}, "memory_bytes=1000"),
+        (
+            {"memory_bytes": 1000, "attention_backend": "sdpa_paged_16"},
+            "memory_bytes=1000 is less than one block of 16",
+        ),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"device": "cuda:99"}, "device='cuda:99': this machine has"),
+        ({"attention_backend": "sdpa_vattn_5kb"}, "page"),
+        ({"attention_backend": "fa_vattn"}, "runs on cuda, not on cpu"),
+    ],
+)
+def test_settings_that_cannot_work_are_value_errors(tiny: TinyModel, settings: dict, message: str) -> None:
+    base = {"model": str(tiny.folder), "device": "cpu", "attention_backend": "sdpa_vattn_4kb"}
+    with pytest.raises(ValueError, match=message):
+        Executor(make_config(**{**base, **settings}))
+
+
+def test_parallelism_error_is_its_own_class(tiny: TinyModel) -> None:
+    with pytest.raises(UnsupportedParallelismError):
+        make_executor(tiny, pipeline_parallel_size=3)

@@ -1,0 +1,56 @@
+"""Every family, on every backend, in random mixed batches: the distributions of all outputs equal transformers' own."""
+
+import pytest
+import torch
+from random_driver import RandomDriver
+from tiny_models import CONFIGS, VOCAB_SIZE, TinyModel, build, random_prompts
+
+from sarathi.config.load import make_config
+from sarathi.messages import SampledToken
+from sarathi.sampling_params import SamplingParams
+from sarathi.worker.executor import Executor
+
+BACKENDS = ("sdpa_paged_16", "sdpa_paged_3", "sdpa_vattn", "sdpa_vattn_sync_4kb", "sdpa_vattn_megacache_8kb")
+EVERYTHING = SamplingParams(temperature=0.0, logprobs=VOCAB_SIZE, max_tokens=64)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def tiny(request, tmp_path_factory) -> TinyModel:
+    return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def executor_for(tiny: TinyModel, backend: str, **settings) -> Executor:
+    return Executor(
+        make_config(
+            model=str(tiny.folder),
+            attention_backend=backend,
+            device="cpu",
+            memory_bytes=2**22,
+            max_num_seqs=8,
+            **settings,
+        )
+    )
+
+
+def largest_difference(tiny: TinyModel, prompt: list[int], tokens: list[SampledToken]) -> float:
+    outputs = [token.token_id for token in tokens]
+    expected = tiny.logprobs(prompt + outputs[:-1])[len(prompt) - 1 :]
+    found = torch.empty_like(expected)
+    for row, token in zip(found, tokens, strict=True):
+        ids, values = zip(*token.top_logprobs, strict=True)
+        row[list(ids)] = torch.tensor(values)
+        assert token.logprob == values[0] and token.token_id == ids[0]
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_equal_transformers(tiny: TinyModel, backend: str) -> None:
+    seed = torch.seed() % 1000
+    print(f"seed {seed}")
+    executor = executor_for(tiny, backend)
+    driver = RandomDriver(executor, seed)
+    prompts = dict(random_prompts(seed, 6, 40))
+    tokens = driver.run(prompts, EVERYTHING, 5)
+    executor.shutdown()
+    differences = {name: largest_difference(tiny, prompt, tokens[name]) for name, prompt in prompts.items()}
+    assert max(differences.values()) < 1e-4, (seed, differences)

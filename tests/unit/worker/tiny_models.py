@@ -1,0 +1,69 @@
+"""Tiny random models of every family, as transformers builds and saves them: the reference for ours."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+VOCAB_SIZE = 97
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama2": LlamaConfig(**_SHAPE),
+    "llama-with-biases": LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
+    "llama3.1": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE),
+    "llama-linear": LlamaConfig(**_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+    "smollm2": LlamaConfig(**_SHAPE, tie_word_embeddings=True, head_dim=8),
+    "yi": LlamaConfig(**{**_SHAPE, "num_key_value_heads": 1}, rope_theta=1e7),
+    "mistral": MistralConfig(**_SHAPE, sliding_window=7),
+    "mistral-without-window": MistralConfig(**_SHAPE, sliding_window=None, head_dim=16),
+    "qwen2": Qwen2Config(**_SHAPE),
+    "qwen2-windowed": Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen3": Qwen3Config(**{**_SHAPE, "num_key_value_heads": 3}, head_dim=16),
+}
+
+
+@dataclass
+class TinyModel:
+    """A saved model and what transformers computes with it."""
+
+    folder: Path
+    reference: torch.nn.Module
+
+    @torch.inference_mode()
+    def logprobs(self, token_ids: list[int]) -> torch.Tensor:
+        """[len(token_ids), VOCAB_SIZE] float32: the next token's distribution at every position."""
+        return self.reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+
+
+def build(name: str, folder: Path) -> TinyModel:
+    """Weights large enough that every part of the model matters, in several shards."""
+    torch.manual_seed(sum(name.encode()))
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    for parameter_name, parameter in model.named_parameters():
+        centre = 1.0 if "norm" in parameter_name else 0.0
+        torch.nn.init.normal_(parameter, mean=centre, std=0.25)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return TinyModel(folder, model)
+
+
+def random_prompts(seed: int, count: int, longest: int) -> Iterator[tuple[str, list[int]]]:
+    """Names and token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        length = int(torch.randint(1, longest + 1, (1,), generator=generator))
+        yield f"r{index}", torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
