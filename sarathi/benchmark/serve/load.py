@@ -16,7 +16,7 @@ from sarathi.benchmark.serve.client import Endpoint, RequestResult, send
 from sarathi.benchmark.serve.dataset import OutgoingRequest
 
 
-class ServerError(RuntimeError):
+class ServerError(OSError):
     """The server cannot be reached, or does not answer as one should."""
 
 

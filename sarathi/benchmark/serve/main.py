@@ -13,7 +13,7 @@ from typing import Any
 
 from sarathi.benchmark.serve import options, results
 from sarathi.benchmark.serve.dataset import make_requests
-from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, ServerError, run_load
+from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, run_load
 
 INTERRUPTED = 130
 
@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options.add_options(parser)
     try:
         return run(parser.parse_args(words))
-    except (ValueError, ServerError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"bench serve: {error}", file=sys.stderr)
         return 1
 

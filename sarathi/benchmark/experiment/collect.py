@@ -1,0 +1,63 @@
+"""Finished runs, read back from their folders; what a run was is in its saved configuration. Knows no folder's name."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.results import read_config
+from sarathi.benchmark.serving_loop import COMPLETED
+from sarathi.metrics.report import SUMMARY_FILE
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run's configuration and summary; its CSV files are read when asked for."""
+
+    folder: Path
+    config: BenchmarkConfig
+    summary: Mapping[str, Any]
+
+    def table(self, name: str) -> list[dict[str, float | None]]:
+        """Rows of <name>.csv, numbers as such, empty cells as None, ids left out."""
+        with open(self.folder / f"{name}.csv", newline="", encoding="utf-8") as file:
+            return [
+                {key: _number(cell) for key, cell in row.items() if not key.endswith(" Id")}
+                for row in csv.DictReader(file)
+            ]
+
+    def quantile(self, metric: str, key: str) -> float | None:
+        """One number of the summary, as quantile("request_e2e_time_normalized", "p50")."""
+        value: float | None = self.summary["metrics"].get(metric, {}).get(key)
+        return value
+
+
+def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
+    """Complete runs below `folder`, by folder, and the folders of runs that did not end well."""
+    found, broken = [], []
+    for place in sorted({path.parent for name in (SUMMARY_FILE, "log.txt") for path in folder.rglob(name)}):
+        run = _read(place)
+        if run is None:
+            broken.append(place)
+        else:
+            found.append(run)
+    return found, broken
+
+
+def _read(place: Path) -> FinishedRun | None:
+    try:
+        summary = json.loads((place / SUMMARY_FILE).read_text(encoding="utf-8"))
+        config = read_config(place)
+    except (OSError, ValueError):
+        return None
+    complete = summary.get("ended") == COMPLETED and not summary.get("refused")
+    return FinishedRun(place, config, summary) if complete else None
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None

@@ -1,0 +1,148 @@
+"""The two command lines of every experiment: run it, process it. Scripts hold nothing but a call of these.
+
+Exit codes: 0 all runs are complete; 1 a run failed or nothing was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sarathi.benchmark.config.options import read_settings
+from sarathi.benchmark.experiment.collect import FinishedRun, collect
+from sarathi.benchmark.experiment.execute import Failure, execute
+from sarathi.benchmark.experiment.plan import Experiment, read_experiment
+from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, Row, draw, draw_decode_steps, make_rows
+from sarathi.metrics.report import write_table
+from sarathi.metrics.tables import Table
+
+MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
+EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
+
+
+def run_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
+    """Run the experiment of a YAML file, and then its table."""
+    own, knobs = _split(sys.argv[1:] if words is None else list(words))
+    args = _run_parser(description).parse_args(own)
+    try:
+        experiment = _experiment(path, args, knobs)
+        folder = Path(args.output or experiment.output_dir)
+        runs = experiment.runs()
+        if args.list:
+            print("\n".join(run.name for run in runs))
+            return 0
+        failures = execute(runs, folder, args.resume)
+        _process(experiment.table, folder)
+    except (ValueError, OSError) as error:
+        print(f"{path.stem}: {error}", file=sys.stderr)
+        return 1
+    _tell(failures, len(runs))
+    return 1 if failures else 0
+
+
+def process_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
+    """The table and the plots of runs that are there."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
+    args = parser.parse_args(words)
+    experiment = read_experiment(path)
+    return _process(experiment.table, Path(args.folder or experiment.output_dir))
+
+
+def run_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
+    """The same for <first word>.yml of a folder."""
+    path, rest = _named(folder, words)
+    return 1 if path is None else run_experiment(path, description, rest)
+
+
+def process_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
+    """The same for <first word>.yml of a folder."""
+    path, rest = _named(folder, words)
+    return 1 if path is None else process_experiment(path, description, rest)
+
+
+def _named(folder: Path, words: Sequence[str] | None) -> tuple[Path | None, list[str]]:
+    """The file that the first word names, and the words after it."""
+    given = list(sys.argv[1:] if words is None else words)
+    name, rest = (given[0], given[1:]) if given else ("", [])
+    path = folder / f"{name}.yml"
+    if path.is_file():
+        return path, rest
+    known = ", ".join(sorted(each.stem for each in folder.glob("*.yml")))
+    print(f"experiment {name!r} is unknown; there are {known}", file=sys.stderr)
+    return None, rest
+
+
+def _run_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, epilog=EPILOG)
+    parser.add_argument("--test", action="store_true", help="a minute's run with the small model, on any machine")
+    parser.add_argument("--resume", action="store_true", help="leave out runs that are complete already")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="these models")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="these backends")
+    parser.add_argument(
+        "--axis", action="append", default=[], metavar="NAME=A,B", help="these labels of an axis; repeatable"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="where results go; default: as the YAML file says")
+    parser.add_argument("--list", action="store_true", help="name the runs, and do nothing")
+    return parser
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A script's own words, and knobs after --."""
+    words = list(words)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def _experiment(path: Path, args: argparse.Namespace, knobs: list[str]) -> Experiment:
+    experiment = read_experiment(path, args.test).with_base(read_settings(knobs))
+    axes = [word.partition("=")[::2] for word in args.axis]
+    chosen = {name: labels.split(",") for name, labels in axes}
+    chosen |= {MODEL_AXIS: args.model} if args.model else {}
+    chosen |= {BACKEND_AXIS: args.backends} if args.backends else {}
+    for name, labels in chosen.items():
+        experiment = experiment.with_axis(name, labels)
+    return experiment
+
+
+def _process(table: str, folder: Path) -> int:
+    """Prints and writes; 1 where runs are missing or broken."""
+    runs, broken = collect(folder)
+    for place in broken:
+        print(f"incomplete, left out: {place}", file=sys.stderr)
+    if not runs:
+        print(f"{folder}: no complete run", file=sys.stderr)
+        return 1
+    rows = make_rows(TABLES[table], runs)
+    columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
+    write_table(folder / f"{table}.csv", Table(columns, rows))
+    print(as_text(columns, rows))
+    _draw(table, runs, rows, folder)
+    return 1 if broken else 0
+
+
+def _draw(table: str, runs: Sequence[FinishedRun], rows: Sequence[Row], folder: Path) -> None:
+    draw(TABLES[table], rows, folder)
+    if table == "decode_steps":
+        draw_decode_steps(runs, folder / "decode_steps.png")
+
+
+def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table for people: columns as wide as their widest cell."""
+    cells = [list(columns), *[[_cell(row.get(name)) for name in columns] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _tell(failures: Sequence[Failure], total: int) -> None:
+    for failure in failures:
+        print(f"\n{failure.name} failed with exit code {failure.exit_code}:\n{failure.tail}", file=sys.stderr)
+    print(f"{total - len(failures)} of {total} runs are complete")

@@ -1,0 +1,104 @@
+"""A grid of runs, read from YAML. Knows no process and no result.
+
+output_dir: experiments/e2e_static_eval
+table: makespan                          # one of tables.TABLES
+base: {knob: value, ...}                 # of all runs
+grid:
+  model.name: [yi-6b-200k, llama-3-8b]   # an axis named by its knob: values
+  context:                               # an axis of any name: labels, each with the knobs it sets
+    32k: {model.max_model_len: 32768, ...}
+test: {base: {...}, grid: {...}}         # what --test puts in place of the above, by knob
+                                           # and by axis; its results go to results/test
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sarathi.benchmark.config.options import canonical
+from sarathi.config.knobs import ConfigError
+from sarathi.config.units import nearest
+
+KEYS = ("output_dir", "table", "base", "grid", "test")
+Axis = Mapping[str, Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """name: one folder's name. settings: knobs by whole paths."""
+
+    name: str
+    settings: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """grid: axis -> label -> knobs. Runs are all combinations, the last axis fastest."""
+
+    output_dir: str
+    table: str
+    base: Mapping[str, object]
+    grid: Mapping[str, Axis]
+
+    def runs(self) -> list[Run]:
+        return [self._run(labels) for labels in itertools.product(*self.grid.values())]
+
+    def with_base(self, settings: Mapping[str, object]) -> Experiment:
+        """Knobs of all runs replaced; an axis still wins over them."""
+        return Experiment(self.output_dir, self.table, {**self.base, **canonical(settings)}, self.grid)
+
+    def with_axis(self, name: str, labels: Sequence[str]) -> Experiment:
+        """An axis cut to these labels; one that is named by its knob takes new values as well."""
+        if name not in self.grid:
+            raise ConfigError(
+                f"axis {name!r} is unknown; the nearest of {', '.join(self.grid)} is {nearest(name, self.grid)!r}"
+            )
+        known = self.grid[name]
+        if unknown := [label for label in labels if label not in known and not _is_knob(name)]:
+            raise ConfigError(f"axis {name!r} has no {unknown[0]!r}; it has {', '.join(known)}")
+        axis = {label: known.get(label) or canonical({name: label}) for label in labels}
+        return Experiment(self.output_dir, self.table, self.base, {**self.grid, name: axis})
+
+    def _run(self, labels: Sequence[str]) -> Run:
+        settings = dict(self.base)
+        for axis, label in zip(self.grid.values(), labels, strict=True):
+            settings |= axis[label]
+        return Run("_".join(label.replace("/", "-") for label in labels) or "run", settings)
+
+
+def read_experiment(path: Path, test: bool = False) -> Experiment:
+    """The experiment of a file, or its short form. ConfigError names what is wrong in it."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if unknown := set(content) - set(KEYS):
+        raise ConfigError(f"{path}: {unknown.pop()!r} is unknown; an experiment has {', '.join(KEYS)}")
+    short = (content.get("test") or {}) if test else {}
+    output_dir = f"results/test/{path.stem}" if test else content["output_dir"]
+    base = {**content.get("base", {}), **short.get("base", {})}
+    grid = {**content.get("grid", {}), **short.get("grid", {})}
+    axes = {name: dict(_labels(name, values)) for name, values in grid.items()}
+    return Experiment(output_dir, content["table"], canonical(base), axes)
+
+
+def _labels(
+    axis: str, values: Sequence[Any] | Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, Mapping[str, object]]]:
+    if isinstance(values, Mapping):
+        for label, settings in values.items():
+            yield str(label), canonical(settings)
+    else:
+        for value in values:
+            yield str(value), canonical({axis: value})
+
+
+def _is_knob(name: str) -> bool:
+    try:
+        canonical({name: "none"})
+    except ConfigError as error:
+        return "unknown setting" not in str(error)
+    return True

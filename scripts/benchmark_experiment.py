@@ -1,0 +1,14 @@
+"""Any experiment of experiments/*.yml by its name: its runs, then its table and plots.
+
+python scripts/benchmark_experiment.py NAME [--test] [--resume] [--model NAME ...] [--backends NAME ...] [--list]
+"""
+
+import sys
+from pathlib import Path
+
+from sarathi.benchmark.experiment.command import run_named_experiment
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+
+if __name__ == "__main__":
+    sys.exit(run_named_experiment(FOLDER, __doc__))
