@@ -5,6 +5,7 @@ given by the names in the operator's own schema.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,13 @@ from sarathi.model_executor.attention.flash_attention_provider import Abilities,
 _BFLOAT16 = frozenset({torch.bfloat16})
 _BOTH = frozenset({torch.bfloat16, torch.float16})
 _HOPPER = frozenset({9})
+_TILE = 256  # no tile of keys is larger; tiles are copied whole, what lies past the length included
 
 
 class _Package(NamedTuple):
     module: str
     operators: str  # namespace under torch.ops
+    install: str
     abilities: Abilities
 
 
@@ -27,17 +30,20 @@ PACKAGES = {
     "flash_attn_interface": _Package(
         "flash_attn_interface",
         "flash_attn_3",
-        Abilities(_BOTH, 256, _HOPPER, append=True, window=True, split_kv=True, block_multiple=1),
+        "build the folder hopper of FlashAttention's repository",
+        Abilities(_BOTH, 256, _HOPPER, append=True, window=True, split_kv=True, overreach=_TILE, block_multiple=1),
     ),
     "fa3-fwd": _Package(
         "fa3_fwd_interface",
         "fa3_fwd",
-        Abilities(_BFLOAT16, 256, _HOPPER, append=True, window=False, split_kv=True),
+        "pip install fa3-fwd",
+        Abilities(_BFLOAT16, 256, _HOPPER, append=True, window=False, split_kv=True, overreach=_TILE),
     ),
     "vllm-flash-attn": _Package(
         "vllm.vllm_flash_attn",
         "_vllm_fa3_C",
-        Abilities(_BOTH, 256, _HOPPER, append=False, window=True, split_kv=True, block_multiple=1),
+        "pip install vllm",
+        Abilities(_BOTH, 256, _HOPPER, append=False, window=True, split_kv=True, overreach=_TILE, block_multiple=1),
     ),
 }
 
@@ -59,12 +65,13 @@ class FlashAttention3:
     def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
         """See Provider. The lengths that bound the division must be those that `attend` will derive from the cache."""
         paged = step.block_table is not None
-        return self._schedule(
+        columns = cache_cols * step.block_table.shape[1] if step.block_table is not None else cache_cols
+        made: Tensor = self._schedule(
             **{
                 **self._schedule_defaults,
                 "batch_size": step.lengths.shape[0],
                 "max_seqlen_q": step.max_new,
-                "max_seqlen_k": cache_cols * step.block_table.shape[1] if step.block_table is not None else cache_cols,
+                "max_seqlen_k": columns,
                 "num_heads": problem.num_heads,
                 "num_heads_k": problem.num_kv_heads,
                 "headdim": problem.head_size,
@@ -78,12 +85,13 @@ class FlashAttention3:
                 **_mask(problem, step),
             }
         )
+        return made
 
     def attend(
         self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem
     ) -> Tensor:
         """See Provider."""
-        return self._forward(
+        results: Sequence[Tensor] = self._forward(
             **{
                 **self._forward_defaults,
                 "q": q,
@@ -101,7 +109,8 @@ class FlashAttention3:
                 "scheduler_metadata": step.schedule,
                 **_mask(problem, step),
             }
-        )[0]
+        )
+        return results[0]
 
 
 def _mask(problem: Problem, step: VarlenStep) -> dict[str, Any]:

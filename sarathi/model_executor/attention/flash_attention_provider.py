@@ -17,6 +17,7 @@ class Abilities:
     append: bool  # stores the new K and V itself
     window: bool  # sliding window
     split_kv: bool  # shares one sequence out over the device
+    overreach: int  # tiles of up to so many tokens are read whole: memory must be there up to the next multiple
     contiguous: bool = True  # rows of the cache picked by an index
     block_multiple: int | None = None  # paged KV with blocks of a multiple of so many tokens; None: no paged KV
 
@@ -36,7 +37,7 @@ class VarlenStep:
     in the cache  cached[b] before the step, lengths[b] = cached[b] + new tokens after it
     """
 
-    starts: Tensor
+    starts: Tensor  # [B + 1]
     cached: Tensor  # [B]
     lengths: Tensor  # [B]
     rows: Tensor | None  # [B] row of a contiguous cache

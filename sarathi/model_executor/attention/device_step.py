@@ -1,0 +1,127 @@
+"""A step's lengths and places as int32 tensors on the device, by one copy from the host. Knows no kernel."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.attention.backend import Address, SlotAddress
+from sarathi.model_executor.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """B sequences with T new tokens; int32 tensors on the device.
+
+    Padding (B larger than the batch): no new tokens (one_each: one that is stored nowhere), length 0, row 0.
+    """
+
+    starts: Tensor  # [B + 1] where each sequence's new tokens begin among the T, then T
+    cached: Tensor  # [B] tokens in the cache before the step
+    lengths: Tensor  # [B] and after it
+    rows: Tensor | None  # [B] slots; None where paged
+    block_table: Tensor | None  # [B, blocks]; None where contiguous
+    num_tokens: int
+    max_new: int
+    max_length: int
+    one_each: bool  # every sequence has one new token: token i is sequence i's
+
+
+def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceStep:
+    """The batch's step; the copy does not wait for the device."""
+    counts = [chunk.num_tokens for chunk in batch.chunks]
+    blocks = 0 if isinstance(address, SlotAddress) else max(map(len, address.block_tables))
+    packed = _to_device(_pack(batch, address, len(counts), blocks), device)
+    lengths = [chunk.start + chunk.num_tokens for chunk in batch.chunks]
+    return _split(packed, len(counts), blocks, num_tokens=sum(counts), max_new=max(counts), max_length=max(lengths))
+
+
+class StaticStep:
+    """A decode step whose tensors stay where they are: a CUDA graph captures `step`; `fill` before each replay."""
+
+    def __init__(self, batch_size: int, max_length: int, blocks: int, device: torch.device) -> None:
+        """batch_size: sequences, padding included. blocks: columns of the block table, 0 where contiguous."""
+        size = 4 * batch_size + 1 + batch_size * blocks - (batch_size if blocks else 0)
+        self._packed = torch.zeros(size, dtype=torch.int32, device=device)
+        self._batch_size, self._blocks = batch_size, blocks
+        self.step = _split(self._packed, batch_size, blocks, num_tokens=batch_size, max_new=1, max_length=max_length)
+
+    def fill(self, batch: Batch, address: Address) -> None:
+        """The numbers of this step: one new token for each of at most batch_size sequences."""
+        numbers = _pack(batch, address, self._batch_size, self._blocks)
+        self._packed.copy_(_pinned(numbers, self._packed.device), non_blocking=True)
+
+
+def first_decodes(step: DeviceStep, count: int) -> DeviceStep:
+    """The step of the first `count` sequences, which have one new token each."""
+    rows = None if step.rows is None else step.rows[:count]
+    table = None if step.block_table is None else step.block_table[:count]
+    return DeviceStep(
+        step.starts[: count + 1], step.cached[:count], step.lengths[:count], rows, table,
+        num_tokens=count, max_new=1, max_length=step.max_length, one_each=True,
+    )  # fmt: skip
+
+
+def token_places(step: DeviceStep, block_size: int) -> tuple[Tensor, Tensor]:
+    """(rows, cols), [T] int32, where the new tokens' keys and values go; row -1 for padding. Device work only."""
+    if step.one_each:
+        positions, owners = step.cached, None
+    else:
+        sequences = torch.arange(step.cached.shape[0], device=step.starts.device)
+        owners = torch.repeat_interleave(sequences, step.starts.diff(), output_size=step.num_tokens)
+        positions = torch.arange(step.num_tokens, device=owners.device, dtype=torch.int32)
+        positions = positions + (step.cached - step.starts[:-1])[owners]
+    rows, cols = _place(step, positions, owners, block_size)
+    lengths = step.lengths if owners is None else step.lengths[owners]
+    return torch.where(lengths > 0, rows, -1), cols
+
+
+def _place(step: DeviceStep, positions: Tensor, owners: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+    if step.block_table is None:
+        assert step.rows is not None
+        return (step.rows if owners is None else step.rows[owners]), positions
+    table = step.block_table if owners is None else step.block_table[owners]
+    block = torch.div(positions, block_size, rounding_mode="floor").long()
+    return table.gather(1, block[:, None])[:, 0], positions % block_size
+
+
+def _pack(batch: Batch, address: Address, batch_size: int, blocks: int) -> list[int]:
+    """starts, cached, lengths, rows or block table, each padded to batch_size."""
+    starts, cached, lengths = [0], [], []
+    for chunk in batch.chunks:
+        starts.append(starts[-1] + chunk.num_tokens)
+        cached.append(chunk.start)
+        lengths.append(chunk.start + chunk.num_tokens)
+    padding = batch_size - len(cached)
+    places = address.slots if isinstance(address, SlotAddress) else _table(address.block_tables, blocks)
+    width = blocks or 1
+    return [
+        *starts, *[starts[-1]] * padding, *cached, *[0] * padding, *lengths, *[0] * padding,
+        *places, *[0] * (padding * width),
+    ]  # fmt: skip
+
+
+def _table(tables: Sequence[Sequence[int]], blocks: int) -> Iterable[int]:
+    for table in tables:
+        yield from table[:blocks]
+        yield from [0] * (blocks - len(table))
+
+
+def _split(
+    packed: Tensor, batch_size: int, blocks: int, *, num_tokens: int, max_new: int, max_length: int
+) -> DeviceStep:
+    sizes = [batch_size + 1, batch_size, batch_size, batch_size * (blocks or 1)]
+    starts, cached, lengths, places = torch.split(packed, sizes)
+    rows, table = (None, places.view(batch_size, blocks)) if blocks else (places, None)
+    one_each = max_new == 1 and num_tokens == batch_size
+    return DeviceStep(starts, cached, lengths, rows, table, num_tokens, max_new, max_length, one_each)
+
+
+def _to_device(numbers: list[int], device: torch.device) -> Tensor:
+    return _pinned(numbers, device).to(device, non_blocking=True)
+
+
+def _pinned(numbers: list[int], device: torch.device) -> Tensor:
+    """On the host; pinned where the copy to the device is to return at once."""
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")

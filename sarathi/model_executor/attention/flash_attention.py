@@ -1,0 +1,128 @@
+"""Attention by FlashAttention, on contiguous slots and on blocks: one call for a mixed batch. Knows no memory policy.
+
+Decode steps on contiguous slots go to our own split-KV kernel where that is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sarathi.config.backend import BackendSpec
+from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.attention.arithmetic_pages import as_pages, page_table
+from sarathi.model_executor.attention.backend import Address, CacheLayer
+from sarathi.model_executor.attention.device_step import DeviceStep, make_step, token_places
+from sarathi.model_executor.attention.flash_attention_choice import candidates, choose, need_of
+from sarathi.model_executor.attention.flash_attention_provider import NewKeysValues, Problem, Provider, VarlenStep
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.kernels import Kernels, create_kernels
+from sarathi.model_executor.kernels.types import CacheTarget
+from sarathi.model_executor.placement import Placement
+
+if TYPE_CHECKING:
+    from sarathi.model_executor.attention.triton_decode import TritonDecode
+
+
+@dataclass(slots=True)
+class FlashMetadata:
+    """A step, and what its first layer finds out for the others: places of the new tokens, division of the work."""
+
+    step: DeviceStep
+    places: tuple[Tensor, Tensor] | None = None
+    varlen: dict[tuple[int | None, bool], VarlenStep] = field(default_factory=dict)  # by window, and whether it appends
+
+
+class FlashAttentionBackend:
+    """One provider for one model."""
+
+    def __init__(
+        self, provider: Provider, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None
+    ) -> None:
+        """decode: takes the steps in which each sequence has one new token; contiguous memory only."""
+        self.provider, self.place, self._decode = provider, place, decode
+        self._problem = Problem(
+            arch.num_heads, arch.num_kv_heads, arch.head_size, place.dtype, arch.head_size**-0.5, None
+        )
+        self._kernels: Kernels = create_kernels(place.device)
+
+    @property
+    def overreach(self) -> int:
+        """Keys are read up to the next multiple of so many tokens: a cache must have memory there."""
+        return self.provider.abilities.overreach
+
+    def plan(self, batch: Batch, address: Address) -> FlashMetadata:
+        """See AttentionBackend; one copy to the device."""
+        return self.plan_step(make_step(batch, address, self.place.device))
+
+    def plan_step(self, step: DeviceStep) -> FlashMetadata:
+        """As `plan`, from tensors that are there already: for a CUDA graph, over StaticStep.step."""
+        return FlashMetadata(step)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
+        """See AttentionBackend."""
+        if self._takes_decode(metadata.step) or not self.provider.abilities.append:
+            self._kernels.store(key, value, self.target(layer, metadata))
+            return self.attend(query, layer, metadata)
+        return self._call(query, NewKeysValues(key, value), layer, metadata)
+
+    def target(self, layer: CacheLayer, metadata: FlashMetadata) -> CacheTarget:
+        """Where the step's keys and values go, for a kernel that stores them before `attend`."""
+        if metadata.places is None:
+            metadata.places = token_places(metadata.step, layer.k.shape[1])
+        return CacheTarget(layer.k, layer.v, *metadata.places)
+
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
+        """Attention alone: the step's keys and values are in the cache. query, result: [T, num_heads, head_size]."""
+        if self._decode is not None and self._takes_decode(metadata.step):
+            return self._decode.attend(query, layer, metadata.step)
+        return self._call(query, None, layer, metadata)
+
+    def _takes_decode(self, step: DeviceStep) -> bool:
+        return self._decode is not None and step.one_each and step.rows is not None
+
+    def _call(self, query: Tensor, new: NewKeysValues | None, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
+        problem = self._problem._replace(window=layer.window)
+        cache = (layer.k, layer.v)
+        if metadata.step.rows is not None and not self.provider.abilities.contiguous:
+            page = self._page_tokens
+            cache = (as_pages(layer.k, page).pages, as_pages(layer.v, page).pages)
+        key = (layer.window, new is not None)
+        if key not in metadata.varlen:
+            metadata.varlen[key] = self._varlen(metadata.step, layer, problem, append=new is not None)
+        return self.provider.attend(query, new, cache, metadata.varlen[key], problem)
+
+    @property
+    def _page_tokens(self) -> int:
+        return max(128, self.provider.abilities.block_multiple or 1)
+
+    def _varlen(self, step: DeviceStep, layer: CacheLayer, problem: Problem, *, append: bool) -> VarlenStep:
+        rows, table, columns = step.rows, step.block_table, layer.k.shape[1]
+        if rows is not None and not self.provider.abilities.contiguous:
+            columns = self._page_tokens
+            table = page_table(rows, -(-step.max_length // columns), as_pages(layer.k, columns))
+            rows = None
+        varlen = VarlenStep(
+            step.starts, step.cached, step.lengths, rows, table, step.max_new, step.max_length, causal=step.max_new > 1
+        )
+        return replace(varlen, schedule=self.provider.schedule(problem, varlen, columns, append=append))
+
+
+def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> FlashAttentionBackend:
+    """The best installed provider for `spec`; KernelUnavailableError says what to install where there is none."""
+    capability = torch.cuda.get_device_capability(place.device)[0]
+    provider = choose(spec, need_of(spec, arch, place.dtype, capability), candidates())
+    return FlashAttentionBackend(provider, arch, place, _decode_kernel(spec, arch, place))
+
+
+def _decode_kernel(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> TritonDecode | None:
+    """A named version (fa3, ...) is measured as it is; `fa` takes whatever is fastest."""
+    if spec.kernel != "fa" or spec.is_paged:
+        return None
+    from sarathi.model_executor.attention.triton_decode import TritonDecode
+
+    fits = TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
+    return TritonDecode(arch.head_size, place.device) if fits else None

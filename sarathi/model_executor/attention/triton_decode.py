@@ -1,0 +1,35 @@
+"""Decode attention on contiguous slots by our split-KV kernel. Knows no FlashAttention and no FlashInfer."""
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.attention.backend import CacheLayer
+from sarathi.model_executor.attention.device_step import DeviceStep
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.kernels.types import DecodeBatch
+
+HEAD_SIZES = (16, 32, 64, 128, 256)
+MAX_GROUP = 16
+
+
+class TritonDecode:
+    """Owns the scratch that all layers share; serves one stream."""
+
+    def __init__(self, head_size: int, device: torch.device, *, pdl: bool = False, config: DecodeConfig | None = None):
+        """config: None for the defaults. pdl: overlap its launches with what runs before (Hopper and later)."""
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._workspace = DecodeWorkspace.create(num_sms, head_size, device, config)
+        self._scale = head_size**-0.5
+        self._pdl = pdl
+
+    @staticmethod
+    def supports(num_heads: int, num_kv_heads: int, head_size: int) -> bool:
+        """Whether a model's heads fit the kernel."""
+        return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
+
+    def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep) -> Tensor:
+        """query: [B, num_heads, head_size], one token a sequence, its key and value in the cache already."""
+        if step.rows is None or not step.one_each:
+            raise ValueError("the split-KV kernel takes one token a sequence, on contiguous slots")
+        batch = DecodeBatch(step.rows, step.lengths, layer.window)
+        return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, pdl=self._pdl)

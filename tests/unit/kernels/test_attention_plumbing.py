@@ -1,0 +1,229 @@
+"""Steps on the device, arithmetic pages, the choice of a provider, and the FlashAttention backend over a fake library."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from sarathi.config.backend import BackendSpec
+from sarathi.messages import Chunk
+from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention.arithmetic_pages import as_pages, page_table
+from sarathi.model_executor.attention.backend import (
+    Address,
+    BlockAddress,
+    CacheLayer,
+    KernelUnavailableError,
+    SlotAddress,
+)
+from sarathi.model_executor.attention.device_step import StaticStep, make_step, token_places
+from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend
+from sarathi.model_executor.attention.flash_attention_choice import Candidate, Need, candidates, choose
+from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES
+from sarathi.model_executor.attention.flash_attention_provider import Abilities, NewKeysValues, Problem, VarlenStep
+from sarathi.model_executor.attention.sdpa import SdpaBackend
+from sarathi.model_executor.attention.view import Part, write_index
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.placement import Placement
+
+CPU = torch.device("cpu")
+PLACE = Placement(torch.float32, CPU)
+ARCH = ModelArchitecture("tiny", 1, 32, 64, 4, 2, 8, 100, 200, 1e-5, Rope(1e4))
+BLOCK = 4
+
+
+@pytest.fixture(autouse=True, params=range(4))
+def seed(request: pytest.FixtureRequest) -> int:
+    value = random.randrange(2**31)
+    print(f"seed {value}")
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+def random_batch(num_sequences: int, *, decodes: bool) -> Batch:
+    """Chunks with random starts; token ids mean nothing here."""
+    shapes = [(random.randint(0, 40), 1 if decodes else random.choice((1, 1, 3, 9, 17))) for _ in range(num_sequences)]
+    chunks = tuple(Chunk(str(i), start, count, True, start + count, ()) for i, (start, count) in enumerate(shapes))
+    total = sum(count for _, count in shapes)
+    return Batch(chunks, torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.int64), None)
+
+
+def random_address(batch: Batch, *, paged: bool) -> Address:
+    if not paged:
+        return SlotAddress(tuple(random.sample(range(len(batch.chunks) + 2), len(batch.chunks))))
+    counts = [-(-(chunk.start + chunk.num_tokens) // BLOCK) for chunk in batch.chunks]
+    order = iter(random.sample(range(sum(counts)), sum(counts)))
+    return BlockAddress(tuple([next(order) for _ in range(count)] for count in counts), BLOCK)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("decodes", [False, True])
+def test_new_tokens_go_where_the_reference_writes_them(paged: bool, decodes: bool) -> None:
+    batch = random_batch(5, decodes=decodes)
+    address = random_address(batch, paged=paged)
+    parts = [Part(chunk.num_tokens, chunk.start + chunk.num_tokens) for chunk in batch.chunks]
+    rows, cols = token_places(make_step(batch, address, CPU), BLOCK)
+    expected_rows, expected_cols = write_index(parts, address, CPU)
+    assert (rows.tolist(), cols.tolist()) == (expected_rows.tolist(), expected_cols.tolist())
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_static_step_is_refilled_and_padded(paged: bool) -> None:
+    static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU)
+    starts = static.step.starts
+    for count in (6, 2, 4):
+        batch = random_batch(count, decodes=True)
+        address = random_address(batch, paged=paged)
+        static.fill(batch, address)
+        fresh = make_step(batch, address, CPU)
+        assert static.step.starts is starts
+        assert static.step.starts.tolist() == [*range(count + 1), *[count] * (6 - count)]
+        assert static.step.lengths.tolist() == [*fresh.lengths.tolist(), *[0] * (6 - count)]
+        rows, cols = token_places(static.step, BLOCK)
+        fresh_rows, fresh_cols = token_places(fresh, BLOCK)
+        assert rows.tolist() == [*fresh_rows.tolist(), *[-1] * (6 - count)]
+        assert cols[:count].tolist() == fresh_cols.tolist()
+
+
+def test_pages_of_slots_show_the_slots_tokens() -> None:
+    layers, columns, page = random.randint(1, 3), random.choice((32, 64)), random.choice((4, 8, 16))
+    region = torch.randn(5, columns + random.choice((0, 1, 16)), layers, 2, 8)
+    cache = region[:, :columns, layers - 1]
+    pages = as_pages(cache, page)
+    slots = torch.tensor(random.sample(range(5), 3), dtype=torch.int32)
+    table = page_table(slots, columns // page, pages)
+    torch.testing.assert_close(pages.pages[table.long()].flatten(1, 2), cache[slots.long()])
+
+
+FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), append=True, window=True, split_kv=True, overreach=1)
+
+
+class FakeLibrary:
+    """A FlashAttention in a few lines of float64, which checks that it is asked as it says it must be."""
+
+    name = "fake"
+
+    def __init__(self, *, append: bool, contiguous: bool, paged: bool) -> None:
+        self.abilities = Abilities(
+            FAKE.dtypes, 256, FAKE.capabilities, append=append, window=True, split_kv=True, overreach=1,
+            contiguous=contiguous, block_multiple=BLOCK if paged else None,
+        )  # fmt: skip
+        self.schedules = 0
+
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor:
+        self.schedules += 1
+        return torch.tensor([cache_cols])
+
+    def attend(
+        self,
+        q: Tensor,
+        new: NewKeysValues | None,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        problem: Problem,
+    ) -> Tensor:
+        assert (new is not None) <= self.abilities.append
+        assert (step.rows is None) == (step.block_table is not None)
+        assert step.schedule is not None and step.schedule.item() == cache[0].shape[1]
+        out = torch.empty_like(q)
+        for index, (start, end) in enumerate(zip(step.starts.tolist(), step.starts[1:].tolist(), strict=False)):
+            length = step.lengths[index].item()
+            places = self._places(step, index, length, cache[0].shape[1])
+            if new is not None:
+                for tensor, added in zip(cache, new, strict=True):
+                    tensor[tuple(x[length - (end - start) :] for x in places)] = added[start:end]
+            keys, values = (tensor[places].double() for tensor in cache)
+            out[start:end] = self._attend(q[start:end].double(), keys, values, problem).float()
+        return out
+
+    def _places(self, step: VarlenStep, index: int, length: int, columns: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.arange(length)
+        if step.block_table is None:
+            assert self.abilities.contiguous and step.rows is not None
+            return step.rows[index].long().expand(length), tokens
+        return step.block_table[index].long()[tokens // columns], tokens % columns
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, problem: Problem) -> Tensor:
+        queries, heads, _ = q.shape
+        distance = torch.arange(len(keys)) - torch.arange(len(keys) - queries, len(keys))[:, None]
+        hidden = (distance > 0) | (distance <= -(problem.window or 10**9))
+        keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * problem.scale
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(
+    ("paged", "append", "contiguous"),
+    [(False, True, True), (False, False, True), (False, False, False), (True, True, True)],
+)
+def test_a_mixed_batch_equals_the_reference(paged: bool, append: bool, contiguous: bool, window: int | None) -> None:
+    batch = random_batch(4, decodes=random.random() < 0.3)
+    address = random_address(batch, paged=paged)
+    library = FakeLibrary(append=append, contiguous=contiguous, paged=paged or not contiguous)
+    results = []
+    rows = torch.randn(2, 60, BLOCK, 2, 8) if paged else torch.randn(2, 6, 128, 2, 8)
+    query, key, value = random_tokens(batch.token_ids.shape[0])
+    for backend in (FlashAttentionBackend(library, ARCH, PLACE), SdpaBackend(ARCH, PLACE)):
+        cache = rows.clone()
+        layer = CacheLayer(cache[0], cache[1], window)
+        if isinstance(backend, SdpaBackend):
+            backend.windows = {window: next(iter(windows_of(window)))}
+        metadata = backend.plan(batch, address)
+        results.append((backend.forward(query, key, value, layer, metadata), cache))
+        if isinstance(backend, FlashAttentionBackend):
+            again = backend.attend(query, layer, metadata)
+            torch.testing.assert_close(again, results[0][0])
+            assert library.schedules <= 2
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def random_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(count, 4, 8), torch.randn(count, 2, 8), torch.randn(count, 2, 8)
+
+
+def windows_of(window: int | None) -> Sequence[object]:
+    from sarathi.model_executor.attention.sdpa import _causal
+
+    return [_causal(window)]
+
+
+def missing() -> FakeLibrary:
+    raise ImportError("No module named 'fake'")
+
+
+def test_choice_takes_the_first_that_can_and_is_there() -> None:
+    able = Abilities(FAKE.dtypes, 256, FAKE.capabilities, True, True, True, 1, block_multiple=16)
+    here = FakeLibrary(append=True, contiguous=True, paged=True)
+    known = [
+        Candidate("fa3", "unpaged", "pip install unpaged", FAKE, missing),
+        Candidate("fa3", "absent", "pip install absent", able, missing),
+        Candidate("fa2", "present", "pip install present", able, lambda: here),
+    ]
+    need = Need(torch.float32, 128, False, 16, 9)
+    assert choose(BackendSpec.parse("fa_paged"), need, known) is here
+    with pytest.raises(KernelUnavailableError, match=r"unpaged has no paged KV cache; .*pip install absent"):
+        choose(BackendSpec.parse("fa3_paged"), need, known)
+
+
+@pytest.mark.parametrize(
+    ("need", "named"),
+    [
+        (Need(torch.float16, 128, False, None, 9), "float16"),
+        (Need(torch.bfloat16, 128, True, None, 9), "sliding window"),
+        (Need(torch.bfloat16, 128, False, 16, 9), "paged KV cache"),
+        (Need(torch.bfloat16, 128, False, None, 8), "compute capability 8"),
+        (Need(torch.bfloat16, 512, False, None, 9), "head size 512"),
+    ],
+)
+def test_a_refusal_names_what_the_wheel_lacks(need: Need, named: str) -> None:
+    wheel = [c for c in candidates() if c.package == "fa3-fwd"]
+    with pytest.raises(KernelUnavailableError, match=named):
+        choose(BackendSpec.parse("fa3_vattn"), need, wheel)
+
+
+def test_every_package_is_a_candidate() -> None:
+    assert [c.package for c in candidates()] == [*PACKAGES, "flash-attn", "flash-attn-4"]
