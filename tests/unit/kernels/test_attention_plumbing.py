@@ -1,7 +1,7 @@
-"""Steps on the device, arithmetic pages, the choice of a provider, and the FlashAttention backend over a fake library."""
+"""Steps on the device, arithmetic pages, the choice of a provider, and the backend over a fake FlashAttention."""
 
 import random
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,11 +167,10 @@ def test_a_mixed_batch_equals_the_reference(paged: bool, append: bool, contiguou
     results = []
     rows = torch.randn(2, 60, BLOCK, 2, 8) if paged else torch.randn(2, 6, 128, 2, 8)
     query, key, value = random_tokens(batch.token_ids.shape[0])
-    for backend in (FlashAttentionBackend(library, ARCH, PLACE), SdpaBackend(ARCH, PLACE)):
+    arch = replace(ARCH, sliding_window=window)
+    for backend in (FlashAttentionBackend(library, arch, PLACE), SdpaBackend(arch, PLACE)):
         cache = rows.clone()
         layer = CacheLayer(cache[0], cache[1], window)
-        if isinstance(backend, SdpaBackend):
-            backend.windows = {window: next(iter(windows_of(window)))}
         metadata = backend.plan(batch, address)
         results.append((backend.forward(query, key, value, layer, metadata), cache))
         if isinstance(backend, FlashAttentionBackend):
@@ -183,12 +182,6 @@ def test_a_mixed_batch_equals_the_reference(paged: bool, append: bool, contiguou
 
 def random_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(count, 4, 8), torch.randn(count, 2, 8), torch.randn(count, 2, 8)
-
-
-def windows_of(window: int | None) -> Sequence[object]:
-    from sarathi.model_executor.attention.sdpa import _causal
-
-    return [_causal(window)]
 
 
 def missing() -> FakeLibrary:

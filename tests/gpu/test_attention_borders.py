@@ -1,0 +1,75 @@
+"""Attention over virtual memory that ends where a sequence ends: what lies past the last page must not be touched.
+
+Each case runs in a process of its own, because touching unmapped memory is the end of a process's CUDA context.
+"""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("vattention._native", reason="the native module is not built")
+
+pytestmark = pytest.mark.gpu
+NAMES = ("fa_vattn", "fa3_vattn", "fi_vattn")
+CASE = """
+import sys
+import torch
+from sarathi.config.backend import BackendSpec
+from sarathi.messages import Chunk
+from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention.backend import CacheLayer, SlotAddress, create_backend
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.placement import Placement
+from vattention import VirtualKVCache
+
+name, start, end, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+arch = ModelArchitecture("test", 1, 64, 64, 32, 8, 128, 100, 8192, 1e-5, Rope(1e4))
+place = Placement(torch.bfloat16, torch.device("cuda"))
+backend = create_backend(BackendSpec.parse(name), arch, place)
+with VirtualKVCache(num_layers=1, num_kv_heads=8, head_size=128, num_slots=4, max_tokens=8192, dtype=torch.bfloat16,
+                    device="cuda", budget_bytes=2**30) as cache:
+    slots = [cache.alloc(end) for _ in range(2)]
+    reach = -(-end // backend.overreach) * backend.overreach if memory == "reach" else end
+    cache.prepare(slots, [reach] * 2)
+    layer = CacheLayer(*cache.layer(0), None)
+    steps = [(n, n + 1) for n in (*range(3), *range(end - 3, end))] if memory == "one by one" else [(0, start), (start, end)]
+    for first, last in steps:
+        chunks = tuple(Chunk(str(slot), first, last - first, True, last) for slot in slots)
+        tokens = torch.zeros(2 * (last - first), dtype=torch.int64, device="cuda")
+        query, key, value = (torch.randn(len(tokens), n, 128, dtype=torch.bfloat16, device="cuda") for n in (32, 8, 8))
+        batch = Batch(chunks, tokens, tokens, None)
+        out = backend.forward(query, key, value, layer, backend.plan(batch, SlotAddress(tuple(slots))))
+        torch.cuda.synchronize()
+        assert out.isfinite().all()
+"""
+
+
+def run_case(name: str, start: int, end: int, memory: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", CASE, name, str(start), str(end), memory], capture_output=True, text=True, timeout=300
+    )
+    if "KernelUnavailableError" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    return done
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("new_tokens", [1, 100])
+def test_memory_up_to_the_reach_that_a_backend_names_is_enough(name: str, new_tokens: int) -> None:
+    end = random.choice((1023, 1024, 2048, 2049))
+    done = run_case(name, end - new_tokens, end, "reach")
+    assert done.returncode == 0, (end, done.stderr[-2000:])
+
+
+def test_decode_reads_nothing_past_the_last_page() -> None:
+    """1024 tokens of 8 heads fill a page of 2 MiB to the last byte; the page after it is not mapped.
+
+    The first step is one token too, so that our own kernel alone runs.
+    """
+    done = run_case("fa_vattn", 1, 1024, "one by one")
+    assert done.returncode == 0, done.stderr[-2000:]
