@@ -20,7 +20,7 @@ from sarathi.model_executor.kernels.types import DecodeBatch
 Launch = Callable[[int], Tensor]
 PAGES = (16, 64, 128, 256)
 CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
-    (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (64, 3, 4, 3),
+    (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (32, 5, 4, 3),
 )]  # fmt: skip
 
 

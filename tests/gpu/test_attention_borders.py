@@ -37,7 +37,9 @@ with VirtualKVCache(num_layers=1, num_kv_heads=8, head_size=128, num_slots=4, ma
     reach = -(-end // backend.overreach) * backend.overreach if memory == "reach" else end
     cache.prepare(slots, [reach] * 2)
     layer = CacheLayer(*cache.layer(0), None)
-    steps = [(n, n + 1) for n in (*range(3), *range(end - 3, end))] if memory == "one by one" else [(0, start), (start, end)]
+    steps = [(0, start), (start, end)]
+    if memory == "one by one":
+        steps = [(n, n + 1) for n in (*range(3), *range(end - 3, end))]
     for first, last in steps:
         chunks = tuple(Chunk(str(slot), first, last - first, True, last) for slot in slots)
         tokens = torch.zeros(2 * (last - first), dtype=torch.int64, device="cuda")
@@ -72,4 +74,12 @@ def test_decode_reads_nothing_past_the_last_page() -> None:
     The first step is one token too, so that our own kernel alone runs.
     """
     done = run_case("fa_vattn", 1, 1024, "one by one")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.xfail(reason="copies tiles of keys whole, so that it reads past the end", strict=False)
+@pytest.mark.parametrize("name", ["fa3_vattn", "fi_vattn"])
+def test_a_library_needs_no_more_than_the_tokens_themselves(name: str) -> None:
+    """Tells which kernels could do without the reach that their backend names."""
+    done = run_case(name, 924, 1024, "exact")
     assert done.returncode == 0, done.stderr[-2000:]

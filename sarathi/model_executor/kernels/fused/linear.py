@@ -21,7 +21,7 @@ class LinearKernels:
     """``reference.linear`` for CUDA. Owns the counters by which split products find their end; one stream at a time."""
 
     def __init__(self, num_sms: int, device: torch.device, *, max_skinny_tokens: int = MAX_TOKENS, pdl: bool = False):
-        """max_skinny_tokens: largest batch for the skinny kernel, 0 to 16. pdl: overlap each launch with the last."""
+        """max_skinny_tokens: the largest batch for our own products, 0 (none) to 16. pdl: overlap each launch."""
         self._slots = num_sms * _RESIDENT
         self._max_skinny_tokens = min(max_skinny_tokens, MAX_TOKENS)
         self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
@@ -44,34 +44,40 @@ class LinearKernels:
         self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """``linear(rms_norm(x), weight, bias)``, in one kernel for one token."""
-        if x.shape[0] != 1:
+        if not self._is_matvec(x):
             return self.linear(rms_norm(x, norm_weight, eps, pdl=self._pdl), weight, bias)
         return self._product(x, weight, _empty(x, weight.shape[0]), Around(norm_weight, eps, bias))
 
     def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
         """``silu_and_mul(norm_linear(x, ...))``. weight: [2 * out, in], gate rows first. Returns [num_tokens, out]."""
-        if x.shape[0] == 1:
+        if self._is_matvec(x):
             return self._product(x, weight, _empty(x, weight.shape[0] // 2), Around(norm_weight, eps, gated=True))
         normed = rms_norm(x, norm_weight, eps, pdl=self._pdl)
         if self._is_ours(x, weight):
             return self._product(normed, weight, _empty(x, weight.shape[0] // 2), Around(gated=True))
         return silu_and_mul(functional.linear(normed, weight), pdl=self._pdl)
 
+    def _is_matvec(self, x: Tensor) -> bool:
+        return x.shape[0] == 1 <= self._max_skinny_tokens
+
     def _is_ours(self, x: Tensor, weight: Tensor) -> bool:
-        few = x.shape[0] == 1 or (x.shape[0] <= self._max_skinny_tokens and x.shape[1] % _BLOCK_K == 0)
-        return few and weight.shape[0] <= MAX_TILES * _BLOCK_N and x.dtype in (torch.bfloat16, torch.float16)
+        few = 1 < x.shape[0] <= self._max_skinny_tokens and x.shape[1] % _BLOCK_K == 0
+        fits = weight.shape[0] <= MAX_TILES * _BLOCK_N and x.dtype in (torch.bfloat16, torch.float16)
+        return self._is_matvec(x) or (few and fits)
 
     def _product(self, x: Tensor, weight: Tensor, out: Tensor, around: Around) -> Tensor:
         if x.shape[0] == 1:
             matvec(x, weight, out, around, MatvecConfig(), pdl=self._pdl)
         elif x.shape[0] > 1:
-            skinny(x, weight, out, around, self._skinny_config(out.shape[1], x.shape[1]), self._counters, pdl=self._pdl)
+            config = self._skinny_config(out.shape[1], x.shape[1], around)
+            skinny(x, weight, out, around, config, self._counters, pdl=self._pdl)
         return out
 
-    def _skinny_config(self, outputs: int, size: int) -> SkinnyConfig:
-        """Splits the inner dimension as far as all programs still run at once."""
+    def _skinny_config(self, outputs: int, size: int, around: Around) -> SkinnyConfig:
+        """Splits the inner dimension as far as all programs still run at once; two weight tiles need fewer stages."""
         splits = self._slots // -(-outputs // _BLOCK_N)
-        return SkinnyConfig(_BLOCK_N, _BLOCK_K, splits=max(1, min(splits, 8, size // (4 * _BLOCK_K))))
+        stages = 3 if around.gated else 4
+        return SkinnyConfig(_BLOCK_N, _BLOCK_K, max(1, min(splits, 8, size // (4 * _BLOCK_K))), stages)
 
 
 def _empty(x: Tensor, outputs: int) -> Tensor:
