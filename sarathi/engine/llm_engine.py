@@ -15,7 +15,7 @@ from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.inputs import InputProcessor, Prompt, fan_out
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
 from sarathi.engine.tokenizer import Tokenizer
-from sarathi.messages import MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
@@ -26,6 +26,12 @@ class Executor(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def capacity(self) -> CacheCapacity: ...
+
+    @property
+    def token_bytes(self) -> int: ...
 
     def execute(self, out: SchedulerOutput) -> StepResult: ...
 

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from sarathi import __version__
 from sarathi.entrypoints import bench
@@ -33,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argument errors as one line: the list of all options would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     run: Callable[[argparse.Namespace], int] = importlib.import_module(f"sarathi.entrypoints.{name}").run
     return run
@@ -40,16 +48,16 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
 def _describe(error: Exception) -> str:
     """Errors about what the user asked for speak for themselves; others need their type, and a way to learn more."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     message = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ImportError)) and message:
+    if isinstance(error, (ValueError, ImportError)) and message:
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sarathi", description="Run language models with a virtually contiguous KV cache."
-    )
+    parser = _Parser(prog="sarathi", description="Run language models with a virtually contiguous KV cache.")
     parser.add_argument("--version", action="version", version=f"sarathi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)

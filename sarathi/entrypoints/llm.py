@@ -7,6 +7,7 @@ with LLM("smollm2-135m") as llm:
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -83,17 +84,18 @@ class LLM:
         Leaving the loop early, by an exception or not, aborts those that are not done.
         """
         numbers = self._add_all(prompts, sampling_params)
-        pending = set(numbers)
+        pending, inbox = set(numbers), deque[RequestOutput]()
+        self._inboxes.update(dict.fromkeys(numbers, inbox))
         try:
             while pending:
-                for output in self.engine.step():
+                self._fill(inbox)
+                while inbox:
+                    output = inbox.popleft()
                     if output.finished:
                         pending.discard(output.request_id)
-                    if output.request_id in numbers:
-                        yield numbers[output.request_id], output
+                    yield numbers[output.request_id], output
         finally:
-            self._abort_all(pending)
-            self._free_ended()
+            self._end_all(numbers)
 
     def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
@@ -118,6 +120,7 @@ class LLM:
     def _take(self, engine: LLMEngine) -> None:
         self.engine = engine
         self._ids = map(str, itertools.count())
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._finalizer = weakref.finalize(self, engine.shutdown)
 
     def _run(self, prompts: Sequence[Prompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
@@ -137,19 +140,28 @@ class LLM:
             try:
                 self.engine.add_request(request_id, prompt, each)
             except ValueError as error:
-                self._abort_all(numbers)
+                self._end_all(numbers)
                 if len(prompts) == 1:
                     raise
                 raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
             numbers[request_id] = number
         return numbers
 
-    def _abort_all(self, request_ids: Iterable[str]) -> None:
+    def _fill(self, inbox: deque[RequestOutput]) -> None:
+        """Step until something comes; what comes for other streams, read in turn with this one, is kept for them."""
+        while not inbox:
+            if not self.engine.num_unfinished:
+                raise RuntimeError("the requests of this stream ended when a step failed that another stream asked for")
+            for output in self.engine.step():
+                if output.request_id in self._inboxes:
+                    self._inboxes[output.request_id].append(output)
+
+    def _end_all(self, request_ids: Iterable[str]) -> None:
+        """Abort what is not done, and free memory: the worker hears of ended requests with the next step only, and
+        where no request is left there would be none."""
         for request_id in request_ids:
             self.engine.abort(request_id)
-
-    def _free_ended(self) -> None:
-        """The worker hears of requests that ended with the next step; where none is left, that would be too late."""
+            self._inboxes.pop(request_id, None)
         while self.engine.has_work and not self.engine.num_unfinished:
             self.engine.step()
 

@@ -16,7 +16,10 @@ _CONFIG_PREFIX = "config:"  # destinations in the namespace, apart from a comman
 
 
 def _optional_int(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor none") from None
 
 
 _SAMPLING: dict[str, tuple[Callable[[str], object], str]] = {
@@ -75,7 +78,10 @@ def sampling_from(args: argparse.Namespace) -> SamplingParams:
 
 def token_ids(text: str) -> list[int]:
     """Ids written as 1,2,3."""
-    return [int(part) for part in text.split(",") if part.strip()]
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids, as 1,2,3") from None
 
 
 def _named_knobs() -> Iterator[tuple[str, Knob]]:

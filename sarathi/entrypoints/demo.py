@@ -1,0 +1,141 @@
+"""`sarathi demo`: a model answers prompts, then three kinds of KV cache do the same work side by side.
+
+Knows no cache from inside: sizes come from the executor.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sarathi.config.schema import EngineConfig
+from sarathi.engine.outputs import RequestOutput
+from sarathi.entrypoints.console import format_size, format_table
+from sarathi.entrypoints.llm import LLM
+from sarathi.entrypoints.options import config_from
+from sarathi.sampling_params import SamplingParams
+
+BACKENDS = ("sdpa_paged_16", "sdpa_vattn", "sdpa_vattn_megacache")
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain in one sentence why the sky is blue.",
+    "Give me three names for a black cat.",
+    "What is virtual memory in a computer?",
+    "Translate to French: Good morning, my friend!",
+    "List the planets of the solar system.",
+    "Who wrote Romeo and Juliet, and what is it about?",
+    "Write a short email to my team. Our meeting has moved from Monday at 10 to Tuesday at 3 in the afternoon, "
+    "in the same room, and everybody should bring one idea for the next project.",
+    "Summarize in one sentence: A paging system divides memory into pieces of equal size. When a program asks for "
+    "more, the system finds free pieces anywhere and makes them look like one contiguous range, so that no program "
+    "needs to know where its memory really is.",
+    "I have five apples, eat two and buy four more. How many apples do I have? Think step by step.",
+    "Write a Python function that returns the larger of two numbers.",
+)
+_HEADER = ("backend", "tokens/s", "peak KV mapped", "tokens' own bytes", "wasted")
+_TOLERANCE = 1.1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 where all backends gave the same tokens, and the same as each prompt alone; else 1."""
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
+    streamed = _stream(config_from(args), params)
+    print(f"\nThe same {len(QUESTIONS)} prompts all at once, {args.max_tokens} tokens each:\n")
+    runs = [measure(config_from(args, attention_backend=backend), args.max_tokens) for backend in BACKENDS]
+    print(format_table(_HEADER, [each.row() for each in runs]))
+    print("\n" + runs[-1].arithmetic())
+    identical = are_identical(streamed, runs)
+    print(f"outputs identical: {'yes' if identical else 'no'}")
+    return 0 if identical else 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one backend did with the questions. own_bytes: K and V of all tokens that were in the cache at the end.
+
+    pages_bytes: one page in each tensor for each request, which is what whole pages may cost beyond that.
+    """
+
+    backend: str
+    answers: Sequence[Sequence[int]]
+    elapsed_s: float
+    peak_bytes: int
+    own_bytes: int
+    pages_bytes: int
+
+    def row(self) -> tuple[str, ...]:
+        """Cells of the table."""
+        rate = sum(map(len, self.answers)) / self.elapsed_s
+        sizes = (self.peak_bytes, self.own_bytes, self.peak_bytes - self.own_bytes)
+        return (self.backend, f"{rate:.1f}", *map(format_size, sizes))
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether no more is mapped than tokens and one page per tensor and request, within a tenth."""
+        return self.peak_bytes <= _TOLERANCE * (self.own_bytes + self.pages_bytes)
+
+    def arithmetic(self) -> str:
+        """The comparison behind `is_tight`, in numbers."""
+        allowed = f"{format_size(self.own_bytes)} of tokens + {format_size(self.pages_bytes)}"
+        sign = "<=" if self.is_tight else ">"
+        return (
+            f"{self.backend}: {format_size(self.peak_bytes)} mapped {sign} "
+            f"{_TOLERANCE} x ({allowed} for one page per tensor per request)"
+        )
+
+
+def measure(config: EngineConfig, max_tokens: int) -> Measured:
+    """All questions at once, every answer `max_tokens` long, so that all of them are in the cache at the end."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    with LLM.from_config(config) as llm:
+        prompts = list(_prompts(llm))
+        llm.generate(
+            [prompts[0]], SamplingParams(max_tokens=2), use_tqdm=False
+        )  # first calls set up threads and buffers
+        start_s = time.monotonic()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        elapsed_s = time.monotonic() - start_s
+        executor, capacity = llm.engine.executor, llm.engine.executor.capacity
+        num_tensors = executor.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
+        return Measured(
+            backend=config.model.attention_backend,
+            answers=[output.outputs[0].token_ids for output in outputs],
+            elapsed_s=elapsed_s,
+            peak_bytes=llm.memory_stats().peak_mapped_bytes,
+            own_bytes=sum(map(_cached_tokens, outputs)) * executor.token_bytes,
+            pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
+        )
+
+
+def are_identical(streamed: Sequence[Sequence[int]], runs: Sequence[Measured]) -> bool:
+    """Every backend wrote the same tokens, and they begin with what each prompt got when it ran alone."""
+    [first, *others] = [each.answers for each in runs]
+    alone = [list(answer[: len(short)]) == list(short) for answer, short in zip(first, streamed, strict=True)]
+    return all(answers == first for answers in others) and all(alone)
+
+
+def _stream(config: EngineConfig, params: SamplingParams) -> list[list[int]]:
+    """Tokens of the answers, each prompt alone, printed as they come."""
+    with LLM.from_config(config) as llm:
+        print(f"{config.model.model}, one prompt after another:")
+        return [_show(llm, number, prompt, params) for number, prompt in enumerate(_prompts(llm))]
+
+
+def _show(llm: LLM, number: int, prompt: list[int], params: SamplingParams) -> list[int]:
+    print(f"\n[{number + 1}/{len(QUESTIONS)}] {QUESTIONS[number]}\n", flush=True)
+    token_ids: list[int] = []
+    for output in llm.stream(prompt, params):
+        print(output.outputs[0].delta, end="", flush=True)
+        token_ids = output.outputs[0].token_ids
+    print(" ..." if len(token_ids) == params.max_tokens else "")
+    return token_ids
+
+
+def _prompts(llm: LLM) -> Iterator[list[int]]:
+    return (llm.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS)
+
+
+def _cached_tokens(output: RequestOutput) -> int:
+    """The last token written is never read back, so it has no K and V."""
+    return len(output.prompt_token_ids) + output.outputs[0].num_tokens - 1

@@ -1,0 +1,150 @@
+"""LLM over a fake model: shapes of prompts and parameters, order, streaming, what errors leave behind."""
+
+import gc
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from fake_engine import END, FakeExecutor, make_engine, says
+
+from sarathi.entrypoints.llm import LLM
+from sarathi.sampling_params import SamplingParams
+
+LONG = SamplingParams(max_tokens=50)
+
+
+def make_llm(text: str = "fine", **settings: bool) -> LLM:
+    return LLM.from_engine(make_engine(says(text), **settings))
+
+
+def mapped_bytes(llm: LLM) -> int:
+    return llm.memory_stats().mapped_bytes
+
+
+def parrot(tokens: Sequence[int], params: SamplingParams) -> int:
+    """Repeats the last token of the prompt, ten times as often as it says."""
+    return tokens[-1]
+
+
+def answers(prompts: object) -> list[str]:
+    llm = LLM.from_engine(make_engine(parrot))
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=2), use_tqdm=False)  # type: ignore[arg-type]
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_every_shape_of_prompts() -> None:
+    assert answers("a") == ["aa"]
+    assert answers(["a", "b"]) == ["aa", "bb"]
+    assert answers([97, 98]) == ["bb"]
+    assert answers([[97], [97, 98]]) == ["aa", "bb"]
+    assert answers(["a", [98], {"prompt": "c"}, {"prompt_token_ids": [100]}]) == ["aa", "bb", "cc", "dd"]
+    assert answers({"prompt": "c"}) == ["cc"]
+    assert answers([]) == []
+
+
+def test_outputs_keep_the_order_of_prompts_and_their_own_parameters() -> None:
+    params = [SamplingParams(max_tokens=count) for count in (9, 1, 5)]
+    outputs = LLM.from_engine(make_engine(parrot)).generate(["a", "b", "c"], params, use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == ["a" * 9, "b", "c" * 5]
+    assert [output.prompt for output in outputs] == ["a", "b", "c"]
+
+
+def test_parameters_must_match_prompts() -> None:
+    with pytest.raises(ValueError, match="sampling_params has 2 entries for 3 prompts"):
+        make_llm().generate(["a", "b", "c"], [LONG, LONG])
+
+
+def test_the_default_is_sixteen_tokens() -> None:
+    llm = LLM.from_engine(make_engine(parrot))
+    assert llm.generate("a", use_tqdm=False)[0].outputs[0].num_tokens == 16
+
+
+def test_one_bad_prompt_is_named_and_leaves_nothing_behind() -> None:
+    llm = make_llm()
+    with pytest.raises(ValueError, match=r"prompt 1 of 3, counted from 0: the prompt is empty"):
+        llm.generate(["a\0", "", "b\0"], LONG)
+    assert llm.engine.num_unfinished == 0 and not llm.engine.has_work
+    assert llm.generate("a\0", LONG, use_tqdm=False)[0].outputs[0].text == "fine"
+
+
+def test_an_error_in_the_model_reaches_the_caller_once() -> None:
+    llm = make_llm()
+    executor = llm.engine.executor
+    assert isinstance(executor, FakeExecutor)
+    executor.fail_next = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        llm.generate(["a\0", "b\0"], LONG, use_tqdm=False)
+    assert llm.generate("a\0", LONG, use_tqdm=False)[0].outputs[0].text == "fine"
+
+
+def test_memory_is_free_when_answers_are_there() -> None:
+    llm = make_llm()
+    llm.generate(["a\0", "b\0"], LONG, use_tqdm=False)
+    assert mapped_bytes(llm) == 0
+
+
+def test_streaming_gives_an_output_a_token() -> None:
+    outputs = list(make_llm("abc").stream("x\0", LONG))
+    assert [output.outputs[0].delta for output in outputs] == ["a", "b", "c", ""]
+    assert [output.finished for output in outputs] == [False, False, False, True]
+
+
+def test_leaving_a_stream_aborts_its_request() -> None:
+    llm = make_llm("abc" * 20)
+    for output in llm.stream("x\0", LONG):
+        if output.outputs[0].text == "abca":
+            break
+    gc.collect()
+    assert llm.engine.num_unfinished == 0 and mapped_bytes(llm) == 0
+
+
+def test_streams_read_in_turn_lose_nothing() -> None:
+    llm = make_llm("abcdef")
+    streams = [llm.stream("x\0", LONG), llm.stream("y\0", SamplingParams(max_tokens=4)), llm.stream("z\0", LONG)]
+    rounds = list(itertools.zip_longest(*streams))
+    deltas = ["".join(output.outputs[0].delta for output in column if output) for column in zip(*rounds, strict=True)]
+    assert deltas == ["abcdef", "abcd", "abcdef"]
+
+
+def test_a_failed_step_ends_other_streams_with_an_error_too() -> None:
+    llm = make_llm("abcdef")
+    first, second = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
+    assert next(first).outputs[0].text == "a" and next(second).outputs[0].text == "a"
+    assert isinstance(llm.engine.executor, FakeExecutor)
+    llm.engine.executor.fail_next = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        list(first)
+    with pytest.raises(RuntimeError, match="another stream"):
+        list(second)
+
+
+def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
+    llm = LLM.from_engine(make_engine(parrot))
+    message = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    one = llm.chat([message], SamplingParams(max_tokens=3), use_tqdm=False)
+    many = llm.chat([[message], [message, message]], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert bytes(one[0].prompt_token_ids) == b"user: hello\nassistant:"
+    assert [output.outputs[0].text for output in (*one, *many)] == [":::"] * 3
+    assert bytes(many[1].prompt_token_ids).count(b"hello") == 2
+
+
+def test_chat_without_a_tokenizer_says_what_works() -> None:
+    with pytest.raises(ValueError, match="use generate"):
+        make_llm(has_tokenizer=False).chat([{"role": "user", "content": "x"}])
+
+
+def test_with_close_and_deletion_shut_the_executor_down() -> None:
+    with make_llm() as llm:
+        executor = llm.engine.executor
+        assert isinstance(executor, FakeExecutor) and not executor.is_shut_down
+    assert executor.is_shut_down
+    llm.close()
+    other = make_llm()
+    executor = other.engine.executor
+    del other
+    gc.collect()
+    assert isinstance(executor, FakeExecutor) and executor.is_shut_down
+
+
+def test_the_end_token_is_in_the_ids() -> None:
+    assert make_llm("a").generate("\0", LONG, use_tqdm=False)[0].outputs[0].token_ids == [97, END]
