@@ -26,7 +26,10 @@ class PagedCacheEngine:
             )
         arch, place = shape.arch, shape.place
         size = (2, arch.num_layers, self._num_blocks, self._block_size, arch.num_kv_heads, arch.head_size)
-        self._keys, self._values = torch.empty(size, dtype=place.dtype, device=place.device)
+        try:
+            self._keys, self._values = torch.empty(size, dtype=place.dtype, device=place.device)
+        except RuntimeError as error:  # torch's out-of-memory errors, on CPU and GPU
+            raise CacheSettingsError(f"memory_bytes={shape.budget_bytes} is more than {place.device} can give") from error
         self._tables: dict[str, list[int]] = {}
         self._tokens: dict[str, int] = {}
         self._peak_blocks = 0
