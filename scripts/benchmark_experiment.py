@@ -1,6 +1,8 @@
 """Any experiment of experiments/*.yml by its name: its runs, then its table and plots.
 
-python scripts/benchmark_experiment.py NAME [--test] [--resume] [--model NAME ...] [--backends NAME ...] [--list]
+    python scripts/benchmark_experiment.py NAME [--test] [--resume] [--model NAME ...] [--backends NAME ...] [--list]
+
+What there is to run is in experiments/*.yml.
 """
 
 import sys

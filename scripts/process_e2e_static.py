@@ -1,6 +1,8 @@
 """Makespans of static traces: a table, makespan.csv and a plot for each model and workload.
 
-python scripts/process_e2e_static.py [FOLDER]
+    python scripts/process_e2e_static.py [FOLDER]
+
+What is run is in experiments/e2e_static.yml.
 """
 
 import sys

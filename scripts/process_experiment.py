@@ -1,6 +1,8 @@
 """Table and plots of an experiment's runs that are there already.
 
-python scripts/process_experiment.py NAME [FOLDER]
+    python scripts/process_experiment.py NAME [FOLDER]
+
+What there is to run is in experiments/*.yml.
 """
 
 import sys

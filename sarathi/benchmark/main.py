@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.replicas import ReplicaError, run_all
 from sarathi.benchmark.results import describe_run, write_results
-from sarathi.benchmark.serving_loop import COMPLETED, INTERRUPTED
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 2, 130
 USAGE = "python -m sarathi.benchmark.main [--config FILE] [--knob value ...]\n\nKnobs, their defaults and meanings:\n"

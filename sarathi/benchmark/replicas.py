@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.runner import BenchmarkRunner, RunOutcome
+from sarathi.benchmark.outcome import RunOutcome
+from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 
 START_TIMEOUT_S = 1800.0  # the slowest replica has loaded its model by then

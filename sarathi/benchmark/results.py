@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.runner import RunOutcome
-from sarathi.benchmark.serving_loop import COMPLETED
+from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
 from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, write_json, write_report

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.outcome import RunOutcome
 from sarathi.benchmark.profiling import profile_window
 from sarathi.benchmark.progress import ProgressBar
 from sarathi.benchmark.request_generator import RequestSpec, generate_requests
@@ -22,23 +22,8 @@ from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.engine.build import build_parts
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
-from sarathi.metrics import MetricsStore, NullMetricsStore, RunRows
+from sarathi.metrics import MetricsStore, NullMetricsStore
 from sarathi.worker.executor import Executor
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """What came of one replica's run. ended: "completed", "time limit" or "interrupted". rows: None: metrics were off.
-
-    refused: request id -> why the engine would not take it. responses: where they were asked for.
-    """
-
-    ended: str
-    duration_s: float
-    num_finished: int
-    refused: dict[str, str]
-    responses: list[dict[str, Any]]
-    rows: RunRows | None
 
 
 class BenchmarkRunner:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
 from sarathi.benchmark.request_generator import RequestSpec
 from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.engine.llm_engine import LLMEngine
@@ -18,7 +19,6 @@ from sarathi.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 0.05  # so that ^C and the time limit are noticed
-COMPLETED, TIME_LIMIT, INTERRUPTED = "completed", "time limit", "interrupted"
 Listener = Callable[[Sequence[RequestOutput]], None]
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from sarathi.benchmark.capacity_search.search import Probe, ProbeLog, SearchLimits, search
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.replicas import replica_devices
 from sarathi.benchmark.runner import BenchmarkRunner
-from sarathi.benchmark.serving_loop import COMPLETED, INTERRUPTED
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 from sarathi.metrics import RunRows

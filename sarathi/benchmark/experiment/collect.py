@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.outcome import COMPLETED
 from sarathi.benchmark.results import read_config
-from sarathi.benchmark.serving_loop import COMPLETED
 from sarathi.metrics.report import SUMMARY_FILE
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sarathi.benchmark.config.options import as_words, parse_options
 from sarathi.benchmark.experiment.plan import Run
+from sarathi.benchmark.outcome import COMPLETED
 from sarathi.benchmark.results import CONFIG_FILE, read_config
-from sarathi.benchmark.serving_loop import COMPLETED
 from sarathi.metrics.report import SUMMARY_FILE
 
 LOG_FILE = "log.txt"

@@ -167,7 +167,8 @@ def _lines(rows: Sequence[Row], plot: Plot) -> dict[str, Points]:
 def _draw_bars(rows: Sequence[Row], plot: Plot, folder: Path, name: str) -> list[Path]:
     groups: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        groups[f"{row['model']} {row['workload']}"][row["backend"]] = row[plot.y]
+        if row[plot.y] is not None:
+            groups[f"{row['model']} {row['workload']}"][row["backend"]] = row[plot.y]
     paths = []
     for group, bars in groups.items():
         word = "".join(letter if letter.isalnum() else "-" for letter in group)

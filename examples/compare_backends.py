@@ -1,0 +1,63 @@
+"""An experiment from Python: the same requests on several backends, compared in a table and a plot.
+
+    python examples/compare_backends.py [--model NAME] [--backends NAME ...] [--output FOLDER]
+
+KNOBS below are those of the command line; the rows of each run stay in memory and can be looked at in any way.
+"""
+
+import argparse
+from pathlib import Path
+
+from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.metrics.plots import plot_lines
+from sarathi.metrics.report import summarize
+from sarathi.metrics.tables import cdf, distributions
+
+# Knobs of a run, as on the command line; sarathi/benchmark/config/default.yml lists them all.
+KNOBS = {
+    "num_requests": 12,
+    "interval_provider": "poisson",
+    "poisson_request_interval_generator.qps": 8,
+    "uniform_request_length_generator.min_tokens": 40,
+    "uniform_request_length_generator.max_tokens": 160,
+    "uniform_request_length_generator.prefill_to_decode_ratio": 4,
+    "max_model_len": 512,
+    "kv_cache_bytes": "256mb",
+}
+BACKENDS = ["sdpa_vattn", "sdpa_vattn_megacache", "sdpa_paged_16"]
+TBT = "decode_token_execution_plus_preemption_time"
+
+
+def measure(backend: str, model: str):
+    """Rows of one run: every request, step and token."""
+    words = [f"--{name}={value}" for name, value in KNOBS.items()]
+    config = parse_options([*words, f"--attention_backend={backend}", f"--model.name={model}"])
+    with BenchmarkRunner(config) as runner:
+        return runner.run(runner.workload()).rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--output", type=Path, default=Path("results/compare"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    lines = {}
+    print(f"{'backend':24} {'tokens/s':>9} {'P50 TTFT ms':>12} {'P99 TBT ms':>11} {'peak KV MB':>11}")
+    for backend in options.backends:
+        rows = measure(backend, options.model)
+        summary = summarize(rows)
+        rate, metrics = summary["throughput"]["decode_tokens_per_s"], summary["metrics"]
+        ttft_ms, tbt_ms = 1e3 * metrics["prefill_e2e_time"]["p50"], 1e3 * metrics[TBT]["p99"]
+        peak_mb = summary["memory"]["peak_mapped_bytes"] / 2**20
+        print(f"{backend:24} {rate:9.1f} {ttft_ms:12.1f} {tbt_ms:11.1f} {peak_mb:11.1f}")
+        lines[backend] = cdf(distributions(rows)[TBT])
+    plot_lines(options.output / "time_between_tokens.png", lines, "seconds between tokens", "CDF")
+    print(f"plot: {options.output / 'time_between_tokens.png'}")
+
+
+if __name__ == "__main__":
+    main()

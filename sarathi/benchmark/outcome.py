@@ -1,0 +1,25 @@
+"""What came of one replica's run. Knows no engine: results can be read and written without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sarathi.metrics import RunRows
+
+COMPLETED, TIME_LIMIT, INTERRUPTED = "completed", "time limit", "interrupted"
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """ended: COMPLETED, TIME_LIMIT or INTERRUPTED. rows: None where metrics were off.
+
+    refused: request id -> why the engine would not take it. responses: where they were asked for.
+    """
+
+    ended: str
+    duration_s: float
+    num_finished: int
+    refused: dict[str, str]
+    responses: list[dict[str, Any]]
+    rows: RunRows | None

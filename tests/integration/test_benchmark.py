@@ -1,0 +1,215 @@
+"""Every benchmark script in its --test form on the CPU with the small model: files, columns, repetition, failures.
+
+Each run is a process with one torch thread: what is checked is not speed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES
+
+pytestmark = pytest.mark.bench
+
+ROOT = Path(__file__).parents[2]
+LENGTHS = "--uniform_request_length_generator"
+SMALL = [
+    *(
+        "--model.device=cpu",
+        "--kv_cache_bytes=256mb",
+        "--max_model_len=512",
+        "--show_progress=false",
+        "--time_limit=120",
+    ),
+    *(f"{LENGTHS}.min_tokens=30", f"{LENGTHS}.max_tokens=90", f"{LENGTHS}.prefill_to_decode_ratio=6"),
+    "--metrics_store.write_plots=false",
+]
+RUN = [sys.executable, "-m", "sarathi.benchmark.main", *SMALL]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*words: object, code: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs to its end; shows all that was said where the exit code is another."""
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def script(name: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return command(sys.executable, ROOT / "scripts" / name, *words, code=code)
+
+
+def schedule(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "schedule.jsonl").read_text().splitlines()]
+
+
+def check_run(folder: Path) -> dict:
+    """A run's files and columns; its summary."""
+    requests = pd.read_csv(folder / "sequence_metrics.csv")
+    assert list(requests.columns) == ["Request Id", *REQUEST_TIMES, *REQUEST_COUNTS]
+    assert list(pd.read_csv(folder / "batch_metrics.csv").columns) == ["Batch Id", *BATCH_COUNTS, *BATCH_TIMES]
+    assert (pd.read_csv(folder / "memory_metrics.csv")["kv_mapped_bytes"] > 0).any()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["ended"] == "completed" and summary["num_completed"] == len(requests) > 0
+    assert requests[list(REQUEST_TIMES)].notna().all().all()
+    assert summary["environment"]["packages"]["torch"] and (folder / "config.yml").is_file()
+    return summary
+
+
+def test_static_trace_repeats_its_schedule_and_resumes(tmp_path: Path) -> None:
+    words = ["--test", "--backends", "sdpa_vattn", "--", "--write_json_trace"]
+    script("benchmark_e2e_static_trace.py", "--output", tmp_path / "a", *words)
+    script("benchmark_e2e_static_trace.py", "--output", tmp_path / "b", *words)
+    first, second = (next((tmp_path / name).glob("smollm2*")) for name in "ab")
+    check_run(first)
+    assert schedule(first) == schedule(second) and len(schedule(first)) > 5
+    again = script("benchmark_e2e_static_trace.py", "--resume", "--output", tmp_path / "a", *words)
+    assert "done before" in again.stdout
+    processed = script("process_e2e_static.py", tmp_path / "a")
+    table = pd.read_csv(tmp_path / "a" / "makespan.csv")
+    assert list(table["backend"]) == ["sdpa_vattn"] and (table["makespan_s"] > 0).all()
+    assert "makespan_s" in processed.stdout and list((tmp_path / "a").glob("makespan_*.png"))
+
+
+def test_dynamic_trace_has_a_latency_for_each_load(tmp_path: Path) -> None:
+    script("benchmark_e2e_dynamic_trace.py", "--test", "--output", tmp_path)
+    script("process_e2e_dynamic.py", tmp_path)
+    table = pd.read_csv(tmp_path / "latency.csv")
+    assert sorted(table["qps"]) == [4, 8]
+    assert (table["p50"] <= table["p90"]).all() and (table["p90"] <= table["p99"]).all()
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("p50", "p90", "p99"))
+    for folder in tmp_path.glob("smollm2*"):
+        check_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "column"),
+    [
+        ("prefill_throughput", "prefill", "prefill_tokens_per_s"),
+        ("decode_throughput", "decode", "decode_tokens_per_s"),
+        ("offline_long", "makespan", "makespan_s"),
+        ("online_long", "latency", "p50"),
+        ("sync_async", "decode_steps", "p99_ms"),
+    ],
+)
+def test_each_figure_has_its_table_and_plot(name: str, table: str, column: str, tmp_path: Path) -> None:
+    script("benchmark_experiment.py", name, "--test", "--output", tmp_path)
+    rows = pd.read_csv(tmp_path / f"{table}.csv")
+    assert (rows[column] > 0).all()
+    assert list(tmp_path.glob("*.png"))
+    assert len(rows) == len(list(tmp_path.glob("smollm2*")))
+
+
+def test_a_failed_run_is_told_at_the_end_and_in_the_exit_code(tmp_path: Path) -> None:
+    """FlashAttention has no CPU kernel; the other run still happens."""
+    words = ["--test", "--backends", "fa_vattn", "sdpa_vattn", "--output", tmp_path]
+    done = script("benchmark_e2e_static_trace.py", *words, code=1)
+    assert "1 of 2 runs are complete" in done.stdout
+    assert "fa_vattn_pd20_c128 failed" in done.stderr and "runs on cuda, not on cpu" in done.stderr
+
+
+def test_replicas_share_the_requests_and_merge(tmp_path: Path) -> None:
+    command(*RUN, "--num_replicas", 2, "--num_requests", 5, "--output_dir", tmp_path)
+    summary = check_run(tmp_path)
+    ids = pd.read_csv(tmp_path / "sequence_metrics.csv")["Request Id"]
+    assert sorted(ids) == ["0_0", "0_2", "0_4", "1_1", "1_3"]
+    assert summary["num_completed"] == 5
+
+
+def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
+    words = ["--enable_profiling", "--profiling.start_step=2", "--profiling.num_steps=2", "--num_requests=3"]
+    words += ["--enable_cpu_op_level_metrics", "--enable_request_outputs", "--metrics_store.write_plots=true"]
+    command(*RUN, *words, "--output_dir", tmp_path)
+    check_run(tmp_path)
+    assert json.loads((tmp_path / "profile_0.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "chrome_trace.json").read_text())["traceEvents"]
+    answers = json.loads((tmp_path / "responses.json").read_text())
+    requests = pd.read_csv(tmp_path / "sequence_metrics.csv").set_index("Request Id")["request_num_decode_tokens"]
+    assert {f"0_{name}": len(answer["token_ids"]) for name, answer in answers.items()} == requests.to_dict()
+    assert {"schedule", "model_execution_e2e"} <= set(pd.read_csv(tmp_path / "cpu_operation_metrics.csv").columns)
+    assert (tmp_path / "plots" / "request_e2e_time.png").is_file()
+
+
+def test_interrupt_writes_what_there_is(tmp_path: Path) -> None:
+    words = [
+        "--num_requests",
+        "400",
+        "--interval_provider",
+        "poisson",
+        "--poisson_request_interval_generator.qps",
+        "20",
+    ]
+    process = subprocess.Popen(
+        [*RUN, *words, "--output_dir", str(tmp_path), "--show_progress", "true"],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "req" not in process.stderr.read(20):  # the progress bar: the run has begun
+        assert process.poll() is None
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["ended"] == "interrupted" and 0 < summary["num_requests"] < 400
+    assert len(pd.read_csv(tmp_path / "batch_metrics.csv")) > 0
+
+
+def test_capacity_search_finds_a_rate_and_resumes(tmp_path: Path) -> None:
+    words = [
+        "-m",
+        "sarathi.benchmark.capacity_search.main",
+        *SMALL,
+        "--interval_provider",
+        "poisson",
+        "--num_requests",
+        4,
+    ]
+    words += [
+        "--capacity_search.target_s",
+        60,
+        "--capacity_search.start_qps",
+        8,
+        "--max_probes",
+        2,
+        "--output_dir",
+        tmp_path,
+    ]
+    done = command(sys.executable, *words)
+    assert "capacity 16.000 requests a second" in done.stdout
+    assert len(pd.read_csv(tmp_path / "capacity.csv")) == 2 and (tmp_path / "capacity.png").is_file()
+    start = time.monotonic()
+    assert command(sys.executable, *words).stdout == done.stdout
+    assert time.monotonic() - start < 60
+    assert len((tmp_path / "probes.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_example_compares_backends(tmp_path: Path) -> None:
+    words = ["--backends", "sdpa_vattn", "sdpa_paged_16", "--output", tmp_path]
+    done = command(sys.executable, ROOT / "examples" / "compare_backends.py", *words)
+    assert "sdpa_vattn " in done.stdout and "sdpa_paged_16" in done.stdout
+    assert (tmp_path / "time_between_tokens.png").is_file()
+
+
+def test_the_command_line_runs_benchmarks(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sarathi.entrypoints.cli", "bench", "run", *SMALL, "--num_requests", 2]
+    command(*words, "--output_dir", tmp_path)
+    check_run(tmp_path)

@@ -1,0 +1,178 @@
+"""Grids, resuming, failures and tables, over results written by hand: no model, no process but small ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sarathi.benchmark.config.options import as_words, parse_options
+from sarathi.benchmark.experiment import execute as execute_module
+from sarathi.benchmark.experiment.collect import collect
+from sarathi.benchmark.experiment.command import as_text, process_experiment, run_experiment, run_named_experiment
+from sarathi.benchmark.experiment.execute import execute, is_complete
+from sarathi.benchmark.experiment.plan import read_experiment
+from sarathi.benchmark.experiment.tables import TABLES, identity, make_rows, workload_name
+from sarathi.config.load import to_dict
+
+EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
+GRID = """
+output_dir: {folder}
+table: makespan
+base: {{seed: 3, replica_scheduler.provider: vllm}}
+grid:
+  model.name: [a, b/c]
+  size:
+    small: {{replica_scheduler.max_batch_size: 1, model.max_model_len: 100}}
+    large: {{replica_scheduler.max_batch_size: 9}}
+test: {{base: {{seed: 4}}, grid: {{model.name: [t]}}}}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    path = tmp_path / "grid.yml"
+    path.write_text(GRID.format(folder=tmp_path / "out"))
+    return path
+
+
+def test_runs_are_all_combinations(grid: Path) -> None:
+    runs = read_experiment(grid).runs()
+    assert [run.name for run in runs] == ["a_small", "a_large", "b-c_small", "b-c_large"]
+    small = parse_options(as_words(runs[2].settings))
+    assert (small.seed, small.model.name, small.replica_scheduler.max_batch_size, small.model.max_model_len) == (
+        3,
+        "b/c",
+        1,
+        100,
+    )
+
+
+def test_test_form_replaces_axes_and_knobs(grid: Path) -> None:
+    experiment = read_experiment(grid, test=True)
+    assert [run.name for run in experiment.runs()] == ["t_small", "t_large"]
+    assert experiment.runs()[0].settings["seed"] == 4
+    assert experiment.output_dir == "results/test/grid"
+
+
+def test_axes_can_be_cut_and_given_new_values_where_they_are_knobs(grid: Path) -> None:
+    experiment = read_experiment(grid)
+    assert [run.name for run in experiment.with_axis("size", ["large"]).with_axis("model.name", ["x"]).runs()] == [
+        "x_large"
+    ]
+    assert experiment.with_base({"seed": "7"}).runs()[0].settings["seed"] == 7
+    with pytest.raises(ValueError, match="has no 'huge'; it has small, large"):
+        experiment.with_axis("size", ["huge"])
+    with pytest.raises(ValueError, match=r"nearest of model\.name, size is 'size'"):
+        experiment.with_axis("sise", ["large"])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("test", [False, True])
+def test_every_shipped_experiment_is_made_of_known_knobs(path: Path, test: bool) -> None:
+    experiment = read_experiment(path, test)
+    assert experiment.table in TABLES
+    runs = experiment.runs()
+    assert len({run.name for run in runs}) == len(runs) > 0
+    for run in (runs[0], runs[-1]):
+        parse_options(as_words(run.settings))
+
+
+def write_result(place: Path, settings: dict, ended: str = "completed", **metrics: dict) -> None:
+    place.mkdir(parents=True)
+    config = parse_options(as_words({**settings, "output_dir": str(place)}))
+    (place / "config.yml").write_text(yaml.safe_dump(to_dict(config)))
+    summary = {"ended": ended, "refused": {}, "num_completed": 4, "duration_s": 9.0, "metrics": metrics}
+    (place / "summary.json").write_text(json.dumps(summary))
+
+
+def test_tables_read_what_a_run_was_from_its_configuration_not_from_its_folder(tmp_path: Path) -> None:
+    settings = {
+        "model.name": "yi",
+        "attention_backend": "FA_VATTN_SYNC",
+        "uniform_request_length_generator.max_tokens": 5000,
+    }
+    write_result(tmp_path / "model_llama_attn_fi", settings, request_e2e_time={"max": 12.0})
+    (row,) = make_rows(TABLES["makespan"], collect(tmp_path)[0])
+    assert (row["model"], row["backend"], row["workload"]) == ("yi", "fa_vattn_sync", "1024-5000 tokens, P:D 20")
+    assert (row["makespan_s"], row["requests_per_minute"]) == (12.0, 20.0)
+
+
+def test_incomplete_runs_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], grid: Path) -> None:
+    write_result(tmp_path / "out" / "good", {"seed": 1}, request_e2e_time={"max": 2.0})
+    write_result(tmp_path / "out" / "cut", {"seed": 1}, ended="time limit", request_e2e_time={"max": 1.0})
+    (tmp_path / "out" / "crashed").mkdir()
+    (tmp_path / "out" / "crashed" / "log.txt").write_text("boom")
+    assert process_experiment(grid, "", [str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("incomplete, left out") == 2
+    lines = (tmp_path / "out" / "makespan.csv").read_text().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("model,backend,scheduler,workload,qps,num_requests,makespan_s")
+
+
+def test_only_a_complete_result_of_the_same_settings_counts(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    settings = {"seed": 5, "output_dir": str(place)}
+    assert not is_complete(place, settings)
+    write_result(place, {"seed": 5})
+    assert is_complete(place, settings)
+    assert not is_complete(place, {**settings, "seed": 6})
+    (place / "summary.json").write_text('{"ended": "interrupted"}')
+    assert not is_complete(place, settings)
+
+
+def test_failures_are_told_at_the_end_and_runs_go_on(
+    tmp_path: Path, grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute_module, "_run", lambda place, settings: _fake_run(place, settings))
+    runs = read_experiment(grid).runs()
+    failures = execute(runs, tmp_path / "out", resume=False)
+    assert [failure.name for failure in failures] == ["a_small", "a_large"]
+    assert failures[0].tail == "line 2\nfell over"
+    again = execute(runs, tmp_path / "out", resume=True)
+    assert [failure.name for failure in again] == ["a_small", "a_large"]
+    assert len((tmp_path / "calls.txt").read_text().split()) == 4 + 2
+
+
+def _fake_run(place: Path, settings: dict) -> int:
+    with open(place.parents[1] / "calls.txt", "a") as file:
+        file.write(f"{place.name} ")
+    if settings["model.name"] == "a":
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "log.txt").write_text("line 2\nfell over")
+        return 1
+    write_result(place, {name: value for name, value in settings.items() if name != "output_dir"})
+    (place / "log.txt").write_text("")
+    return 0
+
+
+def test_exit_code_says_that_a_run_failed(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(execute_module, "_run", lambda place, settings: _fake_run(place, settings))
+    assert run_experiment(grid, "", ["--axis", "size=small"]) == 1
+    said = capsys.readouterr()
+    assert "a_small failed with exit code 1" in said.err and "1 of 2 runs are complete" in said.out
+
+
+def test_unknown_experiments_name_the_known_ones(
+    tmp_path: Path, grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_named_experiment(tmp_path, "", ["grdi"]) == 1
+    assert "there are grid" in capsys.readouterr().err
+    assert run_named_experiment(tmp_path, "", ["grid", "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["a_small", "a_large", "b-c_small", "b-c_large"]
+
+
+def test_workloads_are_named_by_what_they_are() -> None:
+    assert workload_name(parse_options(["--length_provider=trace"])) == "arxiv"
+    fixed = ["--length_provider=fixed", "--prefill_tokens=7", "--decode_tokens=3"]
+    assert workload_name(parse_options(fixed)) == "7 + 3 tokens"
+    rated = ["--interval_provider=gamma", "--gamma_request_interval_generator.qps=3"]
+    assert identity(parse_options(rated))["qps"] == 3
+    assert identity(parse_options([]))["qps"] is None
+
+
+def test_text_tables_line_up() -> None:
+    text = as_text(("a", "long name"), [{"a": 1.23456789, "long name": None}, {"a": "xyz", "long name": 2}])
+    assert text.splitlines() == ["a      long name", "1.235", "xyz    2"]

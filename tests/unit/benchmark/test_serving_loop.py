@@ -1,0 +1,121 @@
+"""The loop on a real engine and scheduler over an executor that only takes time: arrivals, limits, refusals, ^C."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
+from sarathi.benchmark.request_generator import RequestSpec
+from sarathi.benchmark.request_generator.prompts import PromptMaker
+from sarathi.benchmark.serving_loop import NumberedSpec, ServingLoop
+from sarathi.config.schema import SchedulerConfig
+from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
+from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.engine.llm_engine import LLMEngine
+from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.metrics import MetricsStore
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)
+CAPACITY = CacheCapacity(rows=64, token_bytes=1, page_bytes=16)
+MAX_MODEL_LEN = 200
+
+
+class SleepyExecutor:
+    """Steps of a given length that sample token 5."""
+
+    vocab_size = 50
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+
+    def execute(self, out: SchedulerOutput) -> StepResult:
+        time.sleep(self._step_s if out.chunks else 0)
+        tokens = tuple(SampledToken(chunk.request_id, 5) for chunk in out.chunks if chunk.samples)
+        return StepResult(out.step_id, tokens, self._step_s)
+
+    def memory_stats(self) -> MemoryStats:
+        return MemoryStats()
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Bench:
+    """An engine and its store."""
+
+    def __init__(self, step_s: float = 0.002, after_step=lambda outputs: None) -> None:
+        scheduler = make_scheduler(SchedulerConfig(max_num_seqs=8), VirtualBlockSpaceManager(CAPACITY), MAX_MODEL_LEN)
+        self.store = MetricsStore()
+        self.engine = LLMEngine(scheduler, SleepyExecutor(step_s), None, metrics=self.store)
+        self.loop = ServingLoop(self.engine, PromptMaker(SEED, 50), after_step, keep_responses=True)
+
+    def serve(self, specs: Sequence[RequestSpec], limit_s: float = 30.0):
+        return self.loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(specs)], limit_s)
+
+
+def test_requests_arrive_at_their_times() -> None:
+    rng = np.random.default_rng(SEED)
+    print(f"seed {SEED}")
+    specs = [RequestSpec(at_s, int(rng.integers(1, 60)), int(rng.integers(1, 9))) for at_s in (0.0, 0.05, 0.05, 0.3)]
+    bench = Bench()
+    served = bench.serve(specs)
+    assert (served.ended, served.num_finished, served.refused) == (COMPLETED, 4, {})
+    records = bench.store.rows().requests
+    arrivals = [record.arrived_at_s - records[0].arrived_at_s for record in records]
+    assert arrivals == pytest.approx([0.0, 0.05, 0.05, 0.3])
+    for record, spec in zip(records, specs, strict=True):
+        assert record.request_num_prefill_tokens == spec.num_prefill_tokens
+        assert record.request_num_decode_tokens == spec.num_decode_tokens
+        assert record.request_scheduling_delay >= 0
+    assert 0.3 <= served.duration_s < 3
+    assert [
+        len(response["token_ids"]) for response in sorted(served.responses, key=lambda r: int(r["request_id"]))
+    ] == [spec.num_decode_tokens for spec in specs]
+
+
+def test_the_time_limit_ends_a_run_with_what_there_is() -> None:
+    bench = Bench(step_s=0.01)
+    served = bench.serve([RequestSpec(0.0, 5, 3), RequestSpec(0.0, 5, 190)], limit_s=0.3)
+    assert (served.ended, served.num_finished) == (TIME_LIMIT, 1)
+    assert served.duration_s < 1.0
+    done, cut = bench.store.rows().requests
+    assert done.is_complete and not cut.is_complete and cut.finish_reason == "abort"
+    assert not bench.engine.has_work
+
+
+def test_waiting_for_an_arrival_respects_the_time_limit() -> None:
+    served = Bench().serve([RequestSpec(0.0, 5, 1), RequestSpec(60.0, 5, 1)], limit_s=0.2)
+    assert (served.ended, served.num_finished) == (TIME_LIMIT, 1)
+    assert served.duration_s < 1.0
+
+
+def test_an_interrupt_ends_a_run_with_what_there_is() -> None:
+    steps = []
+
+    def interrupt(outputs: object) -> None:
+        steps.append(outputs)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    bench = Bench(after_step=interrupt)
+    served = bench.serve([RequestSpec(0.0, 5, 2), RequestSpec(0.0, 5, 50)])
+    assert (served.ended, served.num_finished) == (INTERRUPTED, 1)
+    assert len(bench.store.rows().steps) == 5
+    assert not bench.engine.has_work
+
+
+def test_a_request_that_is_too_long_is_refused_by_name_and_the_rest_are_served() -> None:
+    served = Bench().serve([RequestSpec(0.0, MAX_MODEL_LEN + 1, 1), RequestSpec(0.0, 5, 2)])
+    assert (served.ended, served.num_finished) == (COMPLETED, 1)
+    assert list(served.refused) == ["0"] and str(MAX_MODEL_LEN) in served.refused["0"]
+
+
+def test_engine_serves_again_after_an_unfinished_run() -> None:
+    bench = Bench()
+    bench.serve([RequestSpec(0.0, 5, 190)] * 8, limit_s=0.05)
+    bench.store.reset()
+    served = bench.serve([RequestSpec(0.0, 100, 4)] * 8)
+    assert (served.ended, served.num_finished) == (COMPLETED, 8)
+    assert len(bench.store.rows().requests) == 8
