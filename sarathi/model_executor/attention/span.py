@@ -1,6 +1,6 @@
 """Attention of one sequence's queries over one contiguous run of keys, by torch; knows no batch and no addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,14 +80,22 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span], s
     Spans cover the queries in order.
     """
     by_head = query.transpose(0, 1).unsqueeze(0)  # [1, Hq, T, D]
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [rows, Hkv, cols, D]
-    gqa = query.shape[1] != keys.shape[1]
+    queries = torch.split(by_head, [span.query_end - span.query_start for span in spans], dim=2)
+    gqa = query.shape[1] != keys.shape[2]
     parts = []
-    for start, end, row, first, last, mask, causal in spans:
-        seen = slice(first, last)
-        part = F.scaled_dot_product_attention(
-            by_head[:, :, start:end], keys[row : row + 1, :, seen], values[row : row + 1, :, seen],
-            attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa,
-        )  # fmt: skip
-        parts.append(part.transpose(1, 2))  # [1, queries, Hq, D], contiguous
+    for part, span, k, v in zip(queries, spans, _seen(keys, spans), _seen(values, spans), strict=True):
+        seen = F.scaled_dot_product_attention(
+            part, k, v, attn_mask=span.mask, is_causal=span.causal, scale=scale, enable_gqa=gqa
+        )
+        parts.append(seen.transpose(1, 2))  # [1, queries, Hq, D], contiguous
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).squeeze(0)
+
+
+def _seen(cache: Tensor, spans: Sequence[Span]) -> Iterator[Tensor]:
+    """Views of a cache [rows, cols, H, D], one for each span, [1, H, keys, D]; one call each instead of three."""
+    _, _, heads, size = cache.shape
+    row_stride, col_stride, head_stride, element_stride = cache.stride()
+    strides, base = (row_stride, head_stride, col_stride, element_stride), cache.storage_offset()
+    for span in spans:
+        offset = base + span.row * row_stride + span.key_start * col_stride
+        yield cache.as_strided((1, heads, span.key_end - span.key_start, size), strides, offset)
