@@ -53,13 +53,14 @@ class Answer:
 
     def output(self) -> CompletionOutput:
         """The answer as of now. A finished one first gives out what its text held back."""
-        if self.finish_reason is not None:
+        reason, completion = self.finish_reason, self._completion
+        if reason is not None:
             self._delta += self._text.flush()
         delta, self._delta = self._delta, ""
-        self._completion.text += delta
-        num_tokens, text = len(self._completion.token_ids), self._completion.text
-        reason, stop = self.finish_reason, self.matched_stop or self.request.stop_reason
-        return CompletionOutput(self._index, text, delta, num_tokens, reason, stop, self._completion)
+        completion.text += delta
+        stop = None if reason is None else self.matched_stop or self.request.stop_reason
+        num_tokens = len(completion.token_ids)
+        return CompletionOutput(self._index, completion.text, delta, num_tokens, reason, stop, completion)
 
     def _logprobs(self, token: SampledToken, chosen: float) -> dict[int, Logprob]:
         pairs = [(token.token_id, chosen), *token.top_logprobs]
@@ -75,16 +76,13 @@ class Group:
         self.metrics = metrics
         self._prompt = prompt
 
-    @property
-    def finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
-
     def output(self, now_s: float) -> RequestOutput:
         """The request as of now; the first output, and the last, set the times."""
         outputs = [answer.output() for answer in self.answers]
+        finished = None not in [output.finish_reason for output in outputs]
         if self.metrics.first_token_time_s is None and any(output.num_tokens for output in outputs):
             self.metrics.first_token_time_s = now_s
-        if self.finished:
+        if finished:
             self.metrics.finish_time_s = now_s
         prompt_ids = self.answers[0].request.prompt_token_ids
-        return RequestOutput(self.request_id, self._prompt, prompt_ids, outputs, self.finished, self.metrics)
+        return RequestOutput(self.request_id, self._prompt, prompt_ids, outputs, finished, self.metrics)

@@ -29,6 +29,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The part of what is held and `text` that surely belongs to the answer. After a match: nothing."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         self._held += text

@@ -122,7 +122,7 @@ class LLMEngine:
         if group is None:
             return None
         self._end_all(group.answers, "abort")
-        return self._output(group)
+        return self._output(group, self._clock())
 
     def shutdown(self) -> None:
         """Give back the executor's memory and processes; the engine is of no use afterwards."""
@@ -172,18 +172,20 @@ class LLMEngine:
         touched = {}
         for request in progressed:
             group, answer = self._answers[request.request_id]
-            if request.request_id in by_request:
-                self._take(answer, by_request[request.request_id])
+            token = by_request.get(request.request_id)
+            if token is not None:
+                self._take(answer, token)
             touched[group.request_id] = group
-        return [self._output(group) for group in touched.values()]
+        now_s = self._clock()
+        return [self._output(group, now_s) for group in touched.values()]
 
     def _take(self, answer: Answer, token: SampledToken) -> None:
         answer.take(token)
         if answer.matched_stop is not None and not answer.request.is_finished:
             self.scheduler.finish(answer.request, "stop", answer.matched_stop)
 
-    def _output(self, group: Group) -> RequestOutput:
-        output = group.output(self._clock())
+    def _output(self, group: Group, now_s: float) -> RequestOutput:
+        output = group.output(now_s)
         if output.finished:
             del self._groups[group.request_id]
             for answer in group.answers:
