@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_demo(commands)
-    _add_command(commands, "env", "versions, devices and attention backends on this machine")
+    _add_command(commands, "env", "versions of packages and devices of this machine")
     bench.add_arguments(_add_command(commands, "bench", "measure the engine on a workload, or a server under load"))
     return parser
 
