@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sarathi.model_executor.placement import Placement
+
 _PACKABLE = (torch.float32, torch.bfloat16)
 _ANY_ROWS = 64  # the row count that a packed layout is chosen for; layouts chosen for 16 and more serve all sizes well
 
@@ -17,19 +19,17 @@ class Linear:
                                              k_proj rows
     """
 
-    def __init__(
-        self, in_features: int, parts: Mapping[str, int], *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool, place: Placement) -> None:
         self.parts = dict(parts)
         out_features = sum(parts.values())
-        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.weight = torch.empty(out_features, in_features, dtype=place.dtype, device=place.device)
+        self.bias = torch.empty(out_features, dtype=place.dtype, device=place.device) if bias else None
         self._multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
     @classmethod
     def over(cls, weight: Tensor) -> "Linear":
         """The product with a weight that is kept elsewhere, [out_features, in_features]."""
-        linear = cls(0, {}, bias=False, dtype=weight.dtype, device=weight.device)
+        linear = cls(0, {}, bias=False, place=Placement(weight.dtype, weight.device))
         linear.weight = weight
         return linear
 

@@ -4,14 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sarathi.model_executor.placement import Placement
+
+_CPU_FLOAT32 = Placement(torch.float32, torch.device("cpu"))
+
 
 class RMSNorm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(size, dtype=dtype, device=device)
+    def __init__(self, size: int, eps: float, place: Placement) -> None:
+        self.weight = torch.empty(size, dtype=place.dtype, device=place.device)
         self.eps = eps
-        self._normalize = _normalize_float32 if dtype == torch.float32 and device.type == "cpu" else _normalize
+        self._normalize = _normalize_float32 if place == _CPU_FLOAT32 else _normalize
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., size] -> the same shape."""

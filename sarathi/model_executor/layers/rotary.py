@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.architecture import Rope
+from sarathi.model_executor.placement import Placement
 
 
 class RopeTable(NamedTuple):
@@ -19,9 +20,9 @@ class RopeTable(NamedTuple):
 class RotaryEmbedding:
     """Turns each pair (x[i], x[i + D/2]) by position times frequency i."""
 
-    def __init__(self, rope: Rope, head_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self.frequencies = frequencies(rope, head_size).to(device)  # [D/2] float32
+    def __init__(self, rope: Rope, head_size: int, place: Placement) -> None:
+        self.dtype = place.dtype
+        self.frequencies = frequencies(rope, head_size).to(place.device)  # [D/2] float32
 
     def table(self, positions: Tensor) -> RopeTable:
         """positions: [T] integers -> factors that all layers of the step share."""

@@ -19,11 +19,11 @@ from sarathi.model_executor.placement import Placement
 
 
 def _linear(place: Placement, in_features: int, bias: bool, **parts: int) -> Linear:
-    return Linear(in_features, parts, bias=bias, dtype=place.dtype, device=place.device)
+    return Linear(in_features, parts, bias=bias, place=place)
 
 
 def _norm(place: Placement, arch: ModelArchitecture) -> RMSNorm:
-    return RMSNorm(arch.hidden_size, arch.rms_norm_eps, dtype=place.dtype, device=place.device)
+    return RMSNorm(arch.hidden_size, arch.rms_norm_eps, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,8 @@ class Decoder:
 
     def __init__(self, arch: ModelArchitecture, place: Placement, backend: AttentionBackend) -> None:
         self.tie_embeddings = arch.tie_embeddings
-        self.embedding = Embedding(arch.vocab_size, arch.hidden_size, dtype=place.dtype, device=place.device)
-        self.rotary = RotaryEmbedding(arch.rope, arch.head_size, dtype=place.dtype, device=place.device)
+        self.embedding = Embedding(arch.vocab_size, arch.hidden_size, place)
+        self.rotary = RotaryEmbedding(arch.rope, arch.head_size, place)
         self.layers = [DecoderLayer(arch, place, backend) for _ in range(arch.num_layers)]
         self.norm = _norm(place, arch)
         self.head = self._make_head(arch, place)
