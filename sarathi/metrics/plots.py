@@ -1,6 +1,8 @@
 """Distributions and series as PNG files. Alone in knowing matplotlib, which it loads when called; knows no metric."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,16 @@ from sarathi.metrics.tables import cdf
 
 SIZE_INCHES = (6.4, 4.0)
 DOTS_PER_INCH = 90
+logger = logging.getLogger(__name__)
 Points = tuple[Sequence[float], Sequence[float]]
+
+
+def is_available() -> bool:
+    """Whether matplotlib is installed; where it is not, a warning says how to get plots."""
+    if find_spec("matplotlib") is None:
+        logger.warning("no plots are drawn: matplotlib is not installed (pip install matplotlib)")
+        return False
+    return True
 
 
 def plot_cdf(path: Path, name: str, values: Sequence[float]) -> None:

@@ -60,8 +60,9 @@ def write_report(rows: RunRows, folder: Path, options: ReportOptions) -> dict[st
     _write_schedule(rows, folder)
     if options.chrome_trace:
         (folder / "chrome_trace.json").write_text(json.dumps(chrome_trace(rows)))
-    _write_distributions(rows, folder / "plots", options.plots)
-    _write_series(rows, folder / "plots", options.plots)
+    plot = options.plots and plots.is_available()
+    _write_distributions(rows, folder / "plots", plot)
+    _write_series(rows, folder / "plots", plot)
     return summary
 
 

@@ -11,12 +11,12 @@ from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput,
 from sarathi.metrics.records import (
     MemoryRecord,
     OperationRecord,
-    RequestRecord,
     RunRows,
     ScheduleRecord,
     StepRecord,
     StepTimes,
 )
+from sarathi.metrics.request_record import RequestRecord
 from sarathi.request import Request
 
 Clock = Callable[[], float]
@@ -85,6 +85,7 @@ class MetricsStore:
         """Forget all rows, as after a warm-up; time zero is now."""
         self._origin_s = self._clock()
         self._last_arrival_s: float | None = None
+        self._last_end_s = self._origin_s
         self._step_id = 0
         self._requests: list[RequestRecord] = []
         self._by_id: dict[str, RequestRecord] = {}
@@ -129,13 +130,16 @@ class MetricsStore:
         self._note_preempted(out.preempted)
         if not out.chunks or result.available_rows is not None:
             return
-        num_decodes = self._note_chunks(out.chunks, times)
+        busy_from_s = max(times.started_at_s, self._last_end_s)
+        self._last_end_s = times.ended_at_s
+        num_decodes = self._note_chunks(out.chunks, times.started_at_s, times.ended_at_s - busy_from_s)
         self._note_tokens(result, times.ended_at_s)
         self._steps.append(
             StepRecord(
                 out.step_id,
                 self._replica,
                 times,
+                busy_from_s,
                 len(out.chunks),
                 out.num_tokens,
                 num_decodes,
@@ -153,10 +157,8 @@ class MetricsStore:
     def on_memory(self, stats: MemoryStats) -> None:
         self._memory.append(MemoryRecord(self._clock(), self._step_id, self._replica, stats))
 
-    def _note_chunks(self, chunks: tuple[Chunk, ...], times: StepTimes) -> int:
+    def _note_chunks(self, chunks: tuple[Chunk, ...], started_s: float, duration_s: float) -> int:
         """The number of chunks that are decodes."""
-        started_s = times.started_at_s
-        duration_s = times.ended_at_s - started_s
         find, num_decodes = self._by_id.get, 0
         for request_id, start, num_tokens, *_ in chunks:
             record = find(request_id)

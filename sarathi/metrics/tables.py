@@ -6,12 +6,12 @@ Units: seconds, but milliseconds for operations, as there; `kv_*_bytes` are byte
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from sarathi.metrics.records import MemoryRecord, OperationRecord, RequestRecord, RunRows, StepRecord
+from sarathi.metrics.records import MemoryRecord, OperationRecord, RunRows, StepRecord
+from sarathi.metrics.request_record import RequestRecord
 
 REQUEST_ID, BATCH_ID, TOKEN_ID, TIME = "Request Id", "Batch Id", "Decode Token Id", "Time (sec)"
 REQUEST_TIMES = (
@@ -46,7 +46,8 @@ REQUEST_COUNTS = (
 BATCH_COUNTS = ("batch_num_tokens", "batch_num_prefill_tokens", "batch_num_decode_tokens", "batch_size")
 BATCH_TIMES = ("batch_execution_time", "inter_batch_delay")
 TOKEN_TIME = "decode_token_execution_plus_preemption_time"
-CPU_OPERATIONS = ("schedule", "model_execution_e2e", "process_model_outputs")
+COMPUTING = "model_execution_e2e"
+CPU_OPERATIONS = ("schedule", COMPUTING, "process_model_outputs")
 MEMORY_COUNTS = ("kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes", "kv_mapping_time", "kv_steps_waited")
 PAGES = "kv_pages_mapped"
 
@@ -79,7 +80,7 @@ def batch_table(rows: RunRows) -> Table:
     table = Table((BATCH_ID, *BATCH_COUNTS, *BATCH_TIMES), [])
     for step in rows.steps:
         values = (step.num_tokens, step.num_prefill_tokens, step.num_decode_tokens, step.batch_size, step.duration_s)
-        delay_s = step.times.started_at_s - last_end.get(step.replica, step.times.started_at_s)
+        delay_s = step.busy_from_s - last_end.get(step.replica, step.busy_from_s)
         first = step.replica not in last_end
         row = dict(zip(table.columns, (_batch_id(step), *values, None if first else delay_s), strict=True))
         table.rows.append(row)
@@ -116,9 +117,15 @@ def operation_table(rows: RunRows, on_device: bool) -> Table:
 
 
 def _cpu_times_ms(step: StepRecord) -> dict[str, Any]:
-    return {
-        name: 1e3 * (after - before) for name, (before, after) in zip(CPU_OPERATIONS, pairwise(step.times), strict=True)
-    }
+    return {name: 1e3 * (after - before) for name, (before, after) in cpu_spans(step).items()}
+
+
+def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:
+    """When each part of a step ran, in seconds; computing begins where the step before ends."""
+    times = step.times
+    computing = (step.computing_from_s, times.executed_at_s)
+    spans = ((times.started_at_s, times.scheduled_at_s), computing, (times.executed_at_s, times.ended_at_s))
+    return dict(zip(CPU_OPERATIONS, spans, strict=True))
 
 
 def memory_table(rows: RunRows) -> Table:

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from sarathi.metrics.records import RequestRecord, RunRows, StepRecord
-from sarathi.metrics.tables import CPU_OPERATIONS, memory_table
+from sarathi.metrics.records import RunRows, StepRecord
+from sarathi.metrics.request_record import RequestRecord
+from sarathi.metrics.tables import COMPUTING, cpu_spans, memory_table
 
 STEPS, PARTS, OPERATIONS, MAPPER = range(4)
-THREADS = {STEPS: "steps", PARTS: "parts of steps", OPERATIONS: "operations", MAPPER: "mapping"}
+THREADS = {STEPS: "steps", PARTS: "between steps", OPERATIONS: "operations", MAPPER: "mapping"}
 REQUESTS_PID = 1_000_000
 
 Event = dict[str, Any]
@@ -37,10 +38,11 @@ def _names(rows: RunRows) -> Iterator[Event]:
 
 def _steps(rows: RunRows) -> Iterator[Event]:
     for step in rows.steps:
-        start_us, duration_us = _span(rows, step.times.started_at_s, step.times.ended_at_s)
+        start_us, duration_us = _span(rows, step.busy_from_s, step.times.ended_at_s)
         yield _complete(f"step {step.step_id}", step.replica, STEPS, start_us, duration_us) | {"args": _step_args(step)}
-        for name, (before, after) in zip(CPU_OPERATIONS, pairwise(step.times), strict=True):
-            yield _complete(name, step.replica, PARTS, *_span(rows, before, after))
+        for name, (before, after) in cpu_spans(step).items():
+            thread = STEPS if name == COMPUTING else PARTS
+            yield _complete(name, step.replica, thread, *_span(rows, before, after))
         yield _counter("tokens of a step", step.replica, start_us, {"tokens": step.num_tokens})
 
 
@@ -57,7 +59,7 @@ def _step_args(step: StepRecord) -> dict[str, Any]:
 
 def _operations(rows: RunRows) -> Iterator[Event]:
     """Operations stand where they began; those of which only the duration is known follow their step's beginning."""
-    cursor = {(step.replica, step.step_id): step.times.scheduled_at_s for step in rows.steps}
+    cursor = {(step.replica, step.step_id): step.computing_from_s for step in rows.steps}
     for row in rows.operations:
         key = (row.replica, row.step_id)
         start_s = row.start_s if row.start_s is not None else cursor.get(key)
@@ -69,7 +71,7 @@ def _operations(rows: RunRows) -> Iterator[Event]:
 
 def _mapping(rows: RunRows) -> Iterator[Event]:
     """The mapper's share of time: its duration is measured, its start taken to be that of its step."""
-    starts = {(step.replica, step.step_id): step.times.started_at_s for step in rows.steps}
+    starts = {(step.replica, step.step_id): step.busy_from_s for step in rows.steps}
     for sample, row in zip(rows.memory, memory_table(rows).rows, strict=True):
         at_us = _span(rows, sample.at_s, sample.at_s)[0]
         stats = sample.stats

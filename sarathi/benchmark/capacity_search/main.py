@@ -24,7 +24,7 @@ from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 from sarathi.metrics import RunRows
-from sarathi.metrics.plots import plot_lines
+from sarathi.metrics.plots import is_available, plot_lines
 from sarathi.metrics.report import write_table
 from sarathi.metrics.tables import Table
 
@@ -73,6 +73,8 @@ def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
     measured = (rates, [probe.value_s for probe in probes])
     target = (rates, [config.capacity_search.target_s] * len(rates))
     lines = {_measured_name(config): measured, "target": target}
+    if not is_available():
+        return
     plot_lines(folder / "capacity.png", lines, "requests a second", "seconds", marker="o")
 
 

@@ -15,6 +15,7 @@ from sarathi.benchmark.experiment.collect import FinishedRun, collect
 from sarathi.benchmark.experiment.execute import Failure, execute
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, Row, draw, draw_decode_steps, make_rows
+from sarathi.metrics.plots import is_available
 from sarathi.metrics.report import write_table
 from sarathi.metrics.tables import Table
 
@@ -119,7 +120,8 @@ def _process(table: str, folder: Path) -> int:
     columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
     write_table(folder / f"{table}.csv", Table(columns, rows))
     print(as_text(columns, rows))
-    _draw(table, runs, rows, folder)
+    if is_available():
+        _draw(table, runs, rows, folder)
     return 1 if broken else 0
 
 

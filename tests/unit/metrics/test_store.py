@@ -12,7 +12,7 @@ from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.messages import Chunk, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, NullMetricsStore, StepTimes, merge
-from sarathi.metrics.tables import REQUEST_COUNTS, REQUEST_TIMES
+from sarathi.metrics.tables import REQUEST_COUNTS, REQUEST_TIMES, batch_table, operation_table
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
 
@@ -124,6 +124,22 @@ def test_a_step_that_ran_out_of_memory_is_no_batch() -> None:
     (record,) = store.rows().requests
     assert not store.rows().steps
     assert record.scheduled_at_s is None and not record.token_times_s
+
+
+def test_steps_in_flight_together_do_not_count_time_twice() -> None:
+    """Two steps of 4 s each on a device that takes them in turn; the second is sent while the first is computed."""
+    store = MetricsStore(Clock(0.0))
+    store.on_request_arrived(Request("0", (1, 2), arrival_time_s=0.0))
+    out, result = SchedulerOutput(1, chunks=(Chunk("0", 2, 1, True, 8),)), StepResult(1, (SampledToken("0", 3),))
+    store.on_step(out, result, StepTimes(0.0, 0.5, 4.0, 4.5))
+    store.on_step(replace(out, step_id=2), replace(result, step_id=2), StepTimes(1.0, 1.5, 8.0, 8.5))
+    rows = store.rows()
+    assert [step.duration_s for step in rows.steps] == [4.5, 4.0]
+    assert rows.requests[0].execution_s == 8.5
+    table = batch_table(rows)
+    assert table.values("batch_execution_time") == [4.5, 4.0] and table.values("inter_batch_delay") == [0.0]
+    assert operation_table(rows, on_device=False).values("model_execution_e2e") == [3500.0, 3500.0]
+    assert operation_table(rows, on_device=False).values("schedule") == [500.0, 500.0]
 
 
 def test_a_refused_or_aborted_request_has_no_times() -> None:
