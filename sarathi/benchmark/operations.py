@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from sarathi.messages import Chunk, MemoryStats, SchedulerOutput, StepResult
+from sarathi.engine.llm_engine import Executor, Finished
+from sarathi.messages import Chunk, MemoryStats, SchedulerOutput
 from sarathi.metrics import MetricsStore
 from sarathi.model_executor.models.decoder import Decoder
 
@@ -27,18 +28,6 @@ LAYER_OPERATIONS = {  # name: (path from the layer to the object, method; "" whe
     "mlp_down_proj": ("feed_forward.down", ""),
 }
 WHOLE_OPERATIONS = {"embed_linear": ("embedding", ""), "norm": ("norm", "add"), "lm_head_linear": ("head", "")}
-
-
-class ExecutorParts(Protocol):
-    """The part of an executor that a probe stands before."""
-
-    vocab_size: int
-
-    def execute(self, out: SchedulerOutput) -> StepResult: ...
-
-    def memory_stats(self) -> MemoryStats: ...
-
-    def shutdown(self) -> None: ...
 
 
 class OperationsUnavailableError(ValueError):
@@ -124,13 +113,14 @@ class _Stand:
 class ProbedExecutor:
     """An executor whose steps tell the store of their operations. attn is told apart by what the batch holds."""
 
-    def __init__(self, executor: ExecutorParts, probe: OperationProbe, store: MetricsStore) -> None:
+    def __init__(self, executor: Executor, probe: OperationProbe, store: MetricsStore) -> None:
         self._executor, self._probe, self._store = executor, probe, store
-        self.vocab_size = executor.vocab_size
+        self.vocab_size, self.capacity, self.token_bytes = executor.vocab_size, executor.capacity, executor.token_bytes
+        self.max_in_flight = 1
 
-    def execute(self, out: SchedulerOutput) -> StepResult:
-        """One step. OperationsUnavailableError where it computed, and no operation was seen."""
-        result = self._executor.execute(out)
+    def launch(self, out: SchedulerOutput) -> Finished:
+        """One step to its end, so that its operations are its own. OperationsUnavailableError where none was seen."""
+        result = self._executor.launch(out).result()
         marks = self._probe.take()
         if out.chunks and result.available_rows is None and not marks:
             raise OperationsUnavailableError(
@@ -141,7 +131,7 @@ class ProbedExecutor:
         for mark in marks:
             name = attention if mark.name == ATTENTION else mark.name
             self._store.on_operation(name, mark.start_s, mark.duration_s(), on_device=True)
-        return result
+        return Finished(result)
 
     def memory_stats(self) -> MemoryStats:
         return self._executor.memory_stats()

@@ -5,8 +5,9 @@ parts.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sarathi.config.schema import EngineConfig
 from sarathi.core.scheduler.base import Scheduler
@@ -21,6 +22,22 @@ from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
 
 
+class PendingStep(Protocol):
+    """A step that has been started."""
+
+    def result(self) -> StepResult: ...
+
+
+class Finished(NamedTuple):
+    """A step that was over when its launch returned."""
+
+    outcome: StepResult
+
+    def result(self) -> StepResult:
+        """See PendingStep."""
+        return self.outcome
+
+
 class Executor(Protocol):
     """All ranks as seen from here: messages in, messages out."""
 
@@ -33,11 +50,23 @@ class Executor(Protocol):
     @property
     def token_bytes(self) -> int: ...
 
-    def execute(self, out: SchedulerOutput) -> StepResult: ...
+    @property
+    def max_in_flight(self) -> int: ...
+
+    def launch(self, out: SchedulerOutput) -> PendingStep: ...
 
     def memory_stats(self) -> MemoryStats: ...
 
     def shutdown(self) -> None: ...
+
+
+class Flight(NamedTuple):
+    """A step in flight, and when it began and left."""
+
+    out: SchedulerOutput
+    pending: PendingStep
+    start_s: float
+    scheduled_s: float
 
 
 class LLMEngine:
@@ -57,6 +86,7 @@ class LLMEngine:
         self._clock = clock
         self._metrics = metrics or NullMetricsStore()
         self._inputs = InputProcessor(tokenizer, executor.vocab_size)
+        self._flights: deque[Flight] = deque()
         self._groups: dict[str, Group] = {}
         self._answers: dict[str, tuple[Group, Answer]] = {}
 
@@ -70,7 +100,7 @@ class LLMEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, be it only to free the memory of requests that have ended."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._flights)
 
     @property
     def num_unfinished(self) -> int:
@@ -100,21 +130,19 @@ class LLMEngine:
         self._answers.update({answer.request.request_id: (group, answer) for answer in answers})
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; the requests that got a token or ended in it, as they now stand.
+        """Start one batch and take in the oldest; the requests that got a token or ended in it, as they now stand.
 
-        Where the executor raises, every request in the engine ends without a last output, the error goes on to the
-        caller, and the engine takes new requests.
+        With an executor that has several steps in flight the answer to the first of them is empty. Where the executor
+        raises, every request in the engine ends without a last output, the error goes on to the caller, and the engine
+        takes new requests.
         """
-        start_s = self._clock()
-        out = self.scheduler.schedule()
-        scheduled_s = self._clock()
-        result = self._execute(out)
-        executed_s = self._clock()
-        progressed = self.scheduler.update(out, result)
-        self._mark_scheduled(out, start_s)
-        outputs = self._outputs(progressed, result.tokens)
-        self._metrics.on_step(out, result, StepTimes(start_s, scheduled_s, executed_s, self._clock()))
-        return outputs
+        try:
+            if self.scheduler.has_work:
+                self._flights.append(self._launch())
+            return self._land(self._flights.popleft()) if self._must_land() else []
+        except BaseException:
+            self._give_up()
+            raise
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its last output, or None if there is no such request (any more)."""
@@ -147,15 +175,49 @@ class LLMEngine:
             self._end_all(answers, "error")
             raise
 
-    def _execute(self, out: SchedulerOutput) -> StepResult:
+    def _launch(self) -> Flight:
+        start_s = self._clock()
+        out = self.scheduler.schedule()
+        scheduled_s = self._clock()
+        self._mark_scheduled(out, start_s)
+        return Flight(out, self._start(out), start_s, scheduled_s)
+
+    def _start(self, out: SchedulerOutput) -> PendingStep:
+        """Start a step; one that fails to is taken out of the scheduler's books with those before it."""
         try:
-            return self.executor.execute(out)
+            return self.executor.launch(out)
         except BaseException:
-            self._end_all([answer for _, answer in self._answers.values()], "error")
-            self.scheduler.update(out, _blank_result(out))
-            self._groups.clear()
-            self._answers.clear()
+            self._flights.append(Flight(out, _blank(out), 0.0, 0.0))
             raise
+
+    def _must_land(self) -> bool:
+        """Whether to wait for the oldest step: there is no room for one more, or nothing to put into it."""
+        if not self._flights:
+            return False
+        is_full = len(self._flights) >= self.executor.max_in_flight
+        return is_full or not self._flights[-1].out.chunks or not self.scheduler.has_work
+
+    def _land(self, flight: Flight) -> list[RequestOutput]:
+        try:
+            result = flight.pending.result()
+        except BaseException:
+            self._flights.appendleft(flight)
+            raise
+        executed_s = self._clock()
+        progressed = self.scheduler.update(flight.out, result)
+        outputs = self._outputs(progressed, result.tokens)
+        times = StepTimes(flight.start_s, flight.scheduled_s, executed_s, self._clock())
+        self._metrics.on_step(flight.out, result, times)
+        return outputs
+
+    def _give_up(self) -> None:
+        """Every request ends, and the scheduler's books close over the steps in flight."""
+        self._end_all([answer for _, answer in self._answers.values()], "error")
+        while self._flights:
+            out = self._flights.popleft().out
+            self.scheduler.update(out, _blank(out).result())
+        self._groups.clear()
+        self._answers.clear()
 
     def _end_all(self, answers: Iterable[Answer], reason: str) -> None:
         for answer in answers:
@@ -194,7 +256,7 @@ class LLMEngine:
         return output
 
 
-def _blank_result(out: SchedulerOutput) -> StepResult:
-    """Tokens for a step that gave none, so that the scheduler's books close; their requests have ended already."""
+def _blank(out: SchedulerOutput) -> Finished:
+    """Tokens for a step that gave none, so that the scheduler's books close; its requests have ended already."""
     tokens = tuple(SampledToken(chunk.request_id, 0) for chunk in out.chunks if chunk.samples)
-    return StepResult(out.step_id, tokens)
+    return Finished(StepResult(out.step_id, tokens))

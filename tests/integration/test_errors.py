@@ -143,15 +143,15 @@ def test_a_prompt_larger_than_the_cache_is_refused_and_a_smaller_one_runs(tmp_pa
 
 def test_a_step_that_fails_leaves_the_engine_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(save_tiny_model(tmp_path / "model"), **KNOBS) as llm:
-        expected, execute = good_answer(llm), llm.engine.executor.execute
+        expected, launch = good_answer(llm), llm.engine.executor.launch
         calls = iter(range(100))
 
         def fail_third(out: Any) -> Any:
             if next(calls) == 2:
                 raise RuntimeError("device lost")
-            return execute(out)
+            return launch(out)
 
-        monkeypatch.setattr(llm.engine.executor, "execute", fail_third)
+        monkeypatch.setattr(llm.engine.executor, "launch", fail_third)
         with pytest.raises(RuntimeError, match="device lost"):
             llm.generate(["a", "b"], SamplingParams(max_tokens=20), use_tqdm=False)
         assert good_answer(llm) == expected

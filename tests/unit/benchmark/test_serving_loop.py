@@ -13,7 +13,7 @@ from sarathi.benchmark.serving_loop import NumberedSpec, ServingLoop
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
-from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.llm_engine import Finished, LLMEngine
 from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 
@@ -26,14 +26,15 @@ class SleepyExecutor:
     """Steps of a given length that sample token 5."""
 
     vocab_size = 50
+    max_in_flight = 1
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
 
-    def execute(self, out: SchedulerOutput) -> StepResult:
+    def launch(self, out: SchedulerOutput) -> Finished:
         time.sleep(self._step_s if out.chunks else 0)
         tokens = tuple(SampledToken(chunk.request_id, 5) for chunk in out.chunks if chunk.samples)
-        return StepResult(out.step_id, tokens, self._step_s)
+        return Finished(StepResult(out.step_id, tokens, self._step_s))
 
     def memory_stats(self) -> MemoryStats:
         return MemoryStats()

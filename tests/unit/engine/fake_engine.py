@@ -8,7 +8,7 @@ from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.chat_template import jinja_renderer
-from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.llm_engine import Finished, LLMEngine
 from sarathi.engine.tokenizer import Tokenizer as SarathiTokenizer
 from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.sampling_params import SamplingParams
@@ -22,12 +22,15 @@ class FakeExecutor:
     """A model whose next token is `next_token(all tokens so far, parameters)`; checks the messages it gets."""
 
     def __init__(self, next_token: Callable[[Sequence[int], SamplingParams], int]) -> None:
-        self.vocab_size = VOCAB_SIZE
+        self.vocab_size, self.max_in_flight = VOCAB_SIZE, 1
         self.next_token = next_token
         self.tokens: dict[str, list[int]] = {}
         self.params: dict[str, SamplingParams] = {}
         self.is_shut_down = False
         self.fail_next: Exception | None = None
+
+    def launch(self, out: SchedulerOutput) -> Finished:
+        return Finished(self.execute(out))
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         if self.fail_next is not None:
