@@ -1,4 +1,4 @@
-"""Builds vattention._native with a C++ compiler alone: no torch, no CUDA toolkit (the driver is resolved at run time)."""
+"""Builds vattention._native with a C++ compiler alone: no torch, no CUDA toolkit (libcuda is found at run time)."""
 
 from glob import glob
 

@@ -102,19 +102,26 @@ class CacheCapacity:
 
     Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
     Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.
+    tile_tokens: kernels read whole tiles of so many tokens, so that a request needs memory to the end of its last one.
     """
 
     rows: int
     token_bytes: int
     page_bytes: int
+    tile_tokens: int = 1
 
     def rows_for(self, num_tokens: int) -> int:
         """Rows that num_tokens of one request take."""
-        return -(-num_tokens * self.token_bytes // self.page_bytes)
+        return -(-self.padded(num_tokens) * self.token_bytes // self.page_bytes)
 
     def tokens_in(self, rows: int) -> int:
         """Tokens of one request that fit in rows: the largest n with rows_for(n) <= rows."""
-        return rows * self.page_bytes // self.token_bytes
+        fitting = rows * self.page_bytes // self.token_bytes
+        return fitting - fitting % self.tile_tokens
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens up to the end of the last tile."""
+        return -(-num_tokens // self.tile_tokens) * self.tile_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,13 @@ class SamplingParams:
         """Whether the most likely token is taken, without a draw."""
         return self.temperature == 0.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is the likeliest of the model's own logits, and nothing more is asked of them."""
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        changed = penalised or self.logit_bias or self.min_tokens or self.logprobs is not None
+        return self.is_greedy and not changed
+
     def _normalize(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)

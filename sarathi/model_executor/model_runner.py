@@ -33,8 +33,27 @@ class Computed(NamedTuple):
     model_s: float
 
 
+class Flight(Protocol):
+    """A step that has been started."""
+
+    def result(self) -> Computed:
+        """Waits for the step to end; its tokens are known to the sequences from then on."""
+
+
+class Landed(NamedTuple):
+    """A step that was over when its launch returned."""
+
+    computed: Computed
+
+    def result(self) -> Computed:
+        """See Flight."""
+        return self.computed
+
+
 class ModelRunner:
-    """Eager steps, each complete when run() returns."""
+    """Eager steps, each complete when launch() returns."""
+
+    max_in_flight = 1
 
     def __init__(
         self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *, prefetch: bool
@@ -45,7 +64,7 @@ class ModelRunner:
         self._vocab_size = model.embedding.weight.shape[0]
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Computed:
+    def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Landed:
         """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
         batch = make_batch(chunks, sequences, self._device)
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
@@ -56,9 +75,9 @@ class ModelRunner:
         started_s = time.perf_counter()
         logits = self._model(batch, self._layers, metadata)
         model_s = time.perf_counter() - started_s
-        tokens = tuple(_read(sampling, sample(logits, plan), plan)) if sampling else ()
+        tokens = tuple(read_sampled(sampling, sample(logits, plan), plan)) if sampling else ()
         sequences.append(tokens)
-        return Computed(tokens, model_s)
+        return Landed(Computed(tokens, model_s))
 
 
 def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device) -> Batch:
@@ -80,9 +99,10 @@ def _indices(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _read(request_ids: Sequence[str], sampled: Sampled, plan: SamplingPlan) -> Iterator[SampledToken]:
+def read_sampled(request_ids: Sequence[str], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
+    """One token for each request; waits for the device. plan: None where nothing but the token was asked for."""
     token_ids = sampled.token_ids.tolist()
-    if plan.logprobs is None or sampled.logprobs is None:
+    if plan is None or plan.logprobs is None or sampled.logprobs is None:
         yield from map(SampledToken, request_ids, token_ids)
         return
     chosen, top = sampled.logprobs.chosen.tolist(), sampled.logprobs.top.tolist()

@@ -1,22 +1,41 @@
 """One rank: its share of the model and of the cache, and one step on them; knows no queues and no other rank."""
 
+from dataclasses import replace
+from typing import NamedTuple
+
 from sarathi.config.backend import resolve_backend
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.backend import CacheLayer, create_backend
+from sarathi.model_executor.attention.backend import create_backend
 from sarathi.model_executor.loader import load_weights, open_checkpoint
-from sarathi.model_executor.model_runner import ModelRunner
+from sarathi.model_executor.model_runner import Flight
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sequences import SequenceTable
 from sarathi.worker.cache_engine.base import CacheShape
 from sarathi.worker.cache_engine.factory import create_cache_engine
-from sarathi.worker.device import cache_budget_bytes, choose_placement
+from sarathi.worker.device import choose_placement
+from sarathi.worker.runner import create_runner, initial_budget_bytes, settle
 from vattention import OutOfMemoryError
 
 
 class ModelLengthError(ValueError):
     """max_model_len is more than the model has positions for."""
+
+
+class PendingStep(NamedTuple):
+    """A step that has been started, or that could not be."""
+
+    step_id: int
+    flight: Flight | None
+    available_rows: int | None = None
+
+    def result(self) -> StepResult:
+        """Waits for the step to end."""
+        if self.flight is None:
+            return StepResult(self.step_id, available_rows=self.available_rows)
+        computed = self.flight.result()
+        return StepResult(self.step_id, computed.tokens, computed.model_s)
 
 
 class Worker:
@@ -33,33 +52,42 @@ class Worker:
         self.vocab_size = arch.vocab_size
         self.max_model_len = _model_length(config, arch)
         backend = create_backend(spec, arch, place)
-        model = Decoder(arch, place, backend)
+        self.decoder = model = Decoder(arch, place, backend)
         load_weights(model, checkpoint, config.model.seed)
-        budget_bytes = cache_budget_bytes(config.cache, place.device)
-        shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, budget_bytes)
+        tile_tokens = getattr(backend, "overreach", 1)
+        shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, tile_tokens)
+        shape = replace(shape, budget_bytes=initial_budget_bytes(spec, config, shape.token_bytes, place.device))
         self.token_bytes = shape.token_bytes
         self._cache = create_cache_engine(spec, shape)
-        layers = [CacheLayer(*self._cache.layer(index), arch.window_of(index)) for index in range(arch.num_layers)]
-        self._runner = ModelRunner(model, backend, self._cache, layers, prefetch=not spec.sync)
+        self._runner = create_runner(model, backend, self._cache, shape, spec)
+        settle(self._runner, self._cache, config, shape)
         self._sequences = SequenceTable(config.model.seed)
+        self._num_shortages = 0  # steps sent behind one that failed must fail too, until the scheduler knows of it
+        self._available_rows = 0
 
     @property
     def capacity(self) -> CacheCapacity:
         return self._cache.capacity
 
-    def execute(self, out: SchedulerOutput) -> StepResult:
-        """One step. Where memory runs out nothing is computed, and the result says how many rows there are."""
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be started before the first one's result is taken."""
+        return self._runner.max_in_flight
+
+    def launch(self, out: SchedulerOutput) -> PendingStep:
+        """Starts a step. Where memory runs out nothing is computed, and the result says how many rows there are."""
         self._cache.release((*out.preempted, *out.finished))
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
+        if self._num_shortages > out.num_recoveries:
+            return PendingStep(out.step_id, None, self._available_rows)
         try:
             self._cache.prepare(out.chunks)
         except OutOfMemoryError as error:
-            return StepResult(out.step_id, available_rows=error.available)
-        if not out.chunks:
-            return StepResult(out.step_id)
-        computed = self._runner.run(out.chunks, self._sequences)
-        return StepResult(out.step_id, computed.tokens, computed.model_s)
+            self._num_shortages += 1
+            self._available_rows = error.available
+            return PendingStep(out.step_id, None, error.available)
+        return PendingStep(out.step_id, self._runner.launch(out.chunks, self._sequences) if out.chunks else None)
 
     def memory_stats(self) -> MemoryStats:
         return self._cache.stats()

@@ -2,7 +2,7 @@
 
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
-from sarathi.worker.base_worker import Worker
+from sarathi.worker.base_worker import PendingStep, Worker
 
 
 class UnsupportedParallelismError(ValueError):
@@ -29,10 +29,16 @@ class Executor:
         self.max_model_len = self._worker.max_model_len
         self.vocab_size = self._worker.vocab_size
         self.token_bytes = self._worker.token_bytes
+        self.decoder = self._worker.decoder  # for those who time its parts
+        self.max_in_flight = self._worker.max_in_flight
+
+    def launch(self, out: SchedulerOutput) -> PendingStep:
+        """Starts one step; at most max_in_flight of them may be started before the first one's result is taken."""
+        return self._worker.launch(out)
 
     def execute(self, out: SchedulerOutput) -> StepResult:
-        """Runs one step to its end; see Worker.execute."""
-        return self._worker.execute(out)
+        """Runs one step to its end."""
+        return self.launch(out).result()
 
     def memory_stats(self) -> MemoryStats:
         """The cache's memory now."""

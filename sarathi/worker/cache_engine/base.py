@@ -14,13 +14,17 @@ from sarathi.model_executor.placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What is kept for each token, for how many requests and tokens of one at most, in how many bytes."""
+    """What is kept for each token, for how many requests and tokens of one at most, in how many bytes.
+
+    tile_tokens: see CacheCapacity.
+    """
 
     arch: ModelArchitecture
     place: Placement
     max_num_seqs: int
     max_model_len: int
     budget_bytes: int
+    tile_tokens: int = 1
 
     @property
     def token_bytes(self) -> int:
@@ -39,6 +43,9 @@ class CacheEngine(Protocol):
     @property
     def capacity(self) -> CacheCapacity:
         """What the ledger may give out."""
+
+    def resize(self, budget_bytes: int) -> None:
+        """Changes the budget, as far as the memory is of a kind that can be."""
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Their memory may be used again; no step in flight touches it. Unknown requests hold none."""

@@ -29,7 +29,9 @@ class PagedCacheEngine:
         try:
             self._keys, self._values = torch.empty(size, dtype=place.dtype, device=place.device)
         except RuntimeError as error:  # torch's out-of-memory errors, on CPU and GPU
-            raise CacheSettingsError(f"memory_bytes={shape.budget_bytes} is more than {place.device} can give") from error
+            raise CacheSettingsError(
+                f"memory_bytes={shape.budget_bytes} is more than {place.device} can give"
+            ) from error
         self._tables: dict[str, list[int]] = {}
         self._tokens: dict[str, int] = {}
         self._peak_blocks = 0
@@ -37,6 +39,9 @@ class PagedCacheEngine:
     @property
     def capacity(self) -> CacheCapacity:
         return CacheCapacity(self._num_blocks, 1, self._block_size)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Blocks stay as they are: tensors cannot grow in place."""
 
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -21,10 +21,15 @@ class vATTNCacheEngine:
             settings = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
             raise CacheSettingsError(f"{settings}: {error}") from error
         self._slots: dict[str, int] = {}
+        self._tile_tokens = shape.tile_tokens
 
     @property
     def capacity(self) -> CacheCapacity:
-        return CacheCapacity(self._cache.capacity_rows, self._cache.token_bytes, self._cache.page_bytes)
+        cache = self._cache
+        return CacheCapacity(cache.capacity_rows, cache.token_bytes, cache.page_bytes, self._tile_tokens)
+
+    def resize(self, budget_bytes: int) -> None:
+        self._cache.resize(budget_bytes)
 
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -35,9 +40,9 @@ class vATTNCacheEngine:
     def prepare(self, chunks: Sequence[Chunk]) -> None:
         new = [chunk for chunk in chunks if chunk.request_id not in self._slots]
         for chunk in new:
-            self._slots[chunk.request_id] = self._cache.alloc(chunk.granted_tokens)
+            self._slots[chunk.request_id] = self._cache.alloc(self._mapped(chunk.granted_tokens))
         try:
-            self._cache.prepare(self._slots_of(chunks), [chunk.granted_tokens for chunk in chunks])
+            self._cache.prepare(self._slots_of(chunks), [self._mapped(chunk.granted_tokens) for chunk in chunks])
         except Exception:
             self.release([chunk.request_id for chunk in new])
             raise
@@ -52,7 +57,8 @@ class vATTNCacheEngine:
         """A chunk that samples grows by the sampled token; what the others need was granted with the prompt."""
         growing = [chunk for chunk in chunks if chunk.samples]
         if growing:
-            self._cache.prefetch(self._slots_of(growing), [chunk.start + chunk.num_tokens + 1 for chunk in growing])
+            targets = [self._mapped(chunk.start + chunk.num_tokens + 1) for chunk in growing]
+            self._cache.prefetch(self._slots_of(growing), targets)
 
     def stats(self) -> MemoryStats:
         stats = self._cache.stats()
@@ -77,6 +83,12 @@ class vATTNCacheEngine:
     def close(self) -> None:
         self._slots.clear()
         self._cache.close()
+
+    def _mapped(self, num_tokens: int) -> int:
+        """Tokens that must have memory where a request has num_tokens: to the end of the last tile, or of the slot."""
+        if self._tile_tokens == 1:
+            return num_tokens
+        return min(-(-num_tokens // self._tile_tokens) * self._tile_tokens, self._cache.max_tokens)
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
         return [self._slots[chunk.request_id] for chunk in chunks]

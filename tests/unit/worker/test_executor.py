@@ -84,10 +84,12 @@ def test_memory_that_runs_out_is_an_answer_and_changes_nothing(tiny: TinyModel) 
     failed = executor.execute(SchedulerOutput(1, (new("b", too_much),), (step, whole("b", too_much))))
     assert failed.tokens == () and failed.available_rows == rows
     executor.check_integrity()
-    again = executor.execute(SchedulerOutput(2, chunks=(step,)))
+    behind = executor.execute(SchedulerOutput(2, chunks=(step,)))  # sent before the failure was known
+    assert behind.tokens == () and behind.available_rows == rows
+    again = executor.execute(SchedulerOutput(3, chunks=(step,), num_recoveries=1))
     expected = tiny.logprobs([*fits, first.tokens[0].token_id])[-1].argmax()
     assert again.tokens[0].token_id == int(expected)
-    later = executor.execute(SchedulerOutput(3, chunks=(whole("b", too_much),), finished=("a",)))
+    later = executor.execute(SchedulerOutput(4, chunks=(whole("b", too_much),), finished=("a",), num_recoveries=1))
     assert later.tokens[0].token_id == int(tiny.logprobs(too_much)[-1].argmax())
 
 

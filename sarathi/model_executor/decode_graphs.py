@@ -1,0 +1,88 @@
+"""Decode steps as CUDA graphs, one for each of a ladder of batch sizes; knows no requests and no memory policy.
+
+A graph is captured over the virtual tensor, whose addresses never move: it survives growth, reclaim and reuse of slots.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sarathi.messages import Chunk
+from sarathi.model_executor.attention.backend import Address, CacheLayer
+from sarathi.model_executor.attention.device_step import DeviceStep, StaticStep
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.models.fused import FusedDecoder
+
+_SMALL = (1, 2, 4, 8)
+_STRIDE = 8
+
+
+@runtime_checkable
+class Capturable(Protocol):
+    """A backend whose plan can be made of tensors that stay where they are."""
+
+    def plan_step(self, step: DeviceStep) -> Any:
+        """As AttentionBackend.plan; the numbers in `step` may change between replays."""
+
+
+def ladder(max_num_seqs: int) -> list[int]:
+    """Batch sizes worth a graph: 1, 2, 4, then multiples of 8 up to the first that holds max_num_seqs."""
+    top = -(-max_num_seqs // _STRIDE) * _STRIDE
+    return [*(size for size in _SMALL if size < max_num_seqs), *range(2 * _STRIDE, top, _STRIDE), max_num_seqs]
+
+
+class DecodeGraph:
+    """One batch size. Padded rows have length 0: they attend to nothing, are stored nowhere and leave no token."""
+
+    def __init__(self, batch_size: int, max_length: int, last_tokens: Tensor) -> None:
+        """last_tokens: [homes + 1] int64, each resident request's newest token; the last entry takes the padding's."""
+        device = last_tokens.device
+        self._static = StaticStep(batch_size, max_length, 0, device)
+        self._host_tokens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self._last_tokens = last_tokens
+        self._graph = torch.cuda.CUDAGraph()
+        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    def capture(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer], pool: Any) -> None:
+        """Runs the step once as it is, to compile and size what it needs, and once into the graph."""
+        self._step(model, backend, layers)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._step(model, backend, layers)
+
+    def replay(self, chunks: Sequence[Chunk], address: Address, token_ids: list[int]) -> Tensor:
+        """One step for chunks of one token each; token_ids below 0 are on the device already -> [chunks] int64."""
+        padding = [0] * (self._host_tokens.shape[0] - len(token_ids))
+        host = torch.tensor([*token_ids, *padding], dtype=torch.int32, pin_memory=True)
+        self._host_tokens.copy_(host, non_blocking=True)
+        self._static.fill(Batch(tuple(chunks), self._host_tokens, self._host_tokens, None), address)
+        self._graph.replay()
+        return self._tokens[: len(token_ids)]
+
+    def _step(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
+        step = self._static.step
+        assert step.rows is not None
+        homes = torch.where(step.lengths > 0, step.rows, self._last_tokens.shape[0] - 1).long()
+        token_ids = torch.where(self._host_tokens < 0, self._last_tokens[homes], self._host_tokens)
+        logits = model(token_ids, step.cached, None, layers, backend.plan_step(step))
+        self._tokens.copy_(model.kernels.argmax(logits))
+        self._last_tokens[homes] = self._tokens
+
+
+class DecodeGraphs:
+    """The ladder, captured largest first so that all share one pool of memory."""
+
+    def __init__(self, sizes: Sequence[int], make: Callable[[int], DecodeGraph]) -> None:
+        self._graphs = {size: make(size) for size in sorted(sizes)}
+
+    def capture(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
+        """All graphs."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(self._graphs, reverse=True):
+            self._graphs[size].capture(model, backend, layers, pool)
+
+    def for_batch(self, batch_size: int) -> DecodeGraph | None:
+        """The smallest graph that holds the batch; None where there is none so large."""
+        return next((graph for size, graph in self._graphs.items() if size >= batch_size), None)

@@ -1,0 +1,86 @@
+"""The decoder's step by fused kernels, on the same weights; knows no family's name, no files, no memory policy.
+
+Decoder is its plain twin. Here K and V are stored by the kernel that turns them, so a backend only has to attend.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.attention.backend import AttentionBackend, CacheLayer, Metadata
+from sarathi.model_executor.kernels import Kernels
+from sarathi.model_executor.kernels.types import CacheTarget, RotationTable
+from sarathi.model_executor.models.decoder import Decoder, DecoderLayer
+
+
+@runtime_checkable
+class AttendingBackend(AttentionBackend, Protocol):
+    """A backend that can leave the store of K and V to its caller."""
+
+    def target(self, layer: CacheLayer, metadata: Metadata) -> CacheTarget:
+        """Where the step's keys and values go."""
+
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
+        """Attention over what is stored: query [T, num_heads, head_size] -> the same shape."""
+
+
+class FusedDecoder:
+    """Safe to capture in a CUDA graph where the backend is."""
+
+    def __init__(
+        self, decoder: Decoder, arch: ModelArchitecture, kernels: Kernels, backend: AttendingBackend, max_positions: int
+    ) -> None:
+        self.decoder, self.kernels, self.backend = decoder, kernels, backend
+        self._heads = [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads]
+        self._head_size, self._eps = arch.head_size, arch.rms_norm_eps
+        self._table = _rotation_table(decoder, max_positions)
+
+    @staticmethod
+    def supports(arch: ModelArchitecture) -> bool:
+        """Whether the fused kernels cover all that the architecture has."""
+        return not (arch.o_bias or arch.mlp_bias)
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        sampled_rows: Tensor | None,
+        cache: Sequence[CacheLayer],
+        metadata: Metadata,
+    ) -> Tensor:
+        """token_ids, positions: [T] integers; sampled_rows: [S], None for all -> logits [S, vocab_size]."""
+        stream = F.embedding(token_ids, self.decoder.embedding.weight)  # [T, hidden_size], the residual stream
+        for layer, kept in zip(self.decoder.layers, cache, strict=True):
+            self._layer(stream, positions, layer, kept, metadata)
+        if sampled_rows is not None:
+            stream = stream[sampled_rows]
+        decoder = self.decoder
+        return self.kernels.norm_linear(stream, decoder.norm.weight, self._eps, decoder.head.weight)
+
+    def _layer(
+        self, stream: Tensor, positions: Tensor, layer: DecoderLayer, kept: CacheLayer, metadata: Metadata
+    ) -> None:
+        kernels, attention, feed_forward = self.kernels, layer.attention, layer.feed_forward
+        qkv = kernels.norm_linear(stream, layer.input_norm.weight, self._eps, attention.qkv.weight, attention.qkv.bias)
+        heads = qkv.view(stream.shape[0], sum(self._heads), self._head_size)
+        query, key, value = torch.split(heads, self._heads, dim=1)
+        if attention.head_norm is not None:
+            weight = attention.head_norm.weight
+            query = kernels.rms_norm(query.contiguous(), weight[0], self._eps)
+            key = kernels.rms_norm(key.contiguous(), weight[1], self._eps)
+        target = self.backend.target(kept, metadata)
+        kernels.rope_and_store(query, key, value, positions, self._table, target)
+        seen = self.backend.attend(query, kept, metadata)
+        kernels.linear_add(seen.view(stream.shape[0], -1), attention.output.weight, stream)
+        inner = kernels.norm_gated_linear(stream, layer.post_norm.weight, self._eps, feed_forward.gate_up.weight)
+        kernels.linear_add(inner, feed_forward.down.weight, stream)
+
+
+def _rotation_table(decoder: Decoder, max_positions: int) -> RotationTable:
+    frequencies = decoder.rotary.frequencies
+    angles = torch.outer(torch.arange(max_positions, device=frequencies.device).float(), frequencies)
+    return RotationTable(angles.cos(), angles.sin())

@@ -1,0 +1,69 @@
+"""Which runner takes a model's steps, and how much memory it leaves for the cache; knows no requests."""
+
+import torch
+
+from sarathi.config.backend import BackendSpec
+from sarathi.config.schema import EngineConfig
+from sarathi.messages import Chunk, NewRequest
+from sarathi.model_executor.attention.backend import AttentionBackend, CacheLayer
+from sarathi.model_executor.cuda_runner import CudaModelRunner
+from sarathi.model_executor.kernels import create_kernels
+from sarathi.model_executor.model_runner import ModelRunner
+from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.fused import AttendingBackend, FusedDecoder
+from sarathi.model_executor.sequences import SequenceTable
+from sarathi.sampling_params import SamplingParams
+from sarathi.worker.cache_engine.base import CacheEngine, CacheShape
+from sarathi.worker.device import cache_budget_bytes
+
+Runner = ModelRunner | CudaModelRunner
+_WARM_UP = "warm-up"
+
+
+def create_runner(
+    model: Decoder, backend: AttentionBackend, cache: CacheEngine, shape: CacheShape, spec: BackendSpec
+) -> Runner:
+    """Fused kernels, graphs and overlap on a GPU, where kernel and architecture allow; else the plain steps."""
+    arch, device = shape.arch, shape.place.device
+    layers = [CacheLayer(*cache.layer(index), arch.window_of(index)) for index in range(arch.num_layers)]
+    if device.type != "cuda" or not isinstance(backend, AttendingBackend) or not FusedDecoder.supports(arch):
+        return ModelRunner(model, backend, cache, layers, prefetch=not spec.sync)
+    fused = FusedDecoder(model, arch, create_kernels(device), backend, shape.max_model_len)
+    return CudaModelRunner(
+        fused, backend, cache, layers, prefetch=not spec.sync,
+        max_num_seqs=shape.max_num_seqs, max_length=shape.max_model_len,
+    )  # fmt: skip
+
+
+def settle(runner: Runner, cache: CacheEngine, config: EngineConfig, shape: CacheShape) -> None:
+    """Runs the largest step and captures the graphs, so that what the driver then calls free is free indeed."""
+    if not isinstance(runner, CudaModelRunner):
+        return
+    _run_largest(runner, cache, config.scheduler.max_step_tokens(shape.max_model_len), shape)
+    runner.capture()
+    if config.cache.memory_bytes is None:
+        cache.resize(shape.budget_bytes + cache_budget_bytes(config.cache, shape.place.device))
+
+
+def _run_largest(runner: CudaModelRunner, cache: CacheEngine, num_tokens: int, shape: CacheShape) -> None:
+    """One request with as many tokens as a step can have, on memory that goes back at once."""
+    capacity = cache.capacity
+    length = min(num_tokens, shape.max_model_len - 1, capacity.tokens_in(capacity.rows))
+    sequences = SequenceTable(0)
+    sequences.add([NewRequest(_WARM_UP, (0,) * length, SamplingParams(temperature=0.0))])
+    chunk = Chunk(_WARM_UP, 0, length, True, length, tuple(range(capacity.rows_for(length))))
+    cache.prepare([chunk])
+    runner.launch([chunk], sequences).result()
+    torch.cuda.synchronize()
+    cache.release([_WARM_UP])
+
+
+def initial_budget_bytes(spec: BackendSpec, config: EngineConfig, shape_bytes: int, device: torch.device) -> int:
+    """What the cache starts with: on a GPU only enough for the largest step, where it can grow afterwards.
+
+    shape_bytes: of one token in all layers.
+    """
+    budget = cache_budget_bytes(config.cache, device)
+    if device.type != "cuda" or spec.is_paged or config.cache.memory_bytes is not None:
+        return budget
+    return min(budget, 4 * 2**30 + 32768 * shape_bytes)
