@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.operations import OperationProbe, ProbedExecutor
 from sarathi.benchmark.outcome import RunOutcome
 from sarathi.benchmark.profiling import profile_window
 from sarathi.benchmark.progress import ProgressBar
@@ -20,6 +21,7 @@ from sarathi.benchmark.request_generator import RequestSpec, generate_requests
 from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.engine.build import build_parts
+from sarathi.engine.llm_engine import Executor as EngineExecutor
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.metrics import MetricsStore, NullMetricsStore
@@ -33,7 +35,8 @@ class BenchmarkRunner:
         self._config, self._replica = config, replica
         scheduler, executor, tokenizer = build_parts(engine_config(config, device))
         self._store = _make_store(config, replica, executor) if config.write_metrics else None
-        self._engine = LLMEngine(scheduler, executor, tokenizer, metrics=self._store or NullMetricsStore())
+        timed = _timed(config, executor, self._store)
+        self._engine = LLMEngine(scheduler, timed, tokenizer, metrics=self._store or NullMetricsStore())
         encode = None if tokenizer is None else tokenizer.encode
         self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
         self._prompts = PromptMaker(config.seed, executor.vocab_size, encode)
@@ -65,6 +68,8 @@ class BenchmarkRunner:
             if self._store is not None:
                 self._store.reset()
             served = loop.serve(share, limit_s)
+        if self._store is not None:
+            self._store.on_memory(self._engine.executor.memory_stats())
         rows = None if self._store is None else self._store.rows()
         return RunOutcome(rows=rows, **vars(served))
 
@@ -111,6 +116,13 @@ def _tell_all(listeners: Sequence[Listener]) -> Listener:
             listener(outputs)
 
     return tell
+
+
+def _timed(config: BenchmarkConfig, executor: Executor, store: MetricsStore | None) -> EngineExecutor:
+    """The executor, with its operations timed where that is asked for."""
+    if store is None or not config.metrics_store.enable_op_level_metrics:
+        return executor
+    return ProbedExecutor(executor, OperationProbe(executor.decoder), store)
 
 
 def _make_store(config: BenchmarkConfig, replica: int, executor: Executor) -> MetricsStore:

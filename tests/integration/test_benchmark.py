@@ -136,7 +136,12 @@ def test_replicas_share_the_requests_and_merge(tmp_path: Path) -> None:
 
 def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     words = ["--enable_profiling", "--profiling.start_step=2", "--profiling.num_steps=2", "--num_requests=3"]
-    words += ["--enable_cpu_op_level_metrics", "--enable_request_outputs", "--metrics_store.write_plots=true"]
+    words += [
+        "--enable_cpu_op_level_metrics",
+        "--enable_op_level_metrics",
+        "--enable_request_outputs",
+        "--metrics_store.write_plots=true",
+    ]
     command(*RUN, *words, "--output_dir", tmp_path)
     check_run(tmp_path)
     assert json.loads((tmp_path / "profile_0.json").read_text())["traceEvents"]
@@ -145,6 +150,9 @@ def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     requests = pd.read_csv(tmp_path / "sequence_metrics.csv").set_index("Request Id")["request_num_decode_tokens"]
     assert {f"0_{name}": len(answer["token_ids"]) for name, answer in answers.items()} == requests.to_dict()
     assert {"schedule", "model_execution_e2e"} <= set(pd.read_csv(tmp_path / "cpu_operation_metrics.csv").columns)
+    operations = pd.read_csv(tmp_path / "operation_metrics.csv")
+    assert (operations[["mlp_up_proj", "attn_post_proj", "lm_head_linear"]] > 0).all().all()
+    assert operations[["attn_prefill", "attn_decode"]].notna().any().all()
     assert (tmp_path / "plots" / "request_e2e_time.png").is_file()
 
 

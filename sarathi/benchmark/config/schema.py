@@ -211,7 +211,7 @@ class MetricsStoreConfig(Section):
     enable_request_outputs: bool = knob(False, "write the tokens of every request to responses.json")
     keep_individual_batch_metrics: bool = knob(True, "one CSV row for every step and token, beside distributions")
     write_plots: bool = knob(True, "PNG files beside the CSV files")
-    memory_interval_steps: int = knob(1, "steps between two looks at the cache's memory", low=1)
+    memory_interval_steps: int = knob(10, "steps between two looks at the cache's memory", low=1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from sarathi.benchmark.operations import (
     ProbedExecutor,
     attention_name,
 )
-from sarathi.messages import Chunk, MemoryStats, SchedulerOutput, StepResult
+from sarathi.engine.llm_engine import Finished
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 
@@ -58,14 +59,14 @@ class FakeDecoder:
 
 
 class FakeExecutor:
-    vocab_size = 10
+    vocab_size, capacity, token_bytes = 10, CacheCapacity(1, 1, 1), 1
 
     def __init__(self, decoder: FakeDecoder, calls_decoder: bool = True) -> None:
         self.decoder, self.calls_decoder, self.value = decoder, calls_decoder, 0.0
 
-    def execute(self, out: SchedulerOutput) -> StepResult:
+    def launch(self, out: SchedulerOutput) -> Finished:
         self.value = self.decoder(0.0) if self.calls_decoder else 0.0
-        return StepResult(out.step_id)
+        return Finished(StepResult(out.step_id))
 
     def memory_stats(self) -> MemoryStats:
         return MemoryStats()
@@ -85,7 +86,7 @@ def test_each_operation_is_timed_once_a_step() -> None:
     for step_id, chunks in enumerate(
         ((chunk("a", 1), chunk("b", 1)), (chunk("a", 5),), (chunk("a", 1), chunk("b", 3)))
     ):
-        probed.execute(SchedulerOutput(step_id, chunks=chunks))
+        probed.launch(SchedulerOutput(step_id, chunks=chunks))
     assert executor.value == 3 * len(LAYER_OPERATIONS) + len(WHOLE_OPERATIONS)
     operations = store.rows().operations
     names = {row.name for row in operations}
@@ -99,9 +100,9 @@ def test_each_operation_is_timed_once_a_step() -> None:
 def test_an_engine_that_hides_its_operations_is_refused() -> None:
     decoder = FakeDecoder()
     probed = ProbedExecutor(FakeExecutor(decoder, calls_decoder=False), OperationProbe(decoder), MetricsStore())
-    probed.execute(SchedulerOutput(0))  # nothing to compute, nothing to see
+    probed.launch(SchedulerOutput(0))  # nothing to compute, nothing to see
     with pytest.raises(OperationsUnavailableError, match="enable_profiling"):
-        probed.execute(SchedulerOutput(1, chunks=(chunk("a", 1),)))
+        probed.launch(SchedulerOutput(1, chunks=(chunk("a", 1),)))
 
 
 def test_attributes_of_a_timed_part_stay_in_reach() -> None:
