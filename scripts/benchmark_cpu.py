@@ -1,0 +1,205 @@
+"""Our engine beside transformers on this machine's CPU: same weights, prompts and dtype, alternating in one run.
+
+    python scripts/benchmark_cpu.py [--model smollm2-135m] [--repeats 5] [--output experiments/cpu]
+
+Writes engine_cpu.csv, where a ratio above 1 means that ours is better, and environment.json.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from sarathi import LLM, SamplingParams
+from sarathi.engine.llm_engine import Finished
+from sarathi.messages import SchedulerOutput
+from sarathi.metrics.environment import environment
+from sarathi.model_executor.source import resolve_model
+
+COLUMNS = ("model", "work", "backend", "batch", "context", "value", "unit", "reference", "ratio")
+MIXED_LENGTHS = (12, 20, 28, 40, 56, 72, 96, 120, 144, 180, 220, 260, 300, 360, 420, 500)
+NEW_TOKENS = 48
+VOCAB_SIZE = 49_000  # token ids below it are words of the default model
+PAIR = ("sdpa_vattn", "sdpa_paged_16")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts as token ids and how many tokens each request must produce."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)
+
+
+class Comparison(NamedTuple):
+    """Median seconds of both, and the median of their ratios, pair by pair."""
+
+    ours_s: float
+    other_s: float
+    ratio: float
+
+
+class TransformersModel:
+    """The independent implementation: its own loading of the same file, its own generate, left padding for batches."""
+
+    def __init__(self, model: str) -> None:
+        source = Path(resolve_model(model).path)
+        place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+        arguments = place if source.suffix == ".gguf" else {"pretrained_model_name_or_path": source}
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def generate(self, work: Work) -> None:
+        longest = max(map(len, work.prompts))
+        padded = torch.tensor([[0] * (longest - len(p)) + p for p in work.prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in work.prompts])
+        count = work.new_tokens
+        self.model.generate(
+            padded, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0
+        )
+
+
+class ExecutorClock:
+    """An executor that adds up the time inside the model; all else of a step is the engine's own."""
+
+    def __init__(self, executor) -> None:
+        self._executor = executor
+        self.model_s = 0.0
+
+    def __getattr__(self, name: str):
+        return getattr(self._executor, name)
+
+    def launch(self, output: SchedulerOutput) -> Finished:
+        result = self._executor.launch(output).result()
+        self.model_s += result.model_s
+        return Finished(result)
+
+
+@contextmanager
+def engine(model: str, backend: str) -> Iterator[LLM]:
+    llm = LLM(model=model, attention_backend=backend, dtype="float32", max_num_seqs=16, chunk_size=512)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def alternate(ours: Callable[[], object], other: Callable[[], object], repeats: int, label: str) -> Comparison:
+    """Both in turn, the first pair discarded."""
+    pairs = [(seconds(ours), seconds(other)) for _ in tqdm(range(repeats + 1), desc=label)][1:]
+    mine, theirs = zip(*pairs, strict=True)
+    ratio = statistics.median(other_s / our_s for our_s, other_s in pairs)
+    return Comparison(statistics.median(mine), statistics.median(theirs), ratio)
+
+
+def random_prompts(lengths: tuple[int, ...], vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generate(llm: LLM, work: Work) -> None:
+    llm.generate(work.prompts, work.sampling_params(), use_tqdm=False)
+
+
+def against_transformers(model: str, repeats: int) -> Iterator[dict]:
+    """Generation of one request and of a batch of mixed lengths."""
+    reference = TransformersModel(model)
+    vocab_size = reference.model.config.vocab_size
+    with engine(model, PAIR[0]) as llm:
+        for lengths in ((64,), MIXED_LENGTHS):
+            work = Work(random_prompts(lengths, vocab_size), NEW_TOKENS)
+            label = f"generate x{len(lengths)}"
+            times = alternate(partial(generate, llm, work), partial(reference.generate, work), repeats, label)
+            tokens, shape = len(lengths) * NEW_TOKENS, (len(lengths), max(lengths))
+            yield row(
+                model, "generate", PAIR[0], *shape, tokens / times.ours_s, "tokens/s", "transformers", times.ratio
+            )
+            yield row(model, "generate", "transformers", *shape, tokens / times.other_s, "tokens/s", "", "")
+
+
+def against_paged(model: str, repeats: int) -> Iterator[dict]:
+    """The same engine on virtual and on paged memory: mostly prefill, then mostly decode."""
+    works = {
+        "prefill": Work(random_prompts((512,) * 4, VOCAB_SIZE), 1),
+        "decode": Work(random_prompts((16,) * 16, VOCAB_SIZE), 96),
+    }
+    with engine(model, PAIR[0]) as virtual, engine(model, PAIR[1]) as paged:
+        for name, work in works.items():
+            times = alternate(partial(generate, virtual, work), partial(generate, paged, work), repeats, name)
+            tokens = sum(map(len, work.prompts)) if name == "prefill" else len(work.prompts) * work.new_tokens
+            shape = (len(work.prompts), max(map(len, work.prompts)) + work.new_tokens)
+            yield row(model, name, PAIR[0], *shape, tokens / times.ours_s, "tokens/s", PAIR[1], times.ratio)
+
+
+def outside_the_model(model: str) -> Iterator[dict]:
+    """Share of engine.step() that is not the model, decode at batch 16, median over steps."""
+    with engine(model, "sdpa_vattn") as llm:
+        work = Work(random_prompts((32,) * 16, VOCAB_SIZE), 64)
+        clock = llm.engine.executor = ExecutorClock(llm.engine.executor)
+        for index, prompt in enumerate(work.prompts):
+            llm.engine.add_request(str(index), prompt, work.sampling_params())
+        shares = []
+        while llm.engine.has_work:
+            before = clock.model_s
+            step_s = seconds(llm.engine.step)
+            shares.append(1 - (clock.model_s - before) / step_s)
+        yield row(
+            model,
+            "time outside the model",
+            "sdpa_vattn",
+            16,
+            96,
+            100 * statistics.median(shares),
+            "% of a step",
+            "",
+            "",
+        )
+
+
+def row(*values: object) -> dict:
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("experiments/cpu"))
+    options = parser.parse_args()
+    rows = [
+        *against_transformers(options.model, options.repeats),
+        *against_paged(options.model, options.repeats),
+        *outside_the_model(options.model),
+    ]
+    options.output.mkdir(parents=True, exist_ok=True)
+    with open(options.output / "engine_cpu.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    (options.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    for entry in rows:
+        print(" ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in entry.values()))
+
+
+if __name__ == "__main__":
+    main()
