@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -64,7 +65,7 @@ async def send(
                 result.error = f"HTTP {response.status}: {(await response.text())[:500]}"
             else:
                 await _read(response, endpoint, result)
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
         result.error = f"{type(error).__name__}: {error}"
     result.ended_at_s = time.perf_counter()
     if not result.error and not result.chunk_times_s:

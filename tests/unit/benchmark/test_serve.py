@@ -77,6 +77,14 @@ def test_failures_are_counted_told_and_in_the_exit_code(tmp_path: Path, capsys: 
     assert "lost my mind" in capsys.readouterr().err
 
 
+def test_a_server_that_hangs_is_a_failure_and_not_a_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--num-prompts", 2, "--random-input-len", 5, "--random-output-len", 2, "--request-timeout", 0.3]
+    with serving(Behaviour(first_s=20)) as server:
+        result = load(server, tmp_path, *words, code=1)
+    assert (result["completed"], result["failed"], result["mean_ttft_ms"]) == (0, 2, 0)
+    assert "Timeout" in capsys.readouterr().err
+
+
 def test_concurrency_stays_below_its_limit(tmp_path: Path) -> None:
     words = ["--num-prompts", 9, "--random-input-len", 5, "--random-output-len", 3, "--max-concurrency", 2]
     with serving(Behaviour()) as server:
