@@ -20,6 +20,7 @@ _INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Errors are one line on stderr and exit code 1, or a traceback with --debug."""
     args = _parser().parse_args(argv)
+    _share_cores()
     try:
         return _command(args.command)(args)
     except KeyboardInterrupt:
@@ -32,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sarathi {args.command}: {_describe(error)}", file=sys.stderr)
         return 1
+
+
+def _share_cores() -> None:
+    """Threads of torch that wait for each other sleep instead of spinning, unless the environment says otherwise.
+
+    Spinning gains little on idle cores, and loses a factor of ten where other processes want the same ones.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class _Parser(argparse.ArgumentParser):
