@@ -5,7 +5,10 @@ BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native-built
 READY  := $(VENV)/.installed
 
-.PHONY: setup demo test test-native test-python bench-test lint format bench clean
+# Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup demo test test-native test-python bench-test lint format clean
 
 setup: $(READY) $(NATIVE)
 

@@ -139,12 +139,13 @@ def against_transformers(model: str, repeats: int) -> Iterator[dict]:
 
 def against_paged(model: str, repeats: int) -> Iterator[dict]:
     """The same engine on virtual and on paged memory: mostly prefill, then mostly decode."""
-    works = {
-        "prefill": Work(random_prompts((512,) * 4, VOCAB_SIZE), 1),
-        "decode": Work(random_prompts((16,) * 16, VOCAB_SIZE), 96),
-    }
+    works = [
+        ("prefill", Work(random_prompts((512,) * 4, VOCAB_SIZE), 1)),
+        ("prefill", Work(random_prompts((2048,) * 2, VOCAB_SIZE), 1)),
+        ("decode", Work(random_prompts((16,) * 16, VOCAB_SIZE), 96)),
+    ]
     with engine(model, PAIR[0]) as virtual, engine(model, PAIR[1]) as paged:
-        for name, work in works.items():
+        for name, work in works:
             times = alternate(partial(generate, virtual, work), partial(generate, paged, work), repeats, name)
             tokens = sum(map(len, work.prompts)) if name == "prefill" else len(work.prompts) * work.new_tokens
             shape = (len(work.prompts), max(map(len, work.prompts)) + work.new_tokens)
