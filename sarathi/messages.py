@@ -96,6 +96,11 @@ class StepResult:
     available_rows: int | None = None
 
 
+def to_tile_end(num_tokens: int, tile_tokens: int) -> int:
+    """The next multiple of tile_tokens, or num_tokens where it is one."""
+    return -(-num_tokens // tile_tokens) * tile_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
     """The cache as the ledger sees it: rows, the unit of account.
@@ -121,7 +126,7 @@ class CacheCapacity:
 
     def padded(self, num_tokens: int) -> int:
         """Tokens up to the end of the last tile."""
-        return -(-num_tokens // self.tile_tokens) * self.tile_tokens
+        return to_tile_end(num_tokens, self.tile_tokens)
 
 
 @dataclass(frozen=True, slots=True)

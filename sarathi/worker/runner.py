@@ -18,6 +18,8 @@ from sarathi.worker.device import cache_budget_bytes
 
 Runner = ModelRunner | CudaModelRunner
 _WARM_UP = "warm-up"
+_START_TOKENS = 32768  # of the largest step, on virtual memory that grows once the driver has said what is left
+_START_BYTES = 4 * 2**30  # room for the pages of many regions beside them
 
 
 def create_runner(
@@ -58,12 +60,12 @@ def _run_largest(runner: CudaModelRunner, cache: CacheEngine, num_tokens: int, s
     cache.release([_WARM_UP])
 
 
-def initial_budget_bytes(spec: BackendSpec, config: EngineConfig, shape_bytes: int, device: torch.device) -> int:
+def initial_budget_bytes(spec: BackendSpec, config: EngineConfig, token_bytes: int, device: torch.device) -> int:
     """What the cache starts with: on a GPU only enough for the largest step, where it can grow afterwards.
 
-    shape_bytes: of one token in all layers.
+    token_bytes: of one token in all layers.
     """
     budget = cache_budget_bytes(config.cache, device)
     if device.type != "cuda" or spec.is_paged or config.cache.memory_bytes is not None:
         return budget
-    return min(budget, 4 * 2**30 + 32768 * shape_bytes)
+    return min(budget, _START_BYTES + _START_TOKENS * token_bytes)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats, to_tile_end
 from sarathi.model_executor.attention.backend import SlotAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 from vattention import VirtualKVCache
@@ -86,9 +86,7 @@ class vATTNCacheEngine:
 
     def _mapped(self, num_tokens: int) -> int:
         """Tokens that must have memory where a request has num_tokens: to the end of the last tile, or of the slot."""
-        if self._tile_tokens == 1:
-            return num_tokens
-        return min(-(-num_tokens // self._tile_tokens) * self._tile_tokens, self._cache.max_tokens)
+        return min(to_tile_end(num_tokens, self._tile_tokens), self._cache.max_tokens)
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
         return [self._slots[chunk.request_id] for chunk in chunks]
