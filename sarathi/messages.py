@@ -96,37 +96,28 @@ class StepResult:
     available_rows: int | None = None
 
 
-def to_tile_end(num_tokens: int, tile_tokens: int) -> int:
-    """The next multiple of tile_tokens, or num_tokens where it is one."""
-    return -(-num_tokens // tile_tokens) * tile_tokens
-
-
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
     """The cache as the ledger sees it: rows, the unit of account.
 
     Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
     Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.
-    tile_tokens: kernels read whole tiles of so many tokens, so that a request needs memory to the end of its last one.
+    slack_tokens: kernels may read so many tokens past a request's last one, so that it needs memory there too.
     """
 
     rows: int
     token_bytes: int
     page_bytes: int
-    tile_tokens: int = 1
+    slack_tokens: int = 0
 
     def rows_for(self, num_tokens: int) -> int:
         """Rows that num_tokens of one request take."""
-        return -(-self.padded(num_tokens) * self.token_bytes // self.page_bytes)
+        mapped_tokens = num_tokens + self.slack_tokens if num_tokens else 0
+        return -(-mapped_tokens * self.token_bytes // self.page_bytes)
 
     def tokens_in(self, rows: int) -> int:
         """Tokens of one request that fit in rows: the largest n with rows_for(n) <= rows."""
-        fitting = rows * self.page_bytes // self.token_bytes
-        return fitting - fitting % self.tile_tokens
-
-    def padded(self, num_tokens: int) -> int:
-        """Tokens up to the end of the last tile."""
-        return to_tile_end(num_tokens, self.tile_tokens)
+        return max(0, rows * self.page_bytes // self.token_bytes - self.slack_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,8 @@ class Worker:
         backend = create_backend(spec, arch, place)
         self.decoder = model = Decoder(arch, place, backend)
         load_weights(model, checkpoint, config.model.seed)
-        tile_tokens = getattr(backend, "overreach", 1)
-        shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, tile_tokens)
+        slack_tokens = getattr(backend, "overreach", 0)
+        shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, slack_tokens)
         shape = replace(shape, budget_bytes=initial_budget_bytes(spec, config, shape.token_bytes, place.device))
         self.token_bytes = shape.token_bytes
         self._cache = create_cache_engine(spec, shape)

@@ -51,7 +51,7 @@ class FlashAttentionBackend:
 
     @property
     def overreach(self) -> int:
-        """Keys are read up to the next multiple of so many tokens: a cache must have memory there."""
+        """Tokens past a sequence's last one that may be read: a cache must have memory there."""
         return self.provider.abilities.overreach
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:

@@ -16,7 +16,7 @@ from sarathi.model_executor.attention.flash_attention_provider import Abilities,
 _BFLOAT16 = frozenset({torch.bfloat16})
 _BOTH = frozenset({torch.bfloat16, torch.float16})
 _HOPPER = frozenset({9})
-_TILE = 256  # no tile of keys is larger; tiles are copied whole, what lies past the length included
+_OVERREACH = 255  # tiles of keys, 80 to 192 tokens by head size and mask, are copied whole
 
 
 class _Package(NamedTuple):
@@ -31,19 +31,21 @@ PACKAGES = {
         "flash_attn_interface",
         "flash_attn_3",
         "build the folder hopper of FlashAttention's repository",
-        Abilities(_BOTH, 256, _HOPPER, append=True, window=True, split_kv=True, overreach=_TILE, block_multiple=1),
+        Abilities(_BOTH, 256, _HOPPER, append=True, window=True, split_kv=True, overreach=_OVERREACH, block_multiple=1),
     ),
     "fa3-fwd": _Package(
         "fa3_fwd_interface",
         "fa3_fwd",
         "pip install fa3-fwd",
-        Abilities(_BFLOAT16, 256, _HOPPER, append=True, window=False, split_kv=True, overreach=_TILE),
+        Abilities(_BFLOAT16, 256, _HOPPER, append=True, window=False, split_kv=True, overreach=_OVERREACH),
     ),
     "vllm-flash-attn": _Package(
         "vllm.vllm_flash_attn",
         "_vllm_fa3_C",
         "pip install vllm",
-        Abilities(_BOTH, 256, _HOPPER, append=False, window=True, split_kv=True, overreach=_TILE, block_multiple=1),
+        Abilities(
+            _BOTH, 256, _HOPPER, append=False, window=True, split_kv=True, overreach=_OVERREACH, block_multiple=1
+        ),
     ),
 }
 

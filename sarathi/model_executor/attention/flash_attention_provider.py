@@ -17,7 +17,7 @@ class Abilities:
     append: bool  # stores the new K and V itself
     window: bool  # sliding window
     split_kv: bool  # shares one sequence out over the device
-    overreach: int  # tiles of up to so many tokens are read whole: memory must be there up to the next multiple
+    overreach: int  # tokens past a sequence's last one that may be read: memory must be there
     contiguous: bool = True  # rows of the cache picked by an index
     block_multiple: int | None = None  # paged KV with blocks of a multiple of so many tokens; None: no paged KV
 

@@ -55,7 +55,7 @@ class FlashInferBackend:
     def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None) -> None:
         """decode: takes steps of one new token a sequence on contiguous slots; None: FlashInfer's paged kernel does."""
         self.arch, self.place, self._decode = arch, place, decode
-        self.overreach = 256  # keys are read up to the next multiple: the single-sequence prefill copies whole tiles
+        self.overreach = 255  # the single-sequence prefill copies whole tiles of keys
         self._scale = arch.head_size**-0.5
         self._kernels = create_kernels(place.device)
         scratch = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=place.device)

@@ -16,7 +16,7 @@ from sarathi.model_executor.placement import Placement
 class CacheShape:
     """What is kept for each token, for how many requests and tokens of one at most, in how many bytes.
 
-    tile_tokens: see CacheCapacity.
+    slack_tokens: see CacheCapacity.
     """
 
     arch: ModelArchitecture
@@ -24,7 +24,7 @@ class CacheShape:
     max_num_seqs: int
     max_model_len: int
     budget_bytes: int
-    tile_tokens: int = 1
+    slack_tokens: int = 0
 
     @property
     def token_bytes(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats, to_tile_end
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.backend import SlotAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 from vattention import VirtualKVCache
@@ -21,12 +21,12 @@ class vATTNCacheEngine:
             settings = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
             raise CacheSettingsError(f"{settings}: {error}") from error
         self._slots: dict[str, int] = {}
-        self._tile_tokens = shape.tile_tokens
+        self._slack_tokens = shape.slack_tokens
 
     @property
     def capacity(self) -> CacheCapacity:
         cache = self._cache
-        return CacheCapacity(cache.capacity_rows, cache.token_bytes, cache.page_bytes, self._tile_tokens)
+        return CacheCapacity(cache.capacity_rows, cache.token_bytes, cache.page_bytes, self._slack_tokens)
 
     def resize(self, budget_bytes: int) -> None:
         self._cache.resize(budget_bytes)
@@ -85,8 +85,8 @@ class vATTNCacheEngine:
         self._cache.close()
 
     def _mapped(self, num_tokens: int) -> int:
-        """Tokens that must have memory where a request has num_tokens: to the end of the last tile, or of the slot."""
-        return min(to_tile_end(num_tokens, self._tile_tokens), self._cache.max_tokens)
+        """Tokens that must have memory where a request has num_tokens: past its last one as far as kernels may read."""
+        return min(num_tokens + self._slack_tokens, self._cache.max_tokens)
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
         return [self._slots[chunk.request_id] for chunk in chunks]
