@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.replicas import ReplicaError, run_all
 from sarathi.benchmark.results import describe_run, write_results
@@ -25,15 +27,28 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(USAGE + default_yaml())
         return 0
+    return run_configs(lambda: [parse_options(words)])
+
+
+def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
+    """Runs that differ in their workload alone, one after another; the worst exit code. ^C ends them all."""
+    code = 0
     try:
-        config = parse_options(words)
-        logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-        summary = write_results(config, run_all(config))
+        configs = read()
+        logging.basicConfig(level=configs[0].log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        for config, outcomes in zip(configs, run_all(configs), strict=True):
+            summary = write_results(config, outcomes)
+            print(f"{describe_run(summary)}\nresults: {config.output_dir}", flush=True)
+            code = max(code, _exit_code(summary))
+            if code == EXIT_INTERRUPTED:
+                break
     except (ValueError, ReplicaError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return EXIT_ERROR
-    print(describe_run(summary))
-    print(f"results: {config.output_dir}")
+    return code
+
+
+def _exit_code(summary: Mapping[str, Any]) -> int:
     if summary["ended"] == INTERRUPTED:
         return EXIT_INTERRUPTED
     return 0 if summary["ended"] == COMPLETED and not summary["refused"] else EXIT_INCOMPLETE

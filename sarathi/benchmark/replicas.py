@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing as mp
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,15 +22,20 @@ class ReplicaError(RuntimeError):
     """A replica ended without a result; its own message is on stderr."""
 
 
-def run_all(config: BenchmarkConfig) -> list[RunOutcome]:
-    """The outcome of each replica, in their order. ReplicaError where one of several died."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    devices = replica_devices(config)
-    if config.cluster.num_replicas > 1:
-        return _run_processes(config, devices)
-    with BenchmarkRunner(config, device=devices.get("0")) as runner:
-        return [runner.run(runner.workload(), folder)]
+def run_all(configs: Sequence[BenchmarkConfig]) -> Iterator[list[RunOutcome]]:
+    """For each configuration the outcome of each replica, in their order. ReplicaError where one of several died.
+
+    The configurations differ in their workload alone: one engine serves them all, but replicas are made anew.
+    """
+    devices = replica_devices(configs[0])
+    for config in configs:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if configs[0].cluster.num_replicas > 1:
+        yield from (_run_processes(config, devices) for config in configs)
+        return
+    with BenchmarkRunner(configs[0], device=devices.get("0")) as runner:
+        for config in configs:
+            yield [runner.run(runner.workload(config), Path(config.output_dir))]
 
 
 def replica_devices(config: BenchmarkConfig) -> Mapping[str, str]:

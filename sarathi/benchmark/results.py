@@ -26,9 +26,7 @@ HEADLINES = (
 
 def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
     """Everything into output_dir; returns the summary."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    folder = write_config(config)
     status = _status(outcomes)
     responses = [each for outcome in outcomes for each in outcome.responses]
     if responses:
@@ -41,6 +39,14 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
     write_json(folder / SUMMARY_FILE, summary)
     _send_to_wandb(config, folder, summary)
     return summary
+
+
+def write_config(config: BenchmarkConfig) -> Path:
+    """The configuration into its output_dir, which is made if need be and returned."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    return folder
 
 
 def read_config(folder: Path) -> BenchmarkConfig:

@@ -27,6 +27,8 @@ from sarathi.engine.outputs import RequestOutput
 from sarathi.metrics import MetricsStore, NullMetricsStore
 from sarathi.worker.executor import Executor
 
+WARM_UP_TOKENS = 16  # of a short prompt
+
 
 class BenchmarkRunner:
     """device: in place of model.device, for one replica of several. Close it, or use it in a `with`."""
@@ -47,8 +49,13 @@ class BenchmarkRunner:
         return generate_requests(config or self._config, self._count_tokens)
 
     def warm_up(self, specs: Sequence[RequestSpec]) -> None:
-        """Serve the first few requests, all at once, and forget them."""
-        first = [replace(spec, arrived_at_s=0.0) for spec in specs[: self._config.num_warmup_requests]]
+        """Serve the first few requests and short ones beside them, all at once, and forget them.
+
+        The short ones end one after another: kernels have met every batch size, and decodes beside a prompt.
+        """
+        config = self._config
+        short = [RequestSpec(0.0, WARM_UP_TOKENS, 2 + index) for index in range(config.num_warmup_batch_sizes)]
+        first = [*short, *(replace(spec, arrived_at_s=0.0) for spec in specs[: config.num_warmup_requests])]
         loop = ServingLoop(self._engine, self._prompts, lambda outputs: None, keep_responses=False)
         loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf)
         self._is_warm = True
@@ -67,6 +74,7 @@ class BenchmarkRunner:
             )
             if self._store is not None:
                 self._store.reset()
+                self._store.on_memory(self._engine.executor.memory_stats())
             served = loop.serve(share, limit_s)
         if self._store is not None:
             self._store.on_memory(self._engine.executor.memory_stats())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sarathi.messages import MemoryStats
 from sarathi.metrics import plots
 from sarathi.metrics.environment import environment
 from sarathi.metrics.records import RunRows
@@ -87,17 +88,18 @@ def summarize(rows: RunRows) -> dict[str, Any]:
 
 
 def _memory_summary(rows: RunRows) -> dict[str, float]:
-    """The cache at its fullest, and its counters at the end, over all replicas."""
+    """The cache at its fullest since its engine began, and what its counters rose by, over all replicas."""
     last = {sample.replica: sample.stats for sample in rows.memory}.values()
+    first = {sample.replica: sample.stats for sample in reversed(rows.memory)}.values()
     return {
-        "reserved_bytes": sum(stats.reserved_bytes for stats in last),
-        "created_bytes": sum(stats.created_bytes for stats in last),
-        "peak_mapped_bytes": sum(stats.peak_mapped_bytes for stats in last),
+        **{name: _sum(last, name) for name in ("reserved_bytes", "created_bytes", "peak_mapped_bytes")},
         "max_wasted_bytes": max((sample.stats.wasted_bytes for sample in rows.memory), default=0),
-        "driver_calls": sum(stats.driver_calls for stats in last),
-        "driver_s": sum(stats.driver_s for stats in last),
-        "steps_waited": sum(stats.steps_waited for stats in last),
+        **{name: _sum(last, name) - _sum(first, name) for name in ("driver_calls", "driver_s", "steps_waited")},
     }
+
+
+def _sum(samples: Iterable[MemoryStats], name: str) -> float:
+    return sum([float(getattr(stats, name)) for stats in samples])
 
 
 def _tables(rows: RunRows, options: ReportOptions) -> Iterable[tuple[str, Table]]:

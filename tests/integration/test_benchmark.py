@@ -105,6 +105,7 @@ def test_dynamic_trace_has_a_latency_for_each_load(tmp_path: Path) -> None:
     [
         ("prefill_throughput", "prefill", "prefill_tokens_per_s"),
         ("decode_throughput", "decode", "decode_tokens_per_s"),
+        ("e2e_static_brief", "makespan", "ratio"),
         ("offline_long", "makespan", "makespan_s"),
         ("online_long", "latency", "p50"),
         ("sync_async", "decode_steps", "p99_ms"),

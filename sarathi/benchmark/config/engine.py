@@ -5,9 +5,12 @@ Every knob that says something of the engine is passed on or refused; none is dr
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.config.backend import AUTO, BackendSpec
-from sarathi.config.knobs import ConfigError
+from sarathi.config.knobs import ConfigError, sections_of
 from sarathi.config.load import load_config
 from sarathi.config.schema import EngineConfig
 from sarathi.config.units import parse_bytes
@@ -33,6 +36,13 @@ def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineC
         "scheduler.max_num_seqs": scheduler.max_batch_size,
     }
     return load_config(EngineConfig, overrides=settings | _policy_settings(config))
+
+
+def without_workload(config: BenchmarkConfig) -> BenchmarkConfig:
+    """A run less its requests and its folder: runs of which this is the same can share an engine."""
+    sections = sections_of(BenchmarkConfig).items()
+    none: dict[str, Any] = {name: make() for name, make in sections if name.endswith("_generator")}
+    return replace(config, output_dir="", **none)
 
 
 def sized_backend(name: str, block_size: str | None) -> str:

@@ -250,6 +250,10 @@ class BenchmarkConfig(Section):
     )
     time_limit: float | None = knob(1800.0, "seconds after which the run ends with what it has; none: no limit", low=0)
     num_warmup_requests: int = knob(1, "requests served before time zero, like the first ones of the run", low=0)
+    num_warmup_batch_sizes: int = knob(
+        0, "short requests served beside the warm-up requests, each a token longer than the one before: kernels meet "
+        "every batch size up to this", low=0,
+    )  # fmt: skip
     replica_resource_mapping: str = knob("", 'device of each replica, as JSON: {"0": "cuda:0", "1": "cuda:1"}')
     show_progress: bool = knob(True, "a bar with the tokens a second")
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,1 +1,1 @@
-"""Experiments: a grid of runs from a YAML file, each in a process of its own, and tables over their results."""
+"""Experiments: a grid of runs from a YAML file, one process for each engine that they need, and tables over results."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED
-from sarathi.benchmark.results import read_config
+from sarathi.benchmark.results import CONFIG_FILE, read_config
 from sarathi.metrics.report import SUMMARY_FILE
 
 
@@ -40,7 +40,7 @@ class FinishedRun:
 def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
     """Complete runs below `folder`, by folder, and the folders of runs that did not end well."""
     found, broken = [], []
-    for place in sorted({path.parent for name in (SUMMARY_FILE, "log.txt") for path in folder.rglob(name)}):
+    for place in sorted({path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)}):
         run = _read(place)
         if run is None:
             broken.append(place)

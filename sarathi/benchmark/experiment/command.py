@@ -16,10 +16,11 @@ from sarathi.benchmark.experiment.execute import Failure, execute
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, Row, draw, draw_decode_steps, make_rows
 from sarathi.metrics.plots import is_available
-from sarathi.metrics.report import write_table
+from sarathi.metrics.report import write_json, write_table
 from sarathi.metrics.tables import Table
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
+ENVIRONMENT_FILE = "environment.json"
 EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
 
 
@@ -119,6 +120,7 @@ def _process(table: str, folder: Path) -> int:
     rows = make_rows(TABLES[table], runs)
     columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
     write_table(folder / f"{table}.csv", Table(columns, rows))
+    write_json(folder / ENVIRONMENT_FILE, runs[0].summary.get("environment"))
     print(as_text(columns, rows))
     if is_available():
         _draw(table, runs, rows, folder)

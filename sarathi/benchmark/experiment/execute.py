@@ -1,18 +1,23 @@
-"""The runs of an experiment, each in a process of its own: a crash of one ends no other. Knows no tables."""
+"""The runs of an experiment, those that can share an engine in one process: a crash ends no other run. Knows no tables.
+
+A run's folder is its order and its receipt: config.yml says what to do, summary.json that it was done.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sarathi.benchmark.config.engine import without_workload
 from sarathi.benchmark.config.options import as_words, parse_options
+from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import Run
 from sarathi.benchmark.outcome import COMPLETED
-from sarathi.benchmark.results import CONFIG_FILE, read_config
+from sarathi.benchmark.results import read_config, write_config
 from sarathi.metrics.report import SUMMARY_FILE
 
 LOG_FILE = "log.txt"
@@ -21,7 +26,7 @@ TAIL_LINES = 6
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that gave no complete result, and the end of what it said."""
+    """A run that gave no complete result, and the end of what its process said."""
 
     name: str
     exit_code: int
@@ -30,39 +35,71 @@ class Failure:
 
 def execute(runs: Sequence[Run], folder: Path, resume: bool) -> list[Failure]:
     """Run all; what failed. resume: leave out those whose folder holds a complete result of the same configuration."""
-    failures = []
-    for number, run in enumerate(runs, 1):
-        place = folder / run.name
-        settings = {**run.settings, "output_dir": str(place)}
-        if resume and is_complete(place, settings):
-            print(f"[{number}/{len(runs)}] {run.name}: done before", flush=True)
-            continue
-        print(f"[{number}/{len(runs)}] {run.name}", flush=True)
-        code = _run(place, settings)
-        if code != 0:
-            failures.append(Failure(run.name, code, _tail(place / LOG_FILE)))
-            print(f"  failed, exit code {code}: {place / LOG_FILE}", flush=True)
+    configs = [parse_options(as_words({**run.settings, "output_dir": str(folder / run.name)})) for run in runs]
+    done = [config for config in configs if resume and is_complete(config)]
+    for config in done:
+        print(f"{_place(config).name}: done before", flush=True)
+    failures: list[Failure] = []
+    for group in groups([config for config in configs if config not in done]):
+        failures += _run_group(group)
     return failures
 
 
-def is_complete(place: Path, settings: Mapping[str, object]) -> bool:
-    """Whether `place` holds a result of exactly these settings that ran to its end."""
+def groups(configs: Sequence[BenchmarkConfig]) -> list[list[BenchmarkConfig]]:
+    """Configurations by the engine they need, in order of each engine's first run."""
+    found: dict[BenchmarkConfig, list[BenchmarkConfig]] = {}
+    for config in configs:
+        found.setdefault(without_workload(config), []).append(config)
+    return list(found.values())
+
+
+def is_complete(config: BenchmarkConfig) -> bool:
+    """Whether the run's folder holds a result of exactly this configuration that ran to its end."""
     try:
-        summary = json.loads((place / SUMMARY_FILE).read_text(encoding="utf-8"))
-        same = read_config(place) == parse_options(as_words(settings))
+        same = read_config(_place(config)) == config
+        summary = json.loads((_place(config) / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return same and summary.get("ended") == COMPLETED and not summary.get("refused")
 
 
-def _run(place: Path, settings: Mapping[str, object]) -> int:
-    """The exit code of one run; what it says goes to its log. An older result is removed: it must not pass for new."""
-    place.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY_FILE, CONFIG_FILE):
-        (place / name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "sarathi.benchmark.main", *as_words(settings)]
-    with open(place / LOG_FILE, "w", encoding="utf-8") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
+    """Runs behind one that ended the process get another."""
+    left = list(group)
+    while left:
+        log = _place(left[0]) / LOG_FILE
+        code = _run([_prepare(config) for config in left], log)
+        reached = _reached(left)
+        for config in left[:reached]:
+            if not is_complete(config):
+                print(f"  failed, exit code {code}: {log}", flush=True)
+                yield Failure(_place(config).name, code, _tail(log))
+        left = left[reached:]
+
+
+def _prepare(config: BenchmarkConfig) -> Path:
+    """Its folder, with what is to be done; an older result is removed: it must not pass for new."""
+    place = _place(config)
+    write_config(config)
+    (place / SUMMARY_FILE).unlink(missing_ok=True)
+    print(place.name, flush=True)
+    return place
+
+
+def _reached(configs: Sequence[BenchmarkConfig]) -> int:
+    """How many of them the process came to: those with a summary, and the one in which it ended."""
+    return next((at for at, each in enumerate(configs, 1) if not (_place(each) / SUMMARY_FILE).is_file()), len(configs))
+
+
+def _run(places: Sequence[Path], log: Path) -> int:
+    """The exit code of the process that serves them; what it says goes to `log`."""
+    command = [sys.executable, "-m", "sarathi.benchmark.experiment.session", *map(str, places)]
+    with open(log, "w", encoding="utf-8") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _place(config: BenchmarkConfig) -> Path:
+    return Path(config.output_dir)
 
 
 def _tail(path: Path) -> str:

@@ -6,7 +6,7 @@ A row begins with what the run was (columns of IDENTITY), all of it from the sav
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.collect import FinishedRun
+from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
 Row = dict[str, Any]
@@ -27,11 +28,19 @@ class Plot(NamedTuple):
     y: str
 
 
+class Score(NamedTuple):
+    """A column, and whether more of it is better."""
+
+    column: str
+    more_is_better: bool
+
+
 class TableKind(NamedTuple):
-    """measure: what a run adds to its row. plots: by file name."""
+    """measure: what a run adds to its row. plots: by file name. score: what backends are compared by, None: nothing."""
 
     measure: Callable[[FinishedRun], Row]
     plots: Mapping[str, Plot]
+    score: Score | None = None
 
 
 def identity(config: BenchmarkConfig) -> Row:
@@ -68,8 +77,30 @@ def workload_name(config: BenchmarkConfig) -> str:
 
 
 def make_rows(kind: TableKind, runs: Sequence[FinishedRun]) -> list[Row]:
-    """One row a run."""
-    return [identity(run.config) | kind.measure(run) for run in runs]
+    """One row a run, compared with the best paged backend of the same work."""
+    rows = [identity(run.config) | kind.measure(run) for run in runs]
+    return rows if kind.score is None else list(compared(rows, kind.score))
+
+
+def compared(rows: Sequence[Row], score: Score) -> Iterator[Row]:
+    """Rows with `reference`, the best paged backend of the same work, and `ratio`: > 1 is better than that one."""
+    sign = -1 if score.more_is_better else 1
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row[score.column] is not None and _is_paged(row["backend"]):
+            best[_work(row)] = min(best.get(_work(row), row), row, key=lambda each: sign * each[score.column])
+    for row in rows:
+        other, own = best.get(_work(row)), row[score.column]
+        ratio = None if other is None or not own else (other[score.column] / own) ** sign
+        yield row | {"reference": None if other is None else other["backend"], "ratio": ratio}
+
+
+def _is_paged(backend: str) -> bool:
+    return backend != AUTO and BackendSpec.parse(backend).is_paged
+
+
+def _work(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in IDENTITY if name != "backend")
 
 
 def makespan(run: FinishedRun) -> Row:
@@ -127,10 +158,14 @@ def decode_step_times_ms(run: FinishedRun) -> list[float]:
 
 
 TABLES = {
-    "makespan": TableKind(makespan, {"makespan": Plot("backend", "makespan_s")}),
-    "latency": TableKind(latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}),
-    "prefill": TableKind(prefill, {"prefill_throughput": Plot("context", "prefill_tokens_per_s")}),
-    "decode": TableKind(decode, {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")}),
+    "makespan": TableKind(makespan, {"makespan": Plot("backend", "makespan_s")}, Score("makespan_s", False)),
+    "latency": TableKind(latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}, Score("p50", False)),
+    "prefill": TableKind(
+        prefill, {"prefill_throughput": Plot("context", "prefill_tokens_per_s")}, Score("prefill_tokens_per_s", True)
+    ),
+    "decode": TableKind(
+        decode, {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")}, Score("decode_tokens_per_s", True)
+    ),
     "decode_steps": TableKind(decode_steps, {}),
 }
 

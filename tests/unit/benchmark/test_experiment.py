@@ -7,12 +7,23 @@ import pytest
 import yaml
 
 from sarathi.benchmark.config.options import as_words, parse_options
+from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment import execute as execute_module
 from sarathi.benchmark.experiment.collect import collect
 from sarathi.benchmark.experiment.command import as_text, process_experiment, run_experiment, run_named_experiment
-from sarathi.benchmark.experiment.execute import execute, is_complete
-from sarathi.benchmark.experiment.plan import read_experiment
-from sarathi.benchmark.experiment.tables import TABLES, identity, make_rows, workload_name
+from sarathi.benchmark.experiment.execute import execute, groups, is_complete
+from sarathi.benchmark.experiment.plan import Run, read_experiment
+from sarathi.benchmark.experiment.tables import (
+    IDENTITY,
+    TABLES,
+    Row,
+    Score,
+    compared,
+    identity,
+    make_rows,
+    workload_name,
+)
+from sarathi.benchmark.results import read_config
 from sarathi.config.load import to_dict
 
 EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
@@ -102,54 +113,98 @@ def test_incomplete_runs_are_named_and_left_out(tmp_path: Path, capsys: pytest.C
     write_result(tmp_path / "out" / "good", {"seed": 1}, request_e2e_time={"max": 2.0})
     write_result(tmp_path / "out" / "cut", {"seed": 1}, ended="time limit", request_e2e_time={"max": 1.0})
     (tmp_path / "out" / "crashed").mkdir()
-    (tmp_path / "out" / "crashed" / "log.txt").write_text("boom")
+    (tmp_path / "out" / "crashed" / "config.yml").write_text("seed: 1")
     assert process_experiment(grid, "", [str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert said.err.count("incomplete, left out") == 2
+    assert (tmp_path / "out" / "environment.json").is_file()
     lines = (tmp_path / "out" / "makespan.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("model,backend,scheduler,workload,qps,num_requests,makespan_s")
 
 
+def config_of(place: Path, **settings: object) -> BenchmarkConfig:
+    return parse_options(as_words({**settings, "output_dir": str(place)}))
+
+
 def test_only_a_complete_result_of_the_same_settings_counts(tmp_path: Path) -> None:
     place = tmp_path / "run"
-    settings = {"seed": 5, "output_dir": str(place)}
-    assert not is_complete(place, settings)
+    assert not is_complete(config_of(place, seed=5))
     write_result(place, {"seed": 5})
-    assert is_complete(place, settings)
-    assert not is_complete(place, {**settings, "seed": 6})
+    assert is_complete(config_of(place, seed=5))
+    assert not is_complete(config_of(place, seed=6))
     (place / "summary.json").write_text('{"ended": "interrupted"}')
-    assert not is_complete(place, settings)
+    assert not is_complete(config_of(place, seed=5))
 
 
-def test_failures_are_told_at_the_end_and_runs_go_on(
-    tmp_path: Path, grid: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(execute_module, "_run", lambda place, settings: _fake_run(place, settings))
+def test_runs_that_differ_in_their_requests_alone_share_an_engine(tmp_path: Path) -> None:
+    rates = [config_of(tmp_path / str(qps), **{"poisson_request_interval_generator.qps": qps}) for qps in (1, 2)]
+    other = config_of(tmp_path / "c", attention_backend="sdpa_paged_16")
+    more = config_of(tmp_path / "d", num_requests=3)
+    assert groups([rates[0], other, rates[1], more]) == [[*rates, more], [other]]
+
+
+class FakeSessions:
+    """In place of processes: each serves its folders until one whose model is named `dies`, `cut` ends unwell."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, places: list[Path], log: Path) -> int:
+        self.calls.append([place.name for place in places])
+        log.write_text("line 1\n" * 9 + "line 2\nfell over")
+        for place in places:
+            config = read_config(place)
+            if config.replica_scheduler.max_batch_size == 1 and config.model.name == "a":
+                return 1
+            ended = "time limit" if config.model.name == "cut" else "completed"
+            summary = {"ended": ended, "num_completed": 4, "duration_s": 9.0, "metrics": {}}
+            (place / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> FakeSessions:
+    fake = FakeSessions()
+    monkeypatch.setattr(execute_module, "_run", fake)
+    return fake
+
+
+def test_failures_are_told_at_the_end_and_runs_go_on(tmp_path: Path, grid: Path, sessions: FakeSessions) -> None:
     runs = read_experiment(grid).runs()
-    failures = execute(runs, tmp_path / "out", resume=False)
-    assert [failure.name for failure in failures] == ["a_small", "a_large"]
-    assert failures[0].tail == "line 2\nfell over"
-    again = execute(runs, tmp_path / "out", resume=True)
-    assert [failure.name for failure in again] == ["a_small", "a_large"]
-    assert len((tmp_path / "calls.txt").read_text().split()) == 4 + 2
+    (failure,) = execute(runs, tmp_path / "out", resume=False)
+    assert (failure.name, failure.exit_code) == ("a_small", 1) and failure.tail.endswith("line 1\nline 2\nfell over")
+    assert sessions.calls == [["a_small"], ["a_large"], ["b-c_small"], ["b-c_large"]]
+    assert [each.name for each in execute(runs, tmp_path / "out", resume=True)] == ["a_small"]
+    assert sessions.calls[4:] == [["a_small"]]
 
 
-def _fake_run(place: Path, settings: dict) -> int:
-    with open(place.parents[1] / "calls.txt", "a") as file:
-        file.write(f"{place.name} ")
-    if settings["model.name"] == "a":
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "log.txt").write_text("line 2\nfell over")
-        return 1
-    write_result(place, {name: value for name, value in settings.items() if name != "output_dir"})
-    (place / "log.txt").write_text("")
-    return 0
+def test_runs_behind_one_that_ended_their_process_get_another(tmp_path: Path, sessions: FakeSessions) -> None:
+    shared = {"model.name": "cut", "replica_scheduler.max_batch_size": 1}
+    runs = [Run(str(count), {**shared, "synthetic_request_generator.num_requests": count}) for count in (1, 2)]
+    failures = execute(runs, tmp_path, resume=False)
+    assert [failure.name for failure in failures] == ["1", "2"] and sessions.calls == [["1", "2"]]
+    sessions.calls.clear()
+    dying = [Run(run.name, {**run.settings, "model.name": "a"}) for run in runs]
+    assert [failure.name for failure in execute(dying, tmp_path, resume=False)] == ["1", "2"]
+    assert sessions.calls == [["1", "2"], ["2"]]
+
+
+def test_backends_are_compared_with_the_best_paged_one_of_the_same_work() -> None:
+    def row(backend: str, seconds: float | None, workload: str = "w") -> Row:
+        return {**dict.fromkeys(IDENTITY), "backend": backend, "workload": workload, "s": seconds, "rate": seconds}
+
+    rows = [row("fa_vattn", 8.0), row("fa_paged", 10.0), row("fi_paged_16", 12.0), row("fa_vattn", 5.0, "alone")]
+    rows.append(row("sdpa_vattn", None))
+    times = list(compared(rows, Score("s", more_is_better=False)))
+    assert [each["reference"] for each in times] == ["fa_paged"] * 3 + [None, "fa_paged"]
+    assert [each["ratio"] for each in times] == [1.25, 1.0, pytest.approx(10 / 12), None, None]
+    rates = list(compared(rows, Score("rate", more_is_better=True)))
+    assert [each["ratio"] for each in rates[:3]] == [pytest.approx(8 / 12), pytest.approx(10 / 12), 1.0]
 
 
 def test_exit_code_says_that_a_run_failed(
-    grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    grid: Path, sessions: FakeSessions, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(execute_module, "_run", lambda place, settings: _fake_run(place, settings))
     assert run_experiment(grid, "", ["--axis", "size=small"]) == 1
     said = capsys.readouterr()
     assert "a_small failed with exit code 1" in said.err and "1 of 2 runs are complete" in said.out
