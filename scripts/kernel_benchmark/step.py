@@ -8,10 +8,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from measurement.table import Row, Table, attempt
 from torch import Tensor
 
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.table import Row, Table, attempt
 from kernel_benchmark.timing import graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
@@ -57,14 +57,15 @@ class Step:
         """From embedded tokens to the next ones, [batch]."""
         model, residual = self.model, self.x.clone()
         for layer in self.layers:
-            packed = kernels.norm_linear(residual, layer.norm, _EPS, layer.qkv).unflatten(1, (-1, model.head_size))
+            normed = kernels.rms_norm(residual, layer.norm, _EPS)
+            packed = kernels.linear(normed, layer.qkv).unflatten(1, (-1, model.head_size))
             q, k, v = packed.split((model.num_heads, model.num_kv_heads, model.num_kv_heads), dim=1)
             target = CacheTarget(layer.keys, layer.values, self.slots, self.positions)
             kernels.rope_and_store(q, k, v, self.positions, self.turns, target)
             kernels.linear_add(attend(q, layer.keys, layer.values).flatten(1), layer.o, residual)
-            inner = kernels.norm_gated_linear(residual, layer.norm, _EPS, layer.gate_up)
+            inner = kernels.gated_linear(kernels.rms_norm(residual, layer.norm, _EPS), layer.gate_up)
             kernels.linear_add(inner, layer.down, residual)
-        return kernels.argmax(kernels.norm_linear(residual, self.layers[0].norm, _EPS, self.head))
+        return kernels.argmax(kernels.linear(kernels.rms_norm(residual, self.layers[0].norm, _EPS), self.head))
 
     def triton(self, *, pdl: bool) -> Attend:
         """Our split-KV kernel."""

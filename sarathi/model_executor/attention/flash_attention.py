@@ -13,13 +13,14 @@ from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.attention.appending import AppendingBackend
 from sarathi.model_executor.attention.arithmetic_pages import as_pages, page_table
 from sarathi.model_executor.attention.backend import Address, CacheLayer
 from sarathi.model_executor.attention.device_step import DeviceStep, make_step, token_places
 from sarathi.model_executor.attention.flash_attention_choice import candidates, choose, need_of
 from sarathi.model_executor.attention.flash_attention_provider import NewKeysValues, Problem, Provider, VarlenStep
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.kernels import Kernels, create_kernels
+from sarathi.model_executor.kernels import Kernels, create_kernels, overlaps_launches
 from sarathi.model_executor.kernels.types import CacheTarget
 from sarathi.model_executor.placement import Placement
 
@@ -36,7 +37,7 @@ class FlashMetadata:
     varlen: dict[tuple[int | None, bool], VarlenStep] = field(default_factory=dict)  # by window, and whether it appends
 
 
-class FlashAttentionBackend:
+class FlashAttentionBackend(AppendingBackend):
     """One provider for one model."""
 
     def __init__(
@@ -64,24 +65,25 @@ class FlashAttentionBackend:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AttentionBackend."""
-        if self._takes_decode(metadata.step) or not self.provider.abilities.append:
+        if self._takes_decode(metadata) or not self.provider.abilities.append:
             self._kernels.store(key, value, self.target(layer, metadata))
             return self.attend(query, layer, metadata)
         return self._call(query, NewKeysValues(key, value), layer, metadata)
 
     def target(self, layer: CacheLayer, metadata: FlashMetadata) -> CacheTarget:
-        """Where the step's keys and values go, for a kernel that stores them before `attend`."""
+        """See AppendingBackend."""
         if metadata.places is None:
             metadata.places = token_places(metadata.step, layer.k.shape[1])
         return CacheTarget(layer.k, layer.v, *metadata.places)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
-        """Attention alone: the step's keys and values are in the cache. query, result: [T, num_heads, head_size]."""
-        if self._decode is not None and self._takes_decode(metadata.step):
+        """See AppendingBackend."""
+        if self._decode is not None and self._takes_decode(metadata):
             return self._decode.attend(query, layer, metadata.step)
         return self._call(query, None, layer, metadata)
 
-    def _takes_decode(self, step: DeviceStep) -> bool:
+    def _takes_decode(self, metadata: FlashMetadata) -> bool:
+        step = metadata.step
         return self._decode is not None and step.one_each and step.rows is not None
 
     def _call(self, query: Tensor, new: NewKeysValues | None, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
@@ -125,4 +127,4 @@ def _decode_kernel(spec: BackendSpec, arch: ModelArchitecture, place: Placement)
     from sarathi.model_executor.attention.triton_decode import TritonDecode
 
     fits = TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
-    return TritonDecode(arch.head_size, place.device) if fits else None
+    return TritonDecode(arch.head_size, place.device, pdl=overlaps_launches(place.device)) if fits else None

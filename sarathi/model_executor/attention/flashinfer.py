@@ -19,12 +19,13 @@ from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.attention.appending import AppendingBackend
 from sarathi.model_executor.attention.arithmetic_pages import as_pages
 from sarathi.model_executor.attention.backend import Address, BlockAddress, CacheLayer, KernelUnavailableError
 from sarathi.model_executor.attention.device_step import DeviceStep, first_decodes, make_step, token_places
 from sarathi.model_executor.attention.triton_decode import TritonDecode
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.kernels import create_kernels
+from sarathi.model_executor.kernels import create_kernels, overlaps_launches
 from sarathi.model_executor.kernels.types import CacheTarget
 from sarathi.model_executor.placement import Placement
 
@@ -49,7 +50,7 @@ class FlashInferMetadata:
         return sum(1 for _ in takewhile(lambda chunk: chunk.num_tokens == 1, self.batch.chunks))
 
 
-class FlashInferBackend:
+class FlashInferBackend(AppendingBackend):
     """FlashInfer's kernels for one model. One instance serves one stream."""
 
     def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None) -> None:
@@ -74,13 +75,13 @@ class FlashInferBackend:
         return self.attend(query, layer, metadata)
 
     def target(self, layer: CacheLayer, metadata: FlashInferMetadata) -> CacheTarget:
-        """Where the step's keys and values go, for a kernel that stores them before `attend`."""
+        """See AppendingBackend."""
         if metadata.places is None:
             metadata.places = token_places(metadata.step, layer.k.shape[1])
         return CacheTarget(layer.k, layer.v, *metadata.places)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
-        """Attention alone: the step's keys and values are in the cache. query, result: [T, num_heads, head_size]."""
+        """See AppendingBackend."""
         if isinstance(metadata.address, BlockAddress):
             return self._paged(query, layer, metadata)
         decodes, total = metadata.leading_decodes, len(metadata.batch.chunks)
@@ -89,6 +90,9 @@ class FlashInferBackend:
         if decodes == total - 1 and (decodes == 0 or self._decode is not None):
             return self._decodes_then_chunk(query, layer, metadata, metadata.address.slots[-1])
         return self._paged(query, layer, metadata)
+
+    def _takes_decode(self, metadata: FlashInferMetadata) -> bool:
+        return metadata.step.one_each and metadata.step.rows is not None
 
     def _decode_slots(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
         if self._decode is None:
@@ -165,7 +169,9 @@ def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> Flas
             f"attention backend '{spec}': a step is planned for one window, the layers have two"
         )
     fits = not spec.is_paged and TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
-    return FlashInferBackend(arch, place, TritonDecode(arch.head_size, place.device) if fits else None)
+    return FlashInferBackend(
+        arch, place, TritonDecode(arch.head_size, place.device, pdl=overlaps_launches(place.device)) if fits else None
+    )
 
 
 def _slot_tables(cache: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> list[range]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from sarathi.model_executor.attention.backend import CacheLayer
 from sarathi.model_executor.attention.device_step import DeviceStep
 from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
-from sarathi.model_executor.kernels.types import DecodeBatch
+from sarathi.model_executor.kernels.types import DecodeBatch, NewTokens, RotationTable
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
 MAX_GROUP = 16
@@ -19,7 +19,7 @@ class TritonDecode:
         """config: None for the defaults. pdl: overlap its launches with what runs before (Hopper and later)."""
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._workspace = DecodeWorkspace.create(num_sms, head_size, device, config)
-        self._scale = head_size**-0.5
+        self._head_size, self._scale = head_size, head_size**-0.5
         self._pdl = pdl
 
     @staticmethod
@@ -27,9 +27,20 @@ class TritonDecode:
         """Whether a model's heads fit the kernel."""
         return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
 
+    def turns(self, table: RotationTable) -> bool:
+        """Whether append_and_attend can do this rotation: it turns whole heads."""
+        return 2 * table.cos.shape[1] == self._head_size
+
     def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep) -> Tensor:
         """query: [B, num_heads, head_size], one token a sequence, its key and value in the cache already."""
+        return self._attend(query, None, layer, step)
+
+    def append_and_attend(self, query: Tensor, new: NewTokens, layer: CacheLayer, step: DeviceStep) -> Tensor:
+        """As attend, but query and new.keys are not turned yet, and `new` is not stored."""
+        return self._attend(query, new, layer, step)
+
+    def _attend(self, query: Tensor, new: NewTokens | None, layer: CacheLayer, step: DeviceStep) -> Tensor:
         if step.rows is None or not step.one_each:
             raise ValueError("the split-KV kernel takes one token a sequence, on contiguous slots")
         batch = DecodeBatch(step.rows, step.lengths, layer.window)
-        return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, pdl=self._pdl)
+        return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, new, pdl=self._pdl)

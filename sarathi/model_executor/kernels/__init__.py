@@ -26,18 +26,20 @@ class Kernels(Protocol):
     def sample(self, logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor: ...
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor) -> None: ...
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor: ...
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor: ...
+    def gated_linear(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
 
-def create_kernels(device: torch.device, *, pdl: bool = False) -> Kernels:
-    """The fastest kernels for `device`. pdl: overlap launches (Hopper and later; kernels in one stream only)."""
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch, Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def create_kernels(device: torch.device) -> Kernels:
+    """The fastest kernels for `device`, for one stream."""
     if device.type == "cuda":
         from sarathi.model_executor.kernels.fused.kernels import FusedKernels
 
-        return FusedKernels(device, pdl=pdl)
+        return FusedKernels(device, pdl=overlaps_launches(device))
     from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
 
     return ReferenceKernels()

@@ -34,3 +34,11 @@ class DecodeBatch(NamedTuple):
     slots: Tensor  # [num_seqs] int32: row of the cache
     lengths: Tensor  # [num_seqs] int32: tokens in the slot, the query's own included; 0: padding
     window: int | None = None  # how many tokens a query sees, its own included; None: all
+
+
+class NewTokens(NamedTuple):
+    """What a decode batch adds to the cache: the keys are not turned yet, and neither are the queries."""
+
+    keys: Tensor  # [num_seqs, kv_heads, head_size], last stride 1
+    values: Tensor  # [num_seqs, kv_heads, head_size], last stride 1
+    table: RotationTable  # of the whole head: rotary_dim = head_size; a sequence's position is its length - 1

@@ -1,6 +1,6 @@
 """The decoder's step by fused kernels, on the same weights; knows no family's name, no files, no memory policy.
 
-Decoder is its plain twin. Here K and V are stored by the kernel that turns them, so a backend only has to attend.
+Decoder is its plain twin. Here queries and keys reach the backend as projected: it turns them on its way.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,18 @@ from torch import Tensor
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.backend import AttentionBackend, CacheLayer, Metadata
 from sarathi.model_executor.kernels import Kernels
-from sarathi.model_executor.kernels.types import CacheTarget, RotationTable
+from sarathi.model_executor.kernels.types import NewTokens, RotationTable
 from sarathi.model_executor.models.decoder import Decoder, DecoderLayer
 
 
 @runtime_checkable
 class AttendingBackend(AttentionBackend, Protocol):
-    """A backend that can leave the store of K and V to its caller."""
+    """A backend that turns and stores on the way to its attention."""
 
-    def target(self, layer: CacheLayer, metadata: Metadata) -> CacheTarget:
-        """Where the step's keys and values go."""
-
-    def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
-        """Attention over what is stored: query [T, num_heads, head_size] -> the same shape."""
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
+    ) -> Tensor:
+        """query: [T, num_heads, head_size], as projected, like new.keys; positions: [T] -> query's shape."""
 
 
 class FusedDecoder:
@@ -59,25 +58,26 @@ class FusedDecoder:
         if sampled_rows is not None:
             stream = stream[sampled_rows]
         decoder = self.decoder
-        return self.kernels.norm_linear(stream, decoder.norm.weight, self._eps, decoder.head.weight)
+        normed = self.kernels.rms_norm(stream, decoder.norm.weight, self._eps)
+        return self.kernels.linear(normed, decoder.head.weight)
 
     def _layer(
         self, stream: Tensor, positions: Tensor, layer: DecoderLayer, kept: CacheLayer, metadata: Metadata
     ) -> None:
         kernels, attention, feed_forward = self.kernels, layer.attention, layer.feed_forward
-        qkv = kernels.norm_linear(stream, layer.input_norm.weight, self._eps, attention.qkv.weight, attention.qkv.bias)
+        normed = kernels.rms_norm(stream, layer.input_norm.weight, self._eps)
+        qkv = kernels.linear(normed, attention.qkv.weight, attention.qkv.bias)
         heads = qkv.view(stream.shape[0], sum(self._heads), self._head_size)
         query, key, value = torch.split(heads, self._heads, dim=1)
         if attention.head_norm is not None:
             weight = attention.head_norm.weight
             query = kernels.rms_norm(query.contiguous(), weight[0], self._eps)
             key = kernels.rms_norm(key.contiguous(), weight[1], self._eps)
-        target = self.backend.target(kept, metadata)
-        kernels.rope_and_store(query, key, value, positions, self._table, target)
-        seen = self.backend.attend(query, kept, metadata)
+        new = NewTokens(key, value, self._table)
+        seen = self.backend.append_and_attend(query, new, positions, kept, metadata)
         kernels.linear_add(seen.view(stream.shape[0], -1), attention.output.weight, stream)
-        inner = kernels.norm_gated_linear(stream, layer.post_norm.weight, self._eps, feed_forward.gate_up.weight)
-        kernels.linear_add(inner, feed_forward.down.weight, stream)
+        normed = kernels.rms_norm(stream, layer.post_norm.weight, self._eps)
+        kernels.linear_add(kernels.gated_linear(normed, feed_forward.gate_up.weight), feed_forward.down.weight, stream)
 
 
 def _rotation_table(decoder: Decoder, max_positions: int) -> RotationTable:

@@ -27,7 +27,7 @@ from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, ma
 from sarathi.model_executor.kernels.fused.skinny import MAX_TILES, SkinnyConfig, skinny
 from sarathi.model_executor.kernels.reference import decode_attention as attention_twin
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
-from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NoiseKey, RotationTable
+from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NewTokens, NoiseKey, RotationTable
 
 TWINS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -126,12 +126,12 @@ def test_argmax_takes_the_first_of_equals() -> None:
 def test_matvec_with_everything_around_it() -> None:
     outputs, size = random.choice(((37, 320), (64, 384)))
     x, weight, gated_weight = torch.randn(1, size), torch.randn(outputs, size), torch.randn(2 * outputs, size)
-    norm_weight, bias, residual = torch.randn(size), torch.randn(outputs), torch.randn(1, outputs)
+    bias, residual = torch.randn(outputs), torch.randn(1, outputs)
     config, out = MatvecConfig(random.choice((1, 2, 4)), 128, 4), torch.empty(1, outputs)
-    matvec(x, weight, out, Around(norm_weight, 1e-5, bias), config)
-    assert_near(out, TWINS.norm_linear(x, norm_weight, 1e-5, weight, bias))
-    matvec(x, gated_weight, out, Around(norm_weight, 1e-5, gated=True), config)
-    assert_near(out, TWINS.norm_gated_linear(x, norm_weight, 1e-5, gated_weight))
+    matvec(x, weight, out, Around(bias=bias), config)
+    assert_near(out, TWINS.linear(x, weight, bias))
+    matvec(x, gated_weight, out, Around(gated=True), config)
+    assert_near(out, TWINS.gated_linear(x, gated_weight))
     expected = residual.clone()
     TWINS.linear_add(x, weight, expected)
     matvec(x, weight, residual, Around(residual=residual), config)
@@ -148,7 +148,7 @@ def test_skinny_with_everything_around_it(splits: int) -> None:
     skinny(x, weight, out, Around(bias=bias), config, counters)
     assert_near(out, TWINS.linear(x, weight, bias))
     skinny(x, gated_weight, out, Around(gated=True), config, counters)
-    assert_near(out, TWINS.silu_and_mul(TWINS.linear(x, gated_weight)))
+    assert_near(out, TWINS.gated_linear(x, gated_weight))
     expected = residual.clone()
     TWINS.linear_add(x, weight, expected)
     skinny(x, weight, residual, Around(residual=residual), config, counters)
@@ -161,17 +161,10 @@ def test_skinny_with_everything_around_it(splits: int) -> None:
 def test_linear_kernels_choose_by_shape(tokens: int) -> None:
     ours = LinearKernels(2, CPU)
     x, weight = torch.randn(tokens, 256).half(), torch.randn(160, 256).half() / 16
-    norm_weight, residual = torch.rand(256).half(), torch.randn(tokens, 160).half()
+    residual = torch.randn(tokens, 160).half()
     close = {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(ours.linear(x, weight), TWINS.linear(x, weight), **close)
-    torch.testing.assert_close(
-        ours.norm_linear(x, norm_weight, 1e-5, weight), TWINS.norm_linear(x, norm_weight, 1e-5, weight), **close
-    )
-    torch.testing.assert_close(
-        ours.norm_gated_linear(x, norm_weight, 1e-5, weight),
-        TWINS.norm_gated_linear(x, norm_weight, 1e-5, weight),
-        **close,
-    )
+    torch.testing.assert_close(ours.gated_linear(x, weight), TWINS.gated_linear(x, weight), **close)
     twin_residual = residual.clone()
     ours.linear_add(x, weight, residual)
     TWINS.linear_add(x, weight, twin_residual)
@@ -193,6 +186,23 @@ def test_decode_attention(window: int | None) -> None:
     workspace = DecodeWorkspace.create(random.choice((1, 4, 9)), 32, CPU, DecodeConfig(tile=16))
     expected = attention_twin.decode_attention(q, keys, values, batch, 0.2)
     torch.testing.assert_close(decode_attention(q, keys, values, batch, 0.2, workspace), expected, **CLOSE)
+    assert not workspace.arrivals.any()
+
+
+@loops
+def test_decode_attention_turns_and_stores_the_new_tokens() -> None:
+    num_seqs, kv_heads, group = random.randint(1, 5), random.choice((1, 2, 3)), random.choice((1, 3, 4))
+    cache = torch.randn(2, num_seqs, 90, kv_heads, 32)
+    lengths = torch.tensor([random.choice((0, 1, 16, 17, 90)) for _ in range(num_seqs)]).int()
+    batch = DecodeBatch(torch.randperm(num_seqs).int(), lengths)
+    packed = torch.randn(num_seqs, kv_heads * (group + 2), 32)
+    q, key, value = packed.split((kv_heads * group, kv_heads, kv_heads), dim=1)
+    new = NewTokens(key, value, RotationTable(torch.randn(90, 16), torch.randn(90, 16)))
+    workspace = DecodeWorkspace.create(random.choice((1, 4, 9)), 32, CPU, DecodeConfig(tile=16))
+    twin_cache = cache.clone()
+    expected = attention_twin.decode_attention(q, *twin_cache, batch, 0.2, new)
+    torch.testing.assert_close(decode_attention(q, *cache, batch, 0.2, workspace, new), expected, **CLOSE)
+    torch.testing.assert_close(cache, twin_cache, **CLOSE)
 
 
 def assert_near(ours: Tensor, twin: Tensor) -> None:

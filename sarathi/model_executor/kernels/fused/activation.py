@@ -24,8 +24,8 @@ def silu_and_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
 @triton.jit
 def _silu_kernel(gate_up_ptr, out_ptr, size, stride_token, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < size

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from sarathi.model_executor.kernels.fused.activation import silu_and_mul
 from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, matvec
-from sarathi.model_executor.kernels.fused.norm import rms_norm
 from sarathi.model_executor.kernels.fused.skinny import MAX_TILES, MAX_TOKENS, SkinnyConfig, skinny
 
 _BLOCK_N = 64
@@ -40,34 +39,21 @@ class LinearKernels:
         else:
             torch.addmm(residual, x, weight.t(), out=residual)
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """``linear(rms_norm(x), weight, bias)``, in one kernel for one token."""
-        if not self._is_matvec(x):
-            return self.linear(rms_norm(x, norm_weight, eps, pdl=self._pdl), weight, bias)
-        return self._product(x, weight, _empty(x, weight.shape[0]), Around(norm_weight, eps, bias))
-
-    def norm_gated_linear(self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
-        """``silu_and_mul(norm_linear(x, ...))``. weight: [2 * out, in], gate rows first. Returns [num_tokens, out]."""
-        if self._is_matvec(x):
-            return self._product(x, weight, _empty(x, weight.shape[0] // 2), Around(norm_weight, eps, gated=True))
-        normed = rms_norm(x, norm_weight, eps, pdl=self._pdl)
-        if self._is_ours(x, weight):
-            return self._product(normed, weight, _empty(x, weight.shape[0] // 2), Around(gated=True))
-        return silu_and_mul(functional.linear(normed, weight), pdl=self._pdl)
-
-    def _is_matvec(self, x: Tensor) -> bool:
-        return x.shape[0] == 1 <= self._max_skinny_tokens
+    def gated_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``silu_and_mul(linear(x, weight))``. weight: [2 * out, in], gate rows first. Returns [num_tokens, out]."""
+        if not self._is_ours(x, weight):
+            return silu_and_mul(functional.linear(x, weight), pdl=self._pdl)
+        return self._product(x, weight, _empty(x, weight.shape[0] // 2), Around(gated=True))
 
     def _is_ours(self, x: Tensor, weight: Tensor) -> bool:
+        if x.shape[0] == 1:
+            return self._max_skinny_tokens > 0
         few = 1 < x.shape[0] <= self._max_skinny_tokens and x.shape[1] % _BLOCK_K == 0
-        fits = weight.shape[0] <= MAX_TILES * _BLOCK_N and x.dtype in (torch.bfloat16, torch.float16)
-        return self._is_matvec(x) or (few and fits)
+        return few and weight.shape[0] <= MAX_TILES * _BLOCK_N and x.dtype in (torch.bfloat16, torch.float16)
 
     def _product(self, x: Tensor, weight: Tensor, out: Tensor, around: Around) -> Tensor:
         if x.shape[0] == 1:
-            matvec(x, weight, out, around, MatvecConfig(), pdl=self._pdl)
+            matvec(x, weight, out, around, MatvecConfig(rows=2 if around.gated else 4), pdl=self._pdl)
         elif x.shape[0] > 1:
             config = self._skinny_config(out.shape[1], x.shape[1], around)
             skinny(x, weight, out, around, config, self._counters, pdl=self._pdl)

@@ -1,5 +1,5 @@
-"""Matrix-vector product for one token, with what stands around it in a decoder layer fused in: normalization before,
-bias, gated activation or addition to the residual after. Knows nothing of layers.
+"""Matrix-vector product for one token, with what follows it in a decoder layer fused in: bias, gated activation or
+addition to the residual. Knows nothing of layers.
 
 One program computes a few output rows and reads them front to back: the kernel is a stream of weights and nothing
 else, which is why it beats a matrix product that has to feed tensor cores.
@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 class MatvecConfig(NamedTuple):
     """Shape of one program."""
 
-    rows: int = 2  # output rows (a gated row counts once and reads two rows of weights)
+    rows: int = 4  # output rows (a gated row counts once and reads two rows of weights)
     block_k: int = 2048  # elements of each row read at a time
     warps: int = 8
 
@@ -25,8 +25,6 @@ class MatvecConfig(NamedTuple):
 class Around(NamedTuple):
     """What is fused around the product; None where there is nothing."""
 
-    norm_weight: Tensor | None = None  # [in]: the input is rms-normalized and scaled by it first
-    eps: float = 0.0
     bias: Tensor | None = None  # [out]
     residual: Tensor | None = None  # [1, out]: added to the result
     gated: bool = False  # weight is [2 * out, in], gate rows first; the result is silu(gate) * up
@@ -39,13 +37,10 @@ def matvec(x: Tensor, weight: Tensor, out: Tensor, around: Around, config: Matve
     block_k = min(config.block_k, triton.next_power_of_2(size))
     options = {"num_warps": config.warps, **({"launch_pdl": True} if pdl else {})}
     _matvec_kernel[(triton.cdiv(outputs, config.rows),)](
-        *(x, weight, out),
-        *(_or(around.norm_weight, x), _or(around.bias, x), _or(around.residual, x)),
-        *(outputs, weight.stride(0), around.eps),
+        *(x, weight, out, _or(around.bias, x), _or(around.residual, x), outputs, weight.stride(0)),
         SIZE=size,
         ROWS=config.rows,
         BLOCK_K=block_k,
-        NORM=around.norm_weight is not None,
         BIAS=around.bias is not None,
         ADD=around.residual is not None,
         GATED=around.gated,
@@ -71,21 +66,20 @@ def _matvec_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
-    norm_ptr,
     bias_ptr,
     residual_ptr,
     outputs,
     stride_weight,
-    eps,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # Rows past the end read the last row and are not stored: no mask in the loop.
     near = tl.minimum(rows, outputs - 1).to(tl.int64)
@@ -97,10 +91,8 @@ def _matvec_kernel(
         up_weights = _weights(up_ptr, cols, SIZE, BLOCK_K)
     if PDL:
         gdc_wait()  # the weights above were never written: only what follows needs the kernel before
-        gdc_launch_dependents()
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
     up_total = tl.zeros((ROWS, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in tl.static_range(0, SIZE, BLOCK_K):
         at = start + cols
         inside = at < SIZE
@@ -109,18 +101,11 @@ def _matvec_kernel(
             if GATED:
                 up_weights = _weights(up_ptr, at, SIZE, BLOCK_K)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares += x * x
-            x *= tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
         total += weights.to(tl.float32) * x[None, :]
         if GATED:
             up_total += up_weights.to(tl.float32) * x[None, :]
     result = tl.sum(total, axis=1)
     up = tl.sum(up_total, axis=1)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / SIZE + eps)
-        result *= scale
-        up *= scale
     stored = rows < outputs
     if GATED:
         result = result * tl.sigmoid(result) * up

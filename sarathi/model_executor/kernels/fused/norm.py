@@ -63,13 +63,14 @@ def _rms_norm_kernel(
     ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < SIZE
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)  # no earlier kernel writes it
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     x = tl.load(x_ptr + (row // HEADS) * stride_token + (row % HEADS) * stride_head + cols, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * SIZE + cols, mask=inside, other=0.0)

@@ -34,7 +34,7 @@ class SkinnyConfig(NamedTuple):
 def skinny(
     x: Tensor, weight: Tensor, out: Tensor, around: Around, config: SkinnyConfig, counters: Tensor, *, pdl: bool = False
 ) -> None:
-    """``out = around(x @ weight.T)`` for up to 16 tokens; ``around`` without normalization.
+    """``out = around(x @ weight.T)`` for up to 16 tokens.
 
     x: [num_tokens, in], last stride 1; weight: [out or 2 * out, in], last stride 1, ``in`` a multiple of
     config.block_k; out: [num_tokens, out], contiguous; counters: [MAX_TILES] int32, zero, and zero again afterwards.
@@ -90,6 +90,8 @@ def _skinny_kernel(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     tile, split = tl.program_id(0), tl.program_id(1)
     blocks = size // BLOCK_K
     first, last = (split * blocks) // SPLITS, ((split + 1) * blocks) // SPLITS
@@ -102,7 +104,6 @@ def _skinny_kernel(
     token_ptr = x_ptr + tl.minimum(token, tokens - 1)[None, :] * stride_x + cols[:, None]
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up_total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in range(first, last):

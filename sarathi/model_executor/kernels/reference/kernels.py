@@ -17,5 +17,4 @@ class ReferenceKernels:
     sample = staticmethod(sampling.sample)
     linear = staticmethod(products.linear)
     linear_add = staticmethod(products.linear_add)
-    norm_linear = staticmethod(products.norm_linear)
-    norm_gated_linear = staticmethod(products.norm_gated_linear)
+    gated_linear = staticmethod(products.gated_linear)

@@ -4,7 +4,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from sarathi.model_executor.kernels.reference.activation import silu_and_mul
-from sarathi.model_executor.kernels.reference.norm import rms_norm
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,11 +16,6 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
     residual.add_(functional.linear(x, weight))
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear(rms_norm(x, norm_weight, eps), weight, bias)``."""
-    return functional.linear(rms_norm(x, norm_weight, eps), weight, bias)
-
-
-def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """``silu_and_mul(norm_linear(x, ...))``. weight: [2 * out, in], gate rows first. Returns [num_tokens, out]."""
-    return silu_and_mul(norm_linear(x, norm_weight, eps, weight))
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``silu_and_mul(linear(x, weight))``. weight: [2 * out, in], gate rows first. Returns [num_tokens, out]."""
+    return silu_and_mul(functional.linear(x, weight))

@@ -1,0 +1,43 @@
+"""What a backend does with keys and values that a fused step has just computed. Knows no kernel library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sarathi.model_executor.attention.backend import CacheLayer
+from sarathi.model_executor.kernels import Kernels
+from sarathi.model_executor.kernels.types import CacheTarget, NewTokens
+
+if TYPE_CHECKING:
+    from sarathi.model_executor.attention.triton_decode import TritonDecode
+
+
+class AppendingBackend(ABC):
+    """Base of the backends on a GPU. _decode: takes the steps that _takes_decode says; None: there is none such."""
+
+    _kernels: Kernels
+    _decode: TritonDecode | None
+
+    @abstractmethod
+    def target(self, layer: CacheLayer, metadata: Any) -> CacheTarget:
+        """Where the step's keys and values go, for a kernel that stores them before `attend`."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: Any) -> Tensor:
+        """Attention alone: the step's keys and values are in the cache. query, result: [T, num_heads, head_size]."""
+
+    @abstractmethod
+    def _takes_decode(self, metadata: Any) -> bool:
+        """Whether every sequence has one new token, on a contiguous slot."""
+
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Any
+    ) -> Tensor:
+        """Turns the queries [T, num_heads, head_size] and the new keys to their positions [T], stores, attends."""
+        if self._decode is not None and self._takes_decode(metadata) and self._decode.turns(new.table):
+            return self._decode.append_and_attend(query, new, layer, metadata.step)
+        self._kernels.rope_and_store(query, new.keys, new.values, positions, new.table, self.target(layer, metadata))
+        return self.attend(query, layer, metadata)
