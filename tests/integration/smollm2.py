@@ -42,7 +42,7 @@ def load_reference() -> PreTrainedModel:
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What transformers generates, ends of text included."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens, pad_token_id=0
     )
