@@ -13,15 +13,15 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from kernel_benchmark import decode, plot, products
+from kernel_benchmark import decode, products
 from kernel_benchmark.elementwise import measure_elementwise
 from kernel_benchmark.prefill import measure_prefill
-from kernel_benchmark.shapes import LLAMA, MODELS, YI
+from kernel_benchmark.shapes import LLAMA, YI
 from kernel_benchmark.step import measure_steps
-from kernel_benchmark.table import Budget, Table
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
+from measurement.plot import draw_ratios, draw_times
+from measurement.table import Budget, Table, Work
 
-Work = Iterator[tuple[str, Callable[[], None]]]
 SMALL_DECODE = [(16, 1024), (1, 1024), (64, 2048), (8, 32768), (16, 8192), (256, 1024), (1, 131072)]
 DECODE = [*SMALL_DECODE, (16, 16384), (64, 4096), (1, 16384), (4, 65536), (1, 196608), (16, 4096), (8, 8192)]
 PREFILL = [8192, 32768, 16384, 2048, 65536, 131072, 4096, 1024, 196608]
@@ -63,7 +63,7 @@ def _elementwise(table: Table, tokens: int) -> None:
 
 
 def _jobs(only: str | None) -> Iterator[Callable[[], None]]:
-    shapes = [(model, batch, context) for model in MODELS.values() for batch, context in DECODE]
+    shapes = [(model, batch, context) for model in (LLAMA, YI) for batch, context in DECODE]
     return chain(decode.warm_up_jobs(shapes), products.warm_up_jobs() if only != "attention" else ())
 
 
@@ -84,7 +84,8 @@ def main() -> None:
         budget.run(small(table))
     if options.only != "small":
         budget.run(attention(table, flashinfer=options.flashinfer))
-    plot.draw(table.rows, options.output / "kernels.png")
+    draw_times(table.rows, options.output / "kernels.png")
+    draw_ratios(table.rows, options.output / "kernels_ratios.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Decode attention over contiguous and paged memory, by every kernel at hand. Knows no engine."""
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from measurement.table import Row, Table, attempt
 from torch import Tensor
 
+from kernel_benchmark.attention import installed_packages
 from kernel_benchmark.shapes import MODELS, Model
-from kernel_benchmark.table import Row, Table, attempt
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
@@ -145,11 +145,6 @@ def flashinfer_launch(inputs: Inputs, page: int, *, contiguous: bool) -> Launch:
         q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
     )  # fmt: skip
     return lambda i: wrapper.run(inputs.q, layers[i])
-
-
-def installed_packages() -> list[str]:
-    """The packages with FlashAttention 3 that can be imported here."""
-    return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.module.split(".")[0])]
 
 
 def _launches(inputs: Inputs, *, flashinfer: bool) -> Iterator[tuple[str, Callable[[], Launch]]]:

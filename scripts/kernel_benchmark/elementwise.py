@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from measurement.table import Row, Table
 from torch import Tensor
 
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.table import Row, Table
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable

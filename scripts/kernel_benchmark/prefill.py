@@ -6,11 +6,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from measurement.table import Row, Table, attempt
 from torch import Tensor
 
-from kernel_benchmark.decode import PAGES, installed_packages
+from kernel_benchmark.attention import installed_packages
+from kernel_benchmark.decode import PAGES
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.table import Row, Table, attempt
 from kernel_benchmark.timing import eager_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep

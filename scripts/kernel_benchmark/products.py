@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+from measurement.table import Row, Table
 from torch import Tensor
 
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.table import Row, Table
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, matvec
 from sarathi.model_executor.kernels.fused.skinny import MAX_TILES, SkinnyConfig, skinny

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Model(NamedTuple):
-    """A decoder's shape; all with head size 128."""
+    """A decoder's shape."""
 
     name: str
     num_heads: int
@@ -37,5 +37,6 @@ class Model(NamedTuple):
 
 
 LLAMA = Model("llama-3-8b", 32, 8, 4096, 14336, 128256)
-YI = Model("yi-6b", 32, 4, 4096, 11008, 64000)
-MODELS = {model.name: model for model in (LLAMA, YI)}
+YI = Model("yi-6b-200k", 32, 4, 4096, 11008, 64000)
+TINY = Model("tiny", 4, 2, 256, 512, 1000, layers=2, head_size=64)  # for trying a script
+MODELS = {model.name: model for model in (LLAMA, YI, TINY)}

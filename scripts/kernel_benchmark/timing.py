@@ -1,10 +1,12 @@
 """How long a kernel takes on the device. Knows nothing of kernels.
 
 Launches are captured in a CUDA graph that walks over enough copies of the inputs that none is found in L2, and the
-graph is timed with events: what is measured is what a decode step inside a graph pays, launch gaps included.
+graph is timed with events: what is measured is what a decode step inside a graph pays, launch gaps included. Without a
+GPU the same calls take the time of the CPU, for trying things out.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +22,13 @@ def copies_for(bytes_each: int, limit: int = 64) -> int:
 def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int = 8, replays: int = 7) -> float:
     """Median microseconds of ``launch(i)``, i walking over range(copies), inside a graph."""
     launches = copies * -(-min_launches // copies)
+
+    def all_launches() -> None:
+        for number in range(launches):
+            launch(number % copies)
+
+    if not torch.cuda.is_available():
+        return _median_us(all_launches, replays) / launches
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -28,25 +37,36 @@ def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int 
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for number in range(launches):
-            launch(number % copies)
+        all_launches()
     return _median_us(graph.replay, replays) / launches
 
 
-def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5) -> float:
-    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch."""
+def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5, warm: bool = False) -> float:
+    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch.
+
+    warm: all that is launched has run before.
+    """
     calls = iter(range(10**9))
-    return _median_us(lambda: launch(next(calls) % copies), replays)
+    return _median_us(lambda: launch(next(calls) % copies), replays, warm=warm)
 
 
-def _median_us(work: Callable[[], object], replays: int) -> float:
-    work()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def _median_us(work: Callable[[], object], replays: int, *, warm: bool = False) -> float:
+    if not warm:
         work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
-    return statistics.median(times)
+    clock = _device_us if torch.cuda.is_available() else _host_us
+    return statistics.median(clock(work) for _ in range(replays))
+
+
+def _device_us(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000
+
+
+def _host_us(work: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    work()
+    return (time.perf_counter() - start_s) * 1e6

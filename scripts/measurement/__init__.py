@@ -1,0 +1,1 @@
+"""What the scripts that measure share: rows and files, pictures, time budgets, work. Knows no result."""

@@ -1,0 +1,47 @@
+"""What scripts that run engines are told, and a model small enough to try them on. Knows no script."""
+
+import argparse
+import json
+from pathlib import Path
+
+_SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 1000, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+_TEST = {
+    "model": "tiny", "backend": "sdpa_vattn", "device": "cpu", "memory_bytes": "64mb", "max_model_len": 512,
+    "max_num_seqs": 8, "chunk_size": 64,
+}  # fmt: skip
+
+
+def save_tiny_model(folder: Path) -> str:
+    """A configuration alone: random weights, token ids, heads of 64."""
+    (folder / "config.json").write_text(json.dumps(_SHAPE))
+    return str(folder)
+
+
+def engine_parser(description: str | None, output: str) -> argparse.ArgumentParser:
+    """What every script that runs engines is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b", help="a shipped name, or tiny")
+    parser.add_argument("--backend", default="fa_vattn")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
+    parser.add_argument("--max-model-len", type=int, default=132_096)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--chunk-size", type=int, default=16384, help="tokens of a step")
+    parser.add_argument("--memory-bytes", help="of the KV cache, as 8gb; none: what is free")
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds; nothing starts after them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the CSV files and plots")
+    parser.add_argument("--test", action="store_true", help="a short form on the CPU with a tiny model")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, those of the short form where it is asked for."""
+    options = parser.parse_args()
+    if options.test:
+        vars(options).update(_TEST)
+    return options

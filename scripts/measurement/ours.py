@@ -1,0 +1,73 @@
+"""Our engine behind the narrow door of serving.py. Knows no work."""
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from measurement.options import save_tiny_model
+from sarathi import LLM, SamplingParams
+from sarathi.core.block_space_manager.factory import make_block_space_manager
+from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.engine.llm_engine import LLMEngine
+
+
+class OurEngine:
+    """One LLM. Each row names the backend that was asked for."""
+
+    def __init__(self, llm: LLM, backend: str) -> None:
+        self._llm, self._built = llm, llm.engine
+        self.engine = llm.engine
+        self.backend = backend
+        executor = llm.engine.executor
+        self.vocab_size: int = executor.vocab_size
+        self.max_model_len: int = executor.max_model_len
+        self.max_num_seqs: int = llm.engine.scheduler.config.max_num_seqs
+        self.capacity_tokens: int = executor.capacity.tokens_in(executor.capacity.rows)
+        self._ids = map(str, count())
+
+    @property
+    def has_work(self) -> bool:
+        return self.engine.has_work
+
+    def add(self, prompt: list[int], output_tokens: int) -> str:
+        request_id = next(self._ids)
+        params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+        self.engine.add_request(request_id, prompt, params)
+        return request_id
+
+    def step(self) -> Iterable[tuple[str, int]]:
+        return [(output.request_id, 1) for output in self.engine.step()]
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+
+    def limit_step(self, tokens: int | None) -> None:
+        """A second scheduler over the same executor: the step's budget is fixed where a scheduler is made."""
+        if self.has_work:
+            raise RuntimeError("requests are under way: the step's budget is changed between them")
+        if tokens is None:
+            self.engine = self._built
+            return
+        executor, scheduler = self._built.executor, self._built.scheduler
+        ledger = make_block_space_manager(executor.backend, executor.capacity)
+        config = replace(scheduler.config, chunk_size=tokens)
+        self.engine = LLMEngine(make_scheduler(config, ledger, executor.max_model_len), executor, None)
+
+    def close(self) -> None:
+        self._llm.close()
+
+
+def open_engine(options: Namespace, backend: str, **settings: object) -> OurEngine:
+    """The engine of a script's options (see options.py) with random weights; `settings` are more of its knobs."""
+    chosen: dict[str, object] = {
+        "model": options.model, "load_format": "dummy", "attention_backend": backend, "chunk_size": options.chunk_size,
+        "max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs,
+        "memory_bytes": options.memory_bytes, "device": options.device,
+    }  # fmt: skip
+    if options.model == "tiny":
+        chosen["model"] = save_tiny_model(Path(tempfile.mkdtemp(prefix="tiny-model-")))
+    return OurEngine(LLM(**{**chosen, **settings}), backend)

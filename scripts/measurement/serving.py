@@ -1,0 +1,197 @@
+"""Engines under load, ours and others through one narrow door, so that all are measured alike. Knows no engine."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+from measurement.lengths import Requests, Sizes, lognormal_requests, trace_requests, uniform_requests
+from measurement.table import Row, Table, Work
+
+WARM_UP_TOKENS = 8
+STAGES = ("prefill", "decode", "requests", "trace", "chunked")
+
+
+class Engine(Protocol):
+    """All that is asked of an engine. Requests are greedy and ignore end tokens."""
+
+    backend: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    capacity_tokens: int
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, prompt: list[int], output_tokens: int) -> str:
+        """Queue a request; its id."""
+
+    def step(self) -> Iterable[tuple[str, int]]:
+        """Go on by one step; the tokens that each request got."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests and give back their memory."""
+
+    def limit_step(self, tokens: int | None) -> None:
+        """At most so many tokens a step from now on; None: as built. Only where no request is left."""
+
+
+class Decoding(NamedTuple):
+    """Steps in which every request of a batch decodes."""
+
+    steps_ms: list[float]
+    ms_per_token: float
+    mean_context: float
+
+
+class Load:
+    """Requests of random tokens for one engine, and rows of what they took."""
+
+    def __init__(self, engine: Engine, table: Table, model: str, sizes: Sizes, seed: int = 0) -> None:
+        self.engine, self.table, self.model, self.sizes, self.seed = engine, table, model, sizes, seed
+        self.contexts: dict[Row, float] = {}  # of rows of prefill, and the mean over the steps of rows of decode
+        self._random = random.Random(seed)
+
+    def record(self, work: str, batch: int, context: int, value: float, unit: str) -> Row:
+        row = Row(self.model, work, self.engine.backend, batch, context, value, unit)
+        self.table.add(row)
+        return row
+
+    def submit(self, prompt_tokens: int, output_tokens: int) -> str:
+        prompt = self._random.choices(range(3, self.engine.vocab_size - 3), k=prompt_tokens)
+        return self.engine.add(prompt, output_tokens)
+
+    def drain(self) -> None:
+        """Step until every request is done."""
+        while self.engine.has_work:
+            self.engine.step()
+
+    def serve(self, requests: Requests) -> float:
+        """Seconds from the first request's arrival to the last one's end."""
+        start_s = time.perf_counter()
+        for lengths in requests:
+            self.submit(*lengths)
+        self.drain()
+        return time.perf_counter() - start_s
+
+    def warm_up(self) -> None:
+        """Every path once: several prompts in a step, a long prompt, decodes."""
+        self.serve([(self.sizes.prefill[-2] // 2, WARM_UP_TOKENS)] + [(16, WARM_UP_TOKENS)] * 7)
+
+    def settle(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
+        """Requests with these prompts that all decode, with tokens for `steps` steps more; tokens so far by id."""
+        slack = 2 * WARM_UP_TOKENS + 64 + sum(prompts) // 1024  # steps in which not all of them decode yet
+        produced = {self.submit(tokens, steps + slack): 0 for tokens in prompts}
+        while min(produced.values()) < WARM_UP_TOKENS:
+            self.advance(produced)
+        return produced
+
+    def advance(self, produced: dict[str, int]) -> None:
+        """One step."""
+        for request_id, tokens in self.engine.step():
+            if request_id in produced:
+                produced[request_id] += tokens
+
+    def end(self, produced: dict[str, int]) -> None:
+        self.engine.abort(list(produced))
+        self.drain()
+
+    def decoding(self, prompts: Sequence[int], steps: int) -> Decoding:
+        """All of these prompts decode together, for `steps` tokens of each."""
+        produced = self.settle(prompts, steps)
+        before, stamps = sum(produced.values()), [time.perf_counter()]
+        target = min(produced.values()) + steps
+        while min(produced.values()) < target:
+            self.advance(produced)
+            stamps.append(time.perf_counter())
+        tokens = sum(produced.values()) - before
+        self.end(produced)
+        steps_ms = [1e3 * (after - earlier) for earlier, after in pairwise(stamps)]
+        middle = (sum(prompts) + before + tokens / 2) / len(prompts)
+        return Decoding(steps_ms, sum(steps_ms) * len(prompts) / tokens, middle)
+
+    # What a row is made of.
+
+    def prefill(self, context: int, work: str = "prefill") -> None:
+        """Median seconds of one request with a prompt of `context` tokens and one token out."""
+        repeats = 3 if context <= 65536 else 2
+        seconds = statistics.median(self.serve([(context, 1)]) for _ in range(repeats))
+        row = self.record(work, 1, context, seconds, "s")
+        self.contexts[row] = context
+
+    def decode(self, batch: int, context: int) -> None:
+        """Milliseconds a token over sizes.decode_steps."""
+        found = self.decoding([context] * batch, self.sizes.decode_steps)
+        row = self.record("decode", batch, context, found.ms_per_token, "ms/token")
+        self.contexts[row] = found.mean_context
+        self.record("decode p99 step", batch, context, percentile(found.steps_ms, 0.99), "ms")
+
+    def makespan(self, count: int, tokens: int, ratio: int) -> None:
+        seconds = self.serve(trace_requests(count, tokens, ratio))
+        self.record(f"{count} requests, P:D {ratio}, all at once", count, tokens, seconds, "s")
+
+    def throughput(self, work: str, requests: Requests) -> None:
+        """Output tokens a second over requests that are all there at once."""
+        longest = max(map(sum, requests))
+        seconds = self.serve(requests)
+        self.record(work, len(requests), longest, sum(out for _, out in requests) / seconds, "output tokens/s")
+
+    def chunked_prefill(self) -> None:
+        """Prefill with few tokens a step; the engine is as it was afterwards."""
+        self.engine.limit_step(self.sizes.chunk)
+        self.serve([(self.sizes.chunk * 2, 1)])
+        for context in self._prompts():
+            self.prefill(context, self.sizes.chunked_work)
+        self.engine.limit_step(None)
+
+    # What to measure.
+
+    def plan(self, stages: Sequence[str]) -> Work:
+        """Rows as (name, thunk), in the order of the stages, within each the most important first."""
+        makers: dict[str, Callable[[], Iterator[tuple[str, Callable[[], None]]]]] = {
+            "prefill": lambda: ((f"prefill {n}", partial(self.prefill, n)) for n in self._prompts()),
+            "chunked": lambda: iter([("chunked prefill", self.chunked_prefill)]),
+            "decode": lambda: ((f"decode {b} x {n}", partial(self.decode, b, n)) for b, n in self.decode_shapes()),
+            "requests": self._short_requests,
+            "trace": self._traces,
+        }
+        for stage in stages:
+            yield from makers[stage]()
+
+    def decode_shapes(self) -> list[tuple[int, int]]:
+        """Those that fit in the cache, the steps that are measured included."""
+        room = self.sizes.decode_steps + 2 * WARM_UP_TOKENS + 256
+        engine = self.engine
+        return [
+            (batch, context)
+            for batch, context in self.sizes.decode
+            if batch <= engine.max_num_seqs
+            and context + room <= engine.max_model_len
+            and batch * (context + room) <= engine.capacity_tokens
+        ]
+
+    def _prompts(self) -> list[int]:
+        longest = min(self.engine.max_model_len, self.engine.capacity_tokens)
+        return [tokens for tokens in self.sizes.prefill if tokens < longest]
+
+    def _short_requests(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        count, low, high = self.sizes.uniform
+        work = f"{count} requests, in {low}-{high}, out {low}-{high}"
+        yield work, partial(self.throughput, work, uniform_requests(self.sizes, self.seed))
+        work = f"{self.sizes.lognormal_requests} requests, in ~ lognormal 230, out ~ lognormal 190"
+        longest = self.engine.max_model_len
+        yield work, partial(self.throughput, work, lognormal_requests(self.sizes, self.seed, longest))
+
+    def _traces(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        for trace in self.sizes.traces:
+            if trace[1] <= self.engine.max_model_len:
+                yield f"trace {trace}", partial(self.makespan, *trace)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that so large a share of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
