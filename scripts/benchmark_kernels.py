@@ -22,6 +22,8 @@ from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.plot import draw_ratios, draw_times
 from measurement.table import Budget, Table, Work
 
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig
+
 SMALL_DECODE = [(16, 1024), (1, 1024), (64, 2048), (8, 32768), (16, 8192), (256, 1024), (1, 131072)]
 DECODE = [*SMALL_DECODE, (16, 16384), (64, 4096), (1, 16384), (4, 65536), (1, 196608), (16, 4096), (8, 8192)]
 PREFILL = [8192, 32768, 16384, 2048, 65536, 131072, 4096, 1024, 196608]
@@ -32,7 +34,7 @@ def small(table: Table) -> Work:
     shapes = [(1, 1024), (16, 1024), (64, 1024), (256, 1024)]
     yield "steps llama", partial(measure_steps, table, LLAMA, shapes)
     for batch, context in SMALL_DECODE:
-        measure = partial(decode.measure_decode, table, LLAMA, batch, context, flashinfer=False)
+        measure = partial(decode.measure_decode, table, LLAMA, batch, context, decode.CONFIGS)
         yield f"decode llama {batch} x {context}", measure
     for batch, model in ((1, LLAMA), (16, LLAMA), (1, YI), (16, YI), (8, LLAMA), (4, LLAMA), (2, LLAMA)):
         for name in model.weights:
@@ -40,7 +42,7 @@ def small(table: Table) -> Work:
     for tokens in (1, 16, 256, 2048):
         yield f"small kernels {tokens}", partial(_elementwise, table, tokens)
     for batch, context in SMALL_DECODE[:4]:
-        measure = partial(decode.measure_decode, table, YI, batch, context, flashinfer=False)
+        measure = partial(decode.measure_decode, table, YI, batch, context, decode.CONFIGS)
         yield f"decode yi {batch} x {context}", measure
 
 
@@ -64,7 +66,9 @@ def _elementwise(table: Table, tokens: int) -> None:
 
 def _jobs(only: str | None) -> Iterator[Callable[[], None]]:
     shapes = [(model, batch, context) for model in (LLAMA, YI) for batch, context in DECODE]
-    return chain(decode.warm_up_jobs(shapes), products.warm_up_jobs() if only != "attention" else ())
+    if only == "attention":
+        return decode.warm_up_jobs(shapes, [DecodeConfig()])
+    return chain(decode.warm_up_jobs(shapes, decode.CONFIGS), products.warm_up_jobs())
 
 
 def main() -> None:
@@ -75,15 +79,15 @@ def main() -> None:
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer too (compiles its kernels, 1-3 minutes)")
     options = parser.parse_args()
     budget = Budget(options.budget)
-    options.output.mkdir(parents=True, exist_ok=True)
     warm_up(partial(_jobs, options.only), processes_at_hand())
     torch.manual_seed(0)
     table = Table(options.output / "kernels.csv")
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
-    if options.only != "attention":
-        budget.run(small(table))
-    if options.only != "small":
-        budget.run(attention(table, flashinfer=options.flashinfer))
+    with torch.inference_mode():
+        if options.only != "attention":
+            budget.run(small(table))
+        if options.only != "small":
+            budget.run(attention(table, flashinfer=options.flashinfer))
     draw_times(table.rows, options.output / "kernels.png")
     draw_ratios(table.rows, options.output / "kernels_ratios.png")
 

@@ -1,8 +1,8 @@
 """Decode attention over contiguous and paged memory, by every kernel at hand. Knows no engine."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -46,24 +46,42 @@ class Inputs:
         return cls(model, batch, context, _random(batch, model.num_heads, model.head_size), layers, slots, lengths)
 
 
-def warm_up_jobs(shapes: list[tuple[Model, int, int]]) -> Iterator[Callable[[], None]]:
+def warm_up_jobs(shapes: list[tuple[Model, int, int]], configs: Sequence[DecodeConfig]) -> Iterator[Callable[[], None]]:
     """One thunk for each Triton kernel that these shapes need, on a short context."""
     paddings = {(model.name, max(16, 4 ** -(-(batch - 1).bit_length() // 2))) for model, batch, _ in shapes}
-    for (name, padded), config in itertools.product(sorted(paddings), CONFIGS):
+    for (name, padded), config in itertools.product(sorted(paddings), configs):
         yield lambda n=name, b=padded, c=config: triton_launch(Inputs.create(MODELS[n], b, 256), c)(0)
 
 
-def measure_decode(table: Table, model: Model, batch: int, context: int, *, flashinfer: bool) -> None:
+def measure_decode(
+    table: Table,
+    model: Model,
+    batch: int,
+    context: int,
+    configs: Sequence[DecodeConfig] = (),
+    *,
+    flashinfer: bool = False,
+) -> None:
     """All kernels at one shape, each checked on a few sequences against float64 first; ratios are to the best paged."""
     inputs = Inputs.create(model, batch, context)
     expected, checked = exact_output(inputs, sequences=2)
     rows = []
-    for name, make in _launches(inputs, flashinfer=flashinfer):
+    for name, make in _launches(inputs, configs, flashinfer=flashinfer):
         value = attempt(name, partial(_checked_us, make, len(inputs.layers), expected, checked))
         if value is not None:
             rows.append(Row(model.name, "decode", name, batch, context, value, "us"))
-    table.add_compared(sorted(rows, key=lambda row: "paged" not in row.backend), "paged")
+    add_paged_first(table, rows)
     print(f"    floor at 4.5 TB/s {model.kv_bytes(batch, context) / 4.5e6:.1f} us", flush=True)
+
+
+def add_paged_first(table: Table, rows: list[Row]) -> None:
+    """Rows of one shape, each beside the best paged one; FlashAttention's also beside its own binary's page of 16."""
+    table.add_compared(sorted(rows, key=lambda row: "paged" not in row.backend), "paged")
+    by_backend = {row.backend: row for row in rows}
+    for row in rows:
+        same_binary = by_backend.get(row.backend.replace("contiguous", "paged 16"))
+        if same_binary is not None and same_binary is not row:
+            table.add(replace(row, work=f"{row.work}, same binary").beside(same_binary))
 
 
 def _checked_us(make: Callable[[], Launch], copies: int, expected: Tensor, checked: Tensor) -> float:
@@ -147,11 +165,13 @@ def flashinfer_launch(inputs: Inputs, page: int, *, contiguous: bool) -> Launch:
     return lambda i: wrapper.run(inputs.q, layers[i])
 
 
-def _launches(inputs: Inputs, *, flashinfer: bool) -> Iterator[tuple[str, Callable[[], Launch]]]:
+def _launches(
+    inputs: Inputs, configs: Sequence[DecodeConfig], *, flashinfer: bool
+) -> Iterator[tuple[str, Callable[[], Launch]]]:
     packages = installed_packages()
     for package in packages:
         yield f"fa3 contiguous ({package})", lambda p=package: fa3_launch(inputs, p, None)
-    for config in CONFIGS:
+    for config in configs:
         name = "triton " + " ".join(f"{key}={value}" for key, value in config._asdict().items())
         yield name, lambda c=config: triton_launch(inputs, c)
     yield "triton default, overlapped launch", lambda: triton_launch(inputs, DecodeConfig(), pdl=True)

@@ -10,7 +10,7 @@ from measurement.table import Row, Table, attempt
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
-from kernel_benchmark.decode import PAGES
+from kernel_benchmark.decode import PAGES, add_paged_first
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import eager_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
@@ -39,20 +39,20 @@ def measure_prefill(table: Table, model: Model, chunk: int, context: int, *, fla
     work = "prefill" if chunk == context else f"prefill {chunk}"
     rows = []
     for name, make in _launches(inputs, flashinfer=flashinfer):
-        value = attempt(name, partial(_checked_ms, make, expected))
+        value = attempt(name, partial(_checked_ms, make, expected, 5 if context <= 65536 else 2))
         if value is not None:
             rows.append(Row(model.name, work, name, 1, context, value, "ms"))
-    table.add_compared(sorted(rows, key=lambda row: "paged" not in row.backend), "paged")
+    add_paged_first(table, rows)
     flops = 4 * chunk * (context - (chunk - 1) / 2) * model.num_heads * model.head_size
     print("    TFLOP/s:", ", ".join(f"{row.backend} {flops / row.value / 1e9:.0f}" for row in rows), flush=True)
 
 
-def _checked_ms(make: Callable[[], Launch], expected: Tensor) -> float:
+def _checked_ms(make: Callable[[], Launch], expected: Tensor, replays: int) -> float:
     launch = make()
     error = ((launch(0)[-len(expected) :].double() - expected).norm() / expected.norm()).item()
     if not error < 1e-2:
         raise ValueError(f"wrong result, error {error:.1e}")
-    return eager_us(launch, 1) / 1000
+    return eager_us(launch, 1, replays=replays, warm=True) / 1000
 
 
 def _exact_last_rows(inputs: Inputs, count: int) -> Tensor:
