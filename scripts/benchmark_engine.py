@@ -8,12 +8,9 @@ same shapes. Rows come in the order of --stages, and what --budget leaves out is
 """
 
 import gc
-import os
-import time
 from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from kernel_benchmark.alone import Alone
@@ -23,18 +20,12 @@ from measurement.lengths import FULL, SMALL, Sizes
 from measurement.options import engine_parser, parse
 from measurement.ours import open_engine
 from measurement.plot import draw_ratios
-from measurement.serving import STAGES, Load
+from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import Budget, Row, Table, Work
 
 OWN_STAGES = ("idle", "alone")
 ALONE = "products and attention alone"
 IDLE_SHAPES = ((1, 1024), (16, 1024), (64, 1024))
-
-
-def process_age_s() -> float:
-    """Seconds since this process began, imports included."""
-    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure_idle(load: Load, batch: int, context: int) -> None:
@@ -76,10 +67,7 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
     """All that needs the engine, which is gone when this returns; contexts by row, see Load."""
     engine = open_engine(options, options.backend)
     load = Load(engine, table, options.model, sizes, options.seed)
-    load.serve([(16, 2)])
-    load.record("start to first token", 1, 16, process_age_s(), "s")
-    load.record("KV tokens held", 1, 0, engine.capacity_tokens, "tokens")
-    load.warm_up()
+    load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
     if "idle" in options.stages and torch.cuda.is_available():
         budget.run(idle_work(load))

@@ -1,11 +1,13 @@
 """Engines under load, ours and others through one narrow door, so that all are measured alike. Knows no engine."""
 
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from measurement.lengths import Requests, Sizes, lognormal_requests, trace_requests, uniform_requests
@@ -78,8 +80,11 @@ class Load:
         self.drain()
         return time.perf_counter() - start_s
 
-    def warm_up(self) -> None:
-        """Every path once: several prompts in a step, a long prompt, decodes."""
+    def start(self, age_s: Callable[[], float]) -> None:
+        """The first rows, and every path once: several prompts in a step, decodes. age_s: seconds since the start."""
+        self.serve([(16, 2)])
+        self.record("start to first token", 1, 16, age_s(), "s")
+        self.record("KV tokens held", 1, 0, self.engine.capacity_tokens, "tokens")
         self.serve([(self.sizes.prefill[-2] // 2, WARM_UP_TOKENS)] + [(16, WARM_UP_TOKENS)] * 7)
 
     def settle(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
@@ -190,6 +195,12 @@ class Load:
         for trace in self.sizes.traces:
             if trace[1] <= self.engine.max_model_len:
                 yield f"trace {trace}", partial(self.makespan, *trace)
+
+
+def process_age_s() -> float:
+    """Seconds since this process began, imports included."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -1,0 +1,66 @@
+"""vLLM on the work of benchmark_engine.py, measured by the same code: vllm.csv; and both side by side: peer.csv.
+
+    python scripts/benchmark_peer.py --model llama-3-8b --output DIR            # where vllm can be imported
+    python scripts/benchmark_peer.py --join OURS/engine.csv DIR/vllm.csv --output DIR
+
+Run both engines on one machine, one after the other: the ratio of a row is that of the two runs.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from measurement.lengths import FULL
+from measurement.plot import draw_ratios
+from measurement.serving import STAGES, Load, process_age_s
+from measurement.table import Budget, Row, Table, read_rows
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All rows of vLLM."""
+    from measurement.peer import PeerEngine
+
+    budget = Budget(options.budget)
+    engine = PeerEngine(options.model, options.max_model_len, options.seed)
+    load = Load(engine, Table(options.output / "vllm.csv", peer=engine.backend), options.model, FULL, options.seed)
+    load.start(process_age_s)
+    budget.run(load.plan(options.stages))
+
+
+def join(ours: Path, theirs: Path, output: Path) -> None:
+    """Each of our rows that the peer has too beside the peer's, which follows it."""
+    peers = {_work(row): row for row in read_rows(theirs)}
+    table = Table(output / "peer.csv", ours=str(ours), theirs=str(theirs))
+    for row in read_rows(ours):
+        peer = peers.get(_work(row))
+        if peer is not None and "alone" not in row.backend:
+            table.add(row.beside(peer))
+            table.add(peer)
+    draw_ratios(table.rows, output / "peer.png")
+
+
+def _work(row: Row) -> tuple[object, ...]:
+    return row.model, row.work, row.batch, row.context, row.unit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b", help="a shipped name")
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
+    parser.add_argument("--max-model-len", type=int, default=132_096)
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds; nothing starts after them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/peer"))
+    parser.add_argument("--join", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two CSV files instead")
+    options = parser.parse_args()
+    if options.join:
+        join(*options.join, options.output)
+        return
+    measure(options)
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's own shutdown may wait for ever
+
+
+if __name__ == "__main__":
+    main()
