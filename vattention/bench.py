@@ -208,6 +208,9 @@ def llama_3_8b(device: torch.device, num_slots: int, max_tokens: int, rows: int)
     )
 
 
+SECTIONS = (driver_calls, nothing_to_map, long_prompt, decode_capacity, decode_loop)
+
+
 def environment(device: torch.device) -> dict[str, str]:
     facts = {
         "command": "python -m vattention.bench " + shlex.join(sys.argv[1:]),
@@ -240,11 +243,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of CSV and JSON")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", int(options.device)) if options.device.isdigit() else torch.device(options.device)
-    sections = (driver_calls, nothing_to_map, long_prompt, decode_capacity, decode_loop)
     torch.empty(1, device=device)  # the CUDA context exists before anything is timed
     results: list[Result] = []
-    for number, section in enumerate(sections, 1):
-        print(f"[{number}/{len(sections)}] {section.__name__.replace('_', ' ')} ...", flush=True)
+    for number, section in enumerate(SECTIONS, 1):
+        print(f"[{number}/{len(SECTIONS)}] {section.__name__.replace('_', ' ')} ...", flush=True)
         for result in section(device):
             results.append(result)
             print(f"  {result.section:36} {result.case:28} {result.metric:18} {result.value:12.2f} {result.unit}")

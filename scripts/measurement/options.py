@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 _SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
@@ -39,9 +41,9 @@ def engine_parser(description: str | None, output: str) -> argparse.ArgumentPars
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, those of the short form where it is asked for."""
+def parse(parser: argparse.ArgumentParser, test: Mapping[str, object] = MappingProxyType({})) -> argparse.Namespace:
+    """The options; where the short form is asked for, what that changes. test: what it changes beside the common."""
     options = parser.parse_args()
     if options.test:
-        vars(options).update(_TEST)
+        vars(options).update({**_TEST, **test})
     return options

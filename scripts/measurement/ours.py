@@ -1,5 +1,6 @@
 """Our engine behind the narrow door of serving.py. Knows no work."""
 
+import gc
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -7,11 +8,14 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import torch
+
 from measurement.options import save_tiny_model
 from sarathi import LLM, SamplingParams
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.llm_engine import LLMEngine
+from sarathi.messages import MemoryStats
 
 
 class OurEngine:
@@ -57,8 +61,27 @@ class OurEngine:
         config = replace(scheduler.config, chunk_size=tokens)
         self.engine = LLMEngine(make_scheduler(config, ledger, executor.max_model_len), executor, None)
 
+    def memory_stats(self) -> MemoryStats:
+        return self._llm.memory_stats()
+
+    def resize(self, memory_bytes: int) -> int:
+        """Let requests hold no more KV memory than this from now on; the rows that it comes to."""
+        executor = self._built.executor
+        capacity = executor.capacity
+        row_bytes = executor.token_bytes // capacity.token_bytes * capacity.page_bytes
+        self._built.scheduler.resize(memory_bytes // row_bytes)
+        return memory_bytes // row_bytes
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.scheduler.num_running
+
     def close(self) -> None:
+        """Give all memory back, weights included: the next engine's budget is what the driver calls free."""
         self._llm.close()
+        del self._llm, self._built, self.engine
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def open_engine(options: Namespace, backend: str, **settings: object) -> OurEngine:

@@ -81,10 +81,14 @@ class Load:
         return time.perf_counter() - start_s
 
     def start(self, age_s: Callable[[], float]) -> None:
-        """The first rows, and every path once: several prompts in a step, decodes. age_s: seconds since the start."""
+        """The first rows. age_s: seconds since the process began."""
         self.serve([(16, 2)])
         self.record("start to first token", 1, 16, age_s(), "s")
         self.record("KV tokens held", 1, 0, self.engine.capacity_tokens, "tokens")
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Every path once: several prompts in a step, decodes."""
         self.serve([(self.sizes.prefill[-2] // 2, WARM_UP_TOKENS)] + [(16, WARM_UP_TOKENS)] * 7)
 
     def settle(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
@@ -101,6 +105,15 @@ class Load:
             if request_id in produced:
                 produced[request_id] += tokens
 
+    def timed(self, produced: dict[str, int], steps: int) -> list[float]:
+        """Milliseconds of each step until every request has so many tokens more."""
+        stamps = [time.perf_counter()]
+        target = min(produced.values()) + steps
+        while min(produced.values()) < target:
+            self.advance(produced)
+            stamps.append(time.perf_counter())
+        return [1e3 * (after - before) for before, after in pairwise(stamps)]
+
     def end(self, produced: dict[str, int]) -> None:
         self.engine.abort(list(produced))
         self.drain()
@@ -108,14 +121,10 @@ class Load:
     def decoding(self, prompts: Sequence[int], steps: int) -> Decoding:
         """All of these prompts decode together, for `steps` tokens of each."""
         produced = self.settle(prompts, steps)
-        before, stamps = sum(produced.values()), [time.perf_counter()]
-        target = min(produced.values()) + steps
-        while min(produced.values()) < target:
-            self.advance(produced)
-            stamps.append(time.perf_counter())
+        before = sum(produced.values())
+        steps_ms = self.timed(produced, steps)
         tokens = sum(produced.values()) - before
         self.end(produced)
-        steps_ms = [1e3 * (after - earlier) for earlier, after in pairwise(stamps)]
         middle = (sum(prompts) + before + tokens / 2) / len(prompts)
         return Decoding(steps_ms, sum(steps_ms) * len(prompts) / tokens, middle)
 

@@ -1,0 +1,131 @@
+"""What on-demand memory costs: driver calls, and every step of a long decode: allocator.csv and allocator_steps.png.
+
+    python scripts/benchmark_allocator.py --model llama-3-8b --output DIR
+
+64 requests of staggered lengths decode for 2,048 steps, mapping beside the step (async) and in it (sync), each as
+memory is first needed, and again over slots whose pages are mapped for the longest of them already, so that the
+allocator has nothing to do. Every step's latency goes to allocator_steps.csv. Then come the rows of
+`python -m vattention.bench`.
+"""
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from measurement.lengths import FULL, SMALL
+from measurement.options import engine_parser, parse
+from measurement.ours import OurEngine, open_engine
+from measurement.plot import draw_steps
+from measurement.serving import Load, percentile
+from measurement.table import Budget, Row, Table
+
+from vattention import bench
+
+WARM_UP_STEPS = 32  # of a decode, in which pages are created for the first time
+STAGGER_TOKENS = 16
+SLACK_TOKENS = 128  # that a request may have got while others were still in their prompts
+MAPPED = ", mapped before"
+
+
+class Decodes:
+    """The same requests under one backend after the other, and what their steps took."""
+
+    def __init__(self, options: argparse.Namespace, table: Table) -> None:
+        self._options, self._table = options, table
+        self.steps_ms: dict[str, list[float]] = {}
+        self._rows: dict[tuple[str, str], Row] = {}
+
+    @property
+    def prompts(self) -> list[int]:
+        """Lengths a stagger apart, so that requests cross the borders of pages one by one as they do in a server."""
+        return [self._options.prompt + STAGGER_TOKENS * index for index in range(self._options.max_num_seqs)]
+
+    def measure(self, backend: str) -> None:
+        """One engine: over fresh memory, then over mapped memory."""
+        engine = open_engine(self._options, backend)
+        sizes = SMALL if self._options.test else FULL
+        load = Load(engine, self._table, self._options.model, sizes, self._options.seed)
+        load.warm_up()
+        self._decode(load, engine, backend)
+        longest = max(self.prompts) + WARM_UP_STEPS + self._options.steps + SLACK_TOKENS
+        load.serve([(longest, 1)] * self._options.max_num_seqs)
+        self._decode(load, engine, backend + MAPPED)
+        engine.close()
+
+    def _decode(self, load: Load, engine: OurEngine, name: str) -> None:
+        produced = load.settle(self.prompts, self._options.steps + WARM_UP_STEPS)
+        load.timed(produced, WARM_UP_STEPS)
+        before = engine.memory_stats()
+        steps = load.timed(produced, self._options.steps)
+        after = engine.memory_stats()
+        load.end(produced)
+        self.steps_ms[name] = steps
+        for work, value, unit in summary(steps):
+            self._record(name, work, value, unit)
+        self._record(name, "steps that waited for a page", after.steps_waited - before.steps_waited, "steps")
+        self._record(name, "driver calls", after.driver_calls - before.driver_calls, "calls")
+
+    def _record(self, name: str, work: str, value: float, unit: str) -> None:
+        options = self._options
+        row = Row(options.model, work, name, options.max_num_seqs, options.prompt, value, unit)
+        self._table.add(row)
+        self._rows[work, name] = row
+
+    def compare(self) -> None:
+        """Latencies over fresh memory beside those over mapped memory, of each backend."""
+        for (work, name), row in list(self._rows.items()):
+            mapped = self._rows.get((work, name + MAPPED))
+            if mapped is not None and row.unit == "ms":
+                self._table.compare(row, mapped)
+                self._record(name, f"{work}, added", row.value - mapped.value, "ms")
+
+
+def summary(steps_ms: Sequence[float]) -> list[tuple[str, float, str]]:
+    """What a row says of a run's steps."""
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    named = [(f"decode step {name}", percentile(steps_ms, share), "ms") for name, share in shares.items()]
+    return [("decode step mean", fmean(steps_ms), "ms"), *named]
+
+
+def library_rows(table: Table, device: torch.device) -> None:
+    """The library's own benchmark, section by section."""
+    torch.empty(1, device=device)  # the CUDA context exists before anything is timed
+    for section in bench.SECTIONS:
+        for result in section(device):
+            work = f"{result.section}, {result.case}: {result.metric}"
+            table.add(Row("none", work, str(device), 1, 0, result.value, result.unit))
+
+
+def save_steps(steps_ms: Mapping[str, Sequence[float]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["backend", "step", "ms"])
+        for name, steps in steps_ms.items():
+            writer.writerows((name, step, f"{value:.4f}") for step, value in enumerate(steps))
+
+
+def main() -> None:
+    parser = engine_parser(__doc__, "results/allocator")
+    parser.set_defaults(max_num_seqs=64, max_model_len=8192)
+    parser.add_argument("--steps", type=int, default=2048, help="decode steps that are measured")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the shortest prompt")
+    parser.add_argument("--skip-library", action="store_true", help="only the decodes")
+    options = parse(parser, {"steps": 40, "prompt": 16})
+    budget, table = Budget(options.budget), Table(options.output / "allocator.csv")
+    decodes = Decodes(options, table)
+    backends = [options.backend, f"{options.backend}_sync"]
+    budget.run((f"decode under {name}", partial(decodes.measure, name)) for name in backends)
+    decodes.compare()
+    save_steps(decodes.steps_ms, options.output / "allocator_steps.csv")
+    draw_steps(decodes.steps_ms, options.output / "allocator_steps.png")
+    if not options.skip_library:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        budget.run([("vattention.bench", partial(library_rows, table, device))])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A region for each layer's K and V against one for all layers (megacache), end to end: layouts.csv and layouts.png.
+
+    python scripts/benchmark_layouts.py --model llama-3-8b --output DIR
+
+Speed of both where memory is plentiful, then many short requests in the same little memory: a page of one layer holds
+1,024 tokens of Llama-3-8B and a page of all layers 32, so that fewer bytes lie behind the last token of each request.
+"""
+
+import argparse
+import time
+from functools import partial
+
+from measurement.lengths import FULL, SMALL, Sizes
+from measurement.options import engine_parser, parse
+from measurement.ours import OurEngine, open_engine
+from measurement.plot import draw_ratios
+from measurement.serving import Load
+from measurement.table import Budget, Table
+
+from sarathi.config.units import parse_bytes
+
+LITTLE = FULL._replace(prefill=(8192, 32768), decode=((1, 1024), (16, 1024), (64, 1024), (16, 8192), (8, 32768)))
+REQUESTS = (512, 200, 128)  # count, prompt and output tokens
+FEW_REQUESTS = (12, 20, 8)
+
+
+def crowd(load: Load, engine: OurEngine, memory_bytes: int, requests: tuple[int, int, int]) -> None:
+    """Equal short requests that are all there at once: how many run together at most, and output tokens a second."""
+    count, prompt, output = requests
+    engine.resize(memory_bytes)
+    most, start_s = 0, time.perf_counter()
+    for _ in range(count):
+        load.submit(prompt, output)
+    while engine.has_work:
+        engine.step()
+        most = max(most, engine.num_running)
+    seconds = time.perf_counter() - start_s
+    memory = f"{memory_bytes / 2**30:g} GiB"
+    load.record(f"requests that run at once in {memory}", count, prompt + output, most, "requests")
+    load.record(f"{count} requests in {memory}", count, prompt + output, count * output / seconds, "output tokens/s")
+
+
+def measure(options: argparse.Namespace, table: Table, sizes: Sizes, backend: str) -> None:
+    """One layout."""
+    engine = open_engine(options, backend)
+    load = Load(engine, table, options.model, sizes, options.seed)
+    load.warm_up()
+    requests = FEW_REQUESTS if options.test else REQUESTS
+    squeeze = partial(crowd, load, engine, parse_bytes(options.little_bytes), requests)
+    Budget(options.budget / 2).run([*load.plan(("decode", "prefill")), ("short requests in little memory", squeeze)])
+    engine.close()
+
+
+def compare(table: Table, ours: str, other: str) -> None:
+    """Each row of one layout beside the other's."""
+    others = {(row.model, row.work, row.batch, row.context): row for row in table.rows if row.backend == other}
+    for row in [row for row in table.rows if row.backend == ours]:
+        reference = others.get((row.model, row.work, row.batch, row.context))
+        if reference is not None:
+            table.compare(row, reference)
+
+
+def main() -> None:
+    parser = engine_parser(__doc__, "results/layouts")
+    parser.set_defaults(max_num_seqs=512, max_model_len=36864)
+    parser.add_argument("--little-bytes", default="8gb", help="of KV cache for the short requests, as 8gb")
+    options = parse(parser, {"little_bytes": "2mb", "max_num_seqs": 16})
+    table = Table(options.output / "layouts.csv")
+    megacache = f"{options.backend}_megacache"
+    for backend in (options.backend, megacache):
+        print(f"# {backend}", flush=True)
+        measure(options, table, SMALL if options.test else LITTLE, backend)
+    compare(table, megacache, options.backend)
+    draw_ratios(table.rows, options.output / "layouts.png")
+
+
+if __name__ == "__main__":
+    main()
