@@ -2,32 +2,39 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-_SHAPE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 1000, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "vocab_size": 1000, "intermediate_size": 512,
 }  # fmt: skip
+_SHAPES = {
+    "tiny": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "two-wide-layers": {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8},
+}
 _TEST = {
     "model": "tiny", "backend": "sdpa_vattn", "device": "cpu", "memory_bytes": "64mb", "max_model_len": 512,
     "max_num_seqs": 8, "chunk_size": 64,
 }  # fmt: skip
 
 
-def save_tiny_model(folder: Path) -> str:
-    """A configuration alone: random weights, token ids, heads of 64."""
-    (folder / "config.json").write_text(json.dumps(_SHAPE))
+def find_model(name: str) -> str:
+    """The name, or a new folder with the configuration of a small model: random weights, token ids."""
+    if name not in _SHAPES:
+        return name
+    folder = Path(tempfile.mkdtemp(prefix="small-model-"))
+    (folder / "config.json").write_text(json.dumps({**_COMMON, **_SHAPES[name]}))
     return str(folder)
 
 
 def engine_parser(description: str | None, output: str) -> argparse.ArgumentParser:
     """What every script that runs engines is told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3-8b", help="a shipped name, or tiny")
+    parser.add_argument("--model", default="llama-3-8b", help=f"a shipped name, or {', '.join(_SHAPES)}")
     parser.add_argument("--backend", default="fa_vattn")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
     parser.add_argument("--max-model-len", type=int, default=132_096)

@@ -1,16 +1,14 @@
 """Our engine behind the narrow door of serving.py. Knows no work."""
 
 import gc
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 import torch
 
-from measurement.options import save_tiny_model
+from measurement.options import find_model
 from sarathi import LLM, SamplingParams
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.factory import make_scheduler
@@ -64,17 +62,32 @@ class OurEngine:
     def memory_stats(self) -> MemoryStats:
         return self._llm.memory_stats()
 
-    def resize(self, memory_bytes: int) -> int:
-        """Let requests hold no more KV memory than this from now on; the rows that it comes to."""
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where the books of the scheduler or of the cache do not balance."""
+        self._built.scheduler.check_integrity()
+        self._built.executor.check_integrity()
+
+    def resize(self, memory_bytes: int) -> None:
+        """Let requests hold no more KV memory than this from now on."""
+        self._built.scheduler.resize(memory_bytes // self._row_bytes)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of the KV cache, in whole rows."""
+        return self._built.executor.capacity.rows * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
         executor = self._built.executor
-        capacity = executor.capacity
-        row_bytes = executor.token_bytes // capacity.token_bytes * capacity.page_bytes
-        self._built.scheduler.resize(memory_bytes // row_bytes)
-        return memory_bytes // row_bytes
+        return executor.token_bytes * executor.capacity.page_bytes // executor.capacity.token_bytes
 
     @property
     def num_running(self) -> int:
         return self.engine.scheduler.num_running
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.engine.scheduler.num_preemptions
 
     def close(self) -> None:
         """Give all memory back, weights included: the next engine's budget is what the driver calls free."""
@@ -87,10 +100,9 @@ class OurEngine:
 def open_engine(options: Namespace, backend: str, **settings: object) -> OurEngine:
     """The engine of a script's options (see options.py) with random weights; `settings` are more of its knobs."""
     chosen: dict[str, object] = {
-        "model": options.model, "load_format": "dummy", "attention_backend": backend, "chunk_size": options.chunk_size,
+        "model": find_model(options.model), "load_format": "dummy", "attention_backend": backend,
+        "chunk_size": options.chunk_size,
         "max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs,
         "memory_bytes": options.memory_bytes, "device": options.device,
     }  # fmt: skip
-    if options.model == "tiny":
-        chosen["model"] = save_tiny_model(Path(tempfile.mkdtemp(prefix="tiny-model-")))
     return OurEngine(LLM(**{**chosen, **settings}), backend)

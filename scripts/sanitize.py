@@ -1,0 +1,89 @@
+"""A short run of every backend with mapping, growth, reclaim and reuse of slots, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python scripts/sanitize.py --device cuda
+    python scripts/sanitize.py --test        # the same on the CPU
+
+Two layers of random weights, wide enough that a page of 2 MiB holds 1,024 tokens; memory for a few rows, so that a new
+request takes pages from those that ended. Every output's length is checked, and the books after each backend.
+"""
+
+import argparse
+import random
+import sys
+import time
+
+from measurement.options import engine_parser, parse
+from measurement.ours import OurEngine, open_engine
+
+MODEL = "two-wide-layers"
+BACKENDS = (
+    "fa_vattn", "fa_vattn_sync", "fa_vattn_megacache", "fa_vattn_megacache_sync", "fa3_vattn", "fi_vattn",
+    "fi_vattn_sync", "fi_vattn_megacache", "fi_paged_16", "fa_paged_256", "sdpa_vattn", "sdpa_paged_16",
+)  # fmt: skip
+CPU_BACKENDS = ("sdpa_vattn", "sdpa_vattn_megacache_sync", "sdpa_paged_16")
+
+
+def exercise(engine: OurEngine, seed: int) -> None:
+    """Growth over the border of a page, an abort in the middle, a long prompt on the pages of those that ended."""
+    source = random.Random(seed)
+    page = 1024
+
+    def add(tokens: int, output: int) -> str:
+        return engine.add(source.choices(range(3, engine.vocab_size - 3), k=tokens), output)
+
+    due = {add(page - 12, 24): 24, add(17, 40): 40, add(source.randint(1, 300), 8): 8}
+    aborted = add(500, 64)
+    for _ in range(6):
+        advance(engine, due)
+    engine.abort([aborted])
+    settle(engine, due)
+    due = {add(2 * page + source.randint(1, 99), 4): 4, add(5, 30): 30, add(page // 2, 12): 12}
+    settle(engine, due)
+    if any(due.values()):
+        raise RuntimeError(f"requests ended with tokens missing: {due}")
+
+
+def advance(engine: OurEngine, due: dict[str, int]) -> None:
+    for request_id, tokens in engine.step():
+        if request_id in due:
+            due[request_id] -= tokens
+
+
+def settle(engine: OurEngine, due: dict[str, int]) -> None:
+    while engine.has_work:
+        advance(engine, due)
+    engine.check_integrity()
+
+
+def run(options: argparse.Namespace, backend: str) -> str:
+    """What came of one backend, in a word or with its error."""
+    start_s = time.monotonic()
+    try:
+        engine = open_engine(options, backend)
+    except ValueError as error:  # no such kernel here
+        return f"left out: {error}"
+    try:
+        exercise(engine, options.seed)
+    finally:
+        engine.close()
+    return f"done in {time.monotonic() - start_s:.1f} s"
+
+
+def main() -> None:
+    parser = engine_parser(__doc__, "results/sanitize")
+    parser.set_defaults(
+        model="two-wide-layers", max_model_len=4096, max_num_seqs=4, chunk_size=512, memory_bytes="48mb"
+    )
+    parser.add_argument("--backends", type=lambda text: text.split(","), default=list(BACKENDS))
+    given = {"model": MODEL, "memory_bytes": "96mb", "max_model_len": 4096, "backends": list(CPU_BACKENDS)}
+    options = parse(parser, given)
+    done = 0
+    for backend in options.backends:
+        outcome = run(options, backend)
+        done += outcome.startswith("done")
+        print(f"{backend:28} {outcome}", flush=True)
+    sys.exit(not done)
+
+
+if __name__ == "__main__":
+    main()
