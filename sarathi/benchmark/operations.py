@@ -1,13 +1,15 @@
 """Times of single operations: one layer of the decoder, and what stands before and after all layers. Knows no engine.
 
 An operation is a callable held by the decoder's parts; the probe puts a timed one in its place, on one layer only, so
-that the cost stays small. Names are those of Sarathi-Serve's metrics store; multiply a layer's by the number of layers.
+that the cost stays small. The fused decoder calls the same kernels in every layer: there the weight that a call is
+given tells which operation it is; attn holds the rotation and the store of keys and values too, mlp_up_proj the
+activation. Names are those of Sarathi-Serve's metrics store; multiply a layer's by the number of layers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +17,23 @@ import torch
 from sarathi.engine.llm_engine import Executor, Finished
 from sarathi.messages import Chunk, MemoryStats, SchedulerOutput
 from sarathi.metrics import MetricsStore
+from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.fused import FusedDecoder
 
-ATTENTION = "attn"
+ATTENTION, BEFORE_ATTENTION = "attn", "attn_pre_proj"
 LAYER_OPERATIONS = {  # name: (path from the layer to the object, method; "" where the object itself is called)
     "input_layernorm": ("input_norm", "add"),
-    "attn_pre_proj": ("attention.qkv", ""),
+    BEFORE_ATTENTION: ("attention.qkv", ""),
     ATTENTION: ("attention.backend", "forward"),
     "attn_post_proj": ("attention.output", ""),
     "post_attention_layernorm": ("post_norm", "add"),
     "mlp_up_proj": ("feed_forward.gate_up", ""),
     "mlp_down_proj": ("feed_forward.down", ""),
 }
-WHOLE_OPERATIONS = {"embed_linear": ("embedding", ""), "norm": ("norm", "add"), "lm_head_linear": ("head", "")}
-
-
-class OperationsUnavailableError(ValueError):
-    """The engine computes its layers in one piece, so that there is no single operation to time."""
+EMBEDDING = "embed_linear"
+WHOLE_OPERATIONS = {EMBEDDING: ("embedding", ""), "norm": ("norm", "add"), "lm_head_linear": ("head", "")}
+Timer = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 class _Mark(NamedTuple):
@@ -45,13 +47,14 @@ class _Mark(NamedTuple):
 class OperationProbe:
     """Collects marks of one step; made before the first step."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._on_cuda = decoder.embedding.weight.is_cuda
+    def __init__(self, model: Decoder | FusedDecoder) -> None:
         self._marks: list[_Mark] = []
-        layer = decoder.layers[len(decoder.layers) // 2]
-        for owner, operations in ((layer, LAYER_OPERATIONS), (decoder, WHOLE_OPERATIONS)):
-            for name, (path, method) in operations.items():
-                self._attach(owner, name, path, method)
+        decoder = model.decoder if isinstance(model, FusedDecoder) else model
+        self._on_cuda = decoder.embedding.weight.is_cuda
+        if isinstance(model, FusedDecoder):
+            self._attach_fused(model)
+        else:
+            self._attach(decoder)
 
     def take(self) -> list[_Mark]:
         """Marks since the last call; the device is waited for."""
@@ -86,13 +89,60 @@ class OperationProbe:
 
         return stop
 
-    def _attach(self, owner: Any, name: str, path: str, method: str) -> None:
-        *parents, leaf = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        part = getattr(owner, leaf)
-        call = getattr(part, method) if method else part
-        setattr(owner, leaf, _Stand(part, self.timed(name, call), method))
+    def _attach(self, decoder: Decoder) -> None:
+        for name, owner, leaf, method in _parts(decoder):
+            part = getattr(owner, leaf)
+            call = getattr(part, method) if method else part
+            setattr(owner, leaf, _Stand(part, self.timed(name, call), method))
+
+    def _attach_fused(self, model: FusedDecoder) -> None:
+        parts = {name: getattr(owner, leaf) for name, owner, leaf, _ in _parts(model.decoder)}
+        weights = {name: part.weight for name, part in parts.items() if name not in (ATTENTION, EMBEDDING)}
+        kernels = _NamedKernels(model.kernels, weights, self.timed)
+        attend = kernels.after(BEFORE_ATTENTION, ATTENTION, model.backend.append_and_attend)
+        backend = _Stand(model.backend, attend, "append_and_attend")
+        for name, stand in (("kernels", kernels), ("backend", backend)):
+            setattr(model, name, stand)
+
+
+def _parts(decoder: Decoder) -> Iterator[tuple[str, Any, str, str]]:
+    """Name, the object that holds the part, under which attribute, and the method that is called."""
+    layer = decoder.layers[len(decoder.layers) // 2]
+    for whole, operations in ((layer, LAYER_OPERATIONS), (decoder, WHOLE_OPERATIONS)):
+        for name, (path, method) in operations.items():
+            owner: Any = whole
+            *parents, leaf = path.split(".")
+            for parent in parents:
+                owner = getattr(owner, parent)
+            yield name, owner, leaf, method
+
+
+class _NamedKernels:
+    """In place of the kernels: a call that is given a weight with a name is timed under it."""
+
+    def __init__(self, kernels: Kernels, weights: Mapping[str, torch.Tensor], timed: Timer) -> None:
+        self._kernels, self._weights, self._timed = kernels, weights, timed
+        self._last = ""  # name of the newest call that had one
+
+    def after(self, before: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, timed as `name` where the newest named call was `before`: the layer that is looked at has begun."""
+        measured = self._timed(name, call)
+        return lambda *args, **kwargs: (measured if self._last == before else call)(*args, **kwargs)
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._kernels, method)
+
+        def named(*args: Any, **kwargs: Any) -> Any:
+            name = self._name_of((*args, *kwargs.values()))
+            if name is None:
+                return call(*args, **kwargs)
+            self._last = name
+            return self._timed(name, call)(*args, **kwargs)
+
+        return named
+
+    def _name_of(self, values: Sequence[Any]) -> str | None:
+        return next((name for name, weight in self._weights.items() if any(each is weight for each in values)), None)
 
 
 class _Stand:
@@ -119,16 +169,10 @@ class ProbedExecutor:
         self.max_in_flight = 1
 
     def launch(self, out: SchedulerOutput) -> Finished:
-        """One step to its end, so that its operations are its own. OperationsUnavailableError where none was seen."""
+        """One step to its end, so that its operations are its own."""
         result = self._executor.launch(out).result()
-        marks = self._probe.take()
-        if out.chunks and result.available_rows is None and not marks:
-            raise OperationsUnavailableError(
-                "enable_op_level_metrics is true, but this engine computes its layers in one piece (a graph or a fused "
-                "step); use enable_profiling, whose trace shows each kernel"
-            )
         attention = attention_name(out.chunks)
-        for mark in marks:
+        for mark in self._probe.take():
             name = attention if mark.name == ATTENTION else mark.name
             self._store.on_operation(name, mark.start_s, mark.duration_s(), on_device=True)
         return Finished(result)

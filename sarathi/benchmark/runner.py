@@ -130,7 +130,7 @@ def _timed(config: BenchmarkConfig, executor: Executor, store: MetricsStore | No
     """The executor, with its operations timed where that is asked for."""
     if store is None or not config.metrics_store.enable_op_level_metrics:
         return executor
-    return ProbedExecutor(executor, OperationProbe(executor.decoder), store)
+    return ProbedExecutor(executor, OperationProbe(executor.model), store)
 
 
 def _make_store(config: BenchmarkConfig, replica: int, executor: Executor) -> MetricsStore:

@@ -32,6 +32,7 @@ class ModelConfig(Section):
     max_model_len: int | None = knob(None, "longest prompt plus output, in tokens; none: the model's own limit", low=2)
     seed: int = knob(0, "seed of dummy weights and of requests that bring none", low=0)
     attention_backend: str = knob(AUTO, "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16")
+    enforce_eager: bool = knob(False, "no CUDA graphs: every kernel of a step is started by itself, and can be timed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

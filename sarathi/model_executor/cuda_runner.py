@@ -62,7 +62,7 @@ class CudaModelRunner:
         self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *,
         prefetch: bool, max_num_seqs: int, max_length: int,
     ) -> None:  # fmt: skip
-        self._model, self._backend, self._cache, self._layers = model, backend, cache, layers
+        self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
         self._prefetch = prefetch
         self._device = model.decoder.embedding.weight.device
         self._vocab_size = model.decoder.embedding.weight.shape[0]
@@ -77,7 +77,7 @@ class CudaModelRunner:
     def capture(self) -> None:
         """Makes the graphs; needs no memory in the cache, since padded rows touch none."""
         if self._capturable is not None:
-            self._graphs.capture(self._model, self._capturable, self._layers)
+            self._graphs.capture(self.model, self._capturable, self._layers)
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Flight:
@@ -107,10 +107,10 @@ class CudaModelRunner:
         inputs = self._inputs(chunks, address, sequences)
         metadata = self._backend.plan(Batch(tuple(chunks), inputs.token_ids, inputs.positions, None), address)
         rows = None if len(inputs.sampled_rows) == len(inputs.token_ids) else inputs.sampled_rows
-        logits = self._model(inputs.token_ids, inputs.positions, rows, self._layers, metadata)
+        logits = self.model(inputs.token_ids, inputs.positions, rows, self._layers, metadata)
         if not len(inputs.sampled_rows):
             return None
-        sampled = Sampled(self._model.kernels.argmax(logits), None) if plan is None else sample(logits, plan)
+        sampled = Sampled(self.model.kernels.argmax(logits), None) if plan is None else sample(logits, plan)
         self._last_tokens[inputs.sampled_homes] = sampled.token_ids
         return sampled
 

@@ -75,14 +75,16 @@ class DecodeGraphs:
     """The ladder, captured largest first so that all share one pool of memory."""
 
     def __init__(self, sizes: Sequence[int], make: Callable[[int], DecodeGraph]) -> None:
-        self._graphs = {size: make(size) for size in sorted(sizes)}
+        self._made = {size: make(size) for size in sorted(sizes)}
+        self._captured: dict[int, DecodeGraph] = {}
 
     def capture(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
         """All graphs."""
         pool = torch.cuda.graph_pool_handle()
-        for size in sorted(self._graphs, reverse=True):
-            self._graphs[size].capture(model, backend, layers, pool)
+        for graph in reversed(self._made.values()):
+            graph.capture(model, backend, layers, pool)
+        self._captured = self._made
 
     def for_batch(self, batch_size: int) -> DecodeGraph | None:
-        """The smallest graph that holds the batch; None where there is none so large."""
-        return next((graph for size, graph in self._graphs.items() if size >= batch_size), None)
+        """The smallest graph that holds the batch; None where none so large was captured."""
+        return next((graph for size, graph in self._captured.items() if size >= batch_size), None)

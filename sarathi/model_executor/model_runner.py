@@ -58,7 +58,7 @@ class ModelRunner:
     def __init__(
         self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *, prefetch: bool
     ) -> None:
-        self._model, self._backend, self._cache, self._layers = model, backend, cache, layers
+        self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
         self._prefetch = prefetch
         self._device = model.embedding.weight.device
         self._vocab_size = model.embedding.weight.shape[0]
@@ -73,7 +73,7 @@ class ModelRunner:
         if self._prefetch:
             self._cache.prefetch(chunks)
         started_s = time.perf_counter()
-        logits = self._model(batch, self._layers, metadata)
+        logits = self.model(batch, self._layers, metadata)
         model_s = time.perf_counter() - started_s
         tokens = tuple(read_sampled(sampling, sample(logits, plan), plan)) if sampling else ()
         sequences.append(tokens)

@@ -52,7 +52,7 @@ class Worker:
         self.vocab_size = arch.vocab_size
         self.max_model_len = _model_length(config, arch)
         backend = create_backend(spec, arch, place)
-        self.decoder = model = Decoder(arch, place, backend)
+        model = Decoder(arch, place, backend)
         load_weights(model, checkpoint, config.model.seed)
         slack_tokens = getattr(backend, "overreach", 0)
         shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, slack_tokens)
@@ -60,6 +60,7 @@ class Worker:
         self.token_bytes = shape.token_bytes
         self._cache = create_cache_engine(spec, shape)
         self._runner = create_runner(model, backend, self._cache, shape, spec)
+        self.model = self._runner.model
         settle(self._runner, self._cache, config, shape)
         self._sequences = SequenceTable(config.model.seed)
         self._num_shortages = 0  # steps sent behind one that failed must fail too, until the scheduler knows of it

@@ -29,7 +29,7 @@ class Executor:
         self.max_model_len = self._worker.max_model_len
         self.vocab_size = self._worker.vocab_size
         self.token_bytes = self._worker.token_bytes
-        self.decoder = self._worker.decoder  # for those who time its parts
+        self.model = self._worker.model  # for those who time its parts
         self.max_in_flight = self._worker.max_in_flight
 
     def launch(self, out: SchedulerOutput) -> PendingStep:

@@ -38,11 +38,12 @@ def create_runner(
 
 
 def settle(runner: Runner, cache: CacheEngine, config: EngineConfig, shape: CacheShape) -> None:
-    """Runs the largest step and captures the graphs, so that what the driver then calls free is free indeed."""
+    """Runs the largest step and captures the graphs, where wanted; what the driver then calls free is free indeed."""
     if not isinstance(runner, CudaModelRunner):
         return
     _run_largest(runner, cache, config.scheduler.max_step_tokens(shape.max_model_len), shape)
-    runner.capture()
+    if not config.model.enforce_eager:
+        runner.capture()
     if config.cache.memory_bytes is None:
         cache.resize(shape.budget_bytes + cache_budget_bytes(config.cache, shape.place.device))
 

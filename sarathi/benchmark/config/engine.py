@@ -28,6 +28,7 @@ def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineC
         "model.max_model_len": model.max_model_len,
         "model.seed": config.seed,
         "model.attention_backend": sized_backend(model.attention_backend, model.block_size),
+        "model.enforce_eager": config.metrics_store.enable_op_level_metrics,
         "cache.memory_bytes": model.kv_cache_bytes,
         "cache.gpu_memory_utilization": config.gpu_memory_utilization,
         "parallel.tensor_parallel_size": model.tensor_parallel_degree,

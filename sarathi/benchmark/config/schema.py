@@ -206,7 +206,9 @@ class MetricsStoreConfig(Section):
     wandb_run_id: str = knob("", "id of the run; empty: a new one")
     wandb_group: str = knob("", "group of runs")
     wandb_run_name: str = knob("", "name of the run; empty: a random one")
-    enable_op_level_metrics: bool = knob(False, "time single operations of one layer on the device")
+    enable_op_level_metrics: bool = knob(
+        False, "time single operations of one layer on the device, without CUDA graphs"
+    )
     enable_cpu_op_level_metrics: bool = knob(False, "write the times of a step's parts on the processor")
     enable_request_outputs: bool = knob(False, "write the tokens of every request to responses.json")
     keep_individual_batch_metrics: bool = knob(True, "one CSV row for every step and token, beside distributions")

@@ -1,6 +1,7 @@
 """The probe on a decoder of sleeping parts: every operation is timed once a step, on one layer, and changes nothing."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,6 @@ from sarathi.benchmark.operations import (
     LAYER_OPERATIONS,
     WHOLE_OPERATIONS,
     OperationProbe,
-    OperationsUnavailableError,
     ProbedExecutor,
     attention_name,
 )
@@ -18,6 +18,11 @@ from sarathi.engine.llm_engine import Finished
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
+from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.kernels import create_kernels
+from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.placement import Placement
 
 SLEEP_S = 0.002
 
@@ -61,11 +66,11 @@ class FakeDecoder:
 class FakeExecutor:
     vocab_size, capacity, token_bytes = 10, CacheCapacity(1, 1, 1), 1
 
-    def __init__(self, decoder: FakeDecoder, calls_decoder: bool = True) -> None:
-        self.decoder, self.calls_decoder, self.value = decoder, calls_decoder, 0.0
+    def __init__(self, decoder: FakeDecoder) -> None:
+        self.decoder, self.value = decoder, 0.0
 
     def launch(self, out: SchedulerOutput) -> Finished:
-        self.value = self.decoder(0.0) if self.calls_decoder else 0.0
+        self.value = self.decoder(0.0)
         return Finished(StepResult(out.step_id))
 
     def memory_stats(self) -> MemoryStats:
@@ -97,12 +102,36 @@ def test_each_operation_is_timed_once_a_step() -> None:
     assert min(table.values("mlp_up_proj")) >= 1e3 * SLEEP_S
 
 
-def test_an_engine_that_hides_its_operations_is_refused() -> None:
-    decoder = FakeDecoder()
-    probed = ProbedExecutor(FakeExecutor(decoder, calls_decoder=False), OperationProbe(decoder), MetricsStore())
-    probed.launch(SchedulerOutput(0))  # nothing to compute, nothing to see
-    with pytest.raises(OperationsUnavailableError, match="enable_profiling"):
-        probed.launch(SchedulerOutput(1, chunks=(chunk("a", 1),)))
+class NaiveBackend:
+    """Attention of a fused step over the tokens of one sequence, kept in a list. No cache."""
+
+    def append_and_attend(self, query, new, positions, layer, metadata):
+        groups = query.shape[1] // new.keys.shape[1]
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (new.keys, new.values))
+        weights = torch.einsum("qhd,khd->hqk", query, keys).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values).contiguous()
+
+
+ARCH = ModelArchitecture(
+    "tiny", num_layers=3, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_size=8, vocab_size=50,
+    max_positions=16, rms_norm_eps=1e-5, rope=Rope(theta=1e4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_operations_of_the_fused_decoder_are_told_by_their_weights(qk_norm: bool) -> None:
+    arch = replace(ARCH, qk_norm=qk_norm)
+    decoder = Decoder(arch, Placement(torch.float32, torch.device("cpu")), backend=None)
+    for _, parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter)
+    fused = FusedDecoder(decoder, arch, create_kernels(torch.device("cpu")), NaiveBackend(), max_positions=16)
+    inputs = (torch.arange(5), torch.arange(5), None, [None] * 3, None)
+    expected, probe = fused(*inputs), OperationProbe(fused)
+    torch.testing.assert_close(fused(*inputs), expected)
+    names = [mark.name for mark in probe.take()]
+    assert sorted(names) == sorted({*LAYER_OPERATIONS, *WHOLE_OPERATIONS} - {"embed_linear"})
+    assert names.index("attn_pre_proj") + 1 == names.index("attn") == names.index("attn_post_proj") - 1
+    assert probe.take() == []
 
 
 def test_attributes_of_a_timed_part_stay_in_reach() -> None:

@@ -18,6 +18,8 @@ KNOBS = knobs_of(EngineConfig)
 
 def another_value(knob: Knob) -> object:
     """A valid value that is not the default, drawn at random."""
+    if knob.value_type is bool:
+        return not knob.default
     if knob.leaf == "attention_backend":
         return random.choice(("fa_vattn_sync_2mb", "sdpa_paged_16"))
     if knob.limits.choices:
