@@ -108,6 +108,7 @@ def test_dynamic_trace_has_a_latency_for_each_load(tmp_path: Path) -> None:
         ("e2e_static_brief", "makespan", "ratio"),
         ("offline_long", "makespan", "makespan_s"),
         ("online_long", "latency", "p50"),
+        ("sarathi_claim", "between_tokens", "tbt_p99"),
         ("sync_async", "decode_steps", "p99_ms"),
     ],
 )

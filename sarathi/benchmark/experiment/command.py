@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sarathi.benchmark.config.options import read_settings
-from sarathi.benchmark.experiment.collect import FinishedRun, collect
+from sarathi.benchmark.experiment.collect import collect
 from sarathi.benchmark.experiment.execute import Failure, execute
+from sarathi.benchmark.experiment.measures import Row
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
-from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, Row, draw, draw_decode_steps, make_rows
+from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_rows
 from sarathi.metrics.plots import is_available
 from sarathi.metrics.report import write_json, write_table
 from sarathi.metrics.tables import Table
@@ -120,17 +121,11 @@ def _process(table: str, folder: Path) -> int:
     rows = make_rows(TABLES[table], runs)
     columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
     write_table(folder / f"{table}.csv", Table(columns, rows))
-    write_json(folder / ENVIRONMENT_FILE, runs[0].summary.get("environment"))
+    write_json(folder / ENVIRONMENT_FILE, runs[0].summary.get("environment", {}))
     print(as_text(columns, rows))
     if is_available():
-        _draw(table, runs, rows, folder)
+        draw(TABLES[table], runs, rows, folder)
     return 1 if broken else 0
-
-
-def _draw(table: str, runs: Sequence[FinishedRun], rows: Sequence[Row], folder: Path) -> None:
-    draw(TABLES[table], rows, folder)
-    if table == "decode_steps":
-        draw_decode_steps(runs, folder / "decode_steps.png")
 
 
 def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:

@@ -8,16 +8,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.collect import FinishedRun
+from sarathi.benchmark.experiment.measures import (
+    Row,
+    between_tokens,
+    budget,
+    decode,
+    decode_step_line,
+    decode_steps,
+    latency,
+    makespan,
+    prefill,
+    token_gap_cdf,
+)
 from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
-Row = dict[str, Any]
 IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
 
 
@@ -28,19 +38,43 @@ class Plot(NamedTuple):
     y: str
 
 
+def is_paged(row: Row) -> bool:
+    """Whether the row's backend keeps keys and values in blocks."""
+    return row["backend"] != AUTO and bool(BackendSpec.parse(row["backend"]).is_paged)
+
+
+def is_vllm(row: Row) -> bool:
+    """Whether whole prompts went before decodes."""
+    return bool(row["scheduler"] == "vllm")
+
+
 class Score(NamedTuple):
-    """A column, and whether more of it is better."""
+    """A column that rows are compared by, along one of IDENTITY, with the best of those that are a reference."""
 
     column: str
-    more_is_better: bool
+    more_is_better: bool = False
+    along: str = "backend"
+    is_reference: Callable[[Row], bool] = is_paged
+
+
+class RunLines(NamedTuple):
+    """A line for each run."""
+
+    line: Callable[[FinishedRun], Points]
+    x_label: str
+    y_label: str
 
 
 class TableKind(NamedTuple):
-    """measure: what a run adds to its row. plots: by file name. score: what backends are compared by, None: nothing."""
+    """measure: what a run adds to its row. plots: by file name. score: what rows are compared by; None: not at all.
+
+    run_lines: a plot with one line a run, by file name.
+    """
 
     measure: Callable[[FinishedRun], Row]
     plots: Mapping[str, Plot]
     score: Score | None = None
+    run_lines: Mapping[str, RunLines] = MappingProxyType({})
 
 
 def identity(config: BenchmarkConfig) -> Row:
@@ -77,102 +111,59 @@ def workload_name(config: BenchmarkConfig) -> str:
 
 
 def make_rows(kind: TableKind, runs: Sequence[FinishedRun]) -> list[Row]:
-    """One row a run, compared with the best paged backend of the same work."""
+    """One row a run, compared with the reference of the same work."""
     rows = [identity(run.config) | kind.measure(run) for run in runs]
     return rows if kind.score is None else list(compared(rows, kind.score))
 
 
 def compared(rows: Sequence[Row], score: Score) -> Iterator[Row]:
-    """Rows with `reference`, the best paged backend of the same work, and `ratio`: > 1 is better than that one."""
+    """Rows with `reference`, the best one of the same work, and `ratio`: > 1 is better than that one."""
     sign = -1 if score.more_is_better else 1
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row[score.column] is not None and _is_paged(row["backend"]):
-            best[_work(row)] = min(best.get(_work(row), row), row, key=lambda each: sign * each[score.column])
+        if row[score.column] is not None and score.is_reference(row):
+            work = _work(row, score.along)
+            best[work] = min(best.get(work, row), row, key=lambda each: sign * each[score.column])
     for row in rows:
-        other, own = best.get(_work(row)), row[score.column]
+        other, own = best.get(_work(row, score.along)), row[score.column]
         ratio = None if other is None or not own else (other[score.column] / own) ** sign
-        yield row | {"reference": None if other is None else other["backend"], "ratio": ratio}
+        yield row | {"reference": None if other is None else other[score.along], "ratio": ratio}
 
 
-def _is_paged(backend: str) -> bool:
-    return backend != AUTO and BackendSpec.parse(backend).is_paged
-
-
-def _work(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in IDENTITY if name != "backend")
-
-
-def makespan(run: FinishedRun) -> Row:
-    """All requests arrive at time zero, so the last one's end is the makespan."""
-    seconds = run.quantile("request_e2e_time", "max")
-    count = run.summary["num_completed"]
-    rate = 60 * count / seconds if seconds else None
-    return {"makespan_s": seconds, "requests_per_minute": rate}
-
-
-def latency(run: FinishedRun) -> Row:
-    """Normalized latency: seconds from arrival to end, for each output token."""
-    row: Row = {key: run.quantile("request_e2e_time_normalized", key) for key in ("p50", "p90", "p99")}
-    row |= {f"ttft_{key}": run.quantile("prefill_e2e_time", key) for key in ("p50", "p99")}
-    gaps = "decode_token_execution_plus_preemption_time"
-    return row | {"tbt_p99": run.quantile(gaps, "p99"), "duration_s": run.summary["duration_s"]}
-
-
-def prefill(run: FinishedRun) -> Row:
-    """Prompt tokens a second over steps that hold nothing else."""
-    steps = [step for step in run.table("batch_metrics") if not step["batch_num_decode_tokens"]]
-    tokens, seconds = _total(steps, "batch_num_prefill_tokens"), _total(steps, "batch_execution_time")
-    context = run.config.uniform_request_length_generator.max_tokens
-    return {"context": context, "prefill_tokens_per_s": tokens / seconds if seconds else None}
-
-
-def decode(run: FinishedRun) -> Row:
-    """Tokens a second over steps in which every slot of the batch decodes, and the cache that they fill."""
-    size = run.config.replica_scheduler.max_batch_size
-    steps = [
-        step
-        for step in run.table("batch_metrics")
-        if step["batch_num_decode_tokens"] == step["batch_num_tokens"] == size
-    ]
-    seconds = _total(steps, "batch_execution_time")
-    rate = size * len(steps) / seconds if seconds else None
-    row: Row = {"batch_size": size, "num_steps": len(steps), "decode_tokens_per_s": rate}
-    median_s = float(np.median([step["batch_execution_time"] or 0.0 for step in steps])) if steps else None
-    return row | {"median_step_ms": None if median_s is None else 1e3 * median_s}
-
-
-def decode_steps(run: FinishedRun) -> Row:
-    """How long decode steps take, and how often one waited for pages."""
-    times = decode_step_times_ms(run)
-    quantiles = np.quantile(times, [0.5, 0.9, 0.99, 1.0]).tolist() if times else [None] * 4
-    row: Row = dict(zip(("p50_ms", "p90_ms", "p99_ms", "max_ms"), quantiles, strict=True))
-    memory = run.summary["memory"]
-    return row | {"num_steps": len(times), "steps_waited": memory["steps_waited"], "mapping_s": memory["driver_s"]}
-
-
-def decode_step_times_ms(run: FinishedRun) -> list[float]:
-    """Durations of steps without prefill, in order."""
-    steps = run.table("batch_metrics")
-    return [1e3 * (step["batch_execution_time"] or 0.0) for step in steps if not step["batch_num_prefill_tokens"]]
+def _work(row: Row, along: str) -> tuple[Any, ...]:
+    return tuple(row[name] for name in IDENTITY if name != along)
 
 
 TABLES = {
-    "makespan": TableKind(makespan, {"makespan": Plot("backend", "makespan_s")}, Score("makespan_s", False)),
-    "latency": TableKind(latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}, Score("p50", False)),
+    "makespan": TableKind(makespan, {"makespan": Plot("backend", "makespan_s")}, Score("makespan_s")),
+    "latency": TableKind(latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}, Score("p50")),
     "prefill": TableKind(
-        prefill, {"prefill_throughput": Plot("context", "prefill_tokens_per_s")}, Score("prefill_tokens_per_s", True)
+        prefill,
+        {"prefill_throughput": Plot("context", "prefill_tokens_per_s")},
+        Score("prefill_tokens_per_s", more_is_better=True),
     ),
     "decode": TableKind(
-        decode, {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")}, Score("decode_tokens_per_s", True)
+        decode,
+        {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")},
+        Score("decode_tokens_per_s", more_is_better=True),
     ),
-    "decode_steps": TableKind(decode_steps, {}),
+    "decode_steps": TableKind(
+        decode_steps, {}, run_lines={"decode_steps": RunLines(decode_step_line, "decode step", "ms")}
+    ),
+    "between_tokens": TableKind(
+        between_tokens,
+        {},
+        Score("tbt_p99", along="scheduler", is_reference=is_vllm),
+        {"between_tokens": RunLines(token_gap_cdf, "seconds between tokens", "CDF")},
+    ),
 }
 
 
-def draw(kind: TableKind, rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(kind: TableKind, runs: Sequence[FinishedRun], rows: Sequence[Row], folder: Path) -> list[Path]:
     """The plots of a kind; one file for each where lines are drawn, one a model and workload where bars are."""
-    paths = []
+    paths = [folder / f"{name}.png" for name in kind.run_lines]
+    for path, (line, x_label, y_label) in zip(paths, kind.run_lines.values(), strict=True):
+        plot_lines(path, {_run_label(run): line(run) for run in runs}, x_label, y_label)
     for name, plot in kind.plots.items():
         if plot.x == "backend":
             paths += _draw_bars(rows, plot, folder, name)
@@ -182,13 +173,9 @@ def draw(kind: TableKind, rows: Sequence[Row], folder: Path) -> list[Path]:
     return paths
 
 
-def draw_decode_steps(runs: Sequence[FinishedRun], path: Path) -> None:
-    """The latency of every decode step, one line a run."""
-    lines: dict[str, Points] = {}
-    for run in runs:
-        times = decode_step_times_ms(run)
-        lines[f"{run.config.model.name} {run.config.model.attention_backend}"] = (range(len(times)), times)
-    plot_lines(path, lines, "decode step", "ms")
+def _run_label(run: FinishedRun) -> str:
+    words = (run.config.model.name, run.config.model.attention_backend, run.config.replica_scheduler.provider)
+    return " ".join([*words, *map(str, filter(None, [budget(run.config)]))])
 
 
 def _lines(rows: Sequence[Row], plot: Plot) -> dict[str, Points]:
@@ -210,7 +197,3 @@ def _draw_bars(rows: Sequence[Row], plot: Plot, folder: Path, name: str) -> list
         paths.append(folder / f"{name}_{word}.png")
         plot_bars(paths[-1], bars, f"{plot.y}: {group}")
     return paths
-
-
-def _total(steps: Sequence[Mapping[str, float | None]], column: str) -> float:
-    return sum(step[column] or 0.0 for step in steps)

@@ -195,7 +195,7 @@ def test_backends_are_compared_with_the_best_paged_one_of_the_same_work() -> Non
 
     rows = [row("fa_vattn", 8.0), row("fa_paged", 10.0), row("fi_paged_16", 12.0), row("fa_vattn", 5.0, "alone")]
     rows.append(row("sdpa_vattn", None))
-    times = list(compared(rows, Score("s", more_is_better=False)))
+    times = list(compared(rows, Score("s")))
     assert [each["reference"] for each in times] == ["fa_paged"] * 3 + [None, "fa_paged"]
     assert [each["ratio"] for each in times] == [1.25, 1.0, pytest.approx(10 / 12), None, None]
     rates = list(compared(rows, Score("rate", more_is_better=True)))
