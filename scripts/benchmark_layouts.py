@@ -30,7 +30,7 @@ def crowd(load: Load, engine: OurEngine, memory_bytes: int, requests: tuple[int,
     engine.resize(memory_bytes)
     most, start_s = 0, time.perf_counter()
     for _ in range(count):
-        load.submit(prompt, output)
+        engine.add(load.prompt(prompt), output)
     while engine.has_work:
         engine.step()
         most = max(most, engine.num_running)

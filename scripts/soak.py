@@ -157,7 +157,7 @@ def main() -> None:
     parser = engine_parser(__doc__, "results/soak")
     parser.set_defaults(model="tiny", max_model_len=4096, max_num_seqs=64, chunk_size=2048, memory_bytes="1gb")
     parser.add_argument("--seconds", type=float, default=200.0)
-    options = parse(parser, {"seconds": 20.0, "memory_bytes": "3mb", "output": Path("results/test/soak")})
+    options = parse(parser, {"seconds": 20.0, "memory_bytes": "3mb"})
     logging.getLogger("sarathi").setLevel(logging.ERROR)  # preemptions are what is wanted here
     engine = open_engine(options, options.backend)
     print(f"# seed {options.seed}, {engine.capacity_tokens} tokens of cache", flush=True)

@@ -63,9 +63,8 @@ class Load:
         self.table.add(row)
         return row
 
-    def submit(self, prompt_tokens: int, output_tokens: int) -> str:
-        prompt = self._random.choices(range(3, self.engine.vocab_size - 3), k=prompt_tokens)
-        return self.engine.add(prompt, output_tokens)
+    def prompt(self, tokens: int) -> list[int]:
+        return self._random.choices(range(3, self.engine.vocab_size - 3), k=tokens)
 
     def drain(self) -> None:
         """Step until every request is done."""
@@ -74,9 +73,10 @@ class Load:
 
     def serve(self, requests: Requests) -> float:
         """Seconds from the first request's arrival to the last one's end."""
+        made = [(self.prompt(prompt_tokens), output_tokens) for prompt_tokens, output_tokens in requests]
         start_s = time.perf_counter()
-        for lengths in requests:
-            self.submit(*lengths)
+        for prompt, output_tokens in made:
+            self.engine.add(prompt, output_tokens)
         self.drain()
         return time.perf_counter() - start_s
 
@@ -94,7 +94,7 @@ class Load:
     def settle(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
         """Requests with these prompts that all decode, with tokens for `steps` steps more; tokens so far by id."""
         slack = 2 * WARM_UP_TOKENS + 64 + sum(prompts) // 1024  # steps in which not all of them decode yet
-        produced = {self.submit(tokens, steps + slack): 0 for tokens in prompts}
+        produced = {self.engine.add(self.prompt(tokens), steps + slack): 0 for tokens in prompts}
         while min(produced.values()) < WARM_UP_TOKENS:
             self.advance(produced)
         return produced

@@ -58,8 +58,7 @@ class Table:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[Row] = list(read_rows(path)) if path.exists() else []
-        if not self.rows:
-            self._write([[field.name for field in fields(Row)]], "w")
+        self._rewrite()
         _note_run(path.with_suffix(".environment.json"), facts)
 
     def add(self, row: Row) -> None:
@@ -75,7 +74,7 @@ class Table:
         """Puts a reference that was measured later beside a row."""
         compared = row.beside(reference)
         self.rows[self.rows.index(row)] = compared
-        self._write([[field.name for field in fields(Row)], *map(_cells, self.rows)], "w")
+        self._rewrite()
         print(f"    {row.work} {row.batch} x {row.context}: {compared.ratio:.3f}x {reference.backend}", flush=True)
 
     def add_compared(self, rows: list[Row], reference: str) -> None:
@@ -84,6 +83,9 @@ class Table:
         best = min(others, key=lambda row: row.value, default=None)
         for row in rows:
             self.add(row if best is None or row in others else row.beside(best))
+
+    def _rewrite(self) -> None:
+        self._write([[field.name for field in fields(Row)], *map(_cells, self.rows)], "w")
 
     def _write(self, lines: list[list[object]], mode: str) -> None:
         with self.path.open(mode, newline="") as file:

@@ -1,0 +1,66 @@
+"""Every measuring script in its --test form, each a process on the CPU: files, columns, exit codes. Not speed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+pytestmark = pytest.mark.bench
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ["model", "work", "backend", "batch", "context", "value", "unit", "reference", "ratio"]
+
+
+def run(*words: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stdout
+    return done.stdout
+
+
+def table(path: Path) -> pd.DataFrame:
+    rows = pd.read_csv(path)
+    assert list(rows.columns) == COLUMNS and path.with_suffix(".environment.json").is_file()
+    return rows
+
+
+def test_engine_and_join(tmp_path: Path) -> None:
+    run(ROOT / "scripts" / "benchmark_engine.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "engine.csv")
+    measured = rows[rows.work.str.startswith("prefill") & (rows.backend == "sdpa_vattn")]
+    assert len(measured) == 4 and (measured.ratio > 0).all() and (tmp_path / "engine.png").is_file()
+    theirs = tmp_path / "theirs.csv"
+    rows[rows.backend == "sdpa_vattn"].assign(backend="other", value=rows.value * 2).to_csv(theirs, index=False)
+    run(ROOT / "scripts" / "benchmark_peer.py", "--join", tmp_path / "engine.csv", theirs, "--output", tmp_path)
+    joined = table(tmp_path / "peer.csv").set_index("work")
+    ours = joined[joined.backend == "sdpa_vattn"]
+    assert ours.loc["KV tokens held"].ratio == 0.5 and (ours.loc["prefill"].ratio == 2).all()
+
+
+def test_allocator(tmp_path: Path) -> None:
+    run(ROOT / "scripts" / "benchmark_allocator.py", "--test", "--skip-library", "--output", tmp_path)
+    rows = table(tmp_path / "allocator.csv").set_index(["work", "backend"]).value
+    assert rows["driver calls", "sdpa_vattn"] > 0
+    assert rows["driver calls", "sdpa_vattn, mapped before"] == 0
+    assert rows["steps that waited for a page", "sdpa_vattn_sync"] > 0
+    steps = pd.read_csv(tmp_path / "allocator_steps.csv")
+    assert (steps.groupby("backend").size() == 40).all() and steps.backend.nunique() == 4
+
+
+def test_layouts(tmp_path: Path) -> None:
+    run(ROOT / "scripts" / "benchmark_layouts.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "layouts.csv")
+    crowd = rows[rows.work.str.startswith("requests that run at once")].set_index("backend")
+    assert crowd.loc["sdpa_vattn_megacache"].ratio > 1
+
+
+def test_soak_and_sanitize(tmp_path: Path) -> None:
+    said = run(ROOT / "scripts" / "soak.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "soak.csv").set_index("unit").value
+    assert "passed" in said and rows["preemptions"] > 0 and rows["aborts"] > 0 and rows["checks"] > 10
+    assert run(ROOT / "scripts" / "sanitize.py", "--test").count("done in") == 3

@@ -1,0 +1,137 @@
+"""Rows, files, budgets and loads of the measuring scripts, with a fake engine. No model and no GPU."""
+
+import csv
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from measurement.idle import gaps_share
+from measurement.lengths import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
+from measurement.serving import STAGES, Load, percentile
+from measurement.table import Budget, Row, Table, read_rows
+
+
+class FakeEngine:
+    """One token a request a step, after as many steps as its prompt takes at so many tokens a step."""
+
+    backend = "fake"
+    vocab_size = 100
+    max_model_len = 512
+    max_num_seqs = 8
+    capacity_tokens = 4096
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, int] = {}
+        self.left: dict[str, int] = {}
+        self.tokens_a_step: int | None = None
+        self.limits: list[int | None] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.left)
+
+    def add(self, prompt: list[int], output_tokens: int) -> str:
+        name = str(random.random())
+        self.left[name] = output_tokens
+        self.waiting[name] = -(-len(prompt) // (self.tokens_a_step or len(prompt))) - 1
+        return name
+
+    def step(self) -> Iterator[tuple[str, int]]:
+        ready = [name for name in self.left if self.waiting[name] == 0]
+        for name in self.left:
+            self.waiting[name] = max(0, self.waiting[name] - 1)
+        for name in ready:
+            self.left[name] -= 1
+            if not self.left[name]:
+                del self.left[name]
+        return iter([(name, 1) for name in ready])
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for name in request_ids:
+            self.left.pop(name, None)
+
+    def limit_step(self, tokens: int | None) -> None:
+        assert not self.has_work
+        self.tokens_a_step = tokens
+        self.limits.append(tokens)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    return Load(FakeEngine(), Table(tmp_path / "rows.csv"), "m", SMALL)
+
+
+def test_every_stage_leaves_its_rows_and_no_request(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    Budget(60).run(load.plan(STAGES))
+    assert "failed" not in capsys.readouterr().out
+    works = {row.work for row in load.table.rows}
+    assert {"prefill", "decode", "decode p99 step", SMALL.chunked_work} < works and len(works) == 7
+    assert not load.engine.has_work and load.engine.limits == [SMALL.chunk, None]
+    assert all(row.value > 0 for row in load.table.rows)
+
+
+def test_decode_is_measured_where_all_decode(load: Load) -> None:
+    load.engine.limit_step(16)
+    prompts = [16, 48, 160]
+    found = load.decoding(prompts, steps=20)
+    assert len(found.steps_ms) == 20
+    assert found.ms_per_token == pytest.approx(statistics.fmean(found.steps_ms))
+    assert statistics.fmean(prompts) + 8 <= found.mean_context <= statistics.fmean(prompts) + 8 + 20 + 10
+
+
+def test_shapes_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
+    load = Load(FakeEngine(), Table(tmp_path / "rows.csv"), "m", FULL)
+    assert load.decode_shapes() == []
+    load.engine.max_model_len, load.engine.capacity_tokens = 132_096, 100_000
+    assert load.decode_shapes() == [(1, 1024), (1, 4096), (1, 16384)]
+
+
+def test_lengths_repeat_by_seed_and_keep_their_limits() -> None:
+    seed = random.randrange(1000)
+    print("seed", seed)
+    uniform, chats = uniform_requests(FULL, seed), lognormal_requests(FULL, seed, 10**6)
+    assert uniform == uniform_requests(FULL, seed) != uniform_requests(FULL, seed + 1)
+    assert len(uniform) == 256 and all(100 <= n <= 1024 for pair in uniform for n in pair)
+    prompts, outputs = zip(*chats, strict=True)
+    assert len(chats) == 1000 and 180 < statistics.median(prompts) < 290 and 155 < statistics.median(outputs) < 230
+    assert min(prompts + outputs) >= 4 and max(prompts) <= 4096 and max(outputs) <= 2048
+    assert trace_requests(50, 32768, 500) == [(32703, 65)] * 50
+
+
+def test_rows_survive_the_file_and_are_added_to(tmp_path: Path) -> None:
+    rows = [Row("m", "decode", name, 4, 32, value, "ms/token") for name, value in (("ours", 2.0), ("theirs", 3.0))]
+    for row in rows:
+        Table(tmp_path / "t.csv", run=row.backend).add(row)
+    table = Table(tmp_path / "t.csv")
+    assert table.rows == rows
+    table.compare(rows[0], rows[1])
+    [ours, theirs] = read_rows(tmp_path / "t.csv")
+    assert (ours.reference, ours.ratio, theirs.ratio) == ("theirs", 1.5, None)
+    with (tmp_path / "t.csv").open() as file:
+        assert ",".join(next(csv.reader(file))) == "model,work,backend,batch,context,value,unit,reference,ratio"
+
+
+@pytest.mark.parametrize(("unit", "ratio"), [("ms", 2.0), ("s", 2.0), ("output tokens/s", 0.5), ("tokens", 0.5)])
+def test_a_ratio_above_one_is_better(unit: str, ratio: float) -> None:
+    ours, other = (Row("m", "w", name, 1, 1, value, unit) for name, value in (("a", 1.0), ("b", 2.0)))
+    assert ours.beside(other).ratio == ratio
+
+
+def test_budget_goes_on_after_a_failure_and_names_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+    Budget(60).run([("bad", lambda: 1 / 0), ("good", lambda: done.append("good"))])
+    Budget(-1).run([("late", lambda: done.append("late"))])
+    out = capsys.readouterr().out
+    assert done == ["good"] and "bad failed" in out and "out of time for: late" in out
+
+
+def test_gaps_are_what_no_span_covers() -> None:
+    assert gaps_share([(5, 6), (0, 2), (1, 3), (9, 10)]) == pytest.approx(0.5)
+    assert gaps_share([(0, 10), (2, 3)]) == 0
+
+
+def test_percentile_of_all_is_the_largest() -> None:
+    values = [random.random() for _ in range(101)]
+    assert percentile(values, 1.0) == max(values) and percentile(values, 0.5) == sorted(values)[50]
