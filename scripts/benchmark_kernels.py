@@ -9,7 +9,7 @@ Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, fl
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, product, zip_longest
 from pathlib import Path
 
 import torch
@@ -47,12 +47,20 @@ def small(table: Table) -> Work:
 
 
 def attention(table: Table, *, flashinfer: bool) -> Work:
-    """Contiguous against paged memory, prefill and decode, both models."""
-    for (batch, context), model in ((shape, model) for shape in DECODE for model in (LLAMA, YI)):
+    """Contiguous against paged memory, both models, decode and prefill in turn."""
+    both = zip_longest(_decodes(table, flashinfer=flashinfer), _prefills(table, flashinfer=flashinfer))
+    return (work for pair in both for work in pair if work is not None)
+
+
+def _decodes(table: Table, *, flashinfer: bool) -> Work:
+    for (batch, context), model in product(DECODE, (LLAMA, YI)):
         measure = partial(decode.measure_decode, table, model, batch, context, flashinfer=flashinfer)
         yield f"decode {model.name} {batch} x {context}", measure
-    for context, model in ((context, model) for context in PREFILL for model in (LLAMA, YI)):
-        for chunk in {context, min(2048, context)}:
+
+
+def _prefills(table: Table, *, flashinfer: bool) -> Work:
+    for context, model in product(PREFILL, (LLAMA, YI)):
+        for chunk in sorted({context, min(2048, context)}):
             measure = partial(measure_prefill, table, model, chunk, context, flashinfer=flashinfer)
             yield f"prefill {model.name} {chunk} at {context}", measure
 
@@ -65,7 +73,7 @@ def _elementwise(table: Table, tokens: int) -> None:
 
 
 def _jobs(only: str | None) -> Iterator[Callable[[], None]]:
-    shapes = [(model, batch, context) for model in (LLAMA, YI) for batch, context in DECODE]
+    shapes = [(model, *shape) for model, shape in product((LLAMA, YI), DECODE)]
     if only == "attention":
         return decode.warm_up_jobs(shapes, [DecodeConfig()])
     return chain(decode.warm_up_jobs(shapes, decode.CONFIGS), products.warm_up_jobs())

@@ -97,12 +97,12 @@ class OurEngine:
         torch.cuda.empty_cache()
 
 
-def open_engine(options: Namespace, backend: str, **settings: object) -> OurEngine:
-    """The engine of a script's options (see options.py) with random weights; `settings` are more of its knobs."""
+def open_engine(options: Namespace, backend: str) -> OurEngine:
+    """The engine of a script's options (see options.py) with random weights."""
     chosen: dict[str, object] = {
         "model": find_model(options.model), "load_format": "dummy", "attention_backend": backend,
         "chunk_size": options.chunk_size,
         "max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs,
         "memory_bytes": options.memory_bytes, "device": options.device,
     }  # fmt: skip
-    return OurEngine(LLM(**{**chosen, **settings}), backend)
+    return OurEngine(LLM(**chosen), backend)
