@@ -37,7 +37,7 @@ test-python: setup
 	$(BIN)/python -m pytest -m "not bench"
 
 bench-test: setup
-	$(BIN)/python -m pytest -m bench tests/integration/test_benchmark.py
+	$(BIN)/python -m pytest -m bench tests/integration
 
 lint: setup
 	$(BIN)/ruff check .

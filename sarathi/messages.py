@@ -81,6 +81,13 @@ class SampledToken(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class HostTimes(NamedTuple):
+    """Seconds that a step took on the processor: until its inputs were ready, and to draw or read its tokens."""
+
+    prepare_inputs_s: float
+    sample_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What came of a step: one token for every chunk that samples, in any order.
@@ -88,12 +95,14 @@ class StepResult:
     model_s: seconds that the step took on the device.
     available_rows: set where memory ran out beneath the ledger: nothing was computed, `tokens` is empty, and this many
         rows in all can be had from now on.
+    host: None where nothing was computed.
     """
 
     step_id: int
     tokens: tuple[SampledToken, ...] = ()
     model_s: float = 0.0
     available_rows: int | None = None
+    host: HostTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sarathi.messages import Chunk, MemoryStats
+from sarathi.messages import Chunk, HostTimes, MemoryStats
 from sarathi.metrics.request_record import RequestRecord
 
 
@@ -23,7 +23,7 @@ class StepTimes(NamedTuple):
 class StepRecord(NamedTuple):
     """One step.
 
-    replica: which engine it ran on. model_s: on the device.
+    replica: which engine it ran on. model_s: on the device. host: parts on the processor.
     busy_from_s: its beginning, or the end of the step before where that was still being computed then, so that the
         spans of steps never overlap.
     num_decode_tokens: tokens of requests past their prompt, one each; the rest is prefill, with what is computed again
@@ -39,6 +39,7 @@ class StepRecord(NamedTuple):
     num_decode_tokens: int
     num_preempted: int
     model_s: float
+    host: HostTimes | None = None
 
     @property
     def num_prefill_tokens(self) -> int:

@@ -145,6 +145,7 @@ class MetricsStore:
                 num_decodes,
                 len(out.preempted),
                 result.model_s,
+                result.host,
             )
         )
         if self._keep_schedule:

@@ -48,6 +48,7 @@ BATCH_TIMES = ("batch_execution_time", "inter_batch_delay")
 TOKEN_TIME = "decode_token_execution_plus_preemption_time"
 COMPUTING = "model_execution_e2e"
 CPU_OPERATIONS = ("schedule", COMPUTING, "process_model_outputs")
+HOST_OPERATIONS = ("prepare_inputs", "sample")  # inside the second of them
 MEMORY_COUNTS = ("kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes", "kv_mapping_time", "kv_steps_waited")
 PAGES = "kv_pages_mapped"
 
@@ -106,7 +107,7 @@ def operation_table(rows: RunRows, on_device: bool) -> Table:
     by_step: dict[int | str, dict[str, Any]] = {}
     names: list[str] = []
     if not on_device:
-        names += CPU_OPERATIONS
+        names += (*CPU_OPERATIONS, *HOST_OPERATIONS)
         by_step.update((_batch_id(step), _cpu_times_ms(step)) for step in rows.steps)
     for row in rows.operations:
         if row.on_device == on_device:
@@ -117,7 +118,10 @@ def operation_table(rows: RunRows, on_device: bool) -> Table:
 
 
 def _cpu_times_ms(step: StepRecord) -> dict[str, Any]:
-    return {name: 1e3 * (after - before) for name, (before, after) in cpu_spans(step).items()}
+    seconds = {name: after - before for name, (before, after) in cpu_spans(step).items()}
+    if step.host is not None:
+        seconds |= dict(zip(HOST_OPERATIONS, step.host, strict=True))
+    return {name: 1e3 * each for name, each in seconds.items()}
 
 
 def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:

@@ -3,14 +3,15 @@
 A sampled token stays on the device, where the next step reads it, and comes to the host when its Flight is asked.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk
-from sarathi.model_executor.attention.backend import Address, AttentionBackend, BlockAddress, CacheLayer
+from sarathi.messages import Chunk, HostTimes
+from sarathi.model_executor.attention.backend import Address, AttentionBackend, BlockAddress, CacheLayer, Metadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.decode_graphs import Capturable, DecodeGraph, DecodeGraphs, ladder
 from sarathi.model_executor.model_runner import Computed, KVCache, read_sampled
@@ -27,20 +28,22 @@ class Flight:
 
     def __init__(
         self, sampling: Sequence[str], sampled: Sampled | None, plan: SamplingPlan | None, sequences: SequenceTable,
-        started: torch.cuda.Event,
+        started: torch.cuda.Event, prepare_inputs_s: float,
     ) -> None:  # fmt: skip
         self._sampling, self._plan, self._sequences = sampling, plan, sequences
         self._sampled = None if sampled is None else Sampled(_to_host(sampled.token_ids), sampled.logprobs)
-        self._started, self._done = started, _mark()
+        self._started, self._done, self._prepare_inputs_s = started, _mark(), prepare_inputs_s
         self._computed: Computed | None = None
 
     def result(self) -> Computed:
         """The step's tokens, known to `sequences` from then on."""
         if self._computed is None:
             self._done.synchronize()
+            landed_s = time.perf_counter()
             tokens = () if self._sampled is None else tuple(read_sampled(self._sampling, self._sampled, self._plan))
             self._sequences.append(tokens)
-            self._computed = Computed(tokens, self._started.elapsed_time(self._done) / 1e3)
+            host = HostTimes(self._prepare_inputs_s, time.perf_counter() - landed_s)
+            self._computed = Computed(tokens, self._started.elapsed_time(self._done) / 1e3, host)
         return self._computed
 
 
@@ -82,11 +85,13 @@ class CudaModelRunner:
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Flight:
         """Starts a step, whose memory is prepared; returns before the device is done."""
+        began_s = time.perf_counter()
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
         plan = self._plan(sampling, sequences)
         started = _mark()
-        sampled = self._compute(chunks, sequences, plan)
-        self._newest = Flight(sampling, sampled, plan, sequences, started)
+        compute = self._prepare(chunks, sequences, plan)
+        prepare_inputs_s = time.perf_counter() - began_s
+        self._newest = Flight(sampling, compute(), plan, sequences, started, prepare_inputs_s)
         if self._prefetch:
             self._cache.prefetch(chunks)
         return self._newest
@@ -99,13 +104,20 @@ class CudaModelRunner:
             self._newest.result()
         return plan_sampling([sequences[request_id] for request_id in sampling], self._vocab_size, self._device)
 
-    def _compute(self, chunks: Sequence[Chunk], sequences: SequenceTable, plan: SamplingPlan | None) -> Sampled | None:
+    def _prepare(
+        self, chunks: Sequence[Chunk], sequences: SequenceTable, plan: SamplingPlan | None
+    ) -> Callable[[], Sampled | None]:
+        """The step, ready to be started."""
         address = self._cache.address(chunks)
         graph = self._graph_for(chunks, plan, address)
         if graph is not None:
-            return Sampled(graph.replay(chunks, address, [_newest_token(each, sequences) for each in chunks]), None)
+            newest = [_newest_token(each, sequences) for each in chunks]
+            return lambda: Sampled(graph.replay(chunks, address, newest), None)
         inputs = self._inputs(chunks, address, sequences)
         metadata = self._backend.plan(Batch(tuple(chunks), inputs.token_ids, inputs.positions, None), address)
+        return lambda: self._compute(inputs, metadata, plan)
+
+    def _compute(self, inputs: _Inputs, metadata: Metadata, plan: SamplingPlan | None) -> Sampled | None:
         rows = None if len(inputs.sampled_rows) == len(inputs.token_ids) else inputs.sampled_rows
         logits = self.model(inputs.token_ids, inputs.positions, rows, self._layers, metadata)
         if not len(inputs.sampled_rows):

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, SampledToken
+from sarathi.messages import Chunk, HostTimes, SampledToken
 from sarathi.model_executor.attention.backend import Address, AttentionBackend, CacheLayer
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
@@ -27,10 +27,11 @@ class KVCache(Protocol):
 
 
 class Computed(NamedTuple):
-    """Tokens of the chunks that sample, in order, and the seconds inside the model."""
+    """Tokens of the chunks that sample, in order, the seconds inside the model, and those around it."""
 
     tokens: tuple[SampledToken, ...]
     model_s: float
+    host: HostTimes
 
 
 class Flight(Protocol):
@@ -66,6 +67,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Landed:
         """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
+        began_s = time.perf_counter()
         batch = make_batch(chunks, sequences, self._device)
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
         plan = plan_sampling([sequences[request_id] for request_id in sampling], self._vocab_size, self._device)
@@ -74,10 +76,11 @@ class ModelRunner:
             self._cache.prefetch(chunks)
         started_s = time.perf_counter()
         logits = self.model(batch, self._layers, metadata)
-        model_s = time.perf_counter() - started_s
+        done_s = time.perf_counter()
         tokens = tuple(read_sampled(sampling, sample(logits, plan), plan)) if sampling else ()
         sequences.append(tokens)
-        return Landed(Computed(tokens, model_s))
+        host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
+        return Landed(Computed(tokens, done_s - started_s, host))
 
 
 def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device) -> Batch:

@@ -35,7 +35,7 @@ class PendingStep(NamedTuple):
         if self.flight is None:
             return StepResult(self.step_id, available_rows=self.available_rows)
         computed = self.flight.result()
-        return StepResult(self.step_id, computed.tokens, computed.model_s)
+        return StepResult(self.step_id, computed.tokens, computed.model_s, host=computed.host)
 
 
 class Worker:

@@ -10,7 +10,7 @@ from simulated_run import CAPACITY, Clock, Simulation
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
-from sarathi.messages import Chunk, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import Chunk, HostTimes, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, NullMetricsStore, StepTimes, merge
 from sarathi.metrics.tables import REQUEST_COUNTS, REQUEST_TIMES, batch_table, operation_table
 from sarathi.request import Request
@@ -132,14 +132,16 @@ def test_steps_in_flight_together_do_not_count_time_twice() -> None:
     store.on_request_arrived(Request("0", (1, 2), arrival_time_s=0.0))
     out, result = SchedulerOutput(1, chunks=(Chunk("0", 2, 1, True, 8),)), StepResult(1, (SampledToken("0", 3),))
     store.on_step(out, result, StepTimes(0.0, 0.5, 4.0, 4.5))
-    store.on_step(replace(out, step_id=2), replace(result, step_id=2), StepTimes(1.0, 1.5, 8.0, 8.5))
+    second = replace(result, step_id=2, host=HostTimes(prepare_inputs_s=0.25, sample_s=0.125))
+    store.on_step(replace(out, step_id=2), second, StepTimes(1.0, 1.5, 8.0, 8.5))
     rows = store.rows()
     assert [step.duration_s for step in rows.steps] == [4.5, 4.0]
     assert rows.requests[0].execution_s == 8.5
     table = batch_table(rows)
     assert table.values("batch_execution_time") == [4.5, 4.0] and table.values("inter_batch_delay") == [0.0]
-    assert operation_table(rows, on_device=False).values("model_execution_e2e") == [3500.0, 3500.0]
-    assert operation_table(rows, on_device=False).values("schedule") == [500.0, 500.0]
+    cpu = operation_table(rows, on_device=False)
+    assert cpu.values("model_execution_e2e") == [3500.0, 3500.0] and cpu.values("schedule") == [500.0, 500.0]
+    assert cpu.values("prepare_inputs") == [250.0] and cpu.values("sample") == [125.0]
 
 
 def test_a_refused_or_aborted_request_has_no_times() -> None:
