@@ -12,7 +12,8 @@ def draw_times(rows: Sequence[Row], path: Path) -> None:
     """Time against context, one panel for each model, work and batch; nothing where there is nothing to draw."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row.work.startswith(("prefill", "decode")) and row.context and "step" not in row.work:
+        is_time_of_attention = row.work.startswith(("prefill", "decode")) and row.context
+        if is_time_of_attention and not row.work.endswith(("step", "same binary")):
             batch = f", batch {row.batch}" if row.work == "decode" else ""
             panels[f"{row.model}: {row.work}{batch} [{row.unit}]"][row.backend].append((row.context, row.value))
     wide = {name: lines for name, lines in panels.items() if max(map(len, lines.values())) > 1}
