@@ -15,7 +15,7 @@ def idle_share(step: Callable[[], None], steps: int = 10) -> float:
         for _ in range(WARM_UP_STEPS + steps):
             step()
             trace.step()
-    on_device = [event for event in trace.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = [each.time_range for each in on_device if not each.name.startswith("ProfilerStep")]
     if not spans:
         raise RuntimeError("the profiler saw no kernel")
