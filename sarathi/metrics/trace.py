@@ -70,17 +70,18 @@ def _operations(rows: RunRows) -> Iterator[Event]:
 
 
 def _mapping(rows: RunRows) -> Iterator[Event]:
-    """The mapper's share of time: its duration is measured, its start taken to be that of its step."""
-    starts = {(step.replica, step.step_id): step.busy_from_s for step in rows.steps}
+    """What was mapped between two looks at the memory: how long it took is known, when it began is not."""
+    last: dict[int, float] = {}
     for sample, row in zip(rows.memory, memory_table(rows).rows, strict=True):
         at_us = _span(rows, sample.at_s, sample.at_s)[0]
         stats = sample.stats
         levels = {"in use": stats.mapped_bytes - stats.idle_bytes, "idle": stats.idle_bytes}
         yield _counter("mapped bytes", sample.replica, at_us, levels)
-        start_s = starts.get((sample.replica, sample.step_id), sample.at_s)
         if row["kv_mapping_time"] > 0:
-            span = _span(rows, start_s, start_s + row["kv_mapping_time"])
-            yield _complete("map pages", sample.replica, MAPPER, *span)
+            span = _span(rows, last[sample.replica], sample.at_s)
+            event = _complete("map pages, at some time in this", sample.replica, MAPPER, *span)
+            yield event | {"args": {"mapping_ms": 1e3 * row["kv_mapping_time"]}}
+        last[sample.replica] = sample.at_s
 
 
 def _requests(rows: RunRows) -> Iterator[Event]:

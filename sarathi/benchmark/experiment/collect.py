@@ -24,10 +24,10 @@ class FinishedRun:
     summary: Mapping[str, Any]
 
     def table(self, name: str) -> list[dict[str, float | None]]:
-        """Rows of <name>.csv, numbers as such, empty cells as None, ids left out."""
+        """Rows of <name>.csv, numbers as such, empty cells as None; only the ids of steps of one engine are numbers."""
         with open(self.folder / f"{name}.csv", newline="", encoding="utf-8") as file:
             return [
-                {key: _number(cell) for key, cell in row.items() if not key.endswith(" Id")}
+                {key: _number(cell) for key, cell in row.items() if not key.endswith(" Id") or cell.isdecimal()}
                 for row in csv.DictReader(file)
             ]
 

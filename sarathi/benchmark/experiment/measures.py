@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.collect import FinishedRun
 from sarathi.metrics.plots import Points
-from sarathi.metrics.tables import cdf
+from sarathi.metrics.tables import BATCH_ID, TIME, cdf
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def prefill(run: FinishedRun) -> Row:
 
 
 def decode(run: FinishedRun) -> Row:
-    """Tokens a second over steps in which every slot of the batch decodes, and the cache that they fill."""
+    """Tokens a second over steps in which every slot of the batch decodes, and how fast they ask for memory."""
     size = run.config.replica_scheduler.max_batch_size
     steps = [
         step
@@ -51,7 +51,18 @@ def decode(run: FinishedRun) -> Row:
     rate = size * len(steps) / seconds if seconds else None
     row: Row = {"batch_size": size, "num_steps": len(steps), "decode_tokens_per_s": rate}
     median_s = float(np.median([step["batch_execution_time"] or 0.0 for step in steps])) if steps else None
-    return row | {"median_step_ms": None if median_s is None else 1e3 * median_s}
+    row["median_step_ms"] = None if median_s is None else 1e3 * median_s
+    return row | {"allocated_bytes_per_s": allocation_rate(run, {step[BATCH_ID] for step in steps})}
+
+
+def allocation_rate(run: FinishedRun, steps: Set[float | None]) -> float | None:
+    """Bytes a second by which memory in use grows between the first and the last look at it in these steps."""
+    seen = [sample for sample in run.table("memory_metrics") if sample.get(BATCH_ID) in steps]
+    if len(seen) < 2:
+        return None
+    used = [(sample["kv_mapped_bytes"] or 0.0) - (sample["kv_idle_bytes"] or 0.0) for sample in seen]
+    seconds = (seen[-1][TIME] or 0.0) - (seen[0][TIME] or 0.0)
+    return (used[-1] - used[0]) / seconds if seconds else None
 
 
 def decode_steps(run: FinishedRun) -> Row:

@@ -219,6 +219,21 @@ def test_unknown_experiments_name_the_known_ones(
     assert capsys.readouterr().out.split() == ["a_small", "a_large", "b-c_small", "b-c_large"]
 
 
+def test_memory_that_decodes_ask_for_is_told_a_second(tmp_path: Path) -> None:
+    """Two slots: step 0 is a prefill, steps 1 to 3 decode both, in step 4 one of them has ended."""
+    write_result(tmp_path / "run", {"replica_scheduler.max_batch_size": 2}, request_e2e_time={"max": 2.0})
+    steps = [(0, 8, 0, 9.0), (1, 2, 2, 0.5), (2, 2, 2, 0.25), (3, 2, 2, 0.25), (4, 1, 1, 9.0)]
+    header = "Batch Id,batch_num_tokens,batch_num_decode_tokens,batch_execution_time"
+    lines = [header, *(",".join(map(str, step)) for step in steps)]
+    (tmp_path / "run" / "batch_metrics.csv").write_text("\n".join(lines))
+    samples = [(0, 0.0, 500, 400), (1, 10.0, 1000, 400), (3, 12.0, 3000, 1000), (4, 13.0, 9000, 0)]
+    lines = ["Batch Id,Time (sec),kv_mapped_bytes,kv_idle_bytes", *(",".join(map(str, each)) for each in samples)]
+    (tmp_path / "run" / "memory_metrics.csv").write_text("\n".join(lines))
+    (row,) = make_rows(TABLES["decode"], collect(tmp_path)[0])
+    assert (row["num_steps"], row["decode_tokens_per_s"], row["median_step_ms"]) == (3, 6.0, 250.0)
+    assert row["allocated_bytes_per_s"] == (2000 - 600) / 2
+
+
 def test_workloads_are_named_by_what_they_are() -> None:
     assert workload_name(parse_options(["--length_provider=trace"])) == "arxiv"
     fixed = ["--length_provider=fixed", "--prefill_tokens=7", "--decode_tokens=3"]

@@ -138,7 +138,10 @@ def test_trace_has_a_track_a_request_and_no_step_overlaps(rows: RunRows, folder:
     decode = next(event for event in events if event["name"] == "decode")
     record = next(record for record in rows.requests if record.request_num_decode_tokens > 1)
     assert decode["dur"] == pytest.approx(1e6 * (record.finished_at_s - record.first_token_at_s))
-    assert {"attn_decode", "map pages", "mapped bytes"} <= {event["name"] for event in events}
+    assert {"attn_decode", "mapped bytes"} <= {event["name"] for event in events}
+    (mapping,) = [event for event in events if event["name"].startswith("map pages")]
+    first, second = rows.memory
+    assert mapping["dur"] == pytest.approx(1e6 * (second.at_s - first.at_s)) and mapping["args"] == {"mapping_ms": 250}
 
 
 def test_schedule_has_one_line_a_step(rows: RunRows, folder: Path) -> None:
