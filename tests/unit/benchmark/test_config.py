@@ -147,3 +147,8 @@ def test_two_sizes_are_one_too_many() -> None:
         sized_backend("fa_vattn_2mb", "64kb")
     with pytest.raises(ConfigError, match=r"needs model\.attention_backend to name a backend"):
         sized_backend("auto", "64kb")
+
+
+def test_operations_are_timed_without_graphs() -> None:
+    assert engine_config(parse_options(["--enable_op_level_metrics"])).model.enforce_eager
+    assert not engine_config(parse_options([])).model.enforce_eager
