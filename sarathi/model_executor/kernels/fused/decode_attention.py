@@ -27,8 +27,8 @@ from sarathi.model_executor.kernels.types import DecodeBatch, NewTokens, Rotatio
 
 _LOG2_E = 1.4426950408889634
 _PADDED_GROUP = 16  # query heads of one kv head, padded to the short side of the tensor cores' instruction
-_JOINED_PARTS = 8  # parts read at a time when a run is joined
-_SMALL_BATCH = 16  # up to so many sequences half the programs are faster: there are fewer parts to join
+_JOINED_ROWS = 64  # rows of parts, each of one query head, that are read at a time when a run is joined
+_FEW_TILES = tl.constexpr(16)  # a program's share up to which half as many programs are faster: fewer parts to join
 
 
 class DecodeConfig(NamedTuple):
@@ -60,11 +60,6 @@ class DecodeWorkspace(NamedTuple):
         peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=device)
         return cls(parts, peaks, sums, torch.zeros(shape[0], dtype=torch.int32, device=device), config)
 
-    def num_programs(self, num_seqs: int) -> int:
-        """How many share the work of a batch."""
-        programs = self.parts.shape[0]
-        return programs if num_seqs > _SMALL_BATCH else max(1, programs // 2)
-
 
 def decode_attention(
     q: Tensor,
@@ -87,8 +82,9 @@ def decode_attention(
     if num_seqs == 0:
         return out
     config, kv_heads = workspace.config, keys.shape[2]
+    members = triton.next_power_of_2(heads // kv_heads)
     fresh = new or NewTokens(q, q, RotationTable(q, q))
-    _attention_kernel[(workspace.num_programs(num_seqs),)](
+    _attention_kernel[(workspace.parts.shape[0],)](
         *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], scale * _LOG2_E, num_seqs),
         *(fresh.keys, fresh.values, *fresh.table),
         *(
@@ -101,12 +97,12 @@ def decode_attention(
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         PADDED=_PADDED_GROUP,
-        MEMBERS=triton.next_power_of_2(heads // kv_heads),
+        MEMBERS=members,
         HEAD_SIZE=head_size,
         TILE=config.tile,
         SEQS=_padded(num_seqs),
         WINDOW=batch.window or 0,
-        PARTS=_JOINED_PARTS,
+        PARTS=_JOINED_ROWS // members,
         NEW=new is not None,
         PDL=pdl,
         num_warps=config.warps,
@@ -212,7 +208,10 @@ def _attention_kernel(
     tiles_of = _tiles_of(lengths, TILE, WINDOW)[1]
     ends = tl.cumsum(tiles_of * KV_HEADS, axis=0)
     total = tl.sum(tiles_of * KV_HEADS, axis=0)
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
+    programs = tl.num_programs(0)
+    if total <= programs * _FEW_TILES:
+        programs = tl.cdiv(programs, 2)  # the others find nothing to do
+    share = tl.maximum(tl.cdiv(total, programs), 1)
     begin = program * share
     end = tl.minimum(begin + share, total)
 
