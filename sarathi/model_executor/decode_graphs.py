@@ -15,8 +15,8 @@ from sarathi.model_executor.attention.device_step import DeviceStep, StaticStep
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.fused import FusedDecoder
 
-_SMALL = (1, 2, 4, 8)
-_STRIDE = 8
+# Above 512 sequences a step is long beside its launches, and a graph of it gains nothing.
+_SIZES = (1, 2, 4, 8, *range(16, 257, 8), *range(288, 513, 32))
 
 
 @runtime_checkable
@@ -28,9 +28,8 @@ class Capturable(Protocol):
 
 
 def ladder(max_num_seqs: int) -> list[int]:
-    """Batch sizes worth a graph: 1, 2, 4, then multiples of 8 up to the first that holds max_num_seqs."""
-    top = -(-max_num_seqs // _STRIDE) * _STRIDE
-    return [*(size for size in _SMALL if size < max_num_seqs), *range(2 * _STRIDE, top, _STRIDE), max_num_seqs]
+    """Batch sizes worth a graph, up to max_num_seqs."""
+    return [*(size for size in _SIZES if size < max_num_seqs), *([max_num_seqs] if max_num_seqs <= _SIZES[-1] else [])]
 
 
 class DecodeGraph:
