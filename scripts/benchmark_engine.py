@@ -17,7 +17,7 @@ from kernel_benchmark.alone import Alone
 from kernel_benchmark.shapes import MODELS
 from measurement.idle import idle_share
 from measurement.lengths import FULL, SMALL, Sizes
-from measurement.options import engine_parser, parse
+from measurement.options import add_ratios, engine_parser, parse
 from measurement.ours import open_engine
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
@@ -25,7 +25,7 @@ from measurement.table import Budget, Row, Table, Work
 
 OWN_STAGES = ("idle", "alone")
 ALONE = "products and attention alone"
-IDLE_SHAPES = ((1, 1024), (16, 1024), (64, 1024))
+IDLE_SHAPES = ((1, 1024), (16, 1024), (64, 1024), (256, 1024))
 
 
 def measure_idle(load: Load, batch: int, context: int) -> None:
@@ -88,8 +88,9 @@ def run_alone(options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[
 def main() -> None:
     parser = engine_parser(__doc__, "results/engine")
     parser.add_argument("--stages", type=lambda text: text.split(","), default=[*STAGES, *OWN_STAGES])
+    add_ratios(parser)
     options = parse(parser)
-    sizes, budget = SMALL if options.test else FULL, Budget(options.budget)
+    sizes, budget = SMALL if options.test else FULL.with_ratios(options.ratios), Budget(options.budget)
     table = Table(options.output / "engine.csv")
     contexts = run_engine(options, table, sizes, budget)
     if "alone" in options.stages:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from measurement.lengths import FULL
+from measurement.options import add_ratios
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import Budget, Row, Table, read_rows
@@ -23,7 +24,8 @@ def measure(options: argparse.Namespace) -> None:
 
     budget = Budget(options.budget)
     engine = PeerEngine(options.model, options.max_model_len, options.seed)
-    load = Load(engine, Table(options.output / "vllm.csv", peer=engine.backend), options.model, FULL, options.seed)
+    table, sizes = Table(options.output / "vllm.csv", peer=engine.backend), FULL.with_ratios(options.ratios)
+    load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
     budget.run(load.plan(options.stages))
 
@@ -48,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b", help="a shipped name")
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
+    add_ratios(parser)
     parser.add_argument("--max-model-len", type=int, default=132_096)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds; nothing starts after them")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Requests = list[tuple[int, int]]  # prompt tokens, output tokens
@@ -17,6 +18,10 @@ class Sizes(NamedTuple):
     uniform: tuple[int, int, int]  # requests, fewest and most tokens, of prompts and of outputs alike
     lognormal_requests: int
     traces: tuple[tuple[int, int, int], ...]  # requests, tokens of each, prompt tokens for one output token
+
+    def with_ratios(self, ratios: Sequence[int]) -> "Sizes":
+        """Only the traces of these ratios of prompt to output."""
+        return self._replace(traces=tuple(trace for trace in self.traces if trace[2] in ratios))
 
     @property
     def chunked_work(self) -> str:

@@ -48,6 +48,14 @@ def engine_parser(description: str | None, output: str) -> argparse.ArgumentPars
     return parser
 
 
+def add_ratios(parser: argparse.ArgumentParser) -> None:
+    """Which static traces to run: the two take minutes each."""
+    parser.add_argument(
+        "--ratios", type=lambda text: [int(each) for each in text.split(",")], default=[500, 50],
+        help="prompt tokens for one output token, of the static traces",
+    )  # fmt: skip
+
+
 def parse(parser: argparse.ArgumentParser, test: Mapping[str, object] = MappingProxyType({})) -> argparse.Namespace:
     """The options; where the short form is asked for, what that changes. test: what it changes beside the common."""
     options = parser.parse_args()
