@@ -32,6 +32,9 @@ class PagedCacheEngine:
             raise CacheSettingsError(
                 f"memory_bytes={shape.budget_bytes} is more than {place.device} can give"
             ) from error
+        if place.device.type == "cuda":  # kernels read whole tiles: a NaN left behind would reach results as 0 * NaN
+            self._keys.zero_()
+            self._values.zero_()
         self._tables: dict[str, list[int]] = {}
         self._tokens: dict[str, int] = {}
         self._peak_blocks = 0
