@@ -47,7 +47,8 @@ class VirtualKVCache:
         page_bytes: a multiple of the device's granularity, at least one token. Default: 64 KiB on the CPU, the
             granularity of the driver on CUDA (2 MiB on present GPUs).
         deferred_reclamation: a freed slot keeps its pages until they are needed (Section 6 of the vAttention paper).
-        reclaim_threshold: share of the budget that the worker keeps free, taking rows back from idle slots.
+        reclaim_threshold: share of the budget that the worker keeps free, after each prefetch taking back a few rows
+            from idle slots.
 
     Raises ValueError or TypeError for arguments out of range, DeviceError if the device refuses.
     Not for use after a fork; threads may share it.

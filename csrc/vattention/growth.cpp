@@ -7,6 +7,9 @@
 #include "vattention/kv_cache.h"
 
 namespace vattention {
+namespace {
+constexpr std::uint64_t kPagesReclaimedAhead = 64;
+}
 
 // Protects, for the length of a call, the rows that the call is about to use from being taken back for each other.
 class KVCache::Goals {
@@ -186,8 +189,11 @@ void KVCache::prefetch_requested() {
   }
 }
 
+// A little for each prefetch: whoever calls next waits for it, and an unmapped page costs 20 us.
 void KVCache::reclaim_ahead() {
-  if (policy_.deferred_reclamation && below_threshold()) make_room(threshold_rows(), true);
+  if (!policy_.deferred_reclamation || !below_threshold()) return;
+  const std::uint64_t some_rows = std::max<std::uint64_t>(1, kPagesReclaimedAhead / geometry_.num_regions());
+  make_room(std::min(threshold_rows(), pool_.free_rows() + some_rows), true);
 }
 
 void KVCache::map_one_ahead() {

@@ -66,11 +66,7 @@ void KVCache::free(std::int64_t slot) {
   const Worker::Lock lock = own();
   const std::uint64_t index = active_slot(slot);
   slots_.retire(index);
-  if (!policy_.deferred_reclamation) {
-    slots_.trim(index, 0);
-  } else if (below_threshold()) {
-    worker_.post(lock);
-  }
+  if (!policy_.deferred_reclamation) slots_.trim(index, 0);
 }
 
 void KVCache::prepare(const Targets& targets) {

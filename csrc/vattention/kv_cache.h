@@ -36,7 +36,7 @@ class Reservation {
 
 struct Policy {
   bool deferred_reclamation = true;  // a freed slot keeps its pages until they are needed or free memory runs low
-  double reclaim_threshold = 0.1;    // share of the budget that background reclamation keeps free
+  double reclaim_threshold = 0.1;    // share of the budget that the worker, after each prefetch, tries to keep free
 };
 
 struct Target {

@@ -1,5 +1,7 @@
 """All ranks behind one step; here the one rank of this process. Knows no queues, no text and no clock."""
 
+import gc
+
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
 from sarathi.worker.base_worker import PendingStep, Worker
@@ -24,6 +26,7 @@ class Executor:
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
         self._worker = Worker(config)
+        _leave_alone_what_is_here()
         self.backend = self._worker.backend
         self.capacity: CacheCapacity = self._worker.capacity
         self.max_model_len = self._worker.max_model_len
@@ -50,4 +53,11 @@ class Executor:
 
     def shutdown(self) -> None:
         """Gives the cache's memory back; nothing can be executed afterwards. Idempotent."""
+        gc.unfreeze()
         self._worker.close()
+
+
+def _leave_alone_what_is_here() -> None:
+    """Takes modules, weights and graphs out of the collector's sight: to walk them all took 0.1 s in mid-step."""
+    gc.collect()
+    gc.freeze()

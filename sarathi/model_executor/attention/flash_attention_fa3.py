@@ -16,7 +16,8 @@ from sarathi.model_executor.attention.flash_attention_provider import Abilities,
 _BFLOAT16 = frozenset({torch.bfloat16})
 _BOTH = frozenset({torch.bfloat16, torch.float16})
 _HOPPER = frozenset({9})
-_OVERREACH = 255  # tiles of keys, 80 to 192 tokens by head size and mask, are copied whole
+_OVERREACH = 191  # tiles of keys, 80 to 192 tokens by head size and mask, are copied whole
+_FILLING = 128  # sequences times KV heads that fill the device: to split them costs more than it gains
 
 
 class _Package(NamedTuple):
@@ -84,6 +85,7 @@ class FlashAttention3:
                 "cu_seqlens_k_new": step.starts if append else None,
                 "page_size": cache_cols if paged else None,
                 "max_seqlen_k_new": step.max_new if append else 0,
+                "num_splits": _num_splits(problem, step),
                 **_mask(problem, step),
             }
         )
@@ -109,6 +111,7 @@ class FlashAttention3:
                 "kv_batch_idx": step.rows,
                 "softmax_scale": problem.scale,
                 "scheduler_metadata": step.schedule,
+                "num_splits": _num_splits(problem, step),
                 **_mask(problem, step),
             }
         )
@@ -119,6 +122,11 @@ def _mask(problem: Problem, step: VarlenStep) -> dict[str, Any]:
     left = -1 if problem.window is None else problem.window - 1
     right = 0 if problem.window is not None else -1
     return {"is_causal": step.causal, "window_size_left": left, "window_size_right": right}
+
+
+def _num_splits(problem: Problem, step: VarlenStep) -> int:
+    """0 lets the library choose, whose choice is made for sequences of one length: chunks among decodes mislead it."""
+    return int(step.max_new > 1 and step.lengths.shape[0] * problem.num_kv_heads >= _FILLING)
 
 
 def _defaults(operator: Any) -> dict[str, Any]:
