@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ class Experiment:
         return [self._run(labels) for labels in itertools.product(*self.grid.values())]
 
     def with_base(self, settings: Mapping[str, object]) -> Experiment:
-        """Knobs of all runs replaced; an axis still wins over them."""
-        return Experiment(self.output_dir, self.table, {**self.base, **canonical(settings)}, self.grid)
+        """Knobs of all runs replaced, in the axes' labels too; an axis that is named by its knob keeps its values."""
+        given = canonical(settings)
+        grid = {name: {label: _without(set(given) - {name}, knobs) for label, knobs in axis.items()}
+                for name, axis in self.grid.items()}  # fmt: skip
+        return Experiment(self.output_dir, self.table, {**self.base, **given}, grid)
 
     def with_axis(self, name: str, labels: Sequence[str]) -> Experiment:
         """An axis cut to these labels; one that is named by its knob takes new values as well."""
@@ -94,6 +98,10 @@ def _labels(
     else:
         for value in values:
             yield str(value), canonical({axis: value})
+
+
+def _without(names: AbstractSet[str], knobs: Mapping[str, object]) -> Mapping[str, object]:
+    return {name: value for name, value in knobs.items() if name not in names}
 
 
 def _is_knob(name: str) -> bool:

@@ -71,7 +71,9 @@ def test_axes_can_be_cut_and_given_new_values_where_they_are_knobs(grid: Path) -
     assert [run.name for run in experiment.with_axis("size", ["large"]).with_axis("model.name", ["x"]).runs()] == [
         "x_large"
     ]
-    assert experiment.with_base({"seed": "7"}).runs()[0].settings["seed"] == 7
+    given = experiment.with_base({"seed": "7", "max_batch_size": "5", "model.name": "x"}).runs()
+    assert [(run.settings["seed"], run.settings["replica_scheduler.max_batch_size"]) for run in given] == [(7, 5)] * 4
+    assert [run.settings["model.name"] for run in given] == ["a", "a", "b/c", "b/c"]
     with pytest.raises(ValueError, match="has no 'huge'; it has small, large"):
         experiment.with_axis("size", ["huge"])
     with pytest.raises(ValueError, match=r"nearest of model\.name, size is 'size'"):
