@@ -13,7 +13,7 @@ from torch import Tensor
 from sarathi.messages import Chunk, HostTimes
 from sarathi.model_executor.attention.backend import Address, AttentionBackend, BlockAddress, CacheLayer, Metadata
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.decode_graphs import Capturable, DecodeGraph, DecodeGraphs, ladder
+from sarathi.model_executor.decode_graphs import Capturable, DecodeGraph, DecodeGraphs, Limits, ladder
 from sarathi.model_executor.model_runner import Computed, KVCache, read_sampled
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.sampler import Sampled, sample
@@ -63,7 +63,7 @@ class CudaModelRunner:
 
     def __init__(
         self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *,
-        prefetch: bool, max_num_seqs: int, max_length: int,
+        prefetch: bool, limits: Limits,
     ) -> None:  # fmt: skip
         self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
         self._prefetch = prefetch
@@ -72,8 +72,8 @@ class CudaModelRunner:
         homes = layers[0].k.shape[0]
         self._last_tokens = torch.zeros(homes + 1, dtype=torch.int64, device=self._device)
         self._capturable = backend if isinstance(backend, Capturable) else None
-        sizes = [] if self._capturable is None else ladder(max_num_seqs)
-        self._graphs = DecodeGraphs(sizes, lambda size: DecodeGraph(size, max_length, self._last_tokens))
+        sizes = [] if self._capturable is None else ladder(limits.max_num_seqs)
+        self._graphs = DecodeGraphs(sizes, lambda size: DecodeGraph(size, limits, self._last_tokens))
         self._newest: Flight | None = None
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class CudaModelRunner:
     ) -> Callable[[], Sampled | None]:
         """The step, ready to be started."""
         address = self._cache.address(chunks)
-        graph = self._graph_for(chunks, plan, address)
+        graph = self._graph_for(chunks, plan)
         if graph is not None:
             newest = [_newest_token(each, sequences) for each in chunks]
             return lambda: Sampled(graph.replay(chunks, address, newest), None)
@@ -126,8 +126,8 @@ class CudaModelRunner:
         self._last_tokens[inputs.sampled_homes] = sampled.token_ids
         return sampled
 
-    def _graph_for(self, chunks: Sequence[Chunk], plan: SamplingPlan | None, address: Address) -> DecodeGraph | None:
-        if plan is not None or isinstance(address, BlockAddress) or not all(_is_decode(chunk) for chunk in chunks):
+    def _graph_for(self, chunks: Sequence[Chunk], plan: SamplingPlan | None) -> DecodeGraph | None:
+        if plan is not None or not all(_is_decode(chunk) for chunk in chunks):
             return None
         return self._graphs.for_batch(len(chunks))
 

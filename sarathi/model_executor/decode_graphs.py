@@ -4,7 +4,7 @@ A graph is captured over the virtual tensor, whose addresses never move: it surv
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,13 +32,21 @@ def ladder(max_num_seqs: int) -> list[int]:
     return [*(size for size in _SIZES if size < max_num_seqs), *([max_num_seqs] if max_num_seqs <= _SIZES[-1] else [])]
 
 
+class Limits(NamedTuple):
+    """What a step's tensors are made for."""
+
+    max_num_seqs: int
+    max_length: int  # tokens of the longest sequence
+    blocks: int  # and its blocks; 0 where it lies in a contiguous slot
+
+
 class DecodeGraph:
     """One batch size. Padded rows have length 0: they attend to nothing, are stored nowhere and leave no token."""
 
-    def __init__(self, batch_size: int, max_length: int, last_tokens: Tensor) -> None:
+    def __init__(self, batch_size: int, limits: Limits, last_tokens: Tensor) -> None:
         """last_tokens: [homes + 1] int64, each resident request's newest token; the last entry takes the padding's."""
         device = last_tokens.device
-        self._static = StaticStep(batch_size, max_length, 0, device)
+        self._static = StaticStep(batch_size, limits.max_length, limits.blocks, device)
         self._host_tokens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self._last_tokens = last_tokens
         self._graph = torch.cuda.CUDAGraph()
@@ -62,8 +70,7 @@ class DecodeGraph:
 
     def _step(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
         step = self._static.step
-        assert step.rows is not None
-        homes = torch.where(step.lengths > 0, step.rows, self._last_tokens.shape[0] - 1).long()
+        homes = torch.where(step.lengths > 0, step.homes, self._last_tokens.shape[0] - 1).long()
         token_ids = torch.where(self._host_tokens < 0, self._last_tokens[homes], self._host_tokens)
         logits = model(token_ids, step.cached, None, layers, backend.plan_step(step))
         self._tokens.copy_(model.kernels.argmax(logits))

@@ -7,6 +7,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.messages import Chunk, NewRequest
 from sarathi.model_executor.attention.backend import AttentionBackend, CacheLayer
 from sarathi.model_executor.cuda_runner import CudaModelRunner
+from sarathi.model_executor.decode_graphs import Limits
 from sarathi.model_executor.kernels import create_kernels
 from sarathi.model_executor.model_runner import ModelRunner
 from sarathi.model_executor.models.decoder import Decoder
@@ -31,10 +32,9 @@ def create_runner(
     if device.type != "cuda" or not isinstance(backend, AttendingBackend) or not FusedDecoder.supports(arch):
         return ModelRunner(model, backend, cache, layers, prefetch=not spec.sync)
     fused = FusedDecoder(model, arch, create_kernels(device), backend, shape.max_model_len)
-    return CudaModelRunner(
-        fused, backend, cache, layers, prefetch=not spec.sync,
-        max_num_seqs=shape.max_num_seqs, max_length=shape.max_model_len,
-    )  # fmt: skip
+    blocks = -(-shape.max_model_len // layers[0].k.shape[1]) if spec.is_paged else 0
+    limits = Limits(shape.max_num_seqs, shape.max_model_len, blocks)
+    return CudaModelRunner(fused, backend, cache, layers, prefetch=not spec.sync, limits=limits)
 
 
 def settle(runner: Runner, cache: CacheEngine, config: EngineConfig, shape: CacheShape) -> None:

@@ -22,7 +22,7 @@ from sarathi.model_executor.attention.backend import KernelUnavailableError
 
 pytestmark = pytest.mark.gpu
 BACKENDS = (
-    "fa_vattn", "fa_vattn_sync", "fa_vattn_megacache", "fa_vattn_megacache_sync", "fa3_vattn", "fa_paged_256",
+    "fa_vattn", "fa_vattn_sync", "fa_vattn_megacache", "fa_vattn_megacache_sync", "fa3_vattn", "fa_paged_16", "fa_paged_256",
     "fi_vattn", "fi_vattn_sync", "fi_vattn_megacache", "fi_paged_16", "sdpa_vattn", "sdpa_paged_16",
 )  # fmt: skip
 MIB = 1 << 20

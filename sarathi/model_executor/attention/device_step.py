@@ -1,6 +1,6 @@
 """A step's lengths and places as int32 tensors on the device, by one copy from the host. Knows no kernel."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,14 @@ class DeviceStep:
     max_new: int
     max_length: int
     one_each: bool  # every sequence has one new token: token i is sequence i's
+
+    @property
+    def homes(self) -> Tensor:
+        """[B] a number that no other resident sequence has: its slot, or its first block."""
+        if self.block_table is not None:
+            return self.block_table[:, 0]
+        assert self.rows is not None
+        return self.rows
 
 
 def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceStep:
@@ -94,18 +102,19 @@ def _pack(batch: Batch, address: Address, batch_size: int, blocks: int) -> list[
         cached.append(chunk.start)
         lengths.append(chunk.start + chunk.num_tokens)
     padding = batch_size - len(cached)
-    places = address.slots if isinstance(address, SlotAddress) else _table(address.block_tables, blocks)
-    width = blocks or 1
-    return [
-        *starts, *[starts[-1]] * padding, *cached, *[0] * padding, *lengths, *[0] * padding,
-        *places, *[0] * (padding * width),
-    ]  # fmt: skip
+    places = list(address.slots) if isinstance(address, SlotAddress) else _table(address.block_tables, blocks)
+    numbers = [*starts, *[starts[-1]] * padding, *cached, *[0] * padding, *lengths, *[0] * padding]
+    numbers += places
+    numbers += [0] * (padding * (blocks or 1))
+    return numbers
 
 
-def _table(tables: Sequence[Sequence[int]], blocks: int) -> Iterable[int]:
-    for table in tables:
-        yield from table[:blocks]
-        yield from [0] * (blocks - len(table))
+def _table(tables: Sequence[Sequence[int]], blocks: int) -> list[int]:
+    table: list[int] = []
+    for row in tables:
+        table += row[:blocks]
+        table += [0] * (blocks - len(row))
+    return table
 
 
 def _split(
