@@ -22,8 +22,8 @@ from sarathi.model_executor.attention.backend import KernelUnavailableError
 
 pytestmark = pytest.mark.gpu
 BACKENDS = (
-    "fa_vattn", "fa_vattn_sync", "fa_vattn_megacache", "fa_vattn_megacache_sync", "fa3_vattn", "fa_paged_16", "fa_paged_256",
-    "fi_vattn", "fi_vattn_sync", "fi_vattn_megacache", "fi_paged_16", "sdpa_vattn", "sdpa_paged_16",
+    "fa_vattn", "fa_vattn_sync", "fa_vattn_megacache", "fa_vattn_megacache_sync", "fa3_vattn", "fa_paged_16",
+    "fa_paged_256", "fi_vattn", "fi_vattn_sync", "fi_vattn_megacache", "fi_paged_16", "sdpa_vattn", "sdpa_paged_16",
 )  # fmt: skip
 MIB = 1 << 20
 ROUNDING = 0.1  # of the spread of the logits: what bf16 may confuse
@@ -131,3 +131,14 @@ def test_sampled_requests_beside_greedy_ones(model: Model, llm: LLM) -> None:
     first, plain, second = llm.generate([prompt] * 3, [drawn, greedy(16), drawn], use_tqdm=False)
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert model.shortfall(prompt, plain.outputs[0].token_ids) < ROUNDING
+
+
+def test_kernels_start_while_nothing_is_mapped_for_any_request(model: Model, llm: LLM) -> None:
+    """A launcher looks up the address of the whole cache, whichever slots have memory."""
+    if llm.engine.executor.backend.is_paged:
+        pytest.skip("blocks are always there")
+    prompt = random_prompts(1, 50)[0]
+    llm.generate(prompt, greedy(4), use_tqdm=False)
+    llm.engine.executor._worker._cache._cache.reclaim_idle()
+    [output] = llm.generate(prompt, greedy(4), use_tqdm=False)
+    assert model.shortfall(prompt, output.outputs[0].token_ids) < ROUNDING

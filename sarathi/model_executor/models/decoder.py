@@ -72,7 +72,7 @@ class Attention:
             turned = self.head_norm(turned)
         query, key = torch.split(rotate(turned, context.rope), [self.num_heads, self.num_kv_heads], dim=1)
         seen = self.backend.forward(query, key, value, layer, context.metadata)  # [T, num_heads, D]
-        return self.output(seen.view(x.shape[0], -1))
+        return self.output(seen.reshape(x.shape[0], -1))
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         for part in (self.qkv, self.output, self.head_norm):

@@ -2,31 +2,38 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.backend import SlotAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
-from vattention import VirtualKVCache
+from vattention import OutOfMemoryError, VirtualKVCache
+
+_ANCHOR_SLOT = 0
 
 
 class vATTNCacheEngine:
     """vAttention: kernels see one tensor, pages come and go beneath it (Prabhu et al., ASPLOS 2025)."""
 
     def __init__(self, spec: BackendSpec, shape: CacheShape) -> None:
+        anchored = needs_anchor(shape.place.device)
         try:
-            self._cache = _open_cache(spec, shape)
+            self._cache = _open_cache(spec, shape, shape.max_num_seqs + anchored)
         except ValueError as error:
             settings = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
             raise CacheSettingsError(f"{settings}: {error}") from error
         self._slots: dict[str, int] = {}
         self._slack_tokens = shape.slack_tokens
+        self._anchor_rows = self._anchor() if anchored else 0
+        self._anchored = self._cache.stats()  # what is mapped for nobody, if anything
 
     @property
     def capacity(self) -> CacheCapacity:
         cache = self._cache
-        return CacheCapacity(cache.capacity_rows, cache.token_bytes, cache.page_bytes, self._slack_tokens)
+        rows = cache.capacity_rows - self._anchor_rows
+        return CacheCapacity(rows, cache.token_bytes, cache.page_bytes, self._slack_tokens)
 
     def resize(self, budget_bytes: int) -> None:
         self._cache.resize(budget_bytes)
@@ -43,6 +50,10 @@ class vATTNCacheEngine:
             self._slots[chunk.request_id] = self._cache.alloc(self._mapped(chunk.granted_tokens))
         try:
             self._cache.prepare(self._slots_of(chunks), [self._mapped(chunk.granted_tokens) for chunk in chunks])
+        except OutOfMemoryError as error:
+            self.release([chunk.request_id for chunk in new])
+            ours = self._anchor_rows
+            raise OutOfMemoryError(str(error), error.needed - ours, error.available - ours) from error
         except Exception:
             self.release([chunk.request_id for chunk in new])
             raise
@@ -65,10 +76,10 @@ class vATTNCacheEngine:
         return MemoryStats(
             reserved_bytes=stats.reserved_bytes,
             created_bytes=stats.created_bytes,
-            mapped_bytes=stats.mapped_bytes,
+            mapped_bytes=stats.mapped_bytes - self._anchored.mapped_bytes,
             idle_bytes=stats.idle_bytes,
-            wasted_bytes=stats.wasted_bytes,
-            peak_mapped_bytes=stats.peak_mapped_bytes,
+            wasted_bytes=stats.wasted_bytes - self._anchored.wasted_bytes,
+            peak_mapped_bytes=stats.peak_mapped_bytes - self._anchored.mapped_bytes,
             driver_calls=stats.driver_calls,
             driver_s=stats.driver_s,
             steps_waited=stats.prepares_waited,
@@ -84,6 +95,12 @@ class vATTNCacheEngine:
         self._slots.clear()
         self._cache.close()
 
+    def _anchor(self) -> int:
+        """Maps the first page of every tensor for good, in a slot that no request gets; the rows that this takes."""
+        self._cache.claim(_ANCHOR_SLOT)
+        self._cache.prepare([_ANCHOR_SLOT], [1])
+        return self._cache.rows_for(1)
+
     def _mapped(self, num_tokens: int) -> int:
         """Tokens that must have memory where a request has num_tokens: past its last one as far as kernels may read."""
         return min(num_tokens + self._slack_tokens, self._cache.max_tokens)
@@ -92,13 +109,18 @@ class vATTNCacheEngine:
         return [self._slots[chunk.request_id] for chunk in chunks]
 
 
-def _open_cache(spec: BackendSpec, shape: CacheShape) -> VirtualKVCache:
+def needs_anchor(device: torch.device) -> bool:
+    """Whether launchers look a tensor's address up, as Triton's does, and refuse one with no memory behind it."""
+    return device.type == "cuda"
+
+
+def _open_cache(spec: BackendSpec, shape: CacheShape, num_slots: int) -> VirtualKVCache:
     arch = shape.arch
     return VirtualKVCache(
         num_layers=arch.num_layers,
         num_kv_heads=arch.num_kv_heads,
         head_size=arch.head_size,
-        num_slots=shape.max_num_seqs,
+        num_slots=num_slots,
         max_tokens=shape.max_model_len,
         dtype=shape.place.dtype,
         device=shape.place.device,

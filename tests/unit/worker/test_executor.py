@@ -10,6 +10,7 @@ from tiny_models import TinyModel, build, random_prompts
 from sarathi.config.load import make_config
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.sampling_params import SamplingParams
+from sarathi.worker.cache_engine import vattn
 from sarathi.worker.executor import Executor, UnsupportedParallelismError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
@@ -91,6 +92,29 @@ def test_memory_that_runs_out_is_an_answer_and_changes_nothing(tiny: TinyModel) 
     assert again.tokens[0].token_id == int(expected)
     later = executor.execute(SchedulerOutput(4, chunks=(whole("b", too_much),), finished=("a",), num_recoveries=1))
     assert later.tokens[0].token_id == int(tiny.logprobs(too_much)[-1].argmax())
+
+
+def test_an_anchored_cache_keeps_its_first_page_and_says_nothing_of_it(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a launcher must find memory behind a tensor's address whatever its slots hold."""
+    plain = make_executor(tiny, memory_bytes=6 * 4096 * 4, max_num_seqs=4).capacity.rows
+    monkeypatch.setattr(vattn, "needs_anchor", lambda device: True)
+    executor = make_executor(tiny, memory_bytes=6 * 4096 * 4, max_num_seqs=4)
+    rows = executor.capacity.rows
+    assert rows == plain - 1
+    prompt = [3] * executor.capacity.tokens_in(rows)
+    out = executor.execute(SchedulerOutput(0, (new("a", prompt),), (whole("a", prompt),)))
+    assert out.tokens[0].token_id == int(tiny.logprobs(prompt)[-1].argmax())
+    more = Chunk("a", len(prompt), 1, True, executor.capacity.tokens_in(rows) + 1)
+    assert executor.execute(SchedulerOutput(1, chunks=(more,))).available_rows == rows
+    executor.execute(SchedulerOutput(2, finished=("a",), num_recoveries=1))
+    stats = executor.memory_stats()
+    assert stats.mapped_bytes == stats.idle_bytes and stats.wasted_bytes == 0
+    executor._worker._cache._cache.reclaim_idle()
+    assert executor.memory_stats().mapped_bytes == 0
+    for index in range(3):
+        assert all(tensor[0, 0].isfinite().all() for tensor in executor._worker._cache.layer(index))
 
 
 def test_a_preempted_request_comes_back_with_its_output(tiny: TinyModel) -> None:
