@@ -19,7 +19,7 @@ from kernel_benchmark.prefill import measure_prefill
 from kernel_benchmark.shapes import LLAMA, YI
 from kernel_benchmark.step import measure_steps
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
-from measurement.plot import draw_ratios, draw_times
+from measurement.plot import draw_times
 from measurement.table import Budget, Table, Work
 
 from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig
@@ -97,7 +97,6 @@ def main() -> None:
         if options.only != "small":
             budget.run(attention(table, flashinfer=options.flashinfer))
     draw_times(table.rows, options.output / "kernels.png")
-    draw_ratios(table.rows, options.output / "kernels_ratios.png")
 
 
 if __name__ == "__main__":

@@ -7,40 +7,65 @@ from typing import Any
 
 from measurement.table import Row
 
+COLUMNS = 3
+SHOWN_RATIOS = (0.6, 1.4)  # what lies outside is cut at the border, and told by its number
+
 
 def draw_times(rows: Sequence[Row], path: Path) -> None:
-    """Time against context, one panel for each model, work and batch; nothing where there is nothing to draw."""
+    """Time over that of the fastest, against context, a panel for each model, work and batch; nothing if none is."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         is_time_of_attention = row.work.startswith(("prefill", "decode")) and row.context
         if is_time_of_attention and not row.work.endswith(("step", "same binary")):
             batch = f", batch {row.batch}" if row.work == "decode" else ""
-            panels[f"{row.model}: {row.work}{batch} [{row.unit}]"][row.backend].append((row.context, row.value))
+            panels[f"{row.model}: {row.work}{batch}"][row.backend].append((row.context, row.value))
     wide = {name: lines for name, lines in panels.items() if max(map(len, lines.values())) > 1}
     if not wide:
         return
-    figure, axes = _panels(len(wide), height=4)
-    for (name, lines), axis in zip(wide.items(), axes, strict=True):
+    figure, axes = _panels(len(wide), height=3, columns=COLUMNS)
+    names = dict.fromkeys(backend for lines in wide.values() for backend in lines)
+    colors = dict(zip(names, _colors(len(names)), strict=True))
+    for (name, lines), axis in zip(wide.items(), axes, strict=False):
+        fastest = _fastest(lines)
         for backend, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=backend)
-        axis.set(title=name, xscale="log", yscale="log", xlabel="tokens of context")
-        axis.legend(fontsize=6)
-    _save(figure, path)
+            over = sorted((context, value / fastest[context]) for context, value in points)
+            axis.plot(*zip(*over, strict=True), marker="o", markersize=3, color=colors[backend])
+        axis.set(title=name, xscale="log", xlabel="tokens of context", ylabel="time / fastest", ylim=(0.97, 1.6))
+    handles = [axes[0].plot([], [], marker="o", color=color, label=name)[0] for name, color in colors.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=COLUMNS, fontsize=8)
+    _save(figure, path, legend_rows=-(-len(colors) // COLUMNS))
+
+
+def _colors(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab20"](index % 20) for index in range(count)]
+
+
+def _fastest(lines: Mapping[str, Sequence[tuple[int, float]]]) -> dict[int, float]:
+    """Context -> the least value."""
+    fastest: dict[int, float] = {}
+    for context, value in (point for points in lines.values() for point in points):
+        fastest[context] = min(value, fastest.get(context, value))
+    return fastest
 
 
 def draw_ratios(rows: Sequence[Row], path: Path) -> None:
-    """A bar for each row that is compared, above 1 where ours is better; nothing where none is."""
+    """A bar from 1 for each row that is compared, to the right where ours is better; nothing where none is."""
     compared = [row for row in rows if row.ratio is not None]
     if not compared:
         return
     figure, (axis,) = _panels(1, height=1 + 0.25 * len(compared))
     shapes = [f"{row.model}, {row.work}, {row.batch} x {row.context}" for row in compared]
     names = [f"{shape}: {row.backend} / {row.reference}" for shape, row in zip(shapes, compared, strict=True)]
-    axis.barh(range(len(compared)), [row.ratio for row in compared], color="tab:blue")
+    low, high = SHOWN_RATIOS
+    ends = [min(max(row.ratio, low), high) for row in compared]
+    colors = ["tab:blue" if end >= 1 else "tab:red" for end in ends]
+    bars = axis.barh(range(len(compared)), [end - 1 for end in ends], left=1, color=colors)
+    axis.bar_label(bars, [f"{row.ratio:.2f}" for row in compared], fontsize=6, padding=2)
     axis.set_yticks(range(len(compared)), names, fontsize=6)
     axis.axvline(1.0, color="black", linewidth=1)
-    axis.invert_yaxis()
-    axis.set(xlabel="ratio, above 1: ours is better")
+    axis.set(xlabel="ratio, above 1: ours is better", xlim=SHOWN_RATIOS, ylim=(len(compared), -1))
     _save(figure, path)
 
 
@@ -56,14 +81,19 @@ def draw_steps(steps_ms: Mapping[str, Sequence[float]], path: Path) -> None:
     _save(figure, path)
 
 
-def _panels(count: int, height: float) -> tuple[Any, Any]:
+def _panels(count: int, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, height * count))
-    return figure, figure.subplots(count, 1, squeeze=False)[:, 0]
+    rows = -(-count // columns)
+    figure = Figure(figsize=(9 if columns == 1 else 5 * columns, height * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def _save(figure: Any, path: Path, legend_rows: int = 0) -> None:
+    """legend_rows: lines of a legend below all panels."""
+    figure.tight_layout(rect=(0, 0.25 * legend_rows / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=100)
     print(f"# drew {path}", flush=True)
