@@ -29,6 +29,15 @@ class Around(NamedTuple):
     residual: Tensor | None = None  # [1, out]: added to the result
     gated: bool = False  # weight is [2 * out, in], gate rows first; the result is silu(gate) * up
 
+    def pointers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Bias and residual for a launch; x stands for what is not there, and is not read as such."""
+        return (x if self.bias is None else self.bias), (x if self.residual is None else self.residual)
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """What a kernel is compiled for."""
+        return {"BIAS": self.bias is not None, "ADD": self.residual is not None, "GATED": self.gated}
+
 
 def matvec(x: Tensor, weight: Tensor, out: Tensor, around: Around, config: MatvecConfig, *, pdl: bool = False) -> None:
     """``out = around(x @ weight.T)``. x: [1, in], contiguous; weight: [out or 2 * out, in]; out: [1, out]."""
@@ -37,20 +46,14 @@ def matvec(x: Tensor, weight: Tensor, out: Tensor, around: Around, config: Matve
     block_k = min(config.block_k, triton.next_power_of_2(size))
     options = {"num_warps": config.warps, **({"launch_pdl": True} if pdl else {})}
     _matvec_kernel[(triton.cdiv(outputs, config.rows),)](
-        *(x, weight, out, _or(around.bias, x), _or(around.residual, x), outputs, weight.stride(0)),
+        *(x, weight, out, *around.pointers(x), outputs, weight.stride(0)),
         SIZE=size,
         ROWS=config.rows,
         BLOCK_K=block_k,
-        BIAS=around.bias is not None,
-        ADD=around.residual is not None,
-        GATED=around.gated,
         PDL=pdl,
+        **around.flags,
         **options,
     )
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
 
 
 @triton.jit

@@ -49,22 +49,16 @@ def skinny(
     )
     options = {"num_warps": config.warps, "num_stages": config.stages, **({"launch_pdl": True} if pdl else {})}
     _skinny_kernel[(tiles, config.splits)](
-        *(x, weight, out, _or(around.bias, x), _or(around.residual, x), partial, counters),
+        *(x, weight, out, *around.pointers(x), partial, counters),
         *(tokens, out.shape[1], size, x.stride(0), weight.stride(0)),
         BLOCK_M=MAX_TOKENS,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SPLITS=config.splits,
-        BIAS=around.bias is not None,
-        ADD=around.residual is not None,
-        GATED=around.gated,
         PDL=pdl,
+        **around.flags,
         **options,
     )
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
 
 
 @triton.jit(do_not_specialize=["tokens"])
