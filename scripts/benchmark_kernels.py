@@ -22,8 +22,6 @@ from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.plot import draw_times
 from measurement.table import Budget, Table, Work
 
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig
-
 SMALL_DECODE = [(16, 1024), (1, 1024), (64, 2048), (8, 32768), (16, 8192), (256, 1024), (1, 131072)]
 DECODE = [*SMALL_DECODE, (16, 16384), (64, 4096), (1, 16384), (4, 65536), (1, 196608), (16, 4096), (8, 8192)]
 PREFILL = [8192, 32768, 16384, 2048, 65536, 131072, 4096, 1024, 196608]
@@ -75,8 +73,8 @@ def _elementwise(table: Table, tokens: int) -> None:
 def _jobs(only: str | None) -> Iterator[Callable[[], None]]:
     shapes = [(model, *shape) for model, shape in product((LLAMA, YI), DECODE)]
     if only == "attention":
-        return decode.warm_up_jobs(shapes, [DecodeConfig()])
-    return chain(decode.warm_up_jobs(shapes, decode.CONFIGS), products.warm_up_jobs())
+        return decode.warm_up_jobs(shapes, [None])
+    return chain(decode.warm_up_jobs(shapes, [None, *decode.CONFIGS]), products.warm_up_jobs())
 
 
 def main() -> None:

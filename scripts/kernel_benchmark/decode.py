@@ -46,7 +46,9 @@ class Inputs:
         return cls(model, batch, context, _random(batch, model.num_heads, model.head_size), layers, slots, lengths)
 
 
-def warm_up_jobs(shapes: list[tuple[Model, int, int]], configs: Sequence[DecodeConfig]) -> Iterator[Callable[[], None]]:
+def warm_up_jobs(
+    shapes: list[tuple[Model, int, int]], configs: Sequence[DecodeConfig | None]
+) -> Iterator[Callable[[], None]]:
     """One thunk for each Triton kernel that these shapes need, on a short context."""
     paddings = {(model.name, max(16, 4 ** -(-(batch - 1).bit_length() // 2))) for model, batch, _ in shapes}
     for (name, padded), config in itertools.product(sorted(paddings), configs):
@@ -104,8 +106,8 @@ def exact_output(inputs: Inputs, sequences: int) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs), checked
 
 
-def triton_launch(inputs: Inputs, config: DecodeConfig, *, pdl: bool = False) -> Launch:
-    """Our split-KV kernel."""
+def triton_launch(inputs: Inputs, config: DecodeConfig | None, *, pdl: bool = False) -> Launch:
+    """Our split-KV kernel; None: the shape that it takes by itself."""
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     workspace = DecodeWorkspace.create(sms, inputs.model.head_size, torch.device("cuda"), config)
     batch = DecodeBatch(inputs.slots, inputs.lengths)
@@ -174,7 +176,7 @@ def _launches(
     for config in configs:
         name = "triton " + " ".join(f"{key}={value}" for key, value in config._asdict().items())
         yield name, lambda c=config: triton_launch(inputs, c)
-    yield "triton default, overlapped launch", lambda: triton_launch(inputs, DecodeConfig(), pdl=True)
+    yield "triton default, overlapped launch", lambda: triton_launch(inputs, None, pdl=True)
     for package, page in itertools.product(packages, PAGES):
         if PACKAGES[package].abilities.block_multiple is not None:
             yield f"fa3 paged {page} ({package})", lambda p=package, n=page: fa3_launch(inputs, p, n)

@@ -1,6 +1,7 @@
 """SmolLM2 in bf16 on real prompts, every backend: outputs are transformers' unless bf16 cannot tell two tokens apart.
 
-At the first token in which two outputs differ the float32 logits of both are compared: they must be nearly the same.
+At the first token in which two outputs differ the float32 logits of both are compared. They may lie as far apart as
+transformers' own bf16 logits there lie from its float32 logits, for each of the two.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,6 @@ BACKENDS = (
     "sdpa_vattn", "sdpa_paged_16",
 )  # fmt: skip
 NUM_TOKENS = 48
-ROUNDING = 0.1  # of the spread of the logits: what bf16 may confuse
 Tokens = Sequence[int]
 
 
@@ -72,13 +72,13 @@ def outputs_of(backend: str) -> list[list[int]]:
 
 @torch.inference_mode()
 def margin(prompt: Tokens, ours: Tokens, theirs: Tokens) -> float:
-    """Float32 logits of the first two tokens that differ, apart by how much of the logits' spread; 0 if none do."""
+    """Float32 logits of the first two tokens that differ, apart, over what bf16 does to two logits there."""
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
     if same is None:
         return 0.0
     ids = torch.tensor([[*prompt, *ours[:same]]], device="cuda")
-    logits = reference(torch.float32)(ids).logits[0, -1]
-    return float((logits[ours[same]] - logits[theirs[same]]).abs() / logits.std())
+    exact, rounded = (reference(dtype)(ids).logits[0, -1].float() for dtype in (torch.float32, torch.bfloat16))
+    return float((exact[ours[same]] - exact[theirs[same]]).abs() / (2 * (exact - rounded).abs().max()))
 
 
 def largest_margin(ours: Sequence[Tokens], theirs: Sequence[Tokens]) -> float:
@@ -89,9 +89,9 @@ def largest_margin(ours: Sequence[Tokens], theirs: Sequence[Tokens]) -> float:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_are_those_of_transformers(backend: str) -> None:
-    assert largest_margin(outputs_of(backend), expected()) < ROUNDING
+    assert largest_margin(outputs_of(backend), expected()) < 1.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_backends_agree(backend: str) -> None:
-    assert largest_margin(outputs_of(backend), outputs_of(BACKENDS[0])) < ROUNDING
+    assert largest_margin(outputs_of(backend), outputs_of(BACKENDS[0])) < 1.0

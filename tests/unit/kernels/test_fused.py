@@ -191,7 +191,7 @@ def test_decode_attention(window: int | None) -> None:
 
 @loops
 def test_decode_attention_turns_and_stores_the_new_tokens() -> None:
-    num_seqs, kv_heads, group = random.randint(1, 5), random.choice((1, 2, 3)), random.choice((1, 3, 4))
+    num_seqs, kv_heads, group = random.randint(1, 5), random.choice((1, 2, 3)), random.choice((1, 3, 4, 8))
     cache = torch.randn(2, num_seqs, 90, kv_heads, 32)
     lengths = torch.tensor([random.choice((0, 1, 16, 17, 90)) for _ in range(num_seqs)]).int()
     batch = DecodeBatch(torch.randperm(num_seqs).int(), lengths)

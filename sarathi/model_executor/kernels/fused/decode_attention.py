@@ -27,17 +27,29 @@ from sarathi.model_executor.kernels.types import DecodeBatch, NewTokens, Rotatio
 
 _LOG2_E = 1.4426950408889634
 _PADDED_GROUP = 16  # query heads of one kv head, padded to the short side of the tensor cores' instruction
-_JOINED_ROWS = 64  # rows of parts, each of one query head, that are read at a time when a run is joined
-_FEW_TILES = tl.constexpr(16)  # a program's share up to which half as many programs are faster: fewer parts to join
+_PEAKS_AT_ONCE = tl.constexpr(64)  # parts whose largest scores are read at a time when a run is joined
+_PARTS_AT_ONCE = tl.constexpr(8)  # and parts that are then added up
 
 
 class DecodeConfig(NamedTuple):
-    """Shape of the work; the defaults are for an H200."""
+    """Shape of the work; the defaults, for many sequences, are those of an H200."""
 
     tile: int = 64  # tokens read at a time
     programs_per_sm: int = 2
     warps: int = 4
     stages: int = 3
+    ahead: int = 0  # tokens that a program asks for before the kernel in front has ended, where launches overlap
+
+
+_FEW_SEQS = 16
+_FOR_FEW = DecodeConfig(tile=128, programs_per_sm=1, warps=8, ahead=128)  # fewer programs leave fewer parts to join
+_LARGEST_HEAD_FOR_FEW = 128  # what shared memory holds of such tiles
+
+
+def config_for(num_seqs: int, head_size: int) -> DecodeConfig:
+    """What was fastest on an H200 for so many sequences."""
+    is_for_few = num_seqs <= _FEW_SEQS and head_size <= _LARGEST_HEAD_FOR_FEW
+    return _FOR_FEW if is_for_few else DecodeConfig()
 
 
 class DecodeWorkspace(NamedTuple):
@@ -47,18 +59,20 @@ class DecodeWorkspace(NamedTuple):
     peaks: Tensor  # [programs, 2, _PADDED_GROUP] float32, largest score in units of log2
     sums: Tensor  # [programs, 2, _PADDED_GROUP] float32
     arrivals: Tensor  # [programs] int32: parts done of the run that is cut by the program's end; 0 between launches
-    config: DecodeConfig
+    num_sms: int
+    config: DecodeConfig | None  # None: by the number of sequences
 
     @classmethod
     def create(
         cls, num_sms: int, head_size: int, device: torch.device, config: DecodeConfig | None = None
     ) -> "DecodeWorkspace":
         """Scratch for a device of `num_sms` multiprocessors: about 4 MiB for an H200 and head size 128."""
-        config = config or DecodeConfig()
-        shape = (num_sms * config.programs_per_sm, 2, _PADDED_GROUP)
+        programs_per_sm = (config or DecodeConfig()).programs_per_sm  # the most that config_for asks for
+        shape = (num_sms * programs_per_sm, 2, _PADDED_GROUP)
         parts = torch.empty((*shape, head_size), dtype=torch.float32, device=device)
         peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=device)
-        return cls(parts, peaks, sums, torch.zeros(shape[0], dtype=torch.int32, device=device), config)
+        arrivals = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        return cls(parts, peaks, sums, arrivals, num_sms, config)
 
 
 def decode_attention(
@@ -81,10 +95,9 @@ def decode_attention(
     num_seqs, heads, head_size = q.shape
     if num_seqs == 0:
         return out
-    config, kv_heads = workspace.config, keys.shape[2]
-    members = triton.next_power_of_2(heads // kv_heads)
+    config, kv_heads = workspace.config or config_for(num_seqs, head_size), keys.shape[2]
     fresh = new or NewTokens(q, q, RotationTable(q, q))
-    _attention_kernel[(workspace.parts.shape[0],)](
+    _attention_kernel[(workspace.num_sms * config.programs_per_sm,)](
         *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], scale * _LOG2_E, num_seqs),
         *(fresh.keys, fresh.values, *fresh.table),
         *(
@@ -97,12 +110,12 @@ def decode_attention(
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         PADDED=_PADDED_GROUP,
-        MEMBERS=members,
+        MEMBERS=triton.next_power_of_2(heads // kv_heads),
         HEAD_SIZE=head_size,
         TILE=config.tile,
         SEQS=_padded(num_seqs),
         WINDOW=batch.window or 0,
-        PARTS=_JOINED_ROWS // members,
+        AHEAD=config.ahead,
         NEW=new is not None,
         PDL=pdl,
         num_warps=config.warps,
@@ -127,6 +140,32 @@ def _tiles_of(lengths, TILE: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW > 0:
         first = tl.maximum(lengths - WINDOW, 0) // TILE
     return first, tl.cdiv(lengths, TILE) - first
+
+
+@triton.jit
+def _run_at(
+    at, ends, lengths_ptr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Sequence, length, first tile, number of tiles, kv head and first place in the line of the run at a place."""
+    seq = tl.sum((ends <= at).to(tl.int32), axis=0)
+    length = tl.load(lengths_ptr + seq)
+    first, tiles = _tiles_of(length, TILE, WINDOW)
+    seq_begin = tl.sum(tl.where(tl.arange(0, SEQS) == seq, ends, 0), axis=0) - tiles * KV_HEADS
+    head = (at - seq_begin) // tiles
+    return seq, length, first, tiles, head, seq_begin + head * tiles
+
+
+@triton.jit
+def _ask_for(row_ptrs, SIZE: tl.constexpr):
+    """Has rows of SIZE elements brought to L2 without waiting for them."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [row_ptrs.to(tl.int64), SIZE * row_ptrs.dtype.element_ty.primitive_bitwidth // 8],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -196,7 +235,7 @@ def _attention_kernel(
     TILE: tl.constexpr,
     SEQS: tl.constexpr,
     WINDOW: tl.constexpr,
-    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
     NEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -208,10 +247,7 @@ def _attention_kernel(
     tiles_of = _tiles_of(lengths, TILE, WINDOW)[1]
     ends = tl.cumsum(tiles_of * KV_HEADS, axis=0)
     total = tl.sum(tiles_of * KV_HEADS, axis=0)
-    programs = tl.num_programs(0)
-    if total <= programs * _FEW_TILES:
-        programs = tl.cdiv(programs, 2)  # the others find nothing to do
-    share = tl.maximum(tl.cdiv(total, programs), 1)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
     begin = program * share
     end = tl.minimum(begin + share, total)
 
@@ -223,16 +259,23 @@ def _attention_kernel(
     key_offsets = tokens[:, None] * keys_stride_token + dims[None, :]
     value_offsets = tokens[:, None] * values_stride_token + dims[None, :]
     if PDL:
+        if AHEAD > 0 and begin < end:
+            # What was cached before this step is there already, and so are lengths and slots.
+            seq, length, first, tiles, head, head_begin = _run_at(
+                begin, ends, lengths_ptr, KV_HEADS, TILE, SEQS, WINDOW
+            )
+            slot = tl.load(slots_ptr + seq).to(tl.int64)
+            rows = (first + begin - head_begin) * TILE + tl.arange(0, AHEAD)
+            rows = tl.minimum(rows, length - 1).to(tl.int64)
+            head_keys_ptr = keys_ptr + slot * keys_stride_slot + head * keys_stride_head
+            head_values_ptr = values_ptr + slot * values_stride_slot + head * values_stride_head
+            _ask_for(head_keys_ptr + rows * keys_stride_token, HEAD_SIZE)
+            _ask_for(head_values_ptr + rows * values_stride_token, HEAD_SIZE)
         gdc_wait()
     _clear_padding(out_ptr, lengths_ptr, num_seqs, KV_HEADS * GROUP, HEAD_SIZE)
     at = begin
     while at < end:
-        seq = tl.sum((ends <= at).to(tl.int32), axis=0)
-        length = tl.load(lengths_ptr + seq)
-        first, tiles = _tiles_of(length, TILE, WINDOW)
-        seq_begin = tl.sum(tl.where(seqs == seq, ends, 0), axis=0) - tiles * KV_HEADS
-        head = (at - seq_begin) // tiles
-        head_begin = seq_begin + head * tiles
+        seq, length, first, tiles, head, head_begin = _run_at(at, ends, lengths_ptr, KV_HEADS, TILE, SEQS, WINDOW)
         stop = tl.minimum(head_begin + tiles, end)
 
         slot = tl.load(slots_ptr + seq).to(tl.int64)
@@ -306,7 +349,6 @@ def _attention_kernel(
             arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
             if arrived == last_program - first_program:
                 tl.store(arrivals_ptr + first_program, 0)
-                # A program's first part is its slot 0; a head that begins inside the share is its last part, slot 1.
                 begins_inside = first_program * share < head_begin
                 _join(
                     out_ptr + (wide_seq * KV_HEADS + head) * (GROUP * HEAD_SIZE),
@@ -320,7 +362,6 @@ def _attention_kernel(
                     PADDED,
                     MEMBERS,
                     HEAD_SIZE,
-                    PARTS,
                 )
         at = stop
 
@@ -349,29 +390,37 @@ def _join(
     PADDED: tl.constexpr,
     MEMBERS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
-    """A run from its parts, of programs first to last, past L1, which may hold what an earlier launch left there."""
+    """A run from its parts, of programs first to last, past L1, which may hold what an earlier launch left there.
+
+    The largest score is found first, so that the sums below need nothing of other threads and no read waits for
+    another: what stands beside a part is [MEMBERS, 1], laid out as the part itself.
+    """
     member, dims = tl.arange(0, MEMBERS), tl.arange(0, HEAD_SIZE)
     present = member < GROUP
-    peak = tl.full((MEMBERS,), float("-inf"), tl.float32)
-    total = tl.zeros((MEMBERS,), tl.float32)
-    acc = tl.zeros((MEMBERS, HEAD_SIZE), tl.float32)
-    for start in range(first_program, last_program + 1, PARTS):
-        program = start + tl.arange(0, PARTS)
-        place = program * 2 + ((program == first_program) & begins_inside).to(tl.int32)
-        row = place[:, None] * PADDED + member[None, :]
+    peaks = tl.full((_PEAKS_AT_ONCE, MEMBERS), float("-inf"), tl.float32)
+    for start in range(first_program, last_program + 1, _PEAKS_AT_ONCE):
+        program = start + tl.arange(0, _PEAKS_AT_ONCE)
+        row = _place(program, first_program, begins_inside)[:, None] * PADDED + member[None, :]
         read = (program <= last_program)[:, None] & present[None, :]
-        peaks = tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(sums_ptr + row, mask=read, other=0.0, cache_modifier=".cg")
-        part_ptr = parts_ptr + row[:, :, None] * HEAD_SIZE + dims[None, None, :]
-        parts = tl.load(part_ptr, mask=read[:, :, None], other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(peaks, axis=0))
-        safe_peak = tl.where(present, new_peak, 0.0)
-        weights = tl.exp2(peaks - safe_peak[None, :])
-        shrink = tl.exp2(peak - safe_peak)
-        acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], axis=0)
-        total = total * shrink + tl.sum(sums * weights, axis=0)
-        peak = new_peak
+        peaks = tl.maximum(peaks, tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg"))
+    peak = tl.where(present, tl.max(peaks, axis=0), 0.0)[:, None]
+    total = tl.zeros((MEMBERS, 1), tl.float32)
+    acc = tl.zeros((MEMBERS, HEAD_SIZE), tl.float32)
+    for start in range(first_program, last_program + 1, _PARTS_AT_ONCE):
+        for offset in tl.static_range(_PARTS_AT_ONCE):
+            program = start + offset
+            row = (_place(program, first_program, begins_inside) * PADDED + member)[:, None]
+            read = (present & (program <= last_program))[:, None]
+            weight = tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.exp2(weight - peak)
+            total += weight * tl.load(sums_ptr + row, mask=read, other=0.0, cache_modifier=".cg")
+            acc += weight * tl.load(parts_ptr + row * HEAD_SIZE + dims, mask=read, other=0.0, cache_modifier=".cg")
     at = member[:, None] * HEAD_SIZE + dims[None, :]
-    tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=present[:, None])
+    tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=present[:, None])
+
+
+@triton.jit
+def _place(program, first_program, begins_inside):
+    """A program's first part is its slot 0; the part that begins a run inside a share is that share's last, slot 1."""
+    return program * 2 + ((program == first_program) & begins_inside).to(tl.int32)
