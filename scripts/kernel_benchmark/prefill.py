@@ -12,11 +12,12 @@ from torch import Tensor
 from kernel_benchmark.attention import installed_packages
 from kernel_benchmark.decode import PAGES, add_paged_first
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.timing import eager_us
+from kernel_benchmark.timing import eager_us, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
 
 Launch = Callable[[int], Tensor]
+_SHORT = 2**26  # chunk x context up to which a launch from Python is long beside the kernel
 
 
 class Inputs(NamedTuple):
@@ -39,7 +40,7 @@ def measure_prefill(table: Table, model: Model, chunk: int, context: int, *, fla
     work = "prefill" if chunk == context else f"prefill {chunk}"
     rows = []
     for name, make in _launches(inputs, flashinfer=flashinfer):
-        value = attempt(name, partial(_checked_ms, make, expected, 5 if context <= 65536 else 2))
+        value = attempt(name, partial(_checked_ms, make, expected, inputs))
         if value is not None:
             rows.append(Row(model.name, work, name, 1, context, value, "ms"))
     add_paged_first(table, rows)
@@ -47,12 +48,14 @@ def measure_prefill(table: Table, model: Model, chunk: int, context: int, *, fla
     print("    TFLOP/s:", ", ".join(f"{row.backend} {flops / row.value / 1e9:.0f}" for row in rows), flush=True)
 
 
-def _checked_ms(make: Callable[[], Launch], expected: Tensor, replays: int) -> float:
+def _checked_ms(make: Callable[[], Launch], expected: Tensor, inputs: Inputs) -> float:
     launch = make()
     error = ((launch(0)[-len(expected) :].double() - expected).norm() / expected.norm()).item()
     if not error < 1e-2:
         raise ValueError(f"wrong result, error {error:.1e}")
-    return eager_us(launch, 1, replays=replays, warm=True) / 1000
+    if inputs.chunk * inputs.context <= _SHORT:
+        return graph_us(launch, 1) / 1000
+    return eager_us(launch, 1, replays=5 if inputs.context <= 65536 else 2, warm=True) / 1000
 
 
 def _exact_last_rows(inputs: Inputs, count: int) -> Tensor:
