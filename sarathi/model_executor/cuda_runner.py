@@ -17,10 +17,9 @@ from sarathi.model_executor.decode_graphs import Capturable, DecodeGraph, Decode
 from sarathi.model_executor.model_runner import Computed, KVCache, read_sampled
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.sampler import Sampled, sample
-from sarathi.model_executor.sampling_plan import SamplingPlan, plan_sampling
+from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling, with_newest
 from sarathi.model_executor.sequences import SequenceTable
-
-ON_DEVICE = -1  # in place of a token id that the host does not know yet
+from sarathi.model_executor.transfer import to_device, to_host
 
 
 class Flight:
@@ -31,7 +30,7 @@ class Flight:
         started: torch.cuda.Event, prepare_inputs_s: float,
     ) -> None:  # fmt: skip
         self._sampling, self._plan, self._sequences = sampling, plan, sequences
-        self._sampled = None if sampled is None else Sampled(_to_host(sampled.token_ids), sampled.logprobs)
+        self._sampled = to_host(sampled)
         self._started, self._done, self._prepare_inputs_s = started, _mark(), prepare_inputs_s
         self._computed: Computed | None = None
 
@@ -50,7 +49,7 @@ class Flight:
 class _Inputs(NamedTuple):
     """What a step needs beside the attention's metadata, int32 on the device."""
 
-    token_ids: Tensor  # [T]
+    token_ids: Tensor  # [T], stand-ins among them
     positions: Tensor  # [T]
     sampled_rows: Tensor  # [S]
     sampled_homes: Tensor  # [S]
@@ -73,8 +72,7 @@ class CudaModelRunner:
         self._last_tokens = torch.zeros(homes + 1, dtype=torch.int64, device=self._device)
         self._capturable = backend if isinstance(backend, Capturable) else None
         sizes = [] if self._capturable is None else ladder(limits.max_num_seqs)
-        self._graphs = DecodeGraphs(sizes, lambda size: DecodeGraph(size, limits, self._last_tokens))
-        self._newest: Flight | None = None
+        self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -84,81 +82,83 @@ class CudaModelRunner:
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Flight:
-        """Starts a step, whose memory is prepared; returns before the device is done."""
+        """Starts a step, whose memory is prepared; returns before the device is done, and waits for no earlier step."""
         began_s = time.perf_counter()
-        sampling = [chunk.request_id for chunk in chunks if chunk.samples]
-        plan = self._plan(sampling, sequences)
+        address = self._cache.address(chunks)
+        plan = self._plan(chunks, address, sequences)
         started = _mark()
-        compute = self._prepare(chunks, sequences, plan)
+        compute = self._prepare(chunks, address, sequences, plan)
         prepare_inputs_s = time.perf_counter() - began_s
-        self._newest = Flight(sampling, compute(), plan, sequences, started, prepare_inputs_s)
+        sampling = [chunk.request_id for chunk in chunks if chunk.samples]
+        flight = Flight(sampling, compute(), plan, sequences, started, prepare_inputs_s)
         if self._prefetch:
             self._cache.prefetch(chunks)
-        return self._newest
+        return flight
 
-    def _plan(self, sampling: Sequence[str], sequences: SequenceTable) -> SamplingPlan | None:
-        """None where all is greedy. Anything else may depend on the newest token, which is waited for."""
-        if all(sequences[request_id].params.is_plain for request_id in sampling):
+    def _plan(self, chunks: Sequence[Chunk], address: Address, sequences: SequenceTable) -> SamplingPlan | None:
+        """None where all is greedy."""
+        if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):
             return None
-        if self._newest is not None:
-            self._newest.result()
-        return plan_sampling([sequences[request_id] for request_id in sampling], self._vocab_size, self._device)
+        rows = [
+            NextToken(sequences[chunk.request_id], chunk.start + chunk.num_tokens, home)
+            for chunk, home in zip(chunks, _homes(address), strict=True)
+            if chunk.samples
+        ]
+        plan = to_device(plan_sampling(rows, self._vocab_size), self._device)
+        return with_newest(plan, self._last_tokens)
 
     def _prepare(
-        self, chunks: Sequence[Chunk], sequences: SequenceTable, plan: SamplingPlan | None
+        self, chunks: Sequence[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None
     ) -> Callable[[], Sampled | None]:
         """The step, ready to be started."""
-        address = self._cache.address(chunks)
-        graph = self._graph_for(chunks, plan)
+        graph = self._graph_for(chunks)
         if graph is not None:
-            newest = [_newest_token(each, sequences) for each in chunks]
-            return lambda: Sampled(graph.replay(chunks, address, newest), None)
+            token_ids = _tokens(chunks, address, sequences)
+            return lambda: self._replay(graph, chunks, address, token_ids, plan)
         inputs = self._inputs(chunks, address, sequences)
         metadata = self._backend.plan(Batch(tuple(chunks), inputs.token_ids, inputs.positions, None), address)
         return lambda: self._compute(inputs, metadata, plan)
 
+    def _replay(
+        self, graph: DecodeGraph, chunks: Sequence[Chunk], address: Address, token_ids: list[int],
+        plan: SamplingPlan | None,
+    ) -> Sampled:  # fmt: skip
+        """What a plan draws takes the place of the likeliest tokens, behind the graph."""
+        replayed = graph.replay(chunks, address, token_ids)
+        if plan is None:
+            return Sampled(replayed.tokens, None)
+        return self._sample(replayed.logits, replayed.homes, plan)
+
     def _compute(self, inputs: _Inputs, metadata: Metadata, plan: SamplingPlan | None) -> Sampled | None:
-        rows = None if len(inputs.sampled_rows) == len(inputs.token_ids) else inputs.sampled_rows
-        logits = self.model(inputs.token_ids, inputs.positions, rows, self._layers, metadata)
+        stream = self.model.embed(inputs.token_ids, self._last_tokens)
+        stream = self.model(stream, inputs.positions, self._layers, metadata)
         if not len(inputs.sampled_rows):
             return None
-        sampled = Sampled(self.model.kernels.argmax(logits), None) if plan is None else sample(logits, plan)
-        self._last_tokens[inputs.sampled_homes] = sampled.token_ids
+        if len(inputs.sampled_rows) < len(stream):
+            stream = stream[inputs.sampled_rows]
+        return self._sample(self.model.logits(stream), inputs.sampled_homes, plan)
+
+    def _sample(self, logits: Tensor, homes: Tensor, plan: SamplingPlan | None) -> Sampled:
+        """logits: [S, vocab_size]; homes: [S], which have the tokens from then on."""
+        kernels = self.model.kernels
+        sampled = Sampled(kernels.argmax(logits), None) if plan is None else sample(logits, plan, kernels)
+        self._last_tokens[homes] = sampled.token_ids
         return sampled
 
-    def _graph_for(self, chunks: Sequence[Chunk], plan: SamplingPlan | None) -> DecodeGraph | None:
-        if plan is not None or not all(_is_decode(chunk) for chunk in chunks):
-            return None
-        return self._graphs.for_batch(len(chunks))
+    def _graph_for(self, chunks: Sequence[Chunk]) -> DecodeGraph | None:
+        return self._graphs.for_batch(len(chunks)) if all(_is_decode(chunk) for chunk in chunks) else None
 
     def _inputs(self, chunks: Sequence[Chunk], address: Address, sequences: SequenceTable) -> _Inputs:
-        """One copy to the device; tokens that are there already take their place in the batch there."""
-        token_ids: list[int] = []
+        """One copy to the device."""
         positions: list[int] = []
         rows: list[int] = []
-        owners: list[int] = []
-        waiting: list[int] = []
-        for index, chunk in enumerate(chunks):
-            known = sequences[chunk.request_id].token_ids
-            end = chunk.start + chunk.num_tokens
-            token_ids.extend(known[chunk.start : end])
-            if len(token_ids) < len(positions) + chunk.num_tokens:
-                waiting.append(index)
-                token_ids.append(0)
-            positions.extend(range(chunk.start, end))
+        for chunk in chunks:
+            positions.extend(range(chunk.start, chunk.start + chunk.num_tokens))
             if chunk.samples:
-                rows.append(len(token_ids) - 1)
-                owners.append(index)
-        homes = _homes(address)
-        ends = _ends(chunks)
-        parts = (
-            token_ids, positions, rows, [homes[index] for index in owners],
-            [ends[index] for index in waiting], [homes[index] for index in waiting],
-        )  # fmt: skip
-        *inputs, late_rows, late_homes = self._to_device(parts)
-        if waiting:
-            inputs[0][late_rows] = self._last_tokens[late_homes].to(torch.int32)
-        return _Inputs(*inputs)
+                rows.append(len(positions) - 1)
+        token_ids = _tokens(chunks, address, sequences)
+        homes = [home for chunk, home in zip(chunks, _homes(address), strict=True) if chunk.samples]
+        return _Inputs(*self._to_device((token_ids, positions, rows, homes)))
 
     def _to_device(self, parts: Sequence[list[int]]) -> list[Tensor]:
         packed = torch.tensor([each for part in parts for each in part], dtype=torch.int32, pin_memory=True)
@@ -175,25 +175,14 @@ def _is_decode(chunk: Chunk) -> bool:
     return chunk.num_tokens == 1 and chunk.samples
 
 
-def _newest_token(chunk: Chunk, sequences: SequenceTable) -> int:
-    known = sequences[chunk.request_id].token_ids
-    return known[chunk.start] if chunk.start < len(known) else ON_DEVICE
-
-
-def _ends(chunks: Sequence[Chunk]) -> list[int]:
-    """Row of each chunk's last token."""
-    ends, total = [], -1
-    for chunk in chunks:
-        total += chunk.num_tokens
-        ends.append(total)
-    return ends
+def _tokens(chunks: Sequence[Chunk], address: Address, sequences: SequenceTable) -> list[int]:
+    """All chunks' tokens, one chunk after the other, with stand-ins for those that the host does not know."""
+    tokens: list[int] = []
+    for chunk, home in zip(chunks, _homes(address), strict=True):
+        tokens += sequences[chunk.request_id].tokens(chunk.start, chunk.start + chunk.num_tokens, home)
+    return tokens
 
 
 def _homes(address: Address) -> Sequence[int]:
     """A number for each request that no other resident one has: its slot, or its first block."""
     return [table[0] for table in address.block_tables] if isinstance(address, BlockAddress) else address.slots
-
-
-def _to_host(token_ids: Tensor) -> Tensor:
-    host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-    return host.copy_(token_ids, non_blocking=True)

@@ -13,6 +13,7 @@ from sarathi.messages import Chunk
 from sarathi.model_executor.attention.backend import Address, CacheLayer
 from sarathi.model_executor.attention.device_step import DeviceStep, StaticStep
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.models.fused import FusedDecoder
 
 # Above 512 sequences a step is long beside its launches, and a graph of it gains nothing.
@@ -40,6 +41,18 @@ class Limits(NamedTuple):
     blocks: int  # and its blocks; 0 where it lies in a contiguous slot
 
 
+Compute = Callable[[Tensor, DeviceStep], Tensor]
+"""From token ids [B], stand-ins among them, and a step to logits [B, vocab_size], the same memory every time."""
+
+
+class Replayed(NamedTuple):
+    """A step's results, of its sequences without padding; they hold until the next replay of any graph."""
+
+    tokens: Tensor  # [B] int64, the likeliest ones, which are the newest of their homes already
+    logits: Tensor  # [B, vocab_size]
+    homes: Tensor  # [B] int32
+
+
 class DecodeGraph:
     """One batch size. Padded rows have length 0: they attend to nothing, are stored nowhere and leave no token."""
 
@@ -52,43 +65,54 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
-    def capture(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer], pool: Any) -> None:
+    def capture(self, compute: Compute, kernels: Kernels, pool: Any) -> None:
         """Runs the step once as it is, to compile and size what it needs, and once into the graph."""
-        self._step(model, backend, layers)
+        self._run(compute, kernels)
         torch.cuda.synchronize()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._step(model, backend, layers)
+            self._logits = self._run(compute, kernels)
 
-    def replay(self, chunks: Sequence[Chunk], address: Address, token_ids: list[int]) -> Tensor:
-        """One step for chunks of one token each; token_ids below 0 are on the device already -> [chunks] int64."""
-        padding = [0] * (self._host_tokens.shape[0] - len(token_ids))
+    def replay(self, chunks: Sequence[Chunk], address: Address, token_ids: list[int]) -> Replayed:
+        """One step for chunks of one token each; token_ids may be stand-ins."""
+        size = len(token_ids)
+        padding = [0] * (self._host_tokens.shape[0] - size)
         host = torch.tensor([*token_ids, *padding], dtype=torch.int32, pin_memory=True)
         self._host_tokens.copy_(host, non_blocking=True)
         self._static.fill(Batch(tuple(chunks), self._host_tokens, self._host_tokens, None), address)
         self._graph.replay()
-        return self._tokens[: len(token_ids)]
+        return Replayed(self._tokens[:size], self._logits[:size], self._static.step.homes[:size])
 
-    def _step(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
+    def _run(self, compute: Compute, kernels: Kernels) -> Tensor:
         step = self._static.step
-        homes = torch.where(step.lengths > 0, step.homes, self._last_tokens.shape[0] - 1).long()
-        token_ids = torch.where(self._host_tokens < 0, self._last_tokens[homes], self._host_tokens)
-        logits = model(token_ids, step.cached, None, layers, backend.plan_step(step))
-        self._tokens.copy_(model.kernels.argmax(logits))
+        logits = compute(self._host_tokens, step)
+        self._tokens.copy_(kernels.argmax(logits))
+        homes = torch.where(step.lengths > 0, step.homes, self._last_tokens.shape[0] - 1)
         self._last_tokens[homes] = self._tokens
+        return logits
 
 
 class DecodeGraphs:
-    """The ladder, captured largest first so that all share one pool of memory."""
+    """The ladder, captured largest first so that all share one pool of memory, and one tensor of logits."""
 
-    def __init__(self, sizes: Sequence[int], make: Callable[[int], DecodeGraph]) -> None:
-        self._made = {size: make(size) for size in sorted(sizes)}
+    def __init__(self, sizes: Sequence[int], limits: Limits, last_tokens: Tensor) -> None:
+        """last_tokens: see DecodeGraph."""
+        self._made = {size: DecodeGraph(size, limits, last_tokens) for size in sorted(sizes)}
+        self._last_tokens = last_tokens
         self._captured: dict[int, DecodeGraph] = {}
 
     def capture(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
         """All graphs."""
         pool = torch.cuda.graph_pool_handle()
+        weight = model.decoder.head.weight
+        logits = weight.new_empty((max(self._made), weight.shape[0]))
+
+        def compute(token_ids: Tensor, step: DeviceStep) -> Tensor:
+            stream = model.embed(token_ids, self._last_tokens)
+            model(stream, step.cached, layers, backend.plan_step(step))
+            return model.logits(stream, out=logits[: len(token_ids)])
+
         for graph in reversed(self._made.values()):
-            graph.capture(model, backend, layers, pool)
+            graph.capture(compute, model.kernels, pool)
         self._captured = self._made
 
     def for_batch(self, batch_size: int) -> DecodeGraph | None:

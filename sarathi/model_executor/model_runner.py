@@ -10,10 +10,12 @@ from torch import Tensor
 from sarathi.messages import Chunk, HostTimes, SampledToken
 from sarathi.model_executor.attention.backend import Address, AttentionBackend, CacheLayer
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.kernels import create_kernels
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sampler import Sampled, sample
-from sarathi.model_executor.sampling_plan import SamplingPlan, plan_sampling
+from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling
 from sarathi.model_executor.sequences import SequenceTable
+from sarathi.model_executor.transfer import to_device
 
 
 class KVCache(Protocol):
@@ -63,6 +65,7 @@ class ModelRunner:
         self._prefetch = prefetch
         self._device = model.embedding.weight.device
         self._vocab_size = model.embedding.weight.shape[0]
+        self._kernels = create_kernels(self._device)
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Landed:
@@ -70,17 +73,22 @@ class ModelRunner:
         began_s = time.perf_counter()
         batch = make_batch(chunks, sequences, self._device)
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
-        plan = plan_sampling([sequences[request_id] for request_id in sampling], self._vocab_size, self._device)
+        next_tokens = [_next_token(chunk, sequences) for chunk in chunks if chunk.samples]
+        plan = to_device(plan_sampling(next_tokens, self._vocab_size), self._device)
         metadata = self._backend.plan(batch, self._cache.address(chunks))
         if self._prefetch:
             self._cache.prefetch(chunks)
         started_s = time.perf_counter()
         logits = self.model(batch, self._layers, metadata)
         done_s = time.perf_counter()
-        tokens = tuple(read_sampled(sampling, sample(logits, plan), plan)) if sampling else ()
+        tokens = tuple(read_sampled(sampling, sample(logits, plan, self._kernels), plan)) if sampling else ()
         sequences.append(tokens)
         host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
         return Landed(Computed(tokens, done_s - started_s, host))
+
+
+def _next_token(chunk: Chunk, sequences: SequenceTable) -> NextToken:
+    return NextToken(sequences[chunk.request_id], chunk.start + chunk.num_tokens)
 
 
 def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device) -> Batch:
@@ -103,7 +111,7 @@ def _indices(values: list[int], device: torch.device) -> Tensor:
 
 
 def read_sampled(request_ids: Sequence[str], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
-    """One token for each request; waits for the device. plan: None where nothing but the token was asked for."""
+    """One token for each request; waits for tensors on a device. plan: None where no more was asked for."""
     token_ids = sampled.token_ids.tolist()
     if plan is None or plan.logprobs is None or sampled.logprobs is None:
         yield from map(SampledToken, request_ids, token_ids)

@@ -1,5 +1,6 @@
 """From logits to tokens, for all rows of a step at once; knows tensors and a plan, no requests.
 
+Nothing here waits for the device: no value is read, no shape depends on one, and no numbers come from the host.
 Order, as in transformers: bias and penalties, temperature, top-k, top-p, min-p. Logprobs are of the logits given.
 """
 
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.sampling_plan import Additions, Draws, Penalties, SamplingPlan
-
-_HEAD_SIZE = 1024  # how many of the likeliest tokens are sorted before all of them are
+from sarathi.model_executor.kernels import Kernels
+from sarathi.model_executor.sampling_plan import Additions, Draws, Occurrences, Penalties, SamplingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +32,35 @@ class Sampled:
     logprobs: SampledLogprobs | None
 
 
-def sample(logits: Tensor, plan: SamplingPlan) -> Sampled:
-    """logits: [S, vocab_size], left as they are. Without anything planned this is a single argmax."""
+def sample(logits: Tensor, plan: SamplingPlan, kernels: Kernels) -> Sampled:
+    """logits: [S, vocab_size], contiguous, left as they are. Without anything planned this is a single argmax."""
     processed = logits
     if plan.additions is not None or plan.penalties is not None:
         processed = logits.to(torch.float32, copy=True)
         _add(processed, plan.additions)
         _penalise(processed, plan.penalties)
-    token_ids = processed.argmax(dim=-1)
+    token_ids = kernels.argmax(processed)
     if plan.draws is not None:
-        token_ids[plan.draws.chosen] = draw(processed[plan.draws.chosen].float(), plan.draws)
+        token_ids[plan.draws.chosen] = draw(processed[plan.draws.chosen].float(), plan.draws, kernels)
     return Sampled(token_ids, _logprobs(logits, token_ids, plan))
 
 
-def draw(logits: Tensor, draws: Draws) -> Tensor:
+def draw(logits: Tensor, draws: Draws, kernels: Kernels) -> Tensor:
     """One token a row by inverting the filtered distribution; logits [R, vocab_size] are overwritten -> [R] int64."""
-    probabilities = torch.softmax(filtered(logits, draws), dim=-1)
+    probabilities = torch.softmax(filtered(logits, draws, kernels), dim=-1)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     target = draws.uniform * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first that exceeds the target
     return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
-def filtered(logits: Tensor, draws: Draws) -> Tensor:
+def filtered(logits: Tensor, draws: Draws, kernels: Kernels) -> Tensor:
     """Logits at their temperature with -inf where a filter cut; in place, [R, vocab_size] float32."""
     logits.div_(draws.temperature)
     if draws.top_k is not None:
-        _cut_below(logits, _kth_largest(logits, draws.top_k))
+        _cut_below(logits, _kth_largest(logits, draws.top_k, draws.max_top_k))
     if draws.top_p is not None:
-        _cut_below(logits, _nucleus_floor(logits, draws.top_p))
+        _cut_below(logits, kernels.nucleus_floor(logits, draws.top_p))
     if draws.log_min_p is not None:
         _cut_below(logits, logits.amax(dim=-1, keepdim=True) + draws.log_min_p)
     return logits
@@ -68,7 +68,7 @@ def filtered(logits: Tensor, draws: Draws) -> Tensor:
 
 def _add(logits: Tensor, additions: Additions | None) -> None:
     if additions is not None:
-        logits.index_put_((additions.rows, additions.token_ids), additions.values, accumulate=True)
+        logits.view(-1).index_add_(0, _flat(logits, additions), additions.values)
 
 
 def _penalise(logits: Tensor, penalties: Penalties | None) -> None:
@@ -77,38 +77,28 @@ def _penalise(logits: Tensor, penalties: Penalties | None) -> None:
         return
     rows = logits[penalties.chosen]
     seen = torch.zeros_like(rows, dtype=torch.bool)
-    seen[penalties.in_all.rows, penalties.in_all.token_ids] = True
+    seen.view(-1).index_fill_(0, _flat(rows, penalties.in_all), True)
     repeated = torch.where(rows > 0, rows / penalties.repetition, rows * penalties.repetition)
     rows = torch.where(seen, repeated, rows)
-    counts = torch.zeros_like(rows)
-    once = torch.ones((), dtype=counts.dtype, device=counts.device)
-    counts.index_put_((penalties.in_output.rows, penalties.in_output.token_ids), once, accumulate=True)
+    counts, places = torch.zeros_like(rows), _flat(rows, penalties.in_output)
+    counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
     logits[penalties.chosen] = rows - penalties.frequency * counts - penalties.presence * (counts > 0)
+
+
+def _flat(logits: Tensor, places: Additions | Occurrences) -> Tensor:
+    """Index of each place in the flattened logits: index_put_ would read the range of two indices on the host."""
+    return places.rows * logits.shape[1] + places.token_ids
 
 
 def _cut_below(logits: Tensor, floor: Tensor) -> None:
     logits.masked_fill_(logits < floor, float("-inf"))
 
 
-def _kth_largest(logits: Tensor, k: Tensor) -> Tensor:
-    """k: [R, 1] -> [R, 1]; rows without the filter ask for the smallest."""
+def _kth_largest(logits: Tensor, k: Tensor, max_k: int) -> Tensor:
+    """k: [R, 1] -> [R, 1], -inf where k is all of them; max_k: the largest of the others."""
     limited = k.masked_fill(k == logits.shape[-1], 1)
-    kth = logits.topk(int(limited.max()), dim=-1).values.gather(1, limited - 1)
+    kth = logits.topk(max_k, dim=-1).values.gather(1, limited - 1)
     return torch.where(k == logits.shape[-1], float("-inf"), kth)
-
-
-def _nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest logit of the fewest likeliest tokens that together reach top_p, [R, 1] (Holtzman et al., 2020)."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    for size in (min(_HEAD_SIZE, logits.shape[-1]), logits.shape[-1]):
-        largest = logits.topk(size, dim=-1).values
-        probabilities = (largest - total).exp()
-        reached = probabilities.cumsum(dim=-1)
-        if bool((reached[:, -1:] >= top_p)[top_p < 1.0].all()):
-            break
-    inside = reached - probabilities < top_p  # what came before had not reached it yet
-    floor = largest.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
-    return torch.where(top_p < 1.0, floor, float("-inf"))
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, plan: SamplingPlan) -> SampledLogprobs | None:

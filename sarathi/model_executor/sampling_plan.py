@@ -1,15 +1,44 @@
-"""What a step's sampling needs as tensors, made before the logits exist; knows no logits. None: nothing to do."""
+"""What a step's sampling needs as tensors, made before the logits exist; knows no logits. None: nothing to do.
+
+Made on the host, where the newest token of a sequence may not be known yet: nothing but its penalties needs it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sarathi.model_executor.pending_tokens import resolve
 from sarathi.model_executor.sequences import Sequence
 from sarathi.sampling_params import SamplingParams
+
+
+class NextToken(NamedTuple):
+    """What one row of logits is for: the token of `sequence` at `position`, which is the number of those before it.
+
+    home: where the device keeps the token at position - 1, for when the sequence does not have it yet.
+    """
+
+    sequence: Sequence
+    position: int
+    home: int = 0
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Before this one."""
+        return self.position - self.sequence.num_prompt_tokens
+
+    def tokens_before(self, first: int = 0) -> list[int]:
+        """Those from `first` on; see Sequence.tokens."""
+        return self.sequence.tokens(first, self.position, self.home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +74,15 @@ class Penalties:
 class Draws:
     """`chosen` [R] are the rows that are drawn; all else is [R, 1]. A filter is None where no row uses it.
 
-    uniform: float64 in [0, 1). top_k: int64. temperature, top_p, log_min_p: float32.
+    uniform: float64 in [0, 1). top_k: int64, the vocabulary's size where a row does not use it; max_top_k: the largest
+    that is used, 0 where none is. temperature, top_p, log_min_p: float32.
     """
 
     chosen: Tensor
     uniform: Tensor
     temperature: Tensor
     top_k: Tensor | None
+    max_top_k: int
     top_p: Tensor | None
     log_min_p: Tensor | None
 
@@ -74,101 +105,115 @@ class SamplingPlan:
     logprobs: Logprobs | None
 
 
-def plan_sampling(sequences: Many[Sequence], vocab_size: int, device: torch.device) -> SamplingPlan:
-    """The plan for S sequences in the order of their logits' rows."""
+def plan_sampling(rows: Many[NextToken], vocab_size: int) -> SamplingPlan:
+    """The plan for S rows of logits, in CPU tensors; `with_newest` completes it on the device."""
     return SamplingPlan(
-        _additions(sequences, vocab_size, device),
-        _penalties(sequences, device),
-        _draws(sequences, vocab_size, device),
-        _logprobs(sequences, vocab_size, device),
+        _additions(rows, vocab_size), _penalties(rows), _draws(rows, vocab_size), _logprobs(rows, vocab_size)
     )
 
 
-def _additions(sequences: Many[Sequence], vocab_size: int, device: torch.device) -> Additions | None:
+def with_newest(plan: SamplingPlan, newest: Tensor) -> SamplingPlan:
+    """The plan with the tokens that were not known when it was made; newest: [homes] int64, of each home."""
+    if plan.penalties is None:
+        return plan
+    in_output, in_all = (
+        replace(each, token_ids=resolve(each.token_ids, newest))
+        for each in (plan.penalties.in_output, plan.penalties.in_all)
+    )
+    return replace(plan, penalties=replace(plan.penalties, in_output=in_output, in_all=in_all))
+
+
+def _additions(rows: Many[NextToken], vocab_size: int) -> Additions | None:
     entries = [
-        (row, token_id, value)
-        for row, sequence in enumerate(sequences)
-        if sequence.params.logit_bias or sequence.params.min_tokens
-        for token_id, value in _added(sequence).items()
+        (index, token_id, value)
+        for index, row in enumerate(rows)
+        if row.params.logit_bias or row.params.min_tokens
+        for token_id, value in _added(row).items()
         if 0 <= token_id < vocab_size
     ]
     if not entries:
         return None
-    rows, token_ids, values = zip(*entries, strict=True)
-    return Additions(
-        torch.tensor(rows, device=device), torch.tensor(token_ids, device=device), _floats(values, device)
-    )  # fmt: skip
+    indices, token_ids, values = zip(*entries, strict=True)
+    return Additions(torch.tensor(indices), torch.tensor(token_ids), _floats(values))
 
 
-def _added(sequence: Sequence) -> dict[int, float]:
-    params = sequence.params
+def _added(row: NextToken) -> dict[int, float]:
+    params = row.params
     added = dict(params.logit_bias or {})
-    if sequence.num_output_tokens < params.min_tokens:
-        ends = () if params.ignore_eos else sequence.eos_token_ids
+    if row.num_output_tokens < params.min_tokens:
+        ends = () if params.ignore_eos else row.sequence.eos_token_ids
         added.update(dict.fromkeys((*params.stop_token_ids, *ends), float("-inf")))
     return added
 
 
 def _is_penalised(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+    return _counts_output(params) or params.repetition_penalty != 1.0
 
 
-def _penalties(sequences: Many[Sequence], device: torch.device) -> Penalties | None:
-    chosen = [row for row, sequence in enumerate(sequences) if _is_penalised(sequence.params)]
+def _counts_output(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _penalties(rows: Many[NextToken]) -> Penalties | None:
+    chosen = [index for index, row in enumerate(rows) if _is_penalised(row.params)]
     if not chosen:
         return None
-    penalised = [sequences[row] for row in chosen]
-    params = [sequence.params for sequence in penalised]
-    outputs = [sequence.token_ids[sequence.num_prompt_tokens :] for sequence in penalised]
+    penalised = [rows[index] for index in chosen]
+    params = [row.params for row in penalised]
+    outputs = [
+        row.tokens_before(row.sequence.num_prompt_tokens) if _counts_output(row.params) else [] for row in penalised
+    ]
+    repeatable = [row.tokens_before() if row.params.repetition_penalty != 1.0 else [] for row in penalised]
     return Penalties(
-        torch.tensor(chosen, device=device),
-        _column([each.presence_penalty for each in params], device),
-        _column([each.frequency_penalty for each in params], device),
-        _column([each.repetition_penalty for each in params], device),
-        _occurrences(outputs, device),
-        _occurrences([sequence.token_ids for sequence in penalised], device),
+        torch.tensor(chosen),
+        _column([each.presence_penalty for each in params]),
+        _column([each.frequency_penalty for each in params]),
+        _column([each.repetition_penalty for each in params]),
+        _occurrences(outputs),
+        _occurrences(repeatable),
     )
 
 
-def _occurrences(token_ids: Many[list[int]], device: torch.device) -> Occurrences:
-    rows = [row for row, tokens in enumerate(token_ids) for _ in tokens]
+def _occurrences(token_ids: Many[list[int]]) -> Occurrences:
+    counts = torch.tensor([len(tokens) for tokens in token_ids])
+    rows = torch.repeat_interleave(torch.arange(len(token_ids)), counts)
     flat = [token for tokens in token_ids for token in tokens]
-    return Occurrences(
-        torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(flat, dtype=torch.int64, device=device)
-    )
+    return Occurrences(rows, torch.tensor(flat, dtype=torch.int64))
 
 
-def _draws(sequences: Many[Sequence], vocab_size: int, device: torch.device) -> Draws | None:
-    chosen = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
+def _draws(rows: Many[NextToken], vocab_size: int) -> Draws | None:
+    chosen = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if not chosen:
         return None
-    params = [sequences[row].params for row in chosen]
+    params = [rows[index].params for index in chosen]
+    uniform = [rows[index].sequence.uniform(rows[index].position) for index in chosen]
     kept = [min(each.top_k, vocab_size) if each.top_k > 0 else vocab_size for each in params]
-    with_top_k = any(count < vocab_size for count in kept)
+    max_top_k = max((count for count in kept if count < vocab_size), default=0)
     with_top_p = any(each.top_p < 1.0 for each in params)
     with_min_p = any(each.min_p > 0.0 for each in params)
     return Draws(
-        torch.tensor(chosen, device=device),
-        torch.tensor([[sequences[row].uniform()] for row in chosen], dtype=torch.float64, device=device),
-        _column([each.temperature for each in params], device),
-        torch.tensor(kept, device=device).unsqueeze(1) if with_top_k else None,
-        _column([each.top_p for each in params], device) if with_top_p else None,
-        _column([each.min_p for each in params], device).log() if with_min_p else None,
+        torch.tensor(chosen),
+        torch.tensor(uniform, dtype=torch.float64).unsqueeze(1),
+        _column([each.temperature for each in params]),
+        torch.tensor(kept).unsqueeze(1) if max_top_k else None,
+        max_top_k,
+        _column([each.top_p for each in params]) if with_top_p else None,
+        _column([each.min_p for each in params]).log() if with_min_p else None,
     )
 
 
-def _logprobs(sequences: Many[Sequence], vocab_size: int, device: torch.device) -> Logprobs | None:
-    wanted = [sequence.params.logprobs for sequence in sequences]
-    chosen = [row for row, count in enumerate(wanted) if count is not None]
+def _logprobs(rows: Many[NextToken], vocab_size: int) -> Logprobs | None:
+    wanted = [row.params.logprobs for row in rows]
+    chosen = [index for index, count in enumerate(wanted) if count is not None]
     if not chosen:
         return None
     counts = tuple(None if count is None else min(count, vocab_size) for count in wanted)
-    return Logprobs(torch.tensor(chosen, device=device), counts)
+    return Logprobs(torch.tensor(chosen), counts)
 
 
-def _floats(values: Many[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def _floats(values: Many[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
-def _column(values: Many[float], device: torch.device) -> Tensor:
-    return _floats(values, device).unsqueeze(1)
+def _column(values: Many[float]) -> Tensor:
+    return _floats(values).unsqueeze(1)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sarathi.messages import NewRequest, SampledToken
+from sarathi.model_executor.pending_tokens import stand_in
 from sarathi.sampling_params import SamplingParams
 
 _MASK = 2**64 - 1
@@ -20,16 +21,20 @@ class Sequence:
     eos_token_ids: frozenset[int]
     seed: int
 
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+    def tokens(self, first: int, end: int, home: int) -> list[int]:
+        """Tokens [first, end), with a stand-in for the last one where it is sampled but known to the device alone.
 
-    def uniform(self) -> float:
-        """The random number in [0, 1) of the next token: of seed and position alone, whoever shares the batch.
+        home: where the device keeps that one.
+        """
+        late = [] if len(self.token_ids) >= end else [stand_in(home)]
+        return self.token_ids[first:end] + late
+
+    def uniform(self, position: int) -> float:
+        """The random number in [0, 1) of the token at `position`: of it and the seed alone, whoever shares the batch.
 
         SplitMix64 (Steele, Lea and Flood, 2014), jumped to the position.
         """
-        bits = (self.seed + (len(self.token_ids) + 1) * 0x9E3779B97F4A7C15) & _MASK
+        bits = (self.seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
         bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
         return ((bits ^ (bits >> 31)) >> 11) * 2.0**-53

@@ -15,6 +15,7 @@ from sarathi.model_executor.attention.backend import AttentionBackend, CacheLaye
 from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.kernels.types import NewTokens, RotationTable
 from sarathi.model_executor.models.decoder import Decoder, DecoderLayer
+from sarathi.model_executor.pending_tokens import resolve
 
 
 @runtime_checkable
@@ -43,23 +44,20 @@ class FusedDecoder:
         """Whether the fused kernels cover all that the architecture has."""
         return not (arch.o_bias or arch.mlp_bias)
 
-    def __call__(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        sampled_rows: Tensor | None,
-        cache: Sequence[CacheLayer],
-        metadata: Metadata,
-    ) -> Tensor:
-        """token_ids, positions: [T] integers; sampled_rows: [S], None for all -> logits [S, vocab_size]."""
-        stream = F.embedding(token_ids, self.decoder.embedding.weight)  # [T, hidden_size], the residual stream
+    def embed(self, token_ids: Tensor, newest: Tensor) -> Tensor:
+        """token_ids: [T] integers, stand-ins for `newest` [homes] among them -> [T, hidden_size], the first stream."""
+        return F.embedding(resolve(token_ids, newest), self.decoder.embedding.weight)
+
+    def __call__(self, stream: Tensor, positions: Tensor, cache: Sequence[CacheLayer], metadata: Metadata) -> Tensor:
+        """stream: [T, hidden_size], overwritten; positions: [T] integers -> the stream behind the last layer."""
         for layer, kept in zip(self.decoder.layers, cache, strict=True):
             self._layer(stream, positions, layer, kept, metadata)
-        if sampled_rows is not None:
-            stream = stream[sampled_rows]
-        decoder = self.decoder
-        normed = self.kernels.rms_norm(stream, decoder.norm.weight, self._eps)
-        return self.kernels.linear(normed, decoder.head.weight)
+        return stream
+
+    def logits(self, stream: Tensor, out: Tensor | None = None) -> Tensor:
+        """stream: [S, hidden_size], of the rows that are asked for -> [S, vocab_size]: `out` where it is given."""
+        normed = self.kernels.rms_norm(stream, self.decoder.norm.weight, self._eps)
+        return self.kernels.linear(normed, self.decoder.head.weight, out=out)
 
     def _layer(
         self, stream: Tensor, positions: Tensor, layer: DecoderLayer, kept: CacheLayer, metadata: Metadata

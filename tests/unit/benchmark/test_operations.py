@@ -125,9 +125,13 @@ def test_operations_of_the_fused_decoder_are_told_by_their_weights(qk_norm: bool
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
     fused = FusedDecoder(decoder, arch, create_kernels(torch.device("cpu")), NaiveBackend(), max_positions=16)
-    inputs = (torch.arange(5), torch.arange(5), None, [None] * 3, None)
-    expected, probe = fused(*inputs), OperationProbe(fused)
-    torch.testing.assert_close(fused(*inputs), expected)
+
+    def logits() -> torch.Tensor:
+        stream = fused.embed(torch.arange(5), torch.zeros(1, dtype=torch.int64))
+        return fused.logits(fused(stream, torch.arange(5), [None] * 3, None))
+
+    expected, probe = logits(), OperationProbe(fused)
+    torch.testing.assert_close(logits(), expected)
     names = [mark.name for mark in probe.take()]
     assert sorted(names) == sorted({*LAYER_OPERATIONS, *WHOLE_OPERATIONS} - {"embed_linear"})
     assert names.index("attn_pre_proj") + 1 == names.index("attn") == names.index("attn_post_proj") - 1

@@ -123,6 +123,47 @@ def test_argmax_takes_the_first_of_equals() -> None:
     assert sampling.argmax(logits).tolist() == [300, 0]
 
 
+@loops
+def test_nucleus_floor() -> None:
+    """Over several blocks and less than one; of bf16, where many logits are equal; with most tokens cut before."""
+    vocab_size = random.choice((50, 8192, 9000, 20000))
+    logits = torch.randn(7, vocab_size) * torch.tensor([0.01, 1.0, 1.0, 5.0, 3.0, 2.0, 1.0])[:, None]
+    logits[2] = logits[2].bfloat16()
+    logits[4] -= 40.0
+    logits[5, 3:] = float("-inf")
+    logits[6, :9] = 20.0  # equal, and together all that counts
+    top_p = torch.tensor([0.9, 0.5, 0.95, 0.999, 1e-6, 0.7, 0.3])[:, None]
+    top_p[random.randrange(7)] = 1.0
+    floors = sampling.nucleus_floor(logits, top_p)
+    _assert_nucleus(logits, top_p, floors)
+    _assert_nucleus(logits, top_p, TWINS.nucleus_floor(logits, top_p))
+
+
+def _assert_nucleus(logits: Tensor, top_p: Tensor, floors: Tensor) -> None:
+    """By definition: from the floor on they reach top_p, above it they do not. Sums of float32 are rounded."""
+    cut = (top_p < 1.0)[:, 0]
+    assert (floors[~cut] == float("-inf")).all()
+    probabilities, limits = logits[cut].double().softmax(-1), floors[cut]
+    assert (logits[cut] == limits).any(1).all()
+    assert (torch.where(logits[cut] >= limits, probabilities, 0.0).sum(1) > top_p[cut, 0] - 1e-5).all()
+    assert (torch.where(logits[cut] > limits, probabilities, 0.0).sum(1) < top_p[cut, 0] + 1e-5).all()
+
+
+@loops
+def test_nucleus_floor_ends_whatever_the_logits() -> None:
+    logits = torch.randn(4, 100)
+    logits[0], logits[1], logits[2, 50], logits[3, 7] = float("nan"), float("-inf"), float("nan"), float("inf")
+    assert sampling.nucleus_floor(logits, torch.full((4, 1), 0.9)).shape == (4, 1)
+
+
+def test_products_go_where_they_are_told() -> None:
+    x, weight = torch.randn(1, 128), torch.randn(24, 128)
+    for kernels in (LinearKernels(2, CPU), LinearKernels(2, CPU, max_skinny_tokens=0), TWINS):
+        out = torch.empty(3, 24)[1:2]
+        assert kernels.linear(x, weight, out=out) is out
+        assert_near(out, x @ weight.t())
+
+
 def test_matvec_with_everything_around_it() -> None:
     outputs, size = random.choice(((37, 320), (64, 384)))
     x, weight, gated_weight = torch.randn(1, size), torch.randn(outputs, size), torch.randn(2 * outputs, size)

@@ -1,6 +1,7 @@
 """Sampling of whole batches against transformers' processors row by row, and against definitions of the rest."""
 
 import random
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
@@ -13,21 +14,27 @@ from transformers import (
 )
 
 from sarathi.messages import NewRequest
+from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
 from sarathi.model_executor.sampler import filtered, sample
-from sarathi.model_executor.sampling_plan import plan_sampling
+from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling, with_newest
 from sarathi.model_executor.sequences import Sequence, SequenceTable
+from sarathi.model_executor.transfer import to_device
 from sarathi.sampling_params import SamplingParams
 
 VOCAB_SIZE = 3000  # more than the sampler sorts at first
-CPU = torch.device("cpu")
+KERNELS = ReferenceKernels()
 
 
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] = (), seed: int = 1) -> Sequence:
     return Sequence([*prompt, *output], len(prompt), params, frozenset({7}), seed)
 
 
+def plan_of(sequences: list[Sequence], vocab_size: int) -> SamplingPlan:
+    return plan_sampling([NextToken(each, len(each.token_ids)) for each in sequences], vocab_size)
+
+
 def tokens_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    return sample(logits, plan_sampling(sequences, logits.shape[1], CPU)).token_ids.tolist()
+    return sample(logits, plan_of(sequences, logits.shape[1]), KERNELS).token_ids.tolist()
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -59,8 +66,8 @@ def test_filters_equal_transformers(seed: int) -> None:
     torch.manual_seed(seed)
     params = [random_params(rng) for _ in range(9)]
     logits = torch.randn(len(params), VOCAB_SIZE) * rng.choice([0.1, 1.0, 5.0])
-    draws = plan_sampling([sequence(each, [1]) for each in params], VOCAB_SIZE, CPU).draws
-    found = filtered(logits.clone(), draws)
+    draws = plan_of([sequence(each, [1]) for each in params], VOCAB_SIZE).draws
+    found = filtered(logits.clone(), draws, KERNELS)
     for row, each in enumerate(params):
         expected = filtered_by_transformers(logits[row], each)
         differing = (found[row].isinf() != expected.isinf()).sum()
@@ -164,7 +171,7 @@ def test_requests_without_a_seed_differ_but_repeat_with_the_engine() -> None:
     def uniforms(engine_seed: int) -> list[float]:
         table = SequenceTable(engine_seed)
         table.add(NewRequest(name, (1,), SamplingParams()) for name in "ab")
-        return [table["a"].uniform(), table["b"].uniform()]
+        return [table["a"].uniform(1), table["b"].uniform(1)]
 
     assert uniforms(3) == uniforms(3) != uniforms(4)
     assert len(set(uniforms(3))) == 2
@@ -179,8 +186,8 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         SamplingParams(temperature=2.0, logprobs=10_000, repetition_penalty=1.3),
     ]
     before = logits.clone()
-    plan = plan_sampling([sequence(each, [1]) for each in params], 200, CPU)
-    found = sample(logits, plan)
+    plan = plan_of([sequence(each, [1]) for each in params], 200)
+    found = sample(logits, plan, KERNELS)
     expected = before.double().log_softmax(-1)
     assert torch.equal(logits, before)
     assert plan.logprobs.counts == (None, 0, 3, 200)
@@ -211,3 +218,45 @@ def test_nan_logits_still_give_tokens_of_the_vocabulary() -> None:
         logits, [sequence(SamplingParams(temperature=0.0), [1]), sequence(SamplingParams(top_p=0.5), [1])]
     )
     assert all(0 <= token < 64 for token in found)
+
+
+def any_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.7]), top_p=rng.choice([1.0, 0.8]), top_k=rng.choice([-1, 20]),
+        repetition_penalty=rng.choice([1.0, 1.3]), presence_penalty=rng.choice([0.0, 0.5]),
+        frequency_penalty=rng.choice([0.0, 0.2]), min_tokens=rng.randint(0, 4), stop_token_ids=(3,),
+        logprobs=rng.choice([None, 2]),
+    )  # fmt: skip
+
+
+def tensors_of(plan: object) -> list[torch.Tensor]:
+    if isinstance(plan, torch.Tensor):
+        return [plan]
+    return (
+        [each for field in fields(plan) for each in tensors_of(getattr(plan, field.name))] if is_dataclass(plan) else []
+    )
+
+
+def test_a_plan_made_before_the_newest_tokens_are_known_is_the_one_made_after() -> None:
+    """As where steps overlap: the tokens come from where the device keeps them."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    late = [
+        sequence(
+            any_params(rng), rng.choices(range(50), k=rng.randint(1, 9)), rng.choices(range(50), k=rng.randint(0, 4))
+        )
+        for _ in range(40)
+    ]
+    homes, newest = rng.sample(range(60), 40), torch.randint(0, 50, (60,))
+    rows = [NextToken(each, len(each.token_ids) + 1, home) for each, home in zip(late, homes, strict=True)]
+    before = to_device(plan_sampling(rows, 50), torch.device("cpu"))
+    early = with_newest(before, newest)
+    for each, home in zip(late, homes, strict=True):
+        each.token_ids.append(int(newest[home]))
+    after = plan_of(late, 50)
+    assert early.logprobs.counts == after.logprobs.counts and early.draws.max_top_k == after.draws.max_top_k
+    for ours, expected in zip(tensors_of(early), tensors_of(after), strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+    logits = torch.randn(40, 50)
+    assert torch.equal(sample(logits, early, KERNELS).token_ids, sample(logits, after, KERNELS).token_ids)

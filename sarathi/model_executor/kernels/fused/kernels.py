@@ -50,3 +50,7 @@ class FusedKernels(LinearKernels):
     def sample(self, logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
         """See ``reference.sampling.sample``."""
         return sampling.sample(logits, temperatures, key)
+
+    def nucleus_floor(self, logits: Tensor, top_p: Tensor) -> Tensor:
+        """See ``reference.sampling.nucleus_floor``."""
+        return sampling.nucleus_floor(logits, top_p)

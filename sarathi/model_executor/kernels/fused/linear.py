@@ -26,11 +26,12 @@ class LinearKernels:
         self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
         self._pdl = pdl
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ weight.T + bias``. x: [num_tokens, in]; weight: [out, in]; bias: [out]."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """``x @ weight.T + bias``. x: [num_tokens, in]; weight: [out, in]; bias: [out]; out: contiguous, the result."""
         if not self._is_ours(x, weight):
-            return functional.linear(x, weight, bias)
-        return self._product(x, weight, _empty(x, weight.shape[0]), Around(bias=bias))
+            product: Tensor = functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]  # stubs lack it
+            return product
+        return self._product(x, weight, _empty(x, weight.shape[0]) if out is None else out, Around(bias=bias))
 
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor) -> None:
         """``residual += x @ weight.T`` in place. residual: [num_tokens, out], contiguous."""

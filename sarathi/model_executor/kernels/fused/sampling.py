@@ -1,4 +1,4 @@
-"""Argmax and Gumbel-max sampling over the vocabulary, without a word to the host. Knows nothing of requests."""
+"""Argmax, Gumbel-max sampling and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from sarathi.model_executor.kernels.types import NoiseKey
 
 _BLOCK = 4096
+_FLOOR_BLOCK = 8192
 _ROUNDS = tl.constexpr(7)  # as in the torch twin
 
 
@@ -20,6 +21,18 @@ def argmax(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
     """See ``reference.sampling.sample``. Safe in a CUDA graph: keys and temperatures are read on the device."""
     return _launch(logits, temperatures, key, noise=True)
+
+
+def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
+    """See ``reference.sampling.nucleus_floor``; ties and the rounding of sums apart. logits: last stride 1."""
+    rows, vocab_size = logits.shape
+    floors = torch.empty((rows, 1), dtype=torch.float32, device=logits.device)
+    if rows:
+        block = min(_FLOOR_BLOCK, triton.next_power_of_2(vocab_size))
+        _floor_kernel[(rows,)](
+            *(logits, top_p, floors, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
+        )
+    return floors
 
 
 def _launch(logits: Tensor, temperatures: Tensor, key: NoiseKey, *, noise: bool) -> Tensor:
@@ -86,3 +99,60 @@ def _row_kernel(best_ptr, where_ptr, tokens_ptr, BLOCKS: tl.constexpr, PADDED: t
     best = tl.load(best_ptr + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
     _, winner = tl.max(best, axis=0, return_indices=True)
     tl.store(tokens_ptr + row, tl.load(where_ptr + row * BLOCKS + winner).to(tl.int64))
+
+
+@triton.jit
+def _floor_kernel(logits_ptr, top_p_ptr, floors_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Bisection between a bound below the floor and the largest logit; both ends move to logits that are there.
+
+    So it takes as many passes as the distinct logits within reach have binary digits: about ten for bf16.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    top_p = tl.load(top_p_ptr + row)
+    floor = float("-inf")
+    if top_p < 1.0:
+        row_ptr = logits_ptr + row * stride_row
+        most, total = _softmax_parts(row_ptr, VOCAB_SIZE, BLOCK)
+        target = top_p * total
+        # All tokens below this bound together have less than 1 - top_p; the 1 is for rounding.
+        lower = most + tl.log((1.0 - top_p) / VOCAB_SIZE) - 1.0
+        upper = most
+        while lower < upper:
+            middle = lower + (upper - lower) * 0.5
+            middle = tl.where(middle > lower, middle, upper)
+            mass, above, below = _split_at(row_ptr, middle, most, VOCAB_SIZE, BLOCK)
+            reached = mass >= target
+            lower = tl.where(reached, above, lower)
+            upper = tl.where(reached, upper, below)
+        floor = upper
+    tl.store(floors_ptr + row, floor)
+
+
+@triton.jit
+def _softmax_parts(row_ptr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest logit and the sum of exp(logit - largest)."""
+    tokens = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        at = start + tokens
+        largest = tl.maximum(largest, tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf")))
+    most = tl.max(largest, axis=0)
+    mass, _, _ = _split_at(row_ptr, float("-inf"), most, VOCAB_SIZE, BLOCK)
+    return most, mass
+
+
+@triton.jit
+def _split_at(row_ptr, threshold, most, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of exp(logit - most) over logits from the threshold on, the smallest of them, and the largest below it."""
+    tokens = tl.arange(0, BLOCK)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    above = tl.full((BLOCK,), float("inf"), tl.float32)
+    below = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        at = start + tokens
+        logits = tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf"))
+        inside = logits >= threshold
+        mass += tl.where(inside, tl.exp(logits - most), 0.0)
+        above = tl.minimum(above, tl.where(inside, logits, float("inf")))
+        below = tl.maximum(below, tl.where(inside, float("-inf"), logits))
+    return tl.sum(mass, axis=0), tl.min(above, axis=0), tl.max(below, axis=0)

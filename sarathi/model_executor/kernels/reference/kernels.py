@@ -15,6 +15,7 @@ class ReferenceKernels:
     silu_and_mul = staticmethod(activation.silu_and_mul)
     argmax = staticmethod(sampling.argmax)
     sample = staticmethod(sampling.sample)
+    nucleus_floor = staticmethod(sampling.nucleus_floor)
     linear = staticmethod(products.linear)
     linear_add = staticmethod(products.linear_add)
     gated_linear = staticmethod(products.gated_linear)

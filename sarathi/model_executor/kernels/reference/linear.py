@@ -6,9 +6,13 @@ from torch.nn import functional
 from sarathi.model_executor.kernels.reference.activation import silu_and_mul
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``. x: [num_tokens, in]; weight: [out, in]; bias: [out]. Returns [num_tokens, out]."""
-    return functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``. x: [num_tokens, in]; weight: [out, in]; bias: [out].
+
+    Returns [num_tokens, out]: `out` where it is given, contiguous.
+    """
+    product: Tensor = functional.linear(x, weight, bias, out=out)  # type: ignore[call-arg]  # stubs lack it
+    return product
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:

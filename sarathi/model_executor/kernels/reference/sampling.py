@@ -8,6 +8,7 @@ from sarathi.model_executor.kernels.types import NoiseKey
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_HEAD_SIZE = 1024  # how many of the likeliest tokens are sorted before all of them are
 _ROUNDS = 7  # enough to pass BigCrush (Salmon et al., 2011, table 2)
 
 
@@ -26,6 +27,23 @@ def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
     warm = temperatures[:, None] > 0
     scale = torch.where(warm, temperatures[:, None], 1.0)
     return (logits.float() / scale + torch.where(warm, noise, 0.0)).argmax(dim=-1)
+
+
+def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit of the fewest likeliest tokens that together reach top_p (Holtzman et al., 2020).
+
+    logits: [num_rows, vocab_size] float32; top_p: [num_rows, 1] float32. Returns [num_rows, 1], -inf for a top_p of 1.
+    """
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    for size in (min(_HEAD_SIZE, logits.shape[-1]), logits.shape[-1]):
+        largest = logits.topk(size, dim=-1).values
+        probabilities = (largest - total).exp()
+        reached = probabilities.cumsum(dim=-1)
+        if bool((reached[:, -1:] >= top_p)[top_p < 1.0].all()):
+            break
+    inside = reached - probabilities < top_p  # what came before had not reached it yet
+    floor = largest.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
+    return torch.where(top_p < 1.0, floor, float("-inf"))
 
 
 def exponential_noise(key: NoiseKey, vocab_size: int) -> Tensor:
