@@ -152,13 +152,16 @@ class VirtualKVCache:
         """
         self._native.prepare(slots, tokens)
 
-    def prefetch(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+    def prefetch(self, slots: Sequence[int], tokens: Sequence[int], lead_tokens: int = 0) -> None:
         """The same targets, best effort, mapped on the worker thread; returns at once, unless the worker
         is still busy with an earlier request.
 
+        lead_tokens: of the slots that have what they ask for, the one nearest to the end of its page gets the next page
+        too, if it would ask for it within so many tokens. Slots that reach an end of a page together are then served
+        one a step: as many tokens as there are slots are enough for that.
         Takes rows back from idle slots only. What goes wrong is counted in `stats`. Lengths past max_tokens are cut.
         """
-        self._native.prefetch(slots, tokens)
+        self._native.prefetch(slots, tokens, lead_tokens)
 
     def wait(self) -> None:
         """Returns once the worker has nothing left to do."""

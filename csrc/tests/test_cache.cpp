@@ -66,6 +66,40 @@ TEST(rows_ahead_of_active_slots_are_given_up) {
   cache->check_integrity();
 }
 
+TEST(pages_that_are_due_together_are_mapped_one_a_step) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);  // 4 tokens a page
+  Targets targets;
+  for (int i = 0; i < 3; ++i) targets.push_back({at(cache->alloc(0)), 1});
+  cache->prepare(targets);
+  for (std::uint64_t step = 0; step < 3; ++step) {
+    for (Target& target : targets) ++target.tokens;
+    cache->prefetch(targets, 3);
+    cache->wait();
+    for (std::uint64_t slot = 0; slot < 3; ++slot) CHECK_EQUAL(rows_of(*cache, slot), slot <= step ? 2U : 1U);
+    cache->prepare(targets);
+  }
+  for (Target& target : targets) ++target.tokens;
+  cache->prepare(targets);
+  CHECK_EQUAL(cache->stats().counters.prepares_waited, 1U);  // the first: nobody had asked for it
+  cache->check_integrity();
+}
+
+TEST(a_lead_takes_no_more_than_one_page_and_nothing_from_others) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 20);
+  const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
+  cache->prepare({{at(a), 40}});
+  cache->prefetch({{at(a), 40}}, 400);
+  cache->wait();
+  CHECK_EQUAL(rows_of(*cache, a), 11U);
+  cache->prepare({{at(b), 40}});  // which takes the page back
+  cache->prefetch({{at(a), 40}, {at(b), 40}}, 4);
+  cache->wait();
+  CHECK_EQUAL(rows_of(*cache, a), 10U);
+  CHECK_EQUAL(rows_of(*cache, b), 10U);
+  CHECK_EQUAL(cache->stats().counters.prefetches_short, 0U);
+  cache->check_integrity();
+}
+
 TEST(best_fit_prefers_most_kept_then_least_wasted) {
   const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 300);
   const std::uint64_t small = cache->alloc(0), large = cache->alloc(0), exact = cache->alloc(0);

@@ -95,7 +95,7 @@ class Simulation {
     for (const auto& [slot, tokens] : tokens_) {
       if (pick(2) == 0) targets.push_back({at(slot), at(tokens + pick(pick(3) == 0 ? 200 : 3))});
     }
-    cache_->prefetch(targets);
+    cache_->prefetch(targets, at(pick(6)));
   }
 
   void resize() {

@@ -155,12 +155,15 @@ void define_cache(py::module_& m) {
   py::class_<Policy>(m, "Policy")
       .def(py::init([](bool deferred, double threshold) { return Policy{deferred, threshold}; }), py::kw_only(),
            py::arg("deferred_reclamation"), py::arg("reclaim_threshold"));
-  const auto with_targets = [](void (KVCache::*verb)(const Targets&)) {
-    return [verb](KVCache& cache, const py::object& slots, const py::object& tokens) {
-      const Targets targets = to_targets(slots, tokens);
-      const py::gil_scoped_release no_gil;
-      (cache.*verb)(targets);
-    };
+  const auto prepare = [](KVCache& cache, const py::object& slots, const py::object& tokens) {
+    const Targets targets = to_targets(slots, tokens);
+    const py::gil_scoped_release no_gil;
+    cache.prepare(targets);
+  };
+  const auto prefetch = [](KVCache& cache, const py::object& slots, const py::object& tokens, std::int64_t lead) {
+    const Targets targets = to_targets(slots, tokens);
+    const py::gil_scoped_release no_gil;
+    cache.prefetch(targets, lead);
   };
   py::class_<KVCache>(m, "KVCache")
       .def(py::init(&make_cache), py::kw_only(), py::arg("device"), py::arg("num_regions"), py::arg("token_bytes"),
@@ -173,8 +176,8 @@ void define_cache(py::module_& m) {
       .def("alloc", &KVCache::alloc, py::arg("tokens"), NoGil())
       .def("claim", &KVCache::claim, py::arg("slot"), NoGil())
       .def("free", &KVCache::free, py::arg("slot"), NoGil())
-      .def("prepare", with_targets(&KVCache::prepare), py::arg("slots"), py::arg("tokens"))
-      .def("prefetch", with_targets(&KVCache::prefetch), py::arg("slots"), py::arg("tokens"))
+      .def("prepare", prepare, py::arg("slots"), py::arg("tokens"))
+      .def("prefetch", prefetch, py::arg("slots"), py::arg("tokens"), py::arg("lead_tokens"))
       .def("wait", &KVCache::wait, NoGil())
       .def("share", &KVCache::share, py::arg("source"), py::arg("target"), py::arg("tokens"), NoGil())
       .def("map_ahead", &KVCache::map_ahead, py::arg("tokens"), NoGil())

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <optional>
 #include <utility>
 
 #include "vattention/errors.h"
@@ -81,15 +82,24 @@ void KVCache::prepare(const Targets& targets) {
   }
 }
 
-void KVCache::prefetch(const Targets& targets) {
+void KVCache::prefetch(const Targets& targets, std::int64_t lead_tokens) {
   const Worker::Lock lock = own();
+  const auto lead = static_cast<std::uint64_t>(cut(lead_tokens));
   requested_.clear();
+  std::optional<Target> ahead;
+  std::uint64_t least_left = geometry_.page_bytes();
   for (const Target& target : targets) {
-    const Slot& slot = slots_[active_slot(target.slot)];
-    const std::int64_t tokens = std::min(target.tokens, static_cast<std::int64_t>(geometry_.max_tokens()));
-    const std::uint64_t rows = geometry_.rows_for(tokens_in_range("tokens", tokens));
-    if (rows > slot.used_rows && fit(slot, rows).rows < rows) requested_.push_back({target.slot, tokens});
+    active_slot(target.slot);
+    const Target now{target.slot, cut(target.tokens)}, later = a_page_further(now, lead);
+    const std::uint64_t left = bytes_left(now.tokens);
+    if (lacks(now)) {
+      requested_.push_back(now);
+    } else if (left < least_left && lacks(later)) {
+      ahead = later;
+      least_left = left;
+    }
   }
+  if (ahead && pool_.free_rows() > 0) requested_.push_back(*ahead);
   ++counters_.prefetches;
   if (!requested_.empty() || below_threshold() || lacks_slot_ahead()) worker_.post(lock);
 }
@@ -232,6 +242,31 @@ std::uint64_t KVCache::tokens_in_range(const char* name, std::int64_t tokens) co
                                 std::to_string(geometry_.max_tokens()) + ", got " + std::to_string(tokens));
   }
   return static_cast<std::uint64_t>(tokens);
+}
+
+// A length past the end asks for what there is.
+std::int64_t KVCache::cut(std::int64_t tokens) const {
+  return static_cast<std::int64_t>(
+      tokens_in_range("tokens", std::min(tokens, static_cast<std::int64_t>(geometry_.max_tokens()))));
+}
+
+// The target `lead` tokens on, but no more than one page past its own last one.
+Target KVCache::a_page_further(const Target& target, std::uint64_t lead) const {
+  const auto tokens = static_cast<std::uint64_t>(target.tokens);
+  const std::uint64_t page_end = (geometry_.rows_for(tokens) + 1) * geometry_.page_bytes() / geometry_.token_bytes();
+  return {target.slot, cut(static_cast<std::int64_t>(std::min(tokens + lead, page_end)))};
+}
+
+// Of the page that the last of so many tokens lies in.
+std::uint64_t KVCache::bytes_left(std::int64_t tokens) const {
+  const auto count = static_cast<std::uint64_t>(tokens);
+  return geometry_.rows_for(count) * geometry_.page_bytes() - count * geometry_.token_bytes();
+}
+
+bool KVCache::lacks(const Target& target) const {
+  const Slot& slot = slots_[static_cast<std::uint64_t>(target.slot)];
+  const std::uint64_t rows = geometry_.rows_for(static_cast<std::uint64_t>(target.tokens));
+  return rows > slot.used_rows && fit(slot, rows).rows < rows;
 }
 
 std::uint64_t KVCache::slot_in_range(std::int64_t slot) const {

@@ -80,7 +80,9 @@ class KVCache {
   void claim(std::int64_t slot);
   void free(std::int64_t slot);
   void prepare(const Targets& targets);
-  void prefetch(const Targets& targets);
+  // lead_tokens: of the slots that have enough, the one nearest to the end of its page is mapped a page further where
+  // it would need that within so many tokens.
+  void prefetch(const Targets& targets, std::int64_t lead_tokens = 0);
   void wait();
   std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
   void map_ahead(std::int64_t tokens);
@@ -111,6 +113,10 @@ class KVCache {
   std::uint64_t slot_in_range(std::int64_t slot) const;
   std::uint64_t active_slot(std::int64_t slot) const;
   void check_targets(const Targets& targets) const;
+  std::int64_t cut(std::int64_t tokens) const;
+  Target a_page_further(const Target& target, std::uint64_t lead) const;
+  std::uint64_t bytes_left(std::int64_t tokens) const;
+  bool lacks(const Target& target) const;
 
   Prefix shareable(const Slot& slot, std::uint64_t limit) const noexcept;
   Fit fit(const Slot& slot, std::uint64_t rows) const noexcept;

@@ -69,7 +69,7 @@ class vATTNCacheEngine:
         growing = [chunk for chunk in chunks if chunk.samples]
         if growing:
             targets = [self._mapped(chunk.start + chunk.num_tokens + 1) for chunk in growing]
-            self._cache.prefetch(self._slots_of(growing), targets)
+            self._cache.prefetch(self._slots_of(growing), targets, lead_tokens=len(growing))
 
     def stats(self) -> MemoryStats:
         stats = self._cache.stats()

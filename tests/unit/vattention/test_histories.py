@@ -62,7 +62,7 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.lengths)
     @rule(ahead=st.integers(1, 60))
     def prefetch(self, ahead: int) -> None:
-        self.cache.prefetch(list(self.lengths), [length + ahead for length in self.lengths.values()])
+        self.cache.prefetch(list(self.lengths), [length + ahead for length in self.lengths.values()], lead_tokens=ahead)
 
     @precondition(lambda self: self.lengths)
     @rule(data=st.data())

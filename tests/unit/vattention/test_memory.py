@@ -60,6 +60,22 @@ def test_prefetch_maps_beside_the_step():
         assert after.calls == before.calls
 
 
+def test_pages_that_are_due_together_are_mapped_one_a_step():
+    """Token 33 needs a second page in every slot: by then all have it, and no step waited for more than its own."""
+    with make() as cache:
+        slots = [cache.alloc() for _ in range(4)]
+        for length in range(28, 33):
+            cache.prepare(slots, [length] * 4)
+            cache.prefetch(slots, [length + 1] * 4, lead_tokens=4)
+            cache.wait()
+        assert [cache.slot_state(slot)[2] for slot in slots] == [2] * 4
+        before = cache.stats()
+        cache.prepare(slots, [33] * 4)
+        assert cache.stats().prepares_waited == before.prepares_waited
+        with pytest.raises(ValueError, match="-1"):
+            cache.prefetch(slots, [34] * 4, lead_tokens=-1)
+
+
 def test_prefetch_past_the_end_is_cut_and_without_room_is_counted():
     with make(rows=33) as cache:
         a, b = cache.alloc(), cache.alloc()
