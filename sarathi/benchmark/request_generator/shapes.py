@@ -49,11 +49,16 @@ class QuantileCurve:
 
 @dataclass(frozen=True)
 class TraceShape:
-    """Prompt and output lengths. correlation: of their normal scores: long papers have longer answers."""
+    """Prompt and output lengths.
+
+    correlation: of their normal scores: long papers have longer answers. max_tokens: of prompt and output together;
+    the output gives way, so that the longest prompts are those that were published.
+    """
 
     prompt: QuantileCurve
     output: QuantileCurve
     correlation: float
+    max_tokens: int
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
         """`count` prompt and output lengths in tokens, each at least 1.
@@ -63,8 +68,9 @@ class TraceShape:
         first, noise = rng.standard_normal((2, count))
         second = self.correlation * first + np.sqrt(1 - self.correlation**2) * noise
         levels = ((np.argsort(np.argsort(scores)) + rng.random(count)) / count for scores in (first, second))
-        prompt, output = (curve(u) for curve, u in zip((self.prompt, self.output), levels, strict=True))
-        return np.maximum(np.rint(prompt), 1).astype(np.int64), np.maximum(np.rint(output), 1).astype(np.int64)
+        curves = (self.prompt, self.output)
+        prompt, output = (np.rint(curve(u)).astype(np.int64) for curve, u in zip(curves, levels, strict=True))
+        return prompt, np.minimum(output, self.max_tokens - prompt)
 
 
 LEVELS = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -72,19 +78,19 @@ _PROMPT = QuantileCurve(LEVELS, (4096, 4781, 7958, 18490, 26639, 31805), mean=10
 _OUTPUT = QuantileCurve(LEVELS, (100, 180, 332, 653, 4053, 8192), mean=471)  # published: all but the two bounds
 
 
-def _long(low: int, median: int, high: int, output_median: int) -> TraceShape:
+def _long(low: int, median: int, high: int, output_median: int, max_tokens: int) -> TraceShape:
     """The long traces are published as a range and medians; outputs are arXiv's, scaled to the median."""
     scale = output_median / _OUTPUT.values[LEVELS.index(0.5)]
     output = QuantileCurve(LEVELS, tuple(value * scale for value in _OUTPUT.values), given_bend=_OUTPUT.bend)
     prompt = QuantileCurve((0.0, 0.5, 1.0), (low, median, high), given_bend=_PROMPT.bend)
-    return TraceShape(prompt, output, CORRELATION)
+    return TraceShape(prompt, output, CORRELATION, max_tokens)
 
 
 # Not published, but assumed: an answer to a longer paper tends to be longer. What is published does not tell, for the
 # median ratio of prompt to output is near 28 with any value from 0 to 0.9. Give the real CSV where this matters.
 CORRELATION = 0.7
 SHAPES = {
-    "arxiv": TraceShape(_PROMPT, _OUTPUT, CORRELATION),
-    "arxiv_long_online": _long(22 * 1024, 27_843, 46 * 1024, 318),
-    "arxiv_long_offline": _long(64 * 1024, 78_967, 193 * 1024, 345),
+    "arxiv": TraceShape(_PROMPT, _OUTPUT, CORRELATION, 32_768),
+    "arxiv_long_online": _long(22 * 1024, 27_843, 46 * 1024, 318, 65_536),
+    "arxiv_long_offline": _long(64 * 1024, 78_967, 193 * 1024, 345, 200_000),
 }
