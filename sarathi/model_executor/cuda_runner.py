@@ -161,7 +161,9 @@ class CudaModelRunner:
         return _Inputs(*self._to_device((token_ids, positions, rows, homes)))
 
     def _to_device(self, parts: Sequence[list[int]]) -> list[Tensor]:
-        packed = torch.tensor([each for part in parts for each in part], dtype=torch.int32, pin_memory=True)
+        packed = torch.tensor(
+            [each for part in parts for each in part], dtype=torch.int32, pin_memory=self._device.type == "cuda"
+        )
         return list(torch.split(packed.to(self._device, non_blocking=True), [len(part) for part in parts]))
 
 

@@ -76,7 +76,7 @@ class DecodeGraph:
         """One step for chunks of one token each; token_ids may be stand-ins."""
         size = len(token_ids)
         padding = [0] * (self._host_tokens.shape[0] - size)
-        host = torch.tensor([*token_ids, *padding], dtype=torch.int32, pin_memory=True)
+        host = torch.tensor([*token_ids, *padding], dtype=torch.int32, pin_memory=self._tokens.is_cuda)
         self._host_tokens.copy_(host, non_blocking=True)
         self._static.fill(Batch(tuple(chunks), self._host_tokens, self._host_tokens, None), address)
         self._graph.replay()

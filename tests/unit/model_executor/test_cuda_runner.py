@@ -1,0 +1,172 @@
+"""The GPU's runner on the CPU: reference kernels, attention in a loop, graphs that run again what they should replay.
+
+Steps that overlap must give what steps one after the other give, although their newest tokens are not known in time.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sarathi.messages import Chunk, NewRequest, SampledToken
+from sarathi.model_executor import cuda_runner
+from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention.backend import CacheLayer, SlotAddress
+from sarathi.model_executor.attention.device_step import DeviceStep, make_step
+from sarathi.model_executor.cuda_runner import CudaModelRunner
+from sarathi.model_executor.decode_graphs import DecodeGraph, Limits
+from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.placement import Placement
+from sarathi.model_executor.sequences import SequenceTable
+from sarathi.sampling_params import SamplingParams
+
+CPU = torch.device("cpu")
+SLOTS, LENGTH, VOCAB_SIZE = 7, 64, 50
+ARCH = ModelArchitecture(
+    "tiny", num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_size=8,
+    vocab_size=VOCAB_SIZE, max_positions=LENGTH, rms_norm_eps=1e-5, rope=Rope(theta=1e4),
+)  # fmt: skip
+
+
+class LoopBackend:
+    """Attention over slots, one sequence after the other."""
+
+    def plan(self, batch, address) -> DeviceStep:
+        return make_step(batch, address, CPU)
+
+    def plan_step(self, step: DeviceStep) -> DeviceStep:
+        return step
+
+    def append_and_attend(self, query, new, positions, layer, step: DeviceStep):
+        ReferenceKernels.apply_rope(query, new.keys, positions, new.table)
+        out = torch.zeros_like(query)
+        for index, (first, last) in enumerate(zip(step.starts[:-1].tolist(), step.starts[1:].tolist(), strict=True)):
+            slot, start, length = int(step.rows[index]), int(step.cached[index]), int(step.lengths[index])
+            layer.k[slot, start:length], layer.v[slot, start:length] = new.keys[first:last], new.values[first:last]
+            keys, values = (x[slot, :length].repeat_interleave(2, dim=1) for x in (layer.k, layer.v))
+            scores = torch.einsum("qhd,khd->hqk", query[first:last], keys) * query.shape[-1] ** -0.5
+            late = torch.arange(length)[None] > torch.arange(start, length)[:, None]
+            weights = scores.masked_fill(late, float("-inf")).softmax(-1)
+            out[first:last] = torch.einsum("hqk,khd->qhd", weights, values)
+        return out
+
+
+class Slots:
+    """A cache's face: each request has the slot that it was given."""
+
+    def __init__(self, slot_of: dict[str, int]) -> None:
+        self._slot_of = slot_of
+
+    def address(self, chunks) -> SlotAddress:
+        return SlotAddress(tuple(self._slot_of[chunk.request_id] for chunk in chunks))
+
+    def prefetch(self, chunks) -> None:
+        pass
+
+
+class Event:
+    """A device that is always done."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1.0
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_runner, "_mark", Event)
+    for name, stand in (("CUDAGraph", SimpleNamespace), ("graph_pool_handle", lambda: None), ("synchronize", Event)):
+        monkeypatch.setattr(torch.cuda, name, stand)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    capture = DecodeGraph.capture
+
+    def capture_as_function(graph: DecodeGraph, compute, kernels, pool) -> None:
+        capture(graph, compute, kernels, pool)
+        graph._graph.replay = lambda: graph._run(compute, kernels)
+
+    monkeypatch.setattr(DecodeGraph, "capture", capture_as_function)
+
+
+@pytest.fixture(scope="module")
+def model() -> FusedDecoder:
+    torch.manual_seed(3)
+    decoder = Decoder(ARCH, Placement(torch.float32, CPU), backend=None)
+    for _, parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return FusedDecoder(decoder, ARCH, ReferenceKernels(), LoopBackend(), max_positions=LENGTH)
+
+
+def params_of(rng: random.Random) -> SamplingParams:
+    if rng.random() < 0.3:
+        return SamplingParams(temperature=0.0)
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.8, 1.5]), top_p=rng.choice([1.0, 0.8]), top_k=rng.choice([-1, 20]),
+        min_p=rng.choice([0.0, 0.05]), repetition_penalty=rng.choice([1.0, 1.5]), seed=rng.randrange(99),
+        presence_penalty=rng.choice([0.0, 0.9]), frequency_penalty=rng.choice([0.0, 0.7]), min_tokens=3,
+        stop_token_ids=(1, 2), logprobs=rng.choice([None, 2]), logit_bias=rng.choice([None, {4: 2.0}]),
+    )  # fmt: skip
+
+
+def steps(prompts: dict[str, list[int]], num_outputs: int) -> Iterator[list[Chunk]]:
+    """The second half joins later, in two chunks each; then all decode, but for one that pauses at times."""
+    names = list(prompts)
+    computed = dict.fromkeys(names, 0)
+    for step in range(num_outputs):
+        chunks = []
+        for index, name in enumerate(names):
+            begins, length = 2 * (index % 2), len(prompts[name])
+            if step < begins or (index == 2 and step % 3 == 2):
+                continue
+            left = max(length - computed[name], 1)
+            count = left // 2 if step == begins and left > 1 and index % 2 else left
+            end = computed[name] + count
+            chunks.append(Chunk(name, computed[name], count, end >= length, end))
+            computed[name] = end
+        yield chunks
+
+
+def run(
+    model: FusedDecoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int]
+) -> list[list[SampledToken]]:
+    shape = (SLOTS, LENGTH, ARCH.num_kv_heads, ARCH.head_size)
+    layers = [CacheLayer(torch.zeros(shape), torch.zeros(shape), None) for _ in range(ARCH.num_layers)]
+    cache = Slots({each.request_id: slot for each, slot in zip(requests, slots, strict=False)})
+    runner = CudaModelRunner(model, LoopBackend(), cache, layers, prefetch=False, limits=Limits(8, LENGTH, 0))
+    if graphs:
+        runner.capture()
+    sequences = SequenceTable(0)
+    sequences.add(requests)
+    flights, results = [], []
+    for chunks in steps({each.request_id: list(each.token_ids) for each in requests}, 9):
+        flights.append(runner.launch(chunks, sequences))
+        if not overlap or len(flights) > 1:
+            results.append(flights.pop(0).result().tokens)
+    return [*results, *(flight.result().tokens for flight in flights)]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("attempt", range(5))
+def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: FusedDecoder, graphs: bool, attempt: int) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    requests = [
+        NewRequest(f"r{i}", tuple(rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 12))), params_of(rng))
+        for i in range(5)
+    ]
+    slots = rng.sample(range(SLOTS), 5)
+    expected = run(model, requests, overlap=False, graphs=False, slots=slots)
+    found = run(model, requests, overlap=True, graphs=graphs, slots=slots)
+    assert sum(map(len, expected)) > 30
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [token[:2] for token in ours] == [token[:2] for token in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top_logprobs] == [token for token, _ in other.top_logprobs]
