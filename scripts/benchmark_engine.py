@@ -3,8 +3,9 @@
     python scripts/benchmark_engine.py --model llama-3-8b --backend fa_vattn --output DIR [--stages prefill,decode,...]
 
 One engine a run: prefill whole and in small steps, decode, short requests, the static traces of the vAttention paper,
-the share of a decode step in which the GPU is idle; then, the engine closed, matrix products and attention alone at the
-same shapes. Rows come in the order of --stages, and what --budget leaves out is named. Runs may share a folder.
+decode with tokens that are drawn, the share of a decode step in which the GPU is idle; then, the engine closed, matrix
+products and attention alone at the same shapes. Rows come in the order of --stages, and what --budget leaves out is
+named. Runs may share a folder.
 """
 
 import gc
@@ -18,14 +19,15 @@ from kernel_benchmark.shapes import MODELS
 from measurement.idle import idle_share
 from measurement.lengths import FULL, SMALL, Sizes
 from measurement.options import add_ratios, engine_parser, parse
-from measurement.ours import open_engine
+from measurement.ours import GREEDY, OurEngine, open_engine
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import Budget, Row, Table, Work
 
-OWN_STAGES = ("idle", "alone")
+OWN_STAGES = ("sampled", "idle", "alone")
+SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, "top_p": 0.95}
 ALONE = "products and attention alone"
-IDLE_SHAPES = ((1, 1024), (16, 1024), (64, 1024), (256, 1024))
+NUM_SHORT_SHAPES = 4  # the first ones of decode, at the shortest context
 
 
 def measure_idle(load: Load, batch: int, context: int) -> None:
@@ -37,8 +39,26 @@ def measure_idle(load: Load, batch: int, context: int) -> None:
 
 
 def idle_work(load: Load) -> Work:
-    shapes = [shape for shape in load.decode_shapes() if shape in IDLE_SHAPES]
+    shapes = load.decode_shapes()[:NUM_SHORT_SHAPES]
     return ((f"idle {b} x {n}", partial(measure_idle, load, b, n)) for b, n in shapes)
+
+
+def measure_sampled(load: Load, engine: OurEngine, batch: int, context: int) -> None:
+    """Decode with tokens that are drawn, beside the same with the likeliest ones."""
+
+    def row(backend: str, sampling: dict[str, float]) -> Row:
+        engine.sampling = sampling
+        found = load.decoding([context] * batch, load.sizes.decode_steps)
+        return Row(load.model, SAMPLED, backend, batch, context, found.ms_per_token, "ms/token")
+
+    drawn, likeliest = row(engine.backend, SAMPLING), row("temperature 0", GREEDY)
+    load.table.add(likeliest)
+    load.table.add(drawn.beside(likeliest))
+
+
+def sampled_work(load: Load, engine: OurEngine) -> Work:
+    shapes = load.decode_shapes()[:NUM_SHORT_SHAPES]
+    return ((f"sampled {b} x {n}", partial(measure_sampled, load, engine, b, n)) for b, n in shapes)
 
 
 def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int) -> None:
@@ -69,6 +89,8 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
     load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
+    if "sampled" in options.stages:
+        budget.run(sampled_work(load, engine))
     if "idle" in options.stages and torch.cuda.is_available():
         budget.run(idle_work(load))
     engine.close()

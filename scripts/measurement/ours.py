@@ -15,6 +15,8 @@ from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import MemoryStats
 
+GREEDY = {"temperature": 0.0}
+
 
 class OurEngine:
     """One LLM. Each row names the backend that was asked for."""
@@ -28,6 +30,7 @@ class OurEngine:
         self.max_model_len: int = executor.max_model_len
         self.max_num_seqs: int = llm.engine.scheduler.config.max_num_seqs
         self.capacity_tokens: int = executor.capacity.tokens_in(executor.capacity.rows)
+        self.sampling = GREEDY  # parameters of the requests that are added from now on
         self._ids = map(str, count())
 
     @property
@@ -36,7 +39,7 @@ class OurEngine:
 
     def add(self, prompt: list[int], output_tokens: int) -> str:
         request_id = next(self._ids)
-        params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+        params = SamplingParams(**self.sampling, max_tokens=output_tokens, ignore_eos=True)
         self.engine.add_request(request_id, prompt, params)
         return request_id
 
