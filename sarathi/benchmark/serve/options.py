@@ -75,7 +75,7 @@ def _add_sampling(group: Any) -> None:
 
 
 def _add_results(group: Any) -> None:
-    group.add_argument("--percentile-metrics", default="ttft,tpot,itl", help=f"which of {','.join(METRICS)}")
+    group.add_argument("--percentile-metrics", default=",".join(METRICS), help=f"which of {','.join(METRICS)}")
     group.add_argument("--metric-percentiles", default="99", help="percentiles, as 50,90,99")
     group.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="targets a good request meets")
     group.add_argument("--save-result", action="store_true", help="write the result as JSON")
