@@ -82,8 +82,8 @@ def _run_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, epilog=EPILOG)
     parser.add_argument("--test", action="store_true", help="a minute's run with the small model, on any machine")
     parser.add_argument("--resume", action="store_true", help="leave out runs that are complete already")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="these models")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="these backends")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="these models; or as A,B")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="these backends; or as A,B")
     parser.add_argument(
         "--axis", action="append", default=[], metavar="NAME=A,B", help="these labels of an axis; repeatable"
     )
@@ -101,12 +101,11 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _experiment(path: Path, args: argparse.Namespace, knobs: list[str]) -> Experiment:
     experiment = read_experiment(path, args.test).with_base(read_settings(knobs))
-    axes = [word.partition("=")[::2] for word in args.axis]
-    chosen = {name: labels.split(",") for name, labels in axes}
-    chosen |= {MODEL_AXIS: args.model} if args.model else {}
-    chosen |= {BACKEND_AXIS: args.backends} if args.backends else {}
-    for name, labels in chosen.items():
-        experiment = experiment.with_axis(name, labels)
+    chosen = [word.partition("=")[::2] for word in args.axis]
+    chosen += [(MODEL_AXIS, ",".join(args.model))] if args.model else []
+    chosen += [(BACKEND_AXIS, ",".join(args.backends))] if args.backends else []
+    for name, labels in dict(chosen).items():
+        experiment = experiment.with_axis(name, labels.split(","))
     return experiment
 
 

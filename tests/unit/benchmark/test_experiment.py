@@ -212,6 +212,14 @@ def test_exit_code_says_that_a_run_failed(
     assert "a_small failed with exit code 1" in said.err and "1 of 2 runs are complete" in said.out
 
 
+@pytest.mark.parametrize("words", [["b/c", "x"], ["b/c,x"]])
+def test_models_are_a_list_with_spaces_or_commas(
+    words: list[str], grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_experiment(grid, "", ["--list", "--model", *words]) == 0
+    assert capsys.readouterr().out.split() == ["b-c_small", "b-c_large", "x_small", "x_large"]
+
+
 def test_unknown_experiments_name_the_known_ones(
     tmp_path: Path, grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
