@@ -131,6 +131,8 @@ class _NamedKernels:
 
     def __getattr__(self, method: str) -> Any:
         call = getattr(self._kernels, method)
+        if method == "embed":  # not by its weight, which may be the head's too
+            return self._timed(EMBEDDING, call)
 
         def named(*args: Any, **kwargs: Any) -> Any:
             name = self._name_of((*args, *kwargs.values()))

@@ -124,7 +124,7 @@ class CudaModelRunner:
         plan: SamplingPlan | None,
     ) -> Sampled:  # fmt: skip
         """What a plan draws takes the place of the likeliest tokens, behind the graph."""
-        replayed = graph.replay(chunks, address, token_ids)
+        replayed = graph.replay(chunks, address, token_ids, _homes(address))
         if plan is None:
             return Sampled(replayed.tokens, None)
         return self._sample(replayed.logits, replayed.homes, plan)
@@ -141,7 +141,9 @@ class CudaModelRunner:
     def _sample(self, logits: Tensor, homes: Tensor, plan: SamplingPlan | None) -> Sampled:
         """logits: [S, vocab_size]; homes: [S], which have the tokens from then on."""
         kernels = self.model.kernels
-        sampled = Sampled(kernels.argmax(logits), None) if plan is None else sample(logits, plan, kernels)
+        if plan is None:
+            return Sampled(kernels.keep_argmax(logits, homes, self._last_tokens), None)
+        sampled = sample(logits, plan, kernels)
         self._last_tokens[homes] = sampled.token_ids
         return sampled
 

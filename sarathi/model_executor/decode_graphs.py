@@ -58,37 +58,32 @@ class DecodeGraph:
 
     def __init__(self, batch_size: int, limits: Limits, last_tokens: Tensor) -> None:
         """last_tokens: [homes + 1] int64, each resident request's newest token; the last entry takes the padding's."""
-        device = last_tokens.device
-        self._static = StaticStep(batch_size, limits.max_length, limits.blocks, device)
-        self._host_tokens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self._last_tokens = last_tokens
+        self._batch_size, self._last_tokens = batch_size, last_tokens
+        self._static = StaticStep(batch_size, limits.max_length, limits.blocks, last_tokens.device, riders=2)
+        self._token_ids, self._homes = self._static.riders
         self._graph = torch.cuda.CUDAGraph()
-        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     def capture(self, compute: Compute, kernels: Kernels, pool: Any) -> None:
         """Runs the step once as it is, to compile and size what it needs, and once into the graph."""
         self._run(compute, kernels)
         torch.cuda.synchronize()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._logits = self._run(compute, kernels)
+            self._tokens, self._logits = self._run(compute, kernels)
 
-    def replay(self, chunks: Sequence[Chunk], address: Address, token_ids: list[int]) -> Replayed:
-        """One step for chunks of one token each; token_ids may be stand-ins."""
+    def replay(
+        self, chunks: Sequence[Chunk], address: Address, token_ids: Sequence[int], homes: Sequence[int]
+    ) -> Replayed:
+        """One step for chunks of one token each; token_ids may be stand-ins; homes: where the results go."""
         size = len(token_ids)
-        padding = [0] * (self._host_tokens.shape[0] - size)
-        host = torch.tensor([*token_ids, *padding], dtype=torch.int32, pin_memory=self._tokens.is_cuda)
-        self._host_tokens.copy_(host, non_blocking=True)
-        self._static.fill(Batch(tuple(chunks), self._host_tokens, self._host_tokens, None), address)
+        padding = self._batch_size - size
+        riders = [*token_ids, *[0] * padding, *homes, *[self._last_tokens.shape[0] - 1] * padding]
+        self._static.fill(Batch(tuple(chunks), self._token_ids, self._token_ids, None), address, riders)
         self._graph.replay()
-        return Replayed(self._tokens[:size], self._logits[:size], self._static.step.homes[:size])
+        return Replayed(self._tokens[:size], self._logits[:size], self._homes[:size])
 
-    def _run(self, compute: Compute, kernels: Kernels) -> Tensor:
-        step = self._static.step
-        logits = compute(self._host_tokens, step)
-        self._tokens.copy_(kernels.argmax(logits))
-        homes = torch.where(step.lengths > 0, step.homes, self._last_tokens.shape[0] - 1)
-        self._last_tokens[homes] = self._tokens
-        return logits
+    def _run(self, compute: Compute, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        logits = compute(self._token_ids, self._static.step)
+        return kernels.keep_argmax(logits, self._homes, self._last_tokens), logits
 
 
 class DecodeGraphs:

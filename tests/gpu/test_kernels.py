@@ -100,6 +100,52 @@ def test_sampling(fused: FusedKernels, dtype: torch.dtype) -> None:
     assert torch.equal(chosen, logits.amax(dim=1))
 
 
+@pytest.mark.parametrize("spread", [0.05, 3.0])
+def test_nucleus_floor(fused: FusedKernels, dtype: torch.dtype, spread: float) -> None:
+    """By definition: from the floor on they reach top_p, above it they do not."""
+    rows, vocab = random.choice((1, 5, 300)), random.choice((1000, 49152, 128256, 151936))
+    logits = (torch.randn(rows, vocab, device=CUDA) * spread).to(random.choice((dtype, torch.float32))).float()
+    logits[: rows // 2, vocab // 3 :] = float("-inf")
+    top_p = torch.rand(rows, 1, device=CUDA).clamp_(min=1e-3)
+    top_p[::4] = 1.0
+    floors, probabilities = fused.nucleus_floor(logits, top_p), logits.double().softmax(-1)
+    cut = top_p < 1.0
+    assert torch.equal(floors == float("-inf"), ~cut)
+    reached = torch.where(logits >= floors, probabilities, 0.0).sum(1, keepdim=True)
+    before = torch.where(logits > floors, probabilities, 0.0).sum(1, keepdim=True)
+    assert ((reached > top_p - 1e-5) & (before < top_p + 1e-5))[cut].all()
+
+
+def test_nucleus_floor_ends_whatever_the_logits(fused: FusedKernels) -> None:
+    logits = torch.randn(4, 50000, device=CUDA)
+    logits[0], logits[1], logits[2, 50], logits[3, 7] = float("nan"), float("-inf"), float("nan"), float("inf")
+    fused.nucleus_floor(logits, torch.full((4, 1), 0.9, device=CUDA))
+    torch.cuda.synchronize()
+
+
+def test_embed_and_the_argmax_that_is_kept(fused: FusedKernels, dtype: torch.dtype) -> None:
+    tokens, size, homes = random.choice((1, 16, 2000)), random.choice((576, 4096, 7168)), 3000
+    weight = torch.randn(500, size, dtype=dtype, device=CUDA)
+    newest = torch.randint(0, 500, (homes + 1,), device=CUDA)
+    token_ids = torch.randint(-homes, 500, (tokens,), device=CUDA).int()
+    assert torch.equal(fused.embed(token_ids, newest, weight), TWINS.embed(token_ids, newest, weight))
+    logits, places = torch.randn(tokens, 9000, device=CUDA).to(dtype), torch.randperm(homes, device=CUDA)[:tokens].int()
+    before = newest.clone()
+    found = fused.keep_argmax(logits, places, newest)
+    assert torch.equal(logits.gather(1, found[:, None])[:, 0], logits.amax(1))
+    before[places.long()] = found
+    assert torch.equal(newest, before)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_products_go_where_they_are_told(fused: FusedKernels, tokens: int) -> None:
+    x, weight, *_ = _linear_inputs(tokens, 6144, 4096)
+    buffer = torch.full((64, 6144), float("nan"), dtype=x.dtype, device=CUDA)
+    assert fused.linear(x, weight, out=buffer[:tokens]).data_ptr() == buffer.data_ptr()
+    assert_near(buffer[:tokens], TWINS.linear(x, weight))
+    assert buffer[tokens:].isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (4096, 14336), (4096, 11008), (1000, 576)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 9, 16, 17])
 def test_linear(shape: tuple[int, int], tokens: int, fused: FusedKernels) -> None:

@@ -27,14 +27,6 @@ class DeviceStep:
     max_length: int
     one_each: bool  # every sequence has one new token: token i is sequence i's
 
-    @property
-    def homes(self) -> Tensor:
-        """[B] a number that no other resident sequence has: its slot, or its first block."""
-        if self.block_table is not None:
-            return self.block_table[:, 0]
-        assert self.rows is not None
-        return self.rows
-
 
 def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceStep:
     """The batch's step; the copy does not wait for the device."""
@@ -48,16 +40,22 @@ def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceSte
 class StaticStep:
     """A decode step whose tensors stay where they are: a CUDA graph captures `step`; `fill` before each replay."""
 
-    def __init__(self, batch_size: int, max_length: int, blocks: int, device: torch.device) -> None:
-        """batch_size: sequences, padding included. blocks: columns of the block table, 0 where contiguous."""
-        size = 4 * batch_size + 1 + batch_size * blocks - (batch_size if blocks else 0)
-        self._packed = torch.zeros(size, dtype=torch.int32, device=device)
-        self._batch_size, self._blocks = batch_size, blocks
-        self.step = _split(self._packed, batch_size, blocks, num_tokens=batch_size, max_new=1, max_length=max_length)
+    def __init__(self, batch_size: int, max_length: int, blocks: int, device: torch.device, *, riders: int = 0) -> None:
+        """batch_size: sequences, padding included. blocks: columns of the block table, 0 where contiguous.
 
-    def fill(self, batch: Batch, address: Address) -> None:
-        """The numbers of this step: one new token for each of at most batch_size sequences."""
-        numbers = _pack(batch, address, self._batch_size, self._blocks)
+        riders: further numbers of each sequence that travel in the same copy, to `riders`, [riders, batch_size] int32.
+        """
+        size = 3 * batch_size + 1 + batch_size * (blocks or 1)
+        self._packed = torch.zeros(size + riders * batch_size, dtype=torch.int32, device=device)
+        self._batch_size, self._blocks = batch_size, blocks
+        self.riders = self._packed[size:].view(riders, batch_size)
+        self.step = _split(
+            self._packed[:size], batch_size, blocks, num_tokens=batch_size, max_new=1, max_length=max_length
+        )
+
+    def fill(self, batch: Batch, address: Address, riders: Sequence[int] = ()) -> None:
+        """The numbers of this step: one new token for each of at most batch_size sequences; riders: all, padded."""
+        numbers = [*_pack(batch, address, self._batch_size, self._blocks), *riders]
         self._packed.copy_(_pinned(numbers, self._packed.device), non_blocking=True)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sarathi.model_executor.architecture import ModelArchitecture
@@ -15,7 +14,6 @@ from sarathi.model_executor.attention.backend import AttentionBackend, CacheLaye
 from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.kernels.types import NewTokens, RotationTable
 from sarathi.model_executor.models.decoder import Decoder, DecoderLayer
-from sarathi.model_executor.pending_tokens import resolve
 
 
 @runtime_checkable
@@ -46,7 +44,7 @@ class FusedDecoder:
 
     def embed(self, token_ids: Tensor, newest: Tensor) -> Tensor:
         """token_ids: [T] integers, stand-ins for `newest` [homes] among them -> [T, hidden_size], the first stream."""
-        return F.embedding(resolve(token_ids, newest), self.decoder.embedding.weight)
+        return self.kernels.embed(token_ids, newest, self.decoder.embedding.weight)
 
     def __call__(self, stream: Tensor, positions: Tensor, cache: Sequence[CacheLayer], metadata: Metadata) -> Tensor:
         """stream: [T, hidden_size], overwritten; positions: [T] integers -> the stream behind the last layer."""

@@ -72,12 +72,14 @@ def test_new_tokens_go_where_the_reference_writes_them(paged: bool, decodes: boo
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_static_step_is_refilled_and_padded(paged: bool) -> None:
-    static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU)
+    static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU, riders=2)
     starts = static.step.starts
     for count in (6, 2, 4):
         batch = random_batch(count, decodes=True)
         address = random_address(batch, paged=paged)
-        static.fill(batch, address)
+        riders = torch.randint(-9, 9, (2, 6))
+        static.fill(batch, address, riders.flatten().tolist())
+        assert torch.equal(static.riders.long(), riders)
         fresh = make_step(batch, address, CPU)
         assert static.step.starts is starts
         assert static.step.starts.tolist() == [*range(count + 1), *[count] * (6 - count)]

@@ -19,7 +19,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported before it could be told to interpret", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before the imports below
 
-from sarathi.model_executor.kernels.fused import activation, norm, rope, sampling
+from sarathi.model_executor.kernels.fused import activation, embedding, norm, rope, sampling
 from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
 from sarathi.model_executor.kernels.fused.kernels import FusedKernels
 from sarathi.model_executor.kernels.fused.linear import LinearKernels
@@ -28,6 +28,7 @@ from sarathi.model_executor.kernels.fused.skinny import MAX_TILES, SkinnyConfig,
 from sarathi.model_executor.kernels.reference import decode_attention as attention_twin
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
 from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NewTokens, NoiseKey, RotationTable
+from sarathi.model_executor.pending_tokens import stand_in
 
 TWINS = ReferenceKernels()
 CPU = torch.device("cpu")
@@ -121,6 +122,25 @@ def test_argmax_takes_the_first_of_equals() -> None:
     logits = torch.zeros(2, 9000)
     logits[0, [8500, 300, 4100]] = 5.0
     assert sampling.argmax(logits).tolist() == [300, 0]
+
+
+def test_argmax_is_kept_at_its_home() -> None:
+    logits, homes = torch.randn(5, 9000), torch.randperm(12)[:5].int()
+    newest, twin_newest = torch.full((12,), 77), torch.full((12,), 77)
+    tokens = sampling.keep_argmax(logits, homes, newest)
+    assert tokens.tolist() == TWINS.keep_argmax(logits, homes, twin_newest).tolist() == logits.argmax(1).tolist()
+    assert newest.tolist() == twin_newest.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_embed_reads_stand_ins_from_where_they_point(dtype: torch.dtype) -> None:
+    weight, newest = torch.randn(30, random.choice((48, 64))), torch.randint(0, 30, (9,))
+    token_ids, homes = torch.randint(0, 30, (12,)), torch.randint(0, 9, (12,))
+    late = torch.rand(12) < 0.5
+    given = torch.where(late, torch.tensor([stand_in(home) for home in homes.tolist()]), token_ids).to(dtype)
+    expected = weight[torch.where(late, newest[homes], token_ids)]
+    assert torch.equal(embedding.embed(given, newest, weight), expected)
+    assert torch.equal(TWINS.embed(given, newest, weight), expected)
 
 
 @loops

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.kernels.fused import activation, norm, rope, sampling
+from sarathi.model_executor.kernels.fused import activation, embedding, norm, rope, sampling
 from sarathi.model_executor.kernels.fused.linear import LinearKernels
 from sarathi.model_executor.kernels.fused.skinny import MAX_TOKENS
 from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable
@@ -16,6 +16,10 @@ class FusedKernels(LinearKernels):
         """pdl: let each kernel start while the one before it ends (programmatic dependent launch, Hopper and later)."""
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         super().__init__(num_sms, device, max_skinny_tokens=max_skinny_tokens, pdl=pdl)
+
+    def embed(self, token_ids: Tensor, newest: Tensor, weight: Tensor) -> Tensor:
+        """See ``reference.embedding.embed``."""
+        return embedding.embed(token_ids, newest, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See ``reference.norm.rms_norm``."""
@@ -46,6 +50,10 @@ class FusedKernels(LinearKernels):
     def argmax(self, logits: Tensor) -> Tensor:
         """See ``reference.sampling.argmax``."""
         return sampling.argmax(logits)
+
+    def keep_argmax(self, logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
+        """See ``reference.sampling.keep_argmax``."""
+        return sampling.keep_argmax(logits, homes, newest)
 
     def sample(self, logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
         """See ``reference.sampling.sample``."""

@@ -1,6 +1,8 @@
 """Argmax, Gumbel-max sampling and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,19 @@ _FLOOR_BLOCK = 8192
 _ROUNDS = tl.constexpr(7)  # as in the torch twin
 
 
+class _Keep(NamedTuple):
+    homes: Tensor
+    newest: Tensor
+
+
 def argmax(logits: Tensor) -> Tensor:
     """See ``reference.sampling.argmax``. logits: [num_rows, vocab_size], last stride 1."""
     return _launch(logits, logits, NoiseKey(logits, logits), noise=False)
+
+
+def keep_argmax(logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
+    """See ``reference.sampling.keep_argmax``. logits: last stride 1; homes, newest: contiguous."""
+    return _launch(logits, logits, NoiseKey(logits, logits), noise=False, keep=_Keep(homes, newest))
 
 
 def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
@@ -35,7 +47,7 @@ def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     return floors
 
 
-def _launch(logits: Tensor, temperatures: Tensor, key: NoiseKey, *, noise: bool) -> Tensor:
+def _launch(logits: Tensor, temperatures: Tensor, key: NoiseKey, *, noise: bool, keep: _Keep | None = None) -> Tensor:
     rows, vocab_size = logits.shape
     blocks = triton.cdiv(vocab_size, _BLOCK)
     best = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
@@ -50,7 +62,13 @@ def _launch(logits: Tensor, temperatures: Tensor, key: NoiseKey, *, noise: bool)
         NOISE=noise,
         num_warps=8,
     )
-    _row_kernel[(rows,)](best, where, tokens, BLOCKS=blocks, PADDED=triton.next_power_of_2(blocks), num_warps=1)
+    _row_kernel[(rows,)](
+        *(best, where, tokens, *(keep or _Keep(tokens, tokens))),
+        BLOCKS=blocks,
+        PADDED=triton.next_power_of_2(blocks),
+        KEEP=keep is not None,
+        num_warps=1,
+    )
     return tokens
 
 
@@ -93,12 +111,24 @@ def _exponential(seed, position, tokens):
 
 
 @triton.jit
-def _row_kernel(best_ptr, where_ptr, tokens_ptr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+def _row_kernel(
+    best_ptr,
+    where_ptr,
+    tokens_ptr,
+    homes_ptr,
+    newest_ptr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    KEEP: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, PADDED)
     best = tl.load(best_ptr + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
     _, winner = tl.max(best, axis=0, return_indices=True)
-    tl.store(tokens_ptr + row, tl.load(where_ptr + row * BLOCKS + winner).to(tl.int64))
+    token = tl.load(where_ptr + row * BLOCKS + winner).to(tl.int64)
+    tl.store(tokens_ptr + row, token)
+    if KEEP:
+        tl.store(newest_ptr + tl.load(homes_ptr + row), token)
 
 
 @triton.jit

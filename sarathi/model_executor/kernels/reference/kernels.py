@@ -1,12 +1,13 @@
 """All torch twins behind the interface of the fused kernels. Runs on any device."""
 
-from sarathi.model_executor.kernels.reference import activation, norm, rope, sampling
+from sarathi.model_executor.kernels.reference import activation, embedding, norm, rope, sampling
 from sarathi.model_executor.kernels.reference import linear as products
 
 
 class ReferenceKernels:
     """Implements ``sarathi.model_executor.kernels.Kernels`` with torch operations."""
 
+    embed = staticmethod(embedding.embed)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
     apply_rope = staticmethod(rope.apply_rope)
@@ -14,6 +15,7 @@ class ReferenceKernels:
     store = staticmethod(rope.store)
     silu_and_mul = staticmethod(activation.silu_and_mul)
     argmax = staticmethod(sampling.argmax)
+    keep_argmax = staticmethod(sampling.keep_argmax)
     sample = staticmethod(sampling.sample)
     nucleus_floor = staticmethod(sampling.nucleus_floor)
     linear = staticmethod(products.linear)

@@ -17,6 +17,13 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
+def keep_argmax(logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
+    """``argmax``, which is also written to ``newest[homes]``. homes: [num_rows] int32; newest: [homes] int64."""
+    tokens = argmax(logits)
+    newest[homes.long()] = tokens
+    return tokens
+
+
 def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
     """Draws one token a row from ``softmax(logits / temperature)`` by the Gumbel-max rule; temperature 0 is argmax.
 
