@@ -96,9 +96,10 @@ def _cut_below(logits: Tensor, floor: Tensor) -> None:
 
 def _kth_largest(logits: Tensor, k: Tensor, max_k: int) -> Tensor:
     """k: [R, 1] -> [R, 1], -inf where k is all of them; max_k: the largest of the others."""
-    limited = k.masked_fill(k == logits.shape[-1], 1)
+    off = k == logits.shape[-1]
+    limited = k.masked_fill(off, 1)
     kth = logits.topk(max_k, dim=-1).values.gather(1, limited - 1)
-    return torch.where(k == logits.shape[-1], float("-inf"), kth)
+    return kth.masked_fill_(off, float("-inf"))
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, plan: SamplingPlan) -> SampledLogprobs | None:

@@ -4,6 +4,7 @@ A token is right where the reference gives it the largest logit, or one so near 
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,19 @@ pytest.importorskip("vattention._native", reason="the native module is not built
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sarathi import LLM, SamplingParams
+from sarathi.messages import NewRequest, SampledToken
 from sarathi.model_executor.attention.backend import KernelUnavailableError
+from sarathi.model_executor.decode_graphs import DecodeGraph
+from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+from sarathi.model_executor.sampler import filtered
+from sarathi.model_executor.sampling_plan import NextToken, plan_sampling
+from sarathi.model_executor.sequences import SequenceTable
 
 pytestmark = pytest.mark.gpu
 BACKENDS = (
     "fa_vattn", "fa_vattn_sync", "fa_vattn_megacache", "fa_vattn_megacache_sync", "fa3_vattn", "fa_paged_16",
-    "fa_paged_256", "fi_vattn", "fi_vattn_sync", "fi_vattn_megacache", "fi_paged_16", "sdpa_vattn", "sdpa_paged_16",
+    "fa_paged_256", "fa4_vattn", "fa4_paged_128", "fi_vattn", "fi_vattn_sync", "fi_vattn_megacache", "fi_paged_16",
+    "sdpa_vattn", "sdpa_paged_16",
 )  # fmt: skip
 MIB = 1 << 20
 ROUNDING = 0.1  # of the spread of the logits: what bf16 may confuse
@@ -40,13 +48,35 @@ class Model:
     folder: Path
     reference: torch.nn.Module
 
-    @torch.inference_mode()
-    def shortfall(self, prompt: list[int], output: list[int]) -> float:
-        """How far the worst output token's logit lies below the largest, in units of the logits' spread."""
+    @torch.no_grad()
+    def logits(self, prompt: list[int], output: list[int]) -> torch.Tensor:
+        """[len(output), vocab_size] float32 on the CPU: what each output token is taken from."""
         ids = torch.tensor([[*prompt, *output]], device="cuda")
-        logits = self.reference(ids).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        return float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
+        return self.reference(ids).logits[0, len(prompt) - 1 : -1].cpu()
+
+    def shortfall(self, prompt: list[int], output: list[int], params: SamplingParams | None = None) -> float:
+        """How far the worst output token's logit lies below the largest, in units of the logits' spread.
+
+        params: the penalties and bans that hold; None for none.
+        """
+        logits = self.logits(prompt, output)
+        spread = logits.std(-1)
+        for position, row in enumerate(logits if params else ()):
+            penalise(row, prompt, output[:position], params)
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return float(((logits.amax(-1) - chosen) / spread).max())
+
+
+def penalise(row: torch.Tensor, prompt: list[int], output: list[int], params: SamplingParams) -> None:
+    """One row of logits by the definitions, token by token."""
+    for token, bias in (params.logit_bias or {}).items():
+        row[token] += bias
+    if len(output) < params.min_tokens:
+        row[list(params.stop_token_ids)] = float("-inf")
+    for token in {*prompt, *output}:
+        row[token] *= params.repetition_penalty if row[token] < 0 else 1 / params.repetition_penalty
+    for token, count in Counter(output).items():
+        row[token] -= params.frequency_penalty * count + params.presence_penalty
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -131,6 +161,110 @@ def test_sampled_requests_beside_greedy_ones(model: Model, llm: LLM) -> None:
     first, plain, second = llm.generate([prompt] * 3, [drawn, greedy(16), drawn], use_tqdm=False)
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert model.shortfall(prompt, plain.outputs[0].token_ids) < ROUNDING
+
+
+CERTAIN = {  # what leaves a single token, however it is drawn
+    "repetition": {"temperature": 0.0, "repetition_penalty": 1.4},
+    "counts": {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.7},
+    "bias": {"temperature": 0.0, "logit_bias": {17: 6.0, 400: -5.0}},
+    "top_k": {"temperature": 0.9, "top_k": 1, "seed": 3},
+    "top_p": {"temperature": 1.3, "top_p": 1e-6, "repetition_penalty": 1.2},
+    "min_p": {"temperature": 0.7, "min_p": 1.0, "frequency_penalty": 0.4},
+}
+
+
+def test_penalties_and_filters_are_the_references_but_for_rounding(model: Model, llm: LLM) -> None:
+    """Penalties count the newest token, which the host does not know yet when a step that needs it is sent."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    random.seed(seed)
+    every = [*CERTAIN.values(), {"temperature": 0.0}, {"temperature": 0.0, "logprobs": 2}]
+    params = [SamplingParams(max_tokens=20, ignore_eos=True, **each) for each in every * 3]
+    prompts = random_prompts(len(params), 80)
+    outputs = [each.outputs[0].token_ids for each in llm.generate(prompts, params, use_tqdm=False)]
+    shortfalls = [model.shortfall(*each) for each in zip(prompts, outputs, params, strict=True)]
+    print([f"{each:.3f}" for each in shortfalls])
+    assert all(len(output) == 20 for output in outputs)
+    assert max(shortfalls) < 2 * ROUNDING  # a penalty multiplies what is rounded
+
+
+def test_min_tokens_counts_from_the_position(model: Model, llm: LLM) -> None:
+    prompt = random_prompts(1, 50)[0]
+    likely = llm.generate(prompt, greedy(12), use_tqdm=False)[0].outputs[0].token_ids
+    params = greedy(12, min_tokens=7, stop_token_ids=tuple(set(likely)))
+    found = llm.generate([prompt] * 3, params, use_tqdm=False)[1].outputs[0]
+    assert len(found.token_ids) >= 7 and not set(found.token_ids[:7]) & set(likely)
+    assert model.shortfall(prompt, list(found.token_ids), params) < ROUNDING
+
+
+def test_draws_invert_the_references_distribution(model: Model, llm: LLM) -> None:
+    """The token drawn lies where the number of its seed and position falls in the filtered distribution."""
+    kinds = [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.02}, {"top_p": 0.8, "top_k": 200, "min_p": 0.01}]
+    params = [
+        SamplingParams(temperature=random.uniform(0.5, 1.5), seed=seed, max_tokens=20, ignore_eos=True, **kind)
+        for seed, kind in enumerate(kinds * 3)
+    ]
+    prompts = random_prompts(len(params), 80)
+    outputs = llm.generate([*prompts, prompts[0]], [*params, greedy(20)], use_tqdm=False)
+    for prompt, each, output in zip(prompts, params, outputs[:-1], strict=True):
+        drawn = list(output.outputs[0].token_ids)
+        outside = distances_from_the_draws(model.logits(prompt, drawn), prompt, drawn, each)
+        # Rounding may move a token across the border of a nucleus, and with it much of what is left.
+        assert outside.quantile(0.8) < 0.05, (each, outside)
+
+
+def distances_from_the_draws(
+    logits: torch.Tensor, prompt: list[int], drawn: list[int], params: SamplingParams
+) -> torch.Tensor:
+    """How far each number lies from its token's share of [0, 1)."""
+    table = SequenceTable(0)
+    table.add([NewRequest("a", tuple(prompt), params)])
+    table.append(SampledToken("a", token) for token in drawn)
+    rows = [NextToken(table["a"], len(prompt) + index) for index in range(len(drawn))]
+    draws = plan_sampling(rows, logits.shape[1]).draws
+    reached = filtered(logits, draws, ReferenceKernels()).double().softmax(-1).cumsum(-1)
+    chosen = torch.tensor(drawn)[:, None]
+    last = reached.gather(1, chosen)
+    first = torch.where(chosen > 0, reached.gather(1, (chosen - 1).clamp(min=0)), 0.0)
+    return torch.maximum(first - draws.uniform, draws.uniform - last).clamp(min=0.0)
+
+
+def test_logprobs_are_the_references_but_for_rounding(model: Model, llm: LLM) -> None:
+    params = [greedy(12, logprobs=3), SamplingParams(logprobs=0, max_tokens=12, ignore_eos=True), greedy(12)]
+    prompts = random_prompts(3, 50)
+    first, second, none = [each.outputs[0] for each in llm.generate(prompts, params, use_tqdm=False)]
+    assert not none.logprobs
+    for prompt, output, count in ((prompts[0], first, 3), (prompts[1], second, 0)):
+        tokens = list(output.token_ids)
+        logits = model.logits(prompt, tokens)
+        for row, token, found in zip(logits, tokens, output.logprobs, strict=True):
+            assert token in found and count <= len(found) <= count + 1
+            expected = row.log_softmax(-1)
+            errors = [abs(each.logprob - float(expected[other])) for other, each in found.items()]
+            assert max(errors) < 3 * ROUNDING * float(row.std()), (token, found)
+
+
+def test_sampled_decodes_run_by_graph_and_wait_for_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [*CERTAIN.values(), {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "logprobs": 3}, {"min_tokens": 5}]
+    params = [SamplingParams(max_tokens=16, ignore_eos=True, stop_token_ids=(999,), **each) for each in kinds]
+    prompts, replays = random_prompts(len(params), 40), []
+    with open_llm(model, "fa_vattn") as llm:
+        llm.generate(prompts, params, use_tqdm=False)  # compiles what is compiled on first use
+        runner = llm.engine.executor._worker._runner
+        launch, replay = runner.launch, DecodeGraph.replay
+
+        def launch_without_waiting(chunks, sequences):
+            decodes = all(chunk.num_tokens == 1 for chunk in chunks)
+            torch.cuda.set_sync_debug_mode("error" if decodes else "default")
+            try:
+                return launch(chunks, sequences)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(runner, "launch", launch_without_waiting)
+        monkeypatch.setattr(DecodeGraph, "replay", lambda *given: replays.append(given) or replay(*given))
+        llm.generate(prompts, params, use_tqdm=False)
+    assert len(replays) >= 10
 
 
 def test_kernels_start_while_nothing_is_mapped_for_any_request(model: Model, llm: LLM) -> None:
