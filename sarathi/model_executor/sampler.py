@@ -46,12 +46,8 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Kernels) -> Sampled:
 
 
 def draw(logits: Tensor, draws: Draws, kernels: Kernels) -> Tensor:
-    """One token a row by inverting the filtered distribution; logits [R, vocab_size] are overwritten -> [R] int64."""
-    probabilities = torch.softmax(filtered(logits, draws, kernels), dim=-1)
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    target = draws.uniform * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first that exceeds the target
-    return drawn.clamp_(max=logits.shape[-1] - 1)
+    """One token a row of the filtered distribution; logits [R, vocab_size] are overwritten -> [R] int64."""
+    return kernels.draw(filtered(logits, draws, kernels), draws.uniform)
 
 
 def filtered(logits: Tensor, draws: Draws, kernels: Kernels) -> Tensor:

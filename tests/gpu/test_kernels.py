@@ -100,6 +100,19 @@ def test_sampling(fused: FusedKernels, dtype: torch.dtype) -> None:
     assert torch.equal(chosen, logits.amax(dim=1))
 
 
+def test_draws(fused: FusedKernels, dtype: torch.dtype) -> None:
+    rows, vocab = random.choice((1, 5, 300)), random.choice((1000, 49152, 128256, 151936))
+    logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * random.choice((0.1, 3.0))
+    logits[torch.rand(rows, vocab, device=CUDA) < 0.5] = float("-inf")
+    uniform = torch.rand(rows, 1, dtype=torch.float64, device=CUDA)
+    uniform[0] = 1.0 - 2.0**-53
+    found = fused.draw(logits, uniform)[:, None]
+    reached = logits.double().softmax(-1).cumsum(-1)
+    before = torch.where(found > 0, reached.gather(1, (found - 1).clamp(min=0)), 0.0)
+    assert ((before < uniform + 1e-5) & (uniform < reached.gather(1, found) + 1e-5)).all()
+    assert logits.gather(1, found).isfinite().all()
+
+
 @pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_nucleus_floor(fused: FusedKernels, dtype: torch.dtype, spread: float) -> None:
     """By definition: from the floor on they reach top_p, above it they do not."""

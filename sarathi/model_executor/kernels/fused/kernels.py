@@ -59,6 +59,10 @@ class FusedKernels(LinearKernels):
         """See ``reference.sampling.sample``."""
         return sampling.sample(logits, temperatures, key)
 
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """See ``reference.sampling.draw``."""
+        return sampling.draw(logits, uniform)
+
     def nucleus_floor(self, logits: Tensor, top_p: Tensor) -> Tensor:
         """See ``reference.sampling.nucleus_floor``."""
         return sampling.nucleus_floor(logits, top_p)

@@ -1,4 +1,4 @@
-"""Argmax, Gumbel-max sampling and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
+"""Argmax, draws and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from sarathi.model_executor.kernels.types import NoiseKey
 
 _BLOCK = 4096
-_FLOOR_BLOCK = 8192
+_WALK_BLOCK = 8192  # of a program that has a row to itself
 _ROUNDS = tl.constexpr(7)  # as in the torch twin
 
 
@@ -35,12 +35,24 @@ def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
     return _launch(logits, temperatures, key, noise=True)
 
 
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """See ``reference.sampling.draw``; sums are in another order. logits: last stride 1; uniform: contiguous."""
+    rows, vocab_size = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        block = min(_WALK_BLOCK, triton.next_power_of_2(vocab_size))
+        _draw_kernel[(rows,)](
+            *(logits, uniform, tokens, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
+        )
+    return tokens
+
+
 def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     """See ``reference.sampling.nucleus_floor``; ties and the rounding of sums apart. logits: last stride 1."""
     rows, vocab_size = logits.shape
     floors = torch.empty((rows, 1), dtype=torch.float32, device=logits.device)
     if rows:
-        block = min(_FLOOR_BLOCK, triton.next_power_of_2(vocab_size))
+        block = min(_WALK_BLOCK, triton.next_power_of_2(vocab_size))
         _floor_kernel[(rows,)](
             *(logits, top_p, floors, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
         )
@@ -142,7 +154,8 @@ def _floor_kernel(logits_ptr, top_p_ptr, floors_ptr, stride_row, VOCAB_SIZE: tl.
     floor = float("-inf")
     if top_p < 1.0:
         row_ptr = logits_ptr + row * stride_row
-        most, total = _softmax_parts(row_ptr, VOCAB_SIZE, BLOCK)
+        most = _largest(row_ptr, VOCAB_SIZE, BLOCK)
+        total, _, _ = _split_at(row_ptr, float("-inf"), most, VOCAB_SIZE, BLOCK)
         target = top_p * total
         # All tokens below this bound together have less than 1 - top_p; the 1 is for rounding.
         lower = most + tl.log((1.0 - top_p) / VOCAB_SIZE) - 1.0
@@ -159,16 +172,45 @@ def _floor_kernel(logits_ptr, top_p_ptr, floors_ptr, stride_row, VOCAB_SIZE: tl.
 
 
 @triton.jit
-def _softmax_parts(row_ptr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest logit and the sum of exp(logit - largest)."""
+def _draw_kernel(logits_ptr, uniform_ptr, tokens_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of blocks, twice in the same order, so that the second walk ends where the first one said it would."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    most = _largest(row_ptr, VOCAB_SIZE, BLOCK)
+    total = tl.full((), 0.0, tl.float64)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        total += tl.sum(_masses(row_ptr, start, most, VOCAB_SIZE, BLOCK), axis=0)
+    target = tl.load(uniform_ptr + row) * total
+    passed = tl.full((), 0.0, tl.float64)
+    drawn = tl.full((), 0, tl.int32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        masses = _masses(row_ptr, start, most, VOCAB_SIZE, BLOCK)
+        after = passed + tl.sum(masses, axis=0)
+        if (passed <= target) & (after > target):
+            at = start + tl.arange(0, BLOCK)
+            exceeding = passed + tl.cumsum(masses, axis=0) > target
+            last = tl.max(tl.where(masses > 0, at, 0), axis=0)  # a scan may end a rounding below the sum
+            drawn = tl.minimum(tl.min(tl.where(exceeding, at, last), axis=0), last)
+        passed = after
+    tl.store(tokens_ptr + row, drawn.to(tl.int64))
+
+
+@triton.jit
+def _masses(row_ptr, start, most, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """exp(logit - most) of one block, float64."""
+    at = start + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf"))
+    return tl.exp(logits - most).to(tl.float64)
+
+
+@triton.jit
+def _largest(row_ptr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
     tokens = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, VOCAB_SIZE, BLOCK):
         at = start + tokens
         largest = tl.maximum(largest, tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf")))
-    most = tl.max(largest, axis=0)
-    mass, _, _ = _split_at(row_ptr, float("-inf"), most, VOCAB_SIZE, BLOCK)
-    return most, mass
+    return tl.max(largest, axis=0)
 
 
 @triton.jit

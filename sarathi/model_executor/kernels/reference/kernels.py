@@ -17,6 +17,7 @@ class ReferenceKernels:
     argmax = staticmethod(sampling.argmax)
     keep_argmax = staticmethod(sampling.keep_argmax)
     sample = staticmethod(sampling.sample)
+    draw = staticmethod(sampling.draw)
     nucleus_floor = staticmethod(sampling.nucleus_floor)
     linear = staticmethod(products.linear)
     linear_add = staticmethod(products.linear_add)

@@ -36,6 +36,18 @@ def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
     return (logits.float() / scale + torch.where(warm, noise, 0.0)).argmax(dim=-1)
 
 
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row by inverting ``softmax(logits)``: the first at which the sum of probabilities exceeds `uniform`.
+
+    logits: [num_rows, vocab_size] float32, excluded tokens at -inf; uniform: [num_rows, 1] float64 in [0, 1).
+    Returns [num_rows] int64.
+    """
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    target = uniform * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return drawn.clamp_(max=logits.shape[-1] - 1)
+
+
 def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     """The smallest logit of the fewest likeliest tokens that together reach top_p (Holtzman et al., 2020).
 
