@@ -4,7 +4,8 @@ A sampled token stays on the device, where the next step reads it, and comes to 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,16 @@ from sarathi.model_executor.model_runner import Computed, KVCache, read_sampled
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.sampler import Sampled, sample
 from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling, with_newest
-from sarathi.model_executor.sequences import SequenceTable
+from sarathi.model_executor.sequences import Sequence, SequenceTable
 from sarathi.model_executor.transfer import to_device, to_host
+from sarathi.sampling_params import SamplingParams
 
 
 class Flight:
     """A step on its way; result() waits for it."""
 
     def __init__(
-        self, sampling: Sequence[str], sampled: Sampled | None, plan: SamplingPlan | None, sequences: SequenceTable,
+        self, sampling: Many[str], sampled: Sampled | None, plan: SamplingPlan | None, sequences: SequenceTable,
         started: torch.cuda.Event, prepare_inputs_s: float,
     ) -> None:  # fmt: skip
         self._sampling, self._plan, self._sequences = sampling, plan, sequences
@@ -61,13 +63,14 @@ class CudaModelRunner:
     max_in_flight = 2
 
     def __init__(
-        self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *,
+        self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Many[CacheLayer], *,
         prefetch: bool, limits: Limits,
     ) -> None:  # fmt: skip
         self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
         self._prefetch = prefetch
         self._device = model.decoder.embedding.weight.device
         self._vocab_size = model.decoder.embedding.weight.shape[0]
+        self._max_num_seqs = limits.max_num_seqs
         homes = layers[0].k.shape[0]
         self._last_tokens = torch.zeros(homes + 1, dtype=torch.int64, device=self._device)
         self._capturable = backend if isinstance(backend, Capturable) else None
@@ -79,9 +82,17 @@ class CudaModelRunner:
         """Makes the graphs; needs no memory in the cache, since padded rows touch none."""
         if self._capturable is not None:
             self._graphs.capture(self.model, self._capturable, self._layers)
+        self._rehearse_draws()
+
+    def _rehearse_draws(self) -> None:
+        """For as many rows as a step can have: to compile what it needs, and to take the memory before a cache does."""
+        drawn = Sequence([0], 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
+        plan = plan_sampling([NextToken(drawn, 1)] * self._max_num_seqs, self._vocab_size)
+        logits = self.model.decoder.head.weight.new_zeros((self._max_num_seqs, self._vocab_size))
+        sample(logits, to_device(plan, self._device), self.model.kernels)
 
     @torch.inference_mode()
-    def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Flight:
+    def launch(self, chunks: Many[Chunk], sequences: SequenceTable) -> Flight:
         """Starts a step, whose memory is prepared; returns before the device is done, and waits for no earlier step."""
         began_s = time.perf_counter()
         address = self._cache.address(chunks)
@@ -95,7 +106,7 @@ class CudaModelRunner:
             self._cache.prefetch(chunks)
         return flight
 
-    def _plan(self, chunks: Sequence[Chunk], address: Address, sequences: SequenceTable) -> SamplingPlan | None:
+    def _plan(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> SamplingPlan | None:
         """None where all is greedy."""
         if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):
             return None
@@ -108,7 +119,7 @@ class CudaModelRunner:
         return with_newest(plan, self._last_tokens)
 
     def _prepare(
-        self, chunks: Sequence[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None
+        self, chunks: Many[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None
     ) -> Callable[[], Sampled | None]:
         """The step, ready to be started."""
         graph = self._graph_for(chunks)
@@ -120,7 +131,7 @@ class CudaModelRunner:
         return lambda: self._compute(inputs, metadata, plan)
 
     def _replay(
-        self, graph: DecodeGraph, chunks: Sequence[Chunk], address: Address, token_ids: list[int],
+        self, graph: DecodeGraph, chunks: Many[Chunk], address: Address, token_ids: list[int],
         plan: SamplingPlan | None,
     ) -> Sampled:  # fmt: skip
         """What a plan draws takes the place of the likeliest tokens, behind the graph."""
@@ -147,10 +158,10 @@ class CudaModelRunner:
         self._last_tokens[homes] = sampled.token_ids
         return sampled
 
-    def _graph_for(self, chunks: Sequence[Chunk]) -> DecodeGraph | None:
+    def _graph_for(self, chunks: Many[Chunk]) -> DecodeGraph | None:
         return self._graphs.for_batch(len(chunks)) if all(_is_decode(chunk) for chunk in chunks) else None
 
-    def _inputs(self, chunks: Sequence[Chunk], address: Address, sequences: SequenceTable) -> _Inputs:
+    def _inputs(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> _Inputs:
         """One copy to the device."""
         positions: list[int] = []
         rows: list[int] = []
@@ -162,7 +173,7 @@ class CudaModelRunner:
         homes = [home for chunk, home in zip(chunks, _homes(address), strict=True) if chunk.samples]
         return _Inputs(*self._to_device((token_ids, positions, rows, homes)))
 
-    def _to_device(self, parts: Sequence[list[int]]) -> list[Tensor]:
+    def _to_device(self, parts: Many[list[int]]) -> list[Tensor]:
         packed = torch.tensor(
             [each for part in parts for each in part], dtype=torch.int32, pin_memory=self._device.type == "cuda"
         )
@@ -179,7 +190,7 @@ def _is_decode(chunk: Chunk) -> bool:
     return chunk.num_tokens == 1 and chunk.samples
 
 
-def _tokens(chunks: Sequence[Chunk], address: Address, sequences: SequenceTable) -> list[int]:
+def _tokens(chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> list[int]:
     """All chunks' tokens, one chunk after the other, with stand-ins for those that the host does not know."""
     tokens: list[int] = []
     for chunk, home in zip(chunks, _homes(address), strict=True):
@@ -187,6 +198,6 @@ def _tokens(chunks: Sequence[Chunk], address: Address, sequences: SequenceTable)
     return tokens
 
 
-def _homes(address: Address) -> Sequence[int]:
+def _homes(address: Address) -> Many[int]:
     """A number for each request that no other resident one has: its slot, or its first block."""
     return [table[0] for table in address.block_tables] if isinstance(address, BlockAddress) else address.slots

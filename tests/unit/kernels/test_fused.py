@@ -145,11 +145,11 @@ def test_embed_reads_stand_ins_from_where_they_point(dtype: torch.dtype) -> None
 
 @loops
 def test_draws_are_the_twins() -> None:
-    logits = torch.randn(200, random.choice((50, 8192, 9000, 20000))) * 3
+    logits = torch.randn(40, random.choice((50, 8192, 9000, 20000))) * 3
     logits[torch.rand(logits.shape) < 0.9] = float("-inf")
     logits[:, 17] = 0.0
     logits[0, 18:] = float("-inf")
-    uniform = torch.rand(200, 1, dtype=torch.float64)
+    uniform = torch.rand(40, 1, dtype=torch.float64)
     uniform[1], uniform[2], uniform[3] = 0.0, 1.0 - 2.0**-53, 1.0 - 2.0**-53
     found, twin = sampling.draw(logits, uniform), TWINS.draw(logits, uniform)
     assert (found != twin).sum() <= 2, (found, twin)  # a number may fall on the border of two tokens
