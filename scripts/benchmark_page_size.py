@@ -1,7 +1,9 @@
 """Largest batch under a KV budget by page size and layout, counted by the real allocator. Knows no GPU: it runs on the
 host device, where address space is reserved and pages are counted but no memory is touched.
 
-    python scripts/benchmark_page_size.py --trace arxiv.csv --output experiments/page_size
+    python scripts/benchmark_page_size.py --output DIR
+
+Lengths are drawn from the shape of the arXiv prompts, or read from a CSV: `--trace FILE.csv`.
 """
 
 from __future__ import annotations
@@ -9,16 +11,24 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
+from measurement.plot import draw_bars
 
+from sarathi.benchmark.request_generator.datasets import read_lengths
+from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
 
 KIB, MIB = 1 << 10, 1 << 20
+DRAWN = 2895  # requests from a shape: as many as the arXiv trace has
+TEST = {"samples": 1, "tensor_parallel": [1]}
 LAYOUTS = ((2 * MIB, False), (64 * KIB, False), (2 * MIB, True), (64 * KIB, True))
 
 
@@ -50,11 +60,12 @@ class Row:
     against_2mib_per_layer: float
 
 
-def read_lengths(path: Path) -> list[int]:
-    """Tokens of each request at its end, when it holds most."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [int(float(row["num_prefill_tokens"])) + int(float(row["num_decode_tokens"])) for row in rows]
+def final_lengths(trace: str, seed: int) -> list[int]:
+    """Tokens of each request at its end, when it holds most. trace: a shape's name or a file's."""
+    if trace in SHAPES:
+        prompts, outputs = SHAPES[trace].sample(DRAWN, np.random.default_rng(seed))
+        return [int(total) for total in prompts + outputs]
+    return [spec.num_prefill_tokens + spec.num_decode_tokens for spec in read_lengths(trace)]
 
 
 def max_batch(cache: VirtualKVCache, lengths: Sequence[int]) -> tuple[int, float]:
@@ -124,33 +135,61 @@ def kv_budget(model: Model, options: argparse.Namespace, tensor_parallel: int) -
     return options.budget_bytes - (weights_bytes if options.minus_weights else 0)
 
 
-def save(rows: list[Row], path: Path) -> None:
+def save(rows: Sequence[Row], path: Path) -> None:
+    """The rows, what they were made with, and a picture of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    path.with_suffix(".environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    draw_bars(panels(rows), path.with_suffix(".png"), "requests that fit", len({row.tensor_parallel for row in rows}))
+    print(f"saved {path}")
 
 
-def main() -> None:
+def panels(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Model and GPUs -> page and layout -> the largest batch."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        page = f"{row.page_kib} KiB" if row.page_kib < KIB else f"{row.page_kib // KIB} MiB"
+        panel = f"{row.model}, {row.tensor_parallel} GPU{'s' * (row.tensor_parallel > 1)}"
+        found.setdefault(panel, {})[f"{page}\n{row.layout}"] = row.max_batch
+    return found
+
+
+def file_name(options: argparse.Namespace) -> str:
+    """What was counted: tables of a shape and of a file, with the weights and without, lie side by side."""
+    shape = f"_{options.trace}_shape" if options.trace in SHAPES else ""
+    return f"max_batch{shape}{'_minus_weights' if options.minus_weights else ''}.csv"
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True, help="CSV with num_prefill_tokens, num_decode_tokens")
+    shapes = ", ".join(SHAPES)
+    parser.add_argument("--trace", default="arxiv", help=f"{shapes}, or a CSV: num_prefill_tokens, num_decode_tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths that are drawn from a shape")
     parser.add_argument("--budget-bytes", type=float, default=80e9, help="memory of one GPU (default: 80e9)")
     parser.add_argument("--minus-weights", action="store_true", help="take bf16 weights off the budget first")
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 2], help="GPUs that split the KV heads")
     parser.add_argument("--samples", type=int, default=10, help="starting points in the trace (default: 10)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV")
+    parser.add_argument("--output", type=Path, default=Path("results/page_size"), help="folder of the CSV and plot")
+    parser.add_argument("--test", action="store_true", help="a short form: one GPU, one starting point")
     options = parser.parse_args()
-    lengths = read_lengths(options.trace)
+    if options.test:
+        vars(options).update(TEST)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    lengths = final_lengths(options.trace, options.seed)
     print(f"{len(lengths)} requests, mean {statistics.mean(lengths):.0f} tokens, longest {max(lengths)}")
     rows: list[Row] = []
     for model, parallel in itertools.product(MODELS, options.tensor_parallel):
         for row in measure(model, parallel, kv_budget(model, options, parallel), lengths, options.samples):
             rows.append(row)
             print("| " + " | ".join(str(value) for value in asdict(row).values()) + " |", flush=True)
-    name = "max_batch_minus_weights.csv" if options.minus_weights else "max_batch.csv"
-    save(rows, options.output / name)
-    print(f"saved {options.output / name}")
+    save(rows, options.output / file_name(options))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of rows: times over contexts, ratios as bars, the latency of every step. Knows rows and numbers only."""
+"""Pictures of rows: times over contexts, ratios as bars, counts, each step's latency. Knows rows and numbers only."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -66,6 +66,17 @@ def draw_ratios(rows: Sequence[Row], path: Path) -> None:
     axis.set_yticks(range(len(compared)), names, fontsize=6)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set(xlabel="ratio, above 1: ours is better", xlim=SHOWN_RATIOS, ylim=(len(compared), -1))
+    _save(figure, path)
+
+
+def draw_bars(panels: Mapping[str, Mapping[str, float]], path: Path, label: str, columns: int) -> None:
+    """A panel for each name, on a scale of its own from zero; in it a bar with its number for each of its names."""
+    figure, axes = _panels(len(panels), height=2.5, columns=columns)
+    for (name, heights), axis in zip(panels.items(), axes, strict=False):
+        bars = axis.bar(list(heights), list(heights.values()), color=_colors(len(heights)))
+        axis.bar_label(bars, fontsize=8, padding=1)
+        axis.set(title=name, ylabel=label)
+        axis.margins(y=0.15)
     _save(figure, path)
 
 

@@ -120,13 +120,14 @@ def test_each_figure_has_its_table_and_plot(name: str, table: str, column: str, 
     assert len(rows) == len(list(tmp_path.glob("smollm2*")))
 
 
-def test_page_sizes_are_compared_on_a_trace_of_lengths(tmp_path: Path) -> None:
-    lengths = "".join(f"{prompt},{prompt // 30}\n" for prompt in range(4000, 16000, 100))
+def test_page_sizes_are_compared_on_a_shape_and_on_a_file(tmp_path: Path) -> None:
+    lengths = "".join(f"{prompt},{prompt // 30}\n" for prompt in range(4000, 16000, 20))
     (tmp_path / "lengths.csv").write_text("num_prefill_tokens,num_decode_tokens\n" + lengths)
-    words = ["--trace", tmp_path / "lengths.csv", "--samples", 1, "--budget-bytes", "20e9", "--output", tmp_path]
-    script("benchmark_page_size.py", *words)
-    rows = pd.read_csv(tmp_path / "max_batch.csv")
-    assert (rows[rows.page_kib == 64].against_2mib_per_layer >= 1).all() and (rows.max_batch > 0).all()
+    for words, name in (((), "max_batch_arxiv_shape"), (("--trace", tmp_path / "lengths.csv"), "max_batch")):
+        script("benchmark_page_size.py", "--test", *words, "--output", tmp_path)
+        rows = pd.read_csv(tmp_path / f"{name}.csv")
+        assert (rows[rows.page_kib == 64].against_2mib_per_layer >= 1).all() and (rows.max_batch > 0).all()
+        assert (tmp_path / f"{name}.png").is_file() and (tmp_path / f"{name}.environment.json").is_file()
 
 
 def test_a_failed_run_is_told_at_the_end_and_in_the_exit_code(tmp_path: Path) -> None:
