@@ -75,7 +75,7 @@ class vATTNCacheEngine:
         stats = self._cache.stats()
         return MemoryStats(
             reserved_bytes=stats.reserved_bytes,
-            created_bytes=stats.created_bytes,
+            created_bytes=stats.created_bytes - self._anchored.created_bytes,
             mapped_bytes=stats.mapped_bytes - self._anchored.mapped_bytes,
             idle_bytes=stats.idle_bytes,
             wasted_bytes=stats.wasted_bytes - self._anchored.wasted_bytes,

@@ -110,7 +110,7 @@ def test_an_anchored_cache_keeps_its_first_page_and_says_nothing_of_it(
     assert executor.execute(SchedulerOutput(1, chunks=(more,))).available_rows == rows
     executor.execute(SchedulerOutput(2, finished=("a",), num_recoveries=1))
     stats = executor.memory_stats()
-    assert stats.mapped_bytes == stats.idle_bytes and stats.wasted_bytes == 0
+    assert stats.mapped_bytes == stats.idle_bytes == stats.created_bytes and stats.wasted_bytes == 0
     executor._worker._cache._cache.reclaim_idle()
     assert executor.memory_stats().mapped_bytes == 0
     for index in range(3):
