@@ -2,14 +2,16 @@
 
 An operation is a callable held by the decoder's parts; the probe puts a timed one in its place, on one layer only, so
 that the cost stays small. The fused decoder calls the same kernels in every layer: there the weight that a call is
-given tells which operation it is; attn holds the rotation and the store of keys and values too, mlp_up_proj the
-activation. Names are those of Sarathi-Serve's metrics store; multiply a layer's by the number of layers.
+given tells which operation it is. Names are those of Sarathi-Serve's metrics store; README.md tells which of them hold
+others, and which are absent. Multiply a layer's by the number of layers.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +24,16 @@ from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
 
 ATTENTION, BEFORE_ATTENTION = "attn", "attn_pre_proj"
+ROTATION, SAVE = "attn_rope", "attn_kv_cache_save"
 LAYER_OPERATIONS = {  # name: (path from the layer to the object, method; "" where the object itself is called)
     "input_layernorm": ("input_norm", "add"),
     BEFORE_ATTENTION: ("attention.qkv", ""),
+    ROTATION: ("attention.rotate", ""),
     ATTENTION: ("attention.backend", "forward"),
     "attn_post_proj": ("attention.output", ""),
     "post_attention_layernorm": ("post_norm", "add"),
     "mlp_up_proj": ("feed_forward.gate_up", ""),
+    "mlp_activation": ("feed_forward.activate", ""),
     "mlp_down_proj": ("feed_forward.down", ""),
 }
 EMBEDDING = "embed_linear"
@@ -51,6 +56,7 @@ class OperationProbe:
         self._marks: list[_Mark] = []
         decoder = model.decoder if isinstance(model, FusedDecoder) else model
         self._on_cuda = decoder.embedding.weight.is_cuda
+        self._begin()
         if isinstance(model, FusedDecoder):
             self._attach_fused(model)
         else:
@@ -64,15 +70,20 @@ class OperationProbe:
         return marks
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, with a mark for each time."""
+        """`call`, with a mark for each time. Where it begins with another timed call, its own time starts behind it."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
-            start_s, ends = time.monotonic(), self._clock()
+            self._begin()
             result = call(*args, **kwargs)
-            self._marks.append(_Mark(name, start_s, ends()))
+            start_s, stop = self._begun
+            self._marks.append(_Mark(name, start_s, stop()))
+            self._begin()
             return result
 
         return measured
+
+    def _begin(self) -> None:
+        self._begun = time.monotonic(), self._clock()
 
     def _clock(self) -> Callable[[], Callable[[], float]]:
         """Starts; the result stops, and gives a function that reads the seconds between once they are known."""
@@ -92,15 +103,18 @@ class OperationProbe:
     def _attach(self, decoder: Decoder) -> None:
         for name, owner, leaf, method in _parts(decoder):
             part = getattr(owner, leaf)
+            if name == ATTENTION:
+                part = _with_timed(part, "store", self.timed, SAVE)
             call = getattr(part, method) if method else part
             setattr(owner, leaf, _Stand(part, self.timed(name, call), method))
 
     def _attach_fused(self, model: FusedDecoder) -> None:
         parts = {name: getattr(owner, leaf) for name, owner, leaf, _ in _parts(model.decoder)}
-        weights = {name: part.weight for name, part in parts.items() if name not in (ATTENTION, EMBEDDING)}
+        weights = {name: part.weight for name, part in parts.items() if name != EMBEDDING and hasattr(part, "weight")}
         kernels = _NamedKernels(model.kernels, weights, self.timed)
-        attend = kernels.after(BEFORE_ATTENTION, ATTENTION, model.backend.append_and_attend)
-        backend = _Stand(model.backend, attend, "append_and_attend")
+        timed = partial(kernels.after, BEFORE_ATTENTION)
+        part = _with_timed(model.backend, "turn_and_store", timed, ROTATION)
+        backend = _Stand(part, timed(ATTENTION, part.append_and_attend), "append_and_attend")
         for name, stand in (("kernels", kernels), ("backend", backend)):
             setattr(model, name, stand)
 
@@ -115,6 +129,14 @@ def _parts(decoder: Decoder) -> Iterator[tuple[str, Any, str, str]]:
             for parent in parents:
                 owner = getattr(owner, parent)
             yield name, owner, leaf, method
+
+
+def _with_timed(part: Any, method: str, timed: Timer, name: str) -> Any:
+    """A copy of the part that times its calls of a method of its own, where it has one: all layers share the part."""
+    held = copy.copy(part)
+    if hasattr(held, method):
+        setattr(held, method, timed(name, getattr(held, method)))
+    return held
 
 
 class _NamedKernels:

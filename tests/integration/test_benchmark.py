@@ -164,7 +164,8 @@ def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     cpu = pd.read_csv(tmp_path / "cpu_operation_metrics.csv")
     assert (cpu[["schedule", "model_execution_e2e", "prepare_inputs", "sample"]] > 0).all().all()
     operations = pd.read_csv(tmp_path / "operation_metrics.csv")
-    assert (operations[["mlp_up_proj", "attn_post_proj", "lm_head_linear"]] > 0).all().all()
+    always = ["attn_rope", "attn_kv_cache_save", "attn_post_proj", "mlp_up_proj", "mlp_activation", "lm_head_linear"]
+    assert (operations[always] > 0).all().all()
     assert operations[["attn_prefill", "attn_decode"]].notna().any().all()
     assert (tmp_path / "plots" / "request_e2e_time.png").is_file()
 

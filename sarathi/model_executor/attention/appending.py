@@ -33,11 +33,21 @@ class AppendingBackend(ABC):
     def _takes_decode(self, metadata: Any) -> bool:
         """Whether every sequence has one new token, on a contiguous slot."""
 
+    def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Any) -> None:
+        """key, value: [T, num_kv_heads, head_size], the step's; the keys are turned already."""
+        self._kernels.store(key, value, self.target(layer, metadata))
+
+    def turn_and_store(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Any
+    ) -> None:
+        """Turns the queries, in place, and the new keys, and stores what is new; shapes as in append_and_attend."""
+        self._kernels.rope_and_store(query, new.keys, new.values, positions, new.table, self.target(layer, metadata))
+
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Any
     ) -> Tensor:
         """Turns the queries [T, num_heads, head_size] and the new keys to their positions [T], stores, attends."""
         if self._decode is not None and self._takes_decode(metadata) and self._decode.turns(new.table):
             return self._decode.append_and_attend(query, new, layer, metadata.step)
-        self._kernels.rope_and_store(query, new.keys, new.values, positions, new.table, self.target(layer, metadata))
+        self.turn_and_store(query, new, positions, layer, metadata)
         return self.attend(query, layer, metadata)

@@ -66,7 +66,7 @@ class FlashAttentionBackend(AppendingBackend):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AttentionBackend."""
         if self._takes_decode(metadata) or not self.provider.abilities.append:
-            self._kernels.store(key, value, self.target(layer, metadata))
+            self.store(key, value, layer, metadata)
             return self.attend(query, layer, metadata)
         return self._call(query, NewKeysValues(key, value), layer, metadata)
 

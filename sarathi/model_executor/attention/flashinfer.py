@@ -71,7 +71,7 @@ class FlashInferBackend(AppendingBackend):
         self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashInferMetadata
     ) -> Tensor:
         """See AttentionBackend."""
-        self._kernels.store(key, value, self.target(layer, metadata))
+        self.store(key, value, layer, metadata)
         return self.attend(query, layer, metadata)
 
     def target(self, layer: CacheLayer, metadata: FlashInferMetadata) -> CacheTarget:

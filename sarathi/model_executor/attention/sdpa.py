@@ -44,10 +44,14 @@ class SdpaBackend:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> Tensor:
         """Stores the new K and V, then attends; see AttentionBackend."""
+        self.store(key, value, layer, metadata)
+        return metadata.views[layer.window].attend(query, layer.k, layer.v, self.scale)
+
+    def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> None:
+        """key, value: [T, num_kv_heads, head_size], the step's."""
         index = (metadata.rows, metadata.cols)
         layer.k.index_put_(index, key)
         layer.v.index_put_(index, value)
-        return metadata.views[layer.window].attend(query, layer.k, layer.v, self.scale)
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> SdpaBackend:

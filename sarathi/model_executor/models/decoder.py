@@ -62,7 +62,7 @@ class Attention:
         self.head_norm = HeadNorm(arch, place) if arch.qk_norm else None
         self.head_shape = (-1, arch.num_heads + 2 * arch.num_kv_heads, arch.head_size)
         self.num_heads, self.num_kv_heads = arch.num_heads, arch.num_kv_heads
-        self.backend = backend
+        self.rotate, self.backend = rotate, backend
 
     def __call__(self, x: Tensor, context: StepContext, layer: CacheLayer) -> Tensor:
         """x: [T, hidden_size] -> [T, hidden_size]; the cache holds the tokens' K and V afterwards."""
@@ -70,7 +70,7 @@ class Attention:
         turned, value = torch.split(heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.head_norm is not None:
             turned = self.head_norm(turned)
-        query, key = torch.split(rotate(turned, context.rope), [self.num_heads, self.num_kv_heads], dim=1)
+        query, key = torch.split(self.rotate(turned, context.rope), [self.num_heads, self.num_kv_heads], dim=1)
         seen = self.backend.forward(query, key, value, layer, context.metadata)  # [T, num_heads, D]
         return self.output(seen.reshape(x.shape[0], -1))
 
@@ -91,10 +91,11 @@ class FeedForward:
         inner = arch.intermediate_size
         self.gate_up = _linear(place, arch.hidden_size, arch.mlp_bias, gate_proj=inner, up_proj=inner)
         self.down = _linear(place, inner, arch.mlp_bias, down_proj=arch.hidden_size)
+        self.activate = silu_and_multiply
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, hidden_size] -> [T, hidden_size]."""
-        return self.down(silu_and_multiply(self.gate_up(x)))
+        return self.down(self.activate(self.gate_up(x)))
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield from self.gate_up.parameters(prefix)

@@ -2,13 +2,17 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sarathi.benchmark.operations import (
+    ATTENTION,
     LAYER_OPERATIONS,
+    ROTATION,
+    SAVE,
     WHOLE_OPERATIONS,
     OperationProbe,
     ProbedExecutor,
@@ -19,12 +23,16 @@ from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput,
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention.appending import AppendingBackend
+from sarathi.model_executor.attention.backend import CacheLayer
 from sarathi.model_executor.kernels import create_kernels
+from sarathi.model_executor.kernels.types import CacheTarget
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.placement import Placement
 
 SLEEP_S = 0.002
+TOKENS = 5
 
 
 class Part:
@@ -39,17 +47,27 @@ class Part:
     add = forward = __call__
 
 
+class FakeBackend(Part):
+    """Stores before it attends, by a method of its own."""
+
+    def forward(self, x: float) -> float:
+        return self(self.store(x))
+
+    store = Part.__call__
+
+
 class FakeDecoder:
     """Parts where the real decoder has them."""
 
     def __init__(self, num_layers: int = 3) -> None:
         self.embedding, self.norm, self.head = Part(), Part(), Part()
+        backend = FakeBackend()
         self.layers = [
             SimpleNamespace(
                 input_norm=Part(),
                 post_norm=Part(),
-                attention=SimpleNamespace(qkv=Part(), backend=Part(), output=Part()),
-                feed_forward=SimpleNamespace(gate_up=Part(), down=Part()),
+                attention=SimpleNamespace(qkv=Part(), rotate=Part(), backend=backend, output=Part()),
+                feed_forward=SimpleNamespace(gate_up=Part(), activate=Part(), down=Part()),
             )
             for _ in range(num_layers)
         ]
@@ -57,9 +75,9 @@ class FakeDecoder:
     def __call__(self, x: float) -> float:
         x = self.embedding(x)
         for layer in self.layers:
-            x = layer.attention.qkv(layer.input_norm.add(x))
+            x = layer.attention.rotate(layer.attention.qkv(layer.input_norm.add(x)))
             x = layer.attention.output(layer.attention.backend.forward(x))
-            x = layer.feed_forward.down(layer.feed_forward.gate_up(layer.post_norm.add(x)))
+            x = layer.feed_forward.down(layer.feed_forward.activate(layer.feed_forward.gate_up(layer.post_norm.add(x))))
         return self.head(self.norm.add(x))
 
 
@@ -92,24 +110,46 @@ def test_each_operation_is_timed_once_a_step() -> None:
         ((chunk("a", 1), chunk("b", 1)), (chunk("a", 5),), (chunk("a", 1), chunk("b", 3)))
     ):
         probed.launch(SchedulerOutput(step_id, chunks=chunks))
-    assert executor.value == 3 * len(LAYER_OPERATIONS) + len(WHOLE_OPERATIONS)
+    assert executor.value == 3 * len({*LAYER_OPERATIONS, SAVE}) + len(WHOLE_OPERATIONS)
     operations = store.rows().operations
     names = {row.name for row in operations}
-    assert names == {*LAYER_OPERATIONS, *WHOLE_OPERATIONS, "attn_prefill", "attn_decode"}
-    assert len(operations) == 3 * (len(LAYER_OPERATIONS) + len(WHOLE_OPERATIONS))
+    assert names == {*LAYER_OPERATIONS, SAVE, *WHOLE_OPERATIONS, "attn_prefill", "attn_decode"}
+    assert len(operations) == 3 * len({*LAYER_OPERATIONS, SAVE, *WHOLE_OPERATIONS})
     assert all(SLEEP_S <= row.duration_s < 1 for row in operations)
+    spans = [(row.start_s, row.start_s + row.duration_s) for row in operations]
+    assert all(end <= start + SLEEP_S / 2 for (_, end), (start, _) in pairwise(spans))  # none lies within another
     table = operation_table(store.rows(), on_device=True)
     assert min(table.values("mlp_up_proj")) >= 1e3 * SLEEP_S
 
 
-class NaiveBackend:
-    """Attention of a fused step over the tokens of one sequence, kept in a list. No cache."""
+def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of all tokens to all, [T, heads, head_size] each."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    weights = torch.einsum("qhd,khd->hqk", query, keys).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).contiguous()
+
+
+class OneCallBackend:
+    """Attention of a fused step by one kernel. No cache."""
 
     def append_and_attend(self, query, new, positions, layer, metadata):
-        groups = query.shape[1] // new.keys.shape[1]
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (new.keys, new.values))
-        weights = torch.einsum("qhd,khd->hqk", query, keys).softmax(-1)
-        return torch.einsum("hqk,khd->qhd", weights, values).contiguous()
+        return attention(query, new.keys, new.values)
+
+
+class StoringBackend(AppendingBackend):
+    """Turns and stores in one kernel and attends in another."""
+
+    _decode, _kernels = None, create_kernels(torch.device("cpu"))
+
+    def target(self, layer, metadata):
+        return CacheTarget(layer.k, layer.v, torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS))
+
+    def attend(self, query, layer, metadata):
+        return attention(query, layer.k[0, :TOKENS], layer.v[0, :TOKENS])
+
+    def _takes_decode(self, metadata):
+        return False
 
 
 ARCH = ModelArchitecture(
@@ -119,22 +159,27 @@ ARCH = ModelArchitecture(
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_operations_of_the_fused_decoder_are_told_by_their_weights(qk_norm: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "attends"), [(OneCallBackend(), [ATTENTION]), (StoringBackend(), [ROTATION, ATTENTION])]
+)
+def test_operations_of_the_fused_decoder_are_told_by_their_weights(qk_norm: bool, backend, attends) -> None:
     arch = replace(ARCH, qk_norm=qk_norm)
     decoder = Decoder(arch, Placement(torch.float32, torch.device("cpu")), backend=None)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
-    fused = FusedDecoder(decoder, arch, create_kernels(torch.device("cpu")), NaiveBackend(), max_positions=16)
+    fused = FusedDecoder(decoder, arch, create_kernels(torch.device("cpu")), backend, max_positions=16)
+    cache = [CacheLayer(*torch.zeros(2, 1, 16, arch.num_kv_heads, arch.head_size), None) for _ in range(3)]
 
     def logits() -> torch.Tensor:
-        stream = fused.embed(torch.arange(5), torch.zeros(1, dtype=torch.int64))
-        return fused.logits(fused(stream, torch.arange(5), [None] * 3, None))
+        stream = fused.embed(torch.arange(TOKENS), torch.zeros(1, dtype=torch.int64))
+        return fused.logits(fused(stream, torch.arange(TOKENS), cache, None))
 
     expected, probe = logits(), OperationProbe(fused)
     torch.testing.assert_close(logits(), expected)
     names = [mark.name for mark in probe.take()]
-    assert sorted(names) == sorted({*LAYER_OPERATIONS, *WHOLE_OPERATIONS})
-    assert names.index("attn_pre_proj") + 1 == names.index("attn") == names.index("attn_post_proj") - 1
+    fused_away = {ROTATION, ATTENTION, "mlp_activation"}
+    assert sorted(names) == sorted([*LAYER_OPERATIONS.keys() - fused_away, *WHOLE_OPERATIONS, *attends])
+    assert names[names.index("attn_pre_proj") + 1 : names.index("attn_post_proj")] == attends
     assert probe.take() == []
 
 
