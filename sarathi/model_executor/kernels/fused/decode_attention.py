@@ -9,26 +9,22 @@ All tiles of all sequences and heads stand in one line, and a fixed number of pr
 A run, the tiles of one (sequence, head), that lies within one program is written to the output at once. One cut by the
 border of a share is written in parts, at most two a program (the share's first and last), and the program that is done
 with its part last joins them, in the order of the parts, so that results do not depend on timing. The grid depends on
-nothing but the device, and lengths are read on the device, so a captured graph serves any lengths.
+the device and the number of sequences alone, and lengths are read on the device, so a captured graph serves any lengths.
 
 Where the step's keys and values are handed over too, the program that has a run's last tile turns and stores them.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sarathi.model_executor.kernels.fused.decode_attention_kernel import attention_kernel
 from sarathi.model_executor.kernels.types import DecodeBatch, NewTokens, RotationTable
 
 _LOG2_E = 1.4426950408889634
 _PADDED_GROUP = 16  # query heads of one kv head, padded to the short side of the tensor cores' instruction
-_PEAKS_AT_ONCE = tl.constexpr(64)  # parts whose largest scores are read at a time when a run is joined
-_PARTS_AT_ONCE = tl.constexpr(8)  # and parts that are then added up
 
 
 class DecodeConfig(NamedTuple):
@@ -97,7 +93,7 @@ def decode_attention(
         return out
     config, kv_heads = workspace.config or config_for(num_seqs, head_size), keys.shape[2]
     fresh = new or NewTokens(q, q, RotationTable(q, q))
-    _attention_kernel[(workspace.num_sms * config.programs_per_sm,)](
+    attention_kernel[(workspace.num_sms * config.programs_per_sm,)](
         *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], scale * _LOG2_E, num_seqs),
         *(fresh.keys, fresh.values, *fresh.table),
         *(
@@ -131,296 +127,3 @@ def _padded(num_seqs: int) -> int:
     while padded < num_seqs:
         padded *= 4
     return padded
-
-
-@triton.jit
-def _tiles_of(lengths, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """(first tile, number of tiles) of sequences of these lengths."""
-    first = lengths * 0
-    if WINDOW > 0:
-        first = tl.maximum(lengths - WINDOW, 0) // TILE
-    return first, tl.cdiv(lengths, TILE) - first
-
-
-@triton.jit
-def _run_at(
-    at, ends, lengths_ptr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr
-):
-    """Sequence, length, first tile, number of tiles, kv head and first place in the line of the run at a place."""
-    seq = tl.sum((ends <= at).to(tl.int32), axis=0)
-    length = tl.load(lengths_ptr + seq)
-    first, tiles = _tiles_of(length, TILE, WINDOW)
-    seq_begin = tl.sum(tl.where(tl.arange(0, SEQS) == seq, ends, 0), axis=0) - tiles * KV_HEADS
-    head = (at - seq_begin) // tiles
-    return seq, length, first, tiles, head, seq_begin + head * tiles
-
-
-@triton.jit
-def _ask_for(row_ptrs, SIZE: tl.constexpr):
-    """Has rows of SIZE elements brought to L2 without waiting for them."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [row_ptrs.to(tl.int64), SIZE * row_ptrs.dtype.element_ty.primitive_bitwidth // 8],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _turned(left, right, cos, sin):
-    """The halves of a head, turned; rounded as a store between would have."""
-    wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
-    new_left = (wide_left * cos - wide_right * sin).to(left.dtype)
-    return new_left, (wide_right * cos + wide_left * sin).to(left.dtype)
-
-
-@triton.jit
-def _turned_queries(q_ptr, heads, stride_head, present, cos, sin, HEAD_SIZE: tl.constexpr):
-    """Query heads [PADDED, HEAD_SIZE], turned: the halves are put one behind the other again."""
-    half = tl.arange(0, HEAD_SIZE // 2)
-    at = q_ptr + heads[:, None] * stride_head + half[None, :]
-    left = tl.load(at, mask=present[:, None], other=0.0)
-    right = tl.load(at + HEAD_SIZE // 2, mask=present[:, None], other=0.0)
-    left, right = _turned(left, right, cos[None, :], sin[None, :])
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (heads.shape[0], HEAD_SIZE))
-
-
-@triton.jit
-def _store_new(new_key_ptr, new_value_ptr, key_ptr, value_ptr, cos, sin, HEAD_SIZE: tl.constexpr):
-    """One head of the step's key, turned, and of its value go to their place in the cache."""
-    half, dims = tl.arange(0, HEAD_SIZE // 2), tl.arange(0, HEAD_SIZE)
-    left, right = _turned(tl.load(new_key_ptr + half), tl.load(new_key_ptr + HEAD_SIZE // 2 + half), cos, sin)
-    tl.store(key_ptr + half, left)
-    tl.store(key_ptr + HEAD_SIZE // 2 + half, right)
-    tl.store(value_ptr + dims, tl.load(new_value_ptr + dims))
-
-
-@triton.jit(do_not_specialize=["num_seqs"])
-def _attention_kernel(
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    slots_ptr,
-    lengths_ptr,
-    out_ptr,
-    parts_ptr,
-    peaks_ptr,
-    sums_ptr,
-    arrivals_ptr,
-    scale,
-    num_seqs,
-    new_keys_ptr,
-    new_values_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_stride_seq,
-    q_stride_head,
-    keys_stride_slot,
-    keys_stride_token,
-    keys_stride_head,
-    values_stride_slot,
-    values_stride_token,
-    values_stride_head,
-    new_keys_stride_seq,
-    new_keys_stride_head,
-    new_values_stride_seq,
-    new_values_stride_head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    SEQS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    AHEAD: tl.constexpr,
-    NEW: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    seqs = tl.arange(0, SEQS)
-    lengths = tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0)
-    tiles_of = _tiles_of(lengths, TILE, WINDOW)[1]
-    ends = tl.cumsum(tiles_of * KV_HEADS, axis=0)
-    total = tl.sum(tiles_of * KV_HEADS, axis=0)
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
-    begin = program * share
-    end = tl.minimum(begin + share, total)
-
-    group = tl.arange(0, PADDED)
-    dims = tl.arange(0, HEAD_SIZE)
-    half = tl.arange(0, HEAD_SIZE // 2)
-    tokens = tl.arange(0, TILE)
-    present = group < GROUP
-    key_offsets = tokens[:, None] * keys_stride_token + dims[None, :]
-    value_offsets = tokens[:, None] * values_stride_token + dims[None, :]
-    if PDL:
-        if AHEAD > 0 and begin < end:
-            # What was cached before this step is there already, and so are lengths and slots.
-            seq, length, first, tiles, head, head_begin = _run_at(
-                begin, ends, lengths_ptr, KV_HEADS, TILE, SEQS, WINDOW
-            )
-            slot = tl.load(slots_ptr + seq).to(tl.int64)
-            rows = (first + begin - head_begin) * TILE + tl.arange(0, AHEAD)
-            rows = tl.minimum(rows, length - 1).to(tl.int64)
-            head_keys_ptr = keys_ptr + slot * keys_stride_slot + head * keys_stride_head
-            head_values_ptr = values_ptr + slot * values_stride_slot + head * values_stride_head
-            _ask_for(head_keys_ptr + rows * keys_stride_token, HEAD_SIZE)
-            _ask_for(head_values_ptr + rows * values_stride_token, HEAD_SIZE)
-        gdc_wait()
-    _clear_padding(out_ptr, lengths_ptr, num_seqs, KV_HEADS * GROUP, HEAD_SIZE)
-    at = begin
-    while at < end:
-        seq, length, first, tiles, head, head_begin = _run_at(at, ends, lengths_ptr, KV_HEADS, TILE, SEQS, WINDOW)
-        stop = tl.minimum(head_begin + tiles, end)
-
-        slot = tl.load(slots_ptr + seq).to(tl.int64)
-        wide_seq = seq.to(tl.int64)
-        heads = head * GROUP + group
-        # 64-bit from the start: one slot of a megacache alone spans more than 2**31 elements.
-        head_keys_ptr = keys_ptr + slot * keys_stride_slot + head * keys_stride_head
-        head_values_ptr = values_ptr + slot * values_stride_slot + head * values_stride_head
-        if NEW:
-            position = (length - 1).to(tl.int64)
-            cos = tl.load(cos_ptr + position * (HEAD_SIZE // 2) + half).to(tl.float32)
-            sin = tl.load(sin_ptr + position * (HEAD_SIZE // 2) + half).to(tl.float32)
-            q = _turned_queries(q_ptr + wide_seq * q_stride_seq, heads, q_stride_head, present, cos, sin, HEAD_SIZE)
-            if stop == head_begin + tiles:
-                _store_new(
-                    new_keys_ptr + wide_seq * new_keys_stride_seq + head * new_keys_stride_head,
-                    new_values_ptr + wide_seq * new_values_stride_seq + head * new_values_stride_head,
-                    head_keys_ptr + position * keys_stride_token,
-                    head_values_ptr + position * values_stride_token,
-                    cos,
-                    sin,
-                    HEAD_SIZE,
-                )
-                tl.debug_barrier()  # the loop below reads them, by other threads of this program
-        else:
-            q_offsets = wide_seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
-            q = tl.load(q_ptr + q_offsets, mask=present[:, None], other=0.0)
-        start = (first + at - head_begin).to(tl.int64) * TILE
-        key_ptr = head_keys_ptr + start * keys_stride_token
-        value_ptr = head_values_ptr + start * values_stride_token
-        token = start.to(tl.int32) + tokens
-        peak = tl.full((PADDED,), float("-inf"), tl.float32)
-        sums = tl.zeros((PADDED, TILE), tl.float32)
-        acc = tl.zeros((PADDED, HEAD_SIZE), tl.float32)
-        for _tile in range(at, stop):
-            # Past the length lie other requests' numbers, NaN, or no memory at all: never read.
-            inside = token < length
-            keys = tl.load(key_ptr + key_offsets, mask=inside[:, None], other=0.0)
-            values = tl.load(value_ptr + value_offsets, mask=inside[:, None], other=0.0)
-            scores = tl.dot(q, tl.trans(keys)) * scale
-            seen = inside
-            if WINDOW > 0:
-                seen = inside & (token >= length - WINDOW)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            sums = sums * shrink[:, None] + weights
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weights.to(values.dtype), values, acc)
-            peak = new_peak
-            key_ptr += TILE * keys_stride_token
-            value_ptr += TILE * values_stride_token
-            token += TILE
-
-        sum_ = tl.sum(sums, axis=1)
-        out_rows = wide_seq * (KV_HEADS * GROUP) + heads
-        if (at == head_begin) & (stop == head_begin + tiles):
-            tl.store(
-                out_ptr + out_rows[:, None] * HEAD_SIZE + dims[None, :],
-                (acc / sum_[:, None]).to(out_ptr.dtype.element_ty),
-                mask=present[:, None],
-            )
-        else:
-            row = (program * 2 + (at > begin).to(tl.int32)) * PADDED + group
-            tl.store(parts_ptr + row[:, None] * HEAD_SIZE + dims[None, :], acc, mask=present[:, None])
-            tl.store(peaks_ptr + row, peak, mask=present)
-            tl.store(sums_ptr + row, sum_, mask=present)
-            first_program, last_program = head_begin // share, (head_begin + tiles - 1) // share
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
-                tl.store(arrivals_ptr + first_program, 0)
-                begins_inside = first_program * share < head_begin
-                _join(
-                    out_ptr + (wide_seq * KV_HEADS + head) * (GROUP * HEAD_SIZE),
-                    parts_ptr,
-                    peaks_ptr,
-                    sums_ptr,
-                    first_program,
-                    last_program,
-                    begins_inside,
-                    GROUP,
-                    PADDED,
-                    MEMBERS,
-                    HEAD_SIZE,
-                )
-        at = stop
-
-
-@triton.jit
-def _clear_padding(out_ptr, lengths_ptr, num_seqs, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """Rows of length 0 have no tiles, and so nobody else to write them."""
-    dims = tl.arange(0, HEAD_SIZE)
-    for seq in range(tl.program_id(0), num_seqs, tl.num_programs(0)):
-        if tl.load(lengths_ptr + seq) == 0:
-            for head in range(HEADS):
-                row = seq * HEADS + head
-                tl.store(out_ptr + row * HEAD_SIZE + dims, tl.zeros((HEAD_SIZE,), out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _join(
-    out_ptr,
-    parts_ptr,
-    peaks_ptr,
-    sums_ptr,
-    first_program,
-    last_program,
-    begins_inside,
-    GROUP: tl.constexpr,
-    PADDED: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """A run from its parts, of programs first to last, past L1, which may hold what an earlier launch left there.
-
-    The largest score is found first, so that the sums below need nothing of other threads and no read waits for
-    another: what stands beside a part is [MEMBERS, 1], laid out as the part itself.
-    """
-    member, dims = tl.arange(0, MEMBERS), tl.arange(0, HEAD_SIZE)
-    present = member < GROUP
-    peaks = tl.full((_PEAKS_AT_ONCE, MEMBERS), float("-inf"), tl.float32)
-    for start in range(first_program, last_program + 1, _PEAKS_AT_ONCE):
-        program = start + tl.arange(0, _PEAKS_AT_ONCE)
-        row = _place(program, first_program, begins_inside)[:, None] * PADDED + member[None, :]
-        read = (program <= last_program)[:, None] & present[None, :]
-        peaks = tl.maximum(peaks, tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg"))
-    peak = tl.where(present, tl.max(peaks, axis=0), 0.0)[:, None]
-    total = tl.zeros((MEMBERS, 1), tl.float32)
-    acc = tl.zeros((MEMBERS, HEAD_SIZE), tl.float32)
-    for start in range(first_program, last_program + 1, _PARTS_AT_ONCE):
-        for offset in tl.static_range(_PARTS_AT_ONCE):
-            program = start + offset
-            row = (_place(program, first_program, begins_inside) * PADDED + member)[:, None]
-            read = (present & (program <= last_program))[:, None]
-            weight = tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.exp2(weight - peak)
-            total += weight * tl.load(sums_ptr + row, mask=read, other=0.0, cache_modifier=".cg")
-            acc += weight * tl.load(parts_ptr + row * HEAD_SIZE + dims, mask=read, other=0.0, cache_modifier=".cg")
-    at = member[:, None] * HEAD_SIZE + dims[None, :]
-    tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=present[:, None])
-
-
-@triton.jit
-def _place(program, first_program, begins_inside):
-    """A program's first part is its slot 0; the part that begins a run inside a share is that share's last, slot 1."""
-    return program * 2 + ((program == first_program) & begins_inside).to(tl.int32)
