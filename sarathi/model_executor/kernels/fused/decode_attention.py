@@ -9,7 +9,7 @@ All tiles of all sequences and heads stand in one line, and a fixed number of pr
 A run, the tiles of one (sequence, head), that lies within one program is written to the output at once. One cut by the
 border of a share is written in parts, at most two a program (the share's first and last), and the program that is done
 with its part last joins them, in the order of the parts, so that results do not depend on timing. The grid depends on
-the device and the number of sequences alone, and lengths are read on the device, so a captured graph serves any lengths.
+the device and the number of sequences alone, and lengths are read on the device: a captured graph serves any lengths.
 
 Where the step's keys and values are handed over too, the program that has a run's last tile turns and stores them.
 """
