@@ -10,7 +10,7 @@ from torch import Tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.kernels import Kernels
-from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable
+from sarathi.model_executor.kernels.types import CacheTarget, RotationTable
 
 
 class Work(NamedTuple):
@@ -72,11 +72,13 @@ def _rope(model: Model, tokens: int, copies: int) -> Work:
 
 
 def _sampling(model: Model, rows: int) -> Iterator[Work]:
-    logits = [_random(rows, model.vocab) for _ in range(2)]
-    temperatures = torch.full((rows,), 0.8, device="cuda")
-    key = NoiseKey(torch.arange(rows, device="cuda"), torch.arange(rows, device="cuda"))
-    yield Work("argmax", rows * model.vocab * 2, lambda k, i: k.argmax(logits[i % 2]))
-    yield Work("sample", rows * model.vocab * 2, lambda k, i: k.sample(logits[i % 2], temperatures, key))
+    moved, logits = rows * model.vocab * 4, [_random(rows, model.vocab) for _ in range(2)]
+    wide = [each.float() for each in logits]
+    uniform = torch.rand(rows, 1, dtype=torch.float64, device="cuda")
+    top_p = torch.full((rows, 1), 0.9, device="cuda")
+    yield Work("argmax", moved // 2, lambda k, i: k.argmax(logits[i % 2]))
+    yield Work("draw", moved, lambda k, i: k.draw(wide[i % 2], uniform))
+    yield Work("nucleus_floor", moved, lambda k, i: k.nucleus_floor(wide[i % 2], top_p), has_twin=False)
 
 
 def _random(*shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, 
 from sarathi.model_executor.kernels.fused.kernels import FusedKernels
 from sarathi.model_executor.kernels.reference.decode_attention import decode_attention as decode_twin
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
-from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NewTokens, NoiseKey, RotationTable
+from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NewTokens, RotationTable
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -89,13 +89,9 @@ def test_rope_and_store_far_into_a_megacache(fused: FusedKernels, dtype: torch.d
     assert (region.flatten(2) != 0).any(-1).sum() == kept.sum()
 
 
-def test_sampling(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_argmax(fused: FusedKernels, dtype: torch.dtype) -> None:
     rows, vocab = random.choice((1, 5, 64)), random.choice((49152, 64000, 128256))
     logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * 3
-    temperatures = torch.rand(rows, device=CUDA) * 2 * (torch.rand(rows, device=CUDA) > 0.2)
-    key = NoiseKey(torch.randint(-(2**62), 2**62, (rows,), device=CUDA), torch.randint(0, 2**40, (rows,), device=CUDA))
-    ours, twin = fused.sample(logits, temperatures, key), TWINS.sample(logits, temperatures, key)
-    assert (ours == twin).float().mean() > 0.95  # logarithms differ in the last digit and may swap two near winners
     chosen = logits.gather(1, fused.argmax(logits)[:, None])[:, 0]
     assert torch.equal(chosen, logits.amax(dim=1))
 

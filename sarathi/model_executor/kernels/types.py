@@ -21,13 +21,6 @@ class CacheTarget(NamedTuple):
     cols: Tensor  # [num_tokens] int32: token within the slot or block
 
 
-class NoiseKey(NamedTuple):
-    """Names the random numbers of each row of logits: the same key gives the same numbers in any batch."""
-
-    seeds: Tensor  # [num_rows] int64, one per request
-    positions: Tensor  # [num_rows] int64, tokens before the one being drawn
-
-
 class DecodeBatch(NamedTuple):
     """One query token for each of several sequences over contiguous slots."""
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sarathi.model_executor.kernels import create_kernels
 from sarathi.model_executor.kernels.reference.decode_attention import decode_attention
-from sarathi.model_executor.kernels.reference.sampling import exponential_noise
-from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NoiseKey, RotationTable
+from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, RotationTable
 
 KERNELS = create_kernels(torch.device("cpu"))
 
@@ -20,10 +19,6 @@ def seed() -> int:
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
-
-
-def noise_key(num_rows: int) -> NoiseKey:
-    return NoiseKey(torch.randint(-(2**62), 2**62, (num_rows,)), torch.randint(0, 2**40, (num_rows,)))
 
 
 def test_rms_norm_is_a_projection_to_the_sphere() -> None:
@@ -64,36 +59,6 @@ def test_store_skips_padding() -> None:
     torch.testing.assert_close(keys[[2, 0, 2], [5, 1, 4]], k[[0, 2, 3]])
     torch.testing.assert_close(values[[2, 0, 2], [5, 1, 4]], v[[0, 2, 3]])
     assert (keys == -1.0).sum() == keys.numel() - 3 * 16
-
-
-def test_exponential_noise_has_the_moments_of_its_distribution() -> None:
-    noise = exponential_noise(noise_key(4), 100_000)
-    assert noise.isfinite().all() and (noise > 0).all()
-    torch.testing.assert_close(noise.mean(dim=1), torch.ones(4), atol=0.02, rtol=0)
-    torch.testing.assert_close(noise.var(dim=1), torch.ones(4), atol=0.06, rtol=0)
-    torch.testing.assert_close(torch.corrcoef(noise), torch.eye(4), atol=0.02, rtol=0)
-
-
-def test_samples_follow_the_softmax() -> None:
-    logits, draws = torch.tensor([1.0, -0.5, 2.0, float("-inf"), 0.3]), 20_000
-    key = NoiseKey(torch.full((draws,), random.getrandbits(62)), torch.arange(draws))
-    tokens = KERNELS.sample(logits.expand(draws, -1), torch.full((draws,), 0.7), key)
-    frequencies = tokens.bincount(minlength=5) / draws
-    torch.testing.assert_close(frequencies, (logits / 0.7).softmax(-1), atol=0.02, rtol=0)
-
-
-def test_a_draw_does_not_depend_on_its_batch() -> None:
-    logits, temperatures, key = torch.randn(6, 500), torch.rand(6) + 0.5, noise_key(6)
-    together = KERNELS.sample(logits, temperatures, key)
-    order = torch.randperm(6)[:4]
-    apart = KERNELS.sample(logits[order], temperatures[order], NoiseKey(key.seeds[order], key.positions[order]))
-    assert apart.tolist() == together[order].tolist()
-
-
-def test_zero_temperature_is_argmax() -> None:
-    logits = torch.randn(5, 300)
-    tokens = KERNELS.sample(logits, torch.zeros(5), noise_key(5))
-    assert tokens.tolist() == KERNELS.argmax(logits).tolist() == logits.max(dim=-1).indices.tolist()
 
 
 @pytest.mark.parametrize("window", [None, 1, 9])

@@ -6,7 +6,7 @@ from torch import Tensor
 from sarathi.model_executor.kernels.fused import activation, embedding, norm, rope, sampling
 from sarathi.model_executor.kernels.fused.linear import LinearKernels
 from sarathi.model_executor.kernels.fused.skinny import MAX_TOKENS
-from sarathi.model_executor.kernels.types import CacheTarget, NoiseKey, RotationTable
+from sarathi.model_executor.kernels.types import CacheTarget, RotationTable
 
 
 class FusedKernels(LinearKernels):
@@ -54,10 +54,6 @@ class FusedKernels(LinearKernels):
     def keep_argmax(self, logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
         """See ``reference.sampling.keep_argmax``."""
         return sampling.keep_argmax(logits, homes, newest)
-
-    def sample(self, logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
-        """See ``reference.sampling.sample``."""
-        return sampling.sample(logits, temperatures, key)
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """See ``reference.sampling.draw``."""

@@ -16,7 +16,6 @@ class ReferenceKernels:
     silu_and_mul = staticmethod(activation.silu_and_mul)
     argmax = staticmethod(sampling.argmax)
     keep_argmax = staticmethod(sampling.keep_argmax)
-    sample = staticmethod(sampling.sample)
     draw = staticmethod(sampling.draw)
     nucleus_floor = staticmethod(sampling.nucleus_floor)
     linear = staticmethod(products.linear)

@@ -1,15 +1,9 @@
-"""Torch twins of the sampling kernels, with the same counter-based noise. Knows nothing of requests."""
+"""Torch twins of the sampling kernels. Knows nothing of requests."""
 
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.kernels.types import NoiseKey
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 _HEAD_SIZE = 1024  # how many of the likeliest tokens are sorted before all of them are
-_ROUNDS = 7  # enough to pass BigCrush (Salmon et al., 2011, table 2)
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -22,18 +16,6 @@ def keep_argmax(logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
     tokens = argmax(logits)
     newest[homes.long()] = tokens
     return tokens
-
-
-def sample(logits: Tensor, temperatures: Tensor, key: NoiseKey) -> Tensor:
-    """Draws one token a row from ``softmax(logits / temperature)`` by the Gumbel-max rule; temperature 0 is argmax.
-
-    logits: [num_rows, vocab_size], excluded tokens at -inf; temperatures: [num_rows] float32.
-    The noise of (seed, position, token) is a counter-based hash, so a row's draw does not depend on its batch.
-    """
-    noise = -exponential_noise(key, logits.shape[-1]).log()
-    warm = temperatures[:, None] > 0
-    scale = torch.where(warm, temperatures[:, None], 1.0)
-    return (logits.float() / scale + torch.where(warm, noise, 0.0)).argmax(dim=-1)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -63,32 +45,3 @@ def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     inside = reached - probabilities < top_p  # what came before had not reached it yet
     floor = largest.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
     return torch.where(top_p < 1.0, floor, float("-inf"))
-
-
-def exponential_noise(key: NoiseKey, vocab_size: int) -> Tensor:
-    """Exponential(1) variates, [num_rows, vocab_size] float32: row r is a function of the key of row r alone."""
-    bits = _philox(key, vocab_size)
-    uniform = (bits.float() + 0.5) * 2.0**-32
-    # -log(1 - u), as a series where the subtraction would lose the digits that decide between unlikely tokens.
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
-    return torch.where(uniform < 2.0**-8, series, -torch.log(torch.clamp(1.0 - uniform, min=2.0**-24)))
-
-
-def _philox(key: NoiseKey, vocab_size: int) -> Tensor:
-    """First word of Philox4x32 with counter (token, position low, position high, 0), as int64 in [0, 2**32)."""
-    tokens = torch.arange(vocab_size, device=key.seeds.device)[None, :]
-    zeros = torch.zeros_like(tokens + key.seeds[:, None])
-    low, high = key.positions[:, None] & _MASK, (key.positions[:, None] >> 32) & _MASK
-    counter = [zeros + tokens, zeros + low, zeros + high, zeros]
-    keys = [key.seeds[:, None] & _MASK, (key.seeds[:, None] >> 32) & _MASK]
-    for _ in range(_ROUNDS):
-        counter = _round(counter, keys)
-        keys = [(k + weyl) & _MASK for k, weyl in zip(keys, _WEYL, strict=True)]
-    return counter[0]
-
-
-def _round(counter: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
-    products = [_MULTIPLIERS[0] * counter[0], _MULTIPLIERS[1] * counter[2]]  # wraps in 64 bits: both halves stay exact
-    high = [(product >> 32) & _MASK for product in products]
-    low = [product & _MASK for product in products]
-    return [high[1] ^ counter[1] ^ keys[0], low[1], high[0] ^ counter[3] ^ keys[1], low[0]]
