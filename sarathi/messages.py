@@ -8,9 +8,11 @@ holds even for a step that answers with `available_rows`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from sarathi.sampling_params import SamplingParams
+
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +148,13 @@ class MemoryStats:
     driver_calls: int = 0
     driver_s: float = 0.0
     steps_waited: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[Outcome]):
+    """A step that was over when its launch returned: result() waits for nothing."""
+
+    outcome: Outcome
+
+    def result(self) -> Outcome:
+        return self.outcome

@@ -22,8 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from sarathi import LLM, SamplingParams
-from sarathi.engine.llm_engine import Finished
-from sarathi.messages import SchedulerOutput
+from sarathi.messages import Finished, SchedulerOutput, StepResult
 from sarathi.metrics.environment import environment
 from sarathi.model_executor.source import resolve_model
 
@@ -83,7 +82,7 @@ class ExecutorClock:
     def __getattr__(self, name: str):
         return getattr(self._executor, name)
 
-    def launch(self, output: SchedulerOutput) -> Finished:
+    def launch(self, output: SchedulerOutput) -> Finished[StepResult]:
         result = self._executor.launch(output).result()
         self.model_s += result.model_s
         return Finished(result)

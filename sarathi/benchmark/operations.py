@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sarathi.engine.llm_engine import Executor, Finished
-from sarathi.messages import Chunk, MemoryStats, SchedulerOutput
+from sarathi.engine.llm_engine import Executor
+from sarathi.messages import Chunk, Finished, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.models.decoder import Decoder
@@ -192,7 +192,7 @@ class ProbedExecutor:
         self.vocab_size, self.capacity, self.token_bytes = executor.vocab_size, executor.capacity, executor.token_bytes
         self.max_in_flight = 1
 
-    def launch(self, out: SchedulerOutput) -> Finished:
+    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
         """One step to its end, so that its operations are its own."""
         result = self._executor.launch(out).result()
         attention = attention_name(out.chunks)

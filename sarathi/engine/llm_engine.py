@@ -16,7 +16,7 @@ from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.inputs import InputProcessor, Prompt, fan_out
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
 from sarathi.engine.tokenizer import Tokenizer
-from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
@@ -26,16 +26,6 @@ class PendingStep(Protocol):
     """A step that has been started."""
 
     def result(self) -> StepResult: ...
-
-
-class Finished(NamedTuple):
-    """A step that was over when its launch returned."""
-
-    outcome: StepResult
-
-    def result(self) -> StepResult:
-        """See PendingStep."""
-        return self.outcome
 
 
 class Executor(Protocol):
@@ -256,7 +246,7 @@ class LLMEngine:
         return output
 
 
-def _blank(out: SchedulerOutput) -> Finished:
+def _blank(out: SchedulerOutput) -> Finished[StepResult]:
     """Tokens for a step that gave none, so that the scheduler's books close; its requests have ended already."""
     tokens = tuple(SampledToken(chunk.request_id, 0) for chunk in out.chunks if chunk.samples)
     return Finished(StepResult(out.step_id, tokens))

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, HostTimes, SampledToken
+from sarathi.messages import Chunk, Finished, HostTimes, SampledToken
 from sarathi.model_executor.attention.backend import Address, AttentionBackend, CacheLayer
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.kernels import create_kernels
@@ -43,16 +43,6 @@ class Flight(Protocol):
         """Waits for the step to end; its tokens are known to the sequences from then on."""
 
 
-class Landed(NamedTuple):
-    """A step that was over when its launch returned."""
-
-    computed: Computed
-
-    def result(self) -> Computed:
-        """See Flight."""
-        return self.computed
-
-
 class ModelRunner:
     """Eager steps, each complete when launch() returns."""
 
@@ -68,7 +58,7 @@ class ModelRunner:
         self._kernels = create_kernels(self._device)
 
     @torch.inference_mode()
-    def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Landed:
+    def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Finished[Computed]:
         """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
         began_s = time.perf_counter()
         batch = make_batch(chunks, sequences, self._device)
@@ -84,7 +74,7 @@ class ModelRunner:
         tokens = tuple(read_sampled(sampling, sample(logits, plan, self._kernels), plan)) if sampling else ()
         sequences.append(tokens)
         host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
-        return Landed(Computed(tokens, done_s - started_s, host))
+        return Finished(Computed(tokens, done_s - started_s, host))
 
 
 def _next_token(chunk: Chunk, sequences: SequenceTable) -> NextToken:

@@ -18,8 +18,7 @@ from sarathi.benchmark.operations import (
     ProbedExecutor,
     attention_name,
 )
-from sarathi.engine.llm_engine import Finished
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, Chunk, Finished, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
@@ -87,7 +86,7 @@ class FakeExecutor:
     def __init__(self, decoder: FakeDecoder) -> None:
         self.decoder, self.value = decoder, 0.0
 
-    def launch(self, out: SchedulerOutput) -> Finished:
+    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
         self.value = self.decoder(0.0)
         return Finished(StepResult(out.step_id))
 

@@ -8,9 +8,9 @@ from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.chat_template import jinja_renderer
-from sarathi.engine.llm_engine import Finished, LLMEngine
+from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.tokenizer import Tokenizer as SarathiTokenizer
-from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.sampling_params import SamplingParams
 
 END = 256  # the token after the 256 bytes
@@ -29,7 +29,7 @@ class FakeExecutor:
         self.is_shut_down = False
         self.fail_next: Exception | None = None
 
-    def launch(self, out: SchedulerOutput) -> Finished:
+    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
         return Finished(self.execute(out))
 
     def execute(self, out: SchedulerOutput) -> StepResult:
