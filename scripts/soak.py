@@ -1,7 +1,7 @@
 """An engine under random arrivals, lengths, aborts and preemptions, with its books and the machine's memory watched.
 
     python scripts/soak.py --model llama-3-8b --backend fa_vattn --memory-bytes 8gb --seconds 200 --output DIR
-    python scripts/soak.py --test        # 20 seconds on the CPU with a tiny model
+    python scripts/soak.py --test        # 10 seconds on the CPU with a tiny model
 
 Ends with exit code 1 where a check of integrity fails, a request ends with another number of tokens than it asked for,
 the cache holds more than its budget, or memory outside of it grows. Writes soak.csv.
@@ -157,7 +157,7 @@ def main() -> None:
     parser = engine_parser(__doc__, "results/soak")
     parser.set_defaults(model="tiny", max_model_len=4096, max_num_seqs=64, chunk_size=2048, memory_bytes="1gb")
     parser.add_argument("--seconds", type=float, default=200.0)
-    options = parse(parser, {"seconds": 20.0, "memory_bytes": "3mb"})
+    options = parse(parser, {"seconds": 10.0, "memory_bytes": "3mb"})
     logging.getLogger("sarathi").setLevel(logging.ERROR)  # preemptions are what is wanted here
     engine = open_engine(options, options.backend)
     print(f"# seed {options.seed}, {engine.capacity_tokens} tokens of cache", flush=True)
