@@ -10,7 +10,7 @@ named. Runs may share a folder.
 
 import gc
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -38,12 +38,7 @@ def measure_idle(load: Load, batch: int, context: int) -> None:
     load.record("GPU idle in a decode step", batch, context, 100 * share, "%")
 
 
-def idle_work(load: Load) -> Work:
-    shapes = load.decode_shapes()[:NUM_SHORT_SHAPES]
-    return ((f"idle {b} x {n}", partial(measure_idle, load, b, n)) for b, n in shapes)
-
-
-def measure_sampled(load: Load, engine: OurEngine, batch: int, context: int) -> None:
+def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> None:
     """Decode with tokens that are drawn, beside the same with the likeliest ones."""
 
     def row(backend: str, sampling: dict[str, float]) -> Row:
@@ -56,9 +51,9 @@ def measure_sampled(load: Load, engine: OurEngine, batch: int, context: int) -> 
     load.table.add(drawn.beside(likeliest))
 
 
-def sampled_work(load: Load, engine: OurEngine) -> Work:
+def short_work(load: Load, name: str, measure: Callable[[Load, int, int], None]) -> Work:
     shapes = load.decode_shapes()[:NUM_SHORT_SHAPES]
-    return ((f"sampled {b} x {n}", partial(measure_sampled, load, engine, b, n)) for b, n in shapes)
+    return ((f"{name} {b} x {n}", partial(measure, load, b, n)) for b, n in shapes)
 
 
 def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int) -> None:
@@ -90,9 +85,9 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
     load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
     if "sampled" in options.stages:
-        budget.run(sampled_work(load, engine))
+        budget.run(short_work(load, "sampled", partial(measure_sampled, engine)))
     if "idle" in options.stages and torch.cuda.is_available():
-        budget.run(idle_work(load))
+        budget.run(short_work(load, "idle", measure_idle))
     engine.close()
     return load.contexts
 

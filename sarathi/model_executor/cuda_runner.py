@@ -6,7 +6,7 @@ A sampled token stays on the device, where the next step reads it, and comes to 
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Flight:
         return self._computed
 
 
-class _Inputs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Inputs:
     """What a step needs beside the attention's metadata, int32 on the device."""
 
     token_ids: Tensor  # [T], stand-ins among them
@@ -162,7 +163,6 @@ class CudaModelRunner:
         return self._graphs.for_batch(len(chunks)) if all(_is_decode(chunk) for chunk in chunks) else None
 
     def _inputs(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> _Inputs:
-        """One copy to the device."""
         positions: list[int] = []
         rows: list[int] = []
         for chunk in chunks:
@@ -171,13 +171,8 @@ class CudaModelRunner:
                 rows.append(len(positions) - 1)
         token_ids = _tokens(chunks, address, sequences)
         homes = [home for chunk, home in zip(chunks, _homes(address), strict=True) if chunk.samples]
-        return _Inputs(*self._to_device((token_ids, positions, rows, homes)))
-
-    def _to_device(self, parts: Many[list[int]]) -> list[Tensor]:
-        packed = torch.tensor(
-            [each for part in parts for each in part], dtype=torch.int32, pin_memory=self._device.type == "cuda"
-        )
-        return list(torch.split(packed.to(self._device, non_blocking=True), [len(part) for part in parts]))
+        inputs = (torch.tensor(part, dtype=torch.int32) for part in (token_ids, positions, rows, homes))
+        return to_device(_Inputs(*inputs), self._device)
 
 
 def _mark() -> torch.cuda.Event:

@@ -1,7 +1,7 @@
 """Argmax, draws and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,26 +29,23 @@ def keep_argmax(logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """See ``reference.sampling.draw``; sums are in another order. logits: last stride 1; uniform: contiguous."""
-    rows, vocab_size = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
-        block = min(_WALK_BLOCK, triton.next_power_of_2(vocab_size))
-        _draw_kernel[(rows,)](
-            *(logits, uniform, tokens, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
-        )
-    return tokens
+    return _walk(_draw_kernel, logits, uniform, torch.empty(len(logits), dtype=torch.int64, device=logits.device))
 
 
 def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     """See ``reference.sampling.nucleus_floor``; ties and the rounding of sums apart. logits: last stride 1."""
+    return _walk(_floor_kernel, logits, top_p, torch.empty((len(logits), 1), dtype=torch.float32, device=logits.device))
+
+
+def _walk(kernel: Any, logits: Tensor, parameters: Tensor, results: Tensor) -> Tensor:
+    """results, filled by one program a row, which walks over the row a block at a time."""
     rows, vocab_size = logits.shape
-    floors = torch.empty((rows, 1), dtype=torch.float32, device=logits.device)
     if rows:
         block = min(_WALK_BLOCK, triton.next_power_of_2(vocab_size))
-        _floor_kernel[(rows,)](
-            *(logits, top_p, floors, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
+        kernel[(rows,)](
+            *(logits, parameters, results, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
         )
-    return floors
+    return results
 
 
 def _argmax(logits: Tensor, keep: _Keep | None = None) -> Tensor:
