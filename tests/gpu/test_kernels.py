@@ -193,7 +193,7 @@ def test_decode_attention(group: int, head_size: int) -> None:
     keys, values, batch = _cache(lengths, kv_heads, head_size, dtype, window=random.choice((None, None, 1, 1000)))
     print(group, head_size, dtype, lengths.tolist(), batch.window)
     q = torch.randn(num_seqs, kv_heads * group + 3, head_size, dtype=dtype, device=CUDA)[:, :-3]
-    config = random.choice((None, DecodeConfig(), DecodeConfig(32, 4, 4, 4), DecodeConfig(128, 2, 4, 2)))
+    config = random.choice((None, DecodeConfig(), DecodeConfig(32, 4, 4, 4, run_cost=0), DecodeConfig(128, 2, 4, 2)))
     workspace = DecodeWorkspace.create(NUM_SMS, head_size, CUDA, config)
     expected = decode_twin(q, keys, values, batch, head_size**-0.5)
     ours = decode_attention(q, keys, values, batch, head_size**-0.5, workspace, pdl=random.random() < 0.5)

@@ -2,14 +2,16 @@
 
 All tiles of all sequences and heads stand in one line, and a fixed number of programs takes equal shares of it:
 
-    sequence 0            | sequence 1        | ...        tiles of `tile` tokens, grouped by (sequence, kv head)
-    h0: t t t  h1: t t t  | h0: t t  h1: t t  | ...
-    [program 0][program 1][program 2] ...                  each takes ceil(total / programs) tiles
+    sequence 0                | sequence 1            | ...    tiles of `tile` tokens, grouped by (sequence, kv head)
+    h0: c t t t  h1: c t t t  | h0: c t t  h1: c t t  | ...    c: run_cost places, which hold no tile
+    [program 0][program 1][program 2] ...                      each takes ceil(total / programs) places
 
-A run, the tiles of one (sequence, head), that lies within one program is written to the output at once. One cut by the
-border of a share is written in parts, at most two a program (the share's first and last), and the program that is done
-with its part last joins them, in the order of the parts, so that results do not depend on timing. The grid depends on
-the device and the number of sequences alone, and lengths are read on the device: a captured graph serves any lengths.
+A run is the tiles of one (sequence, head). What it takes to begin and to end one stands in the line too, since many
+short runs would else be as large a share as one long run and take twice its time. A run that lies within one program is
+written to the output at once. One cut by the border of a share is written in parts, at most two a program (the share's
+first and last), and the program that is done with its part last joins them, in the order of the parts, so that results
+do not depend on timing. The grid depends on the device and the number of sequences alone, and lengths are read on the
+device: a captured graph serves any lengths.
 
 Where the step's keys and values are handed over too, the program that has a run's last tile turns and stores them.
 """
@@ -35,10 +37,13 @@ class DecodeConfig(NamedTuple):
     warps: int = 4
     stages: int = 3
     ahead: int = 0  # tokens that a program asks for before the kernel in front has ended, where launches overlap
+    run_cost: int = 3  # tiles that could be read in the time that it takes to begin and to end a run
 
 
 _FEW_SEQS = 16
-_FOR_FEW = DecodeConfig(tile=128, programs_per_sm=1, warps=8, ahead=128)  # fewer programs leave fewer parts to join
+_FOR_FEW = DecodeConfig(
+    tile=128, programs_per_sm=1, warps=8, ahead=128, run_cost=2
+)  # fewer programs leave fewer parts to join
 _LARGEST_HEAD_FOR_FEW = 128  # what shared memory holds of such tiles
 
 
@@ -112,6 +117,7 @@ def decode_attention(
         SEQS=_padded(num_seqs),
         WINDOW=batch.window or 0,
         AHEAD=config.ahead,
+        RUN_COST=config.run_cost,
         NEW=new is not None,
         PDL=pdl,
         num_warps=config.warps,

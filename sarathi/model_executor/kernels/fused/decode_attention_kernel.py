@@ -10,25 +10,26 @@ _PARTS_AT_ONCE = tl.constexpr(8)  # and parts that are then added up
 
 
 @triton.jit
-def _tiles_of(lengths, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """(first tile, number of tiles) of sequences of these lengths."""
+def _extent_of(lengths, KV_HEADS: tl.constexpr, TILE: tl.constexpr, RUN_COST: tl.constexpr, WINDOW: tl.constexpr):
+    """(first tile, number of tiles, places of the line that all runs take) of sequences of these lengths."""
     first = lengths * 0
     if WINDOW > 0:
         first = tl.maximum(lengths - WINDOW, 0) // TILE
-    return first, tl.cdiv(lengths, TILE) - first
+    tiles = tl.cdiv(lengths, TILE) - first
+    return first, tiles, tl.where(tiles > 0, (tiles + RUN_COST) * KV_HEADS, 0)
 
 
 @triton.jit
-def _run_at(
-    at, ends, lengths_ptr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr
-):
-    """Sequence, length, first tile, number of tiles, kv head and first place in the line of the run at a place."""
+def _sequence_at(
+    at, ends, lengths_ptr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, RUN_COST: tl.constexpr, SEQS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Number, length, first tile, number of tiles, first place and the place behind the sequence at a place."""
     seq = tl.sum((ends <= at).to(tl.int32), axis=0)
     length = tl.load(lengths_ptr + seq)
-    first, tiles = _tiles_of(length, TILE, WINDOW)
-    seq_begin = tl.sum(tl.where(tl.arange(0, SEQS) == seq, ends, 0), axis=0) - tiles * KV_HEADS
-    head = (at - seq_begin) // tiles
-    return seq, length, first, tiles, head, seq_begin + head * tiles
+    first, tiles, places = _extent_of(length, KV_HEADS, TILE, RUN_COST, WINDOW)
+    end = tl.sum(tl.where(tl.arange(0, SEQS) == seq, ends, 0), axis=0)
+    return seq, length, first, tiles, end - places, end
 
 
 @triton.jit
@@ -112,6 +113,7 @@ def attention_kernel(
     SEQS: tl.constexpr,
     WINDOW: tl.constexpr,
     AHEAD: tl.constexpr,
+    RUN_COST: tl.constexpr,
     NEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -120,9 +122,9 @@ def attention_kernel(
     program = tl.program_id(0)
     seqs = tl.arange(0, SEQS)
     lengths = tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0)
-    tiles_of = _tiles_of(lengths, TILE, WINDOW)[1]
-    ends = tl.cumsum(tiles_of * KV_HEADS, axis=0)
-    total = tl.sum(tiles_of * KV_HEADS, axis=0)
+    places = _extent_of(lengths, KV_HEADS, TILE, RUN_COST, WINDOW)[2]
+    ends = tl.cumsum(places, axis=0)
+    total = tl.sum(places, axis=0)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
     begin = program * share
     end = tl.minimum(begin + share, total)
@@ -130,19 +132,17 @@ def attention_kernel(
     group = tl.arange(0, PADDED)
     dims = tl.arange(0, HEAD_SIZE)
     half = tl.arange(0, HEAD_SIZE // 2)
-    tokens = tl.arange(0, TILE)
     present = group < GROUP
-    key_offsets = tokens[:, None] * keys_stride_token + dims[None, :]
-    value_offsets = tokens[:, None] * values_stride_token + dims[None, :]
     if PDL:
         if AHEAD > 0 and begin < end:
             # What was cached before this step is there already, and so are lengths and slots.
-            seq, length, first, tiles, head, head_begin = _run_at(
-                begin, ends, lengths_ptr, KV_HEADS, TILE, SEQS, WINDOW
+            seq, length, first, tiles, seq_begin, _ = _sequence_at(
+                begin, ends, lengths_ptr, KV_HEADS, TILE, RUN_COST, SEQS, WINDOW
             )
             slot = tl.load(slots_ptr + seq).to(tl.int64)
-            rows = (first + begin - head_begin) * TILE + tl.arange(0, AHEAD)
-            rows = tl.minimum(rows, length - 1).to(tl.int64)
+            head = (begin - seq_begin) // (tiles + RUN_COST)
+            tile = first + tl.maximum((begin - seq_begin) % (tiles + RUN_COST) - RUN_COST, 0)
+            rows = tl.minimum(tile * TILE + tl.arange(0, AHEAD), length - 1).to(tl.int64)
             head_keys_ptr = keys_ptr + slot * keys_stride_slot + head * keys_stride_head
             head_values_ptr = values_ptr + slot * values_stride_slot + head * values_stride_head
             _ask_for(head_keys_ptr + rows * keys_stride_token, HEAD_SIZE)
@@ -151,95 +151,139 @@ def attention_kernel(
     _clear_padding(out_ptr, lengths_ptr, num_seqs, KV_HEADS * GROUP, HEAD_SIZE)
     at = begin
     while at < end:
-        seq, length, first, tiles, head, head_begin = _run_at(at, ends, lengths_ptr, KV_HEADS, TILE, SEQS, WINDOW)
-        stop = tl.minimum(head_begin + tiles, end)
-
+        seq, length, first, tiles, seq_begin, seq_end = _sequence_at(
+            at, ends, lengths_ptr, KV_HEADS, TILE, RUN_COST, SEQS, WINDOW
+        )
         slot = tl.load(slots_ptr + seq).to(tl.int64)
         wide_seq = seq.to(tl.int64)
-        heads = head * GROUP + group
         # 64-bit from the start: one slot of a megacache alone spans more than 2**31 elements.
-        head_keys_ptr = keys_ptr + slot * keys_stride_slot + head * keys_stride_head
-        head_values_ptr = values_ptr + slot * values_stride_slot + head * values_stride_head
+        seq_keys_ptr = keys_ptr + slot * keys_stride_slot
+        seq_values_ptr = values_ptr + slot * values_stride_slot
         if NEW:
             position = (length - 1).to(tl.int64)
             cos = tl.load(cos_ptr + position * (HEAD_SIZE // 2) + half).to(tl.float32)
             sin = tl.load(sin_ptr + position * (HEAD_SIZE // 2) + half).to(tl.float32)
-            q = _turned_queries(q_ptr + wide_seq * q_stride_seq, heads, q_stride_head, present, cos, sin, HEAD_SIZE)
-            if stop == head_begin + tiles:
-                _store_new(
-                    new_keys_ptr + wide_seq * new_keys_stride_seq + head * new_keys_stride_head,
-                    new_values_ptr + wide_seq * new_values_stride_seq + head * new_values_stride_head,
-                    head_keys_ptr + position * keys_stride_token,
-                    head_values_ptr + position * values_stride_token,
-                    cos,
-                    sin,
-                    HEAD_SIZE,
+        seq_end = tl.minimum(seq_end, end)
+        while at < seq_end:
+            head = (at - seq_begin) // (tiles + RUN_COST)
+            head_begin = seq_begin + head * (tiles + RUN_COST) + RUN_COST
+            at = tl.maximum(at, head_begin)
+            stop = tl.minimum(head_begin + tiles, end)
+            if at < stop:
+                heads = head * GROUP + group
+                head_keys_ptr = seq_keys_ptr + head * keys_stride_head
+                head_values_ptr = seq_values_ptr + head * values_stride_head
+                if NEW:
+                    q = _turned_queries(
+                        q_ptr + wide_seq * q_stride_seq, heads, q_stride_head, present, cos, sin, HEAD_SIZE
+                    )
+                    if stop == head_begin + tiles:
+                        _store_new(
+                            new_keys_ptr + wide_seq * new_keys_stride_seq + head * new_keys_stride_head,
+                            new_values_ptr + wide_seq * new_values_stride_seq + head * new_values_stride_head,
+                            head_keys_ptr + position * keys_stride_token,
+                            head_values_ptr + position * values_stride_token,
+                            cos,
+                            sin,
+                            HEAD_SIZE,
+                        )
+                        tl.debug_barrier()  # the loop below reads them, by other threads of this program
+                else:
+                    q_offsets = wide_seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
+                    q = tl.load(q_ptr + q_offsets, mask=present[:, None], other=0.0)
+                peak, sum_, acc = _attend(
+                    q,
+                    head_keys_ptr,
+                    head_values_ptr,
+                    keys_stride_token,
+                    values_stride_token,
+                    first + at - head_begin,
+                    stop - at,
+                    length,
+                    scale,
+                    TILE,
+                    WINDOW,
                 )
-                tl.debug_barrier()  # the loop below reads them, by other threads of this program
-        else:
-            q_offsets = wide_seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
-            q = tl.load(q_ptr + q_offsets, mask=present[:, None], other=0.0)
-        start = (first + at - head_begin).to(tl.int64) * TILE
-        key_ptr = head_keys_ptr + start * keys_stride_token
-        value_ptr = head_values_ptr + start * values_stride_token
-        token = start.to(tl.int32) + tokens
-        peak = tl.full((PADDED,), float("-inf"), tl.float32)
-        sums = tl.zeros((PADDED, TILE), tl.float32)
-        acc = tl.zeros((PADDED, HEAD_SIZE), tl.float32)
-        for _tile in range(at, stop):
-            # Past the length lie other requests' numbers, NaN, or no memory at all: never read.
-            inside = token < length
-            keys = tl.load(key_ptr + key_offsets, mask=inside[:, None], other=0.0)
-            values = tl.load(value_ptr + value_offsets, mask=inside[:, None], other=0.0)
-            scores = tl.dot(q, tl.trans(keys)) * scale
-            seen = inside
-            if WINDOW > 0:
-                seen = inside & (token >= length - WINDOW)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            sums = sums * shrink[:, None] + weights
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weights.to(values.dtype), values, acc)
-            peak = new_peak
-            key_ptr += TILE * keys_stride_token
-            value_ptr += TILE * values_stride_token
-            token += TILE
+                out_rows = wide_seq * (KV_HEADS * GROUP) + heads
+                if (at == head_begin) & (stop == head_begin + tiles):
+                    tl.store(
+                        out_ptr + out_rows[:, None] * HEAD_SIZE + dims[None, :],
+                        (acc / sum_[:, None]).to(out_ptr.dtype.element_ty),
+                        mask=present[:, None],
+                    )
+                else:
+                    row = (program * 2 + (at > begin).to(tl.int32)) * PADDED + group
+                    tl.store(parts_ptr + row[:, None] * HEAD_SIZE + dims[None, :], acc, mask=present[:, None])
+                    tl.store(peaks_ptr + row, peak, mask=present)
+                    tl.store(sums_ptr + row, sum_, mask=present)
+                    first_program, last_program = head_begin // share, (head_begin + tiles - 1) // share
+                    tl.debug_barrier()
+                    arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
+                    if arrived == last_program - first_program:
+                        tl.store(arrivals_ptr + first_program, 0)
+                        begins_inside = first_program * share < head_begin
+                        _join(
+                            out_ptr + (wide_seq * KV_HEADS + head) * (GROUP * HEAD_SIZE),
+                            parts_ptr,
+                            peaks_ptr,
+                            sums_ptr,
+                            first_program,
+                            last_program,
+                            begins_inside,
+                            GROUP,
+                            PADDED,
+                            MEMBERS,
+                            HEAD_SIZE,
+                        )
+            at = stop
 
-        sum_ = tl.sum(sums, axis=1)
-        out_rows = wide_seq * (KV_HEADS * GROUP) + heads
-        if (at == head_begin) & (stop == head_begin + tiles):
-            tl.store(
-                out_ptr + out_rows[:, None] * HEAD_SIZE + dims[None, :],
-                (acc / sum_[:, None]).to(out_ptr.dtype.element_ty),
-                mask=present[:, None],
-            )
-        else:
-            row = (program * 2 + (at > begin).to(tl.int32)) * PADDED + group
-            tl.store(parts_ptr + row[:, None] * HEAD_SIZE + dims[None, :], acc, mask=present[:, None])
-            tl.store(peaks_ptr + row, peak, mask=present)
-            tl.store(sums_ptr + row, sum_, mask=present)
-            first_program, last_program = head_begin // share, (head_begin + tiles - 1) // share
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
-                tl.store(arrivals_ptr + first_program, 0)
-                begins_inside = first_program * share < head_begin
-                _join(
-                    out_ptr + (wide_seq * KV_HEADS + head) * (GROUP * HEAD_SIZE),
-                    parts_ptr,
-                    peaks_ptr,
-                    sums_ptr,
-                    first_program,
-                    last_program,
-                    begins_inside,
-                    GROUP,
-                    PADDED,
-                    MEMBERS,
-                    HEAD_SIZE,
-                )
-        at = stop
+
+@triton.jit
+def _attend(
+    q,
+    keys_ptr,
+    values_ptr,
+    keys_stride_token,
+    values_stride_token,
+    first_tile,
+    tiles,
+    length,
+    scale,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Queries [PADDED, HEAD_SIZE] over some tiles of one head: largest scores, sums of weights, weighted values."""
+    tokens, dims = tl.arange(0, TILE), tl.arange(0, q.shape[1])
+    key_offsets = tokens[:, None] * keys_stride_token + dims[None, :]
+    value_offsets = tokens[:, None] * values_stride_token + dims[None, :]
+    start = first_tile.to(tl.int64) * TILE
+    key_ptr = keys_ptr + start * keys_stride_token
+    value_ptr = values_ptr + start * values_stride_token
+    token = start.to(tl.int32) + tokens
+    peak = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    sums = tl.zeros((q.shape[0], TILE), tl.float32)
+    acc = tl.zeros((q.shape[0], q.shape[1]), tl.float32)
+    for _tile in range(tiles):
+        # Past the length lie other requests' numbers, NaN, or no memory at all: never read.
+        inside = token < length
+        keys = tl.load(key_ptr + key_offsets, mask=inside[:, None], other=0.0)
+        values = tl.load(value_ptr + value_offsets, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(keys)) * scale
+        seen = inside
+        if WINDOW > 0:
+            seen = inside & (token >= length - WINDOW)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        sums = sums * shrink[:, None] + weights
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc)
+        peak = new_peak
+        key_ptr += TILE * keys_stride_token
+        value_ptr += TILE * values_stride_token
+        token += TILE
+    return peak, tl.sum(sums, axis=1), acc
 
 
 @triton.jit
