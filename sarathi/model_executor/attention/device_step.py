@@ -9,6 +9,8 @@ from torch import Tensor
 from sarathi.model_executor.attention.backend import Address, SlotAddress
 from sarathi.model_executor.batch import Batch
 
+_ALIGNMENT = 4  # int32 numbers: kernels are compiled once for tensors that begin so, and once more for others
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
@@ -45,7 +47,7 @@ class StaticStep:
 
         riders: further numbers of each sequence that travel in the same copy, to `riders`, [riders, batch_size] int32.
         """
-        size = 3 * batch_size + 1 + batch_size * (blocks or 1)
+        size = sum(map(_aligned, _counts(batch_size, blocks)))
         self._packed = torch.zeros(size + riders * batch_size, dtype=torch.int32, device=device)
         self._batch_size, self._blocks = batch_size, blocks
         self.riders = self._packed[size:].view(riders, batch_size)
@@ -92,18 +94,28 @@ def _place(step: DeviceStep, positions: Tensor, owners: Tensor | None, block_siz
     return table.gather(1, block[:, None])[:, 0], positions % block_size
 
 
+def _counts(batch_size: int, blocks: int) -> tuple[int, int, int, int]:
+    """How many numbers are starts, cached, lengths, and rows or the block table."""
+    return batch_size + 1, batch_size, batch_size, batch_size * (blocks or 1)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
 def _pack(batch: Batch, address: Address, batch_size: int, blocks: int) -> list[int]:
-    """starts, cached, lengths, rows or block table, each padded to batch_size."""
+    """starts, cached, lengths, rows or block table, each padded to batch_size, and on to where the next may begin."""
     starts, cached, lengths = [0], [], []
     for chunk in batch.chunks:
         starts.append(starts[-1] + chunk.num_tokens)
         cached.append(chunk.start)
         lengths.append(chunk.start + chunk.num_tokens)
-    padding = batch_size - len(cached)
     places = list(address.slots) if isinstance(address, SlotAddress) else _table(address.block_tables, blocks)
-    numbers = [*starts, *[starts[-1]] * padding, *cached, *[0] * padding, *lengths, *[0] * padding]
-    numbers += places
-    numbers += [0] * (padding * (blocks or 1))
+    numbers: list[int] = []
+    parts = ((starts, starts[-1]), (cached, 0), (lengths, 0), (places, 0))
+    for (part, padding), count in zip(parts, _counts(batch_size, blocks), strict=True):
+        numbers += part
+        numbers += [padding] * (_aligned(count) - len(part))
     return numbers
 
 
@@ -118,8 +130,9 @@ def _table(tables: Sequence[Sequence[int]], blocks: int) -> list[int]:
 def _split(
     packed: Tensor, batch_size: int, blocks: int, *, num_tokens: int, max_new: int, max_length: int
 ) -> DeviceStep:
-    sizes = [batch_size + 1, batch_size, batch_size, batch_size * (blocks or 1)]
-    starts, cached, lengths, places = torch.split(packed, sizes)
+    counts = _counts(batch_size, blocks)
+    parts = torch.split(packed, [_aligned(count) for count in counts])
+    starts, cached, lengths, places = (part[:count] for part, count in zip(parts, counts, strict=True))
     rows, table = (None, places.view(batch_size, blocks)) if blocks else (places, None)
     one_each = max_new == 1 and num_tokens == batch_size
     return DeviceStep(starts, cached, lengths, rows, table, num_tokens, max_new, max_length, one_each)
