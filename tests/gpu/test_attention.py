@@ -88,6 +88,15 @@ class Sequences:
         layer = CacheLayer(regions[0][:, :, 1], regions[1][:, :, 2], None)
         return cls(*draws, layer, address)
 
+    def first(self, count: int) -> "Sequences":
+        """Some of them, where they are."""
+        address = self.address
+        if isinstance(address, SlotAddress):
+            address = SlotAddress(address.slots[:count])
+        else:
+            address = BlockAddress(address.block_tables[:count], address.block_size)
+        return Sequences(self.keys[:count], self.values[:count], self.layer, address)
+
     def step(self, starts: Sequence[int], ends: Sequence[int]) -> tuple[Batch, Tensor, Tensor]:
         """The batch that computes tokens [start, end) of each sequence, and its keys and values."""
         chunks = tuple(Chunk(str(i), s, e - s, True, e, ()) for i, (s, e) in enumerate(zip(starts, ends, strict=True)))
@@ -205,6 +214,27 @@ def test_lengths_around_tile_and_block_borders(name: str) -> None:
     borders = [16, 64, 128, 176, 256]
     steps = [[0] * 5, [border - 1 for border in borders], borders, [border + 1 for border in borders]]
     run_steps(backend, Sequences.create(steps[-1], arch, block_size_of(name)), steps, arch.num_heads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_planned_while_the_one_before_waits_for_the_device(name: str) -> None:
+    """What a plan travels through must not be filled again before the device has taken it."""
+    arch = architecture()
+    backend = backend_or_skip(name, arch)
+    before = [random.randint(1, 3000) for _ in range(9)]
+    after = [length + 1 for length in before]
+    sequences = Sequences.create(after, arch, block_size_of(name))
+    run_steps(backend, sequences, [[0] * 9, before], arch.num_heads)
+    planned = []
+    torch.cuda._sleep(10**8)
+    for count in (4, 9):
+        some, starts, ends = sequences.first(count), before[:count], after[:count]
+        batch, key, value = some.step(starts, ends)
+        query = random_tensor(count, arch.num_heads, arch.head_size)
+        out = backend.forward(query, key, value, some.layer, backend.plan(batch, some.address))
+        planned.append((out.view_as(query), query, starts, ends))
+    for out, *step in planned:
+        assert_near(out, sequences.expected(*step))
 
 
 @pytest.mark.parametrize("name", GRAPHED)

@@ -50,6 +50,25 @@ class FlashInferMetadata:
         return sum(1 for _ in takewhile(lambda chunk: chunk.num_tokens == 1, self.batch.chunks))
 
 
+class _Paged:
+    """A paged kernel, planned anew for each step while the step before may still wait for the device.
+
+    A plan travels through one pinned buffer of the wrapper's, which the next plan fills again: not before the device
+    has taken the plan that lies there.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+        self._taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def planned(self, *arguments: Any, **options: Any) -> Any:
+        """The wrapper, to run on each layer."""
+        self._taken.synchronize()
+        self._wrapper.plan(*arguments, **options)
+        self._taken.record()
+        return self._wrapper
+
+
 class FlashInferBackend(AppendingBackend):
     """FlashInfer's kernels for one model. One instance serves one stream."""
 
@@ -60,8 +79,10 @@ class FlashInferBackend(AppendingBackend):
         self._scale = arch.head_size**-0.5
         self._kernels = create_kernels(place.device)
         scratch = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=place.device)
-        self._paged_decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)
-        self._paged_prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD")
+        self._paged_decode = _Paged(
+            flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)
+        )
+        self._paged_prefill = _Paged(flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD"))
 
     def plan(self, batch: Batch, address: Address) -> FlashInferMetadata:
         """See AttentionBackend. The paged kernels are planned when the first layer shows how its slots lie."""
@@ -147,11 +168,9 @@ class FlashInferBackend(AppendingBackend):
             "kv_data_type": self.place.dtype,
         }
         if metadata.step.one_each:
-            self._paged_decode.plan(*table, *heads, **same)
-            return self._paged_decode
+            return self._paged_decode.planned(*table, *heads, **same)
         starts = _running_sum([chunk.num_tokens for chunk in metadata.batch.chunks])
-        self._paged_prefill.plan(starts, *table, *heads, causal=True, **same)
-        return self._paged_prefill
+        return self._paged_prefill.planned(starts, *table, *heads, causal=True, **same)
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> FlashInferBackend:
