@@ -1,10 +1,10 @@
 """An engine under random arrivals, lengths, aborts and preemptions, with its books and the machine's memory watched.
 
-    python scripts/soak.py --model llama-3-8b --backend fa_vattn --memory-bytes 8gb --seconds 200 --output DIR
+    python scripts/soak.py --model llama-3-8b --backend fa_vattn --memory-bytes 6gb --seconds 200 --output DIR
     python scripts/soak.py --test        # 10 seconds on the CPU with a tiny model
 
 Ends with exit code 1 where a check of integrity fails, a request ends with another number of tokens than it asked for,
-the cache holds more than its budget, or memory outside of it grows. Writes soak.csv.
+the cache holds more than its budget, memory outside of it grows, or nothing was preempted. Writes soak.csv.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from sarathi import SamplingParams
 from sarathi.engine.outputs import RequestOutput
 
 CHECK_S = 0.5
+ARRIVALS = 0.4  # of all steps, those before which a request arrives, and again as often another one
+BURSTS = 0.005  # of all steps, those before which as many arrive as may be there at all
 DRAIN_S = 10.0  # every so often all requests are let end, so that nothing may be held by any
 WARM_UP_SHARE = 0.3  # of the time; what memory is in use then is what it is measured against
 GROWTH_BYTES = {"host memory": 256 * 2**20, "driver memory outside of the cache": 64 * 2**20}
@@ -62,11 +64,14 @@ class Soak:
                 self._check(is_warm=now_s > start_s + WARM_UP_SHARE * seconds)
                 next_check_s = now_s + CHECK_S
         self._drain()
+        if not self._front.num_preemptions:
+            raise Violation("no request was preempted: give the cache less memory")
 
     def _arrive(self) -> None:
-        """Bursts and lulls: more requests than can run, now and then, so that some are preempted."""
+        """A request now and then, and bursts of more than can run, so that some are preempted."""
         limit = 2 * self._front.max_num_seqs
-        while len(self._asked) < limit and self._random.random() < 0.4:
+        more = 1.0 if self._random.random() < BURSTS else ARRIVALS
+        while len(self._asked) < limit and self._random.random() < more:
             prompt, output = self._lengths()
             request_id = str(self.counts["requests"])
             token_ids = self._random.choices(range(3, self._front.vocab_size - 3), k=prompt)
