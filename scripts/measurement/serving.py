@@ -1,9 +1,11 @@
 """Engines under load, ours and others through one narrow door, so that all are measured alike. Knows no engine."""
 
+import math
 import os
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -14,6 +16,7 @@ from measurement.lengths import Requests, Sizes, lognormal_requests, trace_reque
 from measurement.table import Row, Table, Work
 
 WARM_UP_TOKENS = 8
+_STEP_SIZES = (16, 64, 256, 512, 1024, math.inf)
 STAGES = ("prefill", "decode", "requests", "trace", "chunked")
 
 
@@ -50,6 +53,21 @@ class Decoding(NamedTuple):
     mean_context: float
 
 
+class Step(NamedTuple):
+    """A step as its caller sees it: where the next one is launched before it ends, by the tokens that came back."""
+
+    seconds: float  # since the one before, or since the first request's arrival
+    sequences: int  # that got a token
+    has_prompts: bool  # some got their first, or none got any
+
+    @property
+    def kind(self) -> str:
+        """What steps to count together."""
+        if self.has_prompts:
+            return "steps with prompts"
+        return f"steps of up to {next(bound for bound in _STEP_SIZES if self.sequences <= bound)} sequences"
+
+
 class Load:
     """Requests of random tokens for one engine, and rows of what they took."""
 
@@ -73,12 +91,21 @@ class Load:
 
     def serve(self, requests: Requests) -> float:
         """Seconds from the first request's arrival to the last one's end."""
+        return sum(step.seconds for step in self.steps(requests))
+
+    def steps(self, requests: Requests) -> Iterator[Step]:
+        """Until all of these requests, which arrive at once, have ended."""
         made = [(self.prompt(prompt_tokens), output_tokens) for prompt_tokens, output_tokens in requests]
-        start_s = time.perf_counter()
+        before_s = time.perf_counter()
         for prompt, output_tokens in made:
             self.engine.add(prompt, output_tokens)
-        self.drain()
-        return time.perf_counter() - start_s
+        begun: set[str] = set()
+        while self.engine.has_work:
+            got = [request_id for request_id, _ in self.engine.step()]
+            now_s = time.perf_counter()
+            yield Step(now_s - before_s, len(got), not got or not begun.issuperset(got))
+            begun.update(got)
+            before_s = now_s
 
     def start(self, age_s: Callable[[], float]) -> None:
         """The first rows. age_s: seconds since the process began."""
@@ -149,10 +176,15 @@ class Load:
         self.record(f"{count} requests, P:D {ratio}, all at once", count, tokens, seconds, "s")
 
     def throughput(self, work: str, requests: Requests) -> None:
-        """Output tokens a second over requests that are all there at once."""
+        """Output tokens a second over requests that are all there at once, and in which steps the time went."""
         longest = max(map(sum, requests))
-        seconds = self.serve(requests)
-        self.record(work, len(requests), longest, sum(out for _, out in requests) / seconds, "output tokens/s")
+        spent_s: defaultdict[str, float] = defaultdict(float)
+        for step in self.steps(requests):
+            spent_s[step.kind] += step.seconds
+        rate = sum(out for _, out in requests) / sum(spent_s.values())
+        self.record(work, len(requests), longest, rate, "output tokens/s")
+        for kind, seconds in spent_s.items():
+            self.record(f"{work}: {kind}", len(requests), longest, seconds, "s")
 
     def chunked_prefill(self) -> None:
         """Prefill with few tokens a step; the engine is as it was afterwards."""

@@ -67,7 +67,8 @@ def test_every_stage_leaves_its_rows_and_no_request(load: Load, capsys: pytest.C
     Budget(60).run(load.plan(STAGES))
     assert "failed" not in capsys.readouterr().out
     works = {row.work for row in load.table.rows}
-    assert {"prefill", "decode", "decode p99 step", SMALL.chunked_work} < works and len(works) == 7
+    assert {"prefill", "decode", "decode p99 step", SMALL.chunked_work} < works
+    assert len({work.partition(":")[0] for work in works}) == 7
     assert not load.engine.has_work and load.engine.limits == [SMALL.chunk, None]
     assert all(row.value > 0 for row in load.table.rows)
 
@@ -79,6 +80,16 @@ def test_decode_is_measured_where_all_decode(load: Load) -> None:
     assert len(found.steps_ms) == 20
     assert found.ms_per_token == pytest.approx(statistics.fmean(found.steps_ms))
     assert statistics.fmean(prompts) + 8 <= found.mean_context <= statistics.fmean(prompts) + 8 + 20 + 10
+
+
+def test_throughput_tells_in_which_steps_the_time_went(load: Load) -> None:
+    load.engine.limit_step(16)
+    load.throughput("chat", [(16, 4), (48, 2), (16, 30)] + [(16, 2)] * 17)
+    rate, *spent = load.table.rows
+    assert rate.unit == "output tokens/s"
+    kinds = ["with prompts", "of up to 64 sequences", "of up to 16 sequences"]
+    assert {row.work for row in spent} == {f"chat: steps {kind}" for kind in kinds}
+    assert sum(row.value for row in spent) == pytest.approx(70 / rate.value)
 
 
 def test_shapes_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
