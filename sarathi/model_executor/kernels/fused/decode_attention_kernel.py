@@ -212,29 +212,24 @@ def attention_kernel(
                         mask=present[:, None],
                     )
                 else:
-                    row = (program * 2 + (at > begin).to(tl.int32)) * PADDED + group
-                    tl.store(parts_ptr + row[:, None] * HEAD_SIZE + dims[None, :], acc, mask=present[:, None])
-                    tl.store(peaks_ptr + row, peak, mask=present)
-                    tl.store(sums_ptr + row, sum_, mask=present)
-                    first_program, last_program = head_begin // share, (head_begin + tiles - 1) // share
-                    tl.debug_barrier()
-                    arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
-                    if arrived == last_program - first_program:
-                        tl.store(arrivals_ptr + first_program, 0)
-                        begins_inside = first_program * share < head_begin
-                        _join(
-                            out_ptr + (wide_seq * KV_HEADS + head) * (GROUP * HEAD_SIZE),
-                            parts_ptr,
-                            peaks_ptr,
-                            sums_ptr,
-                            first_program,
-                            last_program,
-                            begins_inside,
-                            GROUP,
-                            PADDED,
-                            MEMBERS,
-                            HEAD_SIZE,
-                        )
+                    _leave_part(
+                        out_ptr + (wide_seq * KV_HEADS + head) * (GROUP * HEAD_SIZE),
+                        parts_ptr,
+                        peaks_ptr,
+                        sums_ptr,
+                        arrivals_ptr,
+                        acc,
+                        peak,
+                        sum_,
+                        program * 2 + (at > begin).to(tl.int32),
+                        head_begin,
+                        head_begin + tiles,
+                        share,
+                        GROUP,
+                        PADDED,
+                        MEMBERS,
+                        HEAD_SIZE,
+                    )
             at = stop
 
 
@@ -295,6 +290,52 @@ def _clear_padding(out_ptr, lengths_ptr, num_seqs, HEADS: tl.constexpr, HEAD_SIZ
             for head in range(HEADS):
                 row = seq * HEADS + head
                 tl.store(out_ptr + row * HEAD_SIZE + dims, tl.zeros((HEAD_SIZE,), out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _leave_part(
+    out_ptr,
+    parts_ptr,
+    peaks_ptr,
+    sums_ptr,
+    arrivals_ptr,
+    acc,
+    peak,
+    sum_,
+    place,
+    run_begin,
+    run_end,
+    share,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """A part of a run goes to its place to be joined with the others, by the program whose part is there last."""
+    group, dims = tl.arange(0, PADDED), tl.arange(0, HEAD_SIZE)
+    present = group < GROUP
+    row = place * PADDED + group
+    tl.store(parts_ptr + row[:, None] * HEAD_SIZE + dims[None, :], acc, mask=present[:, None])
+    tl.store(peaks_ptr + row, peak, mask=present)
+    tl.store(sums_ptr + row, sum_, mask=present)
+    first_program, last_program = run_begin // share, (run_end - 1) // share
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
+    if arrived == last_program - first_program:
+        tl.store(arrivals_ptr + first_program, 0)
+        _join(
+            out_ptr,
+            parts_ptr,
+            peaks_ptr,
+            sums_ptr,
+            first_program,
+            last_program,
+            first_program * share < run_begin,
+            GROUP,
+            PADDED,
+            MEMBERS,
+            HEAD_SIZE,
+        )
 
 
 @triton.jit
