@@ -1,11 +1,11 @@
 """What on-demand memory costs: driver calls, and every step of a long decode: allocator.csv and allocator_steps.png.
 
-    python scripts/benchmark_allocator.py --model llama-3-8b --output DIR
+    python scripts/benchmark_allocator.py --output DIR
 
-64 requests of staggered lengths decode for 2,048 steps, mapping beside the step (async) and in it (sync), each as
-memory is first needed, and again over slots whose pages are mapped for the longest of them already, so that the
-allocator has nothing to do. Every step's latency goes to allocator_steps.csv. Then come the rows of
-`python -m vattention.bench`.
+Requests of staggered lengths decode, mapping beside the step (async) and in it (sync), each as memory is first
+needed, and again over slots whose pages are mapped for the longest of them already, so that the allocator has nothing
+to do. How many, and for how long, is in experiments/scripts/allocator.yml. Every step's latency goes to
+allocator_steps.csv. Then come the rows of `python -m vattention.bench`.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from measurement.table import Budget, Row, Table
 from vattention import bench
 
 WARM_UP_STEPS = 32  # of a decode, in which pages are created for the first time
-STAGGER_TOKENS = 16
 SLACK_TOKENS = 128  # that a request may have got while others were still in their prompts
 MAPPED = ", mapped before"
 
@@ -42,7 +41,7 @@ class Decodes:
     @property
     def prompts(self) -> list[int]:
         """Lengths a stagger apart, so that requests cross the borders of pages one by one as they do in a server."""
-        return [self._options.prompt + STAGGER_TOKENS * index for index in range(self._options.max_num_seqs)]
+        return [self._options.prompt + self._options.stagger * index for index in range(self._options.max_num_seqs)]
 
     def measure(self, backend: str) -> None:
         """One engine: over fresh memory, then over mapped memory."""
@@ -110,11 +109,11 @@ def save_steps(steps_ms: Mapping[str, Sequence[float]], path: Path) -> None:
 
 def main() -> None:
     parser = engine_parser(__doc__, "results/allocator")
-    parser.set_defaults(max_num_seqs=64, max_model_len=8192)
-    parser.add_argument("--steps", type=int, default=2048, help="decode steps that are measured")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the shortest prompt")
+    parser.add_argument("--steps", type=int, help="decode steps that are measured")
+    parser.add_argument("--prompt", type=int, help="tokens of the shortest prompt")
+    parser.add_argument("--stagger", type=int, help="tokens by which each prompt is longer than the one before")
     parser.add_argument("--skip-library", action="store_true", help="only the decodes")
-    options = parse(parser, {"steps": 40, "prompt": 16})
+    options = parse(parser, figure="allocator")
     budget, table = Budget(options.budget), Table(options.output / "allocator.csv")
     decodes = Decodes(options, table)
     backends = [options.backend, f"{options.backend}_sync"]

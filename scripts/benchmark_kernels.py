@@ -2,11 +2,13 @@
 
     python scripts/benchmark_kernels.py --output DIR [--only small|attention] [--budget SECONDS] [--flashinfer]
 
-Rows go to DIR/kernels.csv as they are known, most important first; what does not fit the budget is named at the end.
+The shapes of attention are in experiments/scripts/kernels.yml. Rows go to DIR/kernels.csv as they are known, most
+important first; what does not fit the budget is named at the end.
 Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, flashinfer, vllm).
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product, zip_longest
@@ -16,15 +18,14 @@ import torch
 from kernel_benchmark import decode, products
 from kernel_benchmark.elementwise import measure_elementwise
 from kernel_benchmark.prefill import measure_prefill
-from kernel_benchmark.shapes import LLAMA, YI
+from kernel_benchmark.shapes import LLAMA, MODELS, YI, Model, Pages
 from kernel_benchmark.step import measure_steps
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
+from measurement.options import parse_figure
 from measurement.plot import draw_times
 from measurement.table import Budget, Table, Work
 
 SMALL_DECODE = [(16, 1024), (1, 1024), (64, 2048), (8, 32768), (16, 8192), (256, 1024), (1, 131072)]
-DECODE = [*SMALL_DECODE, (16, 16384), (64, 4096), (1, 16384), (4, 65536), (1, 196608), (16, 4096), (8, 8192)]
-PREFILL = [8192, 32768, 16384, 2048, 65536, 131072, 4096, 1024, 196608]
 
 
 def small(table: Table) -> Work:
@@ -44,23 +45,28 @@ def small(table: Table) -> Work:
         yield f"decode yi {batch} x {context}", measure
 
 
-def attention(table: Table, *, flashinfer: bool) -> Work:
-    """Contiguous against paged memory, both models, decode and prefill in turn."""
-    both = zip_longest(_decodes(table, flashinfer=flashinfer), _prefills(table, flashinfer=flashinfer))
+def attention(table: Table, options: argparse.Namespace) -> Work:
+    """Contiguous against paged memory, all models, decode and prefill in turn."""
+    pages = Pages(tuple(options.pages), tuple(options.flashinfer_pages) if options.flashinfer else ())
+    both = zip_longest(_decodes(table, options, pages), _prefills(table, options, pages))
     return (work for pair in both for work in pair if work is not None)
 
 
-def _decodes(table: Table, *, flashinfer: bool) -> Work:
-    for (batch, context), model in product(DECODE, (LLAMA, YI)):
-        measure = partial(decode.measure_decode, table, model, batch, context, flashinfer=flashinfer)
+def _decodes(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
+    for model, batch, context in _decode_shapes(options):
+        measure = partial(decode.measure_decode, table, model, batch, context, pages=pages)
         yield f"decode {model.name} {batch} x {context}", measure
 
 
-def _prefills(table: Table, *, flashinfer: bool) -> Work:
-    for context, model in product(PREFILL, (LLAMA, YI)):
-        for chunk in sorted({context, min(2048, context)}):
-            measure = partial(measure_prefill, table, model, chunk, context, flashinfer=flashinfer)
-            yield f"prefill {model.name} {chunk} at {context}", measure
+def _prefills(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
+    for context, name in product(options.prefill, options.models):
+        for chunk in sorted({context, min(options.chunk, context)}):
+            measure = partial(measure_prefill, table, MODELS[name], chunk, context, pages)
+            yield f"prefill {name} {chunk} at {context}", measure
+
+
+def _decode_shapes(options: argparse.Namespace) -> list[tuple[Model, int, int]]:
+    return [(MODELS[name], *shape) for shape, name in product(options.decode, options.models)]
 
 
 def _elementwise(table: Table, tokens: int) -> None:
@@ -70,22 +76,43 @@ def _elementwise(table: Table, tokens: int) -> None:
     measure_elementwise(table, LLAMA, tokens, FusedKernels(torch.device("cuda")), ReferenceKernels())
 
 
-def _jobs(only: str | None) -> Iterator[Callable[[], None]]:
-    shapes = [(model, *shape) for model, shape in product((LLAMA, YI), DECODE)]
-    if only == "attention":
+def _jobs(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
+    shapes = _decode_shapes(options)
+    if options.only == "attention":
         return decode.warm_up_jobs(shapes, [None])
-    return chain(decode.warm_up_jobs(shapes, [None, *decode.CONFIGS]), products.warm_up_jobs())
+    small_shapes = [(model, *shape) for shape, model in product(SMALL_DECODE, (LLAMA, YI))]
+    return chain(decode.warm_up_jobs([*shapes, *small_shapes], [None, *decode.CONFIGS]), products.warm_up_jobs())
 
 
-def main() -> None:
+def _shape(text: str) -> tuple[int, int]:
+    """Sequences and tokens of each, of a text such as 16x1024."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be sequences x tokens, as 16x1024")
+    return int(found[1]), int(found[2])
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for kernels.csv and its plot")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/kernels"), help="folder for kernels.csv and its plot"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--decode", nargs="+", type=_shape, metavar="SEQUENCESxTOKENS")
+    parser.add_argument("--prefill", nargs="+", type=int, metavar="TOKENS", help="of a prompt")
+    parser.add_argument("--chunk", type=int, help="tokens of the last part of a prompt, measured beside the whole")
+    parser.add_argument("--pages", nargs="+", type=int, metavar="TOKENS", help="of a block, FlashAttention 3")
+    parser.add_argument("--flashinfer-pages", nargs="+", type=int, metavar="TOKENS")
     parser.add_argument("--only", choices=("small", "attention"), help="one part (default: both)")
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds, compilation included")
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer too (compiles its kernels, 1-3 minutes)")
-    options = parser.parse_args()
+    return parse_figure(parser, "kernels")
+
+
+def main() -> None:
+    options = parse()
     budget = Budget(options.budget)
-    warm_up(partial(_jobs, options.only), processes_at_hand())
+    warm_up(partial(_jobs, options), processes_at_hand())
     torch.manual_seed(0)
     table = Table(options.output / "kernels.csv")
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
@@ -93,7 +120,7 @@ def main() -> None:
         if options.only != "attention":
             budget.run(small(table))
         if options.only != "small":
-            budget.run(attention(table, flashinfer=options.flashinfer))
+            budget.run(attention(table, options))
     draw_times(table.rows, options.output / "kernels.png")
 
 

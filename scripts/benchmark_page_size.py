@@ -3,7 +3,8 @@ host device, where address space is reserved and pages are counted but no memory
 
     python scripts/benchmark_page_size.py --output DIR
 
-Lengths are drawn from the shape of the arXiv prompts, or read from a CSV: `--trace FILE.csv`.
+What is compared is in experiments/scripts/page_size.yml. Lengths are drawn from the shape of the arXiv prompts, or read
+from a CSV: `--trace FILE.csv`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measurement.options import parse_figure
 from measurement.plot import draw_bars
 
 from sarathi.benchmark.request_generator.datasets import read_lengths
 from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.config.units import parse_bytes
 from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB = 1 << 10
 DRAWN = 2895  # requests from a shape: as many as the arXiv trace has
-TEST = {"samples": 1, "tensor_parallel": [1]}
-LAYOUTS = ((2 * MIB, False), (64 * KIB, False), (2 * MIB, True), (64 * KIB, True))
+LAYOUTS = ("per layer", "megacache")
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class Model:
     parameters: float
 
 
-MODELS = (
+_ALL = (
     Model("Yi-6B-200K", 32, 4, 128, 6.06e9),
     Model("Llama-3-8B", 32, 8, 128, 8.03e9),
     Model("Yi-34B-200K", 60, 8, 128, 34.39e9),
 )
+MODELS = {model.name: model for model in _ALL}
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,17 @@ def samples(lengths: Sequence[int], count: int) -> Iterator[list[int]]:
         yield [*lengths[start:], *lengths[:start]]
 
 
-def measure(
-    model: Model, tensor_parallel: int, budget_bytes: float, lengths: Sequence[int], count: int
-) -> Iterator[Row]:
-    """One row for each page size and layout in which a page holds a token, the baseline first."""
-    baseline = 0.0
+def measure(model: Model, tensor_parallel: int, lengths: Sequence[int], options: argparse.Namespace) -> Iterator[Row]:
+    """One row for each page size and layout in which a page holds a token; ratios are to the first."""
+    baseline, budget_bytes = 0.0, kv_budget(model, options, tensor_parallel)
     kv_heads = max(1, model.kv_heads // tensor_parallel)
     token_bytes = 2 * kv_heads * model.head_size  # bf16, one layer
-    for page_bytes, megacache in LAYOUTS:
+    for layout, page_bytes in itertools.product(options.layouts, options.pages):
+        megacache = layout == "megacache"
         if token_bytes * (model.layers if megacache else 1) > page_bytes:
             continue
         results = []
-        for order in samples(lengths, count):
+        for order in samples(lengths, options.samples):
             with VirtualKVCache(
                 num_layers=model.layers,
                 num_kv_heads=kv_heads,
@@ -123,7 +125,7 @@ def measure(
             tensor_parallel=tensor_parallel,
             budget_gb=round(budget_bytes / 1e9, 1),
             page_kib=page_bytes // KIB,
-            layout="megacache" if megacache else "per layer",
+            layout=layout,
             max_batch=round(batch, 1),
             wasted_percent=round(100 * statistics.mean(wasted for _, wasted in results), 1),
             against_2mib_per_layer=round(batch / baseline, 3),
@@ -166,18 +168,18 @@ def file_name(options: argparse.Namespace) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = ", ".join(SHAPES)
-    parser.add_argument("--trace", default="arxiv", help=f"{shapes}, or a CSV: num_prefill_tokens, num_decode_tokens")
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--pages", nargs="+", type=parse_bytes, help="as 2mb; the first is what ratios are to")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
+    parser.add_argument("--trace", help=f"{shapes}, or a CSV: num_prefill_tokens, num_decode_tokens")
     parser.add_argument("--seed", type=int, default=0, help="of lengths that are drawn from a shape")
-    parser.add_argument("--budget-bytes", type=float, default=80e9, help="memory of one GPU (default: 80e9)")
+    parser.add_argument("--budget-bytes", type=float, help="memory of one GPU")
     parser.add_argument("--minus-weights", action="store_true", help="take bf16 weights off the budget first")
-    parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 2], help="GPUs that split the KV heads")
-    parser.add_argument("--samples", type=int, default=10, help="starting points in the trace (default: 10)")
+    parser.add_argument("--tensor-parallel", type=int, nargs="+", help="GPUs that split the KV heads")
+    parser.add_argument("--samples", type=int, help="starting points in the trace")
     parser.add_argument("--output", type=Path, default=Path("results/page_size"), help="folder of the CSV and plot")
     parser.add_argument("--test", action="store_true", help="a short form: one GPU, one starting point")
-    options = parser.parse_args()
-    if options.test:
-        vars(options).update(TEST)
-    return options
+    return parse_figure(parser, "page_size")
 
 
 def main() -> None:
@@ -185,8 +187,8 @@ def main() -> None:
     lengths = final_lengths(options.trace, options.seed)
     print(f"{len(lengths)} requests, mean {statistics.mean(lengths):.0f} tokens, longest {max(lengths)}")
     rows: list[Row] = []
-    for model, parallel in itertools.product(MODELS, options.tensor_parallel):
-        for row in measure(model, parallel, kv_budget(model, options, parallel), lengths, options.samples):
+    for name, parallel in itertools.product(options.models, options.tensor_parallel):
+        for row in measure(MODELS[name], parallel, lengths, options):
             rows.append(row)
             print("| " + " | ".join(str(value) for value in asdict(row).values()) + " |", flush=True)
     save(rows, options.output / file_name(options))

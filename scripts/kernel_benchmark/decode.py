@@ -10,7 +10,7 @@ from measurement.table import Row, Table, attempt
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
-from kernel_benchmark.shapes import MODELS, Model
+from kernel_benchmark.shapes import FLASH_ATTENTION_PAGES, MODELS, Model, Pages
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
@@ -18,7 +18,6 @@ from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, 
 from sarathi.model_executor.kernels.types import DecodeBatch
 
 Launch = Callable[[int], Tensor]
-PAGES = (16, 64, 128, 256)
 CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
     (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (32, 5, 4, 3),
 )]  # fmt: skip
@@ -61,14 +60,13 @@ def measure_decode(
     batch: int,
     context: int,
     configs: Sequence[DecodeConfig] = (),
-    *,
-    flashinfer: bool = False,
+    pages: Pages = FLASH_ATTENTION_PAGES,
 ) -> None:
     """All kernels at one shape, each checked on a few sequences against float64 first; ratios are to the best paged."""
     inputs = Inputs.create(model, batch, context)
     expected, checked = exact_output(inputs, sequences=2)
     rows = []
-    for name, make in _launches(inputs, configs, flashinfer=flashinfer):
+    for name, make in _launches(inputs, configs, pages):
         value = attempt(name, partial(_checked_us, make, len(inputs.layers), expected, checked))
         if value is not None:
             rows.append(Row(model.name, "decode", name, batch, context, value, "us"))
@@ -168,7 +166,7 @@ def flashinfer_launch(inputs: Inputs, page: int, *, contiguous: bool) -> Launch:
 
 
 def _launches(
-    inputs: Inputs, configs: Sequence[DecodeConfig], *, flashinfer: bool
+    inputs: Inputs, configs: Sequence[DecodeConfig], pages: Pages
 ) -> Iterator[tuple[str, Callable[[], Launch]]]:
     packages = installed_packages()
     for package in packages:
@@ -177,12 +175,12 @@ def _launches(
         name = "triton " + " ".join(f"{key}={value}" for key, value in config._asdict().items())
         yield name, lambda c=config: triton_launch(inputs, c)
     yield "triton default, overlapped launch", lambda: triton_launch(inputs, None, pdl=True)
-    for package, page in itertools.product(packages, PAGES):
+    for package, page in itertools.product(packages, pages.fa3):
         if PACKAGES[package].abilities.block_multiple is not None:
             yield f"fa3 paged {page} ({package})", lambda p=package, n=page: fa3_launch(inputs, p, n)
-    if flashinfer:
-        for page in (16, 64):
-            yield f"flashinfer paged {page}", lambda n=page: flashinfer_launch(inputs, n, contiguous=False)
+    for page in pages.flashinfer:
+        yield f"flashinfer paged {page}", lambda n=page: flashinfer_launch(inputs, n, contiguous=False)
+    if pages.flashinfer:
         yield "flashinfer contiguous as pages of 64", lambda: flashinfer_launch(inputs, 64, contiguous=True)
 
 

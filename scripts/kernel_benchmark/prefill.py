@@ -10,8 +10,8 @@ from measurement.table import Row, Table, attempt
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
-from kernel_benchmark.decode import PAGES, add_paged_first
-from kernel_benchmark.shapes import Model
+from kernel_benchmark.decode import add_paged_first
+from kernel_benchmark.shapes import Model, Pages
 from kernel_benchmark.timing import eager_us, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     values: Tensor
 
 
-def measure_prefill(table: Table, model: Model, chunk: int, context: int, *, flashinfer: bool) -> None:
+def measure_prefill(table: Table, model: Model, chunk: int, context: int, pages: Pages) -> None:
     """All kernels at one shape, the last rows checked against float64 first; ratios are to the best paged."""
     cache = (1, context, model.num_kv_heads, model.head_size)
     q = _random(chunk, model.num_heads, model.head_size)
@@ -39,7 +39,7 @@ def measure_prefill(table: Table, model: Model, chunk: int, context: int, *, fla
     expected = _exact_last_rows(inputs, 4)
     work = "prefill" if chunk == context else f"prefill {chunk}"
     rows = []
-    for name, make in _launches(inputs, flashinfer=flashinfer):
+    for name, make in _launches(inputs, pages):
         value = attempt(name, partial(_checked_ms, make, expected, inputs))
         if value is not None:
             rows.append(Row(model.name, work, name, 1, context, value, "ms"))
@@ -113,17 +113,17 @@ def _flashinfer_single(inputs: Inputs, backend: str) -> Launch:
     )
 
 
-def _launches(inputs: Inputs, *, flashinfer: bool) -> Iterator[tuple[str, Callable[[], Launch]]]:
+def _launches(inputs: Inputs, pages: Pages) -> Iterator[tuple[str, Callable[[], Launch]]]:
     packages = installed_packages()
     for package in packages:
         yield f"fa3 contiguous ({package})", lambda p=package: _fa3(inputs, p, None)
-    for package, page in itertools.product(packages, PAGES):
+    for package, page in itertools.product(packages, pages.fa3):
         if PACKAGES[package].abilities.block_multiple is not None:
             yield f"fa3 paged {page} ({package})", lambda p=package, n=page: _fa3(inputs, p, n)
-    if flashinfer:
+    if pages.flashinfer:
         yield "flashinfer contiguous fa3", lambda: _flashinfer_single(inputs, "fa3")
-        for page in (16, 64):
-            yield f"flashinfer paged {page} fa3", lambda n=page: _flashinfer_paged(inputs, n, "fa3")
+    for page in pages.flashinfer:
+        yield f"flashinfer paged {page} fa3", lambda n=page: _flashinfer_paged(inputs, n, "fa3")
 
 
 def _random(*shape: int) -> Tensor:
