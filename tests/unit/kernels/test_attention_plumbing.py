@@ -71,6 +71,16 @@ def test_new_tokens_go_where_the_reference_writes_them(paged: bool, decodes: boo
 
 
 @pytest.mark.parametrize("paged", [False, True])
+def test_whatever_the_number_of_sequences_tensors_begin_where_kernels_expect_it(paged: bool) -> None:
+    """At 16 bytes: Triton would compile a kernel once more for others."""
+    for count in range(1, 10):
+        batch = random_batch(count, decodes=True)
+        step = make_step(batch, random_address(batch, paged=paged), CPU)
+        places = step.block_table if paged else step.rows
+        assert [each.data_ptr() % 16 for each in (step.starts, step.cached, step.lengths, places)] == [0] * 4
+
+
+@pytest.mark.parametrize("paged", [False, True])
 def test_a_static_step_is_refilled_and_padded(paged: bool) -> None:
     static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU, riders=2)
     starts = static.step.starts

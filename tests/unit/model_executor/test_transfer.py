@@ -27,7 +27,9 @@ class Outer:
 def test_all_tensors_arrive_as_they_were(dtype: torch.dtype) -> None:
     values = torch.randint(0, 2, (3, 5)).to(dtype)
     sent = Outer(torch.randn(7, 1, dtype=torch.float64), Inner(values.t(), "kept"), None, torch.empty(0, 4))
-    arrived = to_host(to_device(sent, torch.device("cpu")))
+    there = to_device(sent, torch.device("cpu"))
+    assert there.wide.data_ptr() % 16 == there.inner.values.data_ptr() % 16 == 0  # see _ALIGNMENT_BYTES
+    arrived = to_host(there)
     assert arrived.nothing is None and arrived.inner.label == "kept"
     for ours, theirs in ((arrived.wide, sent.wide), (arrived.inner.values, values.t()), (arrived.empty, sent.empty)):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
