@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from measurement.figure import positive
 from measurement.lengths import FULL, SMALL
 from measurement.options import engine_parser, parse
 from measurement.ours import OurEngine, open_engine
@@ -107,13 +108,17 @@ def save_steps(steps_ms: Mapping[str, Sequence[float]], path: Path) -> None:
             writer.writerows((name, step, f"{value:.4f}") for step, value in enumerate(steps))
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = engine_parser(__doc__, "results/allocator")
-    parser.add_argument("--steps", type=int, help="decode steps that are measured")
-    parser.add_argument("--prompt", type=int, help="tokens of the shortest prompt")
+    parser.add_argument("--steps", type=positive, help="decode steps that are measured")
+    parser.add_argument("--prompt", type=positive, help="tokens of the shortest prompt")
     parser.add_argument("--stagger", type=int, help="tokens by which each prompt is longer than the one before")
     parser.add_argument("--skip-library", action="store_true", help="only the decodes")
-    options = parse(parser, figure="allocator")
+    return parse(parser, figure="allocator")
+
+
+def main() -> None:
+    options = read_options()
     budget, table = Budget(options.budget), Table(options.output / "allocator.csv")
     decodes = Decodes(options, table)
     backends = [options.backend, f"{options.backend}_sync"]

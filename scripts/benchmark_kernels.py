@@ -21,19 +21,19 @@ from kernel_benchmark.prefill import measure_prefill
 from kernel_benchmark.shapes import LLAMA, MODELS, YI, Model, Pages
 from kernel_benchmark.step import measure_steps
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
-from measurement.options import parse_figure
+from measurement.figure import parse_figure, positive
 from measurement.plot import draw_times
 from measurement.table import Budget, Table, Work
 
 SMALL_DECODE = [(16, 1024), (1, 1024), (64, 2048), (8, 32768), (16, 8192), (256, 1024), (1, 131072)]
 
 
-def small(table: Table) -> Work:
+def small(table: Table, options: argparse.Namespace) -> Work:
     """What one short call should tell: steps, decode attention, products, small kernels."""
-    shapes = [(1, 1024), (16, 1024), (64, 1024), (256, 1024)]
+    shapes, pages = [(1, 1024), (16, 1024), (64, 1024), (256, 1024)], Pages(tuple(options.pages), ())
     yield "steps llama", partial(measure_steps, table, LLAMA, shapes)
     for batch, context in SMALL_DECODE:
-        measure = partial(decode.measure_decode, table, LLAMA, batch, context, decode.CONFIGS)
+        measure = partial(decode.measure_decode, table, LLAMA, batch, context, pages, decode.CONFIGS)
         yield f"decode llama {batch} x {context}", measure
     for batch, model in ((1, LLAMA), (16, LLAMA), (1, YI), (16, YI), (8, LLAMA), (4, LLAMA), (2, LLAMA)):
         for name in model.weights:
@@ -41,7 +41,7 @@ def small(table: Table) -> Work:
     for tokens in (1, 16, 256, 2048):
         yield f"small kernels {tokens}", partial(_elementwise, table, tokens)
     for batch, context in SMALL_DECODE[:4]:
-        measure = partial(decode.measure_decode, table, YI, batch, context, decode.CONFIGS)
+        measure = partial(decode.measure_decode, table, YI, batch, context, pages, decode.CONFIGS)
         yield f"decode yi {batch} x {context}", measure
 
 
@@ -54,7 +54,7 @@ def attention(table: Table, options: argparse.Namespace) -> Work:
 
 def _decodes(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
     for model, batch, context in _decode_shapes(options):
-        measure = partial(decode.measure_decode, table, model, batch, context, pages=pages)
+        measure = partial(decode.measure_decode, table, model, batch, context, pages)
         yield f"decode {model.name} {batch} x {context}", measure
 
 
@@ -99,10 +99,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--decode", nargs="+", type=_shape, metavar="SEQUENCESxTOKENS")
-    parser.add_argument("--prefill", nargs="+", type=int, metavar="TOKENS", help="of a prompt")
-    parser.add_argument("--chunk", type=int, help="tokens of the last part of a prompt, measured beside the whole")
-    parser.add_argument("--pages", nargs="+", type=int, metavar="TOKENS", help="of a block, FlashAttention 3")
-    parser.add_argument("--flashinfer-pages", nargs="+", type=int, metavar="TOKENS")
+    parser.add_argument("--prefill", nargs="+", type=positive, metavar="TOKENS", help="of a prompt")
+    parser.add_argument("--chunk", type=positive, help="tokens of the last part of a prompt, measured beside the whole")
+    parser.add_argument("--pages", nargs="+", type=positive, metavar="TOKENS", help="of a block, FlashAttention 3")
+    parser.add_argument("--flashinfer-pages", nargs="+", type=positive, metavar="TOKENS")
     parser.add_argument("--only", choices=("small", "attention"), help="one part (default: both)")
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds, compilation included")
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer too (compiles its kernels, 1-3 minutes)")
@@ -118,7 +118,7 @@ def main() -> None:
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
     with torch.inference_mode():
         if options.only != "attention":
-            budget.run(small(table))
+            budget.run(small(table, options))
         if options.only != "small":
             budget.run(attention(table, options))
     draw_times(table.rows, options.output / "kernels.png")

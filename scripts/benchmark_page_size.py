@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measurement.options import parse_figure
+from measurement.figure import parse_figure, positive, size_bytes
 from measurement.plot import draw_bars
 
 from sarathi.benchmark.request_generator.datasets import read_lengths
 from sarathi.benchmark.request_generator.shapes import SHAPES
-from sarathi.config.units import parse_bytes
 from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
 
@@ -169,14 +168,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = ", ".join(SHAPES)
     parser.add_argument("--models", nargs="+", choices=MODELS)
-    parser.add_argument("--pages", nargs="+", type=parse_bytes, help="as 2mb; the first is what ratios are to")
+    parser.add_argument("--pages", nargs="+", type=size_bytes, help="as 2mb; the first is what ratios are to")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     parser.add_argument("--trace", help=f"{shapes}, or a CSV: num_prefill_tokens, num_decode_tokens")
     parser.add_argument("--seed", type=int, default=0, help="of lengths that are drawn from a shape")
     parser.add_argument("--budget-bytes", type=float, help="memory of one GPU")
     parser.add_argument("--minus-weights", action="store_true", help="take bf16 weights off the budget first")
-    parser.add_argument("--tensor-parallel", type=int, nargs="+", help="GPUs that split the KV heads")
-    parser.add_argument("--samples", type=int, help="starting points in the trace")
+    parser.add_argument("--tensor-parallel", type=positive, nargs="+", help="GPUs that split the KV heads")
+    parser.add_argument("--samples", type=positive, help="starting points in the trace")
     parser.add_argument("--output", type=Path, default=Path("results/page_size"), help="folder of the CSV and plot")
     parser.add_argument("--test", action="store_true", help="a short form: one GPU, one starting point")
     return parse_figure(parser, "page_size")

@@ -10,7 +10,7 @@ from measurement.table import Row, Table, attempt
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
-from kernel_benchmark.shapes import FLASH_ATTENTION_PAGES, MODELS, Model, Pages
+from kernel_benchmark.shapes import MODELS, Model, Pages
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
@@ -59,8 +59,8 @@ def measure_decode(
     model: Model,
     batch: int,
     context: int,
+    pages: Pages,
     configs: Sequence[DecodeConfig] = (),
-    pages: Pages = FLASH_ATTENTION_PAGES,
 ) -> None:
     """All kernels at one shape, each checked on a few sequences against float64 first; ratios are to the best paged."""
     inputs = Inputs.create(model, batch, context)

@@ -43,8 +43,6 @@ class Pages(NamedTuple):
     flashinfer: tuple[int, ...]  # none: its kernels are not measured
 
 
-FLASH_ATTENTION_PAGES = Pages((16, 64, 128, 256), ())
-
 LLAMA = Model("llama-3-8b", 32, 8, 4096, 14336, 128256)
 YI = Model("yi-6b-200k", 32, 4, 4096, 11008, 64000)
 TINY = Model("tiny", 4, 2, 256, 512, 1000, layers=2, head_size=64)  # for trying a script

@@ -2,17 +2,13 @@
 
 import argparse
 import json
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import yaml
+from measurement.figure import parse_figure
 
-from sarathi.config.units import nearest
-
-_FIGURES = Path(__file__).parents[2] / "experiments" / "scripts"
 _COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -73,38 +69,3 @@ def parse(
     if options.test:
         vars(options).update({**_TEST, **test})
     return options
-
-
-def parse_figure(parser: argparse.ArgumentParser, figure: str) -> argparse.Namespace:
-    """The options: those of experiments/scripts/FIGURE.yml, or of another file, and over them the command line's.
-
-    A key that is no option and a value that an option does not take end the program with an error that names the file.
-    """
-    parser.add_argument("--figure", type=Path, default=_FIGURES / f"{figure}.yml", help="YAML of these options")
-    parser.allow_abbrev = False
-    given = parser.parse_args()
-    parser.exit_on_error = False  # for as long as the file is read
-    try:
-        words = list(_words(given.figure, test=getattr(given, "test", False)))
-        _, unknown = parser.parse_known_args(words)
-    except (OSError, ValueError, yaml.YAMLError, argparse.ArgumentError) as error:
-        parser.error(f"{given.figure}: {error}")
-    parser.exit_on_error = True
-    if unknown:
-        known = [name for name in vars(given) if name not in ("figure", "test", "output")]
-        key = unknown[0].removeprefix("--").replace("-", "_")
-        parser.error(
-            f"{given.figure}: {key!r} is unknown; the nearest of {', '.join(known)} is {nearest(key, known)!r}"
-        )
-    return parser.parse_args([*words, *sys.argv[1:]])
-
-
-def _words(path: Path, *, test: bool) -> Iterator[str]:
-    """The file's options as a command line has them; test: with those of its section `test`."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it must be a mapping of option to value")
-    short = content.pop("test", {})
-    for key, value in {**content, **(short if test else {})}.items():
-        yield f"--{key.replace('_', '-')}"
-        yield from map(str, value if isinstance(value, list) else [value])

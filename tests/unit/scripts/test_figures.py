@@ -1,13 +1,15 @@
 """What scripts measure, read from experiments/scripts/*.yml. No engine and no GPU."""
 
 import argparse
+import csv
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
-from measurement.options import parse_figure
+import yaml
+from measurement.figure import FIGURES, parse_figure, positive
 
-FIGURES = sorted((Path(__file__).parents[3] / "experiments" / "scripts").glob("*.yml"))
 YAML = """
 models: [a, b]
 steps: 100
@@ -17,6 +19,7 @@ test: {steps: 2}
 
 @pytest.fixture
 def figure(tmp_path: Path) -> Path:
+    (tmp_path / "shipped.yml").write_text(YAML)
     path = tmp_path / "figure.yml"
     path.write_text(YAML)
     return path
@@ -25,10 +28,12 @@ def figure(tmp_path: Path) -> Path:
 def parsed(figure: Path, *words: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", choices=("a", "b", "c"))
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=positive)
+    parser.add_argument("--title")
+    parser.add_argument("--output")
     parser.add_argument("--test", action="store_true")
     monkeypatch.setattr(sys, "argv", ["script", "--figure", str(figure), *words])
-    return parse_figure(parser, "kernels")
+    return parse_figure(parser, "shipped", figure.parent)
 
 
 @pytest.mark.parametrize(
@@ -42,23 +47,111 @@ def test_the_file_gives_what_the_command_line_does_not(
     assert (found.models, found.steps) == (models, steps)
 
 
+@pytest.mark.parametrize("words", [(), ("--test",)])
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("step: 3", "'step' is unknown; the nearest of models, steps is 'steps'"),
-        ("steps: many", "argument --steps: invalid int value: 'many'"),
-        ("models: [a, d]", "argument --models: invalid choice: 'd' (choose from"),
+        (YAML + "step: 3", "'step' is unknown; the nearest of models, steps, title is 'steps'"),
+        (YAML + "5: 3", "'5' is unknown; the nearest of models, steps, title is "),
+        (YAML + "help: me", "'help' is unknown; the nearest of models, steps, title is "),
+        (YAML + "output: here", "'output' is unknown; the nearest of models, steps, title is "),
+        ("models: [a]\ntest: {steps: 2}", "'steps' is missing; a file has models, steps, test"),
+        ("models: [a]\nsteps: many", "steps is 'many': argument --steps: 'many': it must be an integer, at least 1"),
+        ("models: [a]\nsteps: 0", "argument --steps: '0': it must be an integer, at least 1"),
+        ("models: [a]\nsteps: 2.5", "argument --steps: '2.5': it must be an integer, at least 1"),
+        ("models: [a]\nsteps: true", "steps is True: it must be text, a number, or a list of them"),
+        ("models: [a]\nsteps:", "steps is None: it must be text, a number, or a list of them"),
+        ("models: [a]\nsteps: [1, 2]", "steps is [1, 2]: it must be one value"),
+        ("models: [a]\nsteps: [1]", "steps is [1]: it must be one value"),
+        ("models: [a, d]\nsteps: 1", "argument --models: invalid choice: 'd' (choose from"),
+        ("models: [a, [b]]\nsteps: 1", "models is ['a', ['b']]: it must be text, a number, or a list of them"),
+        ("models: []\nsteps: 1", "models is []: argument --models: expected at least one argument"),
+        (YAML + "title: {a: 1}", "title is {'a': 1}: it must be text, a number, or a list of them"),
+        ("models: [a]\nsteps: 1\ntest: {step: 1}", "'test.step' is unknown; the nearest of models, steps, title is"),
+        ("models: [a]\nsteps: 1\ntest: {steps: x}", "test.steps is 'x': argument --steps: 'x': it must be an integer"),
+        ("models: [a]\nsteps: 1\ntest: 5", "test is 5: it must be a mapping of option to value"),
+        ("models: [a]\nsteps: 1\ntest:", "test is None: it must be a mapping of option to value"),
         ("- steps", "it must be a mapping of option to value"),
+        ("", "it must be a mapping of option to value"),
     ],
 )
 def test_what_the_file_must_not_say(
-    text: str, told: str, figure: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str,
+    told: str,
+    words: tuple[str, ...],
+    figure: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     figure.write_text(text)
     with pytest.raises(SystemExit) as ended:
-        parsed(figure, monkeypatch=monkeypatch)
+        parsed(figure, *words, monkeypatch=monkeypatch)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and f"{figure}: " in said and told in said
+
+
+def test_a_file_that_is_not_there_is_named(
+    figure: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(figure.with_name("none.yml"), monkeypatch=monkeypatch)
+    assert f"{figure.with_name('none.yml')}: " in capsys.readouterr().err
+
+
+def shipped(name: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """The options of a script that is told these words."""
+    if name == "kernels":
+        pytest.importorskip("triton", reason="the kernels that are measured need triton")
+    script = importlib.import_module(f"benchmark_{name}")
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    return (script.read_options if name == "allocator" else script.parse)()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(FIGURES.glob("*.yml"))])
+def test_scripts_read_the_shipped_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load((FIGURES / f"{name}.yml").read_text())
+    short = content.pop("test", None)
+    found = vars(shipped(name, monkeypatch=monkeypatch))
+    for key, value in content.items():
+        assert found[key] is not None
+        if not isinstance(value, list):
+            assert str(found[key]) == str(value) or found[key] == float(value)
+        else:
+            assert len(found[key]) == len(value)
+    if short is not None:
+        found = vars(shipped(name, "--test", monkeypatch=monkeypatch))
+        assert {key: found[key] for key in short} == short
+
+
+def test_the_prompts_of_the_allocator_figure_are_a_stagger_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import benchmark_allocator
+    from measurement.table import Table
+
+    options = shipped("allocator", monkeypatch=monkeypatch)
+    prompts = benchmark_allocator.Decodes(options, Table(tmp_path / "allocator.csv")).prompts
+    assert prompts == list(range(512, 512 + 64 * 16, 16)) and options.steps == 2048
+
+
+def test_page_sizes_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmark_page_size
+
+    figure = tmp_path / "figure.yml"
+    figure.write_text("""
+models: [Yi-34B-200K, Yi-6B-200K]
+pages: [1mb, 4mb]
+layouts: [per layer]
+tensor_parallel: [2]
+budget_bytes: 8e9
+trace: arxiv
+samples: 1
+""")
+    shipped("page_size", "--figure", str(figure), "--output", str(tmp_path), monkeypatch=monkeypatch)
+    benchmark_page_size.main()
+    with (tmp_path / "max_batch_arxiv_shape.csv").open(newline="") as file:
+        rows = [(row["model"], int(row["page_kib"]), row["layout"]) for row in csv.DictReader(file)]
+    assert rows == [(model, page, "per layer") for model in ("Yi-34B-200K", "Yi-6B-200K") for page in (1024, 4096)]
 
 
 def test_every_shape_of_the_kernels_figure_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
