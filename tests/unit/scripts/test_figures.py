@@ -147,7 +147,7 @@ budget_bytes: 8e9
 trace: arxiv
 samples: 1
 """)
-    shipped("page_size", "--figure", str(figure), "--output", str(tmp_path), monkeypatch=monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["script", "--figure", str(figure), "--output", str(tmp_path)])
     benchmark_page_size.main()
     with (tmp_path / "max_batch_arxiv_shape.csv").open(newline="") as file:
         rows = [(row["model"], int(row["page_kib"]), row["layout"]) for row in csv.DictReader(file)]
@@ -155,12 +155,10 @@ samples: 1
 
 
 def test_every_shape_of_the_kernels_figure_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="the kernels that are measured need triton")
-    import benchmark_kernels
+    options = shipped("kernels", monkeypatch=monkeypatch)
+    import benchmark_kernels  # needs triton, which shipped() has seen to
     from measurement.table import Table
 
-    monkeypatch.setattr(sys, "argv", ["script", "--output", str(tmp_path)])
-    options = benchmark_kernels.parse()
     names = [name for name, _ in benchmark_kernels.attention(Table(tmp_path / "kernels.csv"), options)]
     decodes, prefills = ([name for name in names if name.startswith(work)] for work in ("decode", "prefill"))
     assert len(names) == len(set(names)) == len(decodes) + len(prefills)
