@@ -182,6 +182,7 @@ def test_interrupt_writes_what_there_is(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*RUN, *words, "--output_dir", str(tmp_path), "--show_progress", "true"],
         cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
     )  # fmt: skip
     assert process.stderr is not None
     while "req" not in process.stderr.read(20):  # the progress bar: the run has begun
