@@ -25,14 +25,14 @@ from measurement.figure import parse_figure, positive
 from measurement.plot import draw_times
 from measurement.table import Budget, Table, Work
 
-SMALL_DECODE = [(16, 1024), (1, 1024), (64, 2048), (8, 32768), (16, 8192), (256, 1024), (1, 131072)]
+SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measures, of the first
 
 
 def small(table: Table, options: argparse.Namespace) -> Work:
     """What one short call should tell: steps, decode attention, products, small kernels."""
     shapes, pages = [(1, 1024), (16, 1024), (64, 1024), (256, 1024)], Pages(tuple(options.pages), ())
     yield "steps llama", partial(measure_steps, table, LLAMA, shapes)
-    for batch, context in SMALL_DECODE:
+    for batch, context in options.decode[: SMALL_SHAPES[LLAMA]]:
         measure = partial(decode.measure_decode, table, LLAMA, batch, context, pages, decode.CONFIGS)
         yield f"decode llama {batch} x {context}", measure
     for batch, model in ((1, LLAMA), (16, LLAMA), (1, YI), (16, YI), (8, LLAMA), (4, LLAMA), (2, LLAMA)):
@@ -40,7 +40,7 @@ def small(table: Table, options: argparse.Namespace) -> Work:
             yield f"{name} {model.name} {batch}", partial(products.measure_product, table, model, name, batch)
     for tokens in (1, 16, 256, 2048):
         yield f"small kernels {tokens}", partial(_elementwise, table, tokens)
-    for batch, context in SMALL_DECODE[:4]:
+    for batch, context in options.decode[: SMALL_SHAPES[YI]]:
         measure = partial(decode.measure_decode, table, YI, batch, context, pages, decode.CONFIGS)
         yield f"decode yi {batch} x {context}", measure
 
@@ -80,8 +80,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
     shapes = _decode_shapes(options)
     if options.only == "attention":
         return decode.warm_up_jobs(shapes, [None])
-    small_shapes = [(model, *shape) for shape, model in product(SMALL_DECODE, (LLAMA, YI))]
-    return chain(decode.warm_up_jobs([*shapes, *small_shapes], [None, *decode.CONFIGS]), products.warm_up_jobs())
+    return chain(decode.warm_up_jobs(shapes, [None, *decode.CONFIGS]), products.warm_up_jobs())
 
 
 def _shape(text: str) -> tuple[int, int]:
