@@ -28,8 +28,8 @@ class Endpoint:
 class RequestResult:
     """What came of one request; seconds of one clock. error: empty where it succeeded.
 
-    chunk_times_s: when each chunk with choices came; the first is the first token. output_tokens: the server's count,
-    or else the number of chunks.
+    chunk_times_s: when each chunk that holds a token came; the first is the first token. output_tokens: the server's
+    count, or else the number of chunks. closed_at_s: when a chunk came that only closed the answer.
     """
 
     sent_at_s: float
@@ -39,6 +39,7 @@ class RequestResult:
     ended_at_s: float = 0.0
     text: str = ""
     error: str = ""
+    closed_at_s: float | None = None
 
     @property
     def ttft_s(self) -> float:
@@ -82,17 +83,22 @@ def _body(endpoint: Endpoint, prompt: str | list[int], max_tokens: int) -> dict[
 
 
 async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: RequestResult) -> None:
+    ended = False
     async for data in _events(response):
         if data == DONE:
+            ended = True
             break
         chunk = json.loads(data)
         if error := chunk.get("error"):
             result.error = str(error.get("message", error) if isinstance(error, dict) else error)
             return
         if chunk.get("choices"):
-            result.chunk_times_s.append(time.perf_counter())
-            result.text += _text(chunk["choices"][0], endpoint.is_chat)
+            ended = _take_choice(chunk["choices"][0], endpoint.is_chat, result) or ended
         _take_usage(chunk.get("usage"), result)
+    if not ended:
+        result.error = "the stream ended before the answer did"
+    if result.closed_at_s is not None and len(result.chunk_times_s) < max(result.output_tokens, 1):
+        result.chunk_times_s.append(result.closed_at_s)  # it held the last token: an end without text, or held back
     result.output_tokens = result.output_tokens or len(result.chunk_times_s)
 
 
@@ -106,9 +112,16 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
                 yield line[5:].strip().decode()
 
 
-def _text(choice: Mapping[str, Any], is_chat: bool) -> str:
-    text = (choice.get("delta") or {}).get("content") if is_chat else choice.get("text")
-    return text or ""
+def _take_choice(choice: Mapping[str, Any], is_chat: bool, result: RequestResult) -> bool:
+    """Whether the answer ends here. A chunk of no text is a token too, unless it names the role or the end alone."""
+    delta = (choice.get("delta") or {}) if is_chat else {"content": choice.get("text")}
+    ends = bool(choice.get("finish_reason"))
+    if any(value for name, value in delta.items() if name != "role") or not (delta.get("role") or ends):
+        result.chunk_times_s.append(time.perf_counter())
+        result.text += delta.get("content") or ""
+    elif ends:
+        result.closed_at_s = time.perf_counter()
+    return ends
 
 
 def _take_usage(usage: Mapping[str, Any] | None, result: RequestResult) -> None:

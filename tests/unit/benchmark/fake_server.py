@@ -12,11 +12,17 @@ from aiohttp import web
 
 @dataclass
 class Behaviour:
-    """first_s, gap_s: delays before the first and between further tokens. trouble: request number -> what fails."""
+    """first_s, gap_s: delays before the first and between further tokens. trouble: request number -> what fails.
+
+    frames: chunks without a token open (chat) and close the answer, the last has the usage, and no [DONE] follows, as
+    with `transformers serve`. silent_end: the last token is an end without text, which only the closing chunk tells.
+    """
 
     first_s: float = 0.02
     gap_s: float = 0.005
     usage: bool = True
+    frames: bool = False
+    silent_end: bool = False
     trouble: dict[int, str] = field(default_factory=dict)
     bodies: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
@@ -73,28 +79,42 @@ async def _answer(request: web.Request, behaviour: Behaviour, number: int) -> we
         return web.json_response({"error": {"message": "out of order"}}, status=500)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    for index in range(body.get("max_tokens") or body["max_completion_tokens"]):
+    if behaviour.frames and "messages" in body:
+        await _send(response, {"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
+    for index in range(_num_tokens(body)):
         await asyncio.sleep(behaviour.gap_s if index else behaviour.first_s)
         if trouble == "error" and index == 2:
             await _send(response, {"error": {"message": "lost my mind", "code": 500}})
             return response
-        await _send_in_pieces(response, {"choices": [_choice(body, index)]})
+        if trouble == "cut" and index == 2:
+            return response
+        if not (behaviour.silent_end and index == _num_tokens(body) - 1):
+            await _send_in_pieces(response, {"choices": [_choice(body, f"t{index} ")]})
+    if behaviour.frames:
+        closing = {"choices": [_choice(body, "") | {"finish_reason": "length"}]}
+        await _send(response, closing | ({"usage": _usage(body)} if behaviour.usage else {}))
+        return response
     if behaviour.usage:
         await _send(response, {"choices": [], "usage": _usage(body)})
     await response.write(b"data: [DONE]\n\n")
     return response
 
 
-def _choice(body: dict, index: int) -> dict:
-    text = f"t{index} "
-    return {"index": 0, "delta": {"content": text}} if "messages" in body else {"index": 0, "text": text}
+def _num_tokens(body: dict) -> int:
+    return body.get("max_tokens") or body["max_completion_tokens"]
+
+
+def _choice(body: dict, text: str) -> dict:
+    if "messages" in body:
+        return {"index": 0, "delta": {"content": text} if text else {}}
+    return {"index": 0, "text": text}
 
 
 def _usage(body: dict) -> dict:
     """A prompt of text is counted as twice its words, so that a client's own count shows."""
     prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"][0]["text"]
     count = len(prompt) if isinstance(prompt, list) else 2 * len(prompt.split())
-    return {"prompt_tokens": count, "completion_tokens": body.get("max_tokens") or body["max_completion_tokens"]}
+    return {"prompt_tokens": count, "completion_tokens": _num_tokens(body)}
 
 
 async def _send(response: web.StreamResponse, content: dict) -> None:

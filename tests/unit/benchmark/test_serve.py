@@ -68,6 +68,27 @@ def test_chunks_are_counted_where_the_server_counts_nothing(tmp_path: Path) -> N
     assert (result["output_lens"], result["input_lens"]) == ([4, 4], [9, 9])
 
 
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+@pytest.mark.parametrize("usage", [True, False])
+def test_chunks_that_open_or_close_an_answer_are_no_tokens(tmp_path: Path, backend: str, usage: bool) -> None:
+    words = ["--backend", backend, "--num-prompts", 2, "--random-input-len", 9, "--random-output-len", 5]
+    with serving(Behaviour(first_s=0.1, frames=True, usage=usage)) as server:
+        result = load(server, tmp_path, *words)
+    assert min(result["ttfts"]) >= 0.1
+    assert [len(gaps) for gaps in result["itls"]] == [4, 4]
+    assert result["output_lens"] == [5, 5] and result["max_output_tokens_per_s"] <= 10
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_an_end_without_text_is_a_token_where_the_server_counts_it(tmp_path: Path, backend: str) -> None:
+    words = ["--backend", backend, "--num-prompts", 2, "--random-input-len", 9]
+    with serving(Behaviour(frames=True, silent_end=True)) as server:
+        several = load(server, tmp_path, *words, "--random-output-len", 4)
+        single = load(server, tmp_path, *words, "--random-output-len", 1)
+    assert (several["output_lens"], [len(gaps) for gaps in several["itls"]]) == ([4, 4], [3, 3])
+    assert (single["completed"], single["output_lens"], single["itls"]) == (2, [1, 1], [[], []])
+
+
 def test_failures_are_counted_told_and_in_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Behaviour(trouble={1: "500", 3: "error"})) as server:
         words = ["--num-prompts", 6, "--random-input-len", 9, "--random-output-len", 4]
@@ -75,6 +96,14 @@ def test_failures_are_counted_told_and_in_the_exit_code(tmp_path: Path, capsys: 
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (4, 2, 16)
     assert result["errors"][0] == "" and "HTTP 500" in result["errors"][1] and result["errors"][3] == "lost my mind"
     assert "lost my mind" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_off_is_a_failure(tmp_path: Path) -> None:
+    words = ["--num-prompts", 2, "--random-input-len", 9, "--random-output-len", 4, "--max-concurrency", 1]
+    with serving(Behaviour(trouble={1: "cut"})) as server:
+        result = load(server, tmp_path, *words, code=1)
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (1, 1, 4)
+    assert result["errors"] == ["", "the stream ended before the answer did"]
 
 
 def test_a_server_that_hangs_is_a_failure_and_not_a_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
