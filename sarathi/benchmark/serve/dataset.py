@@ -1,7 +1,8 @@
 """Requests to send, and when, from the options. Knows no HTTP.
 
-Prompts of completions are token ids, so that their length is exact without the server's tokenizer; chat messages are
-words, about one token each, and the server's own count is what results report.
+With the server's tokenizer, prompts are text of exactly as many tokens as are asked for. Without it, those of
+completions are token ids, of an exact length too, and chat messages are words, about one token each. Results report the
+server's own count where it gives one, which for chat has the tokens of the template.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from sarathi.benchmark.request_generator.datasets import read_length_csv, read_m
 from sarathi.benchmark.request_generator.intervals import gamma_arrivals
 from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.request_generator.spec import RequestSpec
+from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
 
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "te", "vo")
-CHARACTERS_A_TOKEN = 4  # where only text is known; the server's count replaces it
+CHARACTERS_A_TOKEN = 4  # where only text is known, and no tokenizer; the server's count replaces it
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,17 @@ class OutgoingRequest:
 
 def make_requests(args: argparse.Namespace) -> list[OutgoingRequest]:
     """`--num-prompts` requests in order of sending; the same options give the same ones."""
-    specs = _specs(args)
+    vocabulary = load_vocabulary(args.tokenizer) if args.tokenizer else None
+    specs = _specs(args, vocabulary)
     times = _times(args, specs)
-    prompts = PromptMaker(args.seed, args.vocab_size)
+    prompts = PromptMaker(args.seed, len(vocabulary.words) if vocabulary else args.vocab_size)
     prefix = (
         prompts.token_ids(RequestSpec(0.0, args.random_prefix_len, 1), len(specs)) if args.random_prefix_len else []
     )
     requests = []
     for number, (spec, at_s) in enumerate(zip(specs, times, strict=True)):
         ids = prefix + prompts.token_ids(spec, number) if spec.text is None else []
-        prompt = spec.text if spec.text is not None else words(ids) if args.backend == "openai-chat" else ids
+        prompt = spec.text if spec.text is not None else _prompt(ids, args.backend, vocabulary)
         requests.append(OutgoingRequest(at_s, prompt, len(ids) or spec.num_prefill_tokens, spec.num_decode_tokens))
     return requests
 
@@ -53,21 +56,34 @@ def words(ids: list[int]) -> str:
     return " ".join(SYLLABLES[token % len(SYLLABLES)] for token in ids)
 
 
-def _specs(args: argparse.Namespace) -> list[RequestSpec]:
+def _prompt(ids: list[int], backend: str, vocabulary: Vocabulary | None) -> str | list[int]:
+    """Text of completions has room for the tokens that the server adds to it; those of a chat template come on top."""
+    if vocabulary is None:
+        return words(ids) if backend == "openai-chat" else ids
+    num_added = 0 if backend == "openai-chat" else vocabulary.num_special_tokens
+    return vocabulary.text(ids[: max(len(ids) - num_added, 1)])
+
+
+def _specs(args: argparse.Namespace, vocabulary: Vocabulary | None) -> list[RequestSpec]:
     if args.dataset_name == "random":
         return _random_specs(args)
     if args.dataset_path is None:
         raise ValueError(f"--dataset-name {args.dataset_name} needs --dataset-path")
     path = Path(args.dataset_path)
-    readers = {"mooncake": read_mooncake, "csv": read_length_csv, "sharegpt": _read_sharegpt}
-    specs = readers[args.dataset_name](path)[: args.num_prompts]
+    specs = _read(args.dataset_name, path, vocabulary)[: args.num_prompts]
     if len(specs) < args.num_prompts:
         raise ValueError(f"--num-prompts is {args.num_prompts}, but {str(path)!r} has {len(specs)} requests")
     return specs
 
 
-def _read_sharegpt(path: Path) -> list[RequestSpec]:
-    return read_sharegpt(path, lambda text: -(-len(text) // CHARACTERS_A_TOKEN))
+def _read(dataset: str, path: Path, vocabulary: Vocabulary | None) -> list[RequestSpec]:
+    if dataset == "sharegpt":
+        return read_sharegpt(path, vocabulary.count if vocabulary else _estimate)
+    return read_mooncake(path) if dataset == "mooncake" else read_length_csv(path)
+
+
+def _estimate(text: str) -> int:
+    return -(-len(text) // CHARACTERS_A_TOKEN)
 
 
 def _random_specs(args: argparse.Namespace) -> list[RequestSpec]:

@@ -76,6 +76,7 @@ def _head(args: argparse.Namespace, outcome: LoadOutcome) -> dict[str, Any]:
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "backend": args.backend,
         "model_id": outcome.model,
+        "tokenizer_id": args.tokenizer,
         "num_prompts": args.num_prompts,
         "request_rate": args.request_rate if args.request_rate < math.inf else "inf",
         "burstiness": args.burstiness,

@@ -63,7 +63,10 @@ def _add_dataset(group: Any) -> None:
     group.add_argument("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
     group.add_argument("--random-prefix-len", type=int, default=0, help="tokens that all prompts begin with")
     group.add_argument(
-        "--vocab-size", type=_count, default=32000, help="prompts are token ids below this (completions)"
+        "--tokenizer", metavar="NAME", help="the server's, a folder or hub id: prompts are text of exact lengths by it"
+    )
+    group.add_argument(
+        "--vocab-size", type=_count, default=32000, help="without it, prompts of completions are token ids below this"
     )
 
 

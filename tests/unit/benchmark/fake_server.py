@@ -15,7 +15,8 @@ class Behaviour:
     """first_s, gap_s: delays before the first and between further tokens. trouble: request number -> what fails.
 
     frames: chunks without a token open (chat) and close the answer, the last has the usage, and no [DONE] follows, as
-    with `transformers serve`. silent_end: the last token is an end without text, which only the closing chunk tells.
+    with `transformers serve`. text_only: prompts of token ids are refused, as there. silent_end: the last token is an
+    end without text, which only the closing chunk tells.
     """
 
     first_s: float = 0.02
@@ -23,6 +24,7 @@ class Behaviour:
     usage: bool = True
     frames: bool = False
     silent_end: bool = False
+    text_only: bool = False
     trouble: dict[int, str] = field(default_factory=dict)
     bodies: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
@@ -77,6 +79,8 @@ async def _answer(request: web.Request, behaviour: Behaviour, number: int) -> we
     body, trouble = behaviour.bodies[number], behaviour.trouble.get(number)
     if trouble == "500":
         return web.json_response({"error": {"message": "out of order"}}, status=500)
+    if behaviour.text_only and isinstance(body.get("prompt"), list):
+        return web.json_response({"detail": "a prompt must be text"}, status=400)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     if behaviour.frames and "messages" in body:

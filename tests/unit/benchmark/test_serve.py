@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_server import Behaviour, serving
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from sarathi.benchmark.serve import results
 from sarathi.benchmark.serve.client import RequestResult
@@ -51,6 +52,63 @@ def test_request_is_what_servers_expect(tmp_path: Path) -> None:
         assert (headers["Authorization"], headers["X-Test"]) == ("Bearer k", "1")
     assert len({tuple(body["prompt"][:4]) for body in server.bodies}) == 1
     assert len({tuple(body["prompt"]) for body in server.bodies}) == 3
+
+
+SENTENCES = ["over hills and under rivers\nand over under", "hills and\nrivers over"]
+
+
+def save_tokenizer(folder: Path, sentences: list[str] = SENTENCES) -> Tokenizer:
+    """Bytes, the sentences' words, and a token before each prompt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(sentences * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return tokenizer
+
+
+def test_prompts_of_a_tokenizer_are_text_of_exact_lengths(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    words = ["--num-prompts", 3, "--random-input-len", 20, "--random-output-len", 2, "--random-prefix-len", 4]
+    words += ["--tokenizer", tmp_path / "tokenizer"]
+    with serving(Behaviour(text_only=True, usage=False)) as server:
+        result = load(server, tmp_path, *words)
+        load(server, tmp_path, *words, "--backend", "openai-chat")
+    prompts = [body["prompt"] for body in server.bodies[:3]]
+    assert [len(tokenizer.encode(prompt)) for prompt in prompts] == result["input_lens"] == [24, 24, 24]
+    assert len({tuple(prompt.split()[:4]) for prompt in prompts}) == 1 and len(set(prompts)) == 3
+    messages = [body["messages"][0]["content"][0]["text"] for body in server.bodies[3:]]
+    assert [len(tokenizer.encode(text, add_special_tokens=False)) for text in messages] == [24, 24, 24]
+    assert result["tokenizer_id"] == str(tmp_path / "tokenizer")
+
+
+def test_a_tokenizer_without_whole_words_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tokenizer(tmp_path / "bytes", [])
+    assert main(["--tokenizer", str(tmp_path / "bytes"), "--num-prompts", "1"]) == 1
+    assert "keeps no word whole" in capsys.readouterr().err
+
+
+def test_answers_that_refuse_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--num-prompts", 2, "--random-input-len", 20, "--random-output-len", 2]
+    with serving(Behaviour(text_only=True)) as server:
+        assert load(server, tmp_path, *words, code=1)["failed"] == 2
+    assert "a prompt must be text" in capsys.readouterr().err
+
+
+def test_sharegpt_is_counted_by_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer, path = save_tokenizer(tmp_path / "tokenizer"), tmp_path / "talk.json"
+    turns = ["over hills, and then?", "under rivers and over"]
+    path.write_text(json.dumps([{"conversations": [{"value": turn} for turn in turns]}]))
+    words = ["--dataset-name", "sharegpt", "--dataset-path", path, "--num-prompts", 1]
+    with serving(Behaviour(usage=False)) as server:
+        result = load(server, tmp_path, *words, "--tokenizer", tmp_path / "tokenizer")
+    counts = [len(tokenizer.encode(turn, add_special_tokens=False)) for turn in turns]
+    assert (result["input_lens"], server.bodies[0]["max_tokens"]) == ([counts[0]], counts[1])
+    assert server.bodies[0]["prompt"] == turns[0]
 
 
 def test_chat_counts_the_tokens_of_the_server(tmp_path: Path) -> None:
@@ -173,6 +231,7 @@ def test_mooncake_is_replayed_at_its_times(tmp_path: Path) -> None:
         (["--percentile-metrics", "ttft,x"], "'x' is not among"),
         (["--metric-percentiles", "101"], "0 to 100"),
         (["--dataset-name", "csv"], "needs --dataset-path"),
+        (["--tokenizer", "/nowhere"], "--tokenizer '/nowhere' cannot be loaded"),
         (["--port", "1"], "is the server up?"),
     ],
 )
