@@ -98,7 +98,10 @@ async def _first_model(session: aiohttp.ClientSession, base_url: str) -> str:
     try:
         async with session.get(url) as response:
             response.raise_for_status()
-            name: str = (await response.json())["data"][0]["id"]
-            return name
-    except (aiohttp.ClientError, OSError, LookupError, ValueError) as error:
-        raise ServerError(f"{url} names no model ({type(error).__name__}: {error}); is the server up?") from error
+            names: list[str] = [model["id"] for model in (await response.json())["data"]]
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, LookupError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ServerError(f"{url} names no model ({told}); is the server up? --model needs no list") from error
+    if not names:
+        raise ServerError(f"{url} lists no model: --model must name one")
+    return names[0]

@@ -88,7 +88,7 @@ def _head(args: argparse.Namespace, outcome: LoadOutcome) -> dict[str, Any]:
 def _save(args: argparse.Namespace, result: dict[str, Any], outcome: LoadOutcome) -> Path:
     folder = Path(args.result_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    model = result["model_id"].replace("/", "-")
+    model = Path(result["model_id"]).name
     name = args.result_filename or f"{args.backend}-{result['request_rate']}qps-{model}-{result['date']}.json"
     content = result | (results.details(outcome.results) if args.save_detailed else {})
     (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,8 @@ from aiohttp import web
 
 @dataclass
 class Behaviour:
-    """first_s, gap_s: delays before the first and between further tokens. trouble: request number -> what fails.
+    """first_s, gap_s: delays before the first and between further tokens. trouble: request number -> what fails; "kill"
+    ends the whole server in the middle of that answer.
 
     frames: chunks without a token open (chat) and close the answer, the last has the usage, and no [DONE] follows, as
     with `transformers serve`. text_only: prompts of token ids are refused, as there. silent_end: the last token is an
@@ -22,12 +23,15 @@ class Behaviour:
     first_s: float = 0.02
     gap_s: float = 0.005
     usage: bool = True
+    models: tuple[str, ...] = ("fake-model",)
     frames: bool = False
     silent_end: bool = False
     text_only: bool = False
     trouble: dict[int, str] = field(default_factory=dict)
     bodies: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
+    stop_listening: Callable[[], Awaitable[None]] | None = None
+    dead: bool = False
     num_running: int = 0
     peak_running: int = 0
     url: str = ""
@@ -41,6 +45,7 @@ def serving(behaviour: Behaviour) -> Iterator[Behaviour]:
     loop.run_until_complete(runner.setup())
     site = web.TCPSite(runner, "127.0.0.1", 0)
     loop.run_until_complete(site.start())
+    behaviour.stop_listening = site.stop
     behaviour.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -55,7 +60,7 @@ def serving(behaviour: Behaviour) -> Iterator[Behaviour]:
 
 def _app(behaviour: Behaviour) -> web.Application:
     async def models(_: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "fake-model", "root": "fake-model"}]})
+        return web.json_response({"object": "list", "data": [{"id": name, "root": name} for name in behaviour.models]})
 
     async def complete(request: web.Request) -> web.StreamResponse:
         number = len(behaviour.bodies)
@@ -89,6 +94,12 @@ async def _answer(request: web.Request, behaviour: Behaviour, number: int) -> we
         await asyncio.sleep(behaviour.gap_s if index else behaviour.first_s)
         if trouble == "error" and index == 2:
             await _send(response, {"error": {"message": "lost my mind", "code": 500}})
+            return response
+        if trouble == "kill" and index == 2:
+            behaviour.dead = True
+            await behaviour.stop_listening()
+        if behaviour.dead:
+            request.transport.abort()
             return response
         if trouble == "cut" and index == 2:
             return response

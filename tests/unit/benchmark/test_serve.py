@@ -164,6 +164,27 @@ def test_an_answer_that_is_cut_off_is_a_failure(tmp_path: Path) -> None:
     assert result["errors"] == ["", "the stream ended before the answer did"]
 
 
+def test_a_server_that_dies_leaves_what_succeeded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--num-prompts", 9, "--random-input-len", 9, "--random-output-len", 4, "--max-concurrency", 2]
+    with serving(Behaviour(trouble={4: "kill"})) as server:
+        result = load(server, tmp_path, *words, code=1)
+    assert 3 <= result["completed"] <= 4 and result["completed"] + result["failed"] == 9
+    assert result["total_output_tokens"] == 4 * result["completed"]
+    assert [error == "" for error in result["errors"]].count(True) == result["completed"]
+    assert "Cannot connect" in capsys.readouterr().err
+
+
+def test_model_is_the_first_listed_and_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--num-prompts", "1", "--random-output-len", "1", "--disable-tqdm"]
+    with serving(Behaviour(models=("/models/some.gguf", "other"))) as server:
+        assert main(["--base-url", server.url, *words, "--save-result", "--result-dir", str(tmp_path)]) == 0
+        assert server.bodies[0]["model"] == "/models/some.gguf"
+        server.models = ()
+        assert main(["--base-url", server.url, *words]) == 1
+    assert [path.name.split("-2")[0] for path in tmp_path.iterdir()] == ["openai-infqps-some.gguf"]
+    assert "lists no model: --model must name one" in capsys.readouterr().err
+
+
 def test_a_server_that_hangs_is_a_failure_and_not_a_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--num-prompts", 2, "--random-input-len", 5, "--random-output-len", 2, "--request-timeout", 0.3]
     with serving(Behaviour(first_s=20)) as server:
