@@ -61,7 +61,7 @@ def run_load(plan: LoadPlan) -> LoadOutcome:
 
 async def _run(plan: LoadPlan, outcome: LoadOutcome) -> None:
     timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # servers may close a connection that they said to keep
     async with aiohttp.ClientSession(headers=plan.headers, timeout=timeout, connector=connector) as session:
         outcome.model = plan.model or await _first_model(session, plan.base_url)
         endpoint = Endpoint(plan.base_url + plan.path, plan.is_chat, {"model": outcome.model, **plan.body})

@@ -17,7 +17,7 @@ class Behaviour:
 
     frames: chunks without a token open (chat) and close the answer, the last has the usage, and no [DONE] follows, as
     with `transformers serve`. text_only: prompts of token ids are refused, as there. silent_end: the last token is an
-    end without text, which only the closing chunk tells.
+    end without text, which only the closing chunk tells. hangs_up: a connection is closed soon after its answer.
     """
 
     first_s: float = 0.02
@@ -26,6 +26,7 @@ class Behaviour:
     models: tuple[str, ...] = ("fake-model",)
     frames: bool = False
     silent_end: bool = False
+    hangs_up: bool = False
     text_only: bool = False
     trouble: dict[int, str] = field(default_factory=dict)
     bodies: list[dict] = field(default_factory=list)
@@ -63,7 +64,7 @@ def _app(behaviour: Behaviour) -> web.Application:
         return web.json_response({"object": "list", "data": [{"id": name, "root": name} for name in behaviour.models]})
 
     async def complete(request: web.Request) -> web.StreamResponse:
-        number = len(behaviour.bodies)
+        number, transport = len(behaviour.bodies), request.transport
         behaviour.bodies.append(await request.json())
         behaviour.headers.append(dict(request.headers))
         behaviour.num_running += 1
@@ -72,6 +73,8 @@ def _app(behaviour: Behaviour) -> web.Application:
             return await _answer(request, behaviour, number)
         finally:
             behaviour.num_running -= 1
+            if behaviour.hangs_up:
+                asyncio.get_running_loop().call_later(0.01, transport.close)
 
     app = web.Application()
     app.router.add_get("/v1/models", models)

@@ -164,6 +164,12 @@ def test_an_answer_that_is_cut_off_is_a_failure(tmp_path: Path) -> None:
     assert result["errors"] == ["", "the stream ended before the answer did"]
 
 
+def test_a_connection_that_the_server_closes_fails_no_request(tmp_path: Path) -> None:
+    words = ["--num-prompts", 6, "--random-input-len", 9, "--random-output-len", 2, "--max-concurrency", 1]
+    with serving(Behaviour(hangs_up=True)) as server:
+        assert load(server, tmp_path, *words)["completed"] == 6
+
+
 def test_a_server_that_dies_leaves_what_succeeded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--num-prompts", 9, "--random-input-len", 9, "--random-output-len", 4, "--max-concurrency", 2]
     with serving(Behaviour(trouble={4: "kill"})) as server:
