@@ -66,7 +66,7 @@ def _add_dataset(group: Any) -> None:
         "--tokenizer", metavar="NAME", help="the server's, a folder or hub id: prompts are text of exact lengths by it"
     )
     group.add_argument(
-        "--vocab-size", type=_count, default=32000, help="without it, prompts of completions are token ids below this"
+        "--vocab-size", type=_count, default=32000, help="without --tokenizer, prompts of completions are ids below it"
     )
 
 

@@ -42,7 +42,8 @@ def load_vocabulary(name: str) -> Vocabulary:
     try:
         vocabulary = Vocabulary(AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason, *_ = str(error).split("\n")
+        raise ValueError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
     if not vocabulary.words:
         raise ValueError(f"--tokenizer {name!r}: it keeps no word whole, as text of a known length needs")
     return vocabulary
