@@ -79,11 +79,17 @@ class CudaModelRunner:
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
 
     @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Compiles what a step may need that no graph holds; touches no memory in the cache."""
+        for layer in {layer.window: layer for layer in self._layers}.values():
+            self.model.backend.rehearse(layer, self._max_num_seqs)
+        self._rehearse_draws()
+
+    @torch.inference_mode()
     def capture(self) -> None:
         """Makes the graphs; needs no memory in the cache, since padded rows touch none."""
         if self._capturable is not None:
             self._graphs.capture(self.model, self._capturable, self._layers)
-        self._rehearse_draws()
 
     def _rehearse_draws(self) -> None:
         """For as many rows as a step can have: to compile what it needs, and to take the memory before a cache does."""

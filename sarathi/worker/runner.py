@@ -1,5 +1,8 @@
 """Which runner takes a model's steps, and how much memory it leaves for the cache; knows no requests."""
 
+from collections.abc import Sequence
+from itertools import takewhile
+
 import torch
 
 from sarathi.config.backend import BackendSpec
@@ -18,7 +21,9 @@ from sarathi.worker.cache_engine.base import CacheEngine, CacheShape
 from sarathi.worker.device import cache_budget_bytes
 
 Runner = ModelRunner | CudaModelRunner
-_WARM_UP = "warm-up"
+_STEP_TOKENS = (*range(64, 1025, 64), 1536, 2048, 3072, 4096, 8192)  # by which products differ in their kernels
+_PROMPTS = 16  # in one step: so many that attention shares none of them out over the device
+_SHORT_PROMPT = 16  # tokens
 _START_TOKENS = 32768  # of the largest step, on virtual memory that grows once the driver has said what is left
 _START_BYTES = 4 * 2**30  # room for the pages of many regions beside them
 
@@ -38,27 +43,41 @@ def create_runner(
 
 
 def settle(runner: Runner, cache: CacheEngine, config: EngineConfig, shape: CacheShape) -> None:
-    """Runs the largest step and captures the graphs, where wanted; what the driver then calls free is free indeed."""
+    """Runs steps of many sizes and captures the graphs, where wanted; what the driver then calls free is free indeed.
+
+    The largest step takes what memory a step can take. The others have the libraries load their kernels now: to load
+    one at its first use stops the device for a step.
+    """
     if not isinstance(runner, CudaModelRunner):
         return
-    _run_largest(runner, cache, config.scheduler.max_step_tokens(shape.max_model_len), shape)
+    max_tokens = config.scheduler.max_step_tokens(shape.max_model_len)
+    _run(runner, cache, [max_tokens], shape)
+    runner.rehearse()
     if not config.model.enforce_eager:
+        _run(runner, cache, [_SHORT_PROMPT] * min(_PROMPTS, shape.max_num_seqs), shape)
+        for tokens in takewhile(max_tokens.__gt__, _STEP_TOKENS):
+            _run(runner, cache, [tokens], shape)
         runner.capture()
     if config.cache.memory_bytes is None:
         cache.resize(shape.budget_bytes + cache_budget_bytes(config.cache, shape.place.device))
 
 
-def _run_largest(runner: CudaModelRunner, cache: CacheEngine, num_tokens: int, shape: CacheShape) -> None:
-    """One request with as many tokens as a step can have, on memory that goes back at once."""
-    capacity = cache.capacity
-    length = min(num_tokens, shape.max_model_len - 1, capacity.tokens_in(capacity.rows))
-    sequences = SequenceTable(0)
-    sequences.add([NewRequest(_WARM_UP, (0,) * length, SamplingParams(temperature=0.0))])
-    chunk = Chunk(_WARM_UP, 0, length, True, length, tuple(range(capacity.rows_for(length))))
-    cache.prepare([chunk])
-    runner.launch([chunk], sequences).result()
+def _run(runner: CudaModelRunner, cache: CacheEngine, prompts: Sequence[int], shape: CacheShape) -> None:
+    """A step of prompts of so many tokens each, or of as many as fit, on memory that goes back at once."""
+    capacity, rows = cache.capacity, 0
+    sequences, chunks = SequenceTable(0), []
+    for number, tokens in enumerate(prompts):
+        length = min(tokens, shape.max_model_len - 1, capacity.tokens_in(capacity.rows - rows))
+        if length < 1:
+            break
+        request_id, blocks = f"warm-up-{number}", range(rows, rows + capacity.rows_for(length))
+        sequences.add([NewRequest(request_id, (0,) * length, SamplingParams(temperature=0.0))])
+        chunks.append(Chunk(request_id, 0, length, True, length, tuple(blocks)))
+        rows = blocks.stop
+    cache.prepare(chunks)
+    runner.launch(chunks, sequences).result()
     torch.cuda.synchronize()
-    cache.release([_WARM_UP])
+    cache.release([chunk.request_id for chunk in chunks])
 
 
 def initial_budget_bytes(spec: BackendSpec, config: EngineConfig, token_bytes: int, device: torch.device) -> int:

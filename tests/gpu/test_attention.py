@@ -183,6 +183,17 @@ def test_decodes_then_one_chunk(name: str) -> None:
     run_steps(backend, Sequences.create(after, arch, block_size_of(name)), [[0] * 5, before, after], arch.num_heads)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_many_decodes_then_chunks(name: str) -> None:
+    arch = architecture(kv_heads=8)
+    backend = backend_or_skip(name, arch)
+    decodes, chunks = random.randint(128, 300), random.randint(1, 3)
+    before = [random.randint(1, 400) for _ in range(decodes + chunks)]
+    after = [*(length + 1 for length in before[:decodes]), *(length + 200 for length in before[decodes:])]
+    bounds = [[0] * len(before), before, after]
+    run_steps(backend, Sequences.create(after, arch, block_size_of(name)), bounds, arch.num_heads)
+
+
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("group", range(1, 9))
 @pytest.mark.parametrize("name", ["fa_vattn", "fa3_vattn", "fi_vattn", "fa_paged_16", "fi_paged_16"])

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sarathi import LLM, SamplingParams
 from sarathi.messages import NewRequest, SampledToken
 from sarathi.model_executor.attention.backend import KernelUnavailableError
+from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend
 from sarathi.model_executor.decode_graphs import DecodeGraph
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
 from sarathi.model_executor.sampler import filtered
@@ -270,17 +271,23 @@ def test_sampled_decodes_run_by_graph_and_wait_for_nothing(model: Model, monkeyp
 
 def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All is compiled before the first request, whatever the number of sequences and tokens of a step."""
-    model = make_model(tmp_path, hidden_size=640, num_attention_heads=20, num_key_value_heads=5, head_dim=64)
-    prompts = [*random_prompts(40, 60), *random_prompts(4, 700)]
-    params = [greedy(random.randint(1, 40)) for _ in prompts]
+    model = make_model(tmp_path, hidden_size=640, num_attention_heads=40, num_key_value_heads=20, head_dim=64)
+    prompts = [*random_prompts(120, 60), *random_prompts(4, 700), *random_prompts(40, 60)]
+    params = [greedy(random.randint(20, 60)) for _ in prompts]
     compiled: list[str] = []
+    in_two: list[int] = []
+    attend = FlashAttentionBackend._attend_in_two
+    monkeypatch.setattr(
+        FlashAttentionBackend, "_attend_in_two", lambda *given: in_two.append(len(given[2])) or attend(*given)
+    )
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **made: compiled.append(made["repr"]))
-    with open_llm(model, "fa_vattn", max_num_seqs=40, memory_bytes=400 * MIB) as llm:
+    with open_llm(model, "fa_vattn", max_num_seqs=130, memory_bytes=1200 * MIB) as llm:
         assert compiled, "a model of another shape needs kernels of its own"
         compiled.clear()
         outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [each.max_tokens for each in params]
     assert not compiled
+    assert in_two, "decodes before chunks were never so many that they had a call of their own"
 
 
 def test_kernels_start_while_nothing_is_mapped_for_any_request(model: Model, llm: LLM) -> None:

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 
 class AppendingBackend(ABC):
-    """Base of the backends on a GPU. _decode: takes the steps that _takes_decode says; None: there is none such."""
+    """Base of the backends on a GPU.
+
+    _decode: takes the steps that _takes_decode says, and from _fewest_decodes on the decodes that stand before chunks;
+    None: there is none such.
+    """
 
     _kernels: Kernels
     _decode: TritonDecode | None
+    _fewest_decodes: int
+    _num_heads: int
 
     @abstractmethod
     def target(self, layer: CacheLayer, metadata: Any) -> CacheTarget:
@@ -42,6 +48,11 @@ class AppendingBackend(ABC):
     ) -> None:
         """Turns the queries, in place, and the new keys, and stores what is new; shapes as in append_and_attend."""
         self._kernels.rope_and_store(query, new.keys, new.values, positions, new.table, self.target(layer, metadata))
+
+    def rehearse(self, layer: CacheLayer, max_num_seqs: int) -> None:
+        """Compiles what steps with chunks in them need on such a layer; touches no memory in the cache."""
+        if self._decode is not None:
+            self._decode.rehearse(self._num_heads, layer, self._fewest_decodes, max_num_seqs)
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Any

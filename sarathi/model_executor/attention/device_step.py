@@ -71,6 +71,16 @@ def first_decodes(step: DeviceStep, count: int) -> DeviceStep:
     )  # fmt: skip
 
 
+def rest_of(step: DeviceStep, count: int) -> DeviceStep:
+    """The step of all sequences but the first `count`, which have one new token each. Device work only."""
+    rows = None if step.rows is None else step.rows[count:]
+    table = None if step.block_table is None else step.block_table[count:]
+    return DeviceStep(
+        step.starts[count:] - count, step.cached[count:], step.lengths[count:], rows, table,
+        num_tokens=step.num_tokens - count, max_new=step.max_new, max_length=step.max_length, one_each=False,
+    )  # fmt: skip
+
+
 def token_places(step: DeviceStep, block_size: int) -> tuple[Tensor, Tensor]:
     """(rows, cols), [T] int32, where the new tokens' keys and values go; row -1 for padding. Device work only."""
     if step.one_each:

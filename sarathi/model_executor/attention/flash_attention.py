@@ -1,11 +1,13 @@
 """Attention by FlashAttention, on contiguous slots and on blocks: one call for a mixed batch. Knows no memory policy.
 
-Decode steps on contiguous slots go to our own split-KV kernel where that is asked for.
+Decodes on contiguous slots go to our own split-KV kernel where that is asked for: steps of nothing else, and the many
+that stand before the chunks of a step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,7 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.appending import AppendingBackend
 from sarathi.model_executor.attention.arithmetic_pages import as_pages, page_table
 from sarathi.model_executor.attention.backend import Address, CacheLayer
-from sarathi.model_executor.attention.device_step import DeviceStep, make_step, token_places
+from sarathi.model_executor.attention.device_step import DeviceStep, first_decodes, make_step, rest_of, token_places
 from sarathi.model_executor.attention.flash_attention_choice import candidates, choose, need_of
 from sarathi.model_executor.attention.flash_attention_provider import NewKeysValues, Problem, Provider, VarlenStep
 from sarathi.model_executor.batch import Batch
@@ -27,6 +29,8 @@ from sarathi.model_executor.placement import Placement
 if TYPE_CHECKING:
     from sarathi.model_executor.attention.triton_decode import TritonDecode
 
+_MANY_DECODES = 1024  # times KV heads: from there on a call for them and one for the chunks beat one for all
+
 
 @dataclass(slots=True)
 class FlashMetadata:
@@ -35,6 +39,7 @@ class FlashMetadata:
     step: DeviceStep
     places: tuple[Tensor, Tensor] | None = None
     varlen: dict[tuple[int | None, bool], VarlenStep] = field(default_factory=dict)  # by window, and whether it appends
+    rest: FlashMetadata | None = None  # of the chunks behind many decodes, which are attended to by themselves
 
 
 class FlashAttentionBackend(AppendingBackend):
@@ -49,6 +54,7 @@ class FlashAttentionBackend(AppendingBackend):
             arch.num_heads, arch.num_kv_heads, arch.head_size, place.dtype, arch.head_size**-0.5, None
         )
         self._kernels: Kernels = create_kernels(place.device)
+        self._num_heads, self._fewest_decodes = arch.num_heads, -(-_MANY_DECODES // arch.num_kv_heads)
 
     @property
     def overreach(self) -> int:
@@ -57,7 +63,12 @@ class FlashAttentionBackend(AppendingBackend):
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
         """See AttentionBackend; one copy to the device."""
-        return self.plan_step(make_step(batch, address, self.place.device))
+        metadata = self.plan_step(make_step(batch, address, self.place.device))
+        decodes = sum(1 for _ in takewhile(lambda chunk: chunk.num_tokens == 1, batch.chunks))
+        is_mixed = self._fewest_decodes <= decodes < len(batch.chunks)
+        if is_mixed and self._decode is not None and metadata.step.rows is not None:
+            metadata.rest = FlashMetadata(rest_of(metadata.step, decodes))
+        return metadata
 
     def plan_step(self, step: DeviceStep) -> FlashMetadata:
         """As `plan`, from tensors that are there already: for a CUDA graph, over StaticStep.step."""
@@ -65,7 +76,8 @@ class FlashAttentionBackend(AppendingBackend):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AttentionBackend."""
-        if self._takes_decode(metadata) or not self.provider.abilities.append:
+        is_ours = self._takes_decode(metadata) or metadata.rest is not None
+        if is_ours or not self.provider.abilities.append:
             self.store(key, value, layer, metadata)
             return self.attend(query, layer, metadata)
         return self._call(query, NewKeysValues(key, value), layer, metadata)
@@ -80,13 +92,31 @@ class FlashAttentionBackend(AppendingBackend):
         """See AppendingBackend."""
         if self._decode is not None and self._takes_decode(metadata):
             return self._decode.attend(query, layer, metadata.step)
+        if self._decode is not None and metadata.rest is not None:
+            return self._attend_in_two(self._decode, query, layer, metadata.step, metadata.rest)
         return self._call(query, None, layer, metadata)
+
+    def _attend_in_two(
+        self, decode: TritonDecode, query: Tensor, layer: CacheLayer, step: DeviceStep, rest: FlashMetadata
+    ) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        decodes = len(query) - rest.step.num_tokens
+        decode.attend(query[:decodes], layer, first_decodes(step, decodes), out[:decodes])
+        self._call(query[decodes:], None, layer, rest, out[decodes:])
+        return out
 
     def _takes_decode(self, metadata: FlashMetadata) -> bool:
         step = metadata.step
         return self._decode is not None and step.one_each and step.rows is not None
 
-    def _call(self, query: Tensor, new: NewKeysValues | None, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
+    def _call(
+        self,
+        query: Tensor,
+        new: NewKeysValues | None,
+        layer: CacheLayer,
+        metadata: FlashMetadata,
+        out: Tensor | None = None,
+    ) -> Tensor:
         problem = self._problem._replace(window=layer.window)
         cache = (layer.k, layer.v)
         if metadata.step.rows is not None and not self.provider.abilities.contiguous:
@@ -95,7 +125,7 @@ class FlashAttentionBackend(AppendingBackend):
         key = (layer.window, new is not None)
         if key not in metadata.varlen:
             metadata.varlen[key] = self._varlen(metadata.step, layer, problem, append=new is not None)
-        return self.provider.attend(query, new, cache, metadata.varlen[key], problem)
+        return self.provider.attend(query, new, cache, metadata.varlen[key], problem, out)
 
     @property
     def _page_tokens(self) -> int:

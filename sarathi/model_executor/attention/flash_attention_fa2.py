@@ -28,11 +28,17 @@ class FlashAttention2:
         return pad(step.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem
+        self,
+        q: Tensor,
+        new: NewKeysValues | None,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        problem: Problem,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See Provider."""
         left = -1 if problem.window is None else problem.window - 1
-        out: Tensor = self._varlen(
+        result: Tensor = self._varlen(
             q,
             *cache,
             cu_seqlens_q=step.starts,
@@ -44,4 +50,4 @@ class FlashAttention2:
             window_size=(left, 0 if problem.window is not None else -1),
             block_table=step.block_table,
         )
-        return out
+        return result if out is None else out.copy_(result)

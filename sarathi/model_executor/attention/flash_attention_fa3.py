@@ -92,7 +92,13 @@ class FlashAttention3:
         return made
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem
+        self,
+        q: Tensor,
+        new: NewKeysValues | None,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        problem: Problem,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See Provider."""
         results: Sequence[Tensor] = self._forward(
@@ -103,6 +109,7 @@ class FlashAttention3:
                 "v": cache[1],
                 "k_new": new.k if new else None,
                 "v_new": new.v if new else None,
+                "out": out,
                 "cu_seqlens_q": step.starts,
                 "cu_seqlens_k_new": step.starts if new else None,
                 "seqused_k": step.cached if new else step.lengths,

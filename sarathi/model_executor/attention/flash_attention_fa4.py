@@ -25,7 +25,13 @@ class FlashAttention4:
         return None
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem
+        self,
+        q: Tensor,
+        new: NewKeysValues | None,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        problem: Problem,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See Provider."""
         windowed = problem.window is not None
@@ -40,5 +46,5 @@ class FlashAttention4:
             causal=not windowed,
             window_size=(problem.window - 1, 0) if problem.window is not None else (None, None),
         )
-        out: Tensor = result[0] if isinstance(result, tuple) else result
-        return out
+        attended: Tensor = result[0] if isinstance(result, tuple) else result
+        return attended if out is None else out.copy_(attended)

@@ -78,6 +78,7 @@ class FlashInferBackend(AppendingBackend):
         self.overreach = 255  # the single-sequence prefill copies whole tiles of keys
         self._scale = arch.head_size**-0.5
         self._kernels = create_kernels(place.device)
+        self._num_heads, self._fewest_decodes = arch.num_heads, 1
         scratch = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=place.device)
         self._paged_decode = _Paged(
             flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)

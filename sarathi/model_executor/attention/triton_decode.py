@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.attention.backend import CacheLayer
-from sarathi.model_executor.attention.device_step import DeviceStep
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.attention.device_step import DeviceStep, StaticStep
+from sarathi.model_executor.kernels.fused.decode_attention import (
+    DecodeConfig,
+    DecodeWorkspace,
+    decode_attention,
+    distinct_sizes,
+)
 from sarathi.model_executor.kernels.types import DecodeBatch, NewTokens, RotationTable
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -31,16 +36,27 @@ class TritonDecode:
         """Whether append_and_attend can do this rotation: it turns whole heads."""
         return 2 * table.cos.shape[1] == self._head_size
 
-    def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep) -> Tensor:
-        """query: [B, num_heads, head_size], one token a sequence, its key and value in the cache already."""
-        return self._attend(query, None, layer, step)
+    def rehearse(self, num_heads: int, layer: CacheLayer, fewest: int, most: int) -> None:
+        """Compiles `attend` for steps of so many sequences; touches no memory in the cache."""
+        for size in distinct_sizes(fewest, most, self._head_size):
+            query = layer.k.new_zeros((size, num_heads, self._head_size))
+            self.attend(query, layer, StaticStep(size, 1, 0, query.device).step)
+
+    def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
+        """query: [B, num_heads, head_size], one token a sequence, its key and value in the cache already.
+
+        out: contiguous, the result.
+        """
+        return self._attend(query, None, layer, step, out)
 
     def append_and_attend(self, query: Tensor, new: NewTokens, layer: CacheLayer, step: DeviceStep) -> Tensor:
         """As attend, but query and new.keys are not turned yet, and `new` is not stored."""
         return self._attend(query, new, layer, step)
 
-    def _attend(self, query: Tensor, new: NewTokens | None, layer: CacheLayer, step: DeviceStep) -> Tensor:
+    def _attend(
+        self, query: Tensor, new: NewTokens | None, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None
+    ) -> Tensor:
         if step.rows is None or not step.one_each:
             raise ValueError("the split-KV kernel takes one token a sequence, on contiguous slots")
         batch = DecodeBatch(step.rows, step.lengths, layer.window)
-        return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, new, pdl=self._pdl)
+        return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, new, out, pdl=self._pdl)

@@ -25,6 +25,9 @@ class AttendingBackend(AttentionBackend, Protocol):
     ) -> Tensor:
         """query: [T, num_heads, head_size], as projected, like new.keys; positions: [T] -> query's shape."""
 
+    def rehearse(self, layer: CacheLayer, max_num_seqs: int) -> None:
+        """Compiles what steps with chunks in them need on such a layer; touches no memory in the cache."""
+
 
 class FusedDecoder:
     """Safe to capture in a CUDA graph where the backend is."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention import flash_attention
 from sarathi.model_executor.attention.arithmetic_pages import as_pages, page_table
 from sarathi.model_executor.attention.backend import (
     Address,
@@ -18,7 +19,7 @@ from sarathi.model_executor.attention.backend import (
     KernelUnavailableError,
     SlotAddress,
 )
-from sarathi.model_executor.attention.device_step import StaticStep, make_step, token_places
+from sarathi.model_executor.attention.device_step import DeviceStep, StaticStep, make_step, token_places
 from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend
 from sarathi.model_executor.attention.flash_attention_choice import Candidate, Need, candidates, choose
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES
@@ -136,11 +137,12 @@ class FakeLibrary:
         cache: tuple[Tensor, Tensor],
         step: VarlenStep,
         problem: Problem,
+        out: Tensor | None = None,
     ) -> Tensor:
         assert (new is not None) <= self.abilities.append
         assert (step.rows is None) == (step.block_table is not None)
         assert step.schedule is not None and step.schedule.item() == cache[0].shape[1]
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         for index, (start, end) in enumerate(zip(step.starts.tolist(), step.starts[1:].tolist(), strict=False)):
             length = step.lengths[index].item()
             places = self._places(step, index, length, cache[0].shape[1])
@@ -190,6 +192,46 @@ def test_a_mixed_batch_equals_the_reference(paged: bool, append: bool, contiguou
             torch.testing.assert_close(again, results[0][0])
             assert library.schedules <= 2
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+class FakeDecode:
+    """Our decode kernel in a few lines, which counts the decodes that it was asked for."""
+
+    def __init__(self) -> None:
+        self.decodes = 0
+
+    def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
+        assert step.one_each and step.rows is not None and step.starts.tolist() == [*range(len(query) + 1)]
+        self.decodes += len(query)
+        chunks = tuple(Chunk("", length - 1, 1, True, length, ()) for length in step.lengths.tolist())
+        backend = SdpaBackend(ARCH, PLACE)
+        batch = Batch(chunks, torch.zeros(len(query)), torch.zeros(len(query)), None)
+        # The reference stores before it attends: what lies there already.
+        last = [(step.rows[i].long(), length - 1) for i, length in enumerate(step.lengths.tolist())]
+        new = [torch.stack([x[place] for place in last]) for x in layer[:2]]
+        found = backend.forward(query, *new, layer, backend.plan(batch, SlotAddress(tuple(step.rows.tolist()))))
+        return found if out is None else out.copy_(found.view_as(out))
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_many_decodes_before_chunks_are_a_call_of_their_own(append: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "_MANY_DECODES", 3 * ARCH.num_kv_heads)  # from three decodes on
+    for decodes, chunks in ((2, 2), (3, 1), (5, 2), (4, 0)):
+        shapes = [(random.randint(0, 40), 1) for _ in range(decodes)] + [(random.randint(0, 40), 9)] * chunks
+        parts = tuple(Chunk(str(i), start, count, True, start + count, ()) for i, (start, count) in enumerate(shapes))
+        total = sum(count for _, count in shapes)
+        batch = Batch(parts, torch.zeros(total), torch.zeros(total), None)
+        address = random_address(batch, paged=False)
+        decode, library = FakeDecode(), FakeLibrary(append=append, contiguous=True, paged=False)
+        query, key, value = random_tokens(total)
+        rows, results = torch.randn(2, 9, 64, 2, 8), []
+        for backend in (FlashAttentionBackend(library, ARCH, PLACE, decode), SdpaBackend(ARCH, PLACE)):
+            cache = rows.clone()
+            layer = CacheLayer(cache[0], cache[1], None)
+            out = backend.forward(query, key, value, layer, backend.plan(batch, address))
+            results.append((out.view_as(query), cache))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+        assert decode.decodes == (decodes if decodes >= 3 else 0)
 
 
 def random_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,12 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before the imports below
 
 from sarathi.model_executor.kernels.fused import activation, embedding, norm, rope, sampling
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.kernels.fused.decode_attention import (
+    DecodeConfig,
+    DecodeWorkspace,
+    decode_attention,
+    distinct_sizes,
+)
 from sarathi.model_executor.kernels.fused.kernels import FusedKernels
 from sarathi.model_executor.kernels.fused.linear import LinearKernels
 from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, matvec
@@ -266,6 +271,14 @@ def test_decode_attention(window: int | None) -> None:
     expected = attention_twin.decode_attention(q, keys, values, batch, 0.2)
     torch.testing.assert_close(decode_attention(q, keys, values, batch, 0.2, workspace), expected, **CLOSE)
     assert not workspace.arrivals.any()
+
+
+@pytest.mark.parametrize(
+    ("fewest", "most", "sizes"),
+    [(1, 600, [16, 64, 256, 600]), (128, 1024, [256, 1024]), (5, 5, [5]), (9, 3, [])],
+)
+def test_every_kernel_of_decode_attention_has_one_size(fewest: int, most: int, sizes: list[int]) -> None:
+    assert distinct_sizes(fewest, most, 128) == sizes
 
 
 @loops

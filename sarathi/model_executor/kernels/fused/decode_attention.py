@@ -84,15 +84,17 @@ def decode_attention(
     scale: float,
     workspace: DecodeWorkspace,
     new: NewTokens | None = None,
+    out: Tensor | None = None,
     *,
     pdl: bool = False,
 ) -> Tensor:
     """See ``reference.decode_attention``. Any slot, token and head strides; at most 16 query heads to a kv head.
 
     head_size: a power of two. new: None where q is turned and the cache holds the step's keys and values already.
-    Returns a contiguous tensor like q.
+    Returns a contiguous tensor like q: `out` where it is given.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_seqs, heads, head_size = q.shape
     if num_seqs == 0:
         return out
@@ -125,6 +127,12 @@ def decode_attention(
         **({"launch_pdl": True} if pdl else {}),
     )
     return out
+
+
+def distinct_sizes(fewest: int, most: int, head_size: int) -> list[int]:
+    """Numbers of sequences from fewest to most, one for each kernel that they are compiled to."""
+    sizes = {(config_for(size, head_size), _padded(size)): size for size in range(fewest, most + 1)}
+    return list(sizes.values())
 
 
 def _padded(num_seqs: int) -> int:

@@ -1,0 +1,68 @@
+"""What runs before the first request on a GPU, with a runner that only notes it, over real caches on the CPU."""
+
+import pytest
+import torch
+
+from sarathi.config.backend import BackendSpec
+from sarathi.config.load import make_config
+from sarathi.messages import Finished
+from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.cuda_runner import CudaModelRunner
+from sarathi.model_executor.placement import Placement
+from sarathi.worker.cache_engine.base import CacheShape
+from sarathi.worker.cache_engine.factory import create_cache_engine
+from sarathi.worker.runner import settle
+
+ARCH = ModelArchitecture("tiny", 2, 32, 64, 4, 2, 8, 100, 4096, 1e-5, Rope(1e4))
+KIB = 1024
+
+
+class Noting(CudaModelRunner):
+    """Notes the tokens of each step's prompts, and checks that the host knows all of them."""
+
+    def __init__(self) -> None:
+        self.noted: list[list[int] | str] = []
+
+    def launch(self, chunks, sequences) -> Finished[None]:
+        blocks = [block for chunk in chunks for block in chunk.block_ids]
+        assert len(set(blocks)) == len(blocks)
+        for chunk in chunks:
+            assert len(sequences[chunk.request_id].tokens(0, chunk.num_tokens, 0)) == chunk.num_tokens
+        self.noted.append([chunk.num_tokens for chunk in chunks])
+        return Finished(None)
+
+    def rehearse(self) -> None:
+        self.noted.append("rehearse")
+
+    def capture(self) -> None:
+        self.noted.append("capture")
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, backend: str, memory_bytes: int, **settings: object) -> Noting:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, memory_bytes)
+    config = make_config(max_num_seqs=20, memory_bytes=memory_bytes, device="cpu", **settings)
+    cache, runner = create_cache_engine(BackendSpec.parse(backend), shape), Noting()
+    settle(runner, cache, config, shape)
+    stats = cache.stats()
+    assert stats.mapped_bytes == stats.idle_bytes
+    cache.check_integrity()
+    return runner
+
+
+@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_paged_16"])
+def test_steps_of_all_sizes_run_before_the_graphs_are_made(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = settled(monkeypatch, backend, 4096 * KIB, chunk_size=300)
+    assert runner.noted == [[300], "rehearse", [16] * 16, [64], [128], [192], [256], "capture"]
+
+
+def test_without_graphs_only_the_largest_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = settled(monkeypatch, "sdpa_vattn_4kb", 4096 * KIB, chunk_size=300, enforce_eager=True)
+    assert runner.noted == [[300], "rehearse"]
+
+
+def test_steps_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows of 64 tokens: as many prompts, and steps of that many tokens."""
+    runner = settled(monkeypatch, "sdpa_vattn_4kb", 64 * KIB, chunk_size=2048)
+    assert runner.noted[:4] == [[256], "rehearse", [16] * 4, [64]]
+    assert {sum(step) for step in runner.noted[6:-1]} == {256}
