@@ -1,7 +1,9 @@
 """Measures the kernels on the GPU at hand: attention on contiguous and paged memory, products, small kernels, steps.
 
-    python scripts/benchmark_kernels.py --output DIR [--only small|attention] [--budget SECONDS] [--flashinfer]
+    python scripts/benchmark_kernels.py --output DIR [--only small|attention|unlike] [--budget SECONDS] [--flashinfer]
 
+small: products, elementwise kernels, steps; attention: over sequences of one length, contiguous and paged; unlike: over
+sequences of lengths as in chats, alone and before chunks.
 The shapes of attention are in experiments/scripts/kernels.yml. Rows go to DIR/kernels.csv as they are known, most
 important first; what does not fit the budget is named at the end.
 Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, flashinfer, vllm).
@@ -20,6 +22,8 @@ from kernel_benchmark.elementwise import measure_elementwise
 from kernel_benchmark.prefill import measure_prefill
 from kernel_benchmark.shapes import LLAMA, MODELS, YI, Model, Pages
 from kernel_benchmark.step import measure_steps
+from kernel_benchmark.unlike import Mixed, measure_chats, measure_mixed
+from kernel_benchmark.unlike import warm_up_jobs as warm_up_unlike
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.figure import parse_figure, positive
 from measurement.plot import draw_times
@@ -52,6 +56,17 @@ def attention(table: Table, options: argparse.Namespace) -> Work:
     return (work for pair in both for work in pair if work is not None)
 
 
+def unlike(table: Table, options: argparse.Namespace) -> Work:
+    """Sequences of unlike lengths, decodes and mixed steps."""
+    for decodes, name in product(options.chats, options.models):
+        yield f"{decodes} chats {name}", partial(measure_chats, table, MODELS[name], decodes)
+    for mixed, name in product(options.mixed, options.models):
+        yield f"{mixed.work} {name}", partial(measure_mixed, table, MODELS[name], mixed)
+
+
+PARTS = {"small": small, "attention": attention, "unlike": unlike}
+
+
 def _decodes(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
     for model, batch, context in _decode_shapes(options):
         measure = partial(decode.measure_decode, table, model, batch, context, pages)
@@ -77,10 +92,14 @@ def _elementwise(table: Table, tokens: int) -> None:
 
 
 def _jobs(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
-    shapes = _decode_shapes(options)
-    if options.only == "attention":
-        return decode.warm_up_jobs(shapes, [None])
-    return chain(decode.warm_up_jobs(shapes, [None, *decode.CONFIGS]), products.warm_up_jobs())
+    shapes, models = _decode_shapes(options), [MODELS[name] for name in options.models]
+    counts = [*options.chats, *(mixed.decodes for mixed in options.mixed)]
+    parts = {
+        "small": partial(chain, decode.warm_up_jobs(shapes, [None, *decode.CONFIGS]), products.warm_up_jobs()),
+        "attention": partial(decode.warm_up_jobs, shapes, [None]),
+        "unlike": partial(warm_up_unlike, models, counts),
+    }
+    return chain.from_iterable(make() for name, make in parts.items() if options.only in (None, name))
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -89,6 +108,14 @@ def _shape(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: it must be sequences x tokens, as 16x1024")
     return int(found[1]), int(found[2])
+
+
+def _mixed(text: str) -> Mixed:
+    """Decodes, chunks and their tokens, of a text such as 256+1x1792."""
+    found = re.fullmatch(r"([1-9]\d*)\+([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be decodes + chunks x tokens, as 256+1x1792")
+    return Mixed(*map(int, found.groups()))
 
 
 def parse() -> argparse.Namespace:
@@ -102,7 +129,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=positive, help="tokens of the last part of a prompt, measured beside the whole")
     parser.add_argument("--pages", nargs="+", type=positive, metavar="TOKENS", help="of a block, FlashAttention 3")
     parser.add_argument("--flashinfer-pages", nargs="+", type=positive, metavar="TOKENS")
-    parser.add_argument("--only", choices=("small", "attention"), help="one part (default: both)")
+    parser.add_argument("--chats", nargs="+", type=positive, metavar="SEQUENCES", help="lengths as in chats")
+    parser.add_argument("--mixed", nargs="+", type=_mixed, metavar="DECODES+CHUNKSxTOKENS", help="of one step")
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds, compilation included")
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer too (compiles its kernels, 1-3 minutes)")
     return parse_figure(parser, "kernels")
@@ -116,10 +145,9 @@ def main() -> None:
     table = Table(options.output / "kernels.csv")
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
     with torch.inference_mode():
-        if options.only != "attention":
-            budget.run(small(table, options))
-        if options.only != "small":
-            budget.run(attention(table, options))
+        for name, part in PARTS.items():
+            if options.only in (None, name):
+                budget.run(part(table, options))
     draw_times(table.rows, options.output / "kernels.png")
 
 

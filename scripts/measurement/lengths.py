@@ -65,6 +65,13 @@ def lognormal_requests(sizes: Sizes, seed: int, longest: int) -> Requests:
     return [(draw(230, 1.1, 4096), draw(190, 0.9, 2048)) for _ in range(sizes.lognormal_requests)]
 
 
+def chat_lengths(count: int, seed: int) -> list[int]:
+    """Tokens of requests like those of lognormal_requests, each somewhere in its output."""
+    source = random.Random(seed)
+    requests = lognormal_requests(FULL._replace(lognormal_requests=count), seed, 2**17)
+    return [prompt + 1 + source.randrange(output) for prompt, output in requests]
+
+
 def trace_requests(count: int, tokens: int, ratio: int) -> Requests:
     """Equal requests of so many tokens, prompt : output as ratio : 1."""
     output = max(1, round(tokens / (ratio + 1)))

@@ -1,0 +1,138 @@
+"""Attention over sequences of unlike lengths: decodes alone, and decodes that stand before chunks. Knows no engine."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from measurement.lengths import chat_lengths
+from measurement.table import Row, Table, attempt
+from torch import Tensor
+
+from kernel_benchmark.shapes import Model
+from kernel_benchmark.timing import copies_for, graph_us
+from sarathi.messages import Chunk
+from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention.backend import CacheLayer, SlotAddress
+from sarathi.model_executor.attention.device_step import make_step, rest_of
+from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend, FlashMetadata
+from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
+from sarathi.model_executor.attention.triton_decode import TritonDecode
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, config_for
+from sarathi.model_executor.placement import Placement
+
+_PACKAGE = "fa3-fwd"
+_SEED = 0
+_PLACE = Placement(torch.bfloat16, torch.device("cuda"))
+
+
+class Mixed(NamedTuple):
+    """Decodes whose lengths are as in chats, and new prompts after them."""
+
+    decodes: int
+    chunks: int
+    tokens: int  # of each chunk
+
+    @property
+    def work(self) -> str:
+        return f"{self.decodes} decodes, lengths as in chats, and {self.chunks} chunks of {self.tokens}"
+
+
+class _Step(NamedTuple):
+    query: Tensor  # [T, num_heads, head_size]
+    layers: list[CacheLayer]  # as many as it takes to leave the cache
+    batch: Batch
+    address: SlotAddress
+    mean_length: int  # of the decodes
+
+
+def measure_chats(table: Table, model: Model, decodes: int) -> None:
+    """Decodes alone: our kernel, the same without a price for a run, and FlashAttention 3, which ratios are to."""
+    step = _step(model, Mixed(decodes, 0, 0))
+    shape = config_for(decodes, model.head_size)
+    configs = {"triton": shape, "triton, run_cost=0": shape._replace(run_cost=0)}
+    backends = {name: _backend(model, config) for name, config in configs.items()}
+    launches = {"one call": partial(_attend, _backend(model, None), step, in_two=False)}
+    launches |= {name: partial(_attend, backend, step, in_two=False) for name, backend in backends.items()}
+    _measure(table, "decode, lengths as in chats", model, step, launches)
+
+
+def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
+    """A call for the decodes and one for the chunks, beside one call for all, which the ratio is to."""
+    step = _step(model, mixed)
+    launches = {
+        "one call": partial(_attend, _backend(model, None), step, in_two=False),
+        "two calls": partial(_attend, _backend(model, config_for(mixed.decodes, model.head_size)), step, in_two=True),
+    }
+    _measure(table, mixed.work, model, step, launches)
+
+
+def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[str, Callable[[], Callable]]) -> None:
+    """The first is what the others are compared with, their results too."""
+    rows, expected = [], None
+    for name, make in launches.items():
+        launch = make()
+        out = launch(0).double()
+        expected = out if expected is None else expected
+        error = ((out - expected).norm() / expected.norm()).item()
+        assert error < 1e-2, f"{work}, {name}: wrong result, error {error:.1e}"
+        value = attempt(name, partial(graph_us, launch, len(step.layers)))
+        if value is not None:
+            label = f"fa3 contiguous ({_PACKAGE})" if name == "one call" else name
+            rows.append(Row(model.name, work, label, len(step.batch.chunks), step.mean_length, value, "us"))
+    table.add_compared(rows, "fa3 contiguous")
+
+
+def _attend(backend: FlashAttentionBackend, step: _Step, *, in_two: bool) -> Callable[[int], Tensor]:
+    made = make_step(step.batch, step.address, _PLACE.device)
+    metadata = FlashMetadata(made)
+    if in_two:
+        decodes = sum(chunk.num_tokens == 1 for chunk in step.batch.chunks)
+        metadata.rest = FlashMetadata(rest_of(made, decodes))
+    return lambda i: backend.attend(step.query, step.layers[i], metadata)
+
+
+def _backend(model: Model, config: DecodeConfig | None) -> FlashAttentionBackend:
+    """config: of our decode kernel; None: without it."""
+    arch = ModelArchitecture(
+        model.name, model.layers, model.hidden, model.intermediate, model.num_heads, model.num_kv_heads,
+        model.head_size, model.vocab, 2**17, 1e-5, Rope(1e4),
+    )  # fmt: skip
+    decode = None if config is None else TritonDecode(model.head_size, _PLACE.device, pdl=True, config=config)
+    return FlashAttentionBackend(FlashAttention3(_PACKAGE), arch, _PLACE, decode)
+
+
+def _step(model: Model, mixed: Mixed) -> _Step:
+    lengths = chat_lengths(mixed.decodes, _SEED)
+    ends = [*lengths, *[mixed.tokens] * mixed.chunks]
+    news = [*[1] * mixed.decodes, *[mixed.tokens] * mixed.chunks]
+    chunks = [Chunk(str(i), end - new, new, True, end, ()) for i, (end, new) in enumerate(zip(ends, news, strict=True))]
+    slots = random.Random(_SEED).sample(range(len(ends)), len(ends))
+    none = torch.empty(0)
+    shape = (len(ends), max(ends), model.num_kv_heads, model.head_size)
+    copies = copies_for(model.kv_bytes(1, sum(ends)), limit=4)
+    layers = [CacheLayer(_random(*shape), _random(*shape), None) for _ in range(copies)]
+    query = _random(sum(news), model.num_heads, model.head_size)
+    mean = round(sum(lengths) / len(lengths))
+    return _Step(query, layers, Batch(tuple(chunks), none, none, None), SlotAddress(tuple(slots)), mean)
+
+
+def warm_up_jobs(models: Sequence[Model], decodes: Sequence[int]) -> Iterator[Callable[[], object]]:
+    """One thunk for each kernel of ours that these numbers of decodes need."""
+    for model in models:
+        for count in sorted(set(decodes)):
+            shape = config_for(count, model.head_size)
+            for config in (shape, shape._replace(run_cost=0)):
+                yield partial(_compile, model, count, config)
+
+
+def _compile(model: Model, decodes: int, config: DecodeConfig) -> None:
+    layer = CacheLayer(*(_random(1, 16, model.num_kv_heads, model.head_size) for _ in range(2)), None)
+    decode = TritonDecode(model.head_size, _PLACE.device, pdl=True, config=config)
+    decode.rehearse(model.num_heads, layer, decodes, decodes)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device=_PLACE.device)
