@@ -4,8 +4,8 @@
 
 small: products, elementwise kernels, steps; attention: over sequences of one length, contiguous and paged; unlike: over
 sequences of lengths as in chats, alone and before chunks.
-The shapes of attention are in experiments/scripts/kernels.yml. Rows go to DIR/kernels.csv as they are known, most
-important first; what does not fit the budget is named at the end.
+The shapes of attention are in experiments/scripts/kernels.yml. Rows go to DIR/kernels.csv, or DIR/unlike.csv, as they
+are known, most important first; what does not fit the budget is named at the end.
 Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, flashinfer, vllm).
 """
 
@@ -26,7 +26,7 @@ from kernel_benchmark.unlike import Mixed, measure_chats, measure_mixed
 from kernel_benchmark.unlike import warm_up_jobs as warm_up_unlike
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.figure import parse_figure, positive
-from measurement.plot import draw_times
+from measurement.plot import draw_ratios, draw_times
 from measurement.table import Budget, Table, Work
 
 SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measures, of the first
@@ -65,6 +65,7 @@ def unlike(table: Table, options: argparse.Namespace) -> Work:
 
 
 PARTS = {"small": small, "attention": attention, "unlike": unlike}
+FILES = {"small": "kernels", "attention": "kernels", "unlike": "unlike"}
 
 
 def _decodes(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
@@ -142,13 +143,15 @@ def main() -> None:
     budget = Budget(options.budget)
     warm_up(partial(_jobs, options), processes_at_hand())
     torch.manual_seed(0)
-    table = Table(options.output / "kernels.csv")
+    parts = [name for name in PARTS if options.only in (None, name)]
+    tables = {name: Table(options.output / f"{name}.csv") for name in dict.fromkeys(map(FILES.__getitem__, parts))}
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
     with torch.inference_mode():
-        for name, part in PARTS.items():
-            if options.only in (None, name):
-                budget.run(part(table, options))
-    draw_times(table.rows, options.output / "kernels.png")
+        for name in parts:
+            budget.run(PARTS[name](tables[FILES[name]], options))
+    for name, table in tables.items():
+        draw = {"kernels": draw_times, "unlike": draw_ratios}[name]
+        draw(table.rows, options.output / f"{name}.png")
 
 
 if __name__ == "__main__":
