@@ -75,7 +75,7 @@ def main() -> None:
         model="two-wide-layers", max_model_len=4096, max_num_seqs=4, chunk_size=512, memory_bytes="48mb"
     )
     parser.add_argument("--backends", type=lambda text: text.split(","), default=list(BACKENDS))
-    given = {"model": MODEL, "memory_bytes": "96mb", "max_model_len": 4096, "backends": list(CPU_BACKENDS)}
+    given = {"model": MODEL, "memory_bytes": "96mb", "max_model_len": 4096, "backends": ",".join(CPU_BACKENDS)}
     options = parse(parser, given)
     done = 0
     for backend in options.backends:

@@ -15,12 +15,15 @@ FIGURES = Path(__file__).parents[2] / "experiments" / "scripts"
 _NOT_MEASURED = ("figure", "output")
 
 
-def parse_figure(parser: argparse.ArgumentParser, name: str, figures: Path = FIGURES) -> argparse.Namespace:
+def parse_figure(
+    parser: argparse.ArgumentParser, name: str, figures: Path = FIGURES, short: Sequence[str] = ()
+) -> argparse.Namespace:
     """The options: those of figures/NAME.yml, or of another file with the same keys, and over them the command line's.
 
     Options with values may stand in the file, flags may not. In a section `test` stands what the short form changes, of
-    scripts that have one. A key that is unknown or missing, and a value that an option does not take, end the program
-    with an error that names the file, the key, and what is allowed.
+    scripts that have one, beside `short`, words that all short forms have in common. A key that is unknown or missing,
+    and a value that an option does not take, end the program with an error that names the file, the key, and what is
+    allowed.
     """
     shipped = figures / f"{name}.yml"
     parser.add_argument("--figure", type=Path, default=shipped, help="YAML of these options")
@@ -28,7 +31,7 @@ def parse_figure(parser: argparse.ArgumentParser, name: str, figures: Path = FIG
     given = parser.parse_args()
     parser.exit_on_error = False  # for as long as the file is read
     try:
-        words = _words(parser, given, _read(shipped))
+        words = _words(parser, given, _read(shipped), short)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{given.figure}: {error}")
     parser.exit_on_error = True
@@ -57,18 +60,20 @@ def _read(path: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _words(parser: argparse.ArgumentParser, given: argparse.Namespace, shipped: Mapping[Any, Any]) -> list[str]:
+def _words(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, shipped: Mapping[Any, Any], short: Sequence[str]
+) -> list[str]:
     """The file's options as a command line has them, those of the short form last where it is asked for."""
     content = dict(_read(given.figure))
-    short = content.pop("test", {}) if "test" in given else {}
-    if not isinstance(short, Mapping):
-        raise ConfigError(f"test is {short!r}: it must be a mapping of option to value")
+    test = content.pop("test", {}) if "test" in given else {}
+    if not isinstance(test, Mapping):
+        raise ConfigError(f"test is {test!r}: it must be a mapping of option to value")
     if missing := [key for key in shipped if key not in content and key != "test"]:
         raise ConfigError(f"{missing[0]!r} is missing; a file has {', '.join(shipped)}")
     known = [key for key, value in vars(given).items() if not isinstance(value, bool) and key not in _NOT_MEASURED]
     words = [*_checked(parser, known, content)]
-    shorter = [*_checked(parser, known, short, "test.")]  # read in the long form too: a mistake in it is told at once
-    return [*words, *shorter] if shorter and given.test else words
+    shorter = [*_checked(parser, known, test, "test.")]  # read in the long form too: a mistake in it is told at once
+    return [*words, *short, *shorter] if "test" in given and given.test else words
 
 
 def _checked(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,11 +62,13 @@ def add_ratios(parser: argparse.ArgumentParser) -> None:
 def parse(
     parser: argparse.ArgumentParser, test: Mapping[str, object] = MappingProxyType({}), figure: str | None = None
 ) -> argparse.Namespace:
-    """The options; where the short form is asked for, what that changes. test: what it changes beside the common.
+    """The options. Where the short form is asked for, what that changes stands before what the command line says.
 
-    figure: see parse_figure.
+    test: what it changes beside the common, by the options' names. figure: see parse_figure.
     """
-    options = parser.parse_args() if figure is None else parse_figure(parser, figure)
-    if options.test:
-        vars(options).update({**_TEST, **test})
-    return options
+    changes = {**_TEST, **test}
+    short = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    if figure is not None:
+        return parse_figure(parser, figure, short=short)
+    options = parser.parse_args()
+    return parser.parse_args([*short, *sys.argv[1:]]) if options.test else options
