@@ -110,13 +110,9 @@ class FlashAttentionBackend(AppendingBackend):
         return self._decode is not None and step.one_each and step.rows is not None
 
     def _call(
-        self,
-        query: Tensor,
-        new: NewKeysValues | None,
-        layer: CacheLayer,
-        metadata: FlashMetadata,
+        self, query: Tensor, new: NewKeysValues | None, layer: CacheLayer, metadata: FlashMetadata,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         problem = self._problem._replace(window=layer.window)
         cache = (layer.k, layer.v)
         if metadata.step.rows is not None and not self.provider.abilities.contiguous:

@@ -28,14 +28,9 @@ class FlashAttention2:
         return pad(step.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     def attend(
-        self,
-        q: Tensor,
-        new: NewKeysValues | None,
-        cache: tuple[Tensor, Tensor],
-        step: VarlenStep,
-        problem: Problem,
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """See Provider."""
         left = -1 if problem.window is None else problem.window - 1
         result: Tensor = self._varlen(

@@ -92,14 +92,9 @@ class FlashAttention3:
         return made
 
     def attend(
-        self,
-        q: Tensor,
-        new: NewKeysValues | None,
-        cache: tuple[Tensor, Tensor],
-        step: VarlenStep,
-        problem: Problem,
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """See Provider."""
         results: Sequence[Tensor] = self._forward(
             **{

@@ -25,14 +25,9 @@ class FlashAttention4:
         return None
 
     def attend(
-        self,
-        q: Tensor,
-        new: NewKeysValues | None,
-        cache: tuple[Tensor, Tensor],
-        step: VarlenStep,
-        problem: Problem,
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """See Provider."""
         windowed = problem.window is not None
         result = self._varlen(

@@ -72,14 +72,9 @@ class Provider(Protocol):
         """
 
     def attend(
-        self,
-        q: Tensor,
-        new: NewKeysValues | None,
-        cache: tuple[Tensor, Tensor],
-        step: VarlenStep,
-        problem: Problem,
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """One call for the batch: q [T, num_heads, head_size] over the cache [rows, cols, num_kv_heads, head_size].
 
         `new` is stored at the sequences' ends first; None where the cache holds it already. Returns q's shape: `out`

@@ -131,14 +131,9 @@ class FakeLibrary:
         return torch.tensor([cache_cols])
 
     def attend(
-        self,
-        q: Tensor,
-        new: NewKeysValues | None,
-        cache: tuple[Tensor, Tensor],
-        step: VarlenStep,
-        problem: Problem,
+        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         assert (new is not None) <= self.abilities.append
         assert (step.rows is None) == (step.block_table is not None)
         assert step.schedule is not None and step.schedule.item() == cache[0].shape[1]
