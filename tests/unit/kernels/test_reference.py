@@ -81,3 +81,14 @@ def test_decode_attention_of_padding_is_zero() -> None:
     cache = torch.full((1, 4, 1, 8), float("nan"))
     batch = DecodeBatch(torch.tensor([0]), torch.tensor([0]))
     assert decode_attention(torch.randn(1, 2, 8), cache, cache, batch, 1.0).abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_argmax_is_torchs(dtype: torch.dtype) -> None:
+    """The lowest of equals, NaN as the largest, whatever the strides."""
+    logits = torch.randn(5, 2000).to(dtype)[:, ::2]
+    logits[0, 7], logits[0, 700], logits[1, 9], logits[2] = 90.0, 90.0, float("nan"), float("-inf")
+    for rows in (logits, logits[:0]):
+        found = KERNELS.argmax(rows)
+        assert found.dtype == torch.int64 and torch.equal(found, rows.argmax(-1))
+    assert KERNELS.argmax(logits)[:3].tolist() == [7, 9, 0]
