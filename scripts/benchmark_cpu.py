@@ -22,7 +22,9 @@ import transformers
 from tqdm import tqdm
 
 from sarathi import LLM, SamplingParams
+from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import Finished, SchedulerOutput, StepResult
+from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
 from sarathi.model_executor.source import resolve_model
 
@@ -88,9 +90,27 @@ class ExecutorClock:
         return Finished(result)
 
 
+class CallClock:
+    """Another object, and the seconds that calls of it take."""
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+        self.spent_s = 0.0
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return partial(self._timed, getattr(self._inner, name))
+
+    def _timed(self, call: Callable[..., object], *arguments: object) -> object:
+        start_s = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            self.spent_s += time.perf_counter() - start_s
+
+
 @contextmanager
-def engine(model: str, backend: str) -> Iterator[LLM]:
-    llm = LLM(model=model, attention_backend=backend, dtype="float32", max_num_seqs=16, chunk_size=512)
+def engine(model: str, backend: str, max_num_seqs: int = 16) -> Iterator[LLM]:
+    llm = LLM(model=model, attention_backend=backend, dtype="float32", max_num_seqs=max_num_seqs, chunk_size=512)
     try:
         yield llm
     finally:
@@ -151,29 +171,25 @@ def against_paged(model: str, repeats: int) -> Iterator[dict]:
             yield row(model, name, PAIR[0], *shape, tokens / times.ours_s, "tokens/s", PAIR[1], times.ratio)
 
 
-def outside_the_model(model: str) -> Iterator[dict]:
-    """Share of engine.step() that is not the model, decode at batch 16, median over steps."""
-    with engine(model, "sdpa_vattn") as llm:
-        work = Work(random_prompts((32,) * 16, VOCAB_SIZE), 64)
-        clock = llm.engine.executor = ExecutorClock(llm.engine.executor)
+def outside_the_model(model: str, batch: int) -> Iterator[dict]:
+    """Shares of engine.step() that are not the model, and that are the metrics store, decode, medians over steps."""
+    work = Work(random_prompts((32,) * batch, VOCAB_SIZE), 64)
+    with engine(model, PAIR[0], batch) as llm:
+        executor, metrics = ExecutorClock(llm.engine.executor), CallClock(MetricsStore())
+        measured = LLMEngine(llm.engine.scheduler, executor, llm.engine.tokenizer, metrics=metrics)
         for index, prompt in enumerate(work.prompts):
-            llm.engine.add_request(str(index), prompt, work.sampling_params())
-        shares = []
-        while llm.engine.has_work:
-            before = clock.model_s
-            step_s = seconds(llm.engine.step)
-            shares.append(1 - (clock.model_s - before) / step_s)
-        yield row(
-            model,
-            "time outside the model",
-            "sdpa_vattn",
-            16,
-            96,
-            100 * statistics.median(shares),
-            "% of a step",
-            "",
-            "",
-        )
+            measured.add_request(str(index), prompt, work.sampling_params())
+        shares = [_shares(measured, executor, metrics) for _ in iter(lambda: measured.has_work, False)]
+    names = ("time outside the model, metrics on", "time in the metrics store")
+    for name, values in zip(names, zip(*shares, strict=True), strict=True):
+        yield row(model, name, PAIR[0], batch, 96, 100 * statistics.median(values), "% of a step", "", "")
+
+
+def _shares(measured: LLMEngine, executor: ExecutorClock, metrics: CallClock) -> tuple[float, float]:
+    """Of one step: outside the model, in the store."""
+    model_s, metrics_s = executor.model_s, metrics.spent_s
+    step_s = seconds(measured.step)
+    return 1 - (executor.model_s - model_s) / step_s, (metrics.spent_s - metrics_s) / step_s
 
 
 def row(*values: object) -> dict:
@@ -189,7 +205,8 @@ def main() -> None:
     rows = [
         *against_transformers(options.model, options.repeats),
         *against_paged(options.model, options.repeats),
-        *outside_the_model(options.model),
+        *outside_the_model(options.model, 16),
+        *outside_the_model(options.model, 64),
     ]
     options.output.mkdir(parents=True, exist_ok=True)
     with open(options.output / "engine_cpu.csv", "w", newline="") as file:
