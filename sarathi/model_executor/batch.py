@@ -1,6 +1,7 @@
 """One step's tokens as tensors, in the order of its chunks; knows no queues and not where K and V are kept."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -19,3 +20,8 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     sampled_rows: Tensor | None
+
+    @property
+    def leading_decodes(self) -> int:
+        """How many chunks of one token stand before the first that has more."""
+        return sum(1 for _ in takewhile(lambda chunk: chunk.num_tokens == 1, self.chunks))

@@ -7,8 +7,7 @@ that stand before the chunks of a step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +38,19 @@ class FlashMetadata:
     step: DeviceStep
     places: tuple[Tensor, Tensor] | None = None
     varlen: dict[tuple[int | None, bool], VarlenStep] = field(default_factory=dict)  # by window, and whether it appends
-    rest: FlashMetadata | None = None  # of the chunks behind many decodes, which are attended to by themselves
+    split: Split | None = None  # where many decodes stand before the chunks
+
+    @classmethod
+    def in_two(cls, step: DeviceStep, decodes: int) -> FlashMetadata:
+        """Of a step whose first `decodes` sequences, on contiguous slots, are attended to by themselves."""
+        return cls(step, split=Split(first_decodes(step, decodes), cls(rest_of(step, decodes))))
+
+
+class Split(NamedTuple):
+    """The two parts of a step."""
+
+    decodes: DeviceStep
+    rest: FlashMetadata
 
 
 class FlashAttentionBackend(AppendingBackend):
@@ -63,12 +74,11 @@ class FlashAttentionBackend(AppendingBackend):
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
         """See AttentionBackend; one copy to the device."""
-        metadata = self.plan_step(make_step(batch, address, self.place.device))
-        decodes = sum(1 for _ in takewhile(lambda chunk: chunk.num_tokens == 1, batch.chunks))
+        step, decodes = make_step(batch, address, self.place.device), batch.leading_decodes
         is_mixed = self._fewest_decodes <= decodes < len(batch.chunks)
-        if is_mixed and self._decode is not None and metadata.step.rows is not None:
-            metadata.rest = FlashMetadata(rest_of(metadata.step, decodes))
-        return metadata
+        if is_mixed and self._decode is not None and step.rows is not None:
+            return FlashMetadata.in_two(step, decodes)
+        return self.plan_step(step)
 
     def plan_step(self, step: DeviceStep) -> FlashMetadata:
         """As `plan`, from tensors that are there already: for a CUDA graph, over StaticStep.step."""
@@ -76,7 +86,7 @@ class FlashAttentionBackend(AppendingBackend):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AttentionBackend."""
-        is_ours = self._takes_decode(metadata) or metadata.rest is not None
+        is_ours = self._takes_decode(metadata) or metadata.split is not None
         if is_ours or not self.provider.abilities.append:
             self.store(key, value, layer, metadata)
             return self.attend(query, layer, metadata)
@@ -92,17 +102,15 @@ class FlashAttentionBackend(AppendingBackend):
         """See AppendingBackend."""
         if self._decode is not None and self._takes_decode(metadata):
             return self._decode.attend(query, layer, metadata.step)
-        if self._decode is not None and metadata.rest is not None:
-            return self._attend_in_two(self._decode, query, layer, metadata.step, metadata.rest)
+        if self._decode is not None and metadata.split is not None:
+            return self._attend_in_two(self._decode, query, layer, metadata.split)
         return self._call(query, None, layer, metadata)
 
-    def _attend_in_two(
-        self, decode: TritonDecode, query: Tensor, layer: CacheLayer, step: DeviceStep, rest: FlashMetadata
-    ) -> Tensor:
+    def _attend_in_two(self, decode: TritonDecode, query: Tensor, layer: CacheLayer, split: Split) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        decodes = len(query) - rest.step.num_tokens
-        decode.attend(query[:decodes], layer, first_decodes(step, decodes), out[:decodes])
-        self._call(query[decodes:], None, layer, rest, out[decodes:])
+        decodes = split.decodes.num_tokens
+        decode.attend(query[:decodes], layer, split.decodes, out[:decodes])
+        self._call(query[decodes:], None, layer, split.rest, out[decodes:])
         return out
 
     def _takes_decode(self, metadata: FlashMetadata) -> bool:

@@ -10,7 +10,6 @@ Where a paged kernel runs over slots, their pages are in order and the block tab
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import flashinfer
@@ -41,13 +40,9 @@ class FlashInferMetadata:
     step: DeviceStep
     batch: Batch
     address: Address
+    leading_decodes: int
     places: tuple[Tensor, Tensor] | None = None
     wrapper: Any = None  # the planned paged kernel
-
-    @property
-    def leading_decodes(self) -> int:
-        """How many sequences with one new token stand before the first that has more."""
-        return sum(1 for _ in takewhile(lambda chunk: chunk.num_tokens == 1, self.batch.chunks))
 
 
 class _Paged:
@@ -87,7 +82,8 @@ class FlashInferBackend(AppendingBackend):
 
     def plan(self, batch: Batch, address: Address) -> FlashInferMetadata:
         """See AttentionBackend. The paged kernels are planned when the first layer shows how its slots lie."""
-        return FlashInferMetadata(make_step(batch, address, self.place.device), batch, address)
+        step = make_step(batch, address, self.place.device)
+        return FlashInferMetadata(step, batch, address, batch.leading_decodes)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashInferMetadata
