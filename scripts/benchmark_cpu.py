@@ -179,7 +179,9 @@ def outside_the_model(model: str, batch: int) -> Iterator[dict]:
         measured = LLMEngine(llm.engine.scheduler, executor, llm.engine.tokenizer, metrics=metrics)
         for index, prompt in enumerate(work.prompts):
             measured.add_request(str(index), prompt, work.sampling_params())
-        shares = [_shares(measured, executor, metrics) for _ in iter(lambda: measured.has_work, False)]
+        shares = []
+        while measured.has_work:
+            shares.append(_shares(measured, executor, metrics))
     names = ("time outside the model, metrics on", "time in the metrics store")
     for name, values in zip(names, zip(*shares, strict=True), strict=True):
         yield row(model, name, PAIR[0], batch, 96, 100 * statistics.median(values), "% of a step", "", "")

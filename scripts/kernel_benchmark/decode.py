@@ -10,6 +10,7 @@ from measurement.table import Row, Table, attempt
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
+from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import MODELS, Model, Pages
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
@@ -18,6 +19,7 @@ from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, 
 from sarathi.model_executor.kernels.types import DecodeBatch
 
 Launch = Callable[[int], Tensor]
+_ALL = slice(None)
 CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
     (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (32, 5, 4, 3),
 )]  # fmt: skip
@@ -39,10 +41,12 @@ class Inputs:
     def create(cls, model: Model, batch: int, context: int) -> "Inputs":
         shape = (batch, context, model.num_kv_heads, model.head_size)
         copies = copies_for(model.kv_bytes(batch, context))
-        layers = [(_random(*shape), _random(*shape)) for _ in range(copies)]
+        layers = [(random_tensor(*shape), random_tensor(*shape)) for _ in range(copies)]
         slots = torch.randperm(batch, device="cuda").int()
         lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-        return cls(model, batch, context, _random(batch, model.num_heads, model.head_size), layers, slots, lengths)
+        return cls(
+            model, batch, context, random_tensor(batch, model.num_heads, model.head_size), layers, slots, lengths
+        )
 
 
 def warm_up_jobs(
@@ -67,7 +71,7 @@ def measure_decode(
     expected, checked = exact_output(inputs, sequences=2)
     rows = []
     for name, make in _launches(inputs, configs, pages):
-        value = attempt(name, partial(_checked_us, make, len(inputs.layers), expected, checked))
+        value = attempt(name, partial(checked_us, make, len(inputs.layers), expected, checked))
         if value is not None:
             rows.append(Row(model.name, "decode", name, batch, context, value, "us"))
     add_paged_first(table, rows)
@@ -84,7 +88,8 @@ def add_paged_first(table: Table, rows: list[Row]) -> None:
             table.add(replace(row, work=f"{row.work}, same binary").beside(same_binary))
 
 
-def _checked_us(make: Callable[[], Launch], copies: int, expected: Tensor, checked: Tensor) -> float:
+def checked_us(make: Callable[[], Launch], copies: int, expected: Tensor, checked: Tensor | slice = _ALL) -> float:
+    """Microseconds of a launch whose result is right for the sequences in `checked`, which `expected` holds."""
     launch = make()
     error = ((launch(0)[checked].double() - expected).norm() / expected.norm()).item()
     if not error < 1e-2:
@@ -182,7 +187,3 @@ def _launches(
         yield f"flashinfer paged {page}", lambda n=page: flashinfer_launch(inputs, n, contiguous=False)
     if pages.flashinfer:
         yield "flashinfer contiguous as pages of 64", lambda: flashinfer_launch(inputs, 64, contiguous=True)
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

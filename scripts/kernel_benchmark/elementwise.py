@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 from measurement.table import Row, Table
-from torch import Tensor
 
+from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.kernels import Kernels
@@ -38,16 +38,16 @@ def measure_elementwise(table: Table, model: Model, tokens: int, ours: Kernels, 
 def _work(model: Model, tokens: int, copies: int) -> Iterator[Work]:
     yield from _norms(model, tokens, copies)
     yield _rope(model, tokens, copies)
-    gate_up = [_random(tokens, 2 * model.intermediate) for _ in range(copies)]
+    gate_up = [random_tensor(tokens, 2 * model.intermediate) for _ in range(copies)]
     yield Work("silu_and_mul", tokens * model.intermediate * 6, lambda k, i: k.silu_and_mul(gate_up[i]))
     if tokens <= 256:
         yield from _sampling(model, tokens)
 
 
 def _norms(model: Model, tokens: int, copies: int) -> Iterator[Work]:
-    x = [_random(tokens, model.hidden) for _ in range(copies)]
-    residual = [_random(tokens, model.hidden) for _ in range(copies)]
-    weight = _random(model.hidden)
+    x = [random_tensor(tokens, model.hidden) for _ in range(copies)]
+    residual = [random_tensor(tokens, model.hidden) for _ in range(copies)]
+    weight = random_tensor(model.hidden)
     moved = tokens * model.hidden * 2
     yield Work("rms_norm", 2 * moved, lambda k, i: k.rms_norm(x[i], weight, 1e-5))
     yield Work("add_rms_norm", 4 * moved, lambda k, i: k.add_rms_norm(x[i], residual[i], weight, 1e-5))
@@ -55,10 +55,10 @@ def _norms(model: Model, tokens: int, copies: int) -> Iterator[Work]:
 
 def _rope(model: Model, tokens: int, copies: int) -> Work:
     heads = model.num_heads + 2 * model.num_kv_heads
-    packed = [_random(tokens, heads, model.head_size) for _ in range(copies)]
+    packed = [random_tensor(tokens, heads, model.head_size) for _ in range(copies)]
     angles = torch.rand(tokens, model.head_size // 2, device="cuda")
     positions = torch.arange(tokens, device="cuda")
-    cache = [_random(2, tokens, model.num_kv_heads, model.head_size) for _ in range(2)]
+    cache = [random_tensor(2, tokens, model.num_kv_heads, model.head_size) for _ in range(2)]
     rows = torch.ones(tokens, dtype=torch.int32, device="cuda")
     target = CacheTarget(*cache, rows, positions.int())
     turned = RotationTable(angles.cos(), angles.sin())
@@ -72,14 +72,10 @@ def _rope(model: Model, tokens: int, copies: int) -> Work:
 
 
 def _sampling(model: Model, rows: int) -> Iterator[Work]:
-    moved, logits = rows * model.vocab * 4, [_random(rows, model.vocab) for _ in range(2)]
+    moved, logits = rows * model.vocab * 4, [random_tensor(rows, model.vocab) for _ in range(2)]
     wide = [each.float() for each in logits]
     uniform = torch.rand(rows, 1, dtype=torch.float64, device="cuda")
     top_p = torch.full((rows, 1), 0.9, device="cuda")
     yield Work("argmax", moved // 2, lambda k, i: k.argmax(logits[i % 2]))
     yield Work("draw", moved, lambda k, i: k.draw(wide[i % 2], uniform))
     yield Work("nucleus_floor", moved, lambda k, i: k.nucleus_floor(wide[i % 2], top_p), has_twin=False)
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

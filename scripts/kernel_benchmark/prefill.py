@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
 from kernel_benchmark.decode import add_paged_first
+from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model, Pages
 from kernel_benchmark.timing import eager_us, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
@@ -34,8 +35,8 @@ class Inputs(NamedTuple):
 def measure_prefill(table: Table, model: Model, chunk: int, context: int, pages: Pages) -> None:
     """All kernels at one shape, the last rows checked against float64 first; ratios are to the best paged."""
     cache = (1, context, model.num_kv_heads, model.head_size)
-    q = _random(chunk, model.num_heads, model.head_size)
-    inputs = Inputs(model, chunk, context, q, _random(*cache), _random(*cache))
+    q = random_tensor(chunk, model.num_heads, model.head_size)
+    inputs = Inputs(model, chunk, context, q, random_tensor(*cache), random_tensor(*cache))
     expected = _exact_last_rows(inputs, 4)
     work = "prefill" if chunk == context else f"prefill {chunk}"
     rows = []
@@ -124,7 +125,3 @@ def _launches(inputs: Inputs, pages: Pages) -> Iterator[tuple[str, Callable[[], 
         yield "flashinfer contiguous fa3", lambda: _flashinfer_single(inputs, "fa3")
     for page in pages.flashinfer:
         yield f"flashinfer paged {page} fa3", lambda n=page: _flashinfer_paged(inputs, n, "fa3")
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

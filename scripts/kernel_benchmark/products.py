@@ -7,6 +7,7 @@ import torch
 from measurement.table import Row, Table
 from torch import Tensor
 
+from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, matvec
@@ -24,16 +25,18 @@ def warm_up_jobs() -> Iterator[Callable[[], None]]:
     """One thunk for each kernel that ``measure_product`` will need, on inputs just large enough to compile it."""
     for size, config, gated in itertools.product((4096, 14336, 11008), MATVEC, (False, True)):
         if not (gated and size != 4096):
-            yield lambda s=size, c=config, g=gated: _matvec(_random(1, s), _random(256, s), c, gated=g)
+            yield lambda s=size, c=config, g=gated: _matvec(random_tensor(1, s), random_tensor(256, s), c, gated=g)
     for config, gated in itertools.product(SKINNY, (False, True)):
-        yield lambda c=config, g=gated: _skinny(_random(8, 4096), _random(256, 4096), c, _counters(), gated=g)
+        yield lambda c=config, g=gated: _skinny(
+            random_tensor(8, 4096), random_tensor(256, 4096), c, _counters(), gated=g
+        )
 
 
 def measure_product(table: Table, model: Model, name: str, batch: int) -> None:
     """The best setting and cuBLAS, for one matrix and batch size; checks the winner against float32."""
     outputs, inputs = model.weights[name]
-    weights = [_random(outputs, inputs) / inputs**0.5 for _ in range(copies_for(outputs * inputs * 2, limit=12))]
-    x = _random(batch, inputs)
+    weights = [random_tensor(outputs, inputs) / inputs**0.5 for _ in range(copies_for(outputs * inputs * 2, limit=12))]
+    x = random_tensor(batch, inputs)
     gated = name == "gate_up"
     times = {"cublas": graph_us(lambda i: torch.nn.functional.linear(x, weights[i]), len(weights))}
     candidates = _candidates(batch, inputs, outputs, gated=gated)
@@ -87,10 +90,6 @@ def _error(out: Tensor, x: Tensor, weight: Tensor, *, gated: bool) -> float:
 
 def _out(x: Tensor, weight: Tensor, *, gated: bool) -> Tensor:
     return torch.empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), dtype=x.dtype, device=x.device)
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
 def _counters() -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from measurement.table import Row, Table, attempt
 from torch import Tensor
 
+from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
@@ -45,13 +46,13 @@ class Step:
             self.head, stacks = self._weights(model)
         else:
             self.head, stacks = weights.head, [layer[:5] for layer in weights.layers]
-        self.layers = [Layer(*stack, _random(*cache), _random(*cache)) for stack in stacks]
+        self.layers = [Layer(*stack, random_tensor(*cache), random_tensor(*cache)) for stack in stacks]
         self.lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
         self.slots = torch.arange(batch, dtype=torch.int32, device="cuda")
         self.positions = self.lengths - 1
         angles = torch.rand(context, model.head_size // 2, device="cuda")
         self.turns = RotationTable(angles.cos(), angles.sin())
-        self.x = _random(batch, model.hidden)
+        self.x = random_tensor(batch, model.hidden)
 
     def run(self, kernels: FusedKernels, attend: Attend) -> Tensor:
         """From embedded tokens to the next ones, [batch]."""
@@ -87,10 +88,10 @@ class Step:
     @staticmethod
     def _weights(model: Model) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         shapes = model.weights
-        head = _random(*shapes["lm_head"]) * 0.02
+        head = random_tensor(*shapes["lm_head"]) * 0.02
         names = ("qkv", "o", "gate_up", "down")
         ones = torch.ones(model.hidden, dtype=torch.bfloat16, device="cuda")
-        return head, [(*(_random(*shapes[name]).mul_(0.02) for name in names), ones) for _ in range(model.layers)]
+        return head, [(*(random_tensor(*shapes[name]).mul_(0.02) for name in names), ones) for _ in range(model.layers)]
 
 
 def measure_steps(table: Table, model: Model, shapes: list[tuple[int, int]]) -> None:
@@ -125,7 +126,3 @@ def _step_ms(
     kernels, attend = make()
     tokens[name] = step.run(kernels, attend)
     return graph_us(lambda _: step.run(kernels, attend), 1, min_launches=1) / 1000
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

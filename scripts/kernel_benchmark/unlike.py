@@ -10,12 +10,14 @@ from measurement.lengths import chat_lengths
 from measurement.table import Row, Table, attempt
 from torch import Tensor
 
+from kernel_benchmark.decode import Launch, checked_us
+from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.timing import copies_for, graph_us
+from kernel_benchmark.timing import copies_for
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.backend import CacheLayer, SlotAddress
-from sarathi.model_executor.attention.device_step import make_step, rest_of
+from sarathi.model_executor.attention.device_step import make_step
 from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend, FlashMetadata
 from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
 from sarathi.model_executor.attention.triton_decode import TritonDecode
@@ -69,29 +71,20 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
     _measure(table, mixed.work, model, step, launches)
 
 
-def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[str, Callable[[], Callable]]) -> None:
+def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[str, Callable[[], Launch]]) -> None:
     """The first is what the others are compared with, their results too."""
-    rows, expected = [], None
+    rows, expected = [], next(iter(launches.values()))()(0).double()
     for name, make in launches.items():
-        launch = make()
-        out = launch(0).double()
-        expected = out if expected is None else expected
-        error = ((out - expected).norm() / expected.norm()).item()
-        if not error < 1e-2:
-            raise ValueError(f"{name}: wrong result, error {error:.1e}")
-        value = attempt(name, partial(graph_us, launch, len(step.layers)))
+        value = attempt(name, partial(checked_us, make, len(step.layers), expected))
         if value is not None:
             label = f"fa3 contiguous ({_PACKAGE})" if name == "one call" else name
             rows.append(Row(model.name, work, label, len(step.batch.chunks), step.mean_length, value, "us"))
     table.add_compared(rows, "fa3 contiguous")
 
 
-def _attend(backend: FlashAttentionBackend, step: _Step, *, in_two: bool) -> Callable[[int], Tensor]:
+def _attend(backend: FlashAttentionBackend, step: _Step, *, in_two: bool) -> Launch:
     made = make_step(step.batch, step.address, _PLACE.device)
-    metadata = FlashMetadata(made)
-    if in_two:
-        decodes = sum(chunk.num_tokens == 1 for chunk in step.batch.chunks)
-        metadata.rest = FlashMetadata(rest_of(made, decodes))
+    metadata = FlashMetadata.in_two(made, step.batch.leading_decodes) if in_two else FlashMetadata(made)
     return lambda i: backend.attend(step.query, step.layers[i], metadata)
 
 
@@ -114,8 +107,8 @@ def _step(model: Model, mixed: Mixed) -> _Step:
     none = torch.empty(0)
     shape = (len(ends), max(ends), model.num_kv_heads, model.head_size)
     copies = copies_for(model.kv_bytes(1, sum(ends)), limit=4)
-    layers = [CacheLayer(_random(*shape), _random(*shape), None) for _ in range(copies)]
-    query = _random(sum(news), model.num_heads, model.head_size)
+    layers = [CacheLayer(random_tensor(*shape), random_tensor(*shape), None) for _ in range(copies)]
+    query = random_tensor(sum(news), model.num_heads, model.head_size)
     mean = round(sum(lengths) / len(lengths))
     return _Step(query, layers, Batch(tuple(chunks), none, none, None), SlotAddress(tuple(slots)), mean)
 
@@ -130,10 +123,6 @@ def warm_up_jobs(models: Sequence[Model], decodes: Sequence[int]) -> Iterator[Ca
 
 
 def _compile(model: Model, decodes: int, config: DecodeConfig) -> None:
-    layer = CacheLayer(*(_random(1, 16, model.num_kv_heads, model.head_size) for _ in range(2)), None)
+    layer = CacheLayer(*(random_tensor(1, 16, model.num_kv_heads, model.head_size) for _ in range(2)), None)
     decode = TritonDecode(model.head_size, _PLACE.device, pdl=True, config=config)
     decode.rehearse(model.num_heads, layer, decodes, decodes)
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device=_PLACE.device)

@@ -38,6 +38,11 @@ def parse_figure(
     return parser.parse_args([*words, *sys.argv[1:]])
 
 
+def as_words(name: str, values: Sequence[object]) -> list[str]:
+    """An option as a command line has it."""
+    return [f"--{name.replace('_', '-')}", *map(str, values)]
+
+
 def positive(text: str) -> int:
     """An option's type: a count or a size."""
     if not text.isdecimal() or int(text) == 0:
@@ -87,7 +92,7 @@ def _checked(
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(each, (str, int, float)) and not isinstance(each, bool) for each in values):
             raise ConfigError(f"{section}{key} is {value!r}: it must be text, a number, or a list of them")
-        words = [f"--{key.replace('_', '-')}", *map(str, values)]
+        words = as_words(key, values)
         try:
             found, _ = parser.parse_known_args(words)
         except argparse.ArgumentError as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from measurement.figure import parse_figure
+from measurement.figure import as_words, parse_figure
 
 _COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "rms_norm_eps": 1e-5,
@@ -67,7 +67,7 @@ def parse(
     test: what it changes beside the common, by the options' names. figure: see parse_figure.
     """
     changes = {**_TEST, **test}
-    short = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    short = [word for name, value in changes.items() for word in as_words(name, [value])]
     if figure is not None:
         return parse_figure(parser, figure, short=short)
     options = parser.parse_args()
