@@ -3,39 +3,30 @@
     python scripts/benchmark_engine.py --model llama-3-8b --backend fa_vattn --output DIR [--stages prefill,decode,...]
 
 One engine a run: prefill whole and in small steps, decode, short requests, the static traces of the vAttention paper,
-decode with tokens that are drawn, the share of a decode step in which the GPU is idle; then, the engine closed, matrix
-products and attention alone at the same shapes. Rows come in the order of --stages, and what --budget leaves out is
+decode with tokens that are drawn, what the GPU does in a decode step; then, the engine closed, matrix products and
+attention alone at the same shapes. Rows come in the order of --stages, and what --budget leaves out is
 named. Runs may share a folder.
 """
 
 import gc
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from kernel_benchmark.alone import Alone
 from kernel_benchmark.shapes import MODELS
-from measurement.idle import idle_share
+from measurement.device import NUM_SHAPES, device_work
 from measurement.lengths import FULL, SMALL, Sizes
-from measurement.options import add_ratios, engine_parser, parse
+from measurement.options import add_ratios, add_stages, engine_parser, parse
 from measurement.ours import GREEDY, OurEngine, open_engine
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import Budget, Row, Table, Work
 
-OWN_STAGES = ("sampled", "idle", "alone")
+OWN_STAGES = ("sampled", "device", "alone")
 SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, "top_p": 0.95}
 ALONE = "products and attention alone"
-NUM_SHORT_SHAPES = 4  # the first ones of decode, at the shortest context
-
-
-def measure_idle(load: Load, batch: int, context: int) -> None:
-    """Per cent of decode steps in which no kernel and no copy is under way."""
-    produced = load.settle([context] * batch, 64)
-    share = idle_share(partial(load.advance, produced))
-    load.end(produced)
-    load.record("GPU idle in a decode step", batch, context, 100 * share, "%")
 
 
 def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> None:
@@ -51,9 +42,9 @@ def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> 
     load.table.add(drawn.beside(likeliest))
 
 
-def short_work(load: Load, name: str, measure: Callable[[Load, int, int], None]) -> Work:
-    shapes = load.decode_shapes()[:NUM_SHORT_SHAPES]
-    return ((f"{name} {b} x {n}", partial(measure, load, b, n)) for b, n in shapes)
+def sampled_work(engine: OurEngine, load: Load) -> Work:
+    shapes = load.decode_shapes()[:NUM_SHAPES]
+    return ((f"sampled {b} x {n}", partial(measure_sampled, engine, load, b, n)) for b, n in shapes)
 
 
 def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int) -> None:
@@ -85,9 +76,9 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
     load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
     if "sampled" in options.stages:
-        budget.run(short_work(load, "sampled", partial(measure_sampled, engine)))
-    if "idle" in options.stages and torch.cuda.is_available():
-        budget.run(short_work(load, "idle", measure_idle))
+        budget.run(sampled_work(engine, load))
+    if "device" in options.stages:
+        budget.run(device_work(load))
     engine.close()
     return load.contexts
 
@@ -104,7 +95,7 @@ def run_alone(options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[
 
 def main() -> None:
     parser = engine_parser(__doc__, "results/engine")
-    parser.add_argument("--stages", type=lambda text: text.split(","), default=[*STAGES, *OWN_STAGES])
+    add_stages(parser, (*STAGES, *OWN_STAGES))
     add_ratios(parser)
     options = parse(parser)
     sizes, budget = SMALL if options.test else FULL.with_ratios(options.ratios), Budget(options.budget)

@@ -11,8 +11,9 @@ import os
 import sys
 from pathlib import Path
 
+from measurement.device import device_work
 from measurement.lengths import FULL
-from measurement.options import add_ratios
+from measurement.options import add_ratios, add_stages
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import Budget, Row, Table, read_rows
@@ -27,7 +28,9 @@ def measure(options: argparse.Namespace) -> None:
     table, sizes = Table(options.output / "vllm.csv", peer=engine.backend), FULL.with_ratios(options.ratios)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
-    budget.run(load.plan(options.stages))
+    budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
+    if "device" in options.stages:
+        budget.run(device_work(load))
 
 
 def join(ours: Path, theirs: Path, output: Path) -> None:
@@ -49,7 +52,7 @@ def _work(row: Row) -> tuple[object, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b", help="a shipped name")
-    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
+    add_stages(parser, (*STAGES, "device"))
     add_ratios(parser)
     parser.add_argument("--max-model-len", type=int, default=132_096)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds; nothing starts after them")

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -49,6 +49,18 @@ def engine_parser(description: str | None, output: str) -> argparse.ArgumentPars
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the CSV files and plots")
     parser.add_argument("--test", action="store_true", help="a short form on the CPU with a tiny model")
     return parser
+
+
+def add_stages(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
+    """Which of these to measure, in which order: all of them where nothing is said."""
+
+    def chosen(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := [each for each in found if each not in stages]:
+            raise argparse.ArgumentTypeError(f"no stage is called {', '.join(unknown)}; known: {', '.join(stages)}")
+        return found
+
+    parser.add_argument("--stages", type=chosen, default=list(stages), help=f"any of {','.join(stages)}")
 
 
 def add_ratios(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from measurement.idle import gaps_share
+from measurement.device import Kernel, idle_share, operation_of, time_by_operation
 from measurement.lengths import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
 from measurement.serving import STAGES, Load, percentile
 from measurement.table import Budget, Row, Table, read_rows
@@ -138,9 +138,36 @@ def test_budget_goes_on_after_a_failure_and_names_what_it_leaves_out(capsys: pyt
     assert done == ["good"] and "bad failed" in out and "out of time for: late" in out
 
 
-def test_gaps_are_what_no_span_covers() -> None:
-    assert gaps_share([(5, 6), (0, 2), (1, 3), (9, 10)]) == pytest.approx(0.5)
-    assert gaps_share([(0, 10), (2, 3)]) == 0
+def test_idle_is_what_no_kernel_covers() -> None:
+    assert idle_share([Kernel(*span, "k") for span in [(5, 6), (0, 2), (1, 3), (9, 10)]]) == pytest.approx(0.5)
+    assert idle_share([Kernel(0, 10, "k"), Kernel(2, 3, "k")]) == 0
+
+
+def test_time_at_which_several_kernels_run_counts_once_for_the_first_of_them() -> None:
+    ran = [(4, 9, "nvjet_tst"), (0, 5, "attention_kernel"), (6, 8, "_silu_kernel"), (8, 12, "x")]
+    assert time_by_operation([Kernel(*each) for each in ran]) == {
+        "attention": 5,
+        "matrix products": 4,
+        "all else": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "operation"),
+    [
+        ("attention_kernel", "attention"),
+        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...", "attention"),
+        ("void vllm::reshape_and_cache_flash_kernel<__nv_bfloat16, ...", "attention"),
+        ("void flashinfer::BatchDecodeWithPagedKVCacheKernel<...", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, ...", "matrix products"),
+        ("_matvec_kernel", "matrix products"),
+        ("_rms_norm_kernel", "all else"),
+        ("Memcpy HtoD (Pinned -> Device)", "all else"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel: str, operation: str) -> None:
+    assert operation_of(kernel) == operation
 
 
 def test_percentile_of_all_is_the_largest() -> None:

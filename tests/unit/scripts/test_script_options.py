@@ -1,10 +1,10 @@
 """What the scripts that run engines are told: the short form's changes, and what is said beside it."""
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import pytest
-from measurement.options import engine_parser, parse
+from measurement.options import add_stages, engine_parser, parse
 
 
 def told(*words: str, monkeypatch: pytest.MonkeyPatch) -> Namespace:
@@ -36,3 +36,13 @@ def test_a_figure_stands_below_the_short_form(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", ["script", "--test", "--steps", "7"])
     options = benchmark_allocator.read_options()
     assert (options.model, options.max_num_seqs, options.prompt, options.steps) == ("tiny", 8, 16, 7)
+
+
+def test_an_unknown_stage_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    add_stages(parser, ("prefill", "decode"))
+    assert parser.parse_args([]).stages == ["prefill", "decode"]
+    assert parser.parse_args(["--stages", "decode,prefill"]).stages == ["decode", "prefill"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--stages", "prefil"])
+    assert "prefil; known: prefill, decode" in capsys.readouterr().err
