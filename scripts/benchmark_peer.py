@@ -16,7 +16,7 @@ from measurement.lengths import FULL
 from measurement.options import add_ratios, add_stages
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
-from measurement.table import Budget, Row, Table, read_rows
+from measurement.table import NEITHER_BETTER, Budget, Row, Table, read_rows
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def join(ours: Path, theirs: Path, output: Path) -> None:
     for row in read_rows(ours):
         peer = peers.get(_work(row))
         if peer is not None and "alone" not in row.backend:
-            table.add(row.beside(peer))
+            table.add(row if row.unit in NEITHER_BETTER else row.beside(peer))
             table.add(peer)
     draw_ratios(table.rows, output / "peer.png")
 

@@ -1,9 +1,11 @@
-"""What the GPU does in decode steps: how long each operation takes, and the share in which it has nothing to do.
+"""What the GPU does in decode steps: how long each operation takes, how long it idles, at which clock and power.
 
 Kernels are told apart by name, those of this engine and of others alike. Knows no engine.
 """
 
 import re
+import statistics
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -23,6 +25,8 @@ OPERATIONS = {  # the first whose pattern a kernel's name contains; FlashAttenti
     "matrix products": re.compile("gemm|gemv|nvjet|splitk|matvec|skinny|cublas|cutlass", re.IGNORECASE),
 }
 ALL_ELSE = "all else"
+NUM_SAMPLES = 5  # of clock and power
+_MOST_STEPS = 4096  # that the samples may take
 
 
 class Kernel(NamedTuple):
@@ -40,13 +44,31 @@ def device_work(load: Load) -> Work:
 
 
 def measure_device(load: Load, batch: int, context: int) -> None:
-    """Milliseconds of each operation in a decode step, and per cent of it in which no kernel and no copy runs."""
-    produced = load.settle([context] * batch, 64)
-    kernels = trace(partial(load.advance, produced))
+    """Rows of one shape: milliseconds of each operation, per cent in which no kernel and no copy runs, clock, power."""
+    produced = load.settle([context] * batch, _MOST_STEPS)
+    step = partial(load.advance, produced)
+    kernels = trace(step)
+    clock, power = clock_and_power(step)
     load.end(produced)
     for operation, microseconds in time_by_operation(kernels).items():
         load.record(f"decode step: {operation}", batch, context, microseconds / STEPS / 1e3, "ms")
     load.record("GPU idle in a decode step", batch, context, 100 * idle_share(kernels), "%")
+    load.record("SM clock in decode steps", batch, context, clock, "MHz")
+    load.record("power in decode steps", batch, context, power, "W")
+
+
+def clock_and_power(step: Callable[[], None]) -> tuple[float, float]:
+    """Medians of the SM clock in MHz and of the power in W, while steps run."""
+    device = f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}"
+    query = ["nvidia-smi", device, "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    samples = []
+    for _ in range(NUM_SAMPLES):
+        with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as asked:
+            while asked.poll() is None:
+                step()
+            samples.append([float(value) for value in asked.communicate()[0].split(",")])
+    clocks, powers = zip(*samples, strict=True)
+    return statistics.median(clocks), statistics.median(powers)
 
 
 def trace(step: Callable[[], None]) -> list[Kernel]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sarathi.metrics.environment import environment
 
 Work = Iterable[tuple[str, Callable[[], None]]]
+NEITHER_BETTER = ("MHz", "W")  # units of what is told of two runs and not compared
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Rows, files, budgets and loads of the measuring scripts, with a fake engine. No model and no GPU."""
 
 import csv
+import os
 import random
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from measurement.device import Kernel, idle_share, operation_of, time_by_operation
+import torch
+from measurement.device import NUM_SAMPLES, Kernel, clock_and_power, idle_share, operation_of, time_by_operation
 from measurement.lengths import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
 from measurement.serving import STAGES, Load, percentile
 from measurement.table import Budget, Row, Table, read_rows
@@ -168,6 +171,19 @@ def test_time_at_which_several_kernels_run_counts_once_for_the_first_of_them() -
 )
 def test_kernels_are_told_apart_by_name(kernel: str, operation: str) -> None:
     assert operation_of(kernel) == operation
+
+
+def test_clock_and_power_are_asked_for_while_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, said = tmp_path / "nvidia-smi", tmp_path / "said"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {said}\nsleep 0.05\necho "1$(wc -l < {said})05, 690.1"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a-b"))
+    steps: list[float] = []
+    assert clock_and_power(lambda: steps.append(0.0)) == (1305.0, 690.1)
+    asked = said.read_text().splitlines()
+    assert len(asked) == NUM_SAMPLES and all(line.startswith("--id=GPU-a-b ") for line in asked)
+    assert len(steps) >= NUM_SAMPLES
 
 
 def test_percentile_of_all_is_the_largest() -> None:
