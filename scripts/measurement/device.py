@@ -47,8 +47,8 @@ def measure_device(load: Load, batch: int, context: int) -> None:
     """Rows of one shape: milliseconds of each operation, per cent in which no kernel and no copy runs, clock, power."""
     produced = load.settle([context] * batch, _MOST_STEPS)
     step = partial(load.advance, produced)
+    clock, power = clock_and_power(step)  # first: while a trace is read the device rests
     kernels = trace(step)
-    clock, power = clock_and_power(step)
     load.end(produced)
     for operation, microseconds in time_by_operation(kernels).items():
         load.record(f"decode step: {operation}", batch, context, microseconds / STEPS / 1e3, "ms")
@@ -60,7 +60,7 @@ def measure_device(load: Load, batch: int, context: int) -> None:
 def clock_and_power(step: Callable[[], None]) -> tuple[float, float]:
     """Medians of the SM clock in MHz and of the power in W, while steps run."""
     device = f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}"
-    query = ["nvidia-smi", device, "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", device, "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
     samples = []
     for _ in range(NUM_SAMPLES):
         with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as asked:
