@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernel_benchmark.shapes import Model
+from sarathi.model_executor.attention.device_step import Home
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [tokens, heads, head_size], keys, values -> as q
 
@@ -51,11 +52,10 @@ def flash_attention(model: Model, package: str, shape: Equal) -> Attend:
     problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * new
     slots = torch.arange(shape.batch, dtype=torch.int32, device="cuda")
-    before, after = (torch.full_like(slots, tokens) for tokens in (shape.cached, shape.length))
-    lengths = (starts, before, after, slots, None, new, shape.length, new > 1)
-    schedule = provider.schedule(problem, VarlenStep(*lengths), shape.columns, append=False)
-    step = VarlenStep(*lengths, schedule)
-    return lambda q, keys, values: provider.attend(q, None, (keys, values), step, problem)
+    lengths, only = torch.full_like(slots, shape.length), Home(0, shape.length) if shape.batch == 1 else None
+    step = VarlenStep(starts, lengths, slots, None, new, shape.length, causal=new > 1, only=only)
+    step = scheduled(step, provider, problem, shape.columns)
+    return lambda q, keys, values: provider.attend(q, (keys, values), step, problem)
 
 
 def triton_decode(model: Model, shape: Equal) -> Attend:

@@ -14,7 +14,7 @@ from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import MODELS, Model, Pages
 from kernel_benchmark.timing import copies_for, graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
 from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
 from sarathi.model_executor.kernels.types import DecodeBatch
 
@@ -126,10 +126,9 @@ def fa3_launch(inputs: Inputs, package: str, page: int | None) -> Launch:
     if page:
         rows, (table, layers) = None, as_pages(inputs, page)
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    step = VarlenStep(starts, inputs.lengths - 1, inputs.lengths, rows, table, 1, inputs.context, causal=False)
-    schedule = provider.schedule(problem, step, page or inputs.context, append=False)
-    step = VarlenStep(starts, step.cached, step.lengths, rows, table, 1, inputs.context, False, schedule)
-    return lambda i: provider.attend(inputs.q, None, layers[i], step, problem)
+    step = VarlenStep(starts, inputs.lengths, rows, table, 1, inputs.context, causal=False)
+    step = scheduled(step, provider, problem, page or inputs.context)
+    return lambda i: provider.attend(inputs.q, layers[i], step, problem)
 
 
 def as_pages(inputs: Inputs, page: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

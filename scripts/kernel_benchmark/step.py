@@ -15,7 +15,7 @@ from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import graph_us
 from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
 from sarathi.model_executor.kernels.fused.decode_attention import DecodeWorkspace, decode_attention
 from sarathi.model_executor.kernels.fused.kernels import FusedKernels
 from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, RotationTable
@@ -80,10 +80,9 @@ class Step:
         model, provider = self.model, FlashAttention3("fa3-fwd")
         problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
         starts = torch.arange(self.batch + 1, dtype=torch.int32, device="cuda")
-        lengths = (starts, self.positions, self.lengths, self.slots, None, 1, self.context, False)
-        schedule = provider.schedule(problem, VarlenStep(*lengths), self.context, append=False)
-        step = VarlenStep(*lengths, schedule)
-        return lambda q, keys, values: provider.attend(q, None, (keys, values), step, problem)
+        step = VarlenStep(starts, self.lengths, self.slots, None, 1, self.context, causal=False)
+        step = scheduled(step, provider, problem, self.context)
+        return lambda q, keys, values: provider.attend(q, (keys, values), step, problem)
 
     @staticmethod
     def _weights(model: Model) -> tuple[Tensor, list[tuple[Tensor, ...]]]:

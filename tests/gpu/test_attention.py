@@ -25,6 +25,7 @@ from sarathi.model_executor.attention.backend import (
     create_backend,
 )
 from sarathi.model_executor.attention.device_step import StaticStep
+from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.placement import Placement
 
@@ -181,6 +182,24 @@ def test_decodes_then_one_chunk(name: str) -> None:
     before = [random.randint(1, 3000) for _ in range(5)]
     after = [*(length + 1 for length in before[:-1]), before[-1] + 512]
     run_steps(backend, Sequences.create(after, arch, block_size_of(name)), [[0] * 5, before, after], arch.num_heads)
+
+
+@pytest.mark.parametrize("decodes", [0, 3, 150])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_long_chunk(name: str, decodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = architecture(random.choice((1, 4)), kv_heads=8)
+    backend = backend_or_skip(name, arch)
+    singles: list[Tensor] = []
+    attend = FlashAttention3._attend_single
+    monkeypatch.setattr(
+        FlashAttention3, "_attend_single", lambda self, *given: singles.append(given[0]) or attend(self, *given)
+    )
+    before = [*(random.randint(1, 600) for _ in range(decodes)), random.randint(2048, 5000)]
+    after = [*(length + 1 for length in before[:-1]), before[-1] + random.randint(2048, 5000)]
+    bounds = [[0] * len(before), before, after]
+    run_steps(backend, Sequences.create(after, arch, block_size_of(name)), bounds, arch.num_heads)
+    if name == "fa_vattn":
+        assert len(singles) == {0: 2, 3: 0, 150: 1}[decodes]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from sarathi.model_executor.attention.backend import CacheLayer
+from sarathi.model_executor.attention.device_step import DeviceStep, token_places
 from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.kernels.types import CacheTarget, NewTokens
 
 if TYPE_CHECKING:
     from sarathi.model_executor.attention.triton_decode import TritonDecode
+
+
+class StepMetadata(Protocol):
+    """What the metadata of each of these backends holds."""
+
+    @property
+    def step(self) -> DeviceStep: ...
+
+    places: tuple[Tensor, Tensor] | None  # of the new tokens, once the first layer has found them out
 
 
 class AppendingBackend(ABC):
@@ -28,16 +38,23 @@ class AppendingBackend(ABC):
     _num_heads: int
 
     @abstractmethod
-    def target(self, layer: CacheLayer, metadata: Any) -> CacheTarget:
-        """Where the step's keys and values go, for a kernel that stores them before `attend`."""
-
-    @abstractmethod
     def attend(self, query: Tensor, layer: CacheLayer, metadata: Any) -> Tensor:
         """Attention alone: the step's keys and values are in the cache. query, result: [T, num_heads, head_size]."""
 
     @abstractmethod
     def _takes_decode(self, metadata: Any) -> bool:
         """Whether every sequence has one new token, on a contiguous slot."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Any) -> Tensor:
+        """See AttentionBackend."""
+        self.store(key, value, layer, metadata)
+        return self.attend(query, layer, metadata)
+
+    def target(self, layer: CacheLayer, metadata: StepMetadata) -> CacheTarget:
+        """Where the step's keys and values go, for a kernel that stores them before `attend`."""
+        if metadata.places is None:
+            metadata.places = token_places(metadata.step, layer.k.shape[1])
+        return CacheTarget(layer.k, layer.v, *metadata.places)
 
     def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Any) -> None:
         """key, value: [T, num_kv_heads, head_size], the step's; the keys are turned already."""

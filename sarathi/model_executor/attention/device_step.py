@@ -1,7 +1,8 @@
 """A step's lengths and places as int32 tensors on the device, by one copy from the host. Knows no kernel."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from sarathi.model_executor.attention.backend import Address, SlotAddress
 from sarathi.model_executor.batch import Batch
 
 _ALIGNMENT = 4  # int32 numbers: kernels are compiled once for tensors that begin so, and once more for others
+
+
+class Home(NamedTuple):
+    """Where a sequence lies, known to the host: its tokens, those of the step included, are [slot, :length]."""
+
+    slot: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,12 @@ class DeviceStep:
     max_new: int
     max_length: int
     one_each: bool  # every sequence has one new token: token i is sequence i's
+    last: Home | None = None  # of the last sequence; None where paged, and in steps that are kept and filled again
+
+    @property
+    def only(self) -> Home | None:
+        """Of a step's one sequence."""
+        return self.last if self.lengths.shape[0] == 1 else None
 
 
 def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceStep:
@@ -36,7 +50,9 @@ def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceSte
     blocks = 0 if isinstance(address, SlotAddress) else max(map(len, address.block_tables))
     packed = _to_device(_pack(batch, address, len(counts), blocks), device)
     lengths = [chunk.start + chunk.num_tokens for chunk in batch.chunks]
-    return _split(packed, len(counts), blocks, num_tokens=sum(counts), max_new=max(counts), max_length=max(lengths))
+    last = Home(address.slots[-1], lengths[-1]) if isinstance(address, SlotAddress) else None
+    step = _split(packed, len(counts), blocks, num_tokens=sum(counts), max_new=max(counts), max_length=max(lengths))
+    return replace(step, last=last)
 
 
 class StaticStep:
@@ -78,6 +94,7 @@ def rest_of(step: DeviceStep, count: int) -> DeviceStep:
     return DeviceStep(
         step.starts[count:] - count, step.cached[count:], step.lengths[count:], rows, table,
         num_tokens=step.num_tokens - count, max_new=step.max_new, max_length=step.max_length, one_each=False,
+        last=step.last,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ that stand before the chunks of a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,12 +17,11 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.appending import AppendingBackend
 from sarathi.model_executor.attention.arithmetic_pages import as_pages, page_table
 from sarathi.model_executor.attention.backend import Address, CacheLayer
-from sarathi.model_executor.attention.device_step import DeviceStep, first_decodes, make_step, rest_of, token_places
+from sarathi.model_executor.attention.device_step import DeviceStep, first_decodes, make_step, rest_of
 from sarathi.model_executor.attention.flash_attention_choice import candidates, choose, need_of
-from sarathi.model_executor.attention.flash_attention_provider import NewKeysValues, Problem, Provider, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Problem, Provider, VarlenStep, scheduled
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.kernels import Kernels, create_kernels, overlaps_launches
-from sarathi.model_executor.kernels.types import CacheTarget
 from sarathi.model_executor.placement import Placement
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class FlashMetadata:
 
     step: DeviceStep
     places: tuple[Tensor, Tensor] | None = None
-    varlen: dict[tuple[int | None, bool], VarlenStep] = field(default_factory=dict)  # by window, and whether it appends
+    varlen: dict[int | None, VarlenStep] = field(default_factory=dict)  # by window
     split: Split | None = None  # where many decodes stand before the chunks
 
     @classmethod
@@ -84,67 +83,56 @@ class FlashAttentionBackend(AppendingBackend):
         """As `plan`, from tensors that are there already: for a CUDA graph, over StaticStep.step."""
         return FlashMetadata(step)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
-        """See AttentionBackend."""
-        is_ours = self._takes_decode(metadata) or metadata.split is not None
-        if is_ours or not self.provider.abilities.append:
-            self.store(key, value, layer, metadata)
-            return self.attend(query, layer, metadata)
-        return self._call(query, NewKeysValues(key, value), layer, metadata)
-
-    def target(self, layer: CacheLayer, metadata: FlashMetadata) -> CacheTarget:
-        """See AppendingBackend."""
-        if metadata.places is None:
-            metadata.places = token_places(metadata.step, layer.k.shape[1])
-        return CacheTarget(layer.k, layer.v, *metadata.places)
-
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AppendingBackend."""
         if self._decode is not None and self._takes_decode(metadata):
             return self._decode.attend(query, layer, metadata.step)
         if self._decode is not None and metadata.split is not None:
             return self._attend_in_two(self._decode, query, layer, metadata.split)
-        return self._call(query, None, layer, metadata)
+        return self._call(query, layer, metadata)
 
     def _attend_in_two(self, decode: TritonDecode, query: Tensor, layer: CacheLayer, split: Split) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         decodes = split.decodes.num_tokens
         decode.attend(query[:decodes], layer, split.decodes, out[:decodes])
-        self._call(query[decodes:], None, layer, split.rest, out[decodes:])
+        self._call(query[decodes:], layer, split.rest, out[decodes:])
         return out
 
     def _takes_decode(self, metadata: FlashMetadata) -> bool:
         step = metadata.step
         return self._decode is not None and step.one_each and step.rows is not None
 
-    def _call(
-        self, query: Tensor, new: NewKeysValues | None, layer: CacheLayer, metadata: FlashMetadata,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def _call(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata, out: Tensor | None = None) -> Tensor:
         problem = self._problem._replace(window=layer.window)
         cache = (layer.k, layer.v)
         if metadata.step.rows is not None and not self.provider.abilities.contiguous:
             page = self._page_tokens
             cache = (as_pages(layer.k, page).pages, as_pages(layer.v, page).pages)
-        key = (layer.window, new is not None)
-        if key not in metadata.varlen:
-            metadata.varlen[key] = self._varlen(metadata.step, layer, problem, append=new is not None)
-        return self.provider.attend(query, new, cache, metadata.varlen[key], problem, out)
+        if layer.window not in metadata.varlen:
+            metadata.varlen[layer.window] = self._varlen(metadata.step, layer, problem)
+        return self.provider.attend(query, cache, metadata.varlen[layer.window], problem, out)
 
     @property
     def _page_tokens(self) -> int:
         return max(128, self.provider.abilities.block_multiple or 1)
 
-    def _varlen(self, step: DeviceStep, layer: CacheLayer, problem: Problem, *, append: bool) -> VarlenStep:
+    def _varlen(self, step: DeviceStep, layer: CacheLayer, problem: Problem) -> VarlenStep:
         rows, table, columns = step.rows, step.block_table, layer.k.shape[1]
         if rows is not None and not self.provider.abilities.contiguous:
             columns = self._page_tokens
             table = page_table(rows, -(-step.max_length // columns), as_pages(layer.k, columns))
             rows = None
         varlen = VarlenStep(
-            step.starts, step.cached, step.lengths, rows, table, step.max_new, step.max_length, causal=step.max_new > 1
+            step.starts,
+            step.lengths,
+            rows,
+            table,
+            step.max_new,
+            step.max_length,
+            causal=step.max_new > 1,
+            only=step.only,
         )
-        return replace(varlen, schedule=self.provider.schedule(problem, varlen, columns, append=append))
+        return scheduled(varlen, self.provider, problem, columns)
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> FlashAttentionBackend:

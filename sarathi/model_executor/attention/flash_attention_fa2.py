@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sarathi.model_executor.attention.flash_attention_provider import Abilities, NewKeysValues, Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Abilities, Problem, VarlenStep
 
 BLOCK_MULTIPLE = 256  # the kernel takes blocks of no other sizes
 
@@ -16,21 +16,20 @@ class FlashAttention2:
 
     name = "flash-attn"
     abilities = Abilities(
-        frozenset({torch.bfloat16, torch.float16}), 256, frozenset({8, 9, 10, 12}), append=False, window=True,
+        frozenset({torch.bfloat16, torch.float16}), 256, frozenset({8, 9, 10, 12}), window=True,
         split_kv=True, overreach=0, contiguous=False, block_multiple=BLOCK_MULTIPLE,
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor | None:
         """See Provider: it has none, and the running sum of lengths that it asks for is kept in its place."""
         return pad(step.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+    ) -> Tensor:
         """See Provider."""
         left = -1 if problem.window is None else problem.window - 1
         result: Tensor = self._varlen(

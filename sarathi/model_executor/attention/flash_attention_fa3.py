@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.attention.flash_attention_provider import Abilities, NewKeysValues, Problem, VarlenStep
+from sarathi.model_executor.attention.device_step import Home
+from sarathi.model_executor.attention.flash_attention_provider import Abilities, Problem, VarlenStep
 
+LONG_CHUNK = 2048  # tokens: from there on the kernel for one sequence is faster than the one for a batch
 _BFLOAT16 = frozenset({torch.bfloat16})
 _BOTH = frozenset({torch.bfloat16, torch.float16})
 _HOPPER = frozenset({9})
@@ -25,6 +27,7 @@ class _Package(NamedTuple):
     operators: str  # namespace under torch.ops
     install: str
     abilities: Abilities
+    has_single: bool  # the kernels that take sequences of one length, without starts
 
 
 PACKAGES = {
@@ -32,21 +35,22 @@ PACKAGES = {
         "flash_attn_interface",
         "flash_attn_3",
         "build the folder hopper of FlashAttention's repository",
-        Abilities(_BOTH, 256, _HOPPER, append=True, window=True, split_kv=True, overreach=_OVERREACH, block_multiple=1),
+        Abilities(_BOTH, 256, _HOPPER, window=True, split_kv=True, overreach=_OVERREACH, block_multiple=1),
+        has_single=True,
     ),
     "fa3-fwd": _Package(
         "fa3_fwd_interface",
         "fa3_fwd",
         "pip install fa3-fwd",
-        Abilities(_BFLOAT16, 256, _HOPPER, append=True, window=False, split_kv=True, overreach=_OVERREACH),
+        Abilities(_BFLOAT16, 256, _HOPPER, window=False, split_kv=True, overreach=_OVERREACH),
+        has_single=True,
     ),
     "vllm-flash-attn": _Package(
         "vllm.vllm_flash_attn",
         "_vllm_fa3_C",
         "pip install vllm",
-        Abilities(
-            _BOTH, 256, _HOPPER, append=False, window=True, split_kv=True, overreach=_OVERREACH, block_multiple=1
-        ),
+        Abilities(_BOTH, 256, _HOPPER, window=True, split_kv=True, overreach=_OVERREACH, block_multiple=1),
+        has_single=False,
     ),
 }
 
@@ -59,14 +63,16 @@ class FlashAttention3:
         importlib.import_module(package.module)  # registers the operators
         operators = getattr(torch.ops, package.operators)
         self.name = name
-        self.abilities = package.abilities
+        self.abilities, self._has_single = package.abilities, package.has_single
         self._forward = operators.fwd.default
         self._schedule = operators.get_scheduler_metadata.default
         self._forward_defaults = _defaults(self._forward)
         self._schedule_defaults = _defaults(self._schedule)
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
-        """See Provider. The lengths that bound the division must be those that `attend` will derive from the cache."""
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor | None:
+        """See Provider."""
+        if self._takes_single(step):
+            return None
         paged = step.block_table is not None
         columns = cache_cols * step.block_table.shape[1] if step.block_table is not None else cache_cols
         made: Tensor = self._schedule(
@@ -80,50 +86,58 @@ class FlashAttention3:
                 "headdim": problem.head_size,
                 "headdim_v": problem.head_size,
                 "qkv_dtype": problem.dtype,
-                "seqused_k": step.cached if append else step.lengths,
+                "seqused_k": step.lengths,
                 "cu_seqlens_q": step.starts,
-                "cu_seqlens_k_new": step.starts if append else None,
                 "page_size": cache_cols if paged else None,
-                "max_seqlen_k_new": step.max_new if append else 0,
                 "num_splits": _num_splits(problem, step),
-                **_mask(problem, step),
+                **_mask(problem, causal=step.causal),
             }
         )
         return made
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+    ) -> Tensor:
         """See Provider."""
-        results: Sequence[Tensor] = self._forward(
-            **{
-                **self._forward_defaults,
-                "q": q,
-                "k": cache[0],
-                "v": cache[1],
-                "k_new": new.k if new else None,
-                "v_new": new.v if new else None,
-                "out": out,
-                "cu_seqlens_q": step.starts,
-                "cu_seqlens_k_new": step.starts if new else None,
-                "seqused_k": step.cached if new else step.lengths,
-                "max_seqlen_q": step.max_new,
-                "page_table": step.block_table,
-                "kv_batch_idx": step.rows,
-                "softmax_scale": problem.scale,
-                "scheduler_metadata": step.schedule,
-                "num_splits": _num_splits(problem, step),
-                **_mask(problem, step),
-            }
+        if step.only is not None and self._takes_single(step):
+            return self._attend_single(q, cache, step.only, problem, out)
+        return self._run(
+            problem,
+            causal=step.causal,
+            q=q,
+            k=cache[0],
+            v=cache[1],
+            out=out,
+            cu_seqlens_q=step.starts,
+            seqused_k=step.lengths,
+            max_seqlen_q=step.max_new,
+            page_table=step.block_table,
+            kv_batch_idx=step.rows,
+            scheduler_metadata=step.schedule,
+            num_splits=_num_splits(problem, step),
         )
+
+    def _takes_single(self, step: VarlenStep) -> bool:
+        return self._has_single and step.only is not None and step.max_new >= LONG_CHUNK
+
+    def _attend_single(
+        self, q: Tensor, cache: tuple[Tensor, Tensor], home: Home, problem: Problem, out: Tensor | None
+    ) -> Tensor:
+        """A slot's tokens are a plain tensor: the kernel need not know of batches."""
+        keys, values = (x[None, home.slot, : home.length] for x in cache)
+        given = None if out is None else out[None]
+        return self._run(problem, causal=True, q=q[None], k=keys, v=values, out=given, num_splits=1)[0]
+
+    def _run(self, problem: Problem, *, causal: bool, **given: Any) -> Tensor:
+        fixed = {"softmax_scale": problem.scale, **_mask(problem, causal=causal)}
+        results: Sequence[Tensor] = self._forward(**{**self._forward_defaults, **fixed, **given})
         return results[0]
 
 
-def _mask(problem: Problem, step: VarlenStep) -> dict[str, Any]:
+def _mask(problem: Problem, *, causal: bool) -> dict[str, Any]:
     left = -1 if problem.window is None else problem.window - 1
     right = 0 if problem.window is not None else -1
-    return {"is_causal": step.causal, "window_size_left": left, "window_size_right": right}
+    return {"is_causal": causal, "window_size_left": left, "window_size_right": right}
 
 
 def _num_splits(problem: Problem, step: VarlenStep) -> int:

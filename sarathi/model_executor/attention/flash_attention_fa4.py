@@ -5,7 +5,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.attention.flash_attention_provider import Abilities, NewKeysValues, Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Abilities, Problem, VarlenStep
 
 
 class FlashAttention4:
@@ -13,21 +13,20 @@ class FlashAttention4:
 
     name = "flash-attn-4"
     abilities = Abilities(
-        frozenset({torch.bfloat16, torch.float16}), 128, frozenset({9, 10, 11}), append=False, window=True,
+        frozenset({torch.bfloat16, torch.float16}), 128, frozenset({9, 10, 11}), window=True,
         split_kv=False, overreach=255, contiguous=False, block_multiple=1,
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._varlen = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor | None:
         """See Provider: it has none."""
         return None
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+    ) -> Tensor:
         """See Provider."""
         windowed = problem.window is not None
         result = self._varlen(

@@ -1,10 +1,12 @@
 """What a FlashAttention library is to us: what it can do, and one call for a whole batch. Knows no library by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from sarathi.model_executor.attention.device_step import Home
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,6 @@ class Abilities:
     dtypes: frozenset[torch.dtype]
     max_head_size: int
     capabilities: frozenset[int]  # major compute capabilities of the devices that it runs on
-    append: bool  # stores the new K and V itself
     window: bool  # sliding window
     split_kv: bool  # shares one sequence out over the device
     overreach: int  # tokens past a sequence's last one that may be read: memory must be there
@@ -22,23 +23,15 @@ class Abilities:
     block_multiple: int | None = None  # paged KV with blocks of a multiple of so many tokens; None: no paged KV
 
 
-class NewKeysValues(NamedTuple):
-    """What the step adds to the cache, [T, num_kv_heads, head_size] each."""
-
-    k: Tensor
-    v: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class VarlenStep:
     """Lengths and places of the B sequences of a step, on the device; all int32. T tokens are new.
 
     new tokens    |--- sequence 0 ---|- 1 -|- 2 -|        starts   [B + 1], first 0, last T
-    in the cache  cached[b] before the step, lengths[b] = cached[b] + new tokens after it
+    in the cache  lengths[b], the new tokens included
     """
 
     starts: Tensor  # [B + 1]
-    cached: Tensor  # [B]
     lengths: Tensor  # [B]
     rows: Tensor | None  # [B] row of a contiguous cache
     block_table: Tensor | None  # [B, blocks] of a paged one
@@ -46,6 +39,7 @@ class VarlenStep:
     max_length: int  # bound on lengths
     causal: bool  # False where each sequence has one new token and a mask would change nothing
     schedule: Tensor | None = None  # the provider's own division of work, made once for all layers
+    only: Home | None = None  # where B = 1 on a contiguous cache, and the host knows it
 
 
 class Problem(NamedTuple):
@@ -65,18 +59,21 @@ class Provider(Protocol):
     name: str
     abilities: Abilities
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor | None:
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor | None:
         """The division of work that the layers of a step share; None where the library has none.
 
         cache_cols: columns of a cache row (tokens of a slot or block). Safe to capture in a CUDA graph.
         """
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+    ) -> Tensor:
         """One call for the batch: q [T, num_heads, head_size] over the cache [rows, cols, num_kv_heads, head_size].
 
-        `new` is stored at the sequences' ends first; None where the cache holds it already. Returns q's shape: `out`
-        where it is given, contiguous.
+        The step's keys and values are in the cache. Returns q's shape: `out` where it is given, contiguous.
         """
+
+
+def scheduled(step: VarlenStep, provider: Provider, problem: Problem, cache_cols: int) -> VarlenStep:
+    """The step with the provider's division of its work."""
+    return replace(step, schedule=provider.schedule(problem, step, cache_cols))

@@ -21,11 +21,10 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.appending import AppendingBackend
 from sarathi.model_executor.attention.arithmetic_pages import as_pages
 from sarathi.model_executor.attention.backend import Address, BlockAddress, CacheLayer, KernelUnavailableError
-from sarathi.model_executor.attention.device_step import DeviceStep, first_decodes, make_step, token_places
+from sarathi.model_executor.attention.device_step import DeviceStep, first_decodes, make_step
 from sarathi.model_executor.attention.triton_decode import TritonDecode
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.kernels import create_kernels, overlaps_launches
-from sarathi.model_executor.kernels.types import CacheTarget
 from sarathi.model_executor.placement import Placement
 
 _SCRATCH_BYTES = 512 * 2**20
@@ -84,19 +83,6 @@ class FlashInferBackend(AppendingBackend):
         """See AttentionBackend. The paged kernels are planned when the first layer shows how its slots lie."""
         step = make_step(batch, address, self.place.device)
         return FlashInferMetadata(step, batch, address, batch.leading_decodes)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: FlashInferMetadata
-    ) -> Tensor:
-        """See AttentionBackend."""
-        self.store(key, value, layer, metadata)
-        return self.attend(query, layer, metadata)
-
-    def target(self, layer: CacheLayer, metadata: FlashInferMetadata) -> CacheTarget:
-        """See AppendingBackend."""
-        if metadata.places is None:
-            metadata.places = token_places(metadata.step, layer.k.shape[1])
-        return CacheTarget(layer.k, layer.v, *metadata.places)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
         """See AppendingBackend."""

@@ -19,11 +19,18 @@ from sarathi.model_executor.attention.backend import (
     KernelUnavailableError,
     SlotAddress,
 )
-from sarathi.model_executor.attention.device_step import DeviceStep, StaticStep, make_step, token_places
+from sarathi.model_executor.attention.device_step import (
+    DeviceStep,
+    StaticStep,
+    first_decodes,
+    make_step,
+    rest_of,
+    token_places,
+)
 from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend
 from sarathi.model_executor.attention.flash_attention_choice import Candidate, Need, candidates, choose
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES
-from sarathi.model_executor.attention.flash_attention_provider import Abilities, NewKeysValues, Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attention_provider import Abilities, Problem, VarlenStep
 from sarathi.model_executor.attention.sdpa import SdpaBackend
 from sarathi.model_executor.attention.view import Part, write_index
 from sarathi.model_executor.batch import Batch
@@ -81,6 +88,19 @@ def test_whatever_the_number_of_sequences_tensors_begin_where_kernels_expect_it(
         assert [each.data_ptr() % 16 for each in (step.starts, step.cached, step.lengths, places)] == [0] * 4
 
 
+@pytest.mark.parametrize("decodes", [0, 5])
+def test_the_host_knows_where_a_steps_one_sequence_lies(decodes: int) -> None:
+    shapes = [*[(random.randint(0, 40), 1)] * decodes, (random.randint(0, 40), 9)]
+    chunks = tuple(Chunk(str(i), start, count, True, start + count, ()) for i, (start, count) in enumerate(shapes))
+    batch = Batch(chunks, torch.zeros(decodes + 9), torch.zeros(decodes + 9), None)
+    slots = tuple(random.sample(range(9), decodes + 1))
+    step = make_step(batch, SlotAddress(slots), PLACE.device)
+    home = (slots[-1], shapes[-1][0] + 9)
+    assert step.only == (None if decodes else home)
+    assert rest_of(step, decodes).only == home
+    assert first_decodes(step, 1).only is None
+
+
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_static_step_is_refilled_and_padded(paged: bool) -> None:
     static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU, riders=2)
@@ -111,7 +131,7 @@ def test_pages_of_slots_show_the_slots_tokens() -> None:
     torch.testing.assert_close(pages.pages[table.long()].flatten(1, 2), cache[slots.long()])
 
 
-FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), append=True, window=True, split_kv=True, overreach=0)
+FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), window=True, split_kv=True, overreach=0)
 
 
 class FakeLibrary:
@@ -119,31 +139,28 @@ class FakeLibrary:
 
     name = "fake"
 
-    def __init__(self, *, append: bool, contiguous: bool, paged: bool) -> None:
+    def __init__(self, *, contiguous: bool, paged: bool) -> None:
         self.abilities = Abilities(
-            FAKE.dtypes, 256, FAKE.capabilities, append=append, window=True, split_kv=True, overreach=0,
+            FAKE.dtypes, 256, FAKE.capabilities, window=True, split_kv=True, overreach=0,
             contiguous=contiguous, block_multiple=BLOCK if paged else None,
         )  # fmt: skip
         self.schedules = 0
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int, *, append: bool) -> Tensor:
+    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor:
         self.schedules += 1
         return torch.tensor([cache_cols])
 
     def attend(
-        self, q: Tensor, new: NewKeysValues | None, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        assert (new is not None) <= self.abilities.append
+        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+    ) -> Tensor:
         assert (step.rows is None) == (step.block_table is not None)
         assert step.schedule is not None and step.schedule.item() == cache[0].shape[1]
+        if step.only is not None:
+            assert step.rows is not None and step.only == (step.rows.item(), step.lengths.item())
         out = torch.empty_like(q) if out is None else out
         for index, (start, end) in enumerate(zip(step.starts.tolist(), step.starts[1:].tolist(), strict=False)):
             length = step.lengths[index].item()
             places = self._places(step, index, length, cache[0].shape[1])
-            if new is not None:
-                for tensor, added in zip(cache, new, strict=True):
-                    tensor[tuple(x[length - (end - start) :] for x in places)] = added[start:end]
             keys, values = (tensor[places].double() for tensor in cache)
             out[start:end] = self._attend(q[start:end].double(), keys, values, problem).float()
         return out
@@ -166,13 +183,13 @@ class FakeLibrary:
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(
-    ("paged", "append", "contiguous"),
-    [(False, True, True), (False, False, True), (False, False, False), (True, True, True)],
+    ("paged", "contiguous"),
+    [(False, True), (False, False), (True, True)],
 )
-def test_a_mixed_batch_equals_the_reference(paged: bool, append: bool, contiguous: bool, window: int | None) -> None:
+def test_a_mixed_batch_equals_the_reference(paged: bool, contiguous: bool, window: int | None) -> None:
     batch = random_batch(4, decodes=random.random() < 0.3)
     address = random_address(batch, paged=paged)
-    library = FakeLibrary(append=append, contiguous=contiguous, paged=paged or not contiguous)
+    library = FakeLibrary(contiguous=contiguous, paged=paged or not contiguous)
     results = []
     rows = torch.randn(2, 60, BLOCK, 2, 8) if paged else torch.randn(2, 6, 128, 2, 8)
     query, key, value = random_tokens(batch.token_ids.shape[0])
@@ -208,8 +225,7 @@ class FakeDecode:
         return found if out is None else out.copy_(found.view_as(out))
 
 
-@pytest.mark.parametrize("append", [False, True])
-def test_many_decodes_before_chunks_are_a_call_of_their_own(append: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_decodes_before_chunks_are_a_call_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention, "_MANY_DECODES", 3 * ARCH.num_kv_heads)  # from three decodes on
     for decodes, chunks in ((2, 2), (3, 1), (5, 2), (4, 0)):
         shapes = [(random.randint(0, 40), 1) for _ in range(decodes)] + [(random.randint(0, 40), 9)] * chunks
@@ -217,7 +233,7 @@ def test_many_decodes_before_chunks_are_a_call_of_their_own(append: bool, monkey
         total = sum(count for _, count in shapes)
         batch = Batch(parts, torch.zeros(total), torch.zeros(total), None)
         address = random_address(batch, paged=False)
-        decode, library = FakeDecode(), FakeLibrary(append=append, contiguous=True, paged=False)
+        decode, library = FakeDecode(), FakeLibrary(contiguous=True, paged=False)
         query, key, value = random_tokens(total)
         rows, results = torch.randn(2, 9, 64, 2, 8), []
         for backend in (FlashAttentionBackend(library, ARCH, PLACE, decode), SdpaBackend(ARCH, PLACE)):
@@ -238,8 +254,8 @@ def missing() -> FakeLibrary:
 
 
 def test_choice_takes_the_first_that_can_and_is_there() -> None:
-    able = Abilities(FAKE.dtypes, 256, FAKE.capabilities, True, True, True, 1, block_multiple=16)
-    here = FakeLibrary(append=True, contiguous=True, paged=True)
+    able = Abilities(FAKE.dtypes, 256, FAKE.capabilities, True, True, 1, block_multiple=16)
+    here = FakeLibrary(contiguous=True, paged=True)
     known = [
         Candidate("fa3", "unpaged", "pip install unpaged", FAKE, missing),
         Candidate("fa3", "absent", "pip install absent", able, missing),
