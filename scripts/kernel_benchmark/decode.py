@@ -3,23 +3,21 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from measurement.table import Row, Table, attempt
+from measurement.table import Row, Table
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
+from kernel_benchmark.compare import Launch, compare_us, over_copies
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import MODELS, Model, Pages
-from kernel_benchmark.timing import copies_for, graph_us
+from kernel_benchmark.timing import copies_for
 from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
 from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
 from sarathi.model_executor.kernels.types import DecodeBatch
 
-Launch = Callable[[int], Tensor]
-_ALL = slice(None)
 CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
     (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (32, 5, 4, 3),
 )]  # fmt: skip
@@ -69,12 +67,9 @@ def measure_decode(
     """All kernels at one shape, each checked on a few sequences against float64 first; ratios are to the best paged."""
     inputs = Inputs.create(model, batch, context)
     expected, checked = exact_output(inputs, sequences=2)
-    rows = []
-    for name, make in _launches(inputs, configs, pages):
-        value = attempt(name, partial(checked_us, make, len(inputs.layers), expected, checked))
-        if value is not None:
-            rows.append(Row(model.name, "decode", name, batch, context, value, "us"))
-    add_paged_first(table, rows)
+    launches, sample = _launches(inputs, configs, pages), over_copies(len(inputs.layers))
+    found = compare_us(launches, expected, sample, checked=checked)
+    add_paged_first(table, [Row(model.name, "decode", name, batch, context, us, "us") for name, us in found.items()])
     print(f"    floor at 4.5 TB/s {model.kv_bytes(batch, context) / 4.5e6:.1f} us", flush=True)
 
 
@@ -86,15 +81,6 @@ def add_paged_first(table: Table, rows: list[Row]) -> None:
         same_binary = by_backend.get(row.backend.replace("contiguous", "paged 16"))
         if same_binary is not None and same_binary is not row:
             table.add(replace(row, work=f"{row.work}, same binary").beside(same_binary))
-
-
-def checked_us(make: Callable[[], Launch], copies: int, expected: Tensor, checked: Tensor | slice = _ALL) -> float:
-    """Microseconds of a launch whose result is right for the sequences in `checked`, which `expected` holds."""
-    launch = make()
-    error = ((launch(0)[checked].double() - expected).norm() / expected.norm()).item()
-    if not error < 1e-2:
-        raise ValueError(f"wrong result, error {error:.1e}")
-    return graph_us(launch, copies)
 
 
 def exact_output(inputs: Inputs, sequences: int) -> tuple[Tensor, Tensor]:

@@ -6,19 +6,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from measurement.table import Row, Table, attempt
+from measurement.table import Row, Table
 from torch import Tensor
 
 from kernel_benchmark.attention import installed_packages
+from kernel_benchmark.compare import Launch, compare_us
 from kernel_benchmark.decode import add_paged_first
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model, Pages
-from kernel_benchmark.timing import eager_us, graph_us
+from kernel_benchmark.timing import eager_sample, graph_sample
 from sarathi.model_executor.attention.device_step import Home
 from sarathi.model_executor.attention.flash_attention_fa3 import LONG_CHUNK, PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
 
-Launch = Callable[[int], Tensor]
 _SHORT = 2**26  # chunk x context up to which a launch from Python is long beside the kernel
 
 
@@ -40,24 +40,13 @@ def measure_prefill(table: Table, model: Model, chunk: int, context: int, pages:
     inputs = Inputs(model, chunk, context, q, random_tensor(*cache), random_tensor(*cache))
     expected = _exact_last_rows(inputs, 4)
     work = "prefill" if chunk == context else f"prefill {chunk}"
-    rows = []
-    for name, make in _launches(inputs, pages):
-        value = attempt(name, partial(_checked_ms, make, expected, inputs))
-        if value is not None:
-            rows.append(Row(model.name, work, name, 1, context, value, "ms"))
+    last, rounds = slice(-len(expected), None), 5 if context <= 65536 else 3
+    sample = graph_sample if chunk * context <= _SHORT else eager_sample
+    found = compare_us(_launches(inputs, pages), expected, partial(sample, copies=1), checked=last, rounds=rounds)
+    rows = [Row(model.name, work, name, 1, context, us / 1e3, "ms") for name, us in found.items()]
     add_paged_first(table, rows)
     flops = 4 * chunk * (context - (chunk - 1) / 2) * model.num_heads * model.head_size
     print("    TFLOP/s:", ", ".join(f"{row.backend} {flops / row.value / 1e9:.0f}" for row in rows), flush=True)
-
-
-def _checked_ms(make: Callable[[], Launch], expected: Tensor, inputs: Inputs) -> float:
-    launch = make()
-    error = ((launch(0)[-len(expected) :].double() - expected).norm() / expected.norm()).item()
-    if not error < 1e-2:
-        raise ValueError(f"wrong result, error {error:.1e}")
-    if inputs.chunk * inputs.context <= _SHORT:
-        return graph_us(launch, 1) / 1000
-    return eager_us(launch, 1, replays=5 if inputs.context <= 65536 else 2, warm=True) / 1000
 
 
 def _exact_last_rows(inputs: Inputs, count: int) -> Tensor:

@@ -5,12 +5,14 @@ graph is timed with events: what is measured is what a decode step inside a grap
 GPU the same calls take the time of the CPU, for trying things out.
 """
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+Sample = Callable[[], float]  # microseconds of a launch, measured once
 L2_BYTES_TO_EXCEED = 256 * 2**20
 
 
@@ -21,6 +23,28 @@ def copies_for(bytes_each: int, limit: int = 64) -> int:
 
 def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int = 8, replays: int = 7) -> float:
     """Median microseconds of ``launch(i)``, i walking over range(copies), inside a graph."""
+    return _median_us(graph_sample(launch, copies, min_launches=min_launches), replays)
+
+
+def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5, warm: bool = False) -> float:
+    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch.
+
+    warm: all that is launched has run before.
+    """
+    return _median_us(eager_sample(launch, copies), replays, warm=warm)
+
+
+def in_turn_us(samples: Mapping[str, Sample], rounds: int) -> dict[str, float]:
+    """Medians of several kernels, each measured once in every round.
+
+    A card at its power limit slows down under load: of kernels measured one after the other the first look faster.
+    """
+    taken = [{name: sample() for name, sample in samples.items()} for _ in range(rounds + 1)]
+    return {name: statistics.median(each[name] for each in taken[1:]) for name in samples}
+
+
+def graph_sample(launch: Callable[[int], object], copies: int, *, min_launches: int = 8) -> Sample:
+    """A graph of ``launch(i)`` over the copies, to be replayed."""
     launches = copies * -(-min_launches // copies)
 
     def all_launches() -> None:
@@ -28,7 +52,7 @@ def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int 
             launch(number % copies)
 
     if not torch.cuda.is_available():
-        return _median_us(all_launches, replays) / launches
+        return lambda: _host_us(all_launches) / launches
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -38,23 +62,20 @@ def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_launches()
-    return _median_us(graph.replay, replays) / launches
+    return lambda: _device_us(graph.replay) / launches
 
 
-def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5, warm: bool = False) -> float:
-    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch.
-
-    warm: all that is launched has run before.
-    """
-    calls = iter(range(10**9))
-    return _median_us(lambda: launch(next(calls) % copies), replays, warm=warm)
-
-
-def _median_us(work: Callable[[], object], replays: int, *, warm: bool = False) -> float:
-    if not warm:
-        work()
+def eager_sample(launch: Callable[[int], object], copies: int) -> Sample:
+    """One ``launch(i)`` from Python, the next copy each time."""
+    calls = itertools.count()
     clock = _device_us if torch.cuda.is_available() else _host_us
-    return statistics.median(clock(work) for _ in range(replays))
+    return lambda: clock(lambda: launch(next(calls) % copies))
+
+
+def _median_us(sample: Sample, replays: int, *, warm: bool = False) -> float:
+    if not warm:
+        sample()
+    return statistics.median(sample() for _ in range(replays))
 
 
 def _device_us(work: Callable[[], object]) -> float:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 from measurement.lengths import chat_lengths
-from measurement.table import Row, Table, attempt
+from measurement.table import Row, Table
 from torch import Tensor
 
-from kernel_benchmark.decode import Launch, checked_us
+from kernel_benchmark.compare import Launch, compare_us, over_copies
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for
@@ -26,6 +26,7 @@ from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, 
 from sarathi.model_executor.placement import Placement
 
 _PACKAGE = "fa3-fwd"
+_FA3 = f"fa3 contiguous ({_PACKAGE})"  # one call
 _SEED = 0
 _PLACE = Placement(torch.bfloat16, torch.device("cuda"))
 
@@ -56,7 +57,7 @@ def measure_chats(table: Table, model: Model, decodes: int) -> None:
     shape = config_for(decodes, model.head_size)
     configs = {"triton": shape, "triton, run_cost=0": shape._replace(run_cost=0)}
     backends = {name: _backend(model, config) for name, config in configs.items()}
-    launches = {"one call": partial(_attend, _backend(model, None), step, in_two=False)}
+    launches = {_FA3: partial(_attend, _backend(model, None), step, in_two=False)}
     launches |= {name: partial(_attend, backend, step, in_two=False) for name, backend in backends.items()}
     _measure(table, "decode, lengths as in chats", model, step, launches)
 
@@ -65,7 +66,7 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
     """A call for the decodes and one for the chunks, beside one call for all, which the ratio is to."""
     step = _step(model, mixed)
     launches = {
-        "one call": partial(_attend, _backend(model, None), step, in_two=False),
+        _FA3: partial(_attend, _backend(model, None), step, in_two=False),
         "two calls": partial(_attend, _backend(model, config_for(mixed.decodes, model.head_size)), step, in_two=True),
     }
     _measure(table, mixed.work, model, step, launches)
@@ -73,13 +74,10 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
 
 def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[str, Callable[[], Launch]]) -> None:
     """The first is what the others are compared with, their results too."""
-    rows, expected = [], next(iter(launches.values()))()(0).double()
-    for name, make in launches.items():
-        value = attempt(name, partial(checked_us, make, len(step.layers), expected))
-        if value is not None:
-            label = f"fa3 contiguous ({_PACKAGE})" if name == "one call" else name
-            rows.append(Row(model.name, work, label, len(step.batch.chunks), step.mean_length, value, "us"))
-    table.add_compared(rows, "fa3 contiguous")
+    expected = next(iter(launches.values()))()(0).double()
+    found = compare_us(launches.items(), expected, over_copies(len(step.layers)))
+    sequences, length = len(step.batch.chunks), step.mean_length
+    table.add_compared([Row(model.name, work, name, sequences, length, us, "us") for name, us in found.items()], _FA3)
 
 
 def _attend(backend: FlashAttentionBackend, step: _Step, *, in_two: bool) -> Launch:

@@ -7,9 +7,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from sarathi.metrics.environment import environment
 
+T = TypeVar("T")
 Work = Iterable[tuple[str, Callable[[], None]]]
 NEITHER_BETTER = ("MHz", "W")  # units of what is told of two runs and not compared
 
@@ -39,7 +41,7 @@ def is_rate(unit: str) -> bool:
     return unit.endswith("/s") or unit in ("tokens", "requests")
 
 
-def attempt(name: str, measure: Callable[[], float]) -> float | None:
+def attempt(name: str, measure: Callable[[], T]) -> T | None:
     """What ``measure`` returns, or None with its error printed: one kernel that fails does not cost the others."""
     try:
         return measure()
