@@ -3,7 +3,10 @@
 A sampled token stays on the device, where the next step reads it, and comes to the host when its Flight is asked.
 """
 
+from __future__ import annotations
+
 import time
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from sarathi.model_executor.model_runner import Computed, KVCache, read_sampled
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.sampler import Sampled, sample
 from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling, with_newest
-from sarathi.model_executor.sequences import Sequence, SequenceTable
+from sarathi.model_executor.sequences import Sequence, SequenceTable, token_array
 from sarathi.model_executor.transfer import to_device, to_host
 from sarathi.sampling_params import SamplingParams
 
@@ -93,7 +96,7 @@ class CudaModelRunner:
 
     def _rehearse_draws(self) -> None:
         """For as many rows as a step can have: to compile what it needs, and to take the memory before a cache does."""
-        drawn = Sequence([0], 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
+        drawn = Sequence(token_array([0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
         plan = plan_sampling([NextToken(drawn, 1)] * self._max_num_seqs, self._vocab_size)
         logits = self.model.decoder.head.weight.new_zeros((self._max_num_seqs, self._vocab_size))
         sample(logits, to_device(plan, self._device), self.model.kernels)
@@ -138,7 +141,7 @@ class CudaModelRunner:
         return lambda: self._compute(inputs, metadata, plan)
 
     def _replay(
-        self, graph: DecodeGraph, chunks: Many[Chunk], address: Address, token_ids: list[int],
+        self, graph: DecodeGraph, chunks: Many[Chunk], address: Address, token_ids: array[int],
         plan: SamplingPlan | None,
     ) -> Sampled:  # fmt: skip
         """What a plan draws takes the place of the likeliest tokens, behind the graph."""
@@ -191,9 +194,9 @@ def _is_decode(chunk: Chunk) -> bool:
     return chunk.num_tokens == 1 and chunk.samples
 
 
-def _tokens(chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> list[int]:
+def _tokens(chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> array[int]:
     """All chunks' tokens, one chunk after the other, with stand-ins for those that the host does not know."""
-    tokens: list[int] = []
+    tokens = token_array()
     for chunk, home in zip(chunks, _homes(address), strict=True):
         tokens += sequences[chunk.request_id].tokens(chunk.start, chunk.start + chunk.num_tokens, home)
     return tokens

@@ -64,7 +64,7 @@ def filtered(logits: Tensor, draws: Draws, kernels: Kernels) -> Tensor:
 
 def _add(logits: Tensor, additions: Additions | None) -> None:
     if additions is not None:
-        logits.view(-1).index_add_(0, _flat(logits, additions), additions.values)
+        logits.view(-1).index_add_(0, _flat(logits, additions.rows, additions.token_ids), additions.values)
 
 
 def _penalise(logits: Tensor, penalties: Penalties | None) -> None:
@@ -73,17 +73,23 @@ def _penalise(logits: Tensor, penalties: Penalties | None) -> None:
         return
     rows = logits[penalties.chosen]
     seen = torch.zeros_like(rows, dtype=torch.bool)
-    seen.view(-1).index_fill_(0, _flat(rows, penalties.in_all), True)
+    seen.view(-1).index_fill_(0, _places(rows, penalties.in_all), True)
     repeated = torch.where(rows > 0, rows / penalties.repetition, rows * penalties.repetition)
     rows = torch.where(seen, repeated, rows)
-    counts, places = torch.zeros_like(rows), _flat(rows, penalties.in_output)
+    counts, places = torch.zeros_like(rows), _places(rows, penalties.in_output)
     counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
     logits[penalties.chosen] = rows - penalties.frequency * counts - penalties.presence * (counts > 0)
 
 
-def _flat(logits: Tensor, places: Additions | Occurrences) -> Tensor:
+def _places(logits: Tensor, occurred: Occurrences) -> Tensor:
+    rows = torch.arange(len(occurred.counts), device=logits.device)
+    owners = torch.repeat_interleave(rows, occurred.counts, output_size=len(occurred.token_ids))
+    return _flat(logits, owners, occurred.token_ids)
+
+
+def _flat(logits: Tensor, rows: Tensor, token_ids: Tensor) -> Tensor:
     """Index of each place in the flattened logits: index_put_ would read the range of two indices on the host."""
-    return places.rows * logits.shape[1] + places.token_ids
+    return rows * logits.shape[1] + token_ids
 
 
 def _cut_below(logits: Tensor, floor: Tensor) -> None:

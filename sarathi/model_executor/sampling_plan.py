@@ -5,6 +5,7 @@ Made on the host, where the newest token of a sequence may not be known yet: not
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.pending_tokens import resolve
-from sarathi.model_executor.sequences import Sequence
+from sarathi.model_executor.sequences import Sequence, token_array
 from sarathi.sampling_params import SamplingParams
 
 
@@ -36,7 +37,7 @@ class NextToken(NamedTuple):
         """Before this one."""
         return self.position - self.sequence.num_prompt_tokens
 
-    def tokens_before(self, first: int = 0) -> list[int]:
+    def tokens_before(self, first: int = 0) -> array[int]:
         """Those from `first` on; see Sequence.tokens."""
         return self.sequence.tokens(first, self.position, self.home)
 
@@ -52,9 +53,9 @@ class Additions:
 
 @dataclass(frozen=True, slots=True)
 class Occurrences:
-    """(rows [N], token_ids [N]) of tokens that have occurred; rows count the penalised sequences."""
+    """token_ids [N] that have occurred, counts[p] of them in the p-th penalised row, one row after the other."""
 
-    rows: Tensor
+    counts: Tensor
     token_ids: Tensor
 
 
@@ -161,9 +162,10 @@ def _penalties(rows: Many[NextToken]) -> Penalties | None:
     penalised = [rows[index] for index in chosen]
     params = [row.params for row in penalised]
     outputs = [
-        row.tokens_before(row.sequence.num_prompt_tokens) if _counts_output(row.params) else [] for row in penalised
+        row.tokens_before(row.sequence.num_prompt_tokens) if _counts_output(row.params) else token_array()
+        for row in penalised
     ]
-    repeatable = [row.tokens_before() if row.params.repetition_penalty != 1.0 else [] for row in penalised]
+    repeatable = [row.tokens_before() if row.params.repetition_penalty != 1.0 else token_array() for row in penalised]
     return Penalties(
         torch.tensor(chosen),
         _column([each.presence_penalty for each in params]),
@@ -174,11 +176,12 @@ def _penalties(rows: Many[NextToken]) -> Penalties | None:
     )
 
 
-def _occurrences(token_ids: Many[list[int]]) -> Occurrences:
-    counts = torch.tensor([len(tokens) for tokens in token_ids])
-    rows = torch.repeat_interleave(torch.arange(len(token_ids)), counts)
-    flat = [token for tokens in token_ids for token in tokens]
-    return Occurrences(rows, torch.tensor(flat, dtype=torch.int64))
+def _occurrences(token_ids: Many[array[int]]) -> Occurrences:
+    flat = token_array()
+    for tokens in token_ids:
+        flat += tokens
+    occurred = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    return Occurrences(torch.tensor([len(tokens) for tokens in token_ids]), occurred)
 
 
 def _draws(rows: Many[NextToken], vocab_size: int) -> Draws | None:

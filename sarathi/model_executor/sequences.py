@@ -1,6 +1,9 @@
 """What a worker keeps of each request: its tokens and how to sample; knows no memory, no text, no order of service."""
 
+from __future__ import annotations
+
 import random
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,23 +14,30 @@ from sarathi.sampling_params import SamplingParams
 _MASK = 2**64 - 1
 
 
+def token_array(token_ids: Iterable[int] = ()) -> array[int]:
+    """Token ids side by side in memory, int64: what samples looks at all of a sequence's tokens in every step."""
+    return array("q", token_ids)
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Prompt and output of one request; outputs are appended as they are sampled and survive preemption."""
 
-    token_ids: list[int]
+    token_ids: array[int]
     num_prompt_tokens: int
     params: SamplingParams
     eos_token_ids: frozenset[int]
     seed: int
 
-    def tokens(self, first: int, end: int, home: int) -> list[int]:
+    def tokens(self, first: int, end: int, home: int) -> array[int]:
         """Tokens [first, end), with a stand-in for the last one where it is sampled but known to the device alone.
 
         home: where the device keeps that one.
         """
-        late = [] if len(self.token_ids) >= end else [stand_in(home)]
-        return self.token_ids[first:end] + late
+        tokens = self.token_ids[first:end]
+        if len(self.token_ids) < end:
+            tokens.append(stand_in(home))
+        return tokens
 
     def uniform(self, position: int) -> float:
         """The random number in [0, 1) of the token at `position`: of it and the seed alone, whoever shares the batch.
@@ -58,7 +68,7 @@ class SequenceTable:
         for new in requests:
             params = new.sampling_params
             seed = self._seeds.getrandbits(64) if params.seed is None else _scrambled(params.seed)
-            tokens = list(new.token_ids)
+            tokens = token_array(new.token_ids)
             self._sequences[new.request_id] = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
 
     def drop(self, request_ids: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from sarathi.messages import NewRequest
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
 from sarathi.model_executor.sampler import filtered, sample
 from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling, with_newest
-from sarathi.model_executor.sequences import Sequence, SequenceTable
+from sarathi.model_executor.sequences import Sequence, SequenceTable, token_array
 from sarathi.model_executor.transfer import to_device
 from sarathi.sampling_params import SamplingParams
 
@@ -26,7 +26,7 @@ KERNELS = ReferenceKernels()
 
 
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] = (), seed: int = 1) -> Sequence:
-    return Sequence([*prompt, *output], len(prompt), params, frozenset({7}), seed)
+    return Sequence(token_array([*prompt, *output]), len(prompt), params, frozenset({7}), seed)
 
 
 def plan_of(sequences: list[Sequence], vocab_size: int) -> SamplingPlan:
