@@ -3,14 +3,14 @@
     python scripts/benchmark_engine.py --model llama-3-8b --backend fa_vattn --output DIR [--stages prefill,decode,...]
 
 One engine a run: prefill whole and in small steps, decode, short requests, the static traces of the vAttention paper,
-decode with tokens that are drawn, what the GPU does in a decode step; then, the engine closed, matrix products and
-attention alone at the same shapes. Rows come in the order of --stages, and what --budget leaves out is
-named. Runs may share a folder.
+decode with tokens that are drawn and with a metrics store, what the GPU does in a decode step; then, the engine
+closed, matrix products and attention alone at the same shapes. Rows come in the order of --stages, and what --budget
+leaves out is named. Runs may share a folder.
 """
 
 import gc
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import Budget, Row, Table, Work
 
-OWN_STAGES = ("sampled", "device", "alone")
+OWN_STAGES = ("sampled", "metrics", "device", "alone")
 SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, "top_p": 0.95}
 ALONE = "products and attention alone"
 
@@ -42,9 +42,22 @@ def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> 
     load.table.add(drawn.beside(likeliest))
 
 
-def sampled_work(engine: OurEngine, load: Load) -> Work:
+def measure_metrics(engine: OurEngine, load: Load, batch: int, context: int) -> None:
+    """Decode with a metrics store, beside the same without one."""
+
+    def row(backend: str, *, on: bool) -> Row:
+        engine.record_metrics(on=on)
+        found = load.decoding([context] * batch, load.sizes.decode_steps)
+        return Row(load.model, "decode, metrics on", backend, batch, context, found.ms_per_token, "ms/token")
+
+    off, on = row("metrics off", on=False), row(engine.backend, on=True)
+    load.table.add(off)
+    load.table.add(on.beside(off))
+
+
+def short_work(engine: OurEngine, load: Load, name: str, measure: Callable[..., None]) -> Work:
     shapes = load.decode_shapes()[:NUM_SHAPES]
-    return ((f"sampled {b} x {n}", partial(measure_sampled, engine, load, b, n)) for b, n in shapes)
+    return ((f"{name} {b} x {n}", partial(measure, engine, load, b, n)) for b, n in shapes)
 
 
 def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int) -> None:
@@ -76,7 +89,9 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
     load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
     if "sampled" in options.stages:
-        budget.run(sampled_work(engine, load))
+        budget.run(short_work(engine, load, "sampled", measure_sampled))
+    if "metrics" in options.stages:
+        budget.run(short_work(engine, load, "metrics", measure_metrics))
     if "device" in options.stages:
         budget.run(device_work(load))
     engine.close()

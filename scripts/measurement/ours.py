@@ -11,9 +11,11 @@ import torch
 from measurement.options import find_model
 from sarathi import LLM, SamplingParams
 from sarathi.core.block_space_manager.factory import make_block_space_manager
+from sarathi.core.scheduler.base import Scheduler
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import MemoryStats
+from sarathi.metrics import MetricsStore
 
 GREEDY = {"temperature": 0.0}
 
@@ -52,15 +54,20 @@ class OurEngine:
 
     def limit_step(self, tokens: int | None) -> None:
         """A second scheduler over the same executor: the step's budget is fixed where a scheduler is made."""
-        if self.has_work:
-            raise RuntimeError("requests are under way: the step's budget is changed between them")
-        if tokens is None:
-            self.engine = self._built
-            return
         executor, scheduler = self._built.executor, self._built.scheduler
-        ledger = make_block_space_manager(executor.backend, executor.capacity)
-        config = replace(scheduler.config, chunk_size=tokens)
-        self.engine = LLMEngine(make_scheduler(config, ledger, executor.max_model_len), executor, None)
+        if tokens is not None:
+            ledger = make_block_space_manager(executor.backend, executor.capacity)
+            scheduler = make_scheduler(replace(scheduler.config, chunk_size=tokens), ledger, executor.max_model_len)
+        self._take_over(scheduler)
+
+    def record_metrics(self, *, on: bool) -> None:
+        """Whether a metrics store sees all from now on. Only where no request is left."""
+        self._take_over(self._built.scheduler, MetricsStore() if on else None)
+
+    def _take_over(self, scheduler: Scheduler, metrics: MetricsStore | None = None) -> None:
+        if self.has_work:
+            raise RuntimeError("requests are under way: an engine takes over between them")
+        self.engine = LLMEngine(scheduler, self._built.executor, None, metrics=metrics)
 
     def memory_stats(self) -> MemoryStats:
         return self._llm.memory_stats()
