@@ -11,10 +11,11 @@ Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, fl
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, product, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from kernel_benchmark import decode, products
@@ -27,7 +28,7 @@ from kernel_benchmark.unlike import warm_up_jobs as warm_up_unlike
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.figure import parse_figure, positive
 from measurement.plot import draw_ratios, draw_times
-from measurement.table import Budget, Table, Work
+from measurement.table import Budget, Row, Table, Work
 
 SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measures, of the first
 
@@ -64,8 +65,13 @@ def unlike(table: Table, options: argparse.Namespace) -> Work:
         yield f"{mixed.work} {name}", partial(measure_mixed, table, MODELS[name], mixed)
 
 
-PARTS = {"small": small, "attention": attention, "unlike": unlike}
-FILES = {"small": "kernels", "attention": "kernels", "unlike": "unlike"}
+class Part(NamedTuple):
+    """What one word of --only stands for."""
+
+    work: Callable[[Table, argparse.Namespace], Work]
+    compile: Callable[[argparse.Namespace], Iterator[Callable[[], object]]]  # what Triton will be asked for
+    draw: Callable[[Sequence[Row], Path], None]
+    file: str  # of the CSV file and its picture
 
 
 def _decodes(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
@@ -92,15 +98,32 @@ def _elementwise(table: Table, tokens: int) -> None:
     measure_elementwise(table, LLAMA, tokens, FusedKernels(torch.device("cuda")), ReferenceKernels())
 
 
-def _jobs(options: argparse.Namespace) -> Iterator[Callable[[], None]]:
-    shapes, models = _decode_shapes(options), [MODELS[name] for name in options.models]
+def _compile_small(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    return chain(decode.warm_up_jobs(_decode_shapes(options), [None, *decode.CONFIGS]), products.warm_up_jobs())
+
+
+def _compile_attention(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    return decode.warm_up_jobs(_decode_shapes(options), [None])
+
+
+def _compile_unlike(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
     counts = [*options.chats, *(mixed.decodes for mixed in options.mixed)]
-    parts = {
-        "small": partial(chain, decode.warm_up_jobs(shapes, [None, *decode.CONFIGS]), products.warm_up_jobs()),
-        "attention": partial(decode.warm_up_jobs, shapes, [None]),
-        "unlike": partial(warm_up_unlike, models, counts),
-    }
-    return chain.from_iterable(make() for name, make in parts.items() if options.only in (None, name))
+    return warm_up_unlike([MODELS[name] for name in options.models], counts)
+
+
+PARTS = {
+    "small": Part(small, _compile_small, draw_times, "kernels"),
+    "attention": Part(attention, _compile_attention, draw_times, "kernels"),
+    "unlike": Part(unlike, _compile_unlike, draw_ratios, "unlike"),
+}
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    return chain.from_iterable(part.compile(options) for part in _chosen(options))
+
+
+def _chosen(options: argparse.Namespace) -> list[Part]:
+    return [part for name, part in PARTS.items() if options.only in (None, name)]
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -143,15 +166,14 @@ def main() -> None:
     budget = Budget(options.budget)
     warm_up(partial(_jobs, options), processes_at_hand())
     torch.manual_seed(0)
-    parts = [name for name in PARTS if options.only in (None, name)]
-    tables = {name: Table(options.output / f"{name}.csv") for name in dict.fromkeys(map(FILES.__getitem__, parts))}
+    parts = _chosen(options)
+    tables = {file: Table(options.output / f"{file}.csv") for file in dict.fromkeys(part.file for part in parts)}
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
     with torch.inference_mode():
-        for name in parts:
-            budget.run(PARTS[name](tables[FILES[name]], options))
-    for name, table in tables.items():
-        draw = {"kernels": draw_times, "unlike": draw_ratios}[name]
-        draw(table.rows, options.output / f"{name}.png")
+        for part in parts:
+            budget.run(part.work(tables[part.file], options))
+    for draw, file in dict.fromkeys((part.draw, part.file) for part in parts):
+        draw(tables[file].rows, options.output / f"{file}.png")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from sarathi.model_executor.attention.flash_attention import FlashAttentionBacke
 from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
 from sarathi.model_executor.attention.triton_decode import TritonDecode
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, config_for
+from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, config_for, distinct_sizes
 from sarathi.model_executor.placement import Placement
 
 _PACKAGE = "fa3-fwd"
@@ -114,7 +114,7 @@ def _step(model: Model, mixed: Mixed) -> _Step:
 def warm_up_jobs(models: Sequence[Model], decodes: Sequence[int]) -> Iterator[Callable[[], object]]:
     """One thunk for each kernel of ours that these numbers of decodes need."""
     for model in models:
-        for count in sorted(set(decodes)):
+        for count in distinct_sizes(min(decodes), max(decodes), model.head_size):
             shape = config_for(count, model.head_size)
             for config in (shape, shape._replace(run_cost=0)):
                 yield partial(_compile, model, count, config)
