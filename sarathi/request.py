@@ -82,3 +82,10 @@ class Request:
     def all_token_ids(self) -> tuple[int, ...]:
         """Prompt and output so far, without pending tokens."""
         return (*self.prompt_token_ids, *self.output_token_ids)
+
+    def end(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """Finished, whatever of it is still in flight."""
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.num_pending_tokens = 0

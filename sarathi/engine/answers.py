@@ -37,11 +37,6 @@ class Answer:
     def matched_stop(self) -> str | None:
         return self._text.matched_stop
 
-    @property
-    def finish_reason(self) -> str | None:
-        """A stop string ends the answer even where the same token was the last that max_tokens allows."""
-        return "stop" if self.matched_stop is not None else self.request.finish_reason
-
     def take(self, token: SampledToken) -> None:
         """Append a token. The request has seen it: a token that ended it is counted, but is not part of the text."""
         self._completion.token_ids.append(token.token_id)
@@ -53,14 +48,15 @@ class Answer:
 
     def output(self) -> CompletionOutput:
         """The answer as of now. A finished one first gives out what its text held back."""
-        reason, completion = self.finish_reason, self._completion
-        if reason is not None:
+        request, completion = self.request, self._completion
+        if request.is_finished:
             self._delta += self._text.flush()
         delta, self._delta = self._delta, ""
         completion.text += delta
-        stop = None if reason is None else self.matched_stop or self.request.stop_reason
         num_tokens = len(completion.token_ids)
-        return CompletionOutput(self._index, completion.text, delta, num_tokens, reason, stop, completion)
+        return CompletionOutput(
+            self._index, completion.text, delta, num_tokens, request.finish_reason, request.stop_reason, completion
+        )
 
     def _logprobs(self, token: SampledToken, chosen: float) -> dict[int, Logprob]:
         pairs = [(token.token_id, chosen), *token.top_logprobs]

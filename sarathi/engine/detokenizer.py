@@ -79,7 +79,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest, when no more tokens come; an unfinished character becomes U+FFFD, as in one-shot decoding."""
-        return self._stops.push(self._utf8.decode(b"", final=True)) + self._stops.flush()
+        return self._stops.flush() + self._utf8.decode(b"", final=True)
 
 
 class SilentDetokenizer:

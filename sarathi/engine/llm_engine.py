@@ -6,7 +6,8 @@ parts.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from sarathi.config.schema import EngineConfig
@@ -16,7 +17,7 @@ from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.inputs import InputProcessor, Prompt, fan_out
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
 from sarathi.engine.tokenizer import Tokenizer
-from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
@@ -112,24 +113,19 @@ class LLMEngine:
             self._answer(request_id, index, token_ids, params, metrics.arrival_time_s)
             for index, params in enumerate(fan_out(sampling_params))
         ]
-        self._schedule_all(answers)
-        for answer in answers:
-            self._metrics.on_request_arrived(answer.request)
-        group = Group(request_id, prompt if isinstance(prompt, str) else None, answers, metrics)
-        self._groups[request_id] = group
-        self._answers.update({answer.request.request_id: (group, answer) for answer in answers})
+        self._schedule(Group(request_id, prompt if isinstance(prompt, str) else None, answers, metrics))
 
     def step(self) -> list[RequestOutput]:
         """Start one batch and take in the oldest; the requests that got a token or ended in it, as they now stand.
 
-        With an executor that has several steps in flight the answer to the first of them is empty. Where the executor
-        raises, every request in the engine ends without a last output, the error goes on to the caller, and the engine
-        takes new requests.
+        With an executor that has several steps in flight the answer to the first of them is empty. Where anything
+        raises, be it Ctrl-C, every request in the engine ends without a last output, the error goes on to the caller,
+        and the engine takes new requests.
         """
         try:
             if self.scheduler.has_work:
                 self._flights.append(self._launch())
-            return self._land(self._flights.popleft()) if self._must_land() else []
+            return self._land() if self._must_land() else []
         except BaseException:
             self._give_up()
             raise
@@ -156,29 +152,28 @@ class LLMEngine:
             return Answer(request, index, SilentDetokenizer(), str)
         return Answer(request, index, Detokenizer(self.tokenizer, params.stop), self.tokenizer.piece)
 
-    def _schedule_all(self, answers: Sequence[Answer]) -> None:
-        """All or none: where the scheduler refuses one, those before it are taken back."""
+    def _schedule(self, group: Group) -> None:
+        """All its answers or none: where the scheduler refuses one, those before it are taken back."""
+        named = {answer.request.request_id: (group, answer) for answer in group.answers}
+        for name in named.keys() & self._answers.keys():
+            raise ValueError(f"request id {name!r} belongs to a request that has not ended")
         try:
-            for answer in answers:
+            for answer in group.answers:
                 self.scheduler.add(answer.request)
-        except ValueError:
-            self._end_all(answers, "error")
+        except BaseException:
+            self._end_all(group.answers, "error")
             raise
+        self._groups[group.request_id] = group
+        self._answers.update(named)
+        for answer in group.answers:
+            self._metrics.on_request_arrived(answer.request)
 
     def _launch(self) -> Flight:
         start_s = self._clock()
         out = self.scheduler.schedule()
         scheduled_s = self._clock()
         self._mark_scheduled(out, start_s)
-        return Flight(out, self._start(out), start_s, scheduled_s)
-
-    def _start(self, out: SchedulerOutput) -> PendingStep:
-        """Start a step; one that fails to is taken out of the scheduler's books with those before it."""
-        try:
-            return self.executor.launch(out)
-        except BaseException:
-            self._flights.append(Flight(out, _blank(out), 0.0, 0.0))
-            raise
+        return Flight(out, self.executor.launch(out), start_s, scheduled_s)
 
     def _must_land(self) -> bool:
         """Whether to wait for the oldest step: there is no room for one more, or nothing to put into it."""
@@ -187,12 +182,10 @@ class LLMEngine:
         is_full = len(self._flights) >= self.executor.max_in_flight
         return is_full or not self._flights[-1].out.chunks or not self.scheduler.has_work
 
-    def _land(self, flight: Flight) -> list[RequestOutput]:
-        try:
-            result = flight.pending.result()
-        except BaseException:
-            self._flights.appendleft(flight)
-            raise
+    def _land(self) -> list[RequestOutput]:
+        flight = self._flights[0]
+        result = flight.pending.result()
+        self._flights.popleft()
         executed_s = self._clock()
         progressed = self.scheduler.update(flight.out, result)
         outputs = self._outputs(progressed, result.tokens)
@@ -201,13 +194,18 @@ class LLMEngine:
         return outputs
 
     def _give_up(self) -> None:
-        """Every request ends, and the scheduler's books close over the steps in flight."""
-        self._end_all([answer for _, answer in self._answers.values()], "error")
-        while self._flights:
-            out = self._flights.popleft().out
-            self.scheduler.update(out, _blank(out).result())
-        self._groups.clear()
-        self._answers.clear()
+        """Every request ends, once the steps in flight are over: their memory must not be taken from under them."""
+        try:
+            for flight in self._flights:
+                with suppress(Exception):
+                    flight.pending.result()
+        finally:
+            self._flights.clear()
+            self.scheduler.reset()
+            for _, answer in self._answers.values():
+                self._metrics.on_request_finished(answer.request)
+            self._groups.clear()
+            self._answers.clear()
 
     def _end_all(self, answers: Iterable[Answer], reason: str) -> None:
         for answer in answers:
@@ -233,8 +231,9 @@ class LLMEngine:
 
     def _take(self, answer: Answer, token: SampledToken) -> None:
         answer.take(token)
-        if answer.matched_stop is not None and not answer.request.is_finished:
+        if answer.matched_stop is not None:
             self.scheduler.finish(answer.request, "stop", answer.matched_stop)
+            answer.request.end("stop", answer.matched_stop)  # even where the same token was the last that is allowed
 
     def _output(self, group: Group, now_s: float) -> RequestOutput:
         output = group.output(now_s)
@@ -244,9 +243,3 @@ class LLMEngine:
                 self._metrics.on_request_finished(answer.request)
                 del self._answers[answer.request.request_id]
         return output
-
-
-def _blank(out: SchedulerOutput) -> Finished[StepResult]:
-    """Tokens for a step that gave none, so that the scheduler's books close; its requests have ended already."""
-    tokens = tuple(SampledToken(chunk.request_id, 0) for chunk in out.chunks if chunk.samples)
-    return Finished(StepResult(out.step_id, tokens))

@@ -47,6 +47,9 @@ class BlockSpaceManager(Protocol):
     def free(self, request: Request) -> None:
         """Take back all that `request` holds; nothing happens if that is nothing."""
 
+    def clear(self) -> None:
+        """Nobody holds anything from now on, even where the books did not balance."""
+
     def resize(self, rows: int) -> None:
         """Have `rows` rows from now on."""
 

@@ -51,6 +51,11 @@ class PagedBlockSpaceManager:
         self._sum.free(request)
         self._free.extend(reversed(self._blocks.pop(request.request_id, [])))
 
+    def clear(self) -> None:
+        self._sum.clear()
+        self._blocks.clear()
+        self._free = list(range(self._num_blocks - 1, -1, -1))
+
     def resize(self, rows: int) -> None:
         self._sum.resize(rows)
         self._free.extend(range(self._num_blocks, rows))

@@ -44,6 +44,10 @@ class VirtualBlockSpaceManager:
     def free(self, request: Request) -> None:
         self._num_used_rows -= self._rows.pop(request.request_id, 0)
 
+    def clear(self) -> None:
+        self._rows.clear()
+        self._num_used_rows = 0
+
     def resize(self, rows: int) -> None:
         self._capacity = replace(self._capacity, rows=max(0, rows))
 

@@ -24,6 +24,7 @@ from sarathi.messages import SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)
+_PATIENCE_STEPS = 1000  # after memory ran out, before as much of it is given out again
 
 
 class Scheduler(ABC):
@@ -46,6 +47,8 @@ class Scheduler(ABC):
         self._num_added = 0
         self._num_steps = 0
         self._num_recoveries = 0
+        self._full_rows = ledger.capacity.rows
+        self._patient_until = 0
 
     @abstractmethod
     def _make_prompt_rule(self) -> PromptRule:
@@ -77,6 +80,8 @@ class Scheduler(ABC):
         """Queue a request. RequestTooLongError if it could never run; ValueError if its id is in use."""
         if request.request_id in self._tickets or request.request_id in self._residents.landing:
             raise ValueError(f"request id {request.request_id!r} belongs to a request that has not ended")
+        if not self._tickets:
+            self.ledger.resize(self._full_rows)
         refuse_too_long(request, self.max_model_len, self.ledger.capacity)
         stops = frozenset(request.sampling_params.stop_token_ids)
         if not request.sampling_params.ignore_eos:
@@ -100,18 +105,20 @@ class Scheduler(ABC):
             self._end(ticket, reason, stop_reason)
             self._residents.drop_finished()
 
-    def resize(self, rows: int) -> list[Request]:
-        """Have this much memory from now on; returns the requests that this ended, being too long for it."""
-        self.ledger.resize(rows)
-        ended = []
-        for ticket in list(self._tickets.values()):
-            request = ticket.request
-            ticket.max_output_tokens = self._max_output_tokens(request)
-            if request.num_output_tokens >= ticket.max_output_tokens:
-                self._end(ticket, "length" if request.output_token_ids else "error", None)
-                ended.append(request)
-        self._residents.drop_finished()
-        return ended
+    def reset(self) -> None:
+        """End every request with reason "error", in whatever state an exception left the books; no step is under way.
+
+        With the next step the worker hears of the end of every request that it may know, of some a second time.
+        """
+        told = [request_id for step in self._in_flight.values() for request_id in step.finished]
+        self._finished_ids = list(dict.fromkeys([*self._finished_ids, *told, *self._residents.landing, *self._tickets]))
+        for ticket in self._tickets.values():
+            if not ticket.request.is_finished:
+                ticket.request.end("error")
+        self._tickets.clear()
+        self._in_flight.clear()
+        self._waiting = WaitingQueue()
+        self._residents.clear()
 
     def schedule(self) -> SchedulerOutput:
         """The next step. It may be empty: where all is in flight already, or only endings are to be told."""
@@ -121,10 +128,10 @@ class Scheduler(ABC):
             self._fill(step)
         for ticket in step.preempted:
             self._waiting.push(ticket)
+        step.finished = tuple(self._finished_ids)
         self._in_flight[step.step_id] = step
-        finished = tuple(self._finished_ids)
         self._finished_ids.clear()
-        return step.output(finished, self._num_recoveries)
+        return step.output(self._num_recoveries)
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[Request]:
         """Take in a step's result, oldest step first; returns the requests that got a token or that it ended."""
@@ -139,6 +146,8 @@ class Scheduler(ABC):
                 f"step {step.step_id} has {len(result.tokens)} tokens for {step.num_samples} that were due"
             )
         self._prompts.observe(step.num_tokens, result.model_s)
+        if self.ledger.capacity.rows < self._full_rows and step.step_id >= self._patient_until:
+            self._resize(self._full_rows)
         return self._accept_all(step, {sampled.request_id: sampled.token_id for sampled in result.tokens})
 
     def check_integrity(self) -> None:
@@ -262,17 +271,15 @@ class Scheduler(ABC):
     def _end(self, ticket: Ticket, reason: str, stop_reason: int | str | None) -> None:
         request = ticket.request
         was_running = request.status is RequestStatus.RUNNING
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        request.stop_reason = stop_reason
-        request.num_pending_tokens = 0
-        del self._tickets[request.request_id]
+        request.end(reason, stop_reason)
         if ticket.is_known and (not was_running or self._residents.leave(ticket)):
             self._finished_ids.append(request.request_id)
+        del self._tickets[request.request_id]
 
     def _land(self, ticket: Ticket) -> None:
-        if self._residents.land(ticket):
+        if not ticket.steps_in_flight:
             self._finished_ids.append(ticket.request.request_id)
+            self._residents.land(ticket)
 
     def _land_all(self, step: Step) -> None:
         for ticket in step.tickets:
@@ -283,7 +290,8 @@ class Scheduler(ABC):
     def _recover(self, step: Step, available_rows: int) -> list[Request]:
         """Memory ran out beneath the ledger: undo this step and those sent behind it, and shrink.
 
-        The ledger shrinks below what is in use in any case, so that the same step cannot fail for ever.
+        The ledger shrinks below what is in use in any case, so that the same step cannot fail for ever. It is full size
+        again once many steps have gone well, or nobody is left: what was short may have been so for a moment.
         """
         for failed in reversed([step, *self._in_flight.values()]):
             failed.roll_back()
@@ -291,4 +299,18 @@ class Scheduler(ABC):
         self._num_recoveries += 1
         rows = max(0, min(available_rows, self.ledger.num_used_rows - 1))
         logger.warning("memory ran out in step %d: going on with %d rows", step.step_id, rows)
-        return self.resize(rows)
+        self._patient_until = self._num_steps + _PATIENCE_STEPS
+        return self._resize(rows)
+
+    def _resize(self, rows: int) -> list[Request]:
+        """Have this much memory from now on; returns the requests that this ended, being too long for it."""
+        self.ledger.resize(rows)
+        ended = []
+        for ticket in list(self._tickets.values()):
+            request = ticket.request
+            ticket.max_output_tokens = self._max_output_tokens(request)
+            if request.num_output_tokens >= ticket.max_output_tokens:
+                self._end(ticket, "length" if request.output_token_ids else "error", None)
+                ended.append(request)
+        self._residents.drop_finished()
+        return ended

@@ -72,13 +72,16 @@ class Residents:
         self.ledger.free(ticket.request)
         return True
 
-    def land(self, ticket: Ticket) -> bool:
-        """A step with an ended request is done: release its memory if it was the last one; True if released."""
-        if ticket.steps_in_flight:
-            return False
+    def land(self, ticket: Ticket) -> None:
+        """The last step with an ended request is done: release its memory."""
         del self.landing[ticket.request.request_id]
         self.ledger.free(ticket.request)
-        return True
+
+    def clear(self) -> None:
+        """Nobody holds memory any more, whatever the books say."""
+        self.running.clear()
+        self.landing.clear()
+        self.ledger.clear()
 
     def drop_finished(self) -> None:
         """Forget the running requests that have ended."""

@@ -50,6 +50,7 @@ class Step:
 
     num_prompt_tokens: tokens of chunks longer than one. num_partial: chunks that leave some of their prompt for later.
     is_starved: memory ran out and nobody could be preempted at once. is_void: rolled back, its result means nothing.
+    finished: requests whose end it tells the worker.
     """
 
     step_id: int
@@ -62,6 +63,7 @@ class Step:
     num_partial: int = 0
     is_starved: bool = False
     is_void: bool = False
+    finished: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -99,8 +101,8 @@ class Step:
                 ticket.request.num_computed_tokens = chunk.start
                 ticket.request.num_pending_tokens -= chunk.samples
 
-    def output(self, finished: tuple[str, ...], num_recoveries: int) -> SchedulerOutput:
+    def output(self, num_recoveries: int) -> SchedulerOutput:
         """The message to the worker."""
         preempted = tuple([ticket.request.request_id for ticket in self.preempted])
         new, chunks = tuple(self.new_requests), tuple(self.chunks)
-        return SchedulerOutput(self.step_id, new, chunks, preempted, finished, num_recoveries)
+        return SchedulerOutput(self.step_id, new, chunks, preempted, self.finished, num_recoveries)

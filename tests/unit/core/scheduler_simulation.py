@@ -68,7 +68,7 @@ class FakeWorker:
         busy = {chunk.request_id for step in self.in_flight.values() for chunk in step.chunks}
         assert not busy & {*out.preempted, *out.finished}, "memory of a step in flight was released"
         for request_id in out.finished:
-            del self.sequences[request_id]
+            self.sequences.pop(request_id, None)  # not known if the step that brought it was lost
         for request_id in out.preempted:
             sequence = self.sequences[request_id]
             sequence.computed, sequence.granted, sequence.blocks = 0, 0, []

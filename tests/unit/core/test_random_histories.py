@@ -12,6 +12,7 @@ import pytest
 from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request
 
 from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
+from sarathi.core.scheduler import base
 from sarathi.core.scheduler.base import Scheduler
 from sarathi.core.scheduler.limits import RequestTooLongError
 from sarathi.messages import CacheCapacity, SchedulerOutput, StepResult
@@ -32,8 +33,12 @@ def random_config(policy: str, number: int) -> SchedulerConfig:
     )  # fmt: skip
 
 
+class Crash(Exception):
+    """Comes out of the ledger in the middle of a call, as Ctrl-C may."""
+
+
 class History:
-    """One random life: what arrives, what is aborted, how far steps overlap, and when memory is lost."""
+    """One random life: what arrives, what is aborted, how far steps overlap, and when memory or a step is lost."""
 
     def __init__(self, rng: random.Random, policy: str, backend: str) -> None:
         self.rng = rng
@@ -47,7 +52,12 @@ class History:
         self.depth = rng.choice((1, 1, 2, 3))
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
+        self.crashed: set[str] = set()
         self.lost_memory = False
+        self.least_rows = self.full_rows = capacity.rows
+        self.calls_to_crash: int | None = None
+        self._make_fragile("allocate")
+        self._make_fragile("free")
         self.in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
 
     def play(self) -> None:
@@ -58,11 +68,14 @@ class History:
                 self._arrive()
             if not (to_come or self.scheduler.has_work or self.in_flight):
                 return
-            if self.scheduler.has_work:
-                self._step()
-            while self.in_flight and (len(self.in_flight) >= self.depth or not self.scheduler.has_work):
-                self._land()
-            self._disturb()
+            try:
+                if self.scheduler.has_work:
+                    self._step()
+                while self.in_flight and (len(self.in_flight) >= self.depth or not self.scheduler.has_work):
+                    self._land()
+                self._disturb()
+            except Crash:
+                self._give_up()
         raise AssertionError(f"no end after {MAX_STEPS} steps")
 
     def _arrive(self) -> None:
@@ -82,6 +95,28 @@ class History:
             fits_model = request.num_prompt_tokens < self.max_len
             assert not fits_model or capacity.rows_for(request.num_prompt_tokens) > capacity.rows
 
+    def _make_fragile(self, name: str) -> None:
+        ledger = self.scheduler.ledger
+        original = getattr(ledger, name)
+
+        def call(*args: object) -> object:
+            if self.calls_to_crash is not None:
+                self.calls_to_crash -= 1
+                if self.calls_to_crash < 0:
+                    self.calls_to_crash = None
+                    raise Crash
+            return original(*args)
+
+        setattr(ledger, name, call)
+
+    def _give_up(self) -> None:
+        self.crashed |= {request.request_id for request in self.requests if not request.is_finished}
+        for step_id in list(self.worker.in_flight):
+            self.worker.landed(step_id)
+        self.in_flight.clear()
+        self.scheduler.reset()
+        self.scheduler.check_integrity()
+
     def _step(self) -> None:
         out = self.scheduler.schedule()
         check_step(out, self.config, self.scheduler, self.worker)
@@ -95,17 +130,23 @@ class History:
         for request in self.scheduler.update(out, result):
             grown = len(request.output_token_ids) - before[request.request_id]
             assert grown == 1 or (grown == 0 and request.is_finished)
+        self.least_rows = min(self.least_rows, self.scheduler.ledger.capacity.rows)
         self.scheduler.check_integrity()
 
     def _disturb(self) -> None:
         event = self.rng.random()
         if event < 0.01 and self.requests:
-            victim = self.rng.choice(self.requests).request_id
-            if self.scheduler.abort(victim):
-                self.aborted.add(victim)
+            victim = self.rng.choice(self.requests)
+            if not victim.is_finished:
+                self.aborted.add(victim.request_id)
+            self.scheduler.abort(victim.request_id)
         elif event < 0.015 and not self.lost_memory:
             self.lost_memory = True
             self.worker.rows = self.rng.randint(0, self.worker.rows)
+        elif event < 0.03:
+            self.worker.rows = self.full_rows
+        elif event < 0.032:
+            self.calls_to_crash = self.rng.randint(0, 3)
 
     def check_outputs(self) -> None:
         for request in self.requests:
@@ -114,6 +155,8 @@ class History:
             assert request.output_token_ids == tokens[: len(request.output_token_ids)], "another schedule, other tokens"
             if request.request_id in self.aborted:
                 assert request.finish_reason == "abort"
+            elif request.request_id in self.crashed:
+                assert request.finish_reason == "error"
             elif request.output_token_ids != tokens:
                 assert self._is_full(request) and request.finish_reason in ("length", "error")
             else:
@@ -122,9 +165,8 @@ class History:
         assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.ledger.num_used_rows == 0
 
     def _is_full(self, request: Request) -> bool:
-        """Whether the cache, as small as it is now, could not hold the request with one more token."""
-        capacity = self.scheduler.ledger.capacity
-        return capacity.rows_for(request.num_tokens) > capacity.rows
+        """Whether the cache at its smallest could not hold the request with one more token."""
+        return self.scheduler.ledger.capacity.rows_for(request.num_tokens) > self.least_rows
 
 
 def check_step(out: SchedulerOutput, config: SchedulerConfig, scheduler: Scheduler, worker: FakeWorker) -> None:
@@ -146,8 +188,11 @@ def check_step(out: SchedulerOutput, config: SchedulerConfig, scheduler: Schedul
 
 @pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])
 @pytest.mark.parametrize("policy", SCHEDULERS)
-def test_every_invariant_in_random_histories(policy: str, backend: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_invariant_in_random_histories(
+    policy: str, backend: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.ERROR, logger="sarathi")
+    monkeypatch.setattr(base, "_PATIENCE_STEPS", 20)
     start = int(os.environ.get("SEED", random.randrange(2**40)))
     for seed in range(start, start + HISTORIES):
         history = History(random.Random(seed), policy, backend)

@@ -9,6 +9,7 @@ import pytest
 from scheduler_simulation import expected_output, make_pair, make_request, run_to_end, step
 
 from sarathi.config.schema import SCHEDULERS, SchedulerConfig
+from sarathi.core.scheduler import base
 from sarathi.messages import CacheCapacity, SchedulerOutput, StepResult
 from sarathi.request import RequestStatus
 
@@ -202,20 +203,46 @@ def test_what_no_longer_fits_a_smaller_cache_is_ended() -> None:
     scheduler.add(waiting)
     for _ in range(5):
         step(scheduler, worker)
-    assert set(scheduler.resize(12)) == {grown, waiting}
+    worker.rows = 12
+    out = scheduler.schedule()
+    result = worker.execute(out)
+    worker.landed(out.step_id)
+    assert set(scheduler.update(out, result)) == {grown, waiting}
     assert (grown.finish_reason, len(grown.output_token_ids)) == ("length", 5)
     assert (waiting.finish_reason, waiting.output_token_ids) == ("error", [])
     run_to_end(scheduler, worker)
     assert not worker.sequences
 
 
-def test_a_larger_cache_lets_more_run() -> None:
-    scheduler, worker = pair(CacheCapacity(12, 1, 1), watermark=0.0)
-    for name in ("a", "b"):
-        scheduler.add(make_request(name, 10, 5, ignore_eos=True))
+def test_memory_that_was_short_for_a_moment_is_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_PATIENCE_STEPS", 5)
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), watermark=0.0)
+    requests = [make_request(name, 10, 20, ignore_eos=True) for name in ("a", "b")]
+    for request in requests:
+        scheduler.add(request)
     step(scheduler, worker)
-    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
-    scheduler.resize(40)
+    worker.rows = 18
+    step(scheduler, worker)
     worker.rows = 40
+    for _ in range(5):
+        step(scheduler, worker)
+        assert (scheduler.num_running, scheduler.num_waiting, scheduler.ledger.capacity.rows) == (1, 1, 18)
     step(scheduler, worker)
-    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+    step(scheduler, worker)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.ledger.capacity.rows) == (2, 0, 40)
+    run_to_end(scheduler, worker)
+    for request in requests:
+        assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+def test_a_request_that_finds_nobody_there_finds_all_memory() -> None:
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), watermark=0.0)
+    scheduler.add(make_request("a", 10, 20, ignore_eos=True))
+    worker.rows = 0
+    run_to_end(scheduler, worker)
+    assert scheduler.ledger.capacity.rows == 0
+    worker.rows = 40
+    late = make_request("late", 10, 20, ignore_eos=True)
+    scheduler.add(late)
+    run_to_end(scheduler, worker)
+    assert late.output_token_ids == expected_output(late, 100)[0]

@@ -1,5 +1,6 @@
 """An engine over a model of a few lines, so that everything but the model is real; needs neither torch nor weights."""
 
+import time
 from collections.abc import Callable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +12,7 @@ from sarathi.engine.chat_template import jinja_renderer
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.tokenizer import Tokenizer as SarathiTokenizer
 from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.metrics import MetricsSink
 from sarathi.sampling_params import SamplingParams
 
 END = 256  # the token after the 256 bytes
@@ -95,11 +97,12 @@ def make_engine(
     next_token: Callable[[Sequence[int], SamplingParams], int] = echo,
     rows: int = 1000,
     has_tokenizer: bool = True,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    metrics: MetricsSink | None = None,
     **config: int,
 ) -> LLMEngine:
     """A real scheduler and ledger of `rows` tokens over the fake executor."""
     capacity = CacheCapacity(rows, token_bytes=1, page_bytes=1)
     scheduler = make_scheduler(SchedulerConfig(**config), VirtualBlockSpaceManager(capacity), max_model_len=200)
     tokenizer = byte_tokenizer() if has_tokenizer else None
-    return LLMEngine(scheduler, FakeExecutor(next_token), tokenizer, *([clock] if clock else []))
+    return LLMEngine(scheduler, FakeExecutor(next_token), tokenizer, clock, metrics)

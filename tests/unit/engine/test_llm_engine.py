@@ -10,6 +10,7 @@ from fake_engine import END, VOCAB_SIZE, echo, make_engine, says
 from sarathi.core.scheduler.limits import RequestTooLongError
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
+from sarathi.metrics.store import MetricsStore
 from sarathi.sampling_params import SamplingParams
 
 
@@ -189,6 +190,18 @@ def test_an_id_in_use_is_refused_also_where_it_is_one_of_n() -> None:
     assert set(run(engine)) == {"a", "b#1"}
 
 
+def test_an_id_is_in_use_until_the_last_of_its_n_has_ended() -> None:
+    engine = make_engine(lambda tokens, params: END if params.seed == 0 else 65)
+    engine.add_request("a", [1, 2], SamplingParams(n=2, seed=0, max_tokens=10))
+    [output] = engine.step()
+    engine.step()  # the worker has heard of the one that ended
+    assert [each.finish_reason for each in output.outputs] == ["stop", None]
+    for taken in ("a", "a#1"):
+        with pytest.raises(ValueError, match=taken):
+            engine.add_request(taken, [1, 2], SamplingParams())
+    assert run(engine)["a"][-1].finished
+
+
 def test_without_a_tokenizer_token_ids_work_and_text_is_refused() -> None:
     engine = make_engine(has_tokenizer=False)
     with pytest.raises(ValueError, match="no tokenizer"):
@@ -210,6 +223,37 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on() -> None:
     assert engine.num_unfinished == 0
     assert answer(engine, [0]).outputs[0].text == "fine"
     assert engine.executor.memory_stats().mapped_bytes == 0
+
+
+@pytest.mark.parametrize("where", ["ledger.allocate", "ledger.free", "update", "schedule"])
+def test_an_interrupt_anywhere_in_a_step_leaves_an_engine_that_works(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    metrics = MetricsStore()
+    engine = make_engine(says("fine"), metrics=metrics)
+    engine.add_request("running", [0], SamplingParams(n=2, max_tokens=2))
+    engine.step()
+    engine.add_request("waiting", [0], SamplingParams(max_tokens=2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        owner, name = (engine.scheduler.ledger, where[7:]) if where.startswith("ledger.") else (engine.scheduler, where)
+        patch.setattr(owner, name, interrupt)
+        run(engine)
+    assert engine.num_unfinished == 0
+    engine.scheduler.check_integrity()
+    assert answer(engine, [0]).outputs[0].text == "fine"
+    assert engine.executor.memory_stats().mapped_bytes == 0
+    assert None not in [record.finish_reason for record in metrics.rows().requests]
+
+
+def test_metrics_hear_the_finish_reason_that_the_client_hears() -> None:
+    metrics = MetricsStore()
+    engine = make_engine(says("abcSTOP"), metrics=metrics)
+    output = answer(engine, [0], max_tokens=7, stop=["STOP"]).outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("abc", "stop", "STOP")
+    assert [record.finish_reason for record in metrics.rows().requests] == ["stop"]
 
 
 def test_together_equals_alone_whatever_the_chunks_and_however_small_the_cache() -> None:
