@@ -1,16 +1,12 @@
-"""Conversations to prompt text through a model's Jinja template; knows no tokenizer and no model.
+"""Conversations to prompt text through a model's Jinja template; knows no model.
 
-Templates come with model files, so they run in Jinja's sandbox. The names they may call (`raise_exception`,
-`strftime_now`, the `tojson` filter) are the ones that templates on the hub rely on.
+Templates come with model files and are written against transformers, so it is transformers that runs them, in its
+sandbox: what they may call, and what else they find (`tools` is none, `{% generation %}`), is what it says.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from functools import cache
+from typing import Any
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -22,22 +18,44 @@ class ChatTemplateError(ValueError):
     """The template refused the conversation, or the conversation is not one."""
 
 
-def jinja_renderer(template: str, special_tokens: Mapping[str, str]) -> ChatRenderer:
-    """A renderer over `template`; `special_tokens` are what it may print by name, as `bos_token`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    compiled = environment.from_string(template)
+def tokenizer_renderer(tokenizer: Any, **names: Any) -> ChatRenderer:
+    """A renderer over the template of a tokenizer of transformers; `names` go to its apply_chat_template.
+
+    It raises ChatTemplateError for whatever the template raises, and where it is no valid template.
+    """
 
     def render(conversation: Conversation) -> str:
         try:
-            return compiled.render(messages=list(conversation), add_generation_prompt=True, **special_tokens)
-        except TemplateError as error:
-            raise ChatTemplateError(f"the model's chat template refuses this conversation: {error}") from error
+            text: str = tokenizer.apply_chat_template(
+                list(conversation), tokenize=False, add_generation_prompt=True, **names
+            )
+        except Exception as error:  # a template is a program that came with the model: it may raise anything
+            message = f"the model's chat template failed with {type(error).__name__}: {error}"
+            raise ChatTemplateError(message) from error
+        return text
 
     return render
+
+
+def jinja_renderer(template: str, special_tokens: Mapping[str, str]) -> ChatRenderer:
+    """A renderer over `template`, which is first looked at when there is a conversation; otherwise as above.
+
+    special_tokens: what it may print by name, as `bos_token`.
+    """
+
+    def render(conversation: Conversation) -> str:
+        return tokenizer_renderer(_bare_tokenizer(), chat_template=template, **special_tokens)(conversation)
+
+    return render
+
+
+@cache
+def _bare_tokenizer() -> Any:
+    """A tokenizer without tokens: that is how transformers' public interface takes a template by itself."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast  # half a second, for those who chat
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
 
 
 def normalize(conversation: Conversation) -> list[dict[str, Any]]:
@@ -61,19 +79,3 @@ def _text(content: Any, at: int) -> str:
     ):
         return "".join(str(part.get("text", "")) for part in content)
     raise ChatTemplateError(f"content of message {at} must be text or a list of text parts, got {content!r}")
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text"
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

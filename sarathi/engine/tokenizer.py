@@ -8,9 +8,16 @@ import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sarathi.engine.chat_template import ChatRenderer, ChatTemplateError, Conversation, jinja_renderer, normalize
+from sarathi.engine.chat_template import (
+    ChatRenderer,
+    ChatTemplateError,
+    Conversation,
+    jinja_renderer,
+    normalize,
+    tokenizer_renderer,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -109,7 +116,8 @@ def _from_hugging_face(folder: Path) -> Tokenizer:
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer in {folder}: there is no tokenizer.json, and none can be made of the other files")
     ends = {tokenizer.eos_token_id, *_generation_ends(folder)} - {None}
-    return Tokenizer(tokenizer.backend_tokenizer, ends, _chat_renderer(tokenizer))
+    render_chat = tokenizer_renderer(tokenizer) if tokenizer.chat_template else None
+    return Tokenizer(tokenizer.backend_tokenizer, ends, render_chat)
 
 
 def _generation_ends(folder: Path) -> list[int]:
@@ -117,12 +125,6 @@ def _generation_ends(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
     ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def _chat_renderer(tokenizer: Any) -> ChatRenderer | None:
-    if not tokenizer.chat_template:
-        return None
-    return lambda messages: tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 
 def _piece_to_bytes(backend: "Backend") -> Callable[[int, str], bytes]:

@@ -1,10 +1,14 @@
 """Conversations through Jinja templates, as models bring them."""
 
+from pathlib import Path
+
 import pytest
 from fake_engine import byte_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from sarathi.engine.chat_template import ChatTemplateError, jinja_renderer, normalize
-from sarathi.engine.tokenizer import Tokenizer
+from sarathi.engine.tokenizer import Tokenizer, load_tokenizer
+from sarathi.model_executor.source import ModelSource
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -21,10 +25,38 @@ def test_what_templates_on_the_hub_call_is_there() -> None:
     assert jinja_renderer(template, {})([*HELLO, *HELLO]) == '{"role": "user", "content": "hello"}4'
 
 
-def test_a_refusal_by_the_template_is_a_clear_error() -> None:
-    render = jinja_renderer("{{ raise_exception('roles must alternate') }}", {})
-    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+def test_what_else_templates_written_against_transformers_expect() -> None:
+    """Blocks that mark what an assistant wrote, JSON in any layout, and `tools` that are there and none."""
+    loop = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert jinja_renderer(loop, {})(HELLO) == "hello"
+    layout = "ensure_ascii=false, indent=1, separators=(';', '='), sort_keys=true"
+    assert jinja_renderer(f"{{{{ {{'b': 'é', 'a': 1}} | tojson({layout}) }}}}", {})(HELLO) == '{\n "a"=1;\n "b"="é"\n}'
+    assert jinja_renderer("{{ tools is none }}", {})(HELLO) == "True"
+
+
+FAILING_TEMPLATES = [
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{{ messages[5].content }}", "undefined|no element"),
+    ("{{ 1 + 'a' }}", "TypeError"),
+    ("{% for m in messages %}", "TemplateSyntaxError"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), FAILING_TEMPLATES)
+def test_a_template_that_fails_or_refuses_is_one_clear_error(template: str, message: str) -> None:
+    render = jinja_renderer(template, {})  # says nothing yet: whoever never chats needs no template
+    with pytest.raises(ChatTemplateError, match=message):
         render(HELLO)
+
+
+@pytest.mark.parametrize(("template", "message"), FAILING_TEMPLATES)
+def test_so_it_is_for_a_folder(template: str, message: str, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()._backend, chat_template=template)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelSource("m", "safetensors", tmp_path))
+    assert loaded is not None
+    with pytest.raises(ChatTemplateError, match=message):
+        loaded.encode_chat(HELLO)
 
 
 def test_templates_cannot_reach_out_of_their_sandbox() -> None:
