@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from sarathi.wording import shown
+
+_INT64 = (-(2**63), 2**63 - 1)
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_LEAST_TEMPERATURE = 1e-5  # vLLM's limit too: below it a division could leave float32, and the draw is an argmax anyway
+_MOST_COMPLETIONS = 2**14
 
 
 @dataclass(frozen=True)
@@ -13,12 +21,12 @@ class SamplingParams:
 
     Raises ValueError naming the field, the value and what is allowed.
 
-    n: completions of the prompt.
-    temperature: 0 takes the most likely token (true argmax); larger is flatter.
+    n: completions of the prompt, at most 16384.
+    temperature: 0, and all below 1e-5, takes the most likely token (true argmax); larger is flatter.
     top_p, top_k, min_p: what is left to draw from; 1.0, -1 (or 0) and 0.0 switch each off.
     presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, in [-2, 2].
-    repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt and output; > 0.
-    seed: None draws a new one.
+    repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt and output; in [1e-10, 1e10].
+    seed: of 64 bits with a sign; no two give the same stream. None draws a new one.
     stop: strings that end the output and are cut from it; a lone string is one of them.
     stop_token_ids: tokens that end the output.
     max_tokens: output tokens at most; None goes to the model's limit.
@@ -55,7 +63,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken, without a draw."""
-        return self.temperature == 0.0
+        return self.temperature < _LEAST_TEMPERATURE
 
     @property
     def is_plain(self) -> bool:
@@ -65,14 +73,14 @@ class SamplingParams:
         return self.is_greedy and not changed
 
     def _normalize(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", _entries("stop_token_ids", self.stop_token_ids, "token ids"))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _integer_keys(self.logit_bias))
 
     def _check_counts(self) -> None:
-        _check_int("n", self.n, 1)
+        _check_int("n", self.n, 1, _MOST_COMPLETIONS)
         _check_int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
@@ -81,10 +89,10 @@ class SamplingParams:
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0)
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63))
+            _check_int("seed", self.seed, _INT64[0])
 
     def _check_distribution(self) -> None:
-        _check_float("temperature", self.temperature, 0.0, math.inf)
+        _check_float("temperature", self.temperature, 0.0, _FLOAT32_MAX)
         _check_float("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise ValueError("top_p is 0: it must lie in (0, 1]")
@@ -94,40 +102,50 @@ class SamplingParams:
     def _check_penalties(self) -> None:
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-        if self.repetition_penalty == 0.0:
-            raise ValueError("repetition_penalty is 0: it must be greater than 0")
+        _check_float("repetition_penalty", self.repetition_penalty, 1e-10, 1e10)  # logits stay within float32
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+            _check_float(f"logit_bias[{shown(token_id)}]", bias, -100.0, 100.0)
 
     def _check_stops(self) -> None:
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {self.ignore_eos!r}: it must be true or false")
+            raise ValueError(f"ignore_eos is {shown(self.ignore_eos)}: it must be true or false")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop holds {text!r}: each entry must be a string of one character or more")
+                raise ValueError(f"stop holds {shown(text)}: each entry must be a string of one character or more")
         for token_id in self.stop_token_ids:
             _check_int("an entry of stop_token_ids", token_id, 0)
+
+
+def _entries(name: str, value: object, kind: str) -> tuple[object, ...]:
+    """None stands for none of them."""
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} is {shown(value)}: it must be a list of {kind}")
+    return tuple(value)
 
 
 def _integer_keys(bias: Mapping[int, float]) -> dict[int, float]:
     """JSON has only string keys: accept "17" for 17."""
     try:
-        return {int(token_id): value for token_id, value in bias.items()}
+        return {int(key) if isinstance(key, str) else operator.index(key): value for key, value in bias.items()}
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"logit_bias is {bias!r}: it must map token ids (integers) to numbers") from None
+        raise ValueError(f"logit_bias is {shown(bias)}: it must map token ids (integers) to numbers") from None
 
 
-def _check_int(name: str, value: object, low: int) -> None:
+def _check_int(name: str, value: object, low: int, high: int = _INT64[1]) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}: it must be an integer")
+        raise ValueError(f"{name} is {shown(value)}: it must be an integer")
     if value < low:
-        raise ValueError(f"{name} is {value}: it must be at least {low}")
+        raise ValueError(f"{name} is {shown(value)}: it must be at least {low}")
+    if value > high:
+        raise ValueError(f"{name} is {shown(value)}: it must be at most {high}")
 
 
 def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}: it must be a finite number")
+    if (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf
+    ):  # NaN is neither; isfinite() raises for 10**400
+        raise ValueError(f"{name} is {shown(value)}: it must be a finite number")
     if not low <= value <= high:
-        allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} is {value}: it must be {allowed}")
+        raise ValueError(f"{name} is {shown(value)}: it must be in [{low:g}, {high:g}]")

@@ -20,7 +20,7 @@ BAD_PARAMS = [
     ({"max_tokens": -1}, "max_tokens is -1: it must be at least 1"),
     ({"max_tokens": 2.5}, "max_tokens is 2.5: it must be an integer"),
     ({"max_tokens": True}, "max_tokens is True: it must be an integer"),
-    ({"temperature": -0.1}, "temperature is -0.1: it must be at least 0"),
+    ({"temperature": -0.1}, r"temperature is -0.1: it must be in \[0, 3.4\d+e\+38\]"),
     ({"temperature": float("nan")}, "temperature is nan: it must be a finite number"),
     ({"temperature": "hot"}, "temperature is 'hot': it must be a finite number"),
     ({"top_p": 0.0}, r"top_p is 0: it must lie in \(0, 1\]"),
@@ -28,7 +28,7 @@ BAD_PARAMS = [
     ({"top_k": -2}, "top_k is -2: it must be at least -1"),
     ({"min_p": 2}, r"min_p is 2: it must be in \[0, 1\]"),
     ({"presence_penalty": 3}, r"presence_penalty is 3: it must be in \[-2, 2\]"),
-    ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be greater than 0"),
+    ({"repetition_penalty": 0}, r"repetition_penalty is 0: it must be in \[1e-10, 1e\+10\]"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9: it must not exceed max_tokens, 8"),
     ({"logprobs": -1}, "logprobs is -1: it must be at least 0"),
     ({"seed": "x"}, "seed is 'x': it must be an integer"),
@@ -37,6 +37,23 @@ BAD_PARAMS = [
     ({"stop_token_ids": [1, -1]}, "an entry of stop_token_ids is -1"),
     ({"ignore_eos": 1}, "ignore_eos is 1: it must be true or false"),
     ({"logit_bias": {"a": 1}}, "logit_bias is .*it must map token ids"),
+    ({"n": 10**9}, "n is 1000000000: it must be at most 16384"),
+    ({"max_tokens": 2**70}, f"max_tokens is {2**70}: it must be at most {2**63 - 1}"),
+    ({"seed": 2**80}, f"seed is {2**80}: it must be at most {2**63 - 1}"),
+    ({"seed": -(2**63) - 1}, f"seed is {-(2**63) - 1}: it must be at least {-(2**63)}"),
+    ({"seed": 10**5000}, "seed is a int too long to be written: it must be at most"),
+    ({"temperature": 10**400}, r"temperature is 10+\.\.\.: it must be in"),
+    ({"temperature": 1e39}, r"temperature is 1e\+39: it must be in"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40: it must be in"),
+    ({"repetition_penalty": 1e39}, r"repetition_penalty is 1e\+39: it must be in"),
+    ({"stop": 5}, "stop is 5: it must be a list of strings"),
+    ({"stop": b"x"}, "stop is b'x': it must be a list of strings"),
+    ({"stop": 0}, "stop is 0: it must be a list of strings"),
+    ({"stop_token_ids": 5}, "stop_token_ids is 5: it must be a list of token ids"),
+    ({"stop_token_ids": "5"}, "stop_token_ids is '5': it must be a list of token ids"),
+    ({"logit_bias": 5}, "logit_bias is 5: it must map token ids"),
+    ({"logit_bias": {1.5: 1}}, "logit_bias is .*it must map token ids"),
+    ({"logit_bias": {"1": 10**400}}, r"logit_bias\[1\] is 10+\.\.\.: it must be in \[-100, 100\]"),
     ({"logit_bias": {5: 101}}, r"logit_bias\[5\] is 101: it must be in \[-100, 100\]"),
 ]
 
@@ -51,6 +68,7 @@ def test_parameters_are_made_uniform() -> None:
     params = SamplingParams(stop="END", stop_token_ids=[3, 4], logit_bias={"17": 2.0}, temperature=0)
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("END",), (3, 4), {17: 2.0})
     assert params.is_greedy and not SamplingParams().is_greedy
+    assert SamplingParams(temperature=1e-38).is_greedy and not SamplingParams(temperature=1e-5).is_greedy
     assert SamplingParams(stop=None, stop_token_ids=None).stop == ()
 
 
