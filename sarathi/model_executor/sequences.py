@@ -83,5 +83,5 @@ class SequenceTable:
 
 
 def _scrambled(seed: int) -> int:
-    """Neighbouring seeds must not give neighbouring streams."""
-    return random.Random(seed).getrandbits(64)
+    """Neighbouring seeds must not give neighbouring streams, nor -7 that of 7: Random takes a seed's absolute value."""
+    return random.Random(seed & _MASK).getrandbits(64)

@@ -168,12 +168,12 @@ def test_draws_from_logits_that_are_no_numbers_are_tokens() -> None:
 def test_nucleus_floor() -> None:
     """Over several blocks and less than one; of bf16, where many logits are equal; with most tokens cut before."""
     vocab_size = random.choice((50, 8192, 9000, 20000))
-    logits = torch.randn(7, vocab_size) * torch.tensor([0.01, 1.0, 1.0, 5.0, 3.0, 2.0, 1.0])[:, None]
+    logits = torch.randn(9, vocab_size) * torch.tensor([0.01, 1.0, 1.0, 5.0, 3.0, 2.0, 1.0, 1.0, 1.0])[:, None]
     logits[2] = logits[2].bfloat16()
     logits[4] -= 40.0
     logits[5, 3:] = float("-inf")
     logits[6, :9] = 20.0  # equal, and together all that counts
-    top_p = torch.tensor([0.9, 0.5, 0.95, 0.999, 1e-6, 0.7, 0.3])[:, None]
+    top_p = torch.tensor([0.9, 0.5, 0.95, 0.999, 1e-6, 0.7, 0.3, 1e-40, 1e-50])[:, None]  # float32 has no 1e-50
     top_p[random.randrange(7)] = 1.0
     floors = sampling.nucleus_floor(logits, top_p)
     _assert_nucleus(logits, top_p, floors)

@@ -138,6 +138,30 @@ def test_top_k_1_draws_the_best() -> None:
     assert found == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("fields", [{"temperature": 1e-38}, {"temperature": 1e-5}, {"top_p": 1e-50}, {"top_p": 1e-40}])
+def test_what_all_but_rules_out_a_draw_gives_the_best(fields: dict[str, float]) -> None:
+    logits = 100 * torch.randn(4, VOCAB_SIZE)
+    found = tokens_of(logits, [sequence(SamplingParams(**fields), [1], seed=seed) for seed in range(4)])
+    assert found == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("penalty", [1e-10, 1e10])
+def test_the_largest_penalties_leave_numbers(penalty: float) -> None:
+    logits = 100 * torch.randn(1, 50)
+    params = SamplingParams(temperature=1e-5, repetition_penalty=penalty, top_p=0.9)
+    [token] = tokens_of(logits, [sequence(params, list(range(25)))])
+    scores = logits[0].double()
+    scores[:25] = torch.where(scores[:25] > 0, scores[:25] / penalty, scores[:25] * penalty)
+    assert token == int(scores.argmax())
+
+
+def test_a_seed_and_its_negative_are_two_streams() -> None:
+    seeds = [7, -7, 0, 2**63 - 1, -(2**63), -(2**63) + 1, -1, 1]
+    table = SequenceTable(seed=0)
+    table.add(NewRequest(str(each), (1,), SamplingParams(seed=each)) for each in seeds)
+    assert len({table[str(each)].uniform(1) for each in seeds}) == len(seeds)
+
+
 def test_draws_follow_the_distribution() -> None:
     seed, count = torch.seed() % 2**31, 40_000
     print(f"seed {seed}")

@@ -35,7 +35,8 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     """The smallest logit of the fewest likeliest tokens that together reach top_p (Holtzman et al., 2020).
 
-    logits: [num_rows, vocab_size] float32; top_p: [num_rows, 1] float32. Returns [num_rows, 1], -inf for a top_p of 1.
+    logits: [num_rows, vocab_size] float32; top_p: [num_rows, 1] float32; 0 is less than any token has, so that the
+    likeliest stays. Returns [num_rows, 1], -inf for a top_p of 1.
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
     for size in (min(_HEAD_SIZE, logits.shape[-1]), logits.shape[-1]):
@@ -45,5 +46,6 @@ def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
         if bool((reached[:, -1:] >= top_p)[top_p < 1.0].all()):
             break
     inside = reached - probabilities < top_p  # what came before had not reached it yet
+    inside[:, 0] = True
     floor = largest.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
     return torch.where(top_p < 1.0, floor, float("-inf"))
