@@ -7,12 +7,12 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sarathi.engine.tokenizer import Tokenizer
+from sarathi.engine.tokenizer import Tokenizer, UnencodableTextError
 from sarathi.sampling_params import SamplingParams
+from sarathi.wording import shown
 
 Prompt = str | Sequence[int]
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring seeds and indices never meet
-_SEED_RANGE = 2**63
 
 
 class InputProcessor:
@@ -23,7 +23,10 @@ class InputProcessor:
         self._vocab_size = vocab_size
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt as ids in the vocabulary. ValueError for an empty prompt, one of another type, or a bad id."""
+        """The prompt as ids in the vocabulary.
+
+        ValueError for an empty prompt, one of another type, text that is none, or a bad id.
+        """
         ids = self._encode(prompt) if isinstance(prompt, str) else _integers(prompt)
         if not ids:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
@@ -42,12 +45,17 @@ class InputProcessor:
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._tokenizer is None:
             raise ValueError(f"the prompt is text ({text[:40]!r}), but this model has no tokenizer: give token ids")
-        return tuple(self._tokenizer.encode(text)) if text else ()
+        try:
+            return tuple(self._tokenizer.encode(text)) if text else ()
+        except UnencodableTextError as error:
+            raise ValueError(f"the prompt holds {error}") from None
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:
         for token_id in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token_id < self._vocab_size:
-                raise ValueError(f"{field} holds token id {token_id}: it must be from 0 to {self._vocab_size - 1}")
+                raise ValueError(
+                    f"{field} holds token id {shown(token_id)}: it must be from 0 to {self._vocab_size - 1}"
+                )
 
 
 def fan_out(params: SamplingParams) -> list[SamplingParams]:
@@ -60,16 +68,13 @@ def fan_out(params: SamplingParams) -> list[SamplingParams]:
 def _derived_seed(seed: int | None, index: int) -> int | None:
     if seed is None or index == 0:
         return seed
-    return (seed + index * _SEED_STRIDE) % _SEED_RANGE
+    return (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # 64 bits with a sign, each of them again
 
 
 def _integers(prompt: Sequence[int]) -> tuple[int, ...]:
     try:
+        if isinstance(prompt, (bytes, bytearray)):  # iterates over integers, but was meant as text
+            raise TypeError
         return tuple(map(operator.index, prompt))
     except TypeError:
-        raise ValueError(f"the prompt must be text or a list of token ids, got {_shown(prompt)}") from None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise ValueError(f"the prompt must be text or a list of token ids, got {shown(prompt)}") from None

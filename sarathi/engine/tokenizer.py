@@ -29,6 +29,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
+class UnencodableTextError(ValueError):
+    """Text that UTF-8 cannot write; the message is which character, and where."""
+
+
 class Tokenizer:
     """A thin wrapper: encode, decode, the bytes of one token, and the chat template."""
 
@@ -45,7 +49,11 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, after the beginning-of-sequence token where the model wants one."""
+        """Ids of `text`, after the beginning-of-sequence token where the model wants one.
+
+        UnencodableTextError for a lone surrogate, as `json.loads` and file names can bring.
+        """
+        _check_encodable(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -72,7 +80,10 @@ class Tokenizer:
         messages = normalize(conversation)
         if self._render_chat is None:
             raise ChatTemplateError("this model has no chat template; use generate() with a text prompt")
-        return self.encode(self._render_chat(messages), add_special_tokens=False)  # the template writes them
+        try:
+            return self.encode(self._render_chat(messages), add_special_tokens=False)  # the template writes them
+        except UnencodableTextError as error:
+            raise ChatTemplateError(f"the conversation holds {error}") from None
 
     def _find_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
@@ -80,6 +91,14 @@ class Tokenizer:
             return b"" if token.special else token.content.encode()
         piece = self._backend.id_to_token(token_id)
         return b"" if piece is None else self._to_bytes(token_id, piece)
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        character = text[error.start]
+        raise UnencodableTextError(f"{character!r} at {error.start}: a lone surrogate is no character") from None
 
 
 def load_tokenizer(source: "ModelSource") -> Tokenizer | None:

@@ -22,8 +22,10 @@ from sarathi.engine.tokenizer import Tokenizer
 from sarathi.entrypoints.progress import Progress
 from sarathi.messages import MemoryStats
 from sarathi.sampling_params import SamplingParams
+from sarathi.wording import shown
 
-Prompts = Prompt | Mapping[str, Any] | Sequence[Prompt | Mapping[str, Any]]
+AnyPrompt = Prompt | Mapping[str, Any]
+Prompts = AnyPrompt | Sequence[AnyPrompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -59,7 +61,7 @@ class LLM:
         `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at fault;
         nothing runs then, and the engine stays usable.
         """
-        return self._run([_plain(prompt) for prompt in _as_list(prompts)], sampling_params, use_tqdm)
+        return self._run(_as_list(prompts), sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -68,25 +70,27 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, in the model's own chat format; otherwise as `generate`."""
-        single = not messages or isinstance(messages[0], Mapping)
+        single = not messages or isinstance(messages, (str, Mapping)) or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
         return self._run([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, with an output after each of its tokens; leaving the loop early aborts it."""
         return (output for _, output in self.stream_all([prompt], sampling_params))
 
     def stream_all(
-        self, prompts: Sequence[Prompt], sampling_params: Params = None
+        self, prompts: Sequence[AnyPrompt], sampling_params: Params = None
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Complete prompts together; (number of the prompt, output) whenever one got a token or ended.
 
-        Leaving the loop early, by an exception or not, aborts those that are not done.
+        Leaving the loop early, by an exception or not, aborts those that are not done. All are added or none.
         """
-        numbers = self._add_all(prompts, sampling_params)
+        params = _for_each(sampling_params, len(prompts))
+        numbers = {next(self._ids): number for number in range(len(prompts))}
         pending, inbox = set(numbers), deque[RequestOutput]()
-        self._inboxes.update(dict.fromkeys(numbers, inbox))
         try:
+            self._inboxes.update(dict.fromkeys(numbers, inbox))
+            self._add_all(numbers, prompts, params)
             while pending:
                 self._fill(inbox)
                 while inbox:
@@ -123,7 +127,7 @@ class LLM:
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._finalizer = weakref.finalize(self, engine.shutdown)
 
-    def _run(self, prompts: Sequence[Prompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, prompts: Sequence[AnyPrompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[int, RequestOutput] = {}
         with Progress(len(prompts), use_tqdm) as progress:
             for number, output in self.stream_all(prompts, params):
@@ -132,20 +136,18 @@ class LLM:
                     finished[number] = output
         return [finished[number] for number in range(len(prompts))]
 
-    def _add_all(self, prompts: Sequence[Prompt], params: Params) -> dict[str, int]:
-        """Numbers of the prompts by request id. All or none: the first refusal takes back the ones before it."""
-        numbers: dict[str, int] = {}
-        for number, (prompt, each) in enumerate(zip(prompts, _for_each(params, len(prompts)), strict=True)):
-            request_id = next(self._ids)
-            try:
-                self.engine.add_request(request_id, prompt, each)
-            except ValueError as error:
-                self._end_all(numbers)
-                if len(prompts) == 1:
-                    raise
-                raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
-            numbers[request_id] = number
-        return numbers
+    def _add_all(
+        self, numbers: Mapping[str, int], prompts: Sequence[AnyPrompt], params: Sequence[SamplingParams]
+    ) -> None:
+        """One request for each of `numbers`; the ValueError of one among several says which prompt it is about."""
+        number = 0
+        try:
+            for request_id, number in numbers.items():
+                self.engine.add_request(request_id, _plain(prompts[number]), params[number])
+        except ValueError as error:
+            if len(prompts) == 1:
+                raise
+            raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
 
     def _fill(self, inbox: deque[RequestOutput]) -> None:
         """Step until something comes; what comes for other streams, read in turn with this one, is kept for them."""
@@ -168,7 +170,9 @@ class LLM:
 
 def _as_list(prompts: Prompts) -> Sequence[Any]:
     """One prompt becomes a list of one; a list of integers is one prompt of token ids."""
-    single = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and _is_integer(prompts[0]))
+    if not isinstance(prompts, (str, Mapping)) and not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts is {shown(prompts)}: it must be text, a list of token ids, or a list of those")
+    single = isinstance(prompts, (str, bytes, Mapping)) or (len(prompts) > 0 and _is_integer(prompts[0]))
     return [prompts] if single else prompts  # type: ignore[return-value]
 
 
@@ -176,12 +180,14 @@ def _is_integer(value: object) -> bool:
     return hasattr(value, "__index__")
 
 
-def _plain(prompt: Prompt | Mapping[str, Any]) -> Prompt:
+def _plain(prompt: AnyPrompt) -> Prompt:
     if not isinstance(prompt, Mapping):
         return prompt
-    for key in ("prompt_token_ids", "prompt"):
+    for key, is_text in (("prompt_token_ids", False), ("prompt", True)):
         if key in prompt:
             plain: Prompt = prompt[key]
+            if isinstance(plain, str) != is_text:
+                raise ValueError(f"{key} is {shown(plain)}: it must be {'text' if is_text else 'a list of token ids'}")
             return plain
     raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
 
@@ -189,6 +195,11 @@ def _plain(prompt: Prompt | Mapping[str, Any]) -> Prompt:
 def _for_each(params: Params, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence):
+        raise ValueError(f"sampling_params is {shown(params)}: it must be a SamplingParams, or a list of one a prompt")
     if len(params) != count:
         raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one for all or one each")
+    for number, each in enumerate(params):
+        if not isinstance(each, SamplingParams):
+            raise ValueError(f"sampling_params[{number}] is {shown(each)}: each entry must be a SamplingParams")
     return params

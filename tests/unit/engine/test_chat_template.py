@@ -85,6 +85,11 @@ def test_images_are_refused_with_the_place() -> None:
         normalize([*HELLO, {"role": "user", "content": [{"type": "image_url"}]}])
 
 
+def test_text_that_no_tokenizer_takes_is_refused_with_the_place() -> None:
+    with pytest.raises(ChatTemplateError, match=r"the conversation holds '\\ud83d' at 8: a lone surrogate"):
+        byte_tokenizer().encode_chat([{"role": "user", "content": "ab\ud83d"}])
+
+
 def test_a_model_without_a_template_cannot_chat() -> None:
     bare = Tokenizer(byte_tokenizer()._backend)
     with pytest.raises(ChatTemplateError, match="no chat template"):

@@ -67,6 +67,65 @@ def test_one_bad_prompt_is_named_and_leaves_nothing_behind() -> None:
     assert llm.generate("a\0", LONG, use_tqdm=False)[0].outputs[0].text == "fine"
 
 
+BAD_PROMPTS: list[tuple[object, str]] = [
+    ("\udc80", r"prompt 1 of 2, counted from 0: the prompt holds '\\udc80' at 0: a lone surrogate"),
+    (b"text", "prompt 1 of 2, counted from 0: the prompt must be text or a list of token ids, got b'text'"),
+    ({"prompt": 5}, "prompt 1 of 2, counted from 0: prompt is 5: it must be text"),
+    ({"prompt_token_ids": "a"}, "prompt_token_ids is 'a': it must be a list of token ids"),
+    ({"text": "a"}, "needs 'prompt' or 'prompt_token_ids'"),
+    ([1, 10**5000], "holds token id a int too long to be written: it must be from 0 to 256"),
+    ([1, "2"], "must be text or a list of token ids"),
+    (None, "must be text or a list of token ids, got None"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS)
+def test_whatever_is_given_for_a_prompt_takes_back_the_ones_before(prompt: object, message: str) -> None:
+    llm = make_llm()
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["a\0", prompt], LONG)  # type: ignore[list-item]
+    assert llm.engine.num_unfinished == 0 and not llm.engine.has_work
+
+
+@pytest.mark.parametrize("prompts", [5, None, b"text"])
+def test_prompts_that_are_none(prompts: object) -> None:
+    with pytest.raises(ValueError, match="must be text"):
+        make_llm().generate(prompts, LONG)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([LONG, None], r"sampling_params\[1\] is None: each entry must be a SamplingParams"),
+        ([{"temperature": 0}, LONG], r"sampling_params\[0\] is {'temperature': 0}"),
+        ({"temperature": 0}, "sampling_params is {'temperature': 0}: it must be a SamplingParams"),
+        (5, "sampling_params is 5: it must be a SamplingParams"),
+    ],
+)
+def test_parameters_must_be_parameters(params: object, message: str) -> None:
+    llm = make_llm()
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["a\0", "b\0"], params)  # type: ignore[arg-type]
+    assert llm.engine.num_unfinished == 0 and not llm.engine.has_work
+
+
+def test_ctrl_c_while_prompts_are_added_takes_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    add = llm.engine.add_request
+
+    def interrupted(request_id: str, prompt: str, params: SamplingParams) -> None:
+        add(request_id, prompt, params)
+        if prompt == "b\0":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine, "add_request", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a\0", "b\0", "c\0"], LONG)
+    assert llm.engine.num_unfinished == 0 and not llm.engine.has_work
+    monkeypatch.undo()
+    assert llm.generate("a\0", LONG, use_tqdm=False)[0].outputs[0].text == "fine"
+
+
 def test_an_error_in_the_model_reaches_the_caller_once() -> None:
     llm = make_llm()
     executor = llm.engine.executor
@@ -126,6 +185,13 @@ def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
     assert bytes(one[0].prompt_token_ids) == b"user: hello\nassistant:"
     assert [output.outputs[0].text for output in (*one, *many)] == [":::"] * 3
     assert bytes(many[1].prompt_token_ids).count(b"hello") == 2
+
+
+@pytest.mark.parametrize("conversation", ["hello", {"role": "user", "content": "x"}, []])
+def test_what_is_no_conversation_is_shown_whole(conversation: object) -> None:
+    with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got ") as caught:
+        make_llm().chat(conversation)  # type: ignore[arg-type]
+    assert str(caught.value).endswith(repr(conversation))
 
 
 def test_chat_without_a_tokenizer_says_what_works() -> None:
