@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sarathi.config.units import format_bytes, nearest, parse_bytes
+from sarathi.wording import shown
 
 AUTO = "auto"
 KERNELS = ("sdpa", "fa", "fa2", "fa3", "fa4", "fi", "no_op")
@@ -23,6 +24,7 @@ MEMORIES = ("vattn", "paged")
 _FLAGS = ("megacache", "sync")
 _KNOWN_WORDS = (*KERNELS, *MEMORIES, *_FLAGS)
 _SIZE_WORD = re.compile(r"(\d+)([a-z]*)")
+_MOST_PAGE_BYTES, _MOST_BLOCK_TOKENS = 2**40, 2**31 - 1
 
 
 class BackendNameError(ValueError):
@@ -87,16 +89,17 @@ class BackendSpec:
             raise BackendNameError(
                 f"a block is counted in tokens (as _16), not in bytes (_{format_bytes(self.page_bytes)}), where paged"
             )
-        if self.block_size is not None and self.block_size < 1:
-            raise BackendNameError(f"a block of {self.block_size} tokens: it must hold at least 1")
+        if self.block_size is not None and not 1 <= self.block_size <= _MOST_BLOCK_TOKENS:
+            raise BackendNameError(f"a block of {self.block_size} tokens: it must hold 1 to {_MOST_BLOCK_TOKENS}")
 
     def _check_vattn(self) -> None:
         if self.block_size is not None:
             raise BackendNameError(
                 f"virtual memory has pages of bytes (as _64kb or _2mb), not blocks of {self.block_size} tokens"
             )
-        if self.page_bytes is not None and (self.page_bytes < 1024 or self.page_bytes % 1024):
-            raise BackendNameError(f"a page of {self.page_bytes} bytes: it must be a multiple of 1kb")
+        if self.page_bytes is not None and (not 1024 <= self.page_bytes <= _MOST_PAGE_BYTES or self.page_bytes % 1024):
+            most = format_bytes(_MOST_PAGE_BYTES)
+            raise BackendNameError(f"a page of {self.page_bytes} bytes: it must be a multiple of 1kb, up to {most}")
 
 
 def resolve_backend(name: str, device_kind: str) -> BackendSpec:
@@ -132,12 +135,10 @@ def _read_word(name: str, word: str) -> tuple[str, object]:
 
 
 def _read_size(name: str, word: str, unit: str) -> tuple[str, int]:
-    if not unit:
-        return "block_size", int(word)
     try:
-        return "page_bytes", parse_bytes(word)
+        return "page_bytes" if unit else "block_size", parse_bytes(word)
     except ValueError as error:
-        raise BackendNameError(f"backend {name!r}: {error}") from None
+        raise BackendNameError(f"backend {shown(name)}: {error}") from None
 
 
 def _complete(fields: dict[str, Any]) -> dict[str, Any]:

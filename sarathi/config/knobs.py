@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sarathi.config.units import nearest, parse_bytes
+from sarathi.wording import shown
 
 _METADATA_KEY = "knob"
 _WORDS_FOR_NONE = ("none", "null", "")
@@ -59,9 +60,9 @@ class Knob:
         words = "one of " + ", ".join(self.limits.choices) if self.limits.choices else _TYPE_WORDS[self.value_type]
         low, high = self.limits.low, self.limits.high
         if low > -math.inf and high < math.inf:
-            words += f" from {low:g} to {high:g}"
+            words += f" from {_limit(low)} to {_limit(high)}"
         elif low > -math.inf:
-            words += f", at least {low:g}"
+            words += f", at least {_limit(low)}"
         return f"{words}, or none" if self.optional else words
 
     def coerce(self, value: object) -> object:
@@ -82,7 +83,7 @@ class Knob:
         hint = ""
         if self.limits.choices and isinstance(value, str) and value:
             hint = f"; the nearest is {nearest(value, self.limits.choices)!r}"
-        return ConfigError(f"{self.path} is {value!r}: it must be {self.allowed}{hint}")
+        return ConfigError(f"{self.path} is {shown(value)}: it must be {self.allowed}{hint}")
 
 
 def knob(default: Any, help: str, **limits: Any) -> Any:
@@ -121,6 +122,10 @@ def _walk(section: type[Section], prefix: str) -> Iterator[Knob]:
             help, limits = field.metadata[_METADATA_KEY]
             value_type, optional = _split_optional(hint)
             yield Knob(prefix + field.name, value_type, optional, field.default, help, limits)
+
+
+def _limit(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is_section(hint: object) -> bool:

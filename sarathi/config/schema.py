@@ -13,6 +13,9 @@ from sarathi.config.knobs import ConfigError, Section, knob
 SCHEDULERS = ("sarathi", "vllm", "orca", "faster_transformer", "simple_chunking")
 CHUNKED_SCHEDULERS = ("sarathi", "simple_chunking")
 
+_INT32_MAX, _INT63_MAX = 2**31 - 1, 2**63 - 1  # lengths and slots on the device; seeds of torch
+_MOST_BYTES = 2**62
+
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
@@ -29,8 +32,10 @@ class ModelConfig(Section):
         AUTO, "how weights are stored; dummy: random weights, for measuring speed",
         choices=(AUTO, "safetensors", "gguf", "dummy"),
     )  # fmt: skip
-    max_model_len: int | None = knob(None, "longest prompt plus output, in tokens; none: the model's own limit", low=2)
-    seed: int = knob(0, "seed of dummy weights and of requests that bring none", low=0)
+    max_model_len: int | None = knob(
+        None, "longest prompt plus output, in tokens; none: the model's own limit", low=2, high=_INT32_MAX
+    )
+    seed: int = knob(0, "seed of dummy weights and of requests that bring none", low=0, high=_INT63_MAX)
     attention_backend: str = knob(AUTO, "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16")
     enforce_eager: bool = knob(False, "no CUDA graphs: every kernel of a step is started by itself, and can be timed")
 
@@ -46,7 +51,11 @@ class CacheConfig(Section):
     """How much memory keys and values may take."""
 
     memory_bytes: int | None = knob(
-        None, "budget of the KV cache, as 8gb or in bytes; none: a share of what is free", low=1, unit="bytes"
+        None,
+        "budget of the KV cache, as 8gb or in bytes; none: a share of what is free",
+        low=1,
+        high=_MOST_BYTES,
+        unit="bytes",
     )
     gpu_memory_utilization: float = knob(
         0.9, "share of the GPU's memory for weights, activations and cache together, where memory_bytes is none",
@@ -64,10 +73,14 @@ class ChunkBudgetConfig(Section):
         "latency: learned from the times of steps to meet target_step_s",
         choices=("fixed", "schedule", "latency"),
     )
-    low_chunk_size: int = knob(64, "schedule, latency: fewest tokens of a step", low=1)
-    high_chunk_size: int = knob(2048, "schedule, latency: most tokens of a step", low=1)
-    chunk_schedule_max_tokens: int = knob(32768, "schedule: prompt tokens after which chunks are smallest", low=1)
-    chunk_schedule_stages: int = knob(16, "schedule: sizes between the largest and the smallest chunk", low=1)
+    low_chunk_size: int = knob(64, "schedule, latency: fewest tokens of a step", low=1, high=_INT32_MAX)
+    high_chunk_size: int = knob(2048, "schedule, latency: most tokens of a step", low=1, high=_INT32_MAX)
+    chunk_schedule_max_tokens: int = knob(
+        32768, "schedule: prompt tokens after which chunks are smallest", low=1, high=_INT32_MAX
+    )
+    chunk_schedule_stages: int = knob(
+        16, "schedule: sizes between the largest and the smallest chunk", low=1, high=10_000
+    )
     target_step_s: float = knob(0.05, "latency: seconds a step may take, and so the time between tokens", low=1e-6)
 
     def __post_init__(self) -> None:
@@ -83,15 +96,20 @@ class SchedulerConfig(Section):
     """Who goes first, and how much at once."""
 
     type: str = knob("sarathi", "scheduling policy", choices=SCHEDULERS)
-    max_num_seqs: int = knob(128, "requests that run at the same time, at most", low=1)
-    chunk_size: int = knob(512, "token budget of a step (sarathi, simple_chunking)", low=1)
+    max_num_seqs: int = knob(128, "requests that run at the same time, at most", low=1, high=_INT32_MAX)
+    chunk_size: int = knob(512, "token budget of a step (sarathi, simple_chunking)", low=1, high=_INT32_MAX)
     max_chunk_per_request: int | None = knob(
-        None, "tokens that one prompt may take of a step, so that a long one leaves room; none: all of it", low=1
+        None,
+        "tokens that one prompt may take of a step, so that a long one leaves room; none: all of it",
+        low=1,
+        high=_INT32_MAX,
     )
-    max_num_partial_prefills: int = knob(4, "prompts that may be in progress at the same time, at most", low=1)
+    max_num_partial_prefills: int = knob(
+        4, "prompts that may be in progress at the same time, at most", low=1, high=_INT32_MAX
+    )
     max_batched_tokens: int | None = knob(
         None, "tokens of a step where prompts go whole (vllm, orca, faster_transformer); a longer prompt goes alone; "
-        "none: the model's limit", low=1,
+        "none: the model's limit", low=1, high=_INT32_MAX,
     )  # fmt: skip
     watermark: float = knob(
         0.01, "share of the cache left free when a request starts beside others, for these to grow into",
@@ -112,8 +130,8 @@ class SchedulerConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over devices."""
 
-    tensor_parallel_size: int = knob(1, "devices that share each layer", low=1)
-    pipeline_parallel_size: int = knob(1, "devices that take the layers in turn", low=1)
+    tensor_parallel_size: int = knob(1, "devices that share each layer", low=1, high=_INT32_MAX)
+    pipeline_parallel_size: int = knob(1, "devices that take the layers in turn", low=1, high=_INT32_MAX)
 
 
 @dataclass(frozen=True)

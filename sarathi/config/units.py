@@ -6,15 +6,19 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from sarathi.wording import shown
+
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?(b?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]?)i?(b?)", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
     """Bytes meant by "64kb", "2 MiB", "1.5g" or "4096"; units are powers of 1024. ValueError otherwise."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size; write bytes, or a number with kb, mb, gb or tb")
+        raise ValueError(
+            f"{shown(text)} is no size; write bytes, or a number with kb, mb, gb or tb, in 20 digits at most"
+        )
     number, prefix, _ = match.groups()
     factor = _UNITS[f"{prefix.lower()}b"]
     num_bytes = int(number) * factor if number.isdigit() else round(float(number) * factor)

@@ -60,7 +60,7 @@ def test_sampling_options_reach_their_fields() -> None:
 
 
 def test_bad_values_are_errors_that_name_the_knob() -> None:
-    with pytest.raises(ConfigError, match=r"scheduler\.chunk_size is '0'.*at least 1"):
+    with pytest.raises(ConfigError, match=r"scheduler\.chunk_size is '0'.*from 1 to"):
         config_from(parse("--chunk-size", "0"))
     with pytest.raises(ValueError, match="max_tokens is -3"):
         sampling_from(parse("--max-tokens", "-3"))
