@@ -26,9 +26,14 @@ class ClassicCache:
     allocated: set[int] = field(default_factory=set)
 
     def follow(self, lengths: Sequence[int]) -> None:
-        """Takes over the caller's lengths: a slot that got one becomes active, one that fell to 0 idle."""
+        """Takes over the caller's lengths: a slot that got one becomes active, one that fell to 0 idle.
+
+        Raises ValueError, and takes over none, where there are too few or too many, or one is no length.
+        """
         if len(lengths) != self.cache.num_slots:
             raise ValueError(f"seq_lens must have one entry a slot: {self.cache.num_slots}, got {len(lengths)}")
+        for slot, length in enumerate(lengths):
+            self._check_length(f"seq_lens[{slot}]", length, least=0)
         for slot, (before, now) in enumerate(zip(self.lengths, lengths, strict=True)):
             if before > 0 and now == 0:
                 self.release(slot)
@@ -42,12 +47,15 @@ class ClassicCache:
         return slots, [self.lengths[slot] for slot in slots]
 
     def release(self, slot: int) -> None:
+        if not 0 <= slot < self.cache.num_slots:
+            raise ValueError(f"idx is {slot}: it must be from 0 to {self.cache.num_slots - 1}")
         self.lengths[slot] = 0
         if slot in self.allocated:
             self.allocated.remove(slot)
             self.cache.free(slot)
 
     def alloc(self, length: int) -> int:
+        self._check_length("seq_len", length, least=1)  # of length 0 are the slots that are free
         try:
             slot = self.cache.alloc(length)
         except NoFreeSlotError:
@@ -57,6 +65,10 @@ class ClassicCache:
             self.allocated.add(slot)
             self.lengths[slot] = length
         return slot
+
+    def _check_length(self, name: str, length: int, least: int) -> None:
+        if not least <= length <= self.cache.max_tokens:
+            raise ValueError(f"{name} is {length}: it must be from {least} to {self.cache.max_tokens}")
 
 
 class ClassicAPI:
@@ -110,7 +122,10 @@ class ClassicAPI:
         return cache.capacity_rows * cache.num_regions
 
     def alloc_new_batch_idx(self, seq_len: int) -> int:
-        """A free slot, best fit for `seq_len` tokens, or -1 if there is none. Maps nothing: step() does."""
+        """A free slot, best fit for `seq_len` tokens, or -1 if there is none. Maps nothing: step() does.
+
+        Raises ValueError for a length of 0, which is what free slots have, or beyond max_context_length.
+        """
         slot = self._open.alloc(seq_len)
         self._say(f"slot {slot} for {seq_len} tokens")
         return slot
@@ -149,7 +164,7 @@ class ClassicAPI:
         self._open.cache.set_deferred_reclamation(value)
 
     def map_common_pages(self, num_tokens: int) -> None:
-        """Maps the same pages at the start of every slot; what one writes there all read."""
+        """Maps the same pages at the start of every slot; what one writes there all read, until it is freed."""
         state = self._open
         cache = state.cache
         if any(state.lengths):

@@ -104,6 +104,31 @@ def test_nothing_works_before_init():
         vattention.step([1], False)
 
 
+@pytest.mark.parametrize("length", [0, -1, CONTEXT + 1])
+def test_no_slot_is_given_out_for_what_is_no_length(tensors, length):
+    """Free slots have length 0: one given out with it would be given out again."""
+    with pytest.raises(ValueError, match=f"seq_len is {length}: it must be from 1 to {CONTEXT}"):
+        vattention.alloc_new_batch_idx(length)
+    assert sorted(vattention.alloc_new_batch_idx(1) for _ in range(SLOTS)) == list(range(SLOTS))
+
+
+@pytest.mark.parametrize("length", [-1, CONTEXT + 1])
+def test_lengths_that_are_none_change_nothing(tensors, length, capsys):
+    vattention.step([10] + [0] * (SLOTS - 1), False)
+    for call in (lambda lengths: vattention.step(lengths, True), vattention.step_async):
+        with pytest.raises(ValueError, match=rf"seq_lens\[2\] is {length}: it must be from 0 to {CONTEXT}"):
+            call([0, 5, length] + [0] * (SLOTS - 3))
+    vattention.show_allocator_state()
+    assert [int(line.split(":")[1]) for line in capsys.readouterr().out.splitlines()[2:]] == [10] + [0] * (SLOTS - 1)
+
+
+@pytest.mark.parametrize("idx", [-1, SLOTS])
+def test_only_slots_can_be_freed(tensors, idx):
+    """-1 is what alloc_new_batch_idx gives where no slot is free."""
+    with pytest.raises(ValueError, match=f"idx is {idx}: it must be from 0 to {SLOTS - 1}"):
+        vattention.free_batch_idx(idx)
+
+
 def test_lengths_must_cover_every_slot(tensors):
     with pytest.raises(ValueError, match="6, got 2"):
         vattention.step([1, 2], False)
