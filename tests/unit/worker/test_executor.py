@@ -1,5 +1,8 @@
 """The executor's promises to a scheduler: memory that runs out, requests that come back, order, settings."""
 
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -205,3 +208,39 @@ def test_settings_that_cannot_work_are_value_errors(tiny: TinyModel, settings: d
 def test_parallelism_error_is_its_own_class(tiny: TinyModel) -> None:
     with pytest.raises(UnsupportedParallelismError):
         make_executor(tiny, pipeline_parallel_size=3)
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Executors of other tests that nobody shut down are gone."""
+    gc.unfreeze()
+    gc.collect()
+    assert gc.get_freeze_count() == 0
+    yield
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_last_executor_to_go_thaws_the_heap(tiny: TinyModel, thawed: None) -> None:
+    first, second, third = (make_executor(tiny) for _ in range(3))
+    frozen = gc.get_freeze_count()
+    second.shutdown()
+    second.shutdown()
+    del third  # without a shutdown
+    assert frozen and gc.get_freeze_count() > frozen / 2
+    first.shutdown()
+
+
+def test_garbage_is_not_frozen(tiny: TinyModel, thawed: None) -> None:
+    class Node:
+        pass
+
+    node = Node()
+    node.itself = node
+    garbage = weakref.ref(node)
+    gc.disable()
+    del node
+    gc.enable()
+    executor = make_executor(tiny)
+    gc.collect()
+    assert garbage() is None
+    executor.shutdown()
