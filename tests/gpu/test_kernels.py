@@ -15,6 +15,7 @@ from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, 
 from sarathi.model_executor.kernels.fused.kernels import FusedKernels
 from sarathi.model_executor.kernels.reference.decode_attention import decode_attention as decode_twin
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+from sarathi.model_executor.kernels.reference.rope import apply_rope
 from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NewTokens, RotationTable
 
 pytestmark = pytest.mark.gpu
@@ -79,7 +80,7 @@ def test_rope_and_store_far_into_a_megacache(fused: FusedKernels, dtype: torch.d
     fused.rope_and_store(*packed.split((q_heads, kv_heads, kv_heads), 1), positions, table,
                          CacheTarget(keys, values, rows, cols))  # fmt: skip
     q, k, v = twin.split((q_heads, kv_heads, kv_heads), dim=1)
-    TWINS.apply_rope(q, k, positions, table)
+    apply_rope(q, k, positions, table)
     assert_near(packed, twin)
     kept = rows >= 0
     at = (rows[kept].long(), cols[kept].long())

@@ -17,7 +17,7 @@ class FlashAttention2:
     name = "flash-attn"
     abilities = Abilities(
         frozenset({torch.bfloat16, torch.float16}), 256, frozenset({8, 9, 10, 12}), window=True,
-        split_kv=True, overreach=0, contiguous=False, block_multiple=BLOCK_MULTIPLE,
+        overreach=0, contiguous=False, block_multiple=BLOCK_MULTIPLE,
     )  # fmt: skip
 
     def __init__(self) -> None:

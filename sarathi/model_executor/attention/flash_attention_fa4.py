@@ -14,7 +14,7 @@ class FlashAttention4:
     name = "flash-attn-4"
     abilities = Abilities(
         frozenset({torch.bfloat16, torch.float16}), 128, frozenset({9, 10, 11}), window=True,
-        split_kv=False, overreach=255, contiguous=False, block_multiple=1,
+        overreach=255, contiguous=False, block_multiple=1,
     )  # fmt: skip
 
     def __init__(self) -> None:

@@ -17,7 +17,6 @@ class Abilities:
     max_head_size: int
     capabilities: frozenset[int]  # major compute capabilities of the devices that it runs on
     window: bool  # sliding window
-    split_kv: bool  # shares one sequence out over the device
     overreach: int  # tokens past a sequence's last one that may be read: memory must be there
     contiguous: bool = True  # rows of the cache picked by an index
     block_multiple: int | None = None  # paged KV with blocks of a multiple of so many tokens; None: no paged KV

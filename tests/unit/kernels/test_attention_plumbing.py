@@ -131,7 +131,7 @@ def test_pages_of_slots_show_the_slots_tokens() -> None:
     torch.testing.assert_close(pages.pages[table.long()].flatten(1, 2), cache[slots.long()])
 
 
-FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), window=True, split_kv=True, overreach=0)
+FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), window=True, overreach=0)
 
 
 class FakeLibrary:
@@ -141,7 +141,7 @@ class FakeLibrary:
 
     def __init__(self, *, contiguous: bool, paged: bool) -> None:
         self.abilities = Abilities(
-            FAKE.dtypes, 256, FAKE.capabilities, window=True, split_kv=True, overreach=0,
+            FAKE.dtypes, 256, FAKE.capabilities, window=True, overreach=0,
             contiguous=contiguous, block_multiple=BLOCK if paged else None,
         )  # fmt: skip
         self.schedules = 0

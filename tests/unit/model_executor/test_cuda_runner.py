@@ -19,6 +19,7 @@ from sarathi.model_executor.attention.device_step import DeviceStep, make_step
 from sarathi.model_executor.cuda_runner import CudaModelRunner
 from sarathi.model_executor.decode_graphs import DecodeGraph, Limits
 from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+from sarathi.model_executor.kernels.reference.rope import apply_rope
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.placement import Placement
@@ -43,7 +44,7 @@ class LoopBackend:
         return step
 
     def append_and_attend(self, query, new, positions, layer, step: DeviceStep):
-        ReferenceKernels.apply_rope(query, new.keys, positions, new.table)
+        apply_rope(query, new.keys, positions, new.table)
         out = torch.zeros_like(query)
         for index, (first, last) in enumerate(zip(step.starts[:-1].tolist(), step.starts[1:].tolist(), strict=True)):
             slot, start, length = int(step.rows[index]), int(step.cached[index]), int(step.lengths[index])

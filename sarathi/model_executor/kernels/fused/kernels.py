@@ -29,10 +29,6 @@ class FusedKernels(LinearKernels):
         """See ``reference.norm.add_rms_norm``."""
         return norm.add_rms_norm(x, residual, weight, eps, pdl=self._pdl)
 
-    def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, table: RotationTable) -> None:
-        """See ``reference.rope.apply_rope``."""
-        rope.apply_rope(q, k, positions, table, pdl=self._pdl)
-
     def rope_and_store(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RotationTable, target: CacheTarget
     ) -> None:

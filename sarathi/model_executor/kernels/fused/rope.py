@@ -14,47 +14,10 @@ from sarathi.model_executor.kernels.types import CacheTarget, RotationTable
 _HEADS = 8  # heads of one program: 2 KiB of bf16, enough that the launch of programs is not what takes the time
 
 
-def apply_rope(q: Tensor, k: Tensor, positions: Tensor, table: RotationTable, *, pdl: bool = False) -> None:
-    """See ``reference.rope.apply_rope``."""
-    _launch(q, k, k, positions, table, CacheTarget(k, k, positions, positions), pdl=pdl, store=False)
-
-
 def rope_and_store(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RotationTable, target: CacheTarget, *, pdl: bool = False
 ) -> None:
     """See ``reference.rope.rope_and_store``."""
-    _launch(q, k, v, positions, table, target, pdl=pdl, store=True)
-
-
-def store(k: Tensor, v: Tensor, target: CacheTarget, *, pdl: bool = False) -> None:
-    """See ``reference.rope.store``."""
-    tokens, kv_heads, head_size = k.shape
-    if tokens == 0:
-        return
-    _store_kernel[(tokens, triton.cdiv(kv_heads, _HEADS))](
-        *(k, v, *target, *k.stride()[:2], *v.stride()[:2]),
-        *(*target.keys.stride()[:3], *target.values.stride()[:3]),
-        KV_HEADS=kv_heads,
-        HEADS=_HEADS,
-        HEAD_SIZE=head_size,
-        BLOCK=triton.next_power_of_2(head_size),
-        PDL=pdl,
-        num_warps=2,
-        **({"launch_pdl": True} if pdl else {}),
-    )
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: RotationTable,
-    target: CacheTarget,
-    *,
-    pdl: bool,
-    store: bool,
-) -> None:
     tokens, q_heads, head_size = q.shape
     if tokens == 0:
         return
@@ -72,9 +35,26 @@ def _launch(
         HALF=table.cos.shape[1],
         BLOCK=triton.next_power_of_2(head_size),
         BLOCK_HALF=triton.next_power_of_2(table.cos.shape[1]),
-        STORE=store,
         PDL=pdl,
         **options,
+    )
+
+
+def store(k: Tensor, v: Tensor, target: CacheTarget, *, pdl: bool = False) -> None:
+    """See ``reference.rope.store``."""
+    tokens, kv_heads, head_size = k.shape
+    if tokens == 0:
+        return
+    _store_kernel[(tokens, triton.cdiv(kv_heads, _HEADS))](
+        *(k, v, *target, *k.stride()[:2], *v.stride()[:2]),
+        *(*target.keys.stride()[:3], *target.values.stride()[:3]),
+        KV_HEADS=kv_heads,
+        HEADS=_HEADS,
+        HEAD_SIZE=head_size,
+        BLOCK=triton.next_power_of_2(head_size),
+        PDL=pdl,
+        num_warps=2,
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
@@ -110,7 +90,6 @@ def _rope_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    STORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -139,22 +118,21 @@ def _rope_kernel(
     new_right = (right * cos + left * sin).to(q_ptr.dtype.element_ty)
     tl.store(x_ptr + half[None, :], new_left, mask=inside)
     tl.store(x_ptr + HALF + half[None, :], new_right, mask=inside)
-    if STORE:
-        row = tl.load(rows_ptr + token).to(tl.int64)
-        if is_key & (row >= 0):
-            # 64-bit throughout: a layer of the cache spans far more than 2**31 elements.
-            col = tl.load(cols_ptr + token).to(tl.int64)
-            key_ptr = keys_ptr + row * keys_stride_row + col * keys_stride_col + heads[:, None] * keys_stride_head
-            tl.store(key_ptr + half[None, :], new_left, mask=inside)
-            tl.store(key_ptr + HALF + half[None, :], new_right, mask=inside)
-            dims = tl.arange(0, BLOCK)[None, :]
-            whole = present[:, None] & (dims < HEAD_SIZE)
-            if 2 * HALF < HEAD_SIZE:
-                unturned = whole & (dims >= 2 * HALF)
-                tl.store(key_ptr + dims, tl.load(x_ptr + dims, mask=unturned), mask=unturned)
-            value_ptr = values_ptr + row * values_stride_row + col * values_stride_col
-            value = tl.load(v_ptr + token * v_stride_token + heads[:, None] * v_stride_head + dims, mask=whole)
-            tl.store(value_ptr + heads[:, None] * values_stride_head + dims, value, mask=whole)
+    row = tl.load(rows_ptr + token).to(tl.int64)
+    if is_key & (row >= 0):
+        # 64-bit throughout: a layer of the cache spans far more than 2**31 elements.
+        col = tl.load(cols_ptr + token).to(tl.int64)
+        key_ptr = keys_ptr + row * keys_stride_row + col * keys_stride_col + heads[:, None] * keys_stride_head
+        tl.store(key_ptr + half[None, :], new_left, mask=inside)
+        tl.store(key_ptr + HALF + half[None, :], new_right, mask=inside)
+        dims = tl.arange(0, BLOCK)[None, :]
+        whole = present[:, None] & (dims < HEAD_SIZE)
+        if 2 * HALF < HEAD_SIZE:
+            unturned = whole & (dims >= 2 * HALF)
+            tl.store(key_ptr + dims, tl.load(x_ptr + dims, mask=unturned), mask=unturned)
+        value_ptr = values_ptr + row * values_stride_row + col * values_stride_col
+        value = tl.load(v_ptr + token * v_stride_token + heads[:, None] * v_stride_head + dims, mask=whole)
+        tl.store(value_ptr + heads[:, None] * values_stride_head + dims, value, mask=whole)
 
 
 @triton.jit

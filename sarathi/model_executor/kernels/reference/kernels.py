@@ -10,7 +10,6 @@ class ReferenceKernels:
     embed = staticmethod(embedding.embed)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
-    apply_rope = staticmethod(rope.apply_rope)
     rope_and_store = staticmethod(rope.rope_and_store)
     store = staticmethod(rope.store)
     silu_and_mul = staticmethod(activation.silu_and_mul)
