@@ -88,13 +88,12 @@ async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: Re
         if data == DONE:
             ended = True
             break
-        chunk = json.loads(data)
-        if error := chunk.get("error"):
-            result.error = str(error.get("message", error) if isinstance(error, dict) else error)
+        try:
+            ended = _take_chunk(json.loads(data), endpoint.is_chat, result) or ended
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise ValueError(f"{data[:200]!r} is no chunk of a completion") from None
+        if result.error:
             return
-        if chunk.get("choices"):
-            ended = _take_choice(chunk["choices"][0], endpoint.is_chat, result) or ended
-        _take_usage(chunk.get("usage"), result)
     if not ended:
         result.error = "the stream ended before the answer did"
     if result.closed_at_s is not None and len(result.chunk_times_s) < max(result.output_tokens, 1):
@@ -103,13 +102,32 @@ async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: Re
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """Payloads of server-sent events; comments and other fields are skipped, however the bytes are cut."""
+    """Payloads of server-sent events; comments, empty events and other fields are skipped, however the bytes are cut.
+
+    A last line counts even where the stream ends before the line does.
+    """
     pending = b""
     async for piece in response.content.iter_any():
         *lines, pending = (pending + piece).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip().decode()
+            if payload := _payload(line):
+                yield payload
+    if payload := _payload(pending):
+        yield payload
+
+
+def _payload(line: bytes) -> str:
+    return line[5:].strip().decode() if line.startswith(b"data:") else ""
+
+
+def _take_chunk(chunk: Mapping[str, Any], is_chat: bool, result: RequestResult) -> bool:
+    """Whether the answer ends here; an error that the server tells ends it too."""
+    if error := chunk.get("error"):
+        result.error = str(error.get("message", error) if isinstance(error, dict) else error)
+        return True
+    ends = bool(chunk.get("choices")) and _take_choice(chunk["choices"][0], is_chat, result)
+    _take_usage(chunk.get("usage"), result)
+    return ends
 
 
 def _take_choice(choice: Mapping[str, Any], is_chat: bool, result: RequestResult) -> bool:
@@ -126,5 +144,5 @@ def _take_choice(choice: Mapping[str, Any], is_chat: bool, result: RequestResult
 
 def _take_usage(usage: Mapping[str, Any] | None, result: RequestResult) -> None:
     if usage:
-        result.output_tokens = usage.get("completion_tokens") or 0
-        result.prompt_tokens = usage.get("prompt_tokens") or result.prompt_tokens
+        result.output_tokens = int(usage.get("completion_tokens") or 0)
+        result.prompt_tokens = int(usage.get("prompt_tokens") or result.prompt_tokens)
