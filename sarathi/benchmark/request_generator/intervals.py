@@ -28,7 +28,9 @@ def make_arrivals(config: BenchmarkConfig, count: int, rng: np.random.Generator)
 
 
 def gamma_arrivals(qps: float, cv: float, count: int, rng: np.random.Generator) -> Seconds:
-    """Intervals of mean 1 / qps whose standard deviation is cv times that; cv 1 is a Poisson process."""
+    """Intervals of mean 1 / qps whose standard deviation is cv times that; cv 1 is a Poisson process, 0 an even one."""
+    if cv == 0:
+        return np.arange(count) / qps
     shape = cv**-2
     gaps = rng.gamma(shape, 1.0 / (qps * shape), count - 1)
     return np.concatenate([[0.0], np.cumsum(gaps)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from sarathi.benchmark.serve.client import Endpoint, RequestResult, send
 from sarathi.benchmark.serve.dataset import OutgoingRequest
 
+SPARE_FILES = 64  # what a process has open besides its connections
+
 
 class ServerError(OSError):
     """The server cannot be reached, or does not answer as one should."""
@@ -22,7 +25,8 @@ class ServerError(OSError):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """max_concurrency: None: no limit. num_warmups: requests sent before, one after the other, and forgotten."""
+    """max_concurrency: None: no limit. num_warmups: how often the first request is sent before, to be forgotten: the
+    other prompts stay new to a server that remembers prompts."""
 
     base_url: str
     path: str
@@ -39,7 +43,10 @@ class LoadPlan:
 
 @dataclass
 class LoadOutcome:
-    """Results in order of completion. interrupted: ^C ended it; what was under way is not in results."""
+    """Results in order of completion. interrupted: ^C ended it; what was under way is not in results.
+
+    duration_s: of the load alone, from behind the warm-up to its end or to ^C.
+    """
 
     model: str = ""
     results: list[RequestResult] = field(default_factory=list)
@@ -50,13 +57,21 @@ class LoadOutcome:
 def run_load(plan: LoadPlan) -> LoadOutcome:
     """Send everything and wait for it. ServerError where the server is not there or a warm-up fails."""
     outcome = LoadOutcome()
-    start_s = time.perf_counter()
+    _allow_open_files(plan.max_concurrency or len(plan.requests))
     try:
         asyncio.run(_run(plan, outcome))
     except KeyboardInterrupt:
         outcome.interrupted = True
-        outcome.duration_s = time.perf_counter() - start_s
     return outcome
+
+
+def _allow_open_files(num_connections: int) -> None:
+    """A socket a connection: shells often allow 1024 open files and let a process raise that by itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 async def _run(plan: LoadPlan, outcome: LoadOutcome) -> None:
@@ -67,15 +82,24 @@ async def _run(plan: LoadPlan, outcome: LoadOutcome) -> None:
         endpoint = Endpoint(plan.base_url + plan.path, plan.is_chat, {"model": outcome.model, **plan.body})
         await _warm_up(session, endpoint, plan)
         start_s = time.perf_counter()
-        with tqdm(total=len(plan.requests), unit="req", disable=not plan.show_progress) as bar:
-            gate = asyncio.Semaphore(plan.max_concurrency) if plan.max_concurrency else nullcontext()
-            jobs = [  # tasks start in this order; coroutines handed to as_completed would in any
-                asyncio.ensure_future(_job(session, endpoint, request, gate, start_s)) for request in plan.requests
-            ]
-            for job in asyncio.as_completed(jobs):
-                outcome.results.append(await job)
-                bar.update()
-        outcome.duration_s = time.perf_counter() - start_s
+        try:
+            await _send_all(session, endpoint, plan, outcome.results, start_s)
+        finally:
+            outcome.duration_s = time.perf_counter() - start_s
+
+
+async def _send_all(
+    session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan, results: list[RequestResult], start_s: float
+) -> None:
+    """Results are added as they come, so that those before a ^C stay."""
+    with tqdm(total=len(plan.requests), unit="req", disable=not plan.show_progress) as bar:
+        gate = asyncio.Semaphore(plan.max_concurrency) if plan.max_concurrency else nullcontext()
+        jobs = [  # tasks start in this order; coroutines handed to as_completed would in any
+            asyncio.ensure_future(_job(session, endpoint, request, gate, start_s)) for request in plan.requests
+        ]
+        for job in asyncio.as_completed(jobs):
+            results.append(await job)
+            bar.update()
 
 
 async def _job(
@@ -87,7 +111,8 @@ async def _job(
 
 
 async def _warm_up(session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan) -> None:
-    for request in plan.requests[: plan.num_warmups]:
+    request = plan.requests[0]
+    for _ in range(plan.num_warmups):
         result = await send(session, endpoint, request.prompt, request.num_prompt_tokens, request.max_tokens)
         if result.error:
             raise ServerError(f"the warm-up failed: {result.error}")

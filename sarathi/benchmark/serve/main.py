@@ -25,13 +25,16 @@ def run(args: argparse.Namespace) -> int:
         options.parse_percentiles(args.metric_percentiles),
     )
     goodput_ms = options.parse_goodput(args.goodput)
-    outcome = run_load(_plan(args))
-    result = _head(args, outcome) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
+    metadata = options.parse_pairs(args.metadata, "--metadata")
+    plan = _plan(args)
+    _make_folder(args)
+    outcome = run_load(plan)
+    result = _head(args, outcome) | metadata | results.compute(outcome.results, outcome.duration_s, goodput_ms)
     result |= results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
     print(results.block(result, metrics, percentiles))
     for error in sorted({each.error for each in outcome.results if each.error})[:5]:
         print(f"error: {error}", file=sys.stderr)
-    if args.save_result or args.save_detailed:
+    if _saves(args):
         print(f"result: {_save(args, result, outcome)}")
     if outcome.interrupted:
         return INTERRUPTED
@@ -79,20 +82,29 @@ def _head(args: argparse.Namespace, outcome: LoadOutcome) -> dict[str, Any]:
         "tokenizer_id": args.tokenizer,
         "num_prompts": args.num_prompts,
         "request_rate": args.request_rate if args.request_rate < math.inf else "inf",
-        "burstiness": args.burstiness,
+        "burstiness": args.burstiness if args.burstiness < math.inf else "inf",
         "max_concurrency": args.max_concurrency,
         "seed": args.seed,
-    } | options.parse_pairs(args.metadata, "--metadata")
+    }
+
+
+def _saves(args: argparse.Namespace) -> bool:
+    return bool(args.save_result or args.save_detailed)
+
+
+def _make_folder(args: argparse.Namespace) -> None:
+    """Before the load: that its result cannot be written is not to be found out after it."""
+    if _saves(args):
+        (Path(args.result_dir) / (args.result_filename or "name")).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _save(args: argparse.Namespace, result: dict[str, Any], outcome: LoadOutcome) -> Path:
-    folder = Path(args.result_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     model = Path(result["model_id"]).name
     name = args.result_filename or f"{args.backend}-{result['request_rate']}qps-{model}-{result['date']}.json"
     content = result | (results.details(outcome.results) if args.save_detailed else {})
-    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return folder / name
+    path = Path(args.result_dir) / name
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":

@@ -45,11 +45,14 @@ def _add_load(group: Any) -> None:
     group.add_argument("--num-prompts", type=_count, default=1000, help="requests")
     group.add_argument("--request-rate", type=_positive, default=math.inf, help="requests a second; inf: all at once")
     group.add_argument(
-        "--burstiness", type=_positive, default=1.0, help="1: Poisson; less: bursts; more: evenly spaced"
+        "--burstiness",
+        type=_positive,
+        default=1.0,
+        help="1: Poisson; less: bursts; more: even; inf: wholly even",
     )
     group.add_argument("--max-concurrency", type=_count, help="requests under way at the same time, at most")
-    group.add_argument("--num-warmups", type=int, default=0, help="requests sent before, one after the other")
-    group.add_argument("--seed", type=int, default=0, help="the same seed sends the same requests at the same times")
+    group.add_argument("--num-warmups", type=_natural, default=0, help="how often the first request is sent before")
+    group.add_argument("--seed", type=_natural, default=0, help="the same seed: the same requests at the same times")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
 
@@ -61,7 +64,7 @@ def _add_dataset(group: Any) -> None:
     group.add_argument("--random-input-len", type=_count, default=1024, help="prompt tokens")
     group.add_argument("--random-output-len", type=_count, default=128, help="output tokens")
     group.add_argument("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
-    group.add_argument("--random-prefix-len", type=int, default=0, help="tokens that all prompts begin with")
+    group.add_argument("--random-prefix-len", type=_natural, default=0, help="tokens that all prompts begin with")
     group.add_argument(
         "--tokenizer", metavar="NAME", help="the server's, a folder or hub id: prompts are text of exact lengths by it"
     )
@@ -74,7 +77,7 @@ def _add_sampling(group: Any) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="every answer has its full length")
     group.add_argument("--temperature", type=float, default=0.0)
     group.add_argument("--top-p", type=float)
-    group.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="more fields of each request")
+    group.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of a request")
 
 
 def _add_results(group: Any) -> None:
@@ -136,7 +139,25 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(low: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} must be a JSON object, as {{"top_k": 5}}')
     return value

@@ -6,7 +6,7 @@ chunks. e2el: to the last token. Goodput: requests a second that meet every targ
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,11 +87,15 @@ def tpot_s(result: RequestResult) -> float | None:
 
 
 def peak_output_rate(results: Sequence[RequestResult]) -> float:
-    """The most chunks that came within one of the seconds since the first request."""
+    """The most tokens that came within one of the seconds since the first request; a request's chunks count alike."""
     if not results:
         return 0.0
     origin_s = min(result.sent_at_s for result in results)
-    seconds = Counter(int(at_s - origin_s) for result in results for at_s in result.chunk_times_s)
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for result in results:
+        tokens_a_chunk = result.output_tokens / len(result.chunk_times_s)
+        for at_s in result.chunk_times_s:
+            seconds[int(at_s - origin_s)] += tokens_a_chunk
     return float(max(seconds.values(), default=0))
 
 

@@ -95,6 +95,8 @@ async def _answer(request: web.Request, behaviour: Behaviour, number: int) -> we
         await _send(response, {"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
     for index in range(_num_tokens(body)):
         await asyncio.sleep(behaviour.gap_s if index else behaviour.first_s)
+        if trouble == "hang":
+            await asyncio.sleep(3600)
         if trouble == "error" and index == 2:
             await _send(response, {"error": {"message": "lost my mind", "code": 500}})
             return response

@@ -1,6 +1,11 @@
 """The load generator against a real HTTP server on loopback, and its arithmetic against values made by hand."""
 
 import json
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -211,14 +216,57 @@ def test_rate_spreads_requests_over_time(tmp_path: Path) -> None:
     words = ["--num-prompts", 20, "--random-input-len", 5, "--random-output-len", 1, "--request-rate", 50]
     with serving(Behaviour(first_s=0.001)) as server:
         result = load(server, tmp_path, *words, "--burstiness", 100)
+        even = load(server, tmp_path, *words, "--burstiness", "inf")
     assert 0.25 < result["duration"] < 1.2  # 19 intervals of 20 ms, nearly even
+    assert 0.38 < even["duration"] < 1.2 and even["burstiness"] == "inf"
 
 
 def test_warm_ups_are_forgotten(tmp_path: Path) -> None:
-    words = ["--num-prompts", 3, "--random-input-len", 5, "--random-output-len", 1, "--num-warmups", 2]
+    words = ["--num-prompts", 3, "--random-input-len", 5, "--random-output-len", 1, "--num-warmups", 4]
     with serving(Behaviour()) as server:
         assert load(server, tmp_path, *words)["completed"] == 3
-    assert len(server.bodies) == 5
+    prompts = [body["prompt"] for body in server.bodies]
+    assert len(prompts) == 7 and prompts[:4] == [prompts[0]] * 4
+    assert len({tuple(prompt) for prompt in prompts}) == 3  # a server that remembers prompts knows one of them
+
+
+def test_an_interrupt_keeps_what_was_answered_over_the_time_of_the_load(tmp_path: Path) -> None:
+    """The warm-up takes longer than the load; requests behind the first two never get an answer."""
+    words = ["--num-prompts", "6", "--random-input-len", "5", "--random-output-len", "2", "--max-concurrency", "1"]
+    words += ["--num-warmups", "3", "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
+    with serving(Behaviour(first_s=0.3, trouble={5: "hang"})) as server:
+        command = [sys.executable, "-m", "sarathi.benchmark.serve.main", "--base-url", server.url, *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while len(server.bodies) < 6:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in said
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (2, 0, 4)
+    assert 0.6 <= result["duration"] < 1.4 and "Serving Benchmark Result" in printed
+
+
+def test_more_connections_than_a_shell_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's connections are in this process too."""
+    monkeypatch.setattr("sarathi.benchmark.serve.load.SPARE_FILES", 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    words = ["--num-prompts", 150, "--random-input-len", 5, "--random-output-len", 1]
+    with serving(Behaviour(first_s=0.5)) as server:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+        try:
+            assert load(server, tmp_path, *words)["completed"] == 150
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("words", [["--result-filename", "new/folder/r.json"], ["--metadata", "a=b", "c"]])
+def test_what_would_lose_a_result_is_seen_before_the_load(words: list[str], tmp_path: Path) -> None:
+    common = ["--num-prompts", "1", "--random-output-len", "1", "--disable-tqdm", "--save-result", "--result-dir"]
+    with serving(Behaviour()) as server:
+        code = main(["--base-url", server.url, *common, str(tmp_path / "results"), *words])
+    assert (code, len(server.bodies)) in ((0, 1), (1, 0))
+    assert code == 1 or (tmp_path / "results" / "new" / "folder" / "r.json").is_file()
 
 
 def test_goodput_counts_requests_that_meet_every_target(tmp_path: Path) -> None:
@@ -268,6 +316,22 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "-1"], "argument --seed: -1 must be at least 0"),
+        (["--num-warmups", "-1"], "argument --num-warmups: -1 must be at least 0"),
+        (["--random-prefix-len", "-3"], "argument --random-prefix-len: -3 must be at least 0"),
+        (["--extra-body", "[1]"], "'[1]' must be a JSON object"),
+        (["--extra-body", "{"], "'{' is not JSON"),
+    ],
+)
+def test_words_that_no_option_takes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
 def result_of(sent_s: float, times_s: list[float], tokens: int) -> RequestResult:
     return RequestResult(sent_s, 10, tokens, times_s, times_s[-1])
 
@@ -279,7 +343,7 @@ def test_formulas_by_hand() -> None:
     assert values["tpot"] == pytest.approx([750, 50])  # (e2el - ttft) / (n - 1); one token alone has none
     assert values["itl"] == pytest.approx([500, 1000, 200])
     computed = results.compute(made, 4.0, {"ttft": 600, "tpot": 100})
-    assert (computed["max_concurrent_requests"], computed["max_output_tokens_per_s"]) == (2, 2)
+    assert (computed["max_concurrent_requests"], computed["max_output_tokens_per_s"]) == (2, 5)
     assert computed["request_goodput"] == 2 / 4.0
     assert computed["total_token_throughput"] == (30 + 9) / 4.0
     found = results.statistics(values, ["itl"], [50, 99])
