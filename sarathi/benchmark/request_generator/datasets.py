@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sarathi.benchmark.request_generator.shapes import SHAPES
 from sarathi.benchmark.request_generator.spec import RequestSpec
 
 CountTokens = Callable[[str], int]
+Row = TypeVar("Row")
+Made = TypeVar("Made")
 LENGTH_COLUMNS = ("num_prefill_tokens", "num_decode_tokens")
 TIME_COLUMNS = {
     ("arrived_at", *LENGTH_COLUMNS): "arrived_at",
@@ -44,7 +47,8 @@ def read_length_csv(path: Path) -> list[RequestSpec]:
     """Columns num_prefill_tokens and num_decode_tokens, whole numbers however written; others are ignored."""
     rows = _read_csv(path)
     _check_columns(path, rows, LENGTH_COLUMNS)
-    return [RequestSpec(0.0, _tokens(row["num_prefill_tokens"]), _tokens(row["num_decode_tokens"])) for row in rows]
+    prompt, output = LENGTH_COLUMNS
+    return _make_all(path, rows, lambda row: RequestSpec(0.0, _tokens(row[prompt]), _tokens(row[output])))
 
 
 def read_arrival_csv(path: Path, date: str | None) -> list[RequestSpec]:
@@ -57,30 +61,31 @@ def read_arrival_csv(path: Path, date: str | None) -> list[RequestSpec]:
             f"{str(path)!r} has {len(rows)} rows{f' of {date}' if date else ''}; its columns must be {wanted}"
         )
     time, prompt, output = known
-    return [RequestSpec(float(row[time]), _tokens(row[prompt]), _tokens(row[output])) for row in rows]
+    return _make_all(path, rows, lambda row: RequestSpec(_time(row[time]), _tokens(row[prompt]), _tokens(row[output])))
 
 
 def read_mooncake(path: Path) -> list[RequestSpec]:
     """One JSON object a line: timestamp (ms), input_length, output_length, hash_ids of 512-token blocks."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [_mooncake_row(path, number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    return _make_all(path, [line for line in lines if line.strip()], _mooncake_row)
 
 
-def _mooncake_row(path: Path, number: int, row: Mapping[str, Any]) -> RequestSpec:
-    try:
-        lengths = int(row["input_length"]), max(int(row["output_length"]), 1)
-        return RequestSpec(row["timestamp"] / 1e3, *lengths, None, tuple(row.get("hash_ids", ())))
-    except KeyError as missing:
-        raise ValueError(f"{path}, line {number}: it has no {missing}, which a Mooncake trace needs") from None
+def _mooncake_row(line: str) -> RequestSpec:
+    row = json.loads(line)
+    lengths = int(row["input_length"]), max(int(row["output_length"]), 1)
+    return RequestSpec(_time(row["timestamp"]) / 1e3, *lengths, None, tuple(row.get("hash_ids", ())))
 
 
 def read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[RequestSpec]:
     """The first question and answer of each conversation; those without both, or under 4 tokens, are left out."""
     if count_tokens is None:
         raise ValueError(f"{str(path)!r} holds text: counting its tokens needs a model with a tokenizer")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
     specs = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
-        turns = [turn["value"] for turn in entry.get("conversations") or entry.get("conversation") or ()][:2]
+    for turns in _make_all(path, entries, _turns):
         if len(turns) == 2:
             prompt, output = (count_tokens(turn) for turn in turns)
             if min(prompt, output) >= 4:
@@ -88,8 +93,25 @@ def read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[RequestS
     return specs
 
 
+def _turns(entry: Mapping[str, Any]) -> list[str]:
+    return [turn["value"] for turn in entry.get("conversations") or entry.get("conversation") or ()][:2]
+
+
+def _make_all(path: Path, rows: Iterable[Row], make: Callable[[Row], Made]) -> list[Made]:
+    """What is made of each row; ValueError names the first row of which nothing can be made."""
+    return [_make(path, number, row, make) for number, row in enumerate(rows, 1)]
+
+
+def _make(path: Path, number: int, row: Row, make: Callable[[Row], Made]) -> Made:
+    try:
+        return make(row)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{str(path)!r}, row {number}, {row!r:.200}: {told}") from None
+
+
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
         return list(csv.DictReader(file))
 
 
@@ -101,3 +123,10 @@ def _check_columns(path: Path, rows: list[dict[str, str]], columns: tuple[str, .
 
 def _tokens(text: str) -> int:
     return max(round(float(text)), 1)
+
+
+def _time(value: str | float) -> float:
+    at = float(value)
+    if not math.isfinite(at):
+        raise ValueError(f"{value!r} is no time")
+    return at

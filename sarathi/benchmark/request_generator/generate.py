@@ -33,6 +33,8 @@ def replay(config: TraceRequestGeneratorConfig) -> list[RequestSpec]:
     if config.trace_file is None:
         raise ValueError("trace_request_generator.trace_file is none: replay needs a file")
     found = sorted(read_arrivals(config.trace_file, config.date), key=lambda spec: spec.arrived_at_s)
+    if not found:
+        raise ValueError(f"trace_request_generator.trace_file is {config.trace_file!r}: it holds no request")
     return [_scale(spec, config, found[0].arrived_at_s) for spec in found]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from datetime import datetime
+import math
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def trace_arrivals(config: TraceRequestIntervalGeneratorConfig, count: int) -> S
 
 
 def _read_times(path: Path) -> list[float]:
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         if "arrival_time" not in (rows.fieldnames or ()):
             raise ValueError(f"{str(path)!r} has the columns {rows.fieldnames}: arrival_time must be one of them")
@@ -61,12 +63,14 @@ def _read_times(path: Path) -> list[float]:
 
 
 def _seconds(text: str) -> float:
-    """Seconds written as a number, or a date with a time as seconds since its epoch."""
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return (datetime.fromisoformat(text) - datetime(1970, 1, 1)).total_seconds()
-    except ValueError:
-        raise ValueError(f"{text!r} is no time: write seconds, or as 2024-05-01 12:00:00") from None
+    """Seconds written as a number, or a date with a time as seconds since 1970; without a zone it is UTC's."""
+    for read in (float, _seconds_of_date):
+        with suppress(TypeError, ValueError):
+            if math.isfinite(seconds := read(text)):
+                return seconds
+    raise ValueError(f"{text!r} is no time: write seconds, or as 2024-05-01 12:00:00")
+
+
+def _seconds_of_date(text: str) -> float:
+    at = datetime.fromisoformat(text)
+    return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp()

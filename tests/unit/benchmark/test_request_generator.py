@@ -205,6 +205,62 @@ def test_interval_trace_takes_dates_and_a_window(tmp_path: Path) -> None:
         workload(*words, count=6)
 
 
+@pytest.mark.parametrize("text", ["", "nan", "soon"])
+def test_what_is_no_time_is_an_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "arrivals.csv"
+    path.write_text(f"name,arrival_time\na,1\nb,{text}\n")
+    words = ["--interval_provider", "trace", "--trace_request_interval_generator.trace_file", path]
+    with pytest.raises(ValueError, match=f"'{text}' is no time"):
+        workload(*words, count=1)
+
+
+@pytest.mark.parametrize("zone", ["", "Z", "+00:00"])
+def test_times_may_name_their_zone(zone: str, tmp_path: Path) -> None:
+    path = tmp_path / "arrivals.csv"
+    rows = [f"2024-05-10 00:00:0{second}.500000{zone}\n" for second in range(3)]
+    path.write_text("arrival_time\n" + "".join(rows), encoding="utf-8-sig")
+    words = ["--interval_provider", "trace", "--trace_request_interval_generator.trace_file", path]
+    arrivals = [spec.arrived_at_s for spec in workload(*words, "--start_time", "2024-05-10T00:00:01", count=2)]
+    assert arrivals == pytest.approx([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n1,1\n5\n", "row 2"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,abc\n", "row 1.*'abc'"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,inf\n", "row 1"),
+        ("a.jsonl", "[1]\n", "row 1"),
+        ("a.jsonl", '{"timestamp": null, "input_length": 4, "output_length": 4}', "row 1"),
+        ("a.jsonl", '{"timestamp": NaN, "input_length": 4, "output_length": 4}', "nan is no time"),
+        ("a.jsonl", '{"timestamp": 1, "input_length": 4}', "it has no 'output_length'"),
+        ("a.jsonl", '{"timest', "row 1"),
+        ("a.json", '[{"conversations": [{"from": "human"}]}]', "row 1.*it has no 'value'"),
+        ("a.json", '{"a": 1}', "row 1"),
+        ("a.json", "x", "is not JSON"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_with_the_row(name: str, content: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    words = ["--length_provider", "trace", "--trace_request_length_generator.trace_file", str(path)]
+    with pytest.raises(ValueError, match=f"{path}.*{told}"):
+        generate_requests(parse_options(words), len)
+
+
+def test_a_mark_of_a_spreadsheet_is_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n5,6\n", encoding="utf-8-sig")
+    (spec,) = workload("--length_provider", "trace", "--trace_request_length_generator.trace_file", path, count=1)
+    assert (spec.num_prefill_tokens, spec.num_decode_tokens) == (5, 6)
+
+
+def test_a_replay_of_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="it holds no request"):
+        workload("--request_generator.provider=trace", "--trace_request_generator.trace_file", tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
