@@ -3,8 +3,9 @@
 Times are seconds of one clock, whichever it was.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from sarathi.messages import Chunk, HostTimes, MemoryStats
@@ -104,26 +105,34 @@ class RunRows:
     @property
     def duration_s(self) -> float:
         """From time zero to the last token or step, else to the end of recording."""
-        last = [step.times.ended_at_s for step in self.steps[-1:]]
+        last = [step.times.ended_at_s for step in self.steps]
         last += [request.finished_at_s for request in self.requests if request.finished_at_s is not None]
         return max(last, default=self.ended_at_s) - self.origin_s
 
 
 def merge(parts: Iterable[RunRows]) -> RunRows:
-    """One result of several replicas whose clocks agree (one machine's monotonic clock does); rows in order of time."""
+    """One result of several replicas whose clocks agree (one machine's monotonic clock does); rows in order of time.
+
+    Requests come after each other over all replicas, whichever took them: inter_arrival_s is made anew.
+    """
     rows = list(parts)
     if not rows:
         raise ValueError("nothing to merge: there must be the rows of at least one replica")
     return RunRows(
         origin_s=min(part.origin_s for part in rows),
         ended_at_s=max(part.ended_at_s for part in rows),
-        requests=_gather(rows, "requests", key=lambda row: row.arrived_at_s),
+        requests=_with_gaps(_gather(rows, "requests", key=lambda row: row.arrived_at_s)),
         steps=_gather(rows, "steps", key=lambda row: row.times.started_at_s),
         operations=_gather(rows, "operations", key=lambda row: (row.replica, row.step_id)),
         memory=_gather(rows, "memory", key=lambda row: row.at_s),
         schedule=_gather(rows, "schedule", key=lambda row: (row.replica, row.step_id)),
         page_bytes=rows[0].page_bytes,
     )
+
+
+def _with_gaps(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
+    gaps_s = [None, *(after.arrived_at_s - before.arrived_at_s for before, after in pairwise(requests))]
+    return tuple(replace(record, inter_arrival_s=gap_s) for record, gap_s in zip(requests, gaps_s, strict=False))
 
 
 def _gather(parts: list[RunRows], name: str, key: Any) -> tuple[Any, ...]:

@@ -79,14 +79,14 @@ class MetricsStore:
         self._capacity = capacity
         self._page_bytes = page_bytes
         self._keep_schedule = keep_schedule
+        self._step_id = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forget all rows, as after a warm-up; time zero is now."""
+        """Forget all rows, as after a warm-up; time zero is now. Steps are counted on, as the engine does."""
         self._origin_s = self._clock()
         self._last_arrival_s: float | None = None
         self._last_end_s = self._origin_s
-        self._step_id = 0
         self._requests: list[RequestRecord] = []
         self._by_id: dict[str, RequestRecord] = {}
         self._steps: list[StepRecord] = []

@@ -166,11 +166,14 @@ def distributions(rows: RunRows) -> dict[str, list[float]]:
 
 
 def time_series(rows: RunRows) -> dict[str, list[tuple[float, float]]]:
-    """Running totals over time, as (seconds since time zero, total): requests, prompt tokens, output tokens."""
+    """Running totals over time, as (seconds since time zero, total): requests, prompt tokens, output tokens.
+
+    A request that was cut off with the run, aborted or refused has arrived, but is never complete.
+    """
     events: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for record in rows.requests:
         events["request_arrival"].append((record.arrived_at_s, 1))
-        if record.finished_at_s is not None:
+        if record.is_complete and record.finished_at_s is not None:
             events["request_completion"].append((record.finished_at_s, 1))
         if record.first_token_at_s is not None:
             events["prefill_completion"].append((record.first_token_at_s, record.num_prompt_tokens))

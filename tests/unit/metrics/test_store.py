@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.messages import Chunk, HostTimes, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, NullMetricsStore, StepTimes, merge
-from sarathi.metrics.tables import REQUEST_COUNTS, REQUEST_TIMES, batch_table, operation_table
+from sarathi.metrics.tables import REQUEST_COUNTS, REQUEST_TIMES, batch_table, operation_table, time_series
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
 
@@ -110,10 +111,11 @@ def test_schedule_is_kept_only_on_request(simulation: Simulation) -> None:
     assert store.rows().steps and not store.rows().schedule
 
 
-def one_step(store: MetricsStore | NullMetricsStore, start_s: float, batch: int = 1) -> None:
+def one_step(store: MetricsStore | NullMetricsStore, start_s: float, batch: int = 1, step_id: int = 1) -> None:
     chunks = tuple(Chunk(str(index), 5, 1, True, 8) for index in range(batch))
-    result = StepResult(1, tuple(SampledToken(str(index), 3) for index in range(batch)), 0.5)
-    store.on_step(SchedulerOutput(1, chunks=chunks), result, StepTimes(start_s, start_s, start_s + 1, start_s + 1))
+    result = StepResult(step_id, tuple(SampledToken(str(index), 3) for index in range(batch)), 0.5)
+    times = StepTimes(start_s, start_s, start_s + 1, start_s + 1)
+    store.on_step(SchedulerOutput(step_id, chunks=chunks), result, times)
 
 
 def test_a_step_that_ran_out_of_memory_is_no_batch() -> None:
@@ -157,6 +159,7 @@ def test_a_refused_or_aborted_request_has_no_times() -> None:
     assert record.request_num_ignored == 1
     assert record.prefill_e2e_time is None and record.request_e2e_time_normalized is None
     assert record.request_e2e_time == 4.0
+    assert set(time_series(store.rows())) == {"request_arrival"}
 
 
 def test_reset_forgets_and_restarts_time() -> None:
@@ -171,6 +174,17 @@ def test_reset_forgets_and_restarts_time() -> None:
     assert (rows.origin_s, rows.duration_s) == (150.0, 11.0)
 
 
+def test_operations_and_memory_keep_the_steps_number_behind_a_reset() -> None:
+    store = MetricsStore(Clock())
+    one_step(store, 100.0, step_id=41)
+    store.reset()
+    store.on_memory(MemoryStats())
+    store.on_operation("attn", None, 0.5, on_device=True)
+    one_step(store, 200.0, step_id=42)
+    rows = store.rows()
+    assert [row.step_id for row in (*rows.memory, *rows.operations, *rows.steps)] == [41, 42, 42]
+
+
 def test_merge_orders_replicas_by_time() -> None:
     parts = [run("sarathi", SEED + replica, replica=replica).store.rows() for replica in range(3)]
     merged = merge(parts)
@@ -179,6 +193,10 @@ def test_merge_orders_replicas_by_time() -> None:
     starts = [step.times.started_at_s for step in merged.steps]
     assert starts == sorted(starts)
     assert merged.duration_s == max(part.duration_s for part in parts)
+    arrivals = [record.arrived_at_s for record in merged.requests]
+    gaps = [record.request_inter_arrival_delay for record in merged.requests]
+    assert gaps[0] is None and gaps[1:] == [after - before for before, after in pairwise(arrivals)]
+    assert all(record.inter_arrival_s is None for part in parts for record in part.requests[:1])
     with pytest.raises(ValueError, match="at least one replica"):
         merge([])
 
