@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sarathi.benchmark.capacity_search.search import Probe, ProbeLog, SearchLimits, search
+from sarathi.benchmark.capacity_search.search import Probe, ProbeLog, SearchLimits, is_settled, search
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
@@ -30,6 +30,7 @@ from sarathi.metrics.tables import Table
 
 COLUMNS = ("qps", "value_s", "meets", "num_completed")
 RATED = ("poisson", "gamma")
+EXIT_INTERRUPTED = 130
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -37,20 +38,23 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         config = parse_options(sys.argv[1:] if words is None else words)
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-        probes, capacity_qps = find_capacity(config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        log = open_log(config)
+        try:
+            probes, capacity_qps = find_capacity(config, log)
+        except KeyboardInterrupt:
+            write_capacity(config, log.probes())
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        write_capacity(config, probes)
     except (ValueError, OSError) as error:
         print(f"capacity search: {error}", file=sys.stderr)
         return 1
-    write_capacity(config, probes)
     print(describe(config, probes, capacity_qps))
     return 0 if capacity_qps is not None else 1
 
 
-def find_capacity(config: BenchmarkConfig) -> tuple[list[Probe], float | None]:
-    """Probes in order of rate, and the capacity in requests a second."""
+def open_log(config: BenchmarkConfig) -> ProbeLog:
+    """The probes in output_dir. ConfigError where nothing can be searched with this configuration."""
     provider = config.synthetic_request_generator.interval_provider
     if provider not in RATED or config.request_generator.provider != "synthetic":
         raise ConfigError(
@@ -58,16 +62,22 @@ def find_capacity(config: BenchmarkConfig) -> tuple[list[Probe], float | None]:
         )
     if config.cluster.num_replicas != 1 or not config.write_metrics:
         raise ConfigError("a search needs cluster.num_replicas 1 and write_metrics true")
+    return ProbeLog(Path(config.output_dir) / "probes.jsonl", key_of(config))
+
+
+def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], float | None]:
+    """Probes in order of rate, and the capacity in requests a second."""
     knobs = config.capacity_search
-    log = ProbeLog(Path(config.output_dir) / "probes.jsonl", _key(config))
     with BenchmarkRunner(config, device=replica_devices(config).get("0")) as runner:
         limits = SearchLimits(knobs.start_qps, knobs.tolerance, knobs.max_probes)
         return search(lambda qps: _measure(runner, config, qps), log, limits)
 
 
 def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
-    """capacity.csv and capacity.png in output_dir."""
+    """capacity.csv and capacity.png in output_dir; nothing where there is no probe."""
     folder = Path(config.output_dir)
+    if not probes:
+        return
     write_table(folder / "capacity.csv", Table(COLUMNS, [asdict(probe) for probe in probes]))
     rates = [probe.qps for probe in probes]
     measured = (rates, [probe.value_s for probe in probes])
@@ -82,8 +92,19 @@ def describe(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: flo
     """The table of probes, and the answer."""
     lines = [f"{'qps':>9} {_measured_name(config) + ', s':>12}  meets"]
     lines += [f"{probe.qps:9.3f} {probe.value_s:12.4f}  {'yes' if probe.meets else 'no'}" for probe in probes]
-    found = "no rate met it" if capacity_qps is None else f"capacity {capacity_qps:.3f} requests a second"
-    return "\n".join([*lines, f"target {config.capacity_search.target_s} s: {found}"])
+    return "\n".join([*lines, f"target {config.capacity_search.target_s} s: {_found(config, probes, capacity_qps)}"])
+
+
+def _found(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
+    """The capacity in words, and how far it is known where max_probes ended the search."""
+    if capacity_qps is None:
+        return "no rate met it"
+    bad_qps = min((probe.qps for probe in probes if not probe.meets), default=None)
+    if bad_qps is None:
+        return f"capacity at least {capacity_qps:.3f} requests a second; no rate that was tried missed it"
+    if not is_settled(capacity_qps, bad_qps, config.capacity_search.tolerance):
+        return f"capacity from {capacity_qps:.3f} to {bad_qps:.3f} requests a second; max_probes ended the search"
+    return f"capacity {capacity_qps:.3f} requests a second"
 
 
 def _measured_name(config: BenchmarkConfig) -> str:
@@ -115,9 +136,10 @@ def latencies_s(rows: RunRows, metric: str) -> list[float]:
     return [time for record in rows.requests if (time := record.prefill_e2e_time) is not None]
 
 
-def _key(config: BenchmarkConfig) -> str:
+def key_of(config: BenchmarkConfig) -> str:
     """What decides a probe's value: everything but where it is written, how much is said, and how long is searched."""
     settings = to_dict(config)
+    settings["timed_operations"] = config.metrics_store.enable_op_level_metrics  # without graphs, one step at a time
     for name in ("output_dir", "log_level", "show_progress", "metrics_store", "profiling"):
         del settings[name]
     for name in ("start_qps", "tolerance", "max_probes"):

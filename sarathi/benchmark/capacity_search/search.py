@@ -34,6 +34,7 @@ class ProbeLog:
     """Probes on disk, one JSON line each, so that a search goes on where it was interrupted.
 
     key: what the probes were measured with; a file of another key is refused with a ValueError, not mixed in.
+    A last line that was not written to its end is dropped.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -42,6 +43,10 @@ class ProbeLog:
 
     def find(self, qps: float) -> Probe | None:
         return self._known.get(qps)
+
+    def probes(self) -> list[Probe]:
+        """All of them in order of rate."""
+        return [self._known[qps] for qps in sorted(self._known)]
 
     def add(self, probe: Probe) -> None:
         self._known[probe.qps] = probe
@@ -52,12 +57,21 @@ class ProbeLog:
     def _read(self) -> dict[float, Probe]:
         if not self._path.exists():
             return {}
-        lines = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-        if any(line.pop("key") != self._key for line in lines):
+        text = self._path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            self._path.write_text(whole, encoding="utf-8")
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            keys = {line.pop("key") for line in lines}
+            probes = [Probe(**line) for line in lines]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._path} is no file of probes ({error}); remove it") from None
+        if keys - {self._key}:
             raise ValueError(
                 f"{self._path} holds probes of another configuration; name another output_dir, or remove it"
             )
-        return {probe.qps: probe for probe in (Probe(**line) for line in lines)}
+        return {probe.qps: probe for probe in probes}
 
 
 def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimits) -> tuple[list[Probe], float | None]:
@@ -68,7 +82,7 @@ def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimit
     tried: list[Probe] = []
     good, bad = 0.0, float("inf")
     qps = limits.start_qps
-    while len(tried) < limits.max_probes and not _settled(good, bad, limits.tolerance):
+    while len(tried) < limits.max_probes and not is_settled(good, bad, limits.tolerance):
         probe = log.find(qps)
         if probe is None:
             probe = measure(qps)
@@ -79,7 +93,8 @@ def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimit
     return sorted(tried, key=lambda probe: probe.qps), good or None
 
 
-def _settled(good: float, bad: float, tolerance: float) -> bool:
+def is_settled(good: float, bad: float, tolerance: float) -> bool:
+    """Whether a rate that met the target and one that did not are as near as `tolerance` asks."""
     return good > 0 and bad - good <= tolerance * good
 
 
