@@ -38,7 +38,7 @@ class FinishedRun:
 
 
 def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
-    """Complete runs below `folder`, by folder, and the folders of runs that did not end well."""
+    """Complete runs below `folder`, by folder, and the folders of runs that did not end well or measured nothing."""
     found, broken = [], []
     for place in sorted({path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)}):
         run = _read(place)
@@ -53,9 +53,9 @@ def _read(place: Path) -> FinishedRun | None:
     try:
         summary = json.loads((place / SUMMARY_FILE).read_text(encoding="utf-8"))
         config = read_config(place)
-    except (OSError, ValueError):
+        complete = summary["ended"] == COMPLETED and not summary["refused"] and "metrics" in summary
+    except (LookupError, OSError, TypeError, ValueError):
         return None
-    complete = summary.get("ended") == COMPLETED and not summary.get("refused")
     return FinishedRun(place, config, summary) if complete else None
 
 

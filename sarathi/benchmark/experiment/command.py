@@ -1,6 +1,6 @@
 """The two command lines of every experiment: run it, process it. Scripts hold nothing but a call of these.
 
-Exit codes: 0 all runs are complete; 1 a run failed or nothing was found.
+Exit codes: 0 all runs are complete; 1 a run failed or nothing was found; 130 ^C ended it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sarathi.benchmark.config.options import read_settings
-from sarathi.benchmark.experiment.collect import collect
+from sarathi.benchmark.experiment.collect import FinishedRun, collect
 from sarathi.benchmark.experiment.execute import Failure, execute
 from sarathi.benchmark.experiment.measures import Row
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
@@ -22,6 +22,7 @@ from sarathi.metrics.tables import Table
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
 ENVIRONMENT_FILE = "environment.json"
+EXIT_INTERRUPTED = 130
 EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
 
 
@@ -37,21 +38,26 @@ def run_experiment(path: Path, description: str, words: Sequence[str] | None = N
             print("\n".join(run.name for run in runs))
             return 0
         failures = execute(runs, folder, args.resume)
-        _process(experiment.table, folder)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"{path.stem}: {error}", file=sys.stderr)
         return 1
+    has_table = _process(experiment.table, folder) is not None
     _tell(failures, len(runs))
-    return 1 if failures else 0
+    return 0 if has_table and not failures else 1
 
 
 def process_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The table and the plots of runs that are there."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
+    parser.add_argument("--test", action="store_true", help="by default the folder of the runs of --test")
     args = parser.parse_args(words)
-    experiment = read_experiment(path)
-    return _process(experiment.table, Path(args.folder or experiment.output_dir))
+    experiment = read_experiment(path, args.test)
+    broken = _process(experiment.table, Path(args.folder or experiment.output_dir))
+    return 0 if broken == [] else 1
 
 
 def run_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
@@ -109,14 +115,24 @@ def _experiment(path: Path, args: argparse.Namespace, knobs: list[str]) -> Exper
     return experiment
 
 
-def _process(table: str, folder: Path) -> int:
-    """Prints and writes; 1 where runs are missing or broken."""
+def _process(table: str, folder: Path) -> list[Path] | None:
+    """Prints and writes; the runs that are left out, or None where there is no table."""
     runs, broken = collect(folder)
     for place in broken:
         print(f"incomplete, left out: {place}", file=sys.stderr)
     if not runs:
         print(f"{folder}: no complete run", file=sys.stderr)
-        return 1
+        return None
+    try:
+        _write(table, runs, folder)
+    except (ValueError, OSError) as error:
+        print(f"{folder}: no table: {error}", file=sys.stderr)
+        return None
+    return broken
+
+
+def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
+    """The table, as a file and for people, and the plots."""
     rows = make_rows(TABLES[table], runs)
     columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
     write_table(folder / f"{table}.csv", Table(columns, rows))
@@ -124,7 +140,6 @@ def _process(table: str, folder: Path) -> int:
     print(as_text(columns, rows))
     if is_available():
         draw(TABLES[table], runs, rows, folder)
-    return 1 if broken else 0
 
 
 def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:

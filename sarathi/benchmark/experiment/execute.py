@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sarathi.benchmark.config.engine import without_workload
@@ -54,9 +54,9 @@ def groups(configs: Sequence[BenchmarkConfig]) -> list[list[BenchmarkConfig]]:
 
 
 def is_complete(config: BenchmarkConfig) -> bool:
-    """Whether the run's folder holds a result of exactly this configuration that ran to its end."""
+    """Whether the run's folder, however it is written, holds a result of this configuration that ran to its end."""
     try:
-        same = read_config(_place(config)) == config
+        same = replace(read_config(_place(config)), output_dir=config.output_dir) == config
         summary = json.loads((_place(config) / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
@@ -92,10 +92,20 @@ def _reached(configs: Sequence[BenchmarkConfig]) -> int:
 
 
 def _run(places: Sequence[Path], log: Path) -> int:
-    """The exit code of the process that serves them; what it says goes to `log`."""
+    """The exit code of the process that serves them; what it says goes to `log`.
+
+    ^C reaches the process too; it is waited for, so that it can write what there is.
+    """
     command = [sys.executable, "-m", "sarathi.benchmark.experiment.session", *map(str, places)]
-    with open(log, "w", encoding="utf-8") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    with (
+        open(log, "w", encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
 
 
 def _place(config: BenchmarkConfig) -> Path:

@@ -14,6 +14,7 @@ test: {base: {...}, grid: {...}}         # what --test puts in place of the abov
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -48,12 +49,19 @@ class Experiment:
     grid: Mapping[str, Axis]
 
     def runs(self) -> list[Run]:
-        return [self._run(labels) for labels in itertools.product(*self.grid.values())]
+        """All combinations; ConfigError where two of them would share a folder."""
+        found = [self._run(labels) for labels in itertools.product(*self.grid.values())]
+        names = Counter(run.name for run in found)
+        if shared := [name for name, count in names.items() if count > 1]:
+            raise ConfigError(f"{names[shared[0]]} runs would share the folder {shared[0]!r}: name their labels apart")
+        return found
 
     def with_base(self, settings: Mapping[str, object]) -> Experiment:
-        """Knobs of all runs replaced, in the axes' labels too; an axis that is named by its knob keeps its values."""
+        """Knobs of all runs replaced, in the axes' labels too; ConfigError for one that an axis is named by."""
         given = canonical(settings)
-        grid = {name: {label: _without(set(given) - {name}, knobs) for label, knobs in axis.items()}
+        if axes := [name for name in given if name in self.grid]:
+            raise ConfigError(f"{axes[0]} is an axis of this experiment: give its values as --axis {axes[0]}=A,B")
+        grid = {name: {label: _without(set(given), knobs) for label, knobs in axis.items()}
                 for name, axis in self.grid.items()}  # fmt: skip
         return Experiment(self.output_dir, self.table, {**self.base, **given}, grid)
 

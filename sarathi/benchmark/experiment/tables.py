@@ -6,12 +6,13 @@ A row begins with what the run was (columns of IDENTITY), all of it from the sav
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.config.schema import BenchmarkConfig, ReplicaSchedulerConfig
 from sarathi.benchmark.experiment.collect import FinishedRun
 from sarathi.benchmark.experiment.measures import (
     Row,
@@ -26,6 +27,7 @@ from sarathi.benchmark.experiment.measures import (
     token_gap_cdf,
 )
 from sarathi.config.backend import AUTO, BackendSpec
+from sarathi.config.knobs import sections_of
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
 IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
@@ -77,21 +79,28 @@ class TableKind(NamedTuple):
     run_lines: Mapping[str, RunLines] = MappingProxyType({})
 
 
-def identity(config: BenchmarkConfig) -> Row:
-    """What a run was."""
-    synthetic = config.synthetic_request_generator
-    rates = {
-        "poisson": config.poisson_request_interval_generator.qps,
-        "gamma": config.gamma_request_interval_generator.qps,
-    }
+def identity(run: FinishedRun) -> Row:
+    """What a run was; the number of requests is that of its result, for a trace that is replayed has its own."""
+    config = run.config
     return {
         "model": config.model.name,
         "backend": config.model.attention_backend,
         "scheduler": config.replica_scheduler.provider,
         "workload": workload_name(config),
-        "qps": rates.get(synthetic.interval_provider),
-        "num_requests": synthetic.num_requests,
+        "qps": rate_of(config),
+        "num_requests": run.summary["num_requests"],
     }
+
+
+def rate_of(config: BenchmarkConfig) -> float | None:
+    """Requests a second that were asked for; None where they come all at once, or at the times of a trace."""
+    if config.request_generator.provider == "trace":
+        return None
+    rates = {
+        "poisson": config.poisson_request_interval_generator.qps,
+        "gamma": config.gamma_request_interval_generator.qps,
+    }
+    return rates.get(config.synthetic_request_generator.interval_provider)
 
 
 def workload_name(config: BenchmarkConfig) -> str:
@@ -112,26 +121,46 @@ def workload_name(config: BenchmarkConfig) -> str:
 
 def make_rows(kind: TableKind, runs: Sequence[FinishedRun]) -> list[Row]:
     """One row a run, compared with the reference of the same work."""
-    rows = [identity(run.config) | kind.measure(run) for run in runs]
-    return rows if kind.score is None else list(compared(rows, kind.score))
+    rows = [identity(run) | kind.measure(run) for run in runs]
+    if kind.score is None:
+        return rows
+    work_of = WORKS[kind.score.along]
+    return list(compared(rows, [work_of(run.config) for run in runs], kind.score))
 
 
-def compared(rows: Sequence[Row], score: Score) -> Iterator[Row]:
+def compared(rows: Sequence[Row], works: Sequence[Hashable], score: Score) -> Iterator[Row]:
     """Rows with `reference`, the best one of the same work, and `ratio`: > 1 is better than that one."""
     sign = -1 if score.more_is_better else 1
-    best: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
+    best: dict[Hashable, Row] = {}
+    for row, work in zip(rows, works, strict=True):
         if row[score.column] is not None and score.is_reference(row):
-            work = _work(row, score.along)
             best[work] = min(best.get(work, row), row, key=lambda each: sign * each[score.column])
-    for row in rows:
-        other, own = best.get(_work(row, score.along)), row[score.column]
+    for row, work in zip(rows, works, strict=True):
+        other, own = best.get(work), row[score.column]
         ratio = None if other is None or not own else (other[score.column] / own) ** sign
         yield row | {"reference": None if other is None else other[score.along], "ratio": ratio}
 
 
-def _work(row: Row, along: str) -> tuple[Any, ...]:
-    return tuple(row[name] for name in IDENTITY if name != along)
+def _but_backend(config: BenchmarkConfig) -> BenchmarkConfig:
+    return replace(_but_folder(config), model=replace(config.model, attention_backend=AUTO, block_size=None))
+
+
+def _but_scheduler(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The size of a batch is part of the work, how it is filled is not."""
+    size = ReplicaSchedulerConfig(max_batch_size=config.replica_scheduler.max_batch_size)
+    none: dict[str, Any] = {
+        name: make() for name, make in sections_of(BenchmarkConfig).items() if name.endswith("_scheduler")
+    }
+    return replace(_but_folder(config), **{**none, "replica_scheduler": size})
+
+
+def _but_folder(config: BenchmarkConfig) -> BenchmarkConfig:
+    """What was run, without where results go and how much is said."""
+    return replace(config, output_dir="", log_level="info", show_progress=False)
+
+
+# Everything that two runs must share to be compared along a column: what the columns do not show, too.
+WORKS: Mapping[str, Callable[[BenchmarkConfig], Hashable]] = {"backend": _but_backend, "scheduler": _but_scheduler}
 
 
 TABLES = {

@@ -19,8 +19,8 @@ from sarathi.benchmark.experiment.tables import (
     Row,
     Score,
     compared,
-    identity,
     make_rows,
+    rate_of,
     workload_name,
 )
 from sarathi.benchmark.results import read_config
@@ -71,13 +71,19 @@ def test_axes_can_be_cut_and_given_new_values_where_they_are_knobs(grid: Path) -
     assert [run.name for run in experiment.with_axis("size", ["large"]).with_axis("model.name", ["x"]).runs()] == [
         "x_large"
     ]
-    given = experiment.with_base({"seed": "7", "max_batch_size": "5", "model.name": "x"}).runs()
+    given = experiment.with_base({"seed": "7", "max_batch_size": "5"}).runs()
     assert [(run.settings["seed"], run.settings["replica_scheduler.max_batch_size"]) for run in given] == [(7, 5)] * 4
-    assert [run.settings["model.name"] for run in given] == ["a", "a", "b/c", "b/c"]
+    with pytest.raises(ValueError, match=r"model\.name is an axis of this experiment: give its values as --axis"):
+        experiment.with_base({"model_name": "x"})
     with pytest.raises(ValueError, match="has no 'huge'; it has small, large"):
         experiment.with_axis("size", ["huge"])
     with pytest.raises(ValueError, match=r"nearest of model\.name, size is 'size'"):
         experiment.with_axis("sise", ["large"])
+
+
+def test_runs_do_not_share_a_folder(grid: Path) -> None:
+    with pytest.raises(ValueError, match="2 runs would share the folder 'b-c_small'"):
+        read_experiment(grid).with_axis("model.name", ["b/c", "b-c"]).runs()
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -95,7 +101,8 @@ def write_result(place: Path, settings: dict, ended: str = "completed", **metric
     place.mkdir(parents=True)
     config = parse_options(as_words({**settings, "output_dir": str(place)}))
     (place / "config.yml").write_text(yaml.safe_dump(to_dict(config)))
-    summary = {"ended": ended, "refused": {}, "num_completed": 4, "duration_s": 9.0, "metrics": metrics}
+    summary = {"ended": ended, "refused": {}, "num_requests": 4, "num_completed": 4, "duration_s": 9.0}
+    summary["metrics"] = metrics
     (place / "summary.json").write_text(json.dumps(summary))
 
 
@@ -116,9 +123,13 @@ def test_incomplete_runs_are_named_and_left_out(tmp_path: Path, capsys: pytest.C
     write_result(tmp_path / "out" / "cut", {"seed": 1}, ended="time limit", request_e2e_time={"max": 1.0})
     (tmp_path / "out" / "crashed").mkdir()
     (tmp_path / "out" / "crashed" / "config.yml").write_text("seed: 1")
+    write_result(tmp_path / "out" / "unmeasured", {"write_metrics": False})
+    for name, content in (("unmeasured", '{"ended": "completed", "refused": {}}'), ("list", "[1]"), ("empty", "")):
+        (tmp_path / "out" / name).mkdir(exist_ok=True)
+        (tmp_path / "out" / name / "summary.json").write_text(content)
     assert process_experiment(grid, "", [str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
-    assert said.err.count("incomplete, left out") == 2
+    assert said.err.count("incomplete, left out") == 5
     assert (tmp_path / "out" / "environment.json").is_file()
     lines = (tmp_path / "out" / "makespan.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("model,backend,scheduler,workload,qps,num_requests,makespan_s")
@@ -133,6 +144,8 @@ def test_only_a_complete_result_of_the_same_settings_counts(tmp_path: Path) -> N
     assert not is_complete(config_of(place, seed=5))
     write_result(place, {"seed": 5})
     assert is_complete(config_of(place, seed=5))
+    (place.parent / "x").mkdir()
+    assert is_complete(config_of(place.parent / "x" / ".." / "run", seed=5))
     assert not is_complete(config_of(place, seed=6))
     (place / "summary.json").write_text('{"ended": "interrupted"}')
     assert not is_complete(config_of(place, seed=5))
@@ -159,7 +172,8 @@ class FakeSessions:
             if config.replica_scheduler.max_batch_size == 1 and config.model.name == "a":
                 return 1
             ended = "time limit" if config.model.name == "cut" else "completed"
-            summary = {"ended": ended, "num_completed": 4, "duration_s": 9.0, "metrics": {}}
+            summary = {"ended": ended, "refused": {}, "num_requests": 4, "num_completed": 4, "duration_s": 9.0}
+            summary["metrics"] = {}
             (place / "summary.json").write_text(json.dumps(summary))
         return 0
 
@@ -197,11 +211,75 @@ def test_backends_are_compared_with_the_best_paged_one_of_the_same_work() -> Non
 
     rows = [row("fa_vattn", 8.0), row("fa_paged", 10.0), row("fi_paged_16", 12.0), row("fa_vattn", 5.0, "alone")]
     rows.append(row("sdpa_vattn", None))
-    times = list(compared(rows, Score("s")))
+    works = [row["workload"] for row in rows]
+    times = list(compared(rows, works, Score("s")))
     assert [each["reference"] for each in times] == ["fa_paged"] * 3 + [None, "fa_paged"]
     assert [each["ratio"] for each in times] == [1.25, 1.0, pytest.approx(10 / 12), None, None]
-    rates = list(compared(rows, Score("rate", more_is_better=True)))
+    rates = list(compared(rows, works, Score("rate", more_is_better=True)))
     assert [each["ratio"] for each in rates[:3]] == [pytest.approx(8 / 12), pytest.approx(10 / 12), 1.0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"trace_request_generator.time_scale_factor": 2},
+        {"gamma_request_interval_generator.cv": 3},
+        {"replica_scheduler.max_batch_size": 7},
+        {"seed": 5},
+    ],
+)
+def test_work_is_the_same_only_where_all_of_it_is(other: dict, tmp_path: Path) -> None:
+    """What differs shows in no column; the run in blocks did twice the work in twice the time."""
+    both = {"interval_provider": "gamma", "enable_op_level_metrics": False}
+    for backend, seconds in (("sdpa_paged_16", 10.0), ("sdpa_vattn", 5.0)):
+        write_result(tmp_path / backend, {**both, "attention_backend": backend}, request_e2e_time={"max": seconds})
+    settings = {**both, **other, "attention_backend": "sdpa_vattn"}
+    write_result(tmp_path / "other", settings, request_e2e_time={"max": 20.0})
+    rows = make_rows(TABLES["makespan"], collect(tmp_path)[0])
+    assert [row["ratio"] for row in rows] == [None, 1.0, 2.0]
+
+
+def test_policies_are_compared_whatever_their_own_knobs(tmp_path: Path) -> None:
+    gaps, scheduler = "decode_token_execution_plus_preemption_time", "replica_scheduler"
+    sarathi = {f"{scheduler}.provider": "sarathi", "sarathi_scheduler.chunk_size": 64}
+    policies = ({f"{scheduler}.provider": "vllm"}, sarathi)
+    for number, settings in enumerate(policies):
+        write_result(tmp_path / str(number), settings, **{gaps: {"p99": 4.0 / (1 + number)}})
+    write_result(tmp_path / "2", {**policies[1], f"{scheduler}.max_batch_size": 3}, **{gaps: {"p99": 9.0}})
+    assert [row["ratio"] for row in make_rows(TABLES["between_tokens"], collect(tmp_path)[0])] == [1.0, 2.0, None]
+
+
+def test_a_table_that_cannot_be_made_hides_no_failure(
+    grid: Path, sessions: FakeSessions, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The table `decode` needs batch_metrics.csv, which these runs do not have."""
+    grid.write_text(grid.read_text().replace("makespan", "decode"))
+    assert run_experiment(grid, "", []) == 1
+    said = capsys.readouterr()
+    assert "no table: " in said.err and "batch_metrics.csv" in said.err
+    assert "a_small failed with exit code 1" in said.err and "3 of 4 runs are complete" in said.out
+    assert process_experiment(grid, "", [str(tmp_path / "out")]) == 1
+    assert "no table: " in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(places: list[Path], log: Path) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute_module, "_run", interrupt)
+    assert run_experiment(grid, "", []) == 130
+    assert "--resume goes on from here" in capsys.readouterr().err
+
+
+def test_the_short_form_is_processed_where_it_was_written(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_result(tmp_path / "results" / "test" / "grid" / "run", {}, request_e2e_time={"max": 2.0})
+    assert process_experiment(grid, "", ["--test"]) == 0
+    assert (tmp_path / "results" / "test" / "grid" / "makespan.csv").is_file()
 
 
 def test_exit_code_says_that_a_run_failed(
@@ -249,8 +327,16 @@ def test_workloads_are_named_by_what_they_are() -> None:
     fixed = ["--length_provider=fixed", "--prefill_tokens=7", "--decode_tokens=3"]
     assert workload_name(parse_options(fixed)) == "7 + 3 tokens"
     rated = ["--interval_provider=gamma", "--gamma_request_interval_generator.qps=3"]
-    assert identity(parse_options(rated))["qps"] == 3
-    assert identity(parse_options([]))["qps"] is None
+    assert rate_of(parse_options(rated)) == 3
+    assert rate_of(parse_options([])) is None
+    assert rate_of(parse_options([*rated, "--request_generator.provider=trace"])) is None
+
+
+def test_a_replayed_trace_has_the_requests_of_its_file(tmp_path: Path) -> None:
+    replay = {"request_generator.provider": "trace", "trace_request_generator.trace_file": "some/day.csv"}
+    write_result(tmp_path / "run", {**replay, "interval_provider": "poisson"}, request_e2e_time={"max": 2.0})
+    (row,) = make_rows(TABLES["makespan"], collect(tmp_path)[0])
+    assert (row["workload"], row["qps"], row["num_requests"]) == ("day", None, 4)
 
 
 def test_text_tables_line_up() -> None:
