@@ -13,9 +13,10 @@ from typing import Any
 from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
+from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, RunOutcome
 from sarathi.benchmark.replicas import ReplicaError, run_all
-from sarathi.benchmark.results import describe_run, write_results
+from sarathi.benchmark.results import describe_run, send_results, write_results
+from sarathi.metrics.wandb_log import WandbError
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 2, 130
 USAGE = "python -m sarathi.benchmark.main [--config FILE] [--knob value ...]\n\nKnobs, their defaults and meanings:\n"
@@ -37,15 +38,28 @@ def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
         configs = read()
         logging.basicConfig(level=configs[0].log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         for config, outcomes in zip(configs, run_all(configs), strict=True):
-            summary = write_results(config, outcomes)
-            print(f"{describe_run(summary)}\nresults: {config.output_dir}", flush=True)
-            code = max(code, _exit_code(summary))
+            code = max(code, _finish(config, outcomes))
             if code == EXIT_INTERRUPTED:
                 break
+    except KeyboardInterrupt:
+        print("benchmark: interrupted before there was a result", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, ReplicaError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return EXIT_ERROR
     return code
+
+
+def _finish(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> int:
+    """Write, tell and send one run's result; its exit code. A result that cannot be sent ends no other run."""
+    summary = write_results(config, outcomes)
+    print(f"{describe_run(summary)}\nresults: {config.output_dir}", flush=True)
+    try:
+        send_results(config, summary)
+    except WandbError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return _exit_code(summary) or EXIT_ERROR
+    return _exit_code(summary)
 
 
 def _exit_code(summary: Mapping[str, Any]) -> int:

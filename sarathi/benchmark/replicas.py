@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing as mp
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -74,23 +75,33 @@ def _run_processes(config: BenchmarkConfig, devices: Mapping[str, str]) -> list[
 
 
 def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, start: Any, sender: Connection) -> None:
-    """In a process of its own; ^C reaches it too, and ends its run with what there is."""
+    """In a process of its own; ^C reaches it too, and ends its run with what there is.
+
+    A replica that is done before the others waits until its result is taken: ^C must not end it then.
+    """
     try:
         with BenchmarkRunner(config, replica, device) as runner:
             specs = runner.workload()
             runner.warm_up(specs)
             start.wait(START_TIMEOUT_S)
-            sender.send(runner.run(specs, Path(config.output_dir)))
+            outcome = runner.run(specs, Path(config.output_dir))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sender.send(outcome)
+    except KeyboardInterrupt:
+        start.abort()
     except BaseException:
         start.abort()
         raise
 
 
 def _receive(replica: int, receiver: Connection) -> RunOutcome:
-    """Waits through one ^C: the replicas answer it with what they have."""
+    """Waits through one ^C: the replicas answer it with what they have. KeyboardInterrupt where that is nothing."""
     with suppress(KeyboardInterrupt):
         return _outcome(replica, receiver)
-    return _outcome(replica, receiver)
+    try:
+        return _outcome(replica, receiver)
+    except ReplicaError:
+        raise KeyboardInterrupt from None
 
 
 def _outcome(replica: int, receiver: Connection) -> RunOutcome:

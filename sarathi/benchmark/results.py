@@ -12,7 +12,7 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
-from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, write_json, write_report
+from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, remove_report, write_json, write_report
 from sarathi.metrics.wandb_log import WandbTarget, log_report
 
 CONFIG_FILE = "config.yml"
@@ -25,7 +25,8 @@ HEADLINES = (
 
 
 def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
-    """Everything into output_dir; returns the summary."""
+    """Everything into output_dir, in place of an older run's; returns the summary."""
+    remove_results(Path(config.output_dir), keep_profiles=config.enable_profiling)
     folder = write_config(config)
     status = _status(outcomes)
     responses = [each for outcome in outcomes for each in outcome.responses]
@@ -37,8 +38,15 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
     else:
         summary = write_report(merge(rows), folder, _options(config)) | status
     write_json(folder / SUMMARY_FILE, summary)
-    _send_to_wandb(config, folder, summary)
     return summary
+
+
+def remove_results(folder: Path, keep_profiles: bool) -> None:
+    """An older run's files: those that this run does not write would pass for its own. Nothing else is removed."""
+    remove_report(folder)
+    (folder / RESPONSES_FILE).unlink(missing_ok=True)
+    for path in [] if keep_profiles else folder.glob("profile_*.json"):
+        path.unlink()
 
 
 def write_config(config: BenchmarkConfig) -> Path:
@@ -94,8 +102,9 @@ def _options(config: BenchmarkConfig) -> ReportOptions:
     )
 
 
-def _send_to_wandb(config: BenchmarkConfig, folder: Path, summary: Mapping[str, Any]) -> None:
+def send_results(config: BenchmarkConfig, summary: Mapping[str, Any]) -> None:
+    """What was written, to Weights & Biases where a project is named. WandbError where it cannot be sent."""
     knobs = config.metrics_store
     if knobs.wandb_project:
         names = (knobs.wandb_project, knobs.wandb_group, knobs.wandb_run_name, knobs.wandb_run_id, knobs.wandb_sweep_id)
-        log_report(folder, summary, WandbTarget(*names))
+        log_report(Path(config.output_dir), summary, WandbTarget(*names))

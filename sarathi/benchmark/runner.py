@@ -14,7 +14,7 @@ from pathlib import Path
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.operations import OperationProbe, ProbedExecutor
-from sarathi.benchmark.outcome import RunOutcome
+from sarathi.benchmark.outcome import INTERRUPTED, RunOutcome
 from sarathi.benchmark.profiling import profile_window
 from sarathi.benchmark.progress import ProgressBar
 from sarathi.benchmark.request_generator import RequestSpec, generate_requests
@@ -52,12 +52,15 @@ class BenchmarkRunner:
         """Serve the first few requests and short ones beside them, all at once, and forget them.
 
         The short ones end one after another: kernels have met every batch size, and decodes beside a prompt.
+        ^C ends it with a KeyboardInterrupt.
         """
         config = self._config
         short = [RequestSpec(0.0, WARM_UP_TOKENS, 2 + index) for index in range(config.num_warmup_batch_sizes)]
         first = [*short, *(replace(spec, arrived_at_s=0.0) for spec in specs[: config.num_warmup_requests])]
         loop = ServingLoop(self._engine, self._prompts, lambda outputs: None, keep_responses=False)
-        loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf)
+        served = loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf)
+        if served.ended == INTERRUPTED:
+            raise KeyboardInterrupt
         self._is_warm = True
 
     def run(self, specs: Sequence[RequestSpec], profile_folder: Path | None = None) -> RunOutcome:

@@ -8,6 +8,7 @@ plots/<metric>.csv  plots/<metric>.png
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sarathi.metrics.records import RunRows
 from sarathi.metrics.tables import (
     REQUEST_ID,
     TIME,
+    TIME_SERIES,
     Table,
     batch_table,
     cdf,
@@ -33,6 +35,16 @@ from sarathi.metrics.tables import (
 from sarathi.metrics.trace import chrome_trace
 
 SUMMARY_FILE = "summary.json"
+TABLES = (
+    "sequence_metrics",
+    "batch_metrics",
+    "token_metrics",
+    "allocator_metrics",
+    "memory_metrics",
+    "operation_metrics",
+    "cpu_operation_metrics",
+)
+FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, "chrome_trace.json", "schedule.jsonl")
 ALLOCATOR_COLUMNS = (REQUEST_ID, "request_num_prefill_tokens", "kv_blocks_mapped", "kv_fragmentation_percent")
 
 
@@ -49,6 +61,16 @@ class ReportOptions:
     operations: bool = False
     cpu_operations: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def remove_report(folder: Path) -> None:
+    """The files of a report that was written here before, and no others."""
+    names = set(TIME_SERIES)
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        names |= set(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["metrics"])
+    plotted = [folder / "plots" / f"{name}.{kind}" for name in names for kind in ("csv", "png")]
+    for path in (*[folder / name for name in FILES], *plotted):
+        path.unlink(missing_ok=True)
 
 
 def write_report(rows: RunRows, folder: Path, options: ReportOptions) -> dict[str, Any]:

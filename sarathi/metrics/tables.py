@@ -3,7 +3,6 @@
 Units: seconds, but milliseconds for operations, as there; `kv_*_bytes` are bytes.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +50,7 @@ CPU_OPERATIONS = ("schedule", COMPUTING, "process_model_outputs")
 HOST_OPERATIONS = ("prepare_inputs", "sample")  # inside the second of them
 MEMORY_COUNTS = ("kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes", "kv_mapping_time", "kv_steps_waited")
 PAGES = "kv_pages_mapped"
+TIME_SERIES = ("request_arrival", "request_completion", "prefill_completion", "decode_completion")
 
 
 @dataclass(frozen=True)
@@ -170,15 +170,16 @@ def time_series(rows: RunRows) -> dict[str, list[tuple[float, float]]]:
 
     A request that was cut off with the run, aborted or refused has arrived, but is never complete.
     """
-    events: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    arrivals, completions, prefills, decodes = events = [list[tuple[float, float]]() for _ in TIME_SERIES]
     for record in rows.requests:
-        events["request_arrival"].append((record.arrived_at_s, 1))
+        arrivals.append((record.arrived_at_s, 1))
         if record.is_complete and record.finished_at_s is not None:
-            events["request_completion"].append((record.finished_at_s, 1))
+            completions.append((record.finished_at_s, 1))
         if record.first_token_at_s is not None:
-            events["prefill_completion"].append((record.first_token_at_s, record.num_prompt_tokens))
-        events["decode_completion"] += [(at_s, 1) for at_s in record.token_times_s]
-    return {name: _running_total(points, rows.origin_s) for name, points in events.items() if points}
+            prefills.append((record.first_token_at_s, record.num_prompt_tokens))
+        decodes += [(at_s, 1) for at_s in record.token_times_s]
+    named = zip(TIME_SERIES, events, strict=True)
+    return {name: _running_total(points, rows.origin_s) for name, points in named if points}
 
 
 def _running_total(points: list[tuple[float, float]], origin_s: float) -> list[tuple[float, float]]:

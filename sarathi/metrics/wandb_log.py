@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
+class WandbError(RuntimeError):
+    """The result was not sent; what is on disk is whole."""
+
+
 @dataclass(frozen=True)
 class WandbTarget:
     """Where results go; empty texts are left to wandb. wandb's own WANDB_MODE=offline keeps everything on disk."""
@@ -18,13 +22,23 @@ class WandbTarget:
 
 
 def log_report(folder: Path, summary: Mapping[str, Any], target: WandbTarget) -> None:
-    """One finished run: the configuration, every number of the summary, and the plots in `folder`."""
+    """One finished run: the configuration, every number of the summary, and the plots in `folder`.
+
+    WandbError where wandb is not installed, or cannot or will not take it.
+    """
     try:
         import wandb
     except ImportError:
-        raise RuntimeError(
+        raise WandbError(
             f"wandb_project is {target.project!r}, but wandb is not installed: pip install wandb"
         ) from None
+    try:
+        _send(wandb, folder, summary, target)
+    except (wandb.Error, OSError, ValueError) as error:
+        raise WandbError(f"nothing was sent to wandb_project {target.project!r}: {error}") from error
+
+
+def _send(wandb: Any, folder: Path, summary: Mapping[str, Any], target: WandbTarget) -> None:
     run = wandb.init(
         project=target.project,
         group=target.group or None,

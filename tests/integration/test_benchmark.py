@@ -14,6 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.outputs import RequestOutput
 from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES
 
 pytestmark = pytest.mark.bench
@@ -194,6 +198,44 @@ def test_interrupt_writes_what_there_is(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ended"] == "interrupted" and 0 < summary["num_requests"] < 400
     assert len(pd.read_csv(tmp_path / "batch_metrics.csv")) > 0
+
+
+def test_an_interrupt_of_the_warm_up_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = parse_options([*SMALL, "--num_requests=2", f"--output_dir={tmp_path}", "--model.device=CPU"])
+    with BenchmarkRunner(config) as runner:
+        step, calls = LLMEngine.step, []
+
+        def interrupted(engine: LLMEngine) -> list[RequestOutput]:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return step(engine)
+
+        monkeypatch.setattr(LLMEngine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(runner.workload())
+
+
+def test_a_replica_that_is_done_keeps_its_result_through_an_interrupt(tmp_path: Path) -> None:
+    """The second replica has served its share and waits, with more than a pipe holds, for the first when ^C comes."""
+    lengths = tmp_path / "trace.csv"
+    lengths.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,9,3000\n" + "0,9,2\n" * 799)
+    words = ["--num_replicas", "2", "--request_generator.provider", "trace", "--max_model_len", "4000"]
+    words += ["--trace_request_generator.trace_file", str(lengths), "--output_dir", str(tmp_path / "out")]
+    words += ["--num_warmup_requests", "0", "--enable_request_outputs", "--show_progress", "true"]
+    process = subprocess.Popen(
+        [*RUN, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "replica 1: 100%" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["ended"], summary["num_requests"], summary["num_finished"]) == ("interrupted", 800, 799)
 
 
 def test_capacity_search_finds_a_rate_and_resumes(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineC
         "model.model": model.name,
         "model.tokenizer": model.tokenizer,
         "model.dtype": model.dtype,
-        "model.device": device or model.device,
+        "model.device": (device or model.device).lower(),
         "model.load_format": model.load_format,
         "model.max_model_len": model.max_model_len,
         "model.seed": config.seed,

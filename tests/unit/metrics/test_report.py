@@ -15,7 +15,7 @@ from test_store import SEED, run
 from sarathi.messages import MemoryStats
 from sarathi.metrics.environment import git_revision
 from sarathi.metrics.records import RunRows, merge
-from sarathi.metrics.report import ReportOptions, summarize, write_report
+from sarathi.metrics.report import FILES, ReportOptions, remove_report, summarize, write_report
 from sarathi.metrics.store import MetricsStore
 from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES, describe, memory_table
 
@@ -164,6 +164,18 @@ def test_pages_and_mapping_time_are_differences() -> None:
 def test_report_of_nothing_is_written(tmp_path: Path) -> None:
     summary = write_report(MetricsStore(Clock()).rows(), tmp_path, ReportOptions())
     assert (summary["num_requests"], summary["throughput"]["tokens_per_s"]) == (0, 0.0)
+
+
+def test_a_report_is_removed_and_nothing_else(rows: RunRows, tmp_path: Path) -> None:
+    own = [tmp_path / "notes.csv", tmp_path / "plots" / "mine.png"]
+    options = ReportOptions(operations=True, cpu_operations=True)
+    write_report(rows, tmp_path, options)
+    assert len(list(tmp_path.iterdir())) == len(FILES) + 1
+    for path in own:
+        path.write_text("mine")
+    remove_report(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == own
+    remove_report(tmp_path / "nowhere")
 
 
 def test_report_of_merged_replicas(tmp_path: Path) -> None:

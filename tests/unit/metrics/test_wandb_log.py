@@ -8,9 +8,9 @@ from test_store import SEED, run
 from sarathi.metrics.plots import plot_cdf
 from sarathi.metrics.report import ReportOptions, write_report
 from sarathi.metrics.tables import distributions
-from sarathi.metrics.wandb_log import WandbTarget, log_report
+from sarathi.metrics.wandb_log import WandbError, WandbTarget, log_report
 
-pytest.importorskip("wandb", reason="pip install wandb")
+wandb = pytest.importorskip("wandb", reason="pip install wandb")
 
 
 def test_offline_run_holds_summary_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +28,12 @@ def test_offline_run_holds_summary_and_plots(tmp_path: Path, monkeypatch: pytest
     assert b"a-project" in content and b"throughput" in content
     images = {path.name.rsplit("_", 2)[0] for path in run_folder.glob("files/media/images/*.png")}
     assert len(images) == 2 and images == {path.stem for path in (tmp_path / "plots").glob("*.png")}
+
+
+def test_what_cannot_be_sent_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(WandbError, match="nothing was sent to wandb_project 'a-project': no API key"):
+        log_report(tmp_path, {}, WandbTarget("a-project"))
