@@ -49,11 +49,13 @@ class Experiment:
     grid: Mapping[str, Axis]
 
     def runs(self) -> list[Run]:
-        """All combinations; ConfigError where two of them would share a folder."""
+        """All combinations; ConfigError where two of them would share a folder, or one would leave no numbers."""
         found = [self._run(labels) for labels in itertools.product(*self.grid.values())]
         names = Counter(run.name for run in found)
         if shared := [name for name, count in names.items() if count > 1]:
             raise ConfigError(f"{names[shared[0]]} runs would share the folder {shared[0]!r}: name their labels apart")
+        if any(run.settings.get("write_metrics") is False for run in found):
+            raise ConfigError("write_metrics is False: an experiment's table is made of what is recorded")
         return found
 
     def with_base(self, settings: Mapping[str, object]) -> Experiment:

@@ -81,6 +81,11 @@ def test_axes_can_be_cut_and_given_new_values_where_they_are_knobs(grid: Path) -
         experiment.with_axis("sise", ["large"])
 
 
+def test_runs_that_record_nothing_are_refused(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_experiment(grid, "", ["--", "--write_metrics", "no"]) == 1
+    assert "write_metrics is False" in capsys.readouterr().err
+
+
 def test_runs_do_not_share_a_folder(grid: Path) -> None:
     with pytest.raises(ValueError, match="2 runs would share the folder 'b-c_small'"):
         read_experiment(grid).with_axis("model.name", ["b/c", "b-c"]).runs()
