@@ -12,6 +12,7 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
+from sarathi.metrics.environment import environment
 from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, remove_report, write_json, write_report
 from sarathi.metrics.wandb_log import WandbTarget, log_report
 
@@ -34,7 +35,7 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
         write_json(folder / RESPONSES_FILE, {each["request_id"]: each for each in responses})
     rows = [outcome.rows for outcome in outcomes if outcome.rows is not None]
     if not rows:
-        summary = status | {"config": to_dict(config)}
+        summary = status | {"environment": environment(), "config": to_dict(config)}
     else:
         summary = write_report(merge(rows), folder, _options(config)) | status
     write_json(folder / SUMMARY_FILE, summary)

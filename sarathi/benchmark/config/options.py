@@ -25,7 +25,7 @@ def parse_options(words: Sequence[str]) -> BenchmarkConfig:
 
 
 def read_settings(words: Sequence[str]) -> dict[str, str]:
-    """Names and values as they were written; a name without a value is a switch, and true."""
+    """Names and values as they were written; a name without a value must be a switch, and is true."""
     settings: dict[str, str] = {}
     left = list(words)
     while left:
@@ -34,9 +34,16 @@ def read_settings(words: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{word!r} stands where the name of a knob should: write --name value")
         name, equals, value = word[2:].partition("=")
         if not equals:
-            value = left.pop(0) if left and not left[0].startswith("--") else "true"
+            value = left.pop(0) if left and not left[0].startswith("--") else _alone(name)
         settings[name] = value
     return settings
+
+
+def _alone(name: str) -> str:
+    """What a name without a value means; ConfigError for one that is no switch."""
+    if name == CONFIG_FLAG or find_knob(BenchmarkConfig, name).value_type is not bool:
+        raise ConfigError(f"--{name} needs a value")
+    return "true"
 
 
 def as_words(settings: Mapping[str, object]) -> list[str]:

@@ -59,6 +59,10 @@ def test_file_and_overrides(tmp_path) -> None:
         (["--replica_scheduler_provider", "sarthi"], "the nearest is 'sarathi'"),
         (["seed", "3"], "'seed' stands where the name of a knob should"),
         (["--seed", "-1"], "seed is '-1'"),
+        (["--output_dir", "--seed", "3"], "--output_dir needs a value"),
+        (["--write_metrics", "--seed"], "--seed needs a value"),
+        (["--config"], "--config needs a value"),
+        (["--atention_backend"], "nearest known is 'model.attention_backend'"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str) -> None:

@@ -1,5 +1,6 @@
 """Files of a run beside those of an older one in the same folder, and what ends a run outside its loop."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_no_file_of_an_older_run_passes_for_this_ones(tmp_path: Path) -> None:
     }
     write_results(plain, [replace(OUTCOME, rows=None, responses=[])])
     assert names(tmp_path) == {"config.yml", "summary.json", "plots"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"ended", "run_s", "config", "environment"} <= set(summary)
 
 
 def test_an_interrupt_before_there_is_a_result_is_one_line(
