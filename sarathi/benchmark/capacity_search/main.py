@@ -62,6 +62,8 @@ def open_log(config: BenchmarkConfig) -> ProbeLog:
         )
     if config.cluster.num_replicas != 1 or not config.write_metrics:
         raise ConfigError("a search needs cluster.num_replicas 1 and write_metrics true")
+    if asked := [name for name, value in _files_of_a_run(config).items() if value]:
+        raise ConfigError(f"{', '.join(asked)}: a search writes its probes alone, run the rate that it finds by itself")
     return ProbeLog(Path(config.output_dir) / "probes.jsonl", key_of(config))
 
 
@@ -105,6 +107,16 @@ def _found(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float
     if not is_settled(capacity_qps, bad_qps, config.capacity_search.tolerance):
         return f"capacity from {capacity_qps:.3f} to {bad_qps:.3f} requests a second; max_probes ended the search"
     return f"capacity {capacity_qps:.3f} requests a second"
+
+
+def _files_of_a_run(config: BenchmarkConfig) -> dict[str, object]:
+    """Knobs that ask for what only a run writes or sends."""
+    return {
+        "enable_profiling": config.enable_profiling,
+        "write_json_trace": config.write_json_trace,
+        "metrics_store.enable_request_outputs": config.metrics_store.enable_request_outputs,
+        "metrics_store.wandb_project": config.metrics_store.wandb_project,
+    }
 
 
 def _measured_name(config: BenchmarkConfig) -> str:

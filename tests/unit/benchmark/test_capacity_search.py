@@ -89,6 +89,24 @@ def test_probes_are_of_one_configuration_where_it_decides_their_value(words: lis
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--interval_provider=static"], "needs one that has a rate"),
+        (["--interval_provider=gamma", "--num_replicas=2"], "needs cluster.num_replicas 1"),
+        (
+            ["--interval_provider=gamma", "--enable_profiling", "--wandb_project=p"],
+            "enable_profiling, metrics_store.wa",
+        ),
+    ],
+)
+def test_what_a_search_cannot_do_is_told(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main_module.main([*words, f"--output_dir={tmp_path}"]) == 1
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("capacity", "max_probes", "told"),
     [(1e9, 3, "at least 4.000 "), (3.0, 3, "from 2.000 to 4.000 "), (3.0, 20, "capacity 3.000 "), (1e-9, 3, "no rate")],
 )
