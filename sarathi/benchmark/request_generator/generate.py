@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from sarathi.benchmark.request_generator.datasets import CountTokens, read_arriv
 from sarathi.benchmark.request_generator.intervals import make_arrivals
 from sarathi.benchmark.request_generator.lengths import make_lengths
 from sarathi.benchmark.request_generator.spec import RequestSpec
+from sarathi.config.knobs import ConfigError, knobs_of
 
 LENGTHS, ARRIVALS = range(2)
 
@@ -20,12 +22,22 @@ def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None 
 
     Lengths and arrivals are drawn from streams of their own: another rate leaves the lengths as they are.
     """
+    _check_finite(config)
     if config.request_generator.provider == "trace":
         return replay(config.trace_request_generator)
     count = config.synthetic_request_generator.num_requests
     specs = make_lengths(config, count, np.random.default_rng([config.seed, LENGTHS]), count_tokens)
     arrivals = make_arrivals(config, count, np.random.default_rng([config.seed, ARRIVALS]))
     return [replace(spec, arrived_at_s=float(at_s)) for spec, at_s in zip(specs, arrivals, strict=True)]
+
+
+def _check_finite(config: BenchmarkConfig) -> None:
+    """A rate may be infinite: all at once. No other number can be."""
+    for each in knobs_of(BenchmarkConfig):
+        section, _, name = each.path.rpartition(".")
+        value = getattr(getattr(config, section), name) if section.endswith("_generator") else None
+        if value == math.inf and name != "qps":
+            raise ConfigError(f"{each.path} is {value}: it must be finite")
 
 
 def replay(config: TraceRequestGeneratorConfig) -> list[RequestSpec]:

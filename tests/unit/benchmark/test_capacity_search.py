@@ -95,7 +95,7 @@ def test_probes_are_of_one_configuration_where_it_decides_their_value(words: lis
         (["--interval_provider=gamma", "--num_replicas=2"], "needs cluster.num_replicas 1"),
         (
             ["--interval_provider=gamma", "--enable_profiling", "--wandb_project=p"],
-            "enable_profiling, metrics_store.wa",
+            "enable_profiling, metrics_store",
         ),
     ],
 )

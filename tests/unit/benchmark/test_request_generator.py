@@ -274,11 +274,19 @@ def test_a_replay_of_nothing_is_an_error(tmp_path: Path) -> None:
         ),
         (["--interval_provider=trace"], "needs a file"),
         (["--request_generator.provider=trace"], "needs a file"),
+        (["--cv=inf"], r"gamma_request_interval_generator\.cv is inf: it must be finite"),
+        (["--trace_request_length_generator.prefill_scale_factor=inf"], "scale_factor is inf: it must be finite"),
     ],
 )
 def test_what_cannot_be_generated_says_why(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         workload(*words)
+
+
+@pytest.mark.parametrize("provider", ["poisson", "gamma"])
+def test_an_infinite_rate_is_all_at_once(provider: str) -> None:
+    words = ["--interval_provider", provider, f"--{provider}_request_interval_generator.qps", "inf"]
+    assert [spec.arrived_at_s for spec in workload(*words, count=3)] == [0, 0, 0]
 
 
 def test_prompts_depend_on_seed_and_number_alone() -> None:
