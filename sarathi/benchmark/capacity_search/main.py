@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sarathi.benchmark.capacity_search.search import Probe, ProbeLog, SearchLimits, is_settled, search
+from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
@@ -31,12 +32,17 @@ from sarathi.metrics.tables import Table
 COLUMNS = ("qps", "value_s", "meets", "num_completed")
 RATED = ("poisson", "gamma")
 EXIT_INTERRUPTED = 130
+USAGE = "python -m sarathi.benchmark.capacity_search.main [--config FILE] [--knob value ...]\n\nKnobs and defaults:\n"
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Search, write, print; the exit code: 0 a rate was found, 1 an error or none was, 130 on ^C."""
+    words = sys.argv[1:] if words is None else words
+    if {"-h", "--help"} & set(words):
+        print(USAGE + default_yaml())
+        return 0
     try:
-        config = parse_options(sys.argv[1:] if words is None else words)
+        config = parse_options(words)
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         log = open_log(config)
         try:

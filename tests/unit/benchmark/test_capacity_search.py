@@ -88,6 +88,11 @@ def test_probes_are_of_one_configuration_where_it_decides_their_value(words: lis
     assert (key_of(parse_options(words)) == key_of(parse_options([]))) == same
 
 
+def test_help_names_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_module.main(["--help"]) == 0
+    assert "max_probes: 12" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
