@@ -1,6 +1,7 @@
 """Measures the kernels on the GPU at hand: attention on contiguous and paged memory, products, small kernels, steps.
 
-    python scripts/benchmark_kernels.py --output DIR [--only small|attention|unlike] [--budget SECONDS] [--flashinfer]
+    python scripts/benchmark_kernels.py --output DIR [--only small|attention|unlike] [--budget SECONDS]
+        [--flashinfer [decode] [prefill]]
 
 small: products, elementwise kernels, steps; attention: over sequences of one length, contiguous and paged; unlike: over
 sequences of lengths as in chats, alone and before chunks.
@@ -30,6 +31,7 @@ from measurement.figure import parse_figure, positive
 from measurement.plot import draw_ratios, draw_times
 from measurement.table import Budget, Row, Table, Work
 
+ATTENTION = ("decode", "prefill")
 SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measures, of the first
 
 
@@ -52,8 +54,7 @@ def small(table: Table, options: argparse.Namespace) -> Work:
 
 def attention(table: Table, options: argparse.Namespace) -> Work:
     """Contiguous against paged memory, all models, decode and prefill in turn."""
-    pages = Pages(tuple(options.pages), tuple(options.flashinfer_pages) if options.flashinfer else ())
-    both = zip_longest(_decodes(table, options, pages), _prefills(table, options, pages))
+    both = zip_longest(_decodes(table, options), _prefills(table, options))
     return (work for pair in both for work in pair if work is not None)
 
 
@@ -74,13 +75,20 @@ class Part(NamedTuple):
     file: str  # of the CSV file and its picture
 
 
-def _decodes(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
+def _pages(options: argparse.Namespace, kind: str) -> Pages:
+    with_flashinfer = options.flashinfer is not None and kind in (options.flashinfer or ATTENTION)
+    return Pages(tuple(options.pages), tuple(options.flashinfer_pages) if with_flashinfer else ())
+
+
+def _decodes(table: Table, options: argparse.Namespace) -> Work:
+    pages = _pages(options, "decode")
     for model, batch, context in _decode_shapes(options):
         measure = partial(decode.measure_decode, table, model, batch, context, pages)
         yield f"decode {model.name} {batch} x {context}", measure
 
 
-def _prefills(table: Table, options: argparse.Namespace, pages: Pages) -> Work:
+def _prefills(table: Table, options: argparse.Namespace) -> Work:
+    pages = _pages(options, "prefill")
     for context, name in product(options.prefill, options.models):
         for chunk in sorted({context, min(options.chunk, context)}):
             measure = partial(measure_prefill, table, MODELS[name], chunk, context, pages)
@@ -157,7 +165,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mixed", nargs="+", type=_mixed, metavar="DECODES+CHUNKSxTOKENS", help="of one step")
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds, compilation included")
-    parser.add_argument("--flashinfer", action="store_true", help="FlashInfer too (compiles its kernels, 1-3 minutes)")
+    parser.add_argument(
+        "--flashinfer", nargs="*", choices=ATTENTION, help="FlashInfer too (compiles its kernels, 1-3 minutes each)"
+    )
     return parse_figure(parser, "kernels")
 
 
