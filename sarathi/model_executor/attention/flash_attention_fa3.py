@@ -14,7 +14,7 @@ from torch import Tensor
 from sarathi.model_executor.attention.device_step import Home
 from sarathi.model_executor.attention.flash_attention_provider import Abilities, Problem, VarlenStep
 
-LONG_CHUNK = 2048  # tokens: from there on the kernel for one sequence is faster than the one for a batch
+LONG_CHUNK = 2048  # tokens: from there on the kernel for one sequence is mostly faster than the one for a batch
 _BFLOAT16 = frozenset({torch.bfloat16})
 _BOTH = frozenset({torch.bfloat16, torch.float16})
 _HOPPER = frozenset({9})
