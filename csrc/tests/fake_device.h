@@ -25,7 +25,10 @@ class BookDevice final : public Device {
     reserved_ += bytes;
     return Address{1} << 40;
   }
-  void release(Address, std::uint64_t bytes) noexcept override { reserved_ -= bytes; }
+  void release(Address, std::uint64_t bytes) noexcept override {
+    released_while_mapped = released_while_mapped || !mapped_.empty();
+    reserved_ -= bytes;
+  }
 
   Handle create(std::uint64_t bytes) override {
     const Handle handle{next_id_++, bytes};
@@ -69,6 +72,7 @@ class BookDevice final : public Device {
   std::uint64_t reserved_bytes() const { return reserved_; }
 
   std::uint64_t limit_bytes = ~std::uint64_t{0};
+  bool released_while_mapped = false;
 
  private:
   static void require(bool holds, const char* what) {

@@ -245,6 +245,15 @@ TEST(wrong_arguments_are_named_with_their_numbers) {
   CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<BookDevice>(), small_geometry(), 0));
 }
 
+TEST(close_unmaps_before_the_addresses_may_be_anybodys) {
+  const auto device = std::make_shared<BookDevice>();
+  const auto cache = make_cache(device, small_geometry(), 100);
+  cache->prepare({{at(cache->alloc(0)), 200}});
+  cache->close();
+  CHECK_EQUAL(device->reserved_bytes(), 0U);
+  CHECK(!device->released_while_mapped);
+}
+
 TEST(close_releases_memory_now_and_addresses_with_the_last_user) {
   const auto device = std::make_shared<BookDevice>();
   auto cache = make_cache(device, small_geometry(), 100);

@@ -216,7 +216,7 @@ void KVCache::close() {
   }
   worker_.stop();
   const Worker::Lock lock = worker_.own();
-  reservation_.reset();
+  const std::shared_ptr<Reservation> addresses = std::move(reservation_);  // nobody else's before the pages are gone
   release_everything();
 }
 
