@@ -45,6 +45,7 @@ class BookDevice final : public Device {
   }
 
   void map(Address at, const std::vector<Handle>& handles) override {
+    if (mapped_.size() + handles.size() > limit_mappings) throw DeviceOutOfMemory("map failed: the table is full");
     for (const Handle& handle : handles) {
       const auto next = mapped_.lower_bound(at);
       require(next == mapped_.end() || next->first >= at + handle.bytes, "mapped over a mapping");
@@ -72,6 +73,7 @@ class BookDevice final : public Device {
   std::uint64_t reserved_bytes() const { return reserved_; }
 
   std::uint64_t limit_bytes = ~std::uint64_t{0};
+  std::uint64_t limit_mappings = ~std::uint64_t{0};
   bool released_while_mapped = false;
 
  private:

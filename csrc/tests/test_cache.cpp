@@ -229,6 +229,29 @@ TEST(a_device_with_less_memory_than_the_budget_says_how_much) {
   CHECK_EQUAL(device->physical_bytes(), 50 * geometry.row_bytes());
 }
 
+TEST(a_device_with_room_for_few_mappings_takes_them_from_the_idle_and_then_says_how_many) {
+  const auto device = std::make_shared<BookDevice>();
+  const Geometry geometry = small_geometry();
+  const auto cache = make_cache(device, geometry, 100);
+  device->limit_mappings = 20 * geometry.num_regions();
+  const std::uint64_t idle = cache->alloc(0), a = cache->alloc(0), b = cache->alloc(0);
+  for (std::int64_t tokens = 4; tokens <= 40; tokens += 4) cache->prepare({{at(idle), tokens}, {at(a), tokens}});
+  cache->free(at(idle));
+  cache->prepare({{at(b), 4}});
+  CHECK_EQUAL(rows_of(*cache, idle), 0U);
+  cache->check_integrity();
+  for (std::int64_t tokens = 8; tokens <= 40; tokens += 4) cache->prepare({{at(b), tokens}});
+  const auto error = CHECK_THROWS(OutOfMemory, cache->prepare({{at(a), 44}, {at(b), 44}}));
+  CHECK_EQUAL(error.available, 20U);
+  CHECK_EQUAL(error.needed, 21U);
+  CHECK(std::string(error.what()).find("the table is full") != std::string::npos);
+  CHECK_EQUAL(device->mapped_bytes(), 20 * geometry.row_bytes());
+  cache->check_integrity();
+  cache->free(at(a));
+  cache->prepare({{at(b), 44}});
+  cache->check_integrity();
+}
+
 TEST(wrong_arguments_are_named_with_their_numbers) {
   const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
   const auto past = CHECK_THROWS(std::invalid_argument, cache->alloc(601));

@@ -9,7 +9,7 @@
 
 namespace vattention {
 
-// Physical memory, mapped as a whole, at any number of addresses at once.
+// Physical memory, mapped as a whole, at any number of addresses at once. What is in it lasts while it is mapped.
 struct Handle {
   std::uint64_t id;
   std::uint64_t bytes;
@@ -18,7 +18,8 @@ struct Handle {
 // The numbers of DLPack's DLDeviceType.
 enum class DeviceType : std::int32_t { kHost = 1, kCuda = 2 };
 
-// Calls throw DeviceError and then have changed nothing. Sizes and addresses are multiples of granularity().
+// Calls throw DeviceError (DeviceOutOfMemory where less in use would help) and then have changed nothing. Sizes and
+// addresses are multiples of granularity().
 class Device {
  public:
   virtual ~Device() = default;

@@ -17,7 +17,7 @@ struct DeviceError : Error {
   using Error::Error;
 };
 
-// The device has no physical memory left, although the budget had.
+// The device has no physical memory left, or no room in its tables for a mapping, although the budget had.
 struct DeviceOutOfMemory : DeviceError {
   using DeviceError::DeviceError;
 };

@@ -91,22 +91,24 @@ bool KVCache::map_up_to(std::uint64_t slot, std::uint64_t rows) {
   if (slots_[slot].rows >= rows) return false;
   const std::uint64_t missing = rows - slots_[slot].rows;
   if (!make_room(missing, false)) throw Error("internal error: idle rows could not be taken back");
-  slots_.append(slot, take(missing));
+  map_more(slot, missing, false);
   return true;
 }
 
-// The budget may promise more than the device has. Ready extents of other classes go first, then the caller hears what
-// there really is.
-Extents KVCache::take(std::uint64_t rows) {
+// The budget may promise more than the device has. All that is mapped but not used and all ready extents go first, then
+// the caller hears what there really is.
+void KVCache::map_more(std::uint64_t slot, std::uint64_t rows, bool idle_only) {
   try {
-    return pool_.take(rows);
+    slots_.append(slot, pool_.take(rows));
+    return;
   } catch (const DeviceOutOfMemory&) {
+    make_room(pool_.budget_rows(), idle_only);
     pool_.clear();
   }
   try {
-    return pool_.take(rows);
+    slots_.append(slot, pool_.take(rows));
   } catch (const DeviceOutOfMemory& error) {
-    throw OutOfMemory(pool_.created_rows() + rows, pool_.created_rows(), error.what());
+    throw OutOfMemory(slots_.mapped_rows() + rows, slots_.mapped_rows(), error.what());
   }
 }
 
@@ -181,7 +183,7 @@ void KVCache::prefetch_requested() {
     if (slots_[slot].rows >= goals_[slot]) continue;
     const std::uint64_t missing = goals_[slot] - slots_[slot].rows;
     if (make_room(missing, true)) {
-      slots_.append(slot, take(missing));
+      map_more(slot, missing, true);
       counters_.rows_prefetched += missing;
     } else {
       ++counters_.prefetches_short;
@@ -204,7 +206,7 @@ void KVCache::map_one_ahead() {
   clear_way(slot, ahead_rows_);
   const std::uint64_t missing = ahead_rows_ - std::min(ahead_rows_, slots_[slot].rows);
   if (missing == 0 || pool_.free_rows() < missing + threshold_rows()) return;  // never at the expense of others
-  slots_.append(slot, take(missing));
+  slots_.append(slot, pool_.take(missing));
 }
 
 std::uint64_t KVCache::threshold_rows() const noexcept {

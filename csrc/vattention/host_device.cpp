@@ -6,6 +6,8 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <string>
 
 #include "vattention/errors.h"
@@ -14,26 +16,31 @@ namespace vattention {
 namespace {
 
 constexpr std::uint64_t kFileBytes = std::uint64_t{1} << 62;  // sparse: holes cost nothing
-constexpr std::uint64_t kSpareAreas = 64;
+constexpr std::uint64_t kElsewhere = std::uint64_t{1} << 60;  // past every address
+constexpr std::uint64_t kSparePairs = 256;
 constexpr int kHidden = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 void* pointer(Address at) {
   return reinterpret_cast<void*>(at);
 }
 
+std::string max_areas() {
+  std::string count;
+  std::ifstream("/proc/sys/vm/max_map_count") >> count;
+  return count.empty() ? "unknown" : count;
+}
+
 [[noreturn]] void fail(const std::string& call, int error) {
-  std::string text = call + " failed: " + std::strerror(error);
-  if (error == ENOMEM) {
-    text +=
-        "; the process may have reached vm.max_map_count (sysctl vm.max_map_count, often 65530 mapped areas): "
-        "raise it, or use larger pages or the megacache layout";
-  }
-  throw DeviceError(text);
+  const std::string text = call + " failed: " + std::strerror(error);
+  if (error != ENOMEM) throw DeviceError(text);
+  throw DeviceOutOfMemory(text + "; vm.max_map_count = " + max_areas() +
+                          " mapped areas a process, of which a slot takes two in each region: raise it (sysctl), or "
+                          "use fewer slots or the megacache layout");
 }
 
 }  // namespace
 
-HostDevice::HostDevice() : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE))) {
+HostDevice::HostDevice() : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE))), next_elsewhere_(kElsewhere) {
   file_ = memfd_create("vattention", MFD_CLOEXEC);
   if (file_ < 0) fail("memfd_create", errno);
   if (ftruncate(file_, static_cast<off_t>(kFileBytes)) != 0) {
@@ -59,27 +66,78 @@ void HostDevice::release(Address base, std::uint64_t bytes) noexcept {
 }
 
 Handle HostDevice::create(std::uint64_t bytes) {
-  if (bytes > kFileBytes - next_offset_) throw DeviceError("the memfd has no offsets left");
-  const Handle handle{next_offset_, bytes};
-  next_offset_ += bytes;
-  return handle;
+  return {next_id_++, bytes};
 }
 
-void HostDevice::destroy(const Handle& handle) {
-  const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-  if (fallocate(file_, mode, static_cast<off_t>(handle.id), static_cast<off_t>(handle.bytes)) != 0) {
-    fail("fallocate giving back " + std::to_string(handle.bytes) + " bytes", errno);
-  }
-}
+// Its memory went back with its last mapping.
+void HostDevice::destroy(const Handle&) {}
 
 void HostDevice::map(Address at, const std::vector<Handle>& handles) {
   if (spares_ == nullptr) arm_spares();
+  std::vector<std::uint64_t> offsets;
+  Address end = at;
+  for (const Handle& handle : handles) {
+    offsets.push_back(enter(end, handle));
+    end += handle.bytes;
+  }
+  try {
+    map_places(at, handles, offsets);
+  } catch (const DeviceError&) {
+    for (std::size_t i = handles.size(); i-- > 0;) leave(end -= handles[i].bytes, handles[i]);
+    throw;
+  }
+}
+
+void HostDevice::unmap(Address at, const Handle& handle) {
+  const Place& place = places_.at(handle.id);
+  if (place.mappings == 1) punch(place.offset, handle.bytes);
+  cover(at, handle.bytes);
+  leave(at, handle);
+}
+
+// Counts one mapping more, and returns where in the file the handle's bytes are from the first one to the last.
+std::uint64_t HostDevice::enter(Address at, const Handle& handle) {
+  const auto [place, is_first] = places_.try_emplace(handle.id, Place{at, 0});
+  if (is_first && !has_room(at, handle.bytes)) {
+    place->second.offset = next_elsewhere_;
+    next_elsewhere_ += handle.bytes;
+  }
+  ++place->second.mappings;
+  return place->second.offset;
+}
+
+void HostDevice::leave(Address at, const Handle& handle) {
+  const auto place = places_.find(handle.id);
+  const std::uint64_t offset = place->second.offset;
+  if (--place->second.mappings == 0) {
+    strays_.erase(offset);
+    places_.erase(place);
+  } else if (at == offset) {
+    strays_[offset] = offset + handle.bytes;
+  }
+}
+
+bool HostDevice::has_room(std::uint64_t offset, std::uint64_t bytes) const noexcept {
+  const auto behind = strays_.lower_bound(offset + bytes);
+  return behind == strays_.begin() || std::prev(behind)->second <= offset;
+}
+
+// Gives the memory back; what is mapped there reads as zeros from here on.
+void HostDevice::punch(std::uint64_t offset, std::uint64_t bytes) {
+  const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+  if (fallocate(file_, mode, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
+    fail("fallocate giving back " + std::to_string(bytes) + " bytes", errno);
+  }
+}
+
+// Neighbours in the file with one call. If one fails nothing stays mapped.
+void HostDevice::map_places(Address at, const std::vector<Handle>& handles, const std::vector<std::uint64_t>& offsets) {
   Address end = at;
   try {
     for (std::size_t i = 0; i < handles.size();) {
       std::uint64_t bytes = 0;
-      const std::uint64_t offset = handles[i].id;
-      while (i < handles.size() && handles[i].id == offset + bytes) bytes += handles[i++].bytes;
+      const std::uint64_t offset = offsets[i];
+      while (i < handles.size() && offsets[i] == offset + bytes) bytes += handles[i++].bytes;
       map_run(end, bytes, offset);
       end += bytes;
     }
@@ -89,14 +147,12 @@ void HostDevice::map(Address at, const std::vector<Handle>& handles) {
   }
 }
 
-void HostDevice::unmap(Address at, const Handle& handle) {
-  cover(at, handle.bytes);
-}
-
 void HostDevice::map_run(Address at, std::uint64_t bytes, std::uint64_t offset) {
   const int access = PROT_READ | PROT_WRITE;
   if (mmap(pointer(at), bytes, access, MAP_FIXED | MAP_SHARED, file_, static_cast<off_t>(offset)) == MAP_FAILED) {
-    fail("mmap of " + std::to_string(bytes) + " bytes", errno);
+    const int error = errno;
+    drop_spares();  // the rest of the process needs areas too
+    fail("mmap of " + std::to_string(bytes) + " bytes", error);
   }
 }
 
@@ -110,10 +166,10 @@ void HostDevice::cover(Address at, std::uint64_t bytes) {
 
 // Pages of alternating protection, each an area of its own; one munmap gives them all back.
 void HostDevice::arm_spares() {
-  void* base = mmap(nullptr, 2 * kSpareAreas * page_bytes_, PROT_NONE, kHidden, -1, 0);
+  void* base = mmap(nullptr, 2 * kSparePairs * page_bytes_, PROT_NONE, kHidden, -1, 0);
   if (base == MAP_FAILED) fail("mmap of spare areas", errno);
   spares_ = base;
-  for (std::uint64_t i = 0; i < kSpareAreas; ++i) {
+  for (std::uint64_t i = 0; i < kSparePairs; ++i) {
     if (mprotect(static_cast<char*>(base) + 2 * i * page_bytes_, page_bytes_, PROT_READ) == 0) continue;
     const int error = errno;
     drop_spares();
@@ -122,7 +178,7 @@ void HostDevice::arm_spares() {
 }
 
 void HostDevice::drop_spares() noexcept {
-  if (spares_ != nullptr) munmap(spares_, 2 * kSpareAreas * page_bytes_);
+  if (spares_ != nullptr) munmap(spares_, 2 * kSparePairs * page_bytes_);
   spares_ = nullptr;
 }
 

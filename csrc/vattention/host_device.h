@@ -1,12 +1,24 @@
 // Pages of one memfd stand in for device memory, so that the allocator runs and is tested where there is no GPU.
 #pragma once
 
+#include <map>
+#include <unordered_map>
+
 #include "vattention/device.h"
 
 namespace vattention {
 
-// The kernel commits a page when it is first touched: create() promises address space of the file, not memory, and a
-// budget larger than the machine is noticed by the kernel's out-of-memory killer, not by an exception.
+// The kernel commits a page when it is first touched: create() promises memory and takes none, and a budget larger than
+// the machine is noticed by the kernel's out-of-memory killer, not by an exception.
+//
+// A process may have few areas (vm.max_map_count, 65,530 by default), and the kernel keeps one for a whole run of pages
+// if they are neighbours in the file too. So a page's place in the file is the address where it is mapped:
+//
+//   memory  | slot 0: r0 r1 r2 ..hidden.. | slot 1: r0 r1 ..hidden.. |
+//   file    |         r0 r1 r2    hole    |         r0 r1    hole    |
+//            ^ one area    ^ one area      ^ one area  ^ one area
+//
+// However its pages were created, taken and given back, a slot is two areas in each region.
 class HostDevice final : public Device {
  public:
   HostDevice();
@@ -26,6 +38,17 @@ class HostDevice final : public Device {
   void unmap(Address at, const Handle& handle) override;
 
  private:
+  // A mapped handle's bytes in the file, at `mappings` addresses.
+  struct Place {
+    std::uint64_t offset;
+    std::uint64_t mappings;
+  };
+
+  std::uint64_t enter(Address at, const Handle& handle);
+  void leave(Address at, const Handle& handle);
+  bool has_room(std::uint64_t offset, std::uint64_t bytes) const noexcept;
+  void punch(std::uint64_t offset, std::uint64_t bytes);
+  void map_places(Address at, const std::vector<Handle>& handles, const std::vector<std::uint64_t>& offsets);
   void map_run(Address at, std::uint64_t bytes, std::uint64_t offset);
   void cover(Address at, std::uint64_t bytes);
   void arm_spares();
@@ -33,10 +56,12 @@ class HostDevice final : public Device {
 
   std::uint64_t page_bytes_;
   int file_;
-  // Offsets are handed out once and never again: neighbours in creation order stay neighbours in the file, which lets
-  // the kernel keep one area for a whole run of pages. A destroyed range is a hole and costs nothing.
-  std::uint64_t next_offset_ = 0;
-  // Areas held back for the way out: at the kernel's limit on areas even unmapping fails.
+  std::uint64_t next_id_ = 0;
+  std::unordered_map<std::uint64_t, Place> places_;  // by the handle's id
+  // Offset and end of what is mapped elsewhere only: whoever is mapped at that address next gets another place.
+  std::map<std::uint64_t, std::uint64_t> strays_;
+  std::uint64_t next_elsewhere_;
+  // Areas held back for the way out: at the kernel's limit on areas even unmapping fails, as do stacks and heaps.
   void* spares_ = nullptr;
 };
 

@@ -123,7 +123,7 @@ class KVCache {
   bool grow(const Targets& targets);
   void clear_way(std::uint64_t slot, std::uint64_t rows);
   bool map_up_to(std::uint64_t slot, std::uint64_t rows);
-  Extents take(std::uint64_t rows);
+  void map_more(std::uint64_t slot, std::uint64_t rows, bool idle_only);
   bool make_room(std::uint64_t rows, bool idle_only);
   void reclaim(std::uint64_t slot, std::uint64_t rows);
   std::vector<std::uint64_t> idle_slots() const;

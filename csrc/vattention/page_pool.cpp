@@ -76,7 +76,6 @@ void PagePool::list(Extents& ready, Extents& condemned) const {
   condemned.insert(condemned.end(), condemned_.begin(), condemned_.end());
 }
 
-// Region by region, so that on the host the pages of one region are neighbours in the file as they will be in memory.
 Extents PagePool::create(const ClassCounts& counts) {
   Extents fresh;
   for (std::size_t c = kNumClasses; c-- > 0;) {
@@ -84,10 +83,9 @@ Extents PagePool::create(const ClassCounts& counts) {
   }
   created_rows_ += total_rows(counts);
   try {
-    for (std::uint64_t region = 0; region < geometry_.num_regions(); ++region) {
-      for (const ExtentPtr& extent : fresh) {
-        extent->handles.push_back(device_.create(extent->rows * geometry_.page_bytes()));
-      }
+    for (const ExtentPtr& extent : fresh) {
+      const std::uint64_t bytes = extent->rows * geometry_.page_bytes();
+      while (extent->handles.size() < geometry_.num_regions()) extent->handles.push_back(device_.create(bytes));
     }
   } catch (...) {
     condemned_.insert(condemned_.end(), fresh.begin(), fresh.end());
