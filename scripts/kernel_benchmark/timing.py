@@ -9,6 +9,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -62,7 +63,7 @@ def graph_sample(launch: Callable[[int], object], copies: int, *, min_launches: 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_launches()
-    return lambda: _device_us(graph.replay) / launches
+    return _Replay(graph, launches, launch)
 
 
 def eager_sample(launch: Callable[[int], object], copies: int) -> Sample:
@@ -70,6 +71,17 @@ def eager_sample(launch: Callable[[int], object], copies: int) -> Sample:
     calls = itertools.count()
     clock = _device_us if torch.cuda.is_available() else _host_us
     return lambda: clock(lambda: launch(next(calls) % copies))
+
+
+class _Replay(NamedTuple):
+    """A graph to be timed; `launch` owns the tensors that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    launches: int
+    launch: Callable[[int], object]
+
+    def __call__(self) -> float:
+        return _device_us(self.graph.replay) / self.launches
 
 
 def _median_us(sample: Sample, replays: int, *, warm: bool = False) -> float:
