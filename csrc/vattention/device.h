@@ -18,7 +18,7 @@ struct Handle {
 // The numbers of DLPack's DLDeviceType.
 enum class DeviceType : std::int32_t { kHost = 1, kCuda = 2 };
 
-// Calls throw DeviceError (DeviceOutOfMemory where less in use would help) and then have changed nothing. Sizes and
+// Calls throw DeviceError, DeviceOutOfMemory where less in use would help, and then have changed nothing. Sizes and
 // addresses are multiples of granularity().
 class Device {
  public:

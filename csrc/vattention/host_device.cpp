@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -17,25 +18,30 @@ namespace {
 
 constexpr std::uint64_t kFileBytes = std::uint64_t{1} << 62;  // sparse: holes cost nothing
 constexpr std::uint64_t kElsewhere = std::uint64_t{1} << 60;  // past every address
-constexpr std::uint64_t kSparePairs = 256;
+constexpr std::uint64_t kAreasACall = 2;                      // at most: an area is cut in three
 constexpr int kHidden = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 void* pointer(Address at) {
   return reinterpret_cast<void*>(at);
 }
 
-std::string max_areas() {
-  std::string count;
-  std::ifstream("/proc/sys/vm/max_map_count") >> count;
-  return count.empty() ? "unknown" : count;
+// How many areas a process may have; more than it ever has where the kernel does not say.
+std::uint64_t max_areas() {
+  std::uint64_t count = 0;
+  return std::ifstream("/proc/sys/vm/max_map_count") >> count ? count : kFileBytes;
+}
+
+std::uint64_t used_areas() {
+  std::ifstream maps("/proc/self/maps");
+  std::uint64_t count = 0;
+  for (std::string area; std::getline(maps, area);) ++count;
+  return count;
 }
 
 [[noreturn]] void fail(const std::string& call, int error) {
   const std::string text = call + " failed: " + std::strerror(error);
   if (error != ENOMEM) throw DeviceError(text);
-  throw DeviceOutOfMemory(text + "; vm.max_map_count = " + max_areas() +
-                          " mapped areas a process, of which a slot takes two in each region: raise it (sysctl), or "
-                          "use fewer slots or the megacache layout");
+  throw DeviceOutOfMemory(text);
 }
 
 }  // namespace
@@ -51,7 +57,6 @@ HostDevice::HostDevice() : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PA
 }
 
 HostDevice::~HostDevice() {
-  drop_spares();
   close(file_);
 }
 
@@ -73,7 +78,6 @@ Handle HostDevice::create(std::uint64_t bytes) {
 void HostDevice::destroy(const Handle&) {}
 
 void HostDevice::map(Address at, const std::vector<Handle>& handles) {
-  if (spares_ == nullptr) arm_spares();
   std::vector<std::uint64_t> offsets;
   Address end = at;
   for (const Handle& handle : handles) {
@@ -148,38 +152,33 @@ void HostDevice::map_places(Address at, const std::vector<Handle>& handles, cons
 }
 
 void HostDevice::map_run(Address at, std::uint64_t bytes, std::uint64_t offset) {
+  if (areas_left_ < kAreasACall) count_areas();
+  areas_left_ -= kAreasACall;
   const int access = PROT_READ | PROT_WRITE;
   if (mmap(pointer(at), bytes, access, MAP_FIXED | MAP_SHARED, file_, static_cast<off_t>(offset)) == MAP_FAILED) {
-    const int error = errno;
-    drop_spares();  // the rest of the process needs areas too
-    fail("mmap of " + std::to_string(bytes) + " bytes", error);
+    fail("mmap of " + std::to_string(bytes) + " bytes", errno);
   }
 }
 
 // Lays inaccessible pages over a range, which drops whatever was mapped there.
 void HostDevice::cover(Address at, std::uint64_t bytes) {
-  const auto hide = [&] { return mmap(pointer(at), bytes, PROT_NONE, MAP_FIXED | kHidden, -1, 0) != MAP_FAILED; };
-  if (hide()) return;
-  drop_spares();
-  if (!hide()) fail("mmap hiding " + std::to_string(bytes) + " bytes", errno);
-}
-
-// Pages of alternating protection, each an area of its own; one munmap gives them all back.
-void HostDevice::arm_spares() {
-  void* base = mmap(nullptr, 2 * kSparePairs * page_bytes_, PROT_NONE, kHidden, -1, 0);
-  if (base == MAP_FAILED) fail("mmap of spare areas", errno);
-  spares_ = base;
-  for (std::uint64_t i = 0; i < kSparePairs; ++i) {
-    if (mprotect(static_cast<char*>(base) + 2 * i * page_bytes_, page_bytes_, PROT_READ) == 0) continue;
-    const int error = errno;
-    drop_spares();
-    fail("mprotect of spare areas", error);
+  areas_left_ -= std::min(areas_left_, kAreasACall);
+  if (mmap(pointer(at), bytes, PROT_NONE, MAP_FIXED | kHidden, -1, 0) == MAP_FAILED) {
+    fail("mmap hiding " + std::to_string(bytes) + " bytes", errno);
   }
 }
 
-void HostDevice::drop_spares() noexcept {
-  if (spares_ != nullptr) munmap(spares_, 2 * kSparePairs * page_bytes_);
-  spares_ = nullptr;
+// At the kernel's limit even unmapping fails, and so do the heap and new threads: an eighth of the areas is not for
+// pages. Half of what is left may be taken without counting again, since another device may take as much.
+void HostDevice::count_areas() {
+  const std::uint64_t limit = max_areas(), used = used_areas();
+  if (used + limit / 8 > limit) {
+    throw DeviceOutOfMemory("the process has " + std::to_string(used) +
+                            " mapped areas of vm.max_map_count = " + std::to_string(limit) +
+                            ", an eighth of which is kept free, and a slot takes two areas in each region: raise it "
+                            "(sysctl), or use fewer slots or the megacache layout");
+  }
+  areas_left_ = (limit - used - limit / 16) / 2;
 }
 
 }  // namespace vattention

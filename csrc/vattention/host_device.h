@@ -51,8 +51,7 @@ class HostDevice final : public Device {
   void map_places(Address at, const std::vector<Handle>& handles, const std::vector<std::uint64_t>& offsets);
   void map_run(Address at, std::uint64_t bytes, std::uint64_t offset);
   void cover(Address at, std::uint64_t bytes);
-  void arm_spares();
-  void drop_spares() noexcept;
+  void count_areas();
 
   std::uint64_t page_bytes_;
   int file_;
@@ -61,8 +60,7 @@ class HostDevice final : public Device {
   // Offset and end of what is mapped elsewhere only: whoever is mapped at that address next gets another place.
   std::map<std::uint64_t, std::uint64_t> strays_;
   std::uint64_t next_elsewhere_;
-  // Areas held back for the way out: at the kernel's limit on areas even unmapping fails, as do stacks and heaps.
-  void* spares_ = nullptr;
+  std::uint64_t areas_left_ = 0;  // that may surely be added before the process's areas have to be counted again
 };
 
 }  // namespace vattention

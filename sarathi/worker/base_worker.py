@@ -1,5 +1,6 @@
 """One rank: its share of the model and of the cache, and one step on them; knows no queues and no other rank."""
 
+import logging
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.device import choose_placement
 from sarathi.worker.runner import create_runner, initial_budget_bytes, settle
 from vattention import OutOfMemoryError
+
+logger = logging.getLogger(__name__)
 
 
 class ModelLengthError(ValueError):
@@ -85,6 +88,7 @@ class Worker:
         try:
             self._cache.prepare(out.chunks)
         except OutOfMemoryError as error:
+            logger.warning("no memory for step %d: %s", out.step_id, error)
             self._num_shortages += 1
             self._available_rows = error.available
             return PendingStep(out.step_id, None, error.available)

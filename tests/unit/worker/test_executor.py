@@ -78,7 +78,9 @@ def _fill_with_nan(executor: Executor, tokens: int) -> None:
                 tensor[0, :tokens] = float("nan")
 
 
-def test_memory_that_runs_out_is_an_answer_and_changes_nothing(tiny: TinyModel) -> None:
+def test_memory_that_runs_out_is_an_answer_and_changes_nothing(
+    tiny: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
     executor = make_executor(tiny, memory_bytes=6 * 4096 * 4, max_num_seqs=4)
     rows = executor.capacity.rows
     fits, too_much = [3] * executor.capacity.tokens_in(rows - 1), [5] * executor.capacity.tokens_in(2)
@@ -87,6 +89,7 @@ def test_memory_that_runs_out_is_an_answer_and_changes_nothing(tiny: TinyModel) 
     step = Chunk("a", len(fits), 1, True, len(fits) + 1)
     failed = executor.execute(SchedulerOutput(1, (new("b", too_much),), (step, whole("b", too_much))))
     assert failed.tokens == () and failed.available_rows == rows
+    assert f"step 1: active slots need {rows + 2} rows" in caplog.text
     executor.check_integrity()
     behind = executor.execute(SchedulerOutput(2, chunks=(step,)))  # sent before the failure was known
     assert behind.tokens == () and behind.available_rows == rows
