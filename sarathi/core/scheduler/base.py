@@ -120,6 +120,11 @@ class Scheduler(ABC):
         self._waiting = WaitingQueue()
         self._residents.clear()
 
+    def resize(self, rows: int) -> list[Request]:
+        """Have this much memory for good; returns the requests that this ended, being too long for it."""
+        self._full_rows = rows
+        return self._fit(rows)
+
     def schedule(self) -> SchedulerOutput:
         """The next step. It may be empty: where all is in flight already, or only endings are to be told."""
         step = Step(self._num_steps)
@@ -147,7 +152,7 @@ class Scheduler(ABC):
             )
         self._prompts.observe(step.num_tokens, result.model_s)
         if self.ledger.capacity.rows < self._full_rows and step.step_id >= self._patient_until:
-            self._resize(self._full_rows)
+            self._fit(self._full_rows)
         return self._accept_all(step, {sampled.request_id: sampled.token_id for sampled in result.tokens})
 
     def check_integrity(self) -> None:
@@ -300,10 +305,10 @@ class Scheduler(ABC):
         rows = max(0, min(available_rows, self.ledger.num_used_rows - 1))
         logger.warning("memory ran out in step %d: going on with %d rows", step.step_id, rows)
         self._patient_until = self._num_steps + _PATIENCE_STEPS
-        return self._resize(rows)
+        return self._fit(rows)
 
-    def _resize(self, rows: int) -> list[Request]:
-        """Have this much memory from now on; returns the requests that this ended, being too long for it."""
+    def _fit(self, rows: int) -> list[Request]:
+        """Have this much memory until there is more again; returns the requests that this ended."""
         self.ledger.resize(rows)
         ended = []
         for ticket in list(self._tickets.values()):

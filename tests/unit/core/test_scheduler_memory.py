@@ -246,3 +246,18 @@ def test_a_request_that_finds_nobody_there_finds_all_memory() -> None:
     scheduler.add(late)
     run_to_end(scheduler, worker)
     assert late.output_token_ids == expected_output(late, 100)[0]
+
+
+def test_a_cache_of_another_size_lets_others_run_and_stays_that_size() -> None:
+    scheduler, worker = pair(CacheCapacity(12, 1, 1), watermark=0.0)
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, 10, 5, ignore_eos=True))
+    step(scheduler, worker)
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    worker.rows = 40
+    assert scheduler.resize(40) == []
+    step(scheduler, worker)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+    run_to_end(scheduler, worker)
+    scheduler.add(make_request("c", 10, 5, ignore_eos=True))
+    assert scheduler.ledger.capacity.rows == 40
