@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from sarathi.benchmark.request_generator.shapes import SHAPES
 from sarathi.benchmark.request_generator.spec import RequestSpec
@@ -31,7 +33,7 @@ def read_lengths(name: str, count_tokens: CountTokens | None = None) -> list[Req
     if path.suffix == ".jsonl":
         return [replace(row, arrived_at_s=0.0) for row in read_mooncake(path)]
     if path.suffix == ".json":
-        return read_sharegpt(path, count_tokens)
+        return list(read_sharegpt(path, count_tokens))
     return read_length_csv(path)
 
 
@@ -76,21 +78,27 @@ def _mooncake_row(line: str) -> RequestSpec:
     return RequestSpec(_time(row["timestamp"]) / 1e3, *lengths, None, tuple(row.get("hash_ids", ())))
 
 
-def read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[RequestSpec]:
-    """The first question and answer of each conversation; those without both, or under 4 tokens, are left out."""
+def read_sharegpt(
+    path: Path, count_tokens: CountTokens | None, rng: np.random.Generator | None = None
+) -> Iterator[RequestSpec]:
+    """The first question and answer of each conversation, in the file's order or in one that `rng` draws.
+
+    Those without both, or under 4 tokens, are left out. Tokens are counted as requests are taken: the usual file has
+    90,000 conversations.
+    """
     if count_tokens is None:
         raise ValueError(f"{str(path)!r} holds text: counting its tokens needs a model with a tokenizer")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
-    specs = []
-    for turns in _make_all(path, entries, _turns):
+    talks = _make_all(path, entries, _turns)
+    order = range(len(talks)) if rng is None else rng.permutation(len(talks))
+    for turns in (talks[place] for place in order):
         if len(turns) == 2:
             prompt, output = (count_tokens(turn) for turn in turns)
             if min(prompt, output) >= 4:
-                specs.append(RequestSpec(0.0, prompt, output, turns[0]))
-    return specs
+                yield RequestSpec(0.0, prompt, output, turns[0])
 
 
 def _turns(entry: Mapping[str, Any]) -> list[str]:

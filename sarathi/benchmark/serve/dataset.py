@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from sarathi.benchmark.request_generator.datasets import read_length_csv, read_mooncake, read_sharegpt
+from sarathi.benchmark.request_generator.datasets import CountTokens, read_length_csv, read_mooncake, read_sharegpt
 from sarathi.benchmark.request_generator.intervals import gamma_arrivals
 from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.request_generator.spec import RequestSpec
@@ -22,6 +24,7 @@ from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
 
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "te", "vo")
 CHARACTERS_A_TOKEN = 4  # where only text is known, and no tokenizer; the server's count replaces it
+MAX_CHAT_PROMPT_TOKENS, MAX_CHAT_TOKENS = 1024, 2048  # of ShareGPT's, as vLLM's benchmark takes them
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,25 @@ def _specs(args: argparse.Namespace, vocabulary: Vocabulary | None) -> list[Requ
     if args.dataset_path is None:
         raise ValueError(f"--dataset-name {args.dataset_name} needs --dataset-path")
     path = Path(args.dataset_path)
-    specs = _read(args.dataset_name, path, vocabulary)[: args.num_prompts]
+    specs = list(islice(_read(args, path, vocabulary), args.num_prompts))
     if len(specs) < args.num_prompts:
         raise ValueError(f"--num-prompts is {args.num_prompts}, but {str(path)!r} has {len(specs)} requests")
     return specs
 
 
-def _read(dataset: str, path: Path, vocabulary: Vocabulary | None) -> list[RequestSpec]:
-    if dataset == "sharegpt":
-        return read_sharegpt(path, vocabulary.count if vocabulary else _estimate)
-    return read_mooncake(path) if dataset == "mooncake" else read_length_csv(path)
+def _read(args: argparse.Namespace, path: Path, vocabulary: Vocabulary | None) -> Iterable[RequestSpec]:
+    if args.dataset_name == "sharegpt":
+        return _chats(args, path, vocabulary.count if vocabulary else _estimate)
+    return read_mooncake(path) if args.dataset_name == "mooncake" else read_length_csv(path)
+
+
+def _chats(args: argparse.Namespace, path: Path, count_tokens: CountTokens) -> Iterator[RequestSpec]:
+    """Conversations in an order that the seed draws, without the long ones."""
+    rng = None if args.disable_shuffle else np.random.default_rng([args.seed, 2])
+    for spec in read_sharegpt(path, count_tokens, rng):
+        chat = replace(spec, num_decode_tokens=args.sharegpt_output_len or spec.num_decode_tokens)
+        if chat.num_prefill_tokens <= MAX_CHAT_PROMPT_TOKENS and chat.num_tokens <= MAX_CHAT_TOKENS:
+            yield chat
 
 
 def _estimate(text: str) -> int:

@@ -61,6 +61,8 @@ def _add_dataset(group: Any) -> None:
     group.add_argument(
         "--dataset-path", help="file of the data set; mooncake replays its timestamps if no rate is given"
     )
+    group.add_argument("--sharegpt-output-len", type=_count, help="output tokens; default: as many as the answer has")
+    group.add_argument("--disable-shuffle", action="store_true", help="ShareGPT in the file's order, not the seed's")
     group.add_argument("--random-input-len", type=_count, default=1024, help="prompt tokens")
     group.add_argument("--random-output-len", type=_count, default=128, help="output tokens")
     group.add_argument("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")

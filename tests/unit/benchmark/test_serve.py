@@ -1,5 +1,6 @@
 """The load generator against a real HTTP server on loopback, and its arithmetic against values made by hand."""
 
+import argparse
 import json
 import resource
 import signal
@@ -15,7 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from sarathi.benchmark.serve import results
 from sarathi.benchmark.serve.client import RequestResult
+from sarathi.benchmark.serve.dataset import make_requests
 from sarathi.benchmark.serve.main import main
+from sarathi.benchmark.serve.options import add_options
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
@@ -114,6 +117,37 @@ def test_sharegpt_is_counted_by_the_tokenizer(tmp_path: Path) -> None:
     counts = [len(tokenizer.encode(turn, add_special_tokens=False)) for turn in turns]
     assert (result["input_lens"], server.bodies[0]["max_tokens"]) == ([counts[0]], counts[1])
     assert server.bodies[0]["prompt"] == turns[0]
+
+
+def talks(path: Path, *lengths: tuple[int, int]) -> Path:
+    """Conversations of so many tokens in question and answer, by the estimate; question i begins with i."""
+    turns = [(f"{number} ".ljust(4 * prompt, "x"), "y" * 4 * output) for number, (prompt, output) in enumerate(lengths)]
+    path.write_text(json.dumps([{"conversations": [{"value": turn} for turn in pair]} for pair in turns]))
+    return path
+
+
+def chosen(path: Path, count: int, *words: object) -> list[int]:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    options = ["--dataset-name", "sharegpt", "--dataset-path", path, "--num-prompts", count, *words]
+    requests = make_requests(parser.parse_args([str(word) for word in options]))
+    return [int(str(request.prompt).split()[0]) for request in requests]
+
+
+def test_the_seed_draws_conversations(tmp_path: Path) -> None:
+    path = talks(tmp_path / "talks.json", *[(8, 8)] * 100)
+    first, other = chosen(path, 20, "--seed", 1), chosen(path, 20, "--seed", 2)
+    assert first == chosen(path, 20, "--seed", 1) and len(set(first)) == 20
+    assert first != other and first != sorted(first)
+    assert chosen(path, 20, "--disable-shuffle") == list(range(20))
+
+
+def test_long_conversations_are_no_chats(tmp_path: Path) -> None:
+    path = talks(tmp_path / "talks.json", (1024, 1024), (1025, 4), (8, 2041), (8, 2040), (3, 8))
+    assert sorted(chosen(path, 2)) == [0, 3]
+    assert sorted(chosen(path, 3, "--sharegpt-output-len", 100)) == [0, 2, 3]
+    with pytest.raises(ValueError, match=r"--num-prompts is 3, but .*talks\.json' has 2 requests"):
+        chosen(path, 3)
 
 
 def test_chat_counts_the_tokens_of_the_server(tmp_path: Path) -> None:
