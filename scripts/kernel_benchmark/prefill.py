@@ -19,6 +19,7 @@ from sarathi.model_executor.attention.device_step import Home
 from sarathi.model_executor.attention.flash_attention_fa3 import LONG_CHUNK, PACKAGES, FlashAttention3
 from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
 
+_ROUNDS = 5
 _SHORT = 2**26  # chunk x context up to which a launch from Python is long beside the kernel
 
 
@@ -40,9 +41,9 @@ def measure_prefill(table: Table, model: Model, chunk: int, context: int, pages:
     inputs = Inputs(model, chunk, context, q, random_tensor(*cache), random_tensor(*cache))
     expected = _exact_last_rows(inputs, 4)
     work = "prefill" if chunk == context else f"prefill {chunk}"
-    last, rounds = slice(-len(expected), None), 5 if context <= 65536 else 3
+    last = slice(-len(expected), None)
     sample = graph_sample if chunk * context <= _SHORT else eager_sample
-    found = compare_us(_launches(inputs, pages), expected, partial(sample, copies=1), checked=last, rounds=rounds)
+    found = compare_us(_launches(inputs, pages), expected, partial(sample, copies=1), checked=last, rounds=_ROUNDS)
     rows = [Row(model.name, work, name, 1, context, us / 1e3, "ms") for name, us in found.items()]
     add_paged_first(table, rows)
     flops = 4 * chunk * (context - (chunk - 1) / 2) * model.num_heads * model.head_size

@@ -262,7 +262,7 @@ def test_decode_attention(window: int | None) -> None:
     q = torch.randn(num_seqs, kv_heads * group + 2, 32)[:, :-2]
     batch = DecodeBatch(slots, lengths, window)
     workspace = DecodeWorkspace.create(
-        random.choice((1, 4, 9)), 32, CPU, DecodeConfig(16, run_cost=random.randrange(4))
+        random.choice((1, 4, 9)), 32, CPU, DecodeConfig(16, run_cost=random.randrange(4), parts=random.randint(1, 9))
     )
     expected = attention_twin.decode_attention(q, keys, values, batch, 0.2)
     torch.testing.assert_close(decode_attention(q, keys, values, batch, 0.2, workspace), expected, **CLOSE)
@@ -287,7 +287,7 @@ def test_decode_attention_turns_and_stores_the_new_tokens() -> None:
     q, key, value = packed.split((kv_heads * group, kv_heads, kv_heads), dim=1)
     new = NewTokens(key, value, RotationTable(torch.randn(90, 16), torch.randn(90, 16)))
     workspace = DecodeWorkspace.create(
-        random.choice((1, 4, 9)), 32, CPU, DecodeConfig(16, run_cost=random.randrange(4))
+        random.choice((1, 4, 9)), 32, CPU, DecodeConfig(16, run_cost=random.randrange(4), parts=random.randint(1, 9))
     )
     twin_cache = cache.clone()
     expected = attention_twin.decode_attention(q, *twin_cache, batch, 0.2, new)

@@ -26,6 +26,9 @@ from sarathi.model_executor.kernels.fused.decode_attention_kernel import attenti
 from sarathi.model_executor.kernels.types import DecodeBatch, NewTokens, RotationTable
 
 _LOG2_E = 1.4426950408889634
+# Said so that ptxas does not spill a few registers to let a third program fit on a multiprocessor where the grid has
+# two for it: kernels compiled so took 1.3 times as long, as if programs launched early crowded on some of them.
+_MOST_REGISTERS = 255
 _PADDED_GROUP = 16  # query heads of one kv head, padded to the short side of the tensor cores' instruction
 
 
@@ -38,11 +41,12 @@ class DecodeConfig(NamedTuple):
     stages: int = 3
     ahead: int = 0  # tokens that a program asks for before the kernel in front has ended, where launches overlap
     run_cost: int = 3  # tiles that could be read in the time that it takes to begin and to end a run
+    parts: int = 8  # of a run, that are read at a time when they are joined
 
 
 _FEW_SEQS = 16
 _FOR_FEW = DecodeConfig(
-    tile=128, programs_per_sm=1, warps=8, ahead=128, run_cost=2
+    tile=128, programs_per_sm=1, warps=8, ahead=128, run_cost=2, parts=12
 )  # fewer programs leave fewer parts to join
 _LARGEST_HEAD_FOR_FEW = 128  # what shared memory holds of such tiles
 
@@ -114,6 +118,7 @@ def decode_attention(
         GROUP=heads // kv_heads,
         PADDED=_PADDED_GROUP,
         MEMBERS=triton.next_power_of_2(heads // kv_heads),
+        PARTS=config.parts,
         HEAD_SIZE=head_size,
         TILE=config.tile,
         SEQS=_padded(num_seqs),
@@ -124,6 +129,7 @@ def decode_attention(
         PDL=pdl,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=_MOST_REGISTERS,
         **({"launch_pdl": True} if pdl else {}),
     )
     return out

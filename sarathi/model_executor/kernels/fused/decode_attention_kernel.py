@@ -5,9 +5,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_PEAKS_AT_ONCE = tl.constexpr(64)  # parts whose largest scores are read at a time when a run is joined
-_PARTS_AT_ONCE = tl.constexpr(8)  # and parts that are then added up
-
 
 @triton.jit
 def _extent_of(lengths, KV_HEADS: tl.constexpr, TILE: tl.constexpr, RUN_COST: tl.constexpr, WINDOW: tl.constexpr):
@@ -108,6 +105,7 @@ def attention_kernel(
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SEQS: tl.constexpr,
@@ -228,6 +226,7 @@ def attention_kernel(
                         GROUP,
                         PADDED,
                         MEMBERS,
+                        PARTS,
                         HEAD_SIZE,
                     )
             at = stop
@@ -309,6 +308,7 @@ def _leave_part(
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """A part of a run goes to its place to be joined with the others, by the program whose part is there last."""
@@ -334,6 +334,7 @@ def _leave_part(
             GROUP,
             PADDED,
             MEMBERS,
+            PARTS,
             HEAD_SIZE,
         )
 
@@ -350,38 +351,45 @@ def _join(
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     MEMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """A run from its parts, of programs first to last, past L1, which may hold what an earlier launch left there.
 
-    The largest score is found first, so that the sums below need nothing of other threads and no read waits for
-    another: what stands beside a part is [MEMBERS, 1], laid out as the part itself.
+    PARTS at a time, whose reads need nothing of each other nor of other threads, so that all wait for memory at once:
+    what stands beside a part is [MEMBERS, 1], laid out as the part itself.
     """
     member, dims = tl.arange(0, MEMBERS), tl.arange(0, HEAD_SIZE)
-    present = member < GROUP
-    peaks = tl.full((_PEAKS_AT_ONCE, MEMBERS), float("-inf"), tl.float32)
-    for start in range(first_program, last_program + 1, _PEAKS_AT_ONCE):
-        program = start + tl.arange(0, _PEAKS_AT_ONCE)
-        row = _place(program, first_program, begins_inside)[:, None] * PADDED + member[None, :]
-        read = (program <= last_program)[:, None] & present[None, :]
-        peaks = tl.maximum(peaks, tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg"))
-    peak = tl.where(present, tl.max(peaks, axis=0), 0.0)[:, None]
+    present = (member < GROUP)[:, None]
+    peak = tl.full((MEMBERS, 1), float("-inf"), tl.float32)
     total = tl.zeros((MEMBERS, 1), tl.float32)
     acc = tl.zeros((MEMBERS, HEAD_SIZE), tl.float32)
-    for start in range(first_program, last_program + 1, _PARTS_AT_ONCE):
-        for offset in tl.static_range(_PARTS_AT_ONCE):
-            program = start + offset
-            row = (_place(program, first_program, begins_inside) * PADDED + member)[:, None]
-            read = (present & (program <= last_program))[:, None]
-            weight = tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.exp2(weight - peak)
+    for start in range(first_program, last_program + 1, PARTS):
+        new_peak = peak
+        for offset in tl.static_range(PARTS):
+            row, read = _part(start + offset, first_program, last_program, begins_inside, member, present, PADDED)
+            part_peak = tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
+            new_peak = tl.maximum(new_peak, part_peak)
+        reference = tl.where(present, new_peak, 0.0)
+        shrink = tl.exp2(peak - reference)
+        total *= shrink
+        acc *= shrink
+        for offset in tl.static_range(PARTS):
+            row, read = _part(start + offset, first_program, last_program, begins_inside, member, present, PADDED)
+            part_peak = tl.load(peaks_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.exp2(part_peak - reference)
             total += weight * tl.load(sums_ptr + row, mask=read, other=0.0, cache_modifier=".cg")
             acc += weight * tl.load(parts_ptr + row * HEAD_SIZE + dims, mask=read, other=0.0, cache_modifier=".cg")
+        peak = new_peak
     at = member[:, None] * HEAD_SIZE + dims[None, :]
-    tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=present[:, None])
+    tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=present)
 
 
 @triton.jit
-def _place(program, first_program, begins_inside):
-    """A program's first part is its slot 0; the part that begins a run inside a share is that share's last, slot 1."""
-    return program * 2 + ((program == first_program) & begins_inside).to(tl.int32)
+def _part(program, first_program, last_program, begins_inside, member, present, PADDED: tl.constexpr):
+    """The rows [MEMBERS, 1] of what a program has of a run, and which of them to read: none past its last program.
+
+    A program's first part is its slot 0; the part that begins a run inside a share is that share's last, slot 1.
+    """
+    place = program * 2 + ((program == first_program) & begins_inside).to(tl.int32)
+    return (place * PADDED + member)[:, None], present & (program <= last_program)
