@@ -11,17 +11,19 @@ leaves out is named. Runs may share a folder.
 import gc
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from kernel_benchmark.alone import Alone
 from kernel_benchmark.shapes import MODELS
-from measurement.device import NUM_SHAPES, device_work
+from measurement.device import NUM_SHAPES, device_work, measure_clock
 from measurement.lengths import FULL, SMALL, Sizes
 from measurement.options import add_ratios, add_stages, engine_parser, parse
 from measurement.ours import GREEDY, OurEngine, open_engine
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
+from measurement.steady import steady
 from measurement.table import Budget, Row, Table, Work
 
 OWN_STAGES = ("sampled", "metrics", "device", "alone")
@@ -60,17 +62,18 @@ def short_work(engine: OurEngine, load: Load, name: str, measure: Callable[..., 
     return ((f"{name} {b} x {n}", partial(measure, engine, load, b, n)) for b, n in shapes)
 
 
-def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int) -> None:
-    """The kernels of what a row was measured on, and the row beside them."""
-    if row.work == "decode":
-        value = alone.decode_us(row.batch, round(context)) / 1e3
-    else:
-        value = alone.prefill_us(row.context, chunk) / 1e6
-    reference = Row(row.model, row.work, ALONE, row.batch, row.context, value, row.unit)
+def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int, sizes: Sizes) -> None:
+    """The kernels of what a row was measured on, and the row beside them; of the shortest decodes, clock and power."""
+    on_gpu, is_decode = torch.cuda.is_available(), row.work == "decode"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    sample = alone.decode(row.batch, round(context)) if is_decode else alone.prefill(row.context, chunk)
+    microseconds = steady(sample, sizes.steady_s)
+    reference = replace(row, backend=ALONE, value=microseconds / (1e3 if is_decode else 1e6))
     table.add(reference)
     table.compare(row, reference)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if on_gpu and is_decode and (row.batch, row.context) in sizes.decode[:NUM_SHAPES]:
+        measure_clock(lambda work, **found: table.add(replace(reference, work=work, **found)), sample)
 
 
 def alone_work(table: Table, contexts: Mapping[Row, float], sizes: Sizes, chunk_size: int, alone: Alone) -> Work:
@@ -79,7 +82,7 @@ def alone_work(table: Table, contexts: Mapping[Row, float], sizes: Sizes, chunk_
     for row, context in sorted(contexts.items(), key=lambda item: item[0].batch * item[0].context):
         chunk = min(chunks.get(row.work, 1), row.context)
         name = f"alone: {row.work} {row.batch} x {row.context}"
-        yield name, partial(measure_alone, table, row, context, alone, chunk)
+        yield name, partial(measure_alone, table, row, context, alone, chunk, sizes)
 
 
 def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -> Mapping[Row, float]:

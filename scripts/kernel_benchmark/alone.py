@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from kernel_benchmark.attention import Attend, Equal, attention_at_hand
 from kernel_benchmark.shapes import Model
-from kernel_benchmark.timing import eager_us, graph_us
+from kernel_benchmark.timing import Sample, eager_sample, eager_us, graph_sample, graph_us
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [tokens, in], weight [out, in] -> [tokens, out]
 LAYER = ("qkv", "o", "gate_up", "down")
@@ -28,8 +28,8 @@ class Alone:
         self.head = self._random(*shapes["lm_head"])
         self._products = _products(device)
 
-    def decode_us(self, batch: int, context: int) -> float:
-        """Microseconds of one step's kernels for `batch` sequences of `context` tokens, in one graph."""
+    def decode(self, batch: int, context: int) -> Sample:
+        """One step's kernels for `batch` sequences of `context` tokens, in one graph."""
         model = self.model
         inputs = self._inputs(batch)
         best = {name: self._fastest(name, inputs[name]) for name in model.weights}
@@ -43,10 +43,10 @@ class Alone:
                 self._layer(weights, best, inputs, lambda cache=cache: attend(q, *cache))
             best["lm_head"](inputs["lm_head"], self.head)
 
-        return graph_us(run, 1, min_launches=1)
+        return graph_sample(run, 1, min_launches=1)
 
-    def prefill_us(self, context: int, chunk: int) -> float:
-        """Microseconds of the kernels of one prompt, `chunk` tokens a step, one after the other as in a run."""
+    def prefill(self, context: int, chunk: int) -> Sample:
+        """The kernels of one prompt, `chunk` tokens a step, one after the other as in a run."""
         model = self.model
         shape = (1, context, model.num_kv_heads, model.head_size)
         cache = (self._random(*shape), self._random(*shape))
@@ -62,8 +62,7 @@ class Alone:
                     self._layer(weights, best, inputs[size], lambda q=queries[size], a=attend: a(q, *cache))
             functional.linear(last, self.head)
 
-        is_long = context > 32768
-        return eager_us(run, 1, replays=1 if is_long else 2, warm=is_long)
+        return eager_sample(run, 1)
 
     def _layer(
         self, weights: Mapping[str, Tensor], best: Mapping[str, Product], inputs: Mapping[str, Tensor],

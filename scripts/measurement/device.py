@@ -47,17 +47,23 @@ def measure_device(load: Load, batch: int, context: int) -> None:
     """Rows of one shape: milliseconds of each operation, per cent in which no kernel and no copy runs, clock, power."""
     produced = load.settle([context] * batch, _MOST_STEPS)
     step = partial(load.advance, produced)
-    clock, power = clock_and_power(step)  # first: while a trace is read the device rests
+    record = partial(load.record, batch=batch, context=context)
+    measure_clock(record, step)  # first: while a trace is read the device rests
     kernels = trace(step)
     load.end(produced)
     for operation, microseconds in time_by_operation(kernels).items():
-        load.record(f"decode step: {operation}", batch, context, microseconds / STEPS / 1e3, "ms")
-    load.record("GPU idle in a decode step", batch, context, 100 * idle_share(kernels), "%")
-    load.record("SM clock in decode steps", batch, context, clock, "MHz")
-    load.record("power in decode steps", batch, context, power, "W")
+        record(f"decode step: {operation}", value=microseconds / STEPS / 1e3, unit="ms")
+    record("GPU idle in a decode step", value=100 * idle_share(kernels), unit="%")
 
 
-def clock_and_power(step: Callable[[], None]) -> tuple[float, float]:
+def measure_clock(record: Callable[..., object], step: Callable[[], object]) -> None:
+    """Rows of the SM clock and of the power while steps run; record: called with work, value and unit."""
+    clock, power = clock_and_power(step)
+    record("SM clock in decode steps", value=clock, unit="MHz")
+    record("power in decode steps", value=power, unit="W")
+
+
+def clock_and_power(step: Callable[[], object]) -> tuple[float, float]:
     """Medians of the SM clock in MHz and of the power in W, while steps run."""
     device = f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}"
     query = ["nvidia-smi", device, "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]

@@ -18,6 +18,7 @@ class Sizes(NamedTuple):
     uniform: tuple[int, int, int]  # requests, fewest and most tokens, of prompts and of outputs alike
     lognormal_requests: int
     traces: tuple[tuple[int, int, int], ...]  # requests, tokens of each, prompt tokens for one output token
+    steady_s: float  # seconds over which work of less is done again and again (steady.py)
 
     def with_ratios(self, ratios: Sequence[int]) -> "Sizes":
         """Only the traces of these ratios of prompt to output."""
@@ -40,10 +41,11 @@ FULL = Sizes(
     uniform=(256, 100, 1024),
     lognormal_requests=1000,
     traces=((50, 32768, 500), (50, 32768, 50)),
+    steady_s=2.0,
 )  # fmt: skip
 SMALL = Sizes(
     prefill=(64, 128), chunk=32, decode=((1, 32), (4, 32)), decode_steps=8, uniform=(4, 8, 24),
-    lognormal_requests=6, traces=((3, 64, 15),),
+    lognormal_requests=6, traces=((3, 64, 15),), steady_s=0.05,
 )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 import random
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from measurement.lengths import Requests, Sizes, lognormal_requests, trace_requests, uniform_requests
+from measurement.steady import steady
 from measurement.table import Row, Table, Work
 
 WARM_UP_TOKENS = 8
@@ -158,9 +158,8 @@ class Load:
     # What a row is made of.
 
     def prefill(self, context: int, work: str = "prefill") -> None:
-        """Median seconds of one request with a prompt of `context` tokens and one token out."""
-        repeats = 3 if context <= 65536 else 1
-        seconds = statistics.median(self.serve([(context, 1)]) for _ in range(repeats))
+        """Seconds of one request with a prompt of `context` tokens and one token out, one such after the other."""
+        seconds = steady(lambda: self.serve([(context, 1)]), self.sizes.steady_s)
         row = self.record(work, 1, context, seconds, "s")
         self.contexts[row] = context
 

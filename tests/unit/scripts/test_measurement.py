@@ -5,6 +5,7 @@ import os
 import random
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from measurement.device import NUM_SAMPLES, Kernel, clock_and_power, idle_share, operation_of, time_by_operation
 from measurement.lengths import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
 from measurement.serving import STAGES, Load, percentile
+from measurement.steady import steady
 from measurement.table import Budget, Row, Table, read_rows
 
 
@@ -189,3 +191,11 @@ def test_clock_and_power_are_asked_for_while_steps_run(tmp_path: Path, monkeypat
 def test_percentile_of_all_is_the_largest() -> None:
     values = [random.random() for _ in range(101)]
     assert percentile(values, 1.0) == max(values) and percentile(values, 0.5) == sorted(values)[50]
+
+
+def test_steady_is_the_median_once_a_device_has_been_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    slower = iter([1.0, 1.0, 2.0, 3.0, 3.0, 9.0])
+    assert steady(lambda: next(slower), seconds=5) == 3.0
+    assert steady(lambda: 7.0, seconds=0) == 7.0
