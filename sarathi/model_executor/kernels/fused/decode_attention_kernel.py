@@ -43,32 +43,48 @@ def _ask_for(row_ptrs, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _turned(left, right, cos, sin):
-    """The halves of a head, turned; rounded as a store between would have."""
-    wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
-    new_left = (wide_left * cos - wide_right * sin).to(left.dtype)
-    return new_left, (wide_right * cos + wide_left * sin).to(left.dtype)
+def _turned(own, other, cos, sin):
+    """Dimensions of a head, turned with those of its other half; rounded as a store between would have."""
+    return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
+
+
+@triton.jit
+def _angle(cos_ptr, sin_ptr, position, HEAD_SIZE: tl.constexpr):
+    """What a dimension and its partner count for at a position: [HEAD_SIZE] float32 each."""
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    dims = tl.arange(0, HEAD_SIZE)
+    at = position * HALF + dims % HALF
+    sin = tl.load(sin_ptr + at).to(tl.float32)
+    return tl.load(cos_ptr + at).to(tl.float32), tl.where(dims < HALF, -sin, sin)
 
 
 @triton.jit
 def _turned_queries(q_ptr, heads, stride_head, present, cos, sin, HEAD_SIZE: tl.constexpr):
-    """Query heads [PADDED, HEAD_SIZE], turned: the halves are put one behind the other again."""
-    half = tl.arange(0, HEAD_SIZE // 2)
-    at = q_ptr + heads[:, None] * stride_head + half[None, :]
-    left = tl.load(at, mask=present[:, None], other=0.0)
-    right = tl.load(at + HEAD_SIZE // 2, mask=present[:, None], other=0.0)
-    left, right = _turned(left, right, cos[None, :], sin[None, :])
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (heads.shape[0], HEAD_SIZE))
+    """Query heads [PADDED, HEAD_SIZE], turned.
+
+    Read twice, since halves put together by tl.join would have the product's operands laid out four elements at a time,
+    as ldmatrix cannot read them.
+    """
+    dims = tl.arange(0, HEAD_SIZE)
+    rows_ptr, read = q_ptr + heads[:, None] * stride_head, present[:, None]
+    own = tl.load(rows_ptr + dims[None, :], mask=read, other=0.0)
+    other = tl.load(rows_ptr + _partner(dims, HEAD_SIZE)[None, :], mask=read, other=0.0)
+    return _turned(own, other, cos[None, :], sin[None, :])
 
 
 @triton.jit
 def _store_new(new_key_ptr, new_value_ptr, key_ptr, value_ptr, cos, sin, HEAD_SIZE: tl.constexpr):
     """One head of the step's key, turned, and of its value go to their place in the cache."""
-    half, dims = tl.arange(0, HEAD_SIZE // 2), tl.arange(0, HEAD_SIZE)
-    left, right = _turned(tl.load(new_key_ptr + half), tl.load(new_key_ptr + HEAD_SIZE // 2 + half), cos, sin)
-    tl.store(key_ptr + half, left)
-    tl.store(key_ptr + HEAD_SIZE // 2 + half, right)
+    dims = tl.arange(0, HEAD_SIZE)
+    key = _turned(tl.load(new_key_ptr + dims), tl.load(new_key_ptr + _partner(dims, HEAD_SIZE)), cos, sin)
+    tl.store(key_ptr + dims, key)
     tl.store(value_ptr + dims, tl.load(new_value_ptr + dims))
+
+
+@triton.jit
+def _partner(dims, HEAD_SIZE: tl.constexpr):
+    """The dimension of the other half that each is turned with."""
+    return (dims + HEAD_SIZE // 2) % HEAD_SIZE
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -129,7 +145,6 @@ def attention_kernel(
 
     group = tl.arange(0, PADDED)
     dims = tl.arange(0, HEAD_SIZE)
-    half = tl.arange(0, HEAD_SIZE // 2)
     present = group < GROUP
     if PDL:
         if AHEAD > 0 and begin < end:
@@ -159,8 +174,7 @@ def attention_kernel(
         seq_values_ptr = values_ptr + slot * values_stride_slot
         if NEW:
             position = (length - 1).to(tl.int64)
-            cos = tl.load(cos_ptr + position * (HEAD_SIZE // 2) + half).to(tl.float32)
-            sin = tl.load(sin_ptr + position * (HEAD_SIZE // 2) + half).to(tl.float32)
+            cos, sin = _angle(cos_ptr, sin_ptr, position, HEAD_SIZE)
         seq_end = tl.minimum(seq_end, end)
         while at < seq_end:
             head = (at - seq_begin) // (tiles + RUN_COST)
@@ -262,13 +276,13 @@ def _attend(
         inside = token < length
         keys = tl.load(key_ptr + key_offsets, mask=inside[:, None], other=0.0)
         values = tl.load(value_ptr + value_offsets, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(keys)) * scale
+        scores = tl.dot(q, tl.trans(keys))
         seen = inside
         if WINDOW > 0:
             seen = inside & (token >= length - WINDOW)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         sums = sums * shrink[:, None] + weights
         acc = acc * shrink[:, None]
