@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sarathi.model_executor.placement import Placement
 
-_PACKABLE = (torch.float32, torch.bfloat16)
 _ANY_ROWS = 64  # the row count that a packed layout is chosen for; layouts chosen for 16 and more serve all sizes well
 
 
@@ -52,7 +51,12 @@ class Linear:
 
 
 def _is_packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in _PACKABLE and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether oneDNN is in this torch and, for bfloat16, has kernels for this processor: it needs AVX-512 or newer."""
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 def _multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
