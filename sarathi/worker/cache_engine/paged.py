@@ -54,7 +54,7 @@ class PagedCacheEngine:
     def prepare(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             self._tables.setdefault(chunk.request_id, []).extend(chunk.block_ids)
-            self._tokens[chunk.request_id] = chunk.granted_tokens
+            self._tokens[chunk.request_id] = chunk.start + chunk.num_tokens
         self._peak_blocks = max(self._peak_blocks, self._used_blocks())
 
     def address(self, chunks: Sequence[Chunk]) -> BlockAddress:
@@ -79,13 +79,13 @@ class PagedCacheEngine:
         )
 
     def check_integrity(self) -> None:
-        """No block is in two tables, none is out of range, and every table holds what was granted."""
+        """No block is in two tables, none is out of range, and every token has its block."""
         blocks = [block for table in self._tables.values() for block in table]
         if len(set(blocks)) != len(blocks) or not all(0 <= block < self._num_blocks for block in blocks):
             raise RuntimeError(f"blocks shared or outside [0, {self._num_blocks}): {self._tables}")
         short = [name for name, table in self._tables.items() if len(table) * self._block_size < self._tokens[name]]
         if short:
-            raise RuntimeError(f"tables shorter than the tokens granted: {', '.join(short)}")
+            raise RuntimeError(f"tables shorter than the tokens in them: {', '.join(short)}")
 
     def close(self) -> None:
         self._tables.clear()

@@ -25,6 +25,7 @@ class vATTNCacheEngine:
             settings = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
             raise CacheSettingsError(f"{settings}: {error}") from error
         self._slots: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}  # in each slot, of those that its memory was granted for
         self._slack_tokens = shape.slack_tokens
         self._anchor_rows = self._anchor() if anchored else 0
         self._anchored = self._cache.stats()  # what is mapped for nobody, if anything
@@ -41,6 +42,7 @@ class vATTNCacheEngine:
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             slot = self._slots.pop(request_id, None)
+            self._tokens.pop(request_id, None)
             if slot is not None:
                 self._cache.free(slot)
 
@@ -57,6 +59,7 @@ class vATTNCacheEngine:
         except Exception:
             self.release([chunk.request_id for chunk in new])
             raise
+        self._tokens.update((chunk.request_id, chunk.start + chunk.num_tokens) for chunk in chunks)
 
     def address(self, chunks: Sequence[Chunk]) -> SlotAddress:
         return SlotAddress(tuple(self._slots_of(chunks)))
@@ -73,12 +76,14 @@ class vATTNCacheEngine:
 
     def stats(self) -> MemoryStats:
         stats = self._cache.stats()
+        mapped_bytes = stats.mapped_bytes - self._anchored.mapped_bytes
+        token_bytes = sum(self._tokens.values()) * self._cache.token_bytes * self._cache.num_regions
         return MemoryStats(
             reserved_bytes=stats.reserved_bytes,
             created_bytes=stats.created_bytes - self._anchored.created_bytes,
-            mapped_bytes=stats.mapped_bytes - self._anchored.mapped_bytes,
+            mapped_bytes=mapped_bytes,
             idle_bytes=stats.idle_bytes,
-            wasted_bytes=stats.wasted_bytes - self._anchored.wasted_bytes,
+            wasted_bytes=mapped_bytes - stats.idle_bytes - token_bytes,
             peak_mapped_bytes=stats.peak_mapped_bytes - self._anchored.mapped_bytes,
             driver_calls=stats.driver_calls,
             driver_s=stats.driver_s,
@@ -93,6 +98,7 @@ class vATTNCacheEngine:
 
     def close(self) -> None:
         self._slots.clear()
+        self._tokens.clear()
         self._cache.close()
 
     def _anchor(self) -> int:

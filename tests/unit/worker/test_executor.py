@@ -10,6 +10,7 @@ import torch
 from random_driver import RandomDriver
 from tiny_models import TinyModel, build, random_prompts
 
+from sarathi import LLM
 from sarathi.config.load import make_config
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.sampling_params import SamplingParams
@@ -121,6 +122,18 @@ def test_an_anchored_cache_keeps_its_first_page_and_says_nothing_of_it(
     assert executor.memory_stats().mapped_bytes == 0
     for index in range(3):
         assert all(tensor[0, 0].isfinite().all() for tensor in executor._worker._cache.layer(index))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wasted_is_what_is_mapped_past_the_last_token_whole_rows_being_granted(tiny: TinyModel, backend: str) -> None:
+    llm = LLM(model=str(tiny.folder), device="cpu", attention_backend=backend, memory_bytes=2**21, max_num_seqs=8)
+    executor, lengths = llm.engine.executor, (5, 9, 18)
+    for length in lengths:
+        llm.engine.add_request(str(length), [3] * length, GREEDY)
+    llm.engine.step()
+    stats, token_bytes = executor.memory_stats(), executor.token_bytes * sum(lengths)
+    assert 0 < stats.wasted_bytes == stats.mapped_bytes - stats.idle_bytes - token_bytes
+    llm.close()
 
 
 def test_a_preempted_request_comes_back_with_its_output(tiny: TinyModel) -> None:
