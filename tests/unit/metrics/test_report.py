@@ -135,8 +135,10 @@ def test_trace_has_a_track_a_request_and_no_step_overlaps(rows: RunRows, folder:
     assert len(steps) == len(rows.steps)
     for before, after in pairwise(steps):
         assert before["ts"] + before["dur"] <= after["ts"] + 1e-3
-    decode = next(event for event in events if event["name"] == "decode")
-    record = next(record for record in rows.requests if record.request_num_decode_tokens > 1)
+    index, record = next(
+        (index, record) for index, record in enumerate(rows.requests) if record.request_num_decode_tokens > 1
+    )
+    decode = next(event for event in events if event["name"] == "decode" and event["tid"] == index)
     assert decode["dur"] == pytest.approx(1e6 * (record.finished_at_s - record.first_token_at_s))
     assert {"attn_decode", "mapped bytes"} <= {event["name"] for event in events}
     (mapping,) = [event for event in events if event["name"].startswith("map pages")]
