@@ -76,6 +76,11 @@ class RequestRecord:
         return self.num_prompt_tokens + len(self.token_times_s)
 
     @property
+    def num_stored_tokens(self) -> int:
+        """Those with memory in the end: keys and values of the last output token were never needed."""
+        return self.num_prompt_tokens + max(len(self.token_times_s) - 1, 0)
+
+    @property
     def request_pd_ratio(self) -> float | None:
         return _ratio(self.num_prompt_tokens, len(self.token_times_s))
 
@@ -100,14 +105,14 @@ class RequestRecord:
     @property
     def kv_blocks_mapped(self) -> int | None:
         """Rows of memory that its tokens took in the end: pages of each region, or blocks where paged."""
-        return self.capacity.rows_for(self.request_num_tokens) if self.capacity else None
+        return self.capacity.rows_for(self.num_stored_tokens) if self.capacity else None
 
     @property
     def kv_fragmentation_percent(self) -> float | None:
         """The part of those rows that no token filled."""
         if not self.capacity or not self.kv_blocks_mapped:
             return None
-        used = self.request_num_tokens * self.capacity.token_bytes
+        used = self.num_stored_tokens * self.capacity.token_bytes
         return 100.0 * (1.0 - used / (self.kv_blocks_mapped * self.capacity.page_bytes))
 
     @property

@@ -132,7 +132,7 @@ class MetricsStore:
             return
         busy_from_s = max(times.started_at_s, self._last_end_s)
         self._last_end_s = times.ended_at_s
-        num_decodes = self._note_chunks(out.chunks, times.started_at_s, times.ended_at_s - busy_from_s)
+        num_decodes = self._note_chunks(out.chunks, busy_from_s, times.ended_at_s - busy_from_s)
         self._note_tokens(result, times.ended_at_s)
         self._steps.append(
             StepRecord(
@@ -158,15 +158,15 @@ class MetricsStore:
     def on_memory(self, stats: MemoryStats) -> None:
         self._memory.append(MemoryRecord(self._clock(), self._step_id, self._replica, stats))
 
-    def _note_chunks(self, chunks: tuple[Chunk, ...], started_s: float, duration_s: float) -> int:
-        """The number of chunks that are decodes."""
+    def _note_chunks(self, chunks: tuple[Chunk, ...], busy_from_s: float, duration_s: float) -> int:
+        """The number of chunks that are decodes. A step launched while another runs begins when that one ends."""
         find, num_decodes = self._by_id.get, 0
         for request_id, start, num_tokens, *_ in chunks:
             record = find(request_id)
             if record is None:
                 continue
             if record.scheduled_at_s is None:
-                record.scheduled_at_s = started_s
+                record.scheduled_at_s = busy_from_s
             record.execution_s += duration_s
             record.num_steps += 1
             num_decodes += num_tokens == 1 and start >= record.num_prompt_tokens

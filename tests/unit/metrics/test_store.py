@@ -81,7 +81,7 @@ def test_every_name_has_a_value(simulation: Simulation) -> None:
 
 def test_memory_of_a_request_is_arithmetic(simulation: Simulation) -> None:
     for record in simulation.store.rows().requests:
-        used_bytes = record.request_num_tokens * CAPACITY.token_bytes
+        used_bytes = (record.request_num_tokens - 1) * CAPACITY.token_bytes  # the last output is never an input
         assert record.kv_blocks_mapped == -(-used_bytes // CAPACITY.page_bytes)
         assert 0 <= record.kv_fragmentation_percent < 100
         share = 1 - record.kv_fragmentation_percent / 100
@@ -144,6 +144,23 @@ def test_steps_in_flight_together_do_not_count_time_twice() -> None:
     cpu = operation_table(rows, on_device=False)
     assert cpu.values("model_execution_e2e") == [3500.0, 3500.0] and cpu.values("schedule") == [500.0, 500.0]
     assert cpu.values("prepare_inputs") == [250.0] and cpu.values("sample") == [125.0]
+
+
+def test_a_step_launched_while_another_runs_begins_for_its_requests_when_that_one_ends() -> None:
+    clock = Clock(0.0)
+    store = MetricsStore(clock)
+    for step_id, (start_s, end_s) in enumerate([(0.0, 1.0), (0.25, 1.5)]):
+        request = Request(str(step_id), (1, 2), arrival_time_s=0.0)
+        store.on_request_arrived(request)
+        clock.now_s = end_s
+        request.finish_reason = "length"
+        store.on_request_finished(request)
+        out = SchedulerOutput(step_id, chunks=(Chunk(request.request_id, 0, 2, True, 2),))
+        result = StepResult(step_id, (SampledToken(request.request_id, 3),))
+        store.on_step(out, result, StepTimes(start_s, start_s, end_s, end_s))
+    second = store.rows().requests[1]
+    assert (second.request_scheduling_delay, second.request_execution_time) == (1.0, 0.5)
+    assert (second.request_preemption_time, second.prefill_time_execution_plus_preemption) == (0.0, 0.5)
 
 
 def test_a_refused_or_aborted_request_has_no_times() -> None:
