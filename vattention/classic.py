@@ -6,8 +6,10 @@ of sequence lengths that `step` takes has one entry for each slot, 0 where there
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 import torch
 
@@ -33,7 +35,7 @@ class ClassicCache:
         if len(lengths) != self.cache.num_slots:
             raise ValueError(f"seq_lens must have one entry a slot: {self.cache.num_slots}, got {len(lengths)}")
         for slot, length in enumerate(lengths):
-            self._check_length(f"seq_lens[{slot}]", length, least=0)
+            self.check_length(f"seq_lens[{slot}]", length, least=0)
         for slot, (before, now) in enumerate(zip(self.lengths, lengths, strict=True)):
             if before > 0 and now == 0:
                 self.release(slot)
@@ -55,7 +57,7 @@ class ClassicCache:
             self.cache.free(slot)
 
     def alloc(self, length: int) -> int:
-        self._check_length("seq_len", length, least=1)  # of length 0 are the slots that are free
+        self.check_length("seq_len", length, least=1)  # of length 0 are the slots that are free
         try:
             slot = self.cache.alloc(length)
         except NoFreeSlotError:
@@ -66,9 +68,10 @@ class ClassicCache:
             self.lengths[slot] = length
         return slot
 
-    def _check_length(self, name: str, length: int, least: int) -> None:
-        if not least <= length <= self.cache.max_tokens:
-            raise ValueError(f"{name} is {length}: it must be from {least} to {self.cache.max_tokens}")
+    def check_length(self, name: str, length: int, least: int) -> None:
+        """Raises ValueError where it is no integer or out of range."""
+        if not isinstance(length, SupportsIndex) or not least <= operator.index(length) <= self.cache.max_tokens:
+            raise ValueError(f"{name} is {length}: it must be an integer from {least} to {self.cache.max_tokens}")
 
 
 class ClassicAPI:
@@ -167,6 +170,7 @@ class ClassicAPI:
         """Maps the same pages at the start of every slot; what one writes there all read, until it is freed."""
         state = self._open
         cache = state.cache
+        state.check_length("num_tokens", num_tokens, least=0)
         if any(state.lengths):
             raise VAttentionError("map_common_pages needs every slot to be free")
         tokens = min(cache.rows_for(num_tokens) * cache.page_bytes // cache.token_bytes, cache.max_tokens)

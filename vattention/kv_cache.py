@@ -98,7 +98,12 @@ class VirtualKVCache:
         return self._native.capacity_rows()
 
     def rows_for(self, tokens: int) -> int:
-        """Rows that `tokens` tokens of one slot take: ceil(tokens * token_bytes / page_bytes)."""
+        """Rows that `tokens` tokens of one slot take: ceil(tokens * token_bytes / page_bytes).
+
+        Raises ValueError for more than max_tokens, or less than none.
+        """
+        if not 0 <= tokens <= self.max_tokens:
+            raise ValueError(f"tokens is {tokens}: it must be from 0 to {self.max_tokens}")
         return self._native.rows_for(tokens)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,7 +48,9 @@ void translate(std::exception_ptr pointer) {
 std::int64_t to_int(PyObject* item, const char* name) {
   const long long value = PyLong_AsLongLong(item);
   if (value != -1 || !PyErr_Occurred()) return value;
+  const bool is_too_large = PyErr_ExceptionMatches(PyExc_OverflowError) != 0;
   PyErr_Clear();
+  if (is_too_large) throw py::value_error(std::string(name) + " holds a number of more than 64 bits");
   const std::string type = Py_TYPE(item)->tp_name;
   throw py::type_error(std::string(name) + " must be a sequence of integers, found " + type);
 }

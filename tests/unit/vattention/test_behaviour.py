@@ -117,7 +117,8 @@ def test_wrong_calls_change_nothing():
             ([slot], [1, 2], ValueError),
             ([slot], ["x"], TypeError),
             (5, [1], TypeError),
-            ([slot], [1 << 70], TypeError),
+            ([slot], [1 << 70], ValueError),
+            ([1 << 70], [1], ValueError),
         ]:
             with pytest.raises(error):
                 cache.prepare(slots, tokens)
@@ -126,6 +127,9 @@ def test_wrong_calls_change_nothing():
                 verb(17)
         with pytest.raises(ValueError, match="already in use"):
             cache.claim(slot)
+        for tokens in (-1, 1025, 1 << 57):  # the last times the bytes of a token is 0 in 64 bits
+            with pytest.raises(ValueError, match=f"tokens is {tokens}: it must be from 0 to 1024"):
+                cache.rows_for(tokens)
         with pytest.raises(ValueError, match="max_tokens = 1024, got 1025"):
             cache.alloc(1025)
         with pytest.raises(ValueError, match="layer"):
