@@ -19,13 +19,27 @@ class Pages(NamedTuple):
 
 
 def as_pages(cache: Tensor, page_tokens: int) -> Pages:
-    """cache: [slots, tokens, kv_heads, head_size] with any strides. Rows are as far apart as both strides allow."""
+    """cache: [slots, tokens, kv_heads, head_size] with any strides. Rows are as far apart as both strides allow.
+
+    A slot's last page may reach past its tokens; of the last slot's there is as much as the cache's storage holds.
+    """
     slot_stride, token_stride, *inner = cache.stride()
     page_stride = page_tokens * token_stride
     unit = gcd(slot_stride, page_stride)
-    last = (cache.shape[0] - 1) * slot_stride + (cache.shape[1] // page_tokens - 1) * page_stride
+    last = (cache.shape[0] - 1) * slot_stride + (-(-cache.shape[1] // page_tokens) - 1) * page_stride
+    last = min(last, _elements_from(cache) - _extent((page_tokens, *cache.shape[2:]), (token_stride, *inner)))
     shape = (last // unit + 1, page_tokens, *cache.shape[2:])
     return Pages(cache.as_strided(shape, (unit, token_stride, *inner)), slot_stride // unit, page_stride // unit)
+
+
+def _elements_from(tensor: Tensor) -> int:
+    """Of the storage, from the tensor's first one on."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first one of such a tensor to its last one, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def page_table(slots: Tensor, num_pages: int, pages: Pages) -> Tensor:

@@ -131,6 +131,20 @@ def test_pages_of_slots_show_the_slots_tokens() -> None:
     torch.testing.assert_close(pages.pages[table.long()].flatten(1, 2), cache[slots.long()])
 
 
+@pytest.mark.parametrize("slack", [0, 3, 16])
+def test_pages_reach_as_far_as_the_last_token_where_it_does_not_end_a_page(slack: int) -> None:
+    page, columns = 8, 8 * random.randint(1, 4) + random.randint(1, 7)
+    region = torch.randn(3, columns + slack, 2, 8)
+    cache = region[:, :columns]
+    pages = as_pages(cache, page)
+    num_pages = -(-columns // page)
+    table = page_table(torch.tensor([0, 1, 2], dtype=torch.int32), num_pages, pages)
+    fits = slack >= num_pages * page - columns  # the last page of the last slot lies within the storage
+    shown = table if fits else table[:-1]
+    assert shown.max() < len(pages.pages)
+    torch.testing.assert_close(pages.pages[shown.long()].flatten(1, 2)[:, :columns], cache[: len(shown)])
+
+
 FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), window=True, overreach=0)
 
 
