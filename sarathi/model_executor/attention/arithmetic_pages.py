@@ -34,7 +34,7 @@ def as_pages(cache: Tensor, page_tokens: int) -> Pages:
 
 def _elements_from(tensor: Tensor) -> int:
     """Of the storage, from the tensor's first one on."""
-    return tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    return tensor.untyped_storage().nbytes() // tensor.element_size() - int(tensor.storage_offset())
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
