@@ -51,7 +51,7 @@ def settle(runner: Runner, cache: CacheEngine, config: EngineConfig, shape: Cach
     if not isinstance(runner, CudaModelRunner):
         return
     max_tokens = config.scheduler.max_step_tokens(shape.max_model_len)
-    _run(runner, cache, [max_tokens], shape)
+    _run(runner, cache, largest_step(max_tokens, shape), shape)
     runner.rehearse()
     if not config.model.enforce_eager:
         _run(runner, cache, [_SHORT_PROMPT] * min(_PROMPTS, shape.max_num_seqs), shape)
@@ -60,6 +60,13 @@ def settle(runner: Runner, cache: CacheEngine, config: EngineConfig, shape: Cach
         runner.capture()
     if config.cache.memory_bytes is None:
         cache.resize(shape.budget_bytes + cache_budget_bytes(config.cache, shape.place.device))
+
+
+def largest_step(max_tokens: int, shape: CacheShape) -> list[int]:
+    """Tokens of the prompts that fill a step: each as long as a prompt can be, and the rest."""
+    longest = shape.max_model_len - 1
+    rest = max_tokens % longest
+    return ([longest] * (max_tokens // longest) + ([rest] if rest else []))[: shape.max_num_seqs]
 
 
 def _run(runner: CudaModelRunner, cache: CacheEngine, prompts: Sequence[int], shape: CacheShape) -> None:

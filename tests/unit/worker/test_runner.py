@@ -9,7 +9,7 @@ from sarathi.messages import Finished
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.cuda_runner import CudaModelRunner
 from sarathi.model_executor.placement import Placement
-from sarathi.worker.cache_engine.base import CacheShape
+from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.runner import settle
 
@@ -59,6 +59,26 @@ def test_steps_of_all_sizes_run_before_the_graphs_are_made(backend: str, monkeyp
 def test_without_graphs_only_the_largest_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = settled(monkeypatch, "sdpa_vattn_4kb", 4096 * KIB, chunk_size=300, enforce_eager=True)
     assert runner.noted == [[300], "rehearse"]
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "prompts"), [(10_000, [4095, 4095, 1810]), (8190, [4095, 4095]), (10**6, [4095] * 20)]
+)
+def test_the_largest_step_is_of_as_many_prompts_as_it_takes(
+    chunk_size: int, prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = settled(monkeypatch, "sdpa_vattn_4kb", 2**26, chunk_size=chunk_size, enforce_eager=True)
+    assert runner.noted == [prompts, "rehearse"]
+
+
+@pytest.mark.parametrize("slack_tokens", [64, 300])
+def test_a_budget_in_which_no_token_fits_is_refused_with_the_arithmetic(slack_tokens: int) -> None:
+    """A row is 64 tokens; kernels may read on behind the last one."""
+    shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, 16 * KIB, slack_tokens)
+    rows = -(-(1 + slack_tokens) // 64)
+    arithmetic = f"memory_bytes=16384 holds 1 pages .* takes {rows}, with the {slack_tokens} tokens"
+    with pytest.raises(CacheSettingsError, match=arithmetic):
+        create_cache_engine(BackendSpec.parse("sdpa_vattn_4kb"), shape)
 
 
 def test_steps_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
