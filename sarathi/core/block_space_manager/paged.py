@@ -32,10 +32,6 @@ class PagedBlockSpaceManager:
     def is_overcommitted(self) -> bool:
         return self._sum.is_overcommitted
 
-    def blocks_of(self, request: Request) -> tuple[int, ...]:
-        """The blocks that hold the request's tokens, first tokens first."""
-        return tuple(self._blocks.get(request.request_id, ()))
-
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         held = self._sum.rows_of(request)
         grant = self._sum.allocate(request, num_tokens, spare_rows)
