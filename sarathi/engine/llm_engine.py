@@ -46,6 +46,8 @@ class Executor(Protocol):
 
     def launch(self, out: SchedulerOutput) -> PendingStep: ...
 
+    def wait(self) -> None: ...
+
     def memory_stats(self) -> MemoryStats: ...
 
     def shutdown(self) -> None: ...
@@ -139,8 +141,12 @@ class LLMEngine:
         return self._output(group, self._clock())
 
     def shutdown(self) -> None:
-        """Give back the executor's memory and processes; the engine is of no use afterwards."""
-        self.executor.shutdown()
+        """End every request, as a step that raises does, and give back the executor's memory and processes; the engine
+        is of no use afterwards."""
+        try:
+            self._give_up()
+        finally:
+            self.executor.shutdown()
 
     def _answer(
         self, request_id: str, index: int, token_ids: tuple[int, ...], params: SamplingParams, arrival_s: float
@@ -194,11 +200,14 @@ class LLMEngine:
         return outputs
 
     def _give_up(self) -> None:
-        """Every request ends, once the steps in flight are over: their memory must not be taken from under them."""
+        """Every request ends, once the steps in flight are over: their memory must not be taken from under them.
+
+        Ctrl-C may have come between the start of a step and its place among the flights: the executor waits for it.
+        """
         try:
-            for flight in self._flights:
+            for wait in (*[flight.pending.result for flight in self._flights], self.executor.wait):
                 with suppress(Exception):
-                    flight.pending.result()
+                    wait()
         finally:
             self._flights.clear()
             self.scheduler.reset()

@@ -70,6 +70,10 @@ class Executor:
         """Runs one step to its end."""
         return self.launch(out).result()
 
+    def wait(self) -> None:
+        """Returns when nothing of any step is under way, whoever has its PendingStep."""
+        self._worker.wait()
+
     def memory_stats(self) -> MemoryStats:
         """The cache's memory now."""
         return self._worker.memory_stats()

@@ -53,6 +53,9 @@ class FakeExecutor:
             return SampledToken(request_id, token_id)
         return SampledToken(request_id, token_id, -0.5, tuple((rank, -1.0 - rank) for rank in range(params.logprobs)))
 
+    def wait(self) -> None:
+        """Steps are over when launch() returns."""
+
     def memory_stats(self) -> MemoryStats:
         return MemoryStats(mapped_bytes=sum(map(len, self.tokens.values())))
 
