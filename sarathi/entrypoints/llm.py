@@ -8,7 +8,8 @@ with LLM("smollm2-135m") as llm:
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -89,8 +90,9 @@ class LLM:
         numbers = {next(self._ids): number for number in range(len(prompts))}
         pending, inbox = set(numbers), deque[RequestOutput]()
         try:
-            self._inboxes.update(dict.fromkeys(numbers, inbox))
-            self._add_all(numbers, prompts, params)
+            with self._using_engine():
+                self._inboxes.update(dict.fromkeys(numbers, inbox))
+                self._add_all(numbers, prompts, params)
             while pending:
                 self._fill(inbox)
                 while inbox:
@@ -99,7 +101,8 @@ class LLM:
                         pending.discard(output.request_id)
                     yield numbers[output.request_id], output
         finally:
-            self._end_all(numbers)
+            self._left.extend(numbers)
+            self._end_left()
 
     def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
@@ -125,6 +128,8 @@ class LLM:
         self.engine = engine
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
+        self._left: deque[str] = deque()  # requests of streams that are over
+        self._is_using_engine = False
         self._finalizer = weakref.finalize(self, engine.shutdown)
 
     def _run(self, prompts: Sequence[AnyPrompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
@@ -154,14 +159,32 @@ class LLM:
         while not inbox:
             if not self.engine.num_unfinished:
                 raise RuntimeError("the requests of this stream ended when a step failed that another stream asked for")
-            for output in self.engine.step():
-                if output.request_id in self._inboxes:
-                    self._inboxes[output.request_id].append(output)
+            with self._using_engine():
+                for output in self.engine.step():
+                    if output.request_id in self._inboxes:
+                        self._inboxes[output.request_id].append(output)
 
-    def _end_all(self, request_ids: Iterable[str]) -> None:
-        """Abort what is not done, and free memory: the worker hears of ended requests with the next step only, and
-        where no request is left there would be none."""
-        for request_id in request_ids:
+    @contextmanager
+    def _using_engine(self) -> Iterator[None]:
+        """Streams that end meanwhile, because they are collected as garbage at some allocation, end afterwards."""
+        try:
+            self._is_using_engine = True
+            yield
+        finally:
+            self._is_using_engine = False
+            self._end_left()
+
+    def _end_left(self) -> None:
+        """Abort what is not done of the streams that are over, unless the engine is in the middle of something else."""
+        if self._left and not self._is_using_engine:
+            with self._using_engine():
+                self._abort_left()
+
+    def _abort_left(self) -> None:
+        """Abort, and free memory: the worker hears of ended requests with the next step only, and where no request is
+        left there would be none."""
+        while self._left:
+            request_id = self._left.popleft()
             self.engine.abort(request_id)
             self._inboxes.pop(request_id, None)
         while self.engine.has_work and not self.engine.num_unfinished:

@@ -2,11 +2,12 @@
 
 import gc
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from fake_engine import END, FakeExecutor, make_engine, says
 
+from sarathi.engine.outputs import RequestOutput
 from sarathi.entrypoints.llm import LLM
 from sarathi.sampling_params import SamplingParams
 
@@ -155,6 +156,28 @@ def test_leaving_a_stream_aborts_its_request() -> None:
             break
     gc.collect()
     assert llm.engine.num_unfinished == 0 and mapped_bytes(llm) == 0
+
+
+@pytest.mark.parametrize("where", ["_split", "update", "add"])
+def test_a_stream_collected_in_the_middle_of_a_step_harms_no_other(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection may come at any allocation; here it comes as a method of the scheduler returns."""
+    llm = make_llm("abcdef")
+    streams = {name: llm.stream(f"{name}\0", LONG) for name in "xyz"}
+    first = next(streams["x"]).outputs[0].text + next(streams["y"]).outputs[0].text
+    abandoned: list[Iterator[RequestOutput]] = [streams.pop("x")]
+    original = getattr(llm.engine.scheduler, where)
+
+    def collecting(*args: object) -> object:
+        result = original(*args)
+        abandoned.clear()
+        return result
+
+    monkeypatch.setattr(llm.engine.scheduler, where, collecting)
+    texts = ["".join(output.outputs[0].delta for output in stream) for stream in streams.values()]
+    assert not abandoned and first == "aa"
+    assert texts == ["bcdef", "abcdef"]
+    assert llm.engine.num_unfinished == 0 and not llm.engine.has_work and mapped_bytes(llm) == 0
+    llm.engine.scheduler.check_integrity()
 
 
 def test_streams_read_in_turn_lose_nothing() -> None:
