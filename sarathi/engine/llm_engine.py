@@ -62,6 +62,10 @@ class Flight(NamedTuple):
     scheduled_s: float
 
 
+class EngineShutDownError(RuntimeError):
+    """A request for an engine whose model and memory are gone."""
+
+
 class LLMEngine:
     """A scheduler, an executor and a tokenizer put together. One thread at a time may use it."""
 
@@ -82,6 +86,7 @@ class LLMEngine:
         self._flights: deque[Flight] = deque()
         self._groups: dict[str, Group] = {}
         self._answers: dict[str, tuple[Group, Answer]] = {}
+        self._is_shut_down = False
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLMEngine":
@@ -93,7 +98,7 @@ class LLMEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, be it only to free the memory of requests that have ended."""
-        return self.scheduler.has_work or bool(self._flights)
+        return not self._is_shut_down and (self.scheduler.has_work or bool(self._flights))
 
     @property
     def num_unfinished(self) -> int:
@@ -108,6 +113,8 @@ class LLMEngine:
 
         arrival_time_s: by the engine's clock, where it came in before this call; None: now.
         """
+        if self._is_shut_down:
+            raise EngineShutDownError("the engine is shut down: it takes no more requests")
         token_ids = self._inputs.token_ids(prompt)
         self._inputs.check_params(sampling_params)
         metrics = RequestMetrics(self._clock() if arrival_time_s is None else arrival_time_s)
@@ -142,7 +149,8 @@ class LLMEngine:
 
     def shutdown(self) -> None:
         """End every request, as a step that raises does, and give back the executor's memory and processes; the engine
-        is of no use afterwards."""
+        has no work and takes none afterwards. Idempotent."""
+        self._is_shut_down = True
         try:
             self._give_up()
         finally:

@@ -115,7 +115,7 @@ class LLM:
         return self.engine.executor.memory_stats()
 
     def close(self) -> None:
-        """Free all memory; may be called again."""
+        """Free all memory, of the cache and of the model; open streams end with an error. May be called again."""
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -158,7 +158,10 @@ class LLM:
         """Step until something comes; what comes for other streams, read in turn with this one, is kept for them."""
         while not inbox:
             if not self.engine.num_unfinished:
-                raise RuntimeError("the requests of this stream ended when a step failed that another stream asked for")
+                raise RuntimeError(
+                    "the requests of this stream ended before it: the LLM was closed, or a step failed that another "
+                    "stream asked for"
+                )
             with self._using_engine():
                 for output in self.engine.step():
                     if output.request_id in self._inboxes:

@@ -32,6 +32,7 @@ class FakeExecutor:
         self.fail_next: Exception | None = None
 
     def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
+        assert not self.is_shut_down
         return Finished(self.execute(out))
 
     def execute(self, out: SchedulerOutput) -> StepResult:

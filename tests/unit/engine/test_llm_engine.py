@@ -9,7 +9,7 @@ from fake_engine import END, VOCAB_SIZE, FakeExecutor, echo, make_engine, says
 
 from sarathi.core.scheduler.limits import RequestTooLongError
 from sarathi.engine import llm_engine
-from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine.llm_engine import EngineShutDownError, LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.messages import SchedulerOutput, StepResult
 from sarathi.metrics.store import MetricsStore
@@ -301,6 +301,18 @@ def test_shutdown_reaches_the_executor() -> None:
     engine = make_engine()
     engine.shutdown()
     assert engine.executor.is_shut_down  # type: ignore[attr-defined]
+
+
+def test_after_shutdown_there_is_no_work_and_requests_are_refused() -> None:
+    engine = make_engine()
+    engine.add_request("a", [1], SamplingParams())
+    engine.step()
+    engine.shutdown()
+    engine.shutdown()
+    assert not engine.has_work and engine.num_unfinished == 0
+    with pytest.raises(EngineShutDownError, match="the engine is shut down: it takes no more requests"):
+        engine.add_request("b", [1], SamplingParams())
+    assert not engine.has_work
 
 
 class OverlappingExecutor(FakeExecutor):

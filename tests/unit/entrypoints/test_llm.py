@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -233,6 +234,21 @@ def test_with_close_and_deletion_shut_the_executor_down() -> None:
     del other
     gc.collect()
     assert isinstance(executor, FakeExecutor) and executor.is_shut_down
+
+
+def test_closing_ends_open_streams_and_dropping_one_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    unraised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    llm = make_llm("abcdef")
+    read, dropped = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
+    next(read), next(dropped)
+    llm.close()
+    with pytest.raises(RuntimeError, match="the LLM was closed"):
+        list(read)
+    del dropped
+    assert not unraised
+    with pytest.raises(RuntimeError, match="takes no more requests"):
+        llm.generate("z\0", LONG, use_tqdm=False)
 
 
 def test_the_end_token_is_in_the_ids() -> None:
