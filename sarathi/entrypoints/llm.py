@@ -16,6 +16,7 @@ from typing import Any
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
 from sarathi.engine.chat_template import Conversation
+from sarathi.engine.containers import is_integer, is_list
 from sarathi.engine.inputs import Prompt
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
@@ -58,9 +59,9 @@ class LLM:
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Complete one prompt or many, together; outputs in the order of the prompts.
 
-        A prompt is text, a list of token ids, or `{"prompt": ...}` / `{"prompt_token_ids": ...}`; kinds may be mixed.
-        `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at fault;
-        nothing runs then, and the engine stays usable.
+        A prompt is text, a list or array of token ids, or `{"prompt": ...}` / `{"prompt_token_ids": ...}`; kinds may be
+        mixed. `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at
+        fault; nothing runs then, and the engine stays usable.
         """
         return self._run(_as_list(prompts), sampling_params, use_tqdm)
 
@@ -71,7 +72,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, in the model's own chat format; otherwise as `generate`."""
-        single = not messages or isinstance(messages, (str, Mapping)) or isinstance(messages[0], Mapping)
+        single = not is_list(messages) or not len(messages) or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
         return self._run([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
 
@@ -86,6 +87,8 @@ class LLM:
 
         Leaving the loop early, by an exception or not, aborts those that are not done. All are added or none.
         """
+        if not is_list(prompts):
+            raise ValueError(f"prompts is {shown(prompts)}: it must be a list of prompts")
         params = _for_each(sampling_params, len(prompts))
         numbers = {next(self._ids): number for number in range(len(prompts))}
         pending, inbox = set(numbers), deque[RequestOutput]()
@@ -196,26 +199,27 @@ class LLM:
 
 def _as_list(prompts: Prompts) -> Sequence[Any]:
     """One prompt becomes a list of one; a list of integers is one prompt of token ids."""
-    if not isinstance(prompts, (str, Mapping)) and not hasattr(prompts, "__len__"):
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not is_list(prompts):
         raise ValueError(f"prompts is {shown(prompts)}: it must be text, a list of token ids, or a list of those")
-    single = isinstance(prompts, (str, bytes, Mapping)) or (len(prompts) > 0 and _is_integer(prompts[0]))
-    return [prompts] if single else prompts  # type: ignore[return-value]
-
-
-def _is_integer(value: object) -> bool:
-    return hasattr(value, "__index__")
+    return [prompts] if len(prompts) and is_integer(prompts[0]) else prompts
 
 
 def _plain(prompt: AnyPrompt) -> Prompt:
     if not isinstance(prompt, Mapping):
         return prompt
-    for key, is_text in (("prompt_token_ids", False), ("prompt", True)):
+    for key, fits, allowed in (("prompt_token_ids", is_list, "a list of token ids"), ("prompt", _is_text, "text")):
         if key in prompt:
             plain: Prompt = prompt[key]
-            if isinstance(plain, str) != is_text:
-                raise ValueError(f"{key} is {shown(plain)}: it must be {'text' if is_text else 'a list of token ids'}")
+            if not fits(plain):
+                raise ValueError(f"{key} is {shown(plain)}: it must be {allowed}")
             return plain
     raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _for_each(params: Params, count: int) -> Sequence[SamplingParams]:

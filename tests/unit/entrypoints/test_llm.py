@@ -5,7 +5,9 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
+import torch
 from fake_engine import END, FakeExecutor, make_engine, says
 
 from sarathi.engine.outputs import RequestOutput
@@ -44,6 +46,18 @@ def test_every_shape_of_prompts() -> None:
     assert answers([]) == []
 
 
+def test_arrays_are_prompts_or_batches_by_their_dimensions() -> None:
+    for array in (np.array, torch.tensor):
+        assert answers(array([97, 98])) == ["bb"]
+        assert answers(array([97])) == ["aa"]
+        assert answers(list(array([97, 98]))) == ["bb"]
+        assert answers(array([[97], [98]])) == ["aa", "bb"]
+        assert answers(array([[97, 98], [98, 97]])) == ["bb", "aa"]
+        assert answers([array([97]), array([98])]) == ["aa", "bb"]
+        assert answers([array([97, 98]), array([97])]) == ["bb", "aa"]
+        assert answers(["a", array([98]), {"prompt_token_ids": array([99])}]) == ["aa", "bb", "cc"]
+
+
 def test_outputs_keep_the_order_of_prompts_and_their_own_parameters() -> None:
     params = [SamplingParams(max_tokens=count) for count in (9, 1, 5)]
     outputs = LLM.from_engine(make_engine(parrot)).generate(["a", "b", "c"], params, use_tqdm=False)
@@ -78,6 +92,12 @@ BAD_PROMPTS: list[tuple[object, str]] = [
     ([1, 10**5000], "holds token id a int too long to be written: it must be from 0 to 256"),
     ([1, "2"], "must be text or a list of token ids"),
     (None, "must be text or a list of token ids, got None"),
+    ({5, 7}, "must be text or a list of token ids, got {5, 7}"),
+    (np.array([[5], [7]]), "must be text or a list of token ids, got array"),
+    ([torch.tensor([5]), torch.tensor([7])], r"must be text or a list of token ids, got \[tensor"),
+    ({"prompt_token_ids": {5, 7}}, "prompt_token_ids is {5, 7}: it must be a list of token ids"),
+    ({"prompt_token_ids": {5: 7}}, "prompt_token_ids is {5: 7}: it must be a list of token ids"),
+    ({"prompt_token_ids": {5: 7}.values()}, r"prompt_token_ids is dict_values\(\[7\]\): it must be a list"),
 ]
 
 
@@ -89,10 +109,14 @@ def test_whatever_is_given_for_a_prompt_takes_back_the_ones_before(prompt: objec
     assert llm.engine.num_unfinished == 0 and not llm.engine.has_work
 
 
-@pytest.mark.parametrize("prompts", [5, None, b"text"])
+@pytest.mark.parametrize(
+    "prompts", [5, None, b"text", {"a", "b"}, {"a": "b"}.values(), iter(["a"]), np.array(5), torch.tensor(5)]
+)
 def test_prompts_that_are_none(prompts: object) -> None:
-    with pytest.raises(ValueError, match="must be text"):
+    with pytest.raises(ValueError, match=r"prompts is .*: it must be text, a list of token ids, or "):
         make_llm().generate(prompts, LONG)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"prompts is .*: it must be a list of prompts"):
+        list(make_llm().stream_all(prompts, LONG))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -211,11 +235,13 @@ def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
     assert bytes(many[1].prompt_token_ids).count(b"hello") == 2
 
 
-@pytest.mark.parametrize("conversation", ["hello", {"role": "user", "content": "x"}, []])
+@pytest.mark.parametrize("conversation", ["hello", {"role": "user", "content": "x"}, [], 5, {5}, iter([[]])])
 def test_what_is_no_conversation_is_shown_whole(conversation: object) -> None:
     with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got ") as caught:
         make_llm().chat(conversation)  # type: ignore[arg-type]
     assert str(caught.value).endswith(repr(conversation))
+    with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got "):
+        make_llm().chat([[{"role": "user", "content": "x"}], conversation])  # type: ignore[list-item]
 
 
 def test_chat_without_a_tokenizer_says_what_works() -> None:
