@@ -105,6 +105,10 @@ class LLMEngine:
         """Requests that have been added and have not ended."""
         return len(self._groups)
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether a request of this id has been added and has not ended."""
+        return request_id in self._groups
+
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams, arrival_time_s: float | None = None
     ) -> None:

@@ -8,7 +8,7 @@ with LLM("smollm2-135m") as llm:
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -97,7 +97,7 @@ class LLM:
                 self._inboxes.update(dict.fromkeys(numbers, inbox))
                 self._add_all(numbers, prompts, params)
             while pending:
-                self._fill(inbox)
+                self._fill(inbox, pending)
                 while inbox:
                     output = inbox.popleft()
                     if output.finished:
@@ -157,10 +157,10 @@ class LLM:
                 raise
             raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
 
-    def _fill(self, inbox: deque[RequestOutput]) -> None:
-        """Step until something comes; what comes for other streams, read in turn with this one, is kept for them."""
+    def _fill(self, inbox: deque[RequestOutput], pending: Iterable[str]) -> None:
+        """Step until something comes for one of `pending`; what comes for other streams is kept for them."""
         while not inbox:
-            if not self.engine.num_unfinished:
+            if not any(map(self.engine.is_unfinished, pending)):
                 raise RuntimeError(
                     "the requests of this stream ended before it: the LLM was closed, or a step failed that another "
                     "stream asked for"

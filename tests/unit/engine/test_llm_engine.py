@@ -131,7 +131,9 @@ def test_abort_returns_the_last_output_and_frees_the_memory() -> None:
         engine.add_request(request_id, [0], SamplingParams(max_tokens=60, n=n))
     for _ in range(5):
         engine.step()
+    assert engine.is_unfinished("drop") and not engine.is_unfinished("unknown")
     last = engine.abort("drop")
+    assert not engine.is_unfinished("drop")
     assert last is not None and last.finished
     assert [(output.text, output.finish_reason) for output in last.outputs] == [("abcab", "abort")] * 2
     assert engine.abort("drop") is None and engine.abort("unknown") is None

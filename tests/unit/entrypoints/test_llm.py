@@ -225,6 +225,23 @@ def test_a_failed_step_ends_other_streams_with_an_error_too() -> None:
         list(second)
 
 
+def test_a_stream_whose_requests_are_gone_fails_at_once_and_leaves_the_others_where_they_are() -> None:
+    llm = make_llm("abcdef")
+    failing, dead = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
+    next(failing), next(dead)
+    assert isinstance(llm.engine.executor, FakeExecutor)
+    llm.engine.executor.fail_next = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        list(failing)
+    later = llm.stream("z\0", LONG)
+    assert next(later).outputs[0].text == "a"
+    with pytest.raises(RuntimeError, match="another stream"):
+        list(dead)
+    [tokens] = llm.engine.executor.tokens.values()
+    assert bytes(tokens) == b"z\0a"
+    assert "".join(output.outputs[0].delta for output in later) == "bcdef"
+
+
 def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
     llm = LLM.from_engine(make_engine(parrot))
     message = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
