@@ -201,6 +201,9 @@ class ProbedExecutor:
             self._store.on_operation(name, mark.start_s, mark.duration_s(), on_device=True)
         return Finished(result)
 
+    def wait(self) -> None:
+        self._executor.wait()
+
     def memory_stats(self) -> MemoryStats:
         return self._executor.memory_stats()
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from sarathi.engine.containers import is_list
+
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 ChatRenderer = Callable[[Conversation], str]
@@ -60,7 +62,7 @@ def _bare_tokenizer() -> Any:
 
 def normalize(conversation: Conversation) -> list[dict[str, Any]]:
     """Messages with plain string content. Content may be a list of `{"type": "text", "text": ...}` parts."""
-    if isinstance(conversation, (str, Mapping)) or not conversation:
+    if not is_list(conversation) or not len(conversation):
         raise ChatTemplateError(f"a conversation is a non-empty list of messages, got {conversation!r}")
     return [_normalize_message(message, at) for at, message in enumerate(conversation)]
 

@@ -78,7 +78,10 @@ class Detokenizer:
         return self._stops.push(text) if may_stop else self._stops.flush() + text
 
     def flush(self) -> str:
-        """The rest, when no more tokens come; an unfinished character becomes U+FFFD, as in one-shot decoding."""
+        """The rest, when no more tokens come: none after a stop string; else an unfinished character becomes U+FFFD, as
+        in one-shot decoding."""
+        if self.matched_stop is not None:
+            return ""
         return self._stops.flush() + self._utf8.decode(b"", final=True)
 
 

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from sarathi.engine.containers import is_integer, is_list
 from sarathi.engine.tokenizer import Tokenizer, UnencodableTextError
 from sarathi.sampling_params import SamplingParams
 from sarathi.wording import shown
@@ -73,7 +74,7 @@ def _derived_seed(seed: int | None, index: int) -> int | None:
 
 def _integers(prompt: Sequence[int]) -> tuple[int, ...]:
     try:
-        if isinstance(prompt, (bytes, bytearray)):  # iterates over integers, but was meant as text
+        if not is_list(prompt) or not all(map(is_integer, prompt)):
             raise TypeError
         return tuple(map(operator.index, prompt))
     except TypeError:

@@ -46,6 +46,8 @@ class Executor(Protocol):
 
     def launch(self, out: SchedulerOutput) -> PendingStep: ...
 
+    def wait(self) -> None: ...
+
     def memory_stats(self) -> MemoryStats: ...
 
     def shutdown(self) -> None: ...
@@ -58,6 +60,10 @@ class Flight(NamedTuple):
     pending: PendingStep
     start_s: float
     scheduled_s: float
+
+
+class EngineShutDownError(RuntimeError):
+    """A request for an engine whose model and memory are gone."""
 
 
 class LLMEngine:
@@ -80,6 +86,7 @@ class LLMEngine:
         self._flights: deque[Flight] = deque()
         self._groups: dict[str, Group] = {}
         self._answers: dict[str, tuple[Group, Answer]] = {}
+        self._is_shut_down = False
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLMEngine":
@@ -91,12 +98,16 @@ class LLMEngine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, be it only to free the memory of requests that have ended."""
-        return self.scheduler.has_work or bool(self._flights)
+        return not self._is_shut_down and (self.scheduler.has_work or bool(self._flights))
 
     @property
     def num_unfinished(self) -> int:
         """Requests that have been added and have not ended."""
         return len(self._groups)
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether a request of this id has been added and has not ended."""
+        return request_id in self._groups
 
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams, arrival_time_s: float | None = None
@@ -106,6 +117,8 @@ class LLMEngine:
 
         arrival_time_s: by the engine's clock, where it came in before this call; None: now.
         """
+        if self._is_shut_down:
+            raise EngineShutDownError("the engine is shut down: it takes no more requests")
         token_ids = self._inputs.token_ids(prompt)
         self._inputs.check_params(sampling_params)
         metrics = RequestMetrics(self._clock() if arrival_time_s is None else arrival_time_s)
@@ -139,8 +152,13 @@ class LLMEngine:
         return self._output(group, self._clock())
 
     def shutdown(self) -> None:
-        """Give back the executor's memory and processes; the engine is of no use afterwards."""
-        self.executor.shutdown()
+        """End every request, as a step that raises does, and give back the executor's memory and processes; the engine
+        has no work and takes none afterwards. Idempotent."""
+        self._is_shut_down = True
+        try:
+            self._give_up()
+        finally:
+            self.executor.shutdown()
 
     def _answer(
         self, request_id: str, index: int, token_ids: tuple[int, ...], params: SamplingParams, arrival_s: float
@@ -194,11 +212,14 @@ class LLMEngine:
         return outputs
 
     def _give_up(self) -> None:
-        """Every request ends, once the steps in flight are over: their memory must not be taken from under them."""
+        """Every request ends, once the steps in flight are over: their memory must not be taken from under them.
+
+        Ctrl-C may have come between the start of a step and its place among the flights: the executor waits for it.
+        """
         try:
-            for flight in self._flights:
+            for wait in (*[flight.pending.result for flight in self._flights], self.executor.wait):
                 with suppress(Exception):
-                    flight.pending.result()
+                    wait()
         finally:
             self._flights.clear()
             self.scheduler.reset()

@@ -9,12 +9,14 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
 from sarathi.engine.chat_template import Conversation
+from sarathi.engine.containers import is_integer, is_list
 from sarathi.engine.inputs import Prompt
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
@@ -57,9 +59,9 @@ class LLM:
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Complete one prompt or many, together; outputs in the order of the prompts.
 
-        A prompt is text, a list of token ids, or `{"prompt": ...}` / `{"prompt_token_ids": ...}`; kinds may be mixed.
-        `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at fault;
-        nothing runs then, and the engine stays usable.
+        A prompt is text, a list or array of token ids, or `{"prompt": ...}` / `{"prompt_token_ids": ...}`; kinds may be
+        mixed. `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at
+        fault; nothing runs then, and the engine stays usable.
         """
         return self._run(_as_list(prompts), sampling_params, use_tqdm)
 
@@ -70,7 +72,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, in the model's own chat format; otherwise as `generate`."""
-        single = not messages or isinstance(messages, (str, Mapping)) or isinstance(messages[0], Mapping)
+        single = not is_list(messages) or not len(messages) or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
         return self._run([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
 
@@ -85,21 +87,25 @@ class LLM:
 
         Leaving the loop early, by an exception or not, aborts those that are not done. All are added or none.
         """
+        if not is_list(prompts):
+            raise ValueError(f"prompts is {shown(prompts)}: it must be a list of prompts")
         params = _for_each(sampling_params, len(prompts))
         numbers = {next(self._ids): number for number in range(len(prompts))}
         pending, inbox = set(numbers), deque[RequestOutput]()
         try:
-            self._inboxes.update(dict.fromkeys(numbers, inbox))
-            self._add_all(numbers, prompts, params)
+            with self._using_engine():
+                self._inboxes.update(dict.fromkeys(numbers, inbox))
+                self._add_all(numbers, prompts, params)
             while pending:
-                self._fill(inbox)
+                self._fill(inbox, pending)
                 while inbox:
                     output = inbox.popleft()
                     if output.finished:
                         pending.discard(output.request_id)
                     yield numbers[output.request_id], output
         finally:
-            self._end_all(numbers)
+            self._left.extend(numbers)
+            self._end_left()
 
     def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
@@ -112,7 +118,7 @@ class LLM:
         return self.engine.executor.memory_stats()
 
     def close(self) -> None:
-        """Free all memory; may be called again."""
+        """Free all memory, of the cache and of the model; open streams end with an error. May be called again."""
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -125,6 +131,8 @@ class LLM:
         self.engine = engine
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
+        self._left: deque[str] = deque()  # requests of streams that are over
+        self._is_using_engine = False
         self._finalizer = weakref.finalize(self, engine.shutdown)
 
     def _run(self, prompts: Sequence[AnyPrompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
@@ -149,19 +157,40 @@ class LLM:
                 raise
             raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
 
-    def _fill(self, inbox: deque[RequestOutput]) -> None:
-        """Step until something comes; what comes for other streams, read in turn with this one, is kept for them."""
+    def _fill(self, inbox: deque[RequestOutput], pending: Iterable[str]) -> None:
+        """Step until something comes for one of `pending`; what comes for other streams is kept for them."""
         while not inbox:
-            if not self.engine.num_unfinished:
-                raise RuntimeError("the requests of this stream ended when a step failed that another stream asked for")
-            for output in self.engine.step():
-                if output.request_id in self._inboxes:
-                    self._inboxes[output.request_id].append(output)
+            if not any(map(self.engine.is_unfinished, pending)):
+                raise RuntimeError(
+                    "the requests of this stream ended before it: the LLM was closed, or a step failed that another "
+                    "stream asked for"
+                )
+            with self._using_engine():
+                for output in self.engine.step():
+                    if output.request_id in self._inboxes:
+                        self._inboxes[output.request_id].append(output)
 
-    def _end_all(self, request_ids: Iterable[str]) -> None:
-        """Abort what is not done, and free memory: the worker hears of ended requests with the next step only, and
-        where no request is left there would be none."""
-        for request_id in request_ids:
+    @contextmanager
+    def _using_engine(self) -> Iterator[None]:
+        """Streams that end meanwhile, because they are collected as garbage at some allocation, end afterwards."""
+        try:
+            self._is_using_engine = True
+            yield
+        finally:
+            self._is_using_engine = False
+            self._end_left()
+
+    def _end_left(self) -> None:
+        """Abort what is not done of the streams that are over, unless the engine is in the middle of something else."""
+        if self._left and not self._is_using_engine:
+            with self._using_engine():
+                self._abort_left()
+
+    def _abort_left(self) -> None:
+        """Abort, and free memory: the worker hears of ended requests with the next step only, and where no request is
+        left there would be none."""
+        while self._left:
+            request_id = self._left.popleft()
             self.engine.abort(request_id)
             self._inboxes.pop(request_id, None)
         while self.engine.has_work and not self.engine.num_unfinished:
@@ -170,26 +199,27 @@ class LLM:
 
 def _as_list(prompts: Prompts) -> Sequence[Any]:
     """One prompt becomes a list of one; a list of integers is one prompt of token ids."""
-    if not isinstance(prompts, (str, Mapping)) and not hasattr(prompts, "__len__"):
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not is_list(prompts):
         raise ValueError(f"prompts is {shown(prompts)}: it must be text, a list of token ids, or a list of those")
-    single = isinstance(prompts, (str, bytes, Mapping)) or (len(prompts) > 0 and _is_integer(prompts[0]))
-    return [prompts] if single else prompts  # type: ignore[return-value]
-
-
-def _is_integer(value: object) -> bool:
-    return hasattr(value, "__index__")
+    return [prompts] if len(prompts) and is_integer(prompts[0]) else prompts
 
 
 def _plain(prompt: AnyPrompt) -> Prompt:
     if not isinstance(prompt, Mapping):
         return prompt
-    for key, is_text in (("prompt_token_ids", False), ("prompt", True)):
+    for key, fits, allowed in (("prompt_token_ids", is_list, "a list of token ids"), ("prompt", _is_text, "text")):
         if key in prompt:
             plain: Prompt = prompt[key]
-            if isinstance(plain, str) != is_text:
-                raise ValueError(f"{key} is {shown(plain)}: it must be {'text' if is_text else 'a list of token ids'}")
+            if not fits(plain):
+                raise ValueError(f"{key} is {shown(plain)}: it must be {allowed}")
             return plain
     raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _for_each(params: Params, count: int) -> Sequence[SamplingParams]:

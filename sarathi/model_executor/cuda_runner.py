@@ -116,6 +116,10 @@ class CudaModelRunner:
             self._cache.prefetch(chunks)
         return flight
 
+    def wait(self) -> None:
+        """Waits for all that was started, also where launch() raised before there was a Flight."""
+        torch.cuda.synchronize(self._device)
+
     def _plan(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> SamplingPlan | None:
         """None where all is greedy."""
         if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):

@@ -76,6 +76,9 @@ class ModelRunner:
         host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
         return Finished(Computed(tokens, done_s - started_s, host))
 
+    def wait(self) -> None:
+        """Nothing is under way."""
+
 
 def _next_token(chunk: Chunk, sequences: SequenceTable) -> NextToken:
     return NextToken(sequences[chunk.request_id], chunk.start + chunk.num_tokens)

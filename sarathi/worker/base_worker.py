@@ -94,6 +94,9 @@ class Worker:
             return PendingStep(out.step_id, None, error.available)
         return PendingStep(out.step_id, self._runner.launch(out.chunks, self._sequences) if out.chunks else None)
 
+    def wait(self) -> None:
+        self._runner.wait()
+
     def memory_stats(self) -> MemoryStats:
         return self._cache.stats()
 

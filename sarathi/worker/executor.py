@@ -2,9 +2,14 @@
 
 import gc
 import weakref
+from typing import NoReturn
+
+import torch
 
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
+from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.worker.base_worker import PendingStep, Worker
 
 
@@ -37,6 +42,29 @@ class _FrozenHeap:
 _FROZEN = _FrozenHeap()
 
 
+class _ClosedWorker:
+    """In place of a worker that is gone, with its model and its cache."""
+
+    @property
+    def model(self) -> NoReturn:
+        raise RuntimeError("the executor is shut down: its model is gone")
+
+    def launch(self, out: SchedulerOutput) -> NoReturn:
+        raise RuntimeError(f"the executor is shut down: it cannot run step {out.step_id}")
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+    def memory_stats(self) -> MemoryStats:
+        return MemoryStats()
+
+    def check_integrity(self) -> None:
+        """There are no books."""
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
 class Executor:
     """A worker in this process.
 
@@ -51,16 +79,21 @@ class Executor:
                 f"tensor_parallel_size={parallel.tensor_parallel_size} and "
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
-        self._worker = Worker(config)
+        worker = Worker(config)
+        self._worker: Worker | _ClosedWorker = worker
         self._thaw = weakref.finalize(self, _FROZEN.leave)
         _FROZEN.enter()
-        self.backend = self._worker.backend
-        self.capacity: CacheCapacity = self._worker.capacity
-        self.max_model_len = self._worker.max_model_len
-        self.vocab_size = self._worker.vocab_size
-        self.token_bytes = self._worker.token_bytes
-        self.model = self._worker.model  # for those who time its parts
-        self.max_in_flight = self._worker.max_in_flight
+        self.backend = worker.backend
+        self.capacity: CacheCapacity = worker.capacity
+        self.max_model_len = worker.max_model_len
+        self.vocab_size = worker.vocab_size
+        self.token_bytes = worker.token_bytes
+        self.max_in_flight = worker.max_in_flight
+
+    @property
+    def model(self) -> Decoder | FusedDecoder:
+        """For those who time its parts."""
+        return self._worker.model
 
     def launch(self, out: SchedulerOutput) -> PendingStep:
         """Starts one step; at most max_in_flight of them may be started before the first one's result is taken."""
@@ -69,6 +102,10 @@ class Executor:
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Runs one step to its end."""
         return self.launch(out).result()
+
+    def wait(self) -> None:
+        """Returns when nothing of any step is under way, whoever has its PendingStep."""
+        self._worker.wait()
 
     def memory_stats(self) -> MemoryStats:
         """The cache's memory now."""
@@ -79,6 +116,10 @@ class Executor:
         self._worker.check_integrity()
 
     def shutdown(self) -> None:
-        """Gives the cache's memory back; nothing can be executed afterwards. Idempotent."""
+        """Gives the memory of cache and model back; nothing can be executed afterwards. Idempotent."""
         self._thaw()
-        self._worker.close()
+        try:
+            self._worker.close()
+        finally:
+            self._worker = _ClosedWorker()
+            torch.cuda.empty_cache()  # torch would keep it for tensors to come

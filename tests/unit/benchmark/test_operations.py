@@ -90,6 +90,9 @@ class FakeExecutor:
         self.value = self.decoder(0.0)
         return Finished(StepResult(out.step_id))
 
+    def wait(self) -> None:
+        pass
+
     def memory_stats(self) -> MemoryStats:
         return MemoryStats()
 

@@ -36,6 +36,9 @@ class SleepyExecutor:
         tokens = tuple(SampledToken(chunk.request_id, 5) for chunk in out.chunks if chunk.samples)
         return Finished(StepResult(out.step_id, tokens, self._step_s))
 
+    def wait(self) -> None:
+        pass
+
     def memory_stats(self) -> MemoryStats:
         return MemoryStats()
 

@@ -32,6 +32,7 @@ class FakeExecutor:
         self.fail_next: Exception | None = None
 
     def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
+        assert not self.is_shut_down
         return Finished(self.execute(out))
 
     def execute(self, out: SchedulerOutput) -> StepResult:
@@ -52,6 +53,9 @@ class FakeExecutor:
         if params.logprobs is None:
             return SampledToken(request_id, token_id)
         return SampledToken(request_id, token_id, -0.5, tuple((rank, -1.0 - rank) for rank in range(params.logprobs)))
+
+    def wait(self) -> None:
+        """Steps are over when launch() returns."""
 
     def memory_stats(self) -> MemoryStats:
         return MemoryStats(mapped_bytes=sum(map(len, self.tokens.values())))

@@ -87,6 +87,18 @@ def test_what_may_not_stop_yet_passes_through() -> None:
     assert stream.matched_stop == "x"
 
 
+class TextThenHalfACharacter:
+    """A tokenizer whose only token ends inside a character."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"abc" + "é".encode()[:1]
+
+
+def test_nothing_of_the_token_that_completed_a_stop_string_is_flushed() -> None:
+    stream = Detokenizer(TextThenHalfACharacter(), ["bc"])
+    assert (stream.push(0), stream.matched_stop, stream.flush()) == ("a", "bc", "")
+
+
 def test_an_unfinished_character_is_flushed_as_a_replacement() -> None:
     stream = Detokenizer(TOKENIZER)
     assert stream.push("é".encode()[0]) == ""

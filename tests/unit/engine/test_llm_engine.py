@@ -5,11 +5,13 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from fake_engine import END, VOCAB_SIZE, echo, make_engine, says
+from fake_engine import END, VOCAB_SIZE, FakeExecutor, echo, make_engine, says
 
 from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.engine.llm_engine import LLMEngine
+from sarathi.engine import llm_engine
+from sarathi.engine.llm_engine import EngineShutDownError, LLMEngine
 from sarathi.engine.outputs import RequestOutput
+from sarathi.messages import SchedulerOutput, StepResult
 from sarathi.metrics.store import MetricsStore
 from sarathi.sampling_params import SamplingParams
 
@@ -129,7 +131,9 @@ def test_abort_returns_the_last_output_and_frees_the_memory() -> None:
         engine.add_request(request_id, [0], SamplingParams(max_tokens=60, n=n))
     for _ in range(5):
         engine.step()
+    assert engine.is_unfinished("drop") and not engine.is_unfinished("unknown")
     last = engine.abort("drop")
+    assert not engine.is_unfinished("drop")
     assert last is not None and last.finished
     assert [(output.text, output.finish_reason) for output in last.outputs] == [("abcab", "abort")] * 2
     assert engine.abort("drop") is None and engine.abort("unknown") is None
@@ -299,3 +303,84 @@ def test_shutdown_reaches_the_executor() -> None:
     engine = make_engine()
     engine.shutdown()
     assert engine.executor.is_shut_down  # type: ignore[attr-defined]
+
+
+def test_after_shutdown_there_is_no_work_and_requests_are_refused() -> None:
+    engine = make_engine()
+    engine.add_request("a", [1], SamplingParams())
+    engine.step()
+    engine.shutdown()
+    engine.shutdown()
+    assert not engine.has_work and engine.num_unfinished == 0
+    with pytest.raises(EngineShutDownError, match="the engine is shut down: it takes no more requests"):
+        engine.add_request("b", [1], SamplingParams())
+    assert not engine.has_work
+
+
+class OverlappingExecutor(FakeExecutor):
+    """Two steps in flight, as on a GPU; keeps a log of what it is asked for, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(echo)
+        self.max_in_flight = 2
+        self.log: list[str] = []
+
+    def launch(self, out: SchedulerOutput) -> "LoggedStep":  # type: ignore[override]
+        self.log.append(f"launch {out.step_id}")
+        return LoggedStep(self, out)
+
+    def wait(self) -> None:
+        self.log.append("wait")
+
+    def shutdown(self) -> None:
+        self.log.append("shutdown")
+
+
+class LoggedStep:
+    def __init__(self, executor: OverlappingExecutor, out: SchedulerOutput) -> None:
+        self._executor, self._out = executor, out
+
+    def result(self) -> StepResult:
+        self._executor.log.append(f"result {self._out.step_id}")
+        return self._executor.execute(self._out)
+
+
+def make_overlapping_engine() -> tuple[LLMEngine, list[str]]:
+    engine = make_engine()
+    engine.executor = executor = OverlappingExecutor()
+    engine.add_request("a", [1, 2], SamplingParams(max_tokens=50))
+    return engine, executor.log
+
+
+def test_shutdown_waits_for_the_steps_in_flight() -> None:
+    engine, log = make_overlapping_engine()
+    engine.step()
+    engine.step()
+    engine.shutdown()
+    assert log == ["launch 0", "launch 1", "result 0", "result 1", "wait", "shutdown"]
+    assert engine.num_unfinished == 0
+
+
+def test_shutdown_reaches_the_executor_also_where_ctrl_c_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(step: LoggedStep) -> None:
+        raise KeyboardInterrupt
+
+    engine, log = make_overlapping_engine()
+    engine.step()
+    monkeypatch.setattr(LoggedStep, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.shutdown()
+    assert log[-1] == "shutdown"
+
+
+def test_ctrl_c_just_after_a_launch_waits_for_that_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    engine, log = make_overlapping_engine()
+    engine.step()
+    monkeypatch.setattr(llm_engine, "Flight", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert log == ["launch 0", "launch 1", "result 0", "wait"]
+    assert engine.num_unfinished == 0

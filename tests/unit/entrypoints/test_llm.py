@@ -2,11 +2,15 @@
 
 import gc
 import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
+import torch
 from fake_engine import END, FakeExecutor, make_engine, says
 
+from sarathi.engine.outputs import RequestOutput
 from sarathi.entrypoints.llm import LLM
 from sarathi.sampling_params import SamplingParams
 
@@ -40,6 +44,18 @@ def test_every_shape_of_prompts() -> None:
     assert answers(["a", [98], {"prompt": "c"}, {"prompt_token_ids": [100]}]) == ["aa", "bb", "cc", "dd"]
     assert answers({"prompt": "c"}) == ["cc"]
     assert answers([]) == []
+
+
+def test_arrays_are_prompts_or_batches_by_their_dimensions() -> None:
+    for array in (np.array, torch.tensor):
+        assert answers(array([97, 98])) == ["bb"]
+        assert answers(array([97])) == ["aa"]
+        assert answers(list(array([97, 98]))) == ["bb"]
+        assert answers(array([[97], [98]])) == ["aa", "bb"]
+        assert answers(array([[97, 98], [98, 97]])) == ["bb", "aa"]
+        assert answers([array([97]), array([98])]) == ["aa", "bb"]
+        assert answers([array([97, 98]), array([97])]) == ["bb", "aa"]
+        assert answers(["a", array([98]), {"prompt_token_ids": array([99])}]) == ["aa", "bb", "cc"]
 
 
 def test_outputs_keep_the_order_of_prompts_and_their_own_parameters() -> None:
@@ -76,6 +92,12 @@ BAD_PROMPTS: list[tuple[object, str]] = [
     ([1, 10**5000], "holds token id a int too long to be written: it must be from 0 to 256"),
     ([1, "2"], "must be text or a list of token ids"),
     (None, "must be text or a list of token ids, got None"),
+    ({5, 7}, "must be text or a list of token ids, got {5, 7}"),
+    (np.array([[5], [7]]), "must be text or a list of token ids, got array"),
+    ([torch.tensor([5]), torch.tensor([7])], r"must be text or a list of token ids, got \[tensor"),
+    ({"prompt_token_ids": {5, 7}}, "prompt_token_ids is {5, 7}: it must be a list of token ids"),
+    ({"prompt_token_ids": {5: 7}}, "prompt_token_ids is {5: 7}: it must be a list of token ids"),
+    ({"prompt_token_ids": {5: 7}.values()}, r"prompt_token_ids is dict_values\(\[7\]\): it must be a list"),
 ]
 
 
@@ -87,10 +109,14 @@ def test_whatever_is_given_for_a_prompt_takes_back_the_ones_before(prompt: objec
     assert llm.engine.num_unfinished == 0 and not llm.engine.has_work
 
 
-@pytest.mark.parametrize("prompts", [5, None, b"text"])
+@pytest.mark.parametrize(
+    "prompts", [5, None, b"text", {"a", "b"}, {"a": "b"}.values(), iter(["a"]), np.array(5), torch.tensor(5)]
+)
 def test_prompts_that_are_none(prompts: object) -> None:
-    with pytest.raises(ValueError, match="must be text"):
+    with pytest.raises(ValueError, match=r"prompts is .*: it must be text, a list of token ids, or "):
         make_llm().generate(prompts, LONG)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"prompts is .*: it must be a list of prompts"):
+        list(make_llm().stream_all(prompts, LONG))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +183,28 @@ def test_leaving_a_stream_aborts_its_request() -> None:
     assert llm.engine.num_unfinished == 0 and mapped_bytes(llm) == 0
 
 
+@pytest.mark.parametrize("where", ["_split", "update", "add"])
+def test_a_stream_collected_in_the_middle_of_a_step_harms_no_other(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection may come at any allocation; here it comes as a method of the scheduler returns."""
+    llm = make_llm("abcdef")
+    streams = {name: llm.stream(f"{name}\0", LONG) for name in "xyz"}
+    first = next(streams["x"]).outputs[0].text + next(streams["y"]).outputs[0].text
+    abandoned: list[Iterator[RequestOutput]] = [streams.pop("x")]
+    original = getattr(llm.engine.scheduler, where)
+
+    def collecting(*args: object) -> object:
+        result = original(*args)
+        abandoned.clear()
+        return result
+
+    monkeypatch.setattr(llm.engine.scheduler, where, collecting)
+    texts = ["".join(output.outputs[0].delta for output in stream) for stream in streams.values()]
+    assert not abandoned and first == "aa"
+    assert texts == ["bcdef", "abcdef"]
+    assert llm.engine.num_unfinished == 0 and not llm.engine.has_work and mapped_bytes(llm) == 0
+    llm.engine.scheduler.check_integrity()
+
+
 def test_streams_read_in_turn_lose_nothing() -> None:
     llm = make_llm("abcdef")
     streams = [llm.stream("x\0", LONG), llm.stream("y\0", SamplingParams(max_tokens=4)), llm.stream("z\0", LONG)]
@@ -177,6 +225,23 @@ def test_a_failed_step_ends_other_streams_with_an_error_too() -> None:
         list(second)
 
 
+def test_a_stream_whose_requests_are_gone_fails_at_once_and_leaves_the_others_where_they_are() -> None:
+    llm = make_llm("abcdef")
+    failing, dead = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
+    next(failing), next(dead)
+    assert isinstance(llm.engine.executor, FakeExecutor)
+    llm.engine.executor.fail_next = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        list(failing)
+    later = llm.stream("z\0", LONG)
+    assert next(later).outputs[0].text == "a"
+    with pytest.raises(RuntimeError, match="another stream"):
+        list(dead)
+    [tokens] = llm.engine.executor.tokens.values()
+    assert bytes(tokens) == b"z\0a"
+    assert "".join(output.outputs[0].delta for output in later) == "bcdef"
+
+
 def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
     llm = LLM.from_engine(make_engine(parrot))
     message = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
@@ -187,11 +252,13 @@ def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
     assert bytes(many[1].prompt_token_ids).count(b"hello") == 2
 
 
-@pytest.mark.parametrize("conversation", ["hello", {"role": "user", "content": "x"}, []])
+@pytest.mark.parametrize("conversation", ["hello", {"role": "user", "content": "x"}, [], 5, {5}, iter([[]])])
 def test_what_is_no_conversation_is_shown_whole(conversation: object) -> None:
     with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got ") as caught:
         make_llm().chat(conversation)  # type: ignore[arg-type]
     assert str(caught.value).endswith(repr(conversation))
+    with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got "):
+        make_llm().chat([[{"role": "user", "content": "x"}], conversation])  # type: ignore[list-item]
 
 
 def test_chat_without_a_tokenizer_says_what_works() -> None:
@@ -210,6 +277,21 @@ def test_with_close_and_deletion_shut_the_executor_down() -> None:
     del other
     gc.collect()
     assert isinstance(executor, FakeExecutor) and executor.is_shut_down
+
+
+def test_closing_ends_open_streams_and_dropping_one_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    unraised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    llm = make_llm("abcdef")
+    read, dropped = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
+    next(read), next(dropped)
+    llm.close()
+    with pytest.raises(RuntimeError, match="the LLM was closed"):
+        list(read)
+    del dropped
+    assert not unraised
+    with pytest.raises(RuntimeError, match="takes no more requests"):
+        llm.generate("z\0", LONG, use_tqdm=False)
 
 
 def test_the_end_token_is_in_the_ids() -> None:

@@ -226,6 +226,24 @@ def test_parallelism_error_is_its_own_class(tiny: TinyModel) -> None:
         make_executor(tiny, pipeline_parallel_size=3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shutdown_leaves_neither_weights_nor_cache(tiny: TinyModel, backend: str) -> None:
+    executor = make_executor(tiny, backend)
+    prompt = NewRequest("a", (1, 2), GREEDY)
+    blocks = (0,) if executor.backend.is_paged else ()
+    executor.execute(SchedulerOutput(0, (prompt,), (Chunk("a", 0, 2, True, 2, blocks),)))
+    worker = executor._worker
+    parts = [weakref.ref(part) for part in (worker._cache, worker._runner, worker.model, worker.model.embedding.weight)]
+    del worker
+    executor.shutdown()
+    executor.shutdown()
+    assert [part() is None for part in parts] == [True] * len(parts)
+    assert executor.memory_stats().created_bytes == 0
+    for use in (lambda: executor.execute(SchedulerOutput(1)), lambda: executor.model):
+        with pytest.raises(RuntimeError, match="the executor is shut down"):
+            use()
+
+
 @pytest.fixture
 def thawed() -> Iterator[None]:
     """Executors of other tests that nobody shut down are gone."""
