@@ -10,6 +10,7 @@ allocator_steps.csv. Then come the rows of `python -m vattention.bench`.
 
 import argparse
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,9 +118,10 @@ def read_options() -> argparse.Namespace:
     return parse(parser, figure="allocator")
 
 
-def main() -> None:
+def main() -> int:
     options = read_options()
-    budget, table = Budget(options.budget), Table(options.output / "allocator.csv")
+    table = Table(options.output / "allocator.csv")
+    budget = Budget(options.budget, table.attempts)
     decodes = Decodes(options, table)
     backends = [options.backend, f"{options.backend}_sync"]
     budget.run((f"decode under {name}", partial(decodes.measure, name)) for name in backends)
@@ -129,7 +131,8 @@ def main() -> None:
     if not options.skip_library:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         budget.run([("vattention.bench", partial(library_rows, table, device))])
+    return table.attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

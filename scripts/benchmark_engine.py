@@ -9,6 +9,7 @@ leaves out is named. Runs may share a folder.
 """
 
 import gc
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -111,18 +112,19 @@ def run_alone(options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[
     budget.run(alone_work(table, contexts, sizes, options.chunk_size, alone))
 
 
-def main() -> None:
+def main() -> int:
     parser = engine_parser(__doc__, "results/engine")
     add_stages(parser, (*STAGES, *OWN_STAGES))
     add_ratios(parser)
     options = parse(parser)
-    sizes, budget = SMALL if options.test else FULL.with_ratios(options.ratios), Budget(options.budget)
-    table = Table(options.output / "engine.csv")
+    sizes, table = SMALL if options.test else FULL.with_ratios(options.ratios), Table(options.output / "engine.csv")
+    budget = Budget(options.budget, table.attempts)
     contexts = run_engine(options, table, sizes, budget)
     if "alone" in options.stages:
         run_alone(options, table, sizes, contexts, budget)
     draw_ratios(table.rows, options.output / "engine.png")
+    return table.attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
