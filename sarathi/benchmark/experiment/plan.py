@@ -76,7 +76,7 @@ class Experiment:
         known = self.grid[name]
         if unknown := [label for label in labels if label not in known and not _is_knob(name)]:
             raise ConfigError(f"axis {name!r} has no {unknown[0]!r}; it has {', '.join(known)}")
-        axis = {label: known.get(label) or canonical({name: label}) for label in labels}
+        axis = {label: known[label] if label in known else canonical({name: label}) for label in labels}
         return Experiment(self.output_dir, self.table, self.base, {**self.grid, name: axis})
 
     def _run(self, labels: Sequence[str]) -> Run:

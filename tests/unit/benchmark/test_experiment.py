@@ -81,6 +81,12 @@ def test_axes_can_be_cut_and_given_new_values_where_they_are_knobs(grid: Path) -
         experiment.with_axis("sise", ["large"])
 
 
+def test_labels_whose_knobs_are_all_given_for_all_runs_are_still_known(grid: Path) -> None:
+    given = {"max_batch_size": "5", "max_model_len": "none"}
+    (run,) = read_experiment(grid).with_base(given).with_axis("size", ["small"]).with_axis("model.name", ["a"]).runs()
+    assert (run.name, run.settings["replica_scheduler.max_batch_size"]) == ("a_small", 5)
+
+
 def test_runs_that_record_nothing_are_refused(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_experiment(grid, "", ["--", "--write_metrics", "no"]) == 1
     assert "write_metrics is False" in capsys.readouterr().err
