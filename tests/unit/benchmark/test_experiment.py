@@ -9,9 +9,11 @@ import yaml
 from sarathi.benchmark.config.options import as_words, parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment import execute as execute_module
+from sarathi.benchmark.experiment import tables as tables_module
 from sarathi.benchmark.experiment.collect import collect
 from sarathi.benchmark.experiment.command import as_text, process_experiment, run_experiment, run_named_experiment
 from sarathi.benchmark.experiment.execute import execute, groups, is_complete
+from sarathi.benchmark.experiment.measures import budget
 from sarathi.benchmark.experiment.plan import Run, read_experiment
 from sarathi.benchmark.experiment.tables import (
     IDENTITY,
@@ -19,6 +21,7 @@ from sarathi.benchmark.experiment.tables import (
     Row,
     Score,
     compared,
+    draw,
     make_rows,
     rate_of,
     workload_name,
@@ -258,6 +261,69 @@ def test_policies_are_compared_whatever_their_own_knobs(tmp_path: Path) -> None:
         write_result(tmp_path / str(number), settings, **{gaps: {"p99": 4.0 / (1 + number)}})
     write_result(tmp_path / "2", {**policies[1], f"{scheduler}.max_batch_size": 3}, **{gaps: {"p99": 9.0}})
     assert [row["ratio"] for row in make_rows(TABLES["between_tokens"], collect(tmp_path)[0])] == [1.0, 2.0, None]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """What would be drawn, by file."""
+    found: dict[str, dict] = {}
+    for name in ("plot_lines", "plot_bars"):
+        monkeypatch.setattr(tables_module, name, lambda path, named, *_, **__: found.update({path.stem: named}))
+    return found
+
+
+def draw_all(kind: str, folder: Path) -> None:
+    runs, _ = collect(folder)
+    draw(TABLES[kind], runs, make_rows(TABLES[kind], runs), folder)
+
+
+def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    both = {"model.name": "m", "attention_backend": "sdpa_vattn", "replica_scheduler.provider": "sarathi"}
+    others = [
+        {"replica_scheduler.provider": "vllm"},
+        {"sarathi_scheduler.chunk_size": 64},
+        {"target_step_time": 0.02},
+        {"enable_dynamic_chunking_schedule": True},
+    ]
+    for number, other in enumerate(others):
+        write_result(tmp_path / str(number), {**both, **other})
+        (tmp_path / str(number) / "token_metrics.csv").write_text("Request Id,1\na,0.5\n")
+    draw_all("between_tokens", tmp_path)
+    assert list(drawn["between_tokens"]) == [
+        "m sdpa_vattn vllm",
+        "m sdpa_vattn sarathi 64 tokens a step",
+        "m sdpa_vattn sarathi 0.02 s a step",
+        "m sdpa_vattn sarathi 2048 to 128 tokens a step",
+    ]
+
+
+def test_lines_over_a_column_are_named_by_what_differs_at_one_place(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    both = {"model.name": "m", "attention_backend": "sdpa_vattn", "interval_provider": "poisson"}
+    for provider in ("orca", "vllm"):
+        for qps in (1, 2):
+            settings = {"replica_scheduler.provider": provider, "poisson_request_interval_generator.qps": qps}
+            write_result(tmp_path / f"{provider}{qps}", {**both, **settings}, request_e2e_time_normalized={"p50": qps})
+    draw_all("latency", tmp_path)
+    assert drawn["p50"] == {f"m sdpa_vattn {provider}": ([1, 2], [1, 2]) for provider in ("orca", "vllm")}
+
+
+def test_bars_are_named_by_what_differs_among_them(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    for backend, chunk in (("sdpa_vattn", 64), ("sdpa_vattn", 128), ("sdpa_paged_16", 64)):
+        settings = {"attention_backend": backend, "sarathi_scheduler.chunk_size": chunk}
+        write_result(tmp_path / f"{backend}{chunk}", settings, request_e2e_time={"max": chunk})
+    draw_all("makespan", tmp_path)
+    (bars,) = drawn.values()
+    assert bars == {
+        "sdpa_paged_16 64 tokens a step": 64,
+        "sdpa_vattn 128 tokens a step": 128,
+        "sdpa_vattn 64 tokens a step": 64,
+    }
+
+
+def test_a_budget_that_is_not_fixed_is_no_number() -> None:
+    assert budget(parse_options(["--sarathi_scheduler.chunk_size=64"])) == 64
+    assert budget(parse_options(["--target_step_time=0.02"])) is None
+    assert budget(parse_options(["--enable_dynamic_chunking_schedule"])) is None
 
 
 def test_a_table_that_cannot_be_made_hides_no_failure(
