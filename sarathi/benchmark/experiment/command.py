@@ -6,9 +6,11 @@ Exit codes: 0 all runs are complete; 1 a run failed or nothing was found; 130 ^C
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sarathi.benchmark.config.options import read_settings
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
@@ -17,7 +19,7 @@ from sarathi.benchmark.experiment.measures import Row
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_rows
 from sarathi.metrics.plots import is_available
-from sarathi.metrics.report import write_json, write_table
+from sarathi.metrics.report import write_table
 from sarathi.metrics.tables import Table
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
@@ -136,10 +138,20 @@ def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
     rows = make_rows(TABLES[table], runs)
     columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
     write_table(folder / f"{table}.csv", Table(columns, rows))
-    write_json(folder / ENVIRONMENT_FILE, runs[0].summary.get("environment", {}))
+    (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
     print(as_text(columns, rows))
     if is_available():
         draw(TABLES[table], runs, rows, folder)
+
+
+def environments(runs: Sequence[FinishedRun]) -> list[Mapping[str, Any]]:
+    """Each environment that a run had, once: --resume goes on with whatever code and machine there are by then."""
+    found: list[Mapping[str, Any]] = []
+    for run in runs:
+        environment = run.summary.get("environment", {})
+        if environment not in found:
+            found.append(environment)
+    return found
 
 
 def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:

@@ -144,9 +144,19 @@ def test_incomplete_runs_are_named_and_left_out(tmp_path: Path, capsys: pytest.C
     assert process_experiment(grid, "", [str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert said.err.count("incomplete, left out") == 5
-    assert (tmp_path / "out" / "environment.json").is_file()
+    assert json.loads((tmp_path / "out" / "environment.json").read_text()) == [{}]
     lines = (tmp_path / "out" / "makespan.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("model,backend,scheduler,workload,qps,num_requests,makespan_s")
+
+
+def test_a_table_tells_every_environment_that_its_runs_had(tmp_path: Path, grid: Path) -> None:
+    revisions = ({"git": "old"}, {"git": "new"}, {"git": "old"})
+    for name, revision in zip("abc", revisions, strict=True):
+        write_result(tmp_path / "out" / name, {}, request_e2e_time={"max": 2.0})
+        path = tmp_path / "out" / name / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "environment": revision}))
+    assert process_experiment(grid, "", []) == 0
+    assert json.loads((tmp_path / "out" / "environment.json").read_text()) == [{"git": "old"}, {"git": "new"}]
 
 
 def config_of(place: Path, **settings: object) -> BenchmarkConfig:
