@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sarathi.metrics.tables import Table
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
 ENVIRONMENT_FILE = "environment.json"
 EXIT_INTERRUPTED = 130
+HELP = ("-h", "--help")
 EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
 
 
@@ -53,10 +55,7 @@ def run_experiment(path: Path, description: str, words: Sequence[str] | None = N
 
 def process_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The table and the plots of runs that are there."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
-    parser.add_argument("--test", action="store_true", help="by default the folder of the runs of --test")
-    args = parser.parse_args(words)
+    args = _process_parser(description).parse_args(words)
     experiment = read_experiment(path, args.test)
     broken = _process(experiment.table, Path(args.folder or experiment.output_dir))
     return 0 if broken == [] else 1
@@ -64,26 +63,41 @@ def process_experiment(path: Path, description: str, words: Sequence[str] | None
 
 def run_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The same for <first word>.yml of a folder."""
-    path, rest = _named(folder, words)
-    return 1 if path is None else run_experiment(path, description, rest)
+    command = partial(run_experiment, description=description)
+    return _with_named(folder, words, _run_parser(description), command)
 
 
 def process_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The same for <first word>.yml of a folder."""
-    path, rest = _named(folder, words)
-    return 1 if path is None else process_experiment(path, description, rest)
+    return _with_named(
+        folder, words, _process_parser(description), partial(process_experiment, description=description)
+    )
 
 
-def _named(folder: Path, words: Sequence[str] | None) -> tuple[Path | None, list[str]]:
-    """The file that the first word names, and the words after it."""
+def _with_named(
+    folder: Path, words: Sequence[str] | None, parser: argparse.ArgumentParser, command: Callable[..., int]
+) -> int:
+    """`command`, of this parser, with the file that the first word names and the words after it; or its help."""
     given = list(sys.argv[1:] if words is None else words)
     name, rest = (given[0], given[1:]) if given else ("", [])
     path = folder / f"{name}.yml"
     if path.is_file():
-        return path, rest
+        return command(path, words=rest)
     known = ", ".join(sorted(each.stem for each in folder.glob("*.yml")))
+    if name in HELP:
+        parser.prog += " NAME"
+        parser.epilog = f"NAME: {known}. {parser.epilog or ''}"
+        parser.print_help()
+        return 0
     print(f"experiment {name!r} is unknown; there are {known}", file=sys.stderr)
-    return None, rest
+    return 1
+
+
+def _process_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
+    parser.add_argument("--test", action="store_true", help="by default the folder of the runs of --test")
+    return parser
 
 
 def _run_parser(description: str) -> argparse.ArgumentParser:

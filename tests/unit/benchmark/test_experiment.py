@@ -1,6 +1,7 @@
 """Grids, resuming, failures and tables, over results written by hand: no model, no process but small ones."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment import execute as execute_module
 from sarathi.benchmark.experiment import tables as tables_module
 from sarathi.benchmark.experiment.collect import collect
-from sarathi.benchmark.experiment.command import as_text, process_experiment, run_experiment, run_named_experiment
+from sarathi.benchmark.experiment.command import (
+    as_text,
+    process_experiment,
+    process_named_experiment,
+    run_experiment,
+    run_named_experiment,
+)
 from sarathi.benchmark.experiment.execute import execute, groups, is_complete
 from sarathi.benchmark.experiment.measures import budget
 from sarathi.benchmark.experiment.plan import Run, read_experiment
@@ -392,6 +399,16 @@ def test_unknown_experiments_name_the_known_ones(
     assert "there are grid" in capsys.readouterr().err
     assert run_named_experiment(tmp_path, "", ["grid", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["a_small", "a_large", "b-c_small", "b-c_large"]
+
+
+@pytest.mark.parametrize("named", [run_named_experiment, process_named_experiment])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_needs_no_experiment(
+    named: Callable[..., int], word: str, grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named(grid.parent, "what it does", [word]) == 0
+    said = capsys.readouterr().out
+    assert " NAME [-h]" in said and "what it does" in said and "NAME: grid" in said and "--test" in said
 
 
 def test_memory_that_decodes_ask_for_is_told_a_second(tmp_path: Path) -> None:
