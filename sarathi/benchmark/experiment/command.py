@@ -56,7 +56,11 @@ def run_experiment(path: Path, description: str, words: Sequence[str] | None = N
 def process_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The table and the plots of runs that are there."""
     args = _process_parser(description).parse_args(words)
-    experiment = read_experiment(path, args.test)
+    try:
+        experiment = read_experiment(path, args.test)
+    except (ValueError, OSError) as error:
+        print(f"{path.stem}: {error}", file=sys.stderr)
+        return 1
     broken = _process(experiment.table, Path(args.folder or experiment.output_dir))
     return 0 if broken == [] else 1
 

@@ -34,6 +34,7 @@ from sarathi.benchmark.experiment.tables import (
     workload_name,
 )
 from sarathi.benchmark.results import read_config
+from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 
 EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
@@ -55,6 +56,33 @@ def grid(tmp_path: Path) -> Path:
     path = tmp_path / "grid.yml"
     path.write_text(GRID.format(folder=tmp_path / "out"))
     return path
+
+
+class FakeSessions:
+    """In place of processes: each serves its folders until one whose model is named `dies`, `cut` ends unwell."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, places: list[Path], log: Path) -> int:
+        self.calls.append([place.name for place in places])
+        log.write_text("line 1\n" * 9 + "line 2\nfell over")
+        for place in places:
+            config = read_config(place)
+            if config.replica_scheduler.max_batch_size == 1 and config.model.name == "a":
+                return 1
+            ended = "time limit" if config.model.name == "cut" else "completed"
+            summary = {"ended": ended, "refused": {}, "num_requests": 4, "num_completed": 4, "duration_s": 9.0}
+            summary["metrics"] = {}
+            (place / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> FakeSessions:
+    fake = FakeSessions()
+    monkeypatch.setattr(execute_module, "_run", fake)
+    return fake
 
 
 def test_runs_are_all_combinations(grid: Path) -> None:
@@ -100,6 +128,31 @@ def test_labels_whose_knobs_are_all_given_for_all_runs_are_still_known(grid: Pat
 def test_runs_that_record_nothing_are_refused(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_experiment(grid, "", ["--", "--write_metrics", "no"]) == 1
     assert "write_metrics is False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds None: an experiment is a mapping of output_dir, table, base, grid, test"),
+        ("[a]", r"holds \['a'\]: an experiment is a mapping"),
+        ("output_dir: x", "'table' is missing; it must be one of makespan, latency"),
+        ("table: makespan", "'output_dir' is missing"),
+        ("output_dir: x\ntable: makespam", "table is 'makespam': it must be one of .*; the nearest is 'makespan'"),
+        ("output_dir: x\ntable: [", "is not YAML"),
+        ("output_dir: x\ntable: makespan\ngird: {}", "'gird' is unknown; an experiment has output_dir"),
+        ("output_dir: x\ntable: makespan\ngrid: [1]", r"grid is \[1\]: it must be a mapping"),
+        ("output_dir: x\ntable: makespan\ntest: {base: 1}", "test.base is 1: it must be a mapping"),
+    ],
+)
+def test_what_is_no_experiment_is_told_before_any_run(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], sessions: FakeSessions
+) -> None:
+    path = tmp_path / "wrong.yml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=f"{path}.*{message}"):
+        read_experiment(path)
+    assert run_experiment(path, "", []) == process_experiment(path, "", []) == 1
+    assert sessions.calls == [] and str(path) in capsys.readouterr().err
 
 
 def test_runs_do_not_share_a_folder(grid: Path) -> None:
@@ -187,33 +240,6 @@ def test_runs_that_differ_in_their_requests_alone_share_an_engine(tmp_path: Path
     other = config_of(tmp_path / "c", attention_backend="sdpa_paged_16")
     more = config_of(tmp_path / "d", num_requests=3)
     assert groups([rates[0], other, rates[1], more]) == [[*rates, more], [other]]
-
-
-class FakeSessions:
-    """In place of processes: each serves its folders until one whose model is named `dies`, `cut` ends unwell."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
-
-    def __call__(self, places: list[Path], log: Path) -> int:
-        self.calls.append([place.name for place in places])
-        log.write_text("line 1\n" * 9 + "line 2\nfell over")
-        for place in places:
-            config = read_config(place)
-            if config.replica_scheduler.max_batch_size == 1 and config.model.name == "a":
-                return 1
-            ended = "time limit" if config.model.name == "cut" else "completed"
-            summary = {"ended": ended, "refused": {}, "num_requests": 4, "num_completed": 4, "duration_s": 9.0}
-            summary["metrics"] = {}
-            (place / "summary.json").write_text(json.dumps(summary))
-        return 0
-
-
-@pytest.fixture
-def sessions(monkeypatch: pytest.MonkeyPatch) -> FakeSessions:
-    fake = FakeSessions()
-    monkeypatch.setattr(execute_module, "_run", fake)
-    return fake
 
 
 def test_failures_are_told_at_the_end_and_runs_go_on(tmp_path: Path, grid: Path, sessions: FakeSessions) -> None:
