@@ -10,7 +10,6 @@ allocator_steps.csv. Then come the rows of `python -m vattention.bench`.
 
 import argparse
 import csv
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from measurement.plot import draw_steps
 from measurement.serving import Load, percentile
 from measurement.table import Budget, Row, Table
 
+from sarathi.entrypoints.script import run_script
 from vattention import bench
 
 WARM_UP_STEPS = 32  # of a decode, in which pages are created for the first time
@@ -135,4 +135,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from sarathi import LLM, SamplingParams
 from sarathi.engine.llm_engine import LLMEngine
+from sarathi.entrypoints.script import run_script
 from sarathi.messages import Finished, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

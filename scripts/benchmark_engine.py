@@ -9,7 +9,6 @@ leaves out is named. Runs may share a folder.
 """
 
 import gc
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,6 +25,8 @@ from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.steady import steady
 from measurement.table import Budget, Row, Table, Work
+
+from sarathi.entrypoints.script import run_script
 
 OWN_STAGES = ("sampled", "metrics", "device", "alone")
 SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, "top_p": 0.95}
@@ -127,4 +128,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -12,7 +12,6 @@ Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, fl
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, product, zip_longest
@@ -31,6 +30,8 @@ from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.figure import parse_figure, positive
 from measurement.plot import draw_ratios, draw_times
 from measurement.table import Attempts, Budget, Row, Table, Work
+
+from sarathi.entrypoints.script import run_script
 
 ATTENTION = ("decode", "prefill")
 SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measures, of the first
@@ -174,6 +175,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    if not torch.cuda.device_count():  # is_available() may open CUDA, which the children of warm_up() must do first
+        raise ValueError("kernels are measured on a CUDA device, and there is none")
     attempts = Attempts()
     budget = Budget(options.budget, attempts)
     warm_up(partial(_jobs, options), processes_at_hand())
@@ -191,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

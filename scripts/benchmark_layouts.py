@@ -7,7 +7,6 @@ Speed of both where memory is plentiful, then many short requests in the same li
 """
 
 import argparse
-import sys
 import time
 from functools import partial
 
@@ -19,6 +18,7 @@ from measurement.serving import Load
 from measurement.table import Budget, Table
 
 from sarathi.config.units import parse_bytes
+from sarathi.entrypoints.script import run_script
 
 LITTLE = FULL._replace(prefill=(8192, 32768), decode=((1, 1024), (16, 1024), (64, 1024), (16, 8192), (8, 32768)))
 REQUESTS = (512, 200, 128)  # count, prompt and output tokens
@@ -71,11 +71,11 @@ def main() -> int:
     megacache = f"{options.backend}_megacache"
     for backend in (options.backend, megacache):
         print(f"# {backend}", flush=True)
-        table.attempts.run(backend, partial(measure, options, table, sizes, backend))
+        measure(options, table, sizes, backend)
     compare(table, megacache, options.backend)
     draw_ratios(table.rows, options.output / "layouts.png")
     return table.attempts.exit_code()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

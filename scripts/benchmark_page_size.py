@@ -14,7 +14,6 @@ import csv
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -28,6 +27,7 @@ from measurement.table import Attempts
 
 from sarathi.benchmark.request_generator.datasets import read_lengths
 from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.entrypoints.script import run_script
 from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
 
@@ -205,4 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

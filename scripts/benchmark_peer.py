@@ -18,6 +18,8 @@ from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
 from measurement.table import NEITHER_BETTER, Attempts, Budget, Row, Table, read_rows
 
+from sarathi.entrypoints.script import run_script
+
 
 def measure(options: argparse.Namespace) -> int:
     """All rows of vLLM; the exit code."""
@@ -37,9 +39,9 @@ def measure(options: argparse.Namespace) -> int:
 
 def join(ours: Path, theirs: Path, output: Path) -> None:
     """Each of our rows that the peer has too beside the peer's, which follows it."""
-    peers = {_work(row): row for row in read_rows(theirs)}
+    peers, mine = {_work(row): row for row in read_rows(theirs)}, list(read_rows(ours))
     table = Table(output / "peer.csv", ours=str(ours), theirs=str(theirs))
-    for row in read_rows(ours):
+    for row in mine:
         peer = peers.get(_work(row))
         if peer is not None and "alone" not in row.backend:
             table.add(row if row.unit in NEITHER_BETTER else row.beside(peer))
@@ -71,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
