@@ -174,6 +174,14 @@ def test_replay_of_both_csv_forms(tmp_path: Path) -> None:
     assert workload(*words, ours) == workload(*words, theirs, "--date", "mon") == expected
 
 
+def test_a_date_is_refused_where_a_trace_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 1, "input_length": 4, "output_length": 4}')
+    words = ["--request_generator.provider=trace", "--trace_request_generator.trace_file", path, "--date", "2023-08-21"]
+    with pytest.raises(ValueError, match=r"trace_request_generator\.date is '2023-08-21': it must be none"):
+        workload(*words)
+
+
 def test_sharegpt_counts_tokens_by_the_tokenizer(tmp_path: Path) -> None:
     turns = [("a b c d e", "one two three four"), ("too short", "also")]
     content = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in turns]
