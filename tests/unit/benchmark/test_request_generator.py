@@ -74,6 +74,18 @@ def test_long_traces_have_the_published_shape(name: str, low: int, median: int, 
     assert np.median(output) == pytest.approx(output_median, rel=0.01)
 
 
+def test_as_many_of_a_shape_are_drawn_as_it_takes_to_keep_those_asked_for() -> None:
+    words = ["--length_provider", "trace", "--trace_request_length_generator.min_tokens"]
+    assert workload(*words, 0) == workload(*words, 4000) == workload(*words[:2])  # the shortest prompt has 4,096
+    for low, count in ((7958, 300), (26639, 20)):
+        specs = workload(*words, low, count=count)
+        assert len(specs) == count and prompts_of(specs).min() > low
+        assert specs == workload(*words, low, count=count) != workload(*words, low, count=count, seed=SEED + 1)
+    assert np.quantile(prompts_of(workload(*words, 7958, count=2000)), 0.8) == pytest.approx(18490, rel=0.05)
+    with pytest.raises(ValueError, match="'arxiv' has 0 requests of more than 40000 prompt tokens, and 5"):
+        workload(*words, 40_000, count=5)
+
+
 def test_long_requests_are_cut_in_proportion() -> None:
     words = ["--length_provider", "trace", "--trace_request_length_generator.max_tokens", 6000]
     free = {spec.num_prefill_tokens: spec for spec in workload(*words[:2])}
