@@ -88,6 +88,10 @@ def test_a_truth_value_is_no_text(tmp_path: Path) -> None:
         (["--output_dir", "--seed", "3"], "--output_dir needs a value"),
         (["--write_metrics", "--seed"], "--seed needs a value"),
         (["--config"], "--config needs a value"),
+        (
+            ["--write_json_trace", "--write_metrics", "no"],
+            "write_json_trace is True: it must be false where write_metrics",
+        ),
         (["--atention_backend"], "nearest known is 'model.attention_backend'"),
     ],
 )
