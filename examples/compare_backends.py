@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.entrypoints.script import run_script
 from sarathi.metrics.plots import plot_lines
 from sarathi.metrics.report import summarize
 from sarathi.metrics.tables import cdf, distributions
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

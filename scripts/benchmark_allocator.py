@@ -24,6 +24,7 @@ from measurement.plot import draw_steps
 from measurement.serving import Load, percentile
 from measurement.table import Budget, Row, Table
 
+from sarathi.entrypoints.script import run_script
 from vattention import bench
 
 WARM_UP_STEPS = 32  # of a decode, in which pages are created for the first time
@@ -117,9 +118,10 @@ def read_options() -> argparse.Namespace:
     return parse(parser, figure="allocator")
 
 
-def main() -> None:
+def main() -> int:
     options = read_options()
-    budget, table = Budget(options.budget), Table(options.output / "allocator.csv")
+    table = Table(options.output / "allocator.csv")
+    budget = Budget(options.budget, table.attempts)
     decodes = Decodes(options, table)
     backends = [options.backend, f"{options.backend}_sync"]
     budget.run((f"decode under {name}", partial(decodes.measure, name)) for name in backends)
@@ -129,7 +131,8 @@ def main() -> None:
     if not options.skip_library:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         budget.run([("vattention.bench", partial(library_rows, table, device))])
+    return table.attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,7 @@
 """Our engine beside transformers on this machine's CPU: same weights, prompts and dtype, alternating in one run.
 
     python scripts/benchmark_cpu.py [--model smollm2-135m] [--repeats 5] [--output experiments/cpu]
+    python scripts/benchmark_cpu.py --test        # few tokens, once; into results/test/cpu
 
 Writes engine_cpu.csv, where a ratio above 1 means that ours is better, and environment.json.
 """
@@ -9,6 +10,7 @@ import argparse
 import csv
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,16 +25,36 @@ from tqdm import tqdm
 
 from sarathi import LLM, SamplingParams
 from sarathi.engine.llm_engine import LLMEngine
+from sarathi.entrypoints.script import run_script
 from sarathi.messages import Finished, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
 from sarathi.model_executor.source import resolve_model
 
 COLUMNS = ("model", "work", "backend", "batch", "context", "value", "unit", "reference", "ratio")
-MIXED_LENGTHS = (12, 20, 28, 40, 56, 72, 96, 120, 144, 180, 220, 260, 300, 360, 420, 500)
-NEW_TOKENS = 48
 VOCAB_SIZE = 49_000  # token ids below it are words of the default model
 PAIR = ("sdpa_vattn", "sdpa_paged_16")
+SHORT = ("--repeats", "1", "--output", "results/test/cpu")
+
+
+class Sizes(NamedTuple):
+    """What a whole measurement takes. A shape: requests, prompt tokens of each, output tokens of each."""
+
+    generate: tuple[tuple[int, ...], ...]  # prompt tokens of the requests of each batch
+    new_tokens: int  # of each of those
+    prefill: tuple[tuple[int, int, int], ...]
+    decode: tuple[int, int, int]
+    steps: tuple[tuple[int, int, int], ...]
+
+
+MIXED_LENGTHS = (12, 20, 28, 40, 56, 72, 96, 120, 144, 180, 220, 260, 300, 360, 420, 500)
+FULL = Sizes(
+    generate=((64,), MIXED_LENGTHS), new_tokens=48, prefill=((4, 512, 1), (2, 2048, 1)), decode=(16, 16, 96),
+    steps=((16, 32, 64), (64, 32, 64)),
+)  # fmt: skip
+SMALL = Sizes(
+    generate=((8,), (6, 12)), new_tokens=4, prefill=((2, 32, 1),), decode=(2, 8, 4), steps=((2, 8, 4),)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,29 +162,30 @@ def generate(llm: LLM, work: Work) -> None:
     llm.generate(work.prompts, work.sampling_params(), use_tqdm=False)
 
 
-def against_transformers(model: str, repeats: int) -> Iterator[dict]:
+def against_transformers(model: str, sizes: Sizes, repeats: int) -> Iterator[dict]:
     """Generation of one request and of a batch of mixed lengths."""
     reference = TransformersModel(model)
     vocab_size = reference.model.config.vocab_size
     with engine(model, PAIR[0]) as llm:
-        for lengths in ((64,), MIXED_LENGTHS):
-            work = Work(random_prompts(lengths, vocab_size), NEW_TOKENS)
+        for lengths in sizes.generate:
+            work = Work(random_prompts(lengths, vocab_size), sizes.new_tokens)
             label = f"generate x{len(lengths)}"
             times = alternate(partial(generate, llm, work), partial(reference.generate, work), repeats, label)
-            tokens, shape = len(lengths) * NEW_TOKENS, (len(lengths), max(lengths))
+            tokens, shape = len(lengths) * sizes.new_tokens, (len(lengths), max(lengths))
             yield row(
                 model, "generate", PAIR[0], *shape, tokens / times.ours_s, "tokens/s", "transformers", times.ratio
             )
             yield row(model, "generate", "transformers", *shape, tokens / times.other_s, "tokens/s", "", "")
 
 
-def against_paged(model: str, repeats: int) -> Iterator[dict]:
+def equal_requests(count: int, prompt: int, output: int) -> Work:
+    return Work(random_prompts((prompt,) * count, VOCAB_SIZE), output)
+
+
+def against_paged(model: str, sizes: Sizes, repeats: int) -> Iterator[dict]:
     """The same engine on virtual and on paged memory: mostly prefill, then mostly decode."""
-    works = [
-        ("prefill", Work(random_prompts((512,) * 4, VOCAB_SIZE), 1)),
-        ("prefill", Work(random_prompts((2048,) * 2, VOCAB_SIZE), 1)),
-        ("decode", Work(random_prompts((16,) * 16, VOCAB_SIZE), 96)),
-    ]
+    works = [("prefill", equal_requests(*shape)) for shape in sizes.prefill]
+    works.append(("decode", equal_requests(*sizes.decode)))
     with engine(model, PAIR[0]) as virtual, engine(model, PAIR[1]) as paged:
         for name, work in works:
             times = alternate(partial(generate, virtual, work), partial(generate, paged, work), repeats, name)
@@ -171,20 +194,20 @@ def against_paged(model: str, repeats: int) -> Iterator[dict]:
             yield row(model, name, PAIR[0], *shape, tokens / times.ours_s, "tokens/s", PAIR[1], times.ratio)
 
 
-def outside_the_model(model: str, batch: int) -> Iterator[dict]:
+def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Iterator[dict]:
     """Shares of engine.step() that are not the model, and that are the metrics store, decode, medians over steps."""
-    work = Work(random_prompts((32,) * batch, VOCAB_SIZE), 64)
+    work = equal_requests(batch, prompt, output)
     with engine(model, PAIR[0], batch) as llm:
         executor, metrics = ExecutorClock(llm.engine.executor), CallClock(MetricsStore())
         measured = LLMEngine(llm.engine.scheduler, executor, llm.engine.tokenizer, metrics=metrics)
-        for index, prompt in enumerate(work.prompts):
-            measured.add_request(str(index), prompt, work.sampling_params())
+        for index, token_ids in enumerate(work.prompts):
+            measured.add_request(str(index), token_ids, work.sampling_params())
         shares = []
         while measured.has_work:
             shares.append(_shares(measured, executor, metrics))
     names = ("time outside the model, metrics on", "time in the metrics store")
     for name, values in zip(names, zip(*shares, strict=True), strict=True):
-        yield row(model, name, PAIR[0], batch, 96, 100 * statistics.median(values), "% of a step", "", "")
+        yield row(model, name, PAIR[0], batch, prompt + output, 100 * statistics.median(values), "% of a step", "", "")
 
 
 def _shares(measured: LLMEngine, executor: ExecutorClock, metrics: CallClock) -> tuple[float, float]:
@@ -198,17 +221,23 @@ def row(*values: object) -> dict:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("experiments/cpu"))
+    parser.add_argument("--test", action="store_true", help="a short form: few tokens, once")
     options = parser.parse_args()
+    return parser.parse_args([*SHORT, *sys.argv[1:]]) if options.test else options
+
+
+def main() -> None:
+    options = parse()
+    sizes = SMALL if options.test else FULL
     rows = [
-        *against_transformers(options.model, options.repeats),
-        *against_paged(options.model, options.repeats),
-        *outside_the_model(options.model, 16),
-        *outside_the_model(options.model, 64),
+        *against_transformers(options.model, sizes, options.repeats),
+        *against_paged(options.model, sizes, options.repeats),
+        *(entry for shape in sizes.steps for entry in outside_the_model(options.model, *shape)),
     ]
     options.output.mkdir(parents=True, exist_ok=True)
     with open(options.output / "engine_cpu.csv", "w", newline="") as file:
@@ -221,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,8 @@ from measurement.serving import STAGES, Load, process_age_s
 from measurement.steady import steady
 from measurement.table import Budget, Row, Table, Work
 
+from sarathi.entrypoints.script import run_script
+
 OWN_STAGES = ("sampled", "metrics", "device", "alone")
 SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, "top_p": 0.95}
 ALONE = "products and attention alone"
@@ -111,18 +113,19 @@ def run_alone(options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[
     budget.run(alone_work(table, contexts, sizes, options.chunk_size, alone))
 
 
-def main() -> None:
+def main() -> int:
     parser = engine_parser(__doc__, "results/engine")
     add_stages(parser, (*STAGES, *OWN_STAGES))
     add_ratios(parser)
     options = parse(parser)
-    sizes, budget = SMALL if options.test else FULL.with_ratios(options.ratios), Budget(options.budget)
-    table = Table(options.output / "engine.csv")
+    sizes, table = SMALL if options.test else FULL.with_ratios(options.ratios), Table(options.output / "engine.csv")
+    budget = Budget(options.budget, table.attempts)
     contexts = run_engine(options, table, sizes, budget)
     if "alone" in options.stages:
         run_alone(options, table, sizes, contexts, budget)
     draw_ratios(table.rows, options.output / "engine.png")
+    return table.attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,7 +29,9 @@ from kernel_benchmark.unlike import warm_up_jobs as warm_up_unlike
 from kernel_benchmark.warm_up import processes_at_hand, warm_up
 from measurement.figure import parse_figure, positive
 from measurement.plot import draw_ratios, draw_times
-from measurement.table import Budget, Row, Table, Work
+from measurement.table import Attempts, Budget, Row, Table, Work
+
+from sarathi.entrypoints.script import run_script
 
 ATTENTION = ("decode", "prefill")
 SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measures, of the first
@@ -171,20 +173,25 @@ def parse() -> argparse.Namespace:
     return parse_figure(parser, "kernels")
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
-    budget = Budget(options.budget)
+    if not torch.cuda.device_count():  # is_available() may open CUDA, which the children of warm_up() must do first
+        raise ValueError("kernels are measured on a CUDA device, and there is none")
+    attempts = Attempts()
+    budget = Budget(options.budget, attempts)
     warm_up(partial(_jobs, options), processes_at_hand())
     torch.manual_seed(0)
     parts = _chosen(options)
-    tables = {file: Table(options.output / f"{file}.csv") for file in dict.fromkeys(part.file for part in parts)}
+    files = dict.fromkeys(part.file for part in parts)
+    tables = {file: Table(options.output / f"{file}.csv", attempts) for file in files}
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {budget.left_s:.0f} s left", flush=True)
     with torch.inference_mode():
         for part in parts:
             budget.run(part.work(tables[part.file], options))
     for draw, file in dict.fromkeys((part.draw, part.file) for part in parts):
         draw(tables[file].rows, options.output / f"{file}.png")
+    return attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from measurement.serving import Load
 from measurement.table import Budget, Table
 
 from sarathi.config.units import parse_bytes
+from sarathi.entrypoints.script import run_script
 
 LITTLE = FULL._replace(prefill=(8192, 32768), decode=((1, 1024), (16, 1024), (64, 1024), (16, 8192), (8, 32768)))
 REQUESTS = (512, 200, 128)  # count, prompt and output tokens
@@ -47,7 +48,8 @@ def measure(options: argparse.Namespace, table: Table, sizes: Sizes, backend: st
     load.warm_up()
     requests = FEW_REQUESTS if options.test else REQUESTS
     squeeze = partial(crowd, load, engine, parse_bytes(options.little_bytes), requests)
-    Budget(options.budget / 2).run([*load.plan(("decode", "prefill")), ("short requests in little memory", squeeze)])
+    budget = Budget(options.budget / 2, table.attempts)
+    budget.run([*load.plan(("decode", "prefill")), ("short requests in little memory", squeeze)])
     engine.close()
 
 
@@ -60,19 +62,20 @@ def compare(table: Table, ours: str, other: str) -> None:
             table.compare(row, reference)
 
 
-def main() -> None:
+def main() -> int:
     parser = engine_parser(__doc__, "results/layouts")
     parser.set_defaults(max_num_seqs=512, max_model_len=36864)
     parser.add_argument("--little-bytes", default="8gb", help="of KV cache for the short requests, as 8gb")
     options = parse(parser, {"little_bytes": "2mb", "max_num_seqs": 16})
-    table = Table(options.output / "layouts.csv")
+    sizes, table = SMALL if options.test else LITTLE, Table(options.output / "layouts.csv")
     megacache = f"{options.backend}_megacache"
     for backend in (options.backend, megacache):
         print(f"# {backend}", flush=True)
-        measure(options, table, SMALL if options.test else LITTLE, backend)
+        measure(options, table, sizes, backend)
     compare(table, megacache, options.backend)
     draw_ratios(table.rows, options.output / "layouts.png")
+    return table.attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

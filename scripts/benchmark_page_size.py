@@ -16,15 +16,18 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from measurement.figure import parse_figure, positive, size_bytes
 from measurement.plot import draw_bars
+from measurement.table import Attempts
 
 from sarathi.benchmark.request_generator.datasets import read_lengths
 from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.entrypoints.script import run_script
 from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
 
@@ -80,7 +83,7 @@ def max_batch(cache: VirtualKVCache, lengths: Sequence[int]) -> tuple[int, float
     except OutOfMemoryError:
         pass
     else:
-        raise SystemExit(f"all {len(lengths)} requests of the trace fit: the budget is too large to compare")
+        raise ValueError(f"all {len(lengths)} requests of the trace fit: the budget is too large to compare")
     stats = cache.stats()
     for slot in slots:
         cache.free(slot)
@@ -181,17 +184,25 @@ def parse() -> argparse.Namespace:
     return parse_figure(parser, "page_size")
 
 
-def main() -> None:
+def add_rows(rows: list[Row], model: Model, parallel: int, lengths: Sequence[int], options: argparse.Namespace) -> None:
+    """Adds the rows of one model on so many GPUs as they come."""
+    for row in measure(model, parallel, lengths, options):
+        rows.append(row)
+        print("| " + " | ".join(str(value) for value in asdict(row).values()) + " |", flush=True)
+
+
+def main() -> int:
     options = parse()
     lengths = final_lengths(options.trace, options.seed)
     print(f"{len(lengths)} requests, mean {statistics.mean(lengths):.0f} tokens, longest {max(lengths)}")
     rows: list[Row] = []
+    attempts = Attempts()
     for name, parallel in itertools.product(options.models, options.tensor_parallel):
-        for row in measure(MODELS[name], parallel, lengths, options):
-            rows.append(row)
-            print("| " + " | ".join(str(value) for value in asdict(row).values()) + " |", flush=True)
-    save(rows, options.output / file_name(options))
+        attempts.run(f"{name} on {parallel} GPUs", partial(add_rows, rows, MODELS[name], parallel, lengths, options))
+    if rows:
+        save(rows, options.output / file_name(options))
+    return attempts.exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,28 +16,32 @@ from measurement.lengths import FULL
 from measurement.options import add_ratios, add_stages
 from measurement.plot import draw_ratios
 from measurement.serving import STAGES, Load, process_age_s
-from measurement.table import NEITHER_BETTER, Budget, Row, Table, read_rows
+from measurement.table import NEITHER_BETTER, Attempts, Budget, Row, Table, read_rows
+
+from sarathi.entrypoints.script import run_script
 
 
-def measure(options: argparse.Namespace) -> None:
-    """All rows of vLLM."""
+def measure(options: argparse.Namespace) -> int:
+    """All rows of vLLM; the exit code."""
     from measurement.peer import PeerEngine
 
-    budget = Budget(options.budget)
+    attempts = Attempts()
+    budget = Budget(options.budget, attempts)
     engine = PeerEngine(options.model, options.max_model_len, options.seed)
-    table, sizes = Table(options.output / "vllm.csv", peer=engine.backend), FULL.with_ratios(options.ratios)
+    table, sizes = Table(options.output / "vllm.csv", attempts, peer=engine.backend), FULL.with_ratios(options.ratios)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
     if "device" in options.stages:
         budget.run(device_work(load))
+    return attempts.exit_code()
 
 
 def join(ours: Path, theirs: Path, output: Path) -> None:
     """Each of our rows that the peer has too beside the peer's, which follows it."""
-    peers = {_work(row): row for row in read_rows(theirs)}
+    peers, mine = {_work(row): row for row in read_rows(theirs)}, list(read_rows(ours))
     table = Table(output / "peer.csv", ours=str(ours), theirs=str(theirs))
-    for row in read_rows(ours):
+    for row in mine:
         peer = peers.get(_work(row))
         if peer is not None and "alone" not in row.backend:
             table.add(row if row.unit in NEITHER_BETTER else row.beside(peer))
@@ -63,10 +67,10 @@ def main() -> None:
     if options.join:
         join(*options.join, options.output)
         return
-    measure(options)
+    exit_code = measure(options)
     sys.stdout.flush()
-    os._exit(0)  # vLLM's own shutdown may wait for ever
+    os._exit(exit_code)  # vLLM's own shutdown may wait for ever
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

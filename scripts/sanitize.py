@@ -9,11 +9,12 @@ request takes pages from those that ended. Every output's length is checked, and
 
 import argparse
 import random
-import sys
 import time
 
 from measurement.options import engine_parser, parse
 from measurement.ours import OurEngine, open_engine
+
+from sarathi.entrypoints.script import run_script
 
 MODEL = "two-wide-layers"
 BACKENDS = (
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace, backend: str) -> str:
     return f"done in {time.monotonic() - start_s:.1f} s"
 
 
-def main() -> None:
+def main() -> int:
     parser = engine_parser(__doc__, "results/sanitize")
     parser.set_defaults(
         model="two-wide-layers", max_model_len=4096, max_num_seqs=4, chunk_size=512, memory_bytes="48mb"
@@ -82,8 +83,8 @@ def main() -> None:
         outcome = run(options, backend)
         done += outcome.startswith("done")
         print(f"{backend:28} {outcome}", flush=True)
-    sys.exit(not done)
+    return int(not done)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,7 +10,6 @@ the cache holds more than its budget, memory outside of it grows, or nothing was
 import argparse
 import logging
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from measurement.table import Row, Table
 
 from sarathi import SamplingParams
 from sarathi.engine.outputs import RequestOutput
+from sarathi.entrypoints.script import run_script
 
 CHECK_S = 0.5
 ARRIVALS = 0.4  # of all steps, those before which a request arrives, and again as often another one
@@ -158,7 +158,7 @@ def save(options: argparse.Namespace, soak: Soak, engine: OurEngine, verdict: st
         table.add(Row(options.model, f"growth of {name}", *shape, value, "bytes"))
 
 
-def main() -> None:
+def main() -> int:
     parser = engine_parser(__doc__, "results/soak")
     parser.set_defaults(model="tiny", max_model_len=4096, max_num_seqs=64, chunk_size=2048, memory_bytes="1gb")
     parser.add_argument("--seconds", type=float, default=200.0)
@@ -174,8 +174,8 @@ def main() -> None:
     save(options, soak, engine, verdict)
     engine.close()
     print(verdict, flush=True)
-    sys.exit(verdict != "passed")
+    return int(verdict != "passed")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

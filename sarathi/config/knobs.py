@@ -11,6 +11,7 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sarathi.config.units import nearest, parse_bytes
@@ -140,14 +141,16 @@ def _split_optional(hint: Any) -> tuple[type, bool]:
 
 
 def _read_str(value: object, limits: Limits) -> str:
-    if not isinstance(value, str):
+    """YAML reads 16 and 2023-08-21 as an integer and a date where they are not quoted."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, date)):
         raise TypeError
+    text = str(value)
     if not limits.choices:
-        return value
+        return text
     by_lower = {choice.lower(): choice for choice in limits.choices}
-    if value.lower() not in by_lower:
+    if text.lower() not in by_lower:
         raise ValueError
-    return by_lower[value.lower()]
+    return by_lower[text.lower()]
 
 
 def _read_int(value: object, limits: Limits) -> int:

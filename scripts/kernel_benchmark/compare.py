@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from measurement.table import attempt
+from measurement.table import Attempts
 from torch import Tensor
 
 from kernel_benchmark.timing import Sample, graph_sample, in_turn_us
@@ -13,6 +13,7 @@ _ALL = slice(None)
 
 
 def compare_us(
+    attempts: Attempts,
     launches: Iterable[tuple[str, Callable[[], Launch]]],
     expected: Tensor,
     sample: Callable[[Launch], Sample],
@@ -21,7 +22,7 @@ def compare_us(
     rounds: int = 7,
 ) -> dict[str, float]:
     """Microseconds by name. One that fails, or whose rows `checked` are not as expected, is reported and left out."""
-    ready = {name: attempt(name, partial(_ready, make, expected, checked, sample)) for name, make in launches}
+    ready = {name: attempts.run(name, partial(_ready, make, expected, checked, sample)) for name, make in launches}
     return in_turn_us({name: each for name, each in ready.items() if each is not None}, rounds)
 
 

@@ -68,7 +68,7 @@ def measure_decode(
     inputs = Inputs.create(model, batch, context)
     expected, checked = exact_output(inputs, sequences=2)
     launches, sample = _launches(inputs, configs, pages), over_copies(len(inputs.layers))
-    found = compare_us(launches, expected, sample, checked=checked)
+    found = compare_us(table.attempts, launches, expected, sample, checked=checked)
     add_paged_first(table, [Row(model.name, "decode", name, batch, context, us, "us") for name, us in found.items()])
     print(f"    floor at 4.5 TB/s {model.kv_bytes(batch, context) / 4.5e6:.1f} us", flush=True)
 

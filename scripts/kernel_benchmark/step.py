@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from measurement.table import Row, Table, attempt
+from measurement.table import Row, Table
 from torch import Tensor
 
 from kernel_benchmark.inputs import random_tensor
@@ -110,7 +110,7 @@ def measure_steps(table: Table, model: Model, shapes: list[tuple[int, int]]) -> 
         }  # fmt: skip
         rows, tokens = [], {}
         for name, make in variants.items():
-            value = attempt(name, partial(_step_ms, step, make, name, tokens))
+            value = table.attempts.run(name, partial(_step_ms, step, make, name, tokens))
             if value is not None:
                 rows.append(Row(model.name, "decode step", name, batch, context, value, "ms"))
         table.add_compared(rows, "fa3")

@@ -75,7 +75,7 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
 def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[str, Callable[[], Launch]]) -> None:
     """The first is what the others are compared with, their results too."""
     expected = next(iter(launches.values()))()(0).double()
-    found = compare_us(launches.items(), expected, over_copies(len(step.layers)))
+    found = compare_us(table.attempts, launches.items(), expected, over_copies(len(step.layers)))
     sequences, length = len(step.batch.chunks), step.mean_length
     table.add_compared([Row(model.name, work, name, sequences, length, us, "us") for name, us in found.items()], _FA3)
 

@@ -4,6 +4,7 @@ Checked against 0.26.0. The core's outputs are read where they arrive, so that n
 them; a step's token budget is lowered in the scheduler, which is all that it changes at run time.
 """
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -36,6 +37,8 @@ class PeerEngine:
 
     def __init__(self, model: str, max_model_len: int, seed: int) -> None:
         """model: a shipped configuration's name. Sets the environment that vLLM reads when it is imported."""
+        if importlib.util.find_spec("vllm") is None:
+            raise ImportError("vLLM cannot be imported here: pip install vllm")
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         import vllm

@@ -41,13 +41,30 @@ def is_rate(unit: str) -> bool:
     return unit.endswith("/s") or unit in ("tokens", "requests")
 
 
-def attempt(name: str, measure: Callable[[], T]) -> T | None:
-    """What ``measure`` returns, or None with its error printed: one kernel that fails does not cost the others."""
-    try:
-        return measure()
-    except Exception:
-        print(f"    {name}: {traceback.format_exc(limit=-3)[-900:]}", flush=True)
-        return None
+class Attempts:
+    """Measurements that may fail: one that does costs none of the others, and is named again at the end."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self._under_way: list[str] = []  # one within the other
+
+    def run(self, name: str, measure: Callable[[], T]) -> T | None:
+        """What ``measure`` returns, or None with its error printed."""
+        self._under_way.append(name)
+        try:
+            return measure()
+        except Exception:
+            self.failed.append(": ".join(self._under_way))
+            print(f"# {self.failed[-1]} failed:\n{traceback.format_exc(limit=-4)}", flush=True)
+            return None
+        finally:
+            self._under_way.pop()
+
+    def exit_code(self) -> int:
+        """1 where any failed, which are named."""
+        if self.failed:
+            print(f"# {len(self.failed)} failed: {', '.join(self.failed)}", flush=True)
+        return int(bool(self.failed))
 
 
 class Table:
@@ -56,10 +73,11 @@ class Table:
     Rows are added to those of earlier runs into the same folder; NAME.environment.json has an entry for each run.
     """
 
-    def __init__(self, path: Path, **facts: object) -> None:
-        """facts: what the environment does not tell of itself, as JSON values."""
+    def __init__(self, path: Path, attempts: Attempts | None = None, **facts: object) -> None:
+        """attempts: of parts of its measurements; None: its own. facts: what the environment lacks, as JSON values."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self.attempts = attempts or Attempts()
         self.rows: list[Row] = list(read_rows(path)) if path.exists() else []
         self._rewrite()
         _note_run(path.with_suffix(".environment.json"), facts)
@@ -113,7 +131,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 class Budget:
     """Seconds left for measuring. Work is a list of thunks, most important first; what does not fit is named."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, attempts: Attempts) -> None:
+        self._attempts = attempts
         self._end = time.monotonic() + seconds
 
     @property
@@ -128,10 +147,7 @@ class Budget:
                 skipped.append(name)
                 continue
             print(f"# {name} ({self.left_s:.0f} s left)", flush=True)
-            try:
-                measure()
-            except Exception:
-                print(f"# {name} failed:\n{traceback.format_exc(limit=-4)}", flush=True)
+            self._attempts.run(name, measure)
         if skipped:
             print(f"# out of time for: {', '.join(skipped)}", flush=True)
 

@@ -88,6 +88,7 @@ def test_static_trace_repeats_its_schedule_and_resumes(tmp_path: Path) -> None:
     again = script("benchmark_e2e_static_trace.py", "--resume", "--output", tmp_path / "a", *words)
     assert "done before" in again.stdout
     processed = script("process_e2e_static.py", tmp_path / "a")
+    assert script("process_experiment.py", "e2e_static", tmp_path / "a").stdout == processed.stdout
     table = pd.read_csv(tmp_path / "a" / "makespan.csv")
     assert list(table["backend"]) == ["sdpa_vattn"] and (table["makespan_s"] > 0).all()
     assert "makespan_s" in processed.stdout and list((tmp_path / "a").glob("makespan_*.png"))

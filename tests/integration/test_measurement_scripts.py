@@ -42,6 +42,14 @@ def test_engine_and_join(tmp_path: Path) -> None:
     assert ours.loc["KV tokens held"].ratio == 0.5 and (ours.loc["prefill"].ratio == 2).all()
 
 
+def test_cpu(tmp_path: Path) -> None:
+    run(ROOT / "scripts" / "benchmark_cpu.py", "--test", "--output", tmp_path)
+    rows = pd.read_csv(tmp_path / "engine_cpu.csv")
+    assert list(rows.columns) == COLUMNS and (tmp_path / "environment.json").is_file()
+    compared = rows.dropna(subset="ratio")
+    assert set(compared.reference) == {"transformers", "sdpa_paged_16"} and (compared.ratio > 0).all()
+
+
 def test_allocator(tmp_path: Path) -> None:
     run(ROOT / "scripts" / "benchmark_allocator.py", "--test", "--skip-library", "--output", tmp_path)
     rows = table(tmp_path / "allocator.csv").set_index(["work", "backend"]).value

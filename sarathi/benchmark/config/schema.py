@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sarathi.config.backend import AUTO, BackendSpec
-from sarathi.config.knobs import Section, knob
+from sarathi.config.knobs import ConfigError, Section, knob
 from sarathi.config.schema import SCHEDULERS
 
 LENGTH_PROVIDERS = ("fixed", "uniform", "zipf", "trace")
@@ -293,3 +293,8 @@ class BenchmarkConfig(Section):
     metrics_store: MetricsStoreConfig = field(default_factory=MetricsStoreConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     capacity_search: CapacitySearchConfig = field(default_factory=CapacitySearchConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.write_json_trace and not self.write_metrics:
+            raise ConfigError("write_json_trace is True: it must be false where write_metrics is False")

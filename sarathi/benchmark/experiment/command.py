@@ -6,9 +6,12 @@ Exit codes: 0 all runs are complete; 1 a run failed or nothing was found; 130 ^C
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sarathi.benchmark.config.options import read_settings
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
@@ -17,12 +20,13 @@ from sarathi.benchmark.experiment.measures import Row
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_rows
 from sarathi.metrics.plots import is_available
-from sarathi.metrics.report import write_json, write_table
+from sarathi.metrics.report import write_table
 from sarathi.metrics.tables import Table
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
 ENVIRONMENT_FILE = "environment.json"
 EXIT_INTERRUPTED = 130
+HELP = ("-h", "--help")
 EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
 
 
@@ -51,37 +55,53 @@ def run_experiment(path: Path, description: str, words: Sequence[str] | None = N
 
 def process_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The table and the plots of runs that are there."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
-    parser.add_argument("--test", action="store_true", help="by default the folder of the runs of --test")
-    args = parser.parse_args(words)
-    experiment = read_experiment(path, args.test)
+    args = _process_parser(description).parse_args(words)
+    try:
+        experiment = read_experiment(path, args.test)
+    except (ValueError, OSError) as error:
+        print(f"{path.stem}: {error}", file=sys.stderr)
+        return 1
     broken = _process(experiment.table, Path(args.folder or experiment.output_dir))
     return 0 if broken == [] else 1
 
 
 def run_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The same for <first word>.yml of a folder."""
-    path, rest = _named(folder, words)
-    return 1 if path is None else run_experiment(path, description, rest)
+    command = partial(run_experiment, description=description)
+    return _with_named(folder, words, _run_parser(description), command)
 
 
 def process_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
     """The same for <first word>.yml of a folder."""
-    path, rest = _named(folder, words)
-    return 1 if path is None else process_experiment(path, description, rest)
+    return _with_named(
+        folder, words, _process_parser(description), partial(process_experiment, description=description)
+    )
 
 
-def _named(folder: Path, words: Sequence[str] | None) -> tuple[Path | None, list[str]]:
-    """The file that the first word names, and the words after it."""
+def _with_named(
+    folder: Path, words: Sequence[str] | None, parser: argparse.ArgumentParser, command: Callable[..., int]
+) -> int:
+    """`command`, of this parser, with the file that the first word names and the words after it; or its help."""
     given = list(sys.argv[1:] if words is None else words)
     name, rest = (given[0], given[1:]) if given else ("", [])
     path = folder / f"{name}.yml"
     if path.is_file():
-        return path, rest
+        return command(path, words=rest)
     known = ", ".join(sorted(each.stem for each in folder.glob("*.yml")))
+    if name in HELP:
+        parser.prog += " NAME"
+        parser.epilog = f"NAME: {known}. {parser.epilog or ''}"
+        parser.print_help()
+        return 0
     print(f"experiment {name!r} is unknown; there are {known}", file=sys.stderr)
-    return None, rest
+    return 1
+
+
+def _process_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
+    parser.add_argument("--test", action="store_true", help="by default the folder of the runs of --test")
+    return parser
 
 
 def _run_parser(description: str) -> argparse.ArgumentParser:
@@ -136,10 +156,20 @@ def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
     rows = make_rows(TABLES[table], runs)
     columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
     write_table(folder / f"{table}.csv", Table(columns, rows))
-    write_json(folder / ENVIRONMENT_FILE, runs[0].summary.get("environment", {}))
+    (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
     print(as_text(columns, rows))
     if is_available():
         draw(TABLES[table], runs, rows, folder)
+
+
+def environments(runs: Sequence[FinishedRun]) -> list[Mapping[str, Any]]:
+    """Each environment that a run had, once: --resume goes on with whatever code and machine there are by then."""
+    found: list[Mapping[str, Any]] = []
+    for run in runs:
+        environment = run.summary.get("environment", {})
+        if environment not in found:
+            found.append(environment)
+    return found
 
 
 def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:

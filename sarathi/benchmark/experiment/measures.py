@@ -102,11 +102,25 @@ def token_gap_cdf(run: FinishedRun) -> Points:
 
 def budget(config: BenchmarkConfig) -> int | None:
     """Tokens of a step, where the policy has a fixed number of them."""
+    knobs = config.sarathi_scheduler
+    is_fixed = knobs.target_step_time is None and not knobs.enable_dynamic_chunking_schedule
     sizes = {
-        "sarathi": config.sarathi_scheduler.chunk_size,
+        "sarathi": knobs.chunk_size if is_fixed else None,
         "simple_chunking": config.simple_chunking_scheduler.chunk_size,
     }
     return sizes.get(config.replica_scheduler.provider)
+
+
+def budget_name(config: BenchmarkConfig) -> str:
+    """What bounds a step, fixed, learned or scheduled: "512 tokens a step"; empty for a policy without a budget."""
+    knobs, fixed = config.sarathi_scheduler, budget(config)
+    if fixed is not None:
+        return f"{fixed} tokens a step"
+    if config.replica_scheduler.provider != "sarathi":
+        return ""
+    if knobs.target_step_time is not None:
+        return f"{knobs.target_step_time:g} s a step"
+    return f"{knobs.high_chunk_size} to {knobs.low_chunk_size} tokens a step"
 
 
 def _total(steps: Sequence[Mapping[str, float | None]], column: str) -> float:

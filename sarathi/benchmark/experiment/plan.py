@@ -24,10 +24,13 @@ from typing import Any
 import yaml
 
 from sarathi.benchmark.config.options import canonical
+from sarathi.benchmark.experiment.tables import TABLES
 from sarathi.config.knobs import ConfigError
 from sarathi.config.units import nearest
+from sarathi.wording import shown
 
 KEYS = ("output_dir", "table", "base", "grid", "test")
+_ALLOWED = {"output_dir": "it must be a folder's name", "table": f"it must be one of {', '.join(TABLES)}"}
 Axis = Mapping[str, Mapping[str, object]]
 
 
@@ -76,7 +79,7 @@ class Experiment:
         known = self.grid[name]
         if unknown := [label for label in labels if label not in known and not _is_knob(name)]:
             raise ConfigError(f"axis {name!r} has no {unknown[0]!r}; it has {', '.join(known)}")
-        axis = {label: known.get(label) or canonical({name: label}) for label in labels}
+        axis = {label: known[label] if label in known else canonical({name: label}) for label in labels}
         return Experiment(self.output_dir, self.table, self.base, {**self.grid, name: axis})
 
     def _run(self, labels: Sequence[str]) -> Run:
@@ -88,15 +91,40 @@ class Experiment:
 
 def read_experiment(path: Path, test: bool = False) -> Experiment:
     """The experiment of a file, or its short form. ConfigError names what is wrong in it."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if unknown := set(content) - set(KEYS):
-        raise ConfigError(f"{path}: {unknown.pop()!r} is unknown; an experiment has {', '.join(KEYS)}")
-    short = (content.get("test") or {}) if test else {}
+    try:
+        content = _checked(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    short = content["test"] if test else {}
     output_dir = f"results/test/{path.stem}" if test else content["output_dir"]
-    base = {**content.get("base", {}), **short.get("base", {})}
-    grid = {**content.get("grid", {}), **short.get("grid", {})}
+    base, grid = ({**content[key], **short.get(key, {})} for key in ("base", "grid"))
     axes = {name: dict(_labels(name, values)) for name, values in grid.items()}
     return Experiment(output_dir, content["table"], canonical(base), axes)
+
+
+def _checked(content: Any) -> Mapping[str, Any]:
+    """An experiment's keys, all of them; those of mappings that are left out or empty hold empty ones."""
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"it holds {shown(content)}: an experiment is a mapping of {', '.join(KEYS)}")
+    if unknown := set(content) - set(KEYS):
+        raise ConfigError(f"{unknown.pop()!r} is unknown; an experiment has {', '.join(KEYS)}")
+    if missing := [key for key in ("output_dir", "table") if key not in content]:
+        raise ConfigError(f"{missing[0]!r} is missing; {_ALLOWED[missing[0]]}")
+    if str(content["table"]) not in TABLES:
+        hint = nearest(str(content["table"]), TABLES)
+        raise ConfigError(f"table is {shown(content['table'])}: {_ALLOWED['table']}; the nearest is {hint!r}")
+    test = _mapping(content, "test")
+    inner = {key: _mapping(content, key) for key in ("base", "grid")}
+    return {**content, **inner, "test": {key: _mapping(test, key, "test.") for key in test}}
+
+
+def _mapping(content: Mapping[str, Any], key: str, section: str = "") -> Mapping[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{section}{key} is {shown(value)}: it must be a mapping")
+    return value
 
 
 def _labels(

@@ -5,7 +5,7 @@ A row begins with what the run was (columns of IDENTITY), all of it from the sav
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from sarathi.benchmark.experiment.collect import FinishedRun
 from sarathi.benchmark.experiment.measures import (
     Row,
     between_tokens,
-    budget,
+    budget_name,
     decode,
     decode_step_line,
     decode_steps,
@@ -34,7 +34,7 @@ IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
 
 
 class Plot(NamedTuple):
-    """Lines over column x, one for each model and backend; bars where x is the backend itself."""
+    """Lines over column x, one for each model, backend and what else differs; bars where x is the backend itself."""
 
     x: str
     y: str
@@ -192,34 +192,62 @@ def draw(kind: TableKind, runs: Sequence[FinishedRun], rows: Sequence[Row], fold
     """The plots of a kind; one file for each where lines are drawn, one a model and workload where bars are."""
     paths = [folder / f"{name}.png" for name in kind.run_lines]
     for path, (line, x_label, y_label) in zip(paths, kind.run_lines.values(), strict=True):
-        plot_lines(path, {_run_label(run): line(run) for run in runs}, x_label, y_label)
+        labels = _labels(runs, [(_line_name(row), "") for row in rows])
+        plot_lines(path, {label: line(run) for label, run in zip(labels, runs, strict=True)}, x_label, y_label)
     for name, plot in kind.plots.items():
         if plot.x == "backend":
-            paths += _draw_bars(rows, plot, folder, name)
+            paths += _draw_bars(runs, rows, plot, folder, name)
         else:
             paths.append(folder / f"{name}.png")
-            plot_lines(paths[-1], _lines(rows, plot), plot.x, plot.y, marker="o")
+            plot_lines(paths[-1], _lines(runs, rows, plot), plot.x, plot.y, marker="o")
     return paths
 
 
-def _run_label(run: FinishedRun) -> str:
-    words = (run.config.model.name, run.config.model.attention_backend, run.config.replica_scheduler.provider)
-    return " ".join([*words, *map(str, filter(None, [budget(run.config)]))])
+def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]]) -> list[str]:
+    """A label for each run. places: its name and where it is drawn; after all names stands what runs that share a name
+    at one place differ in.
+    """
+    words = [_words(run.config) for run in runs]
+    told = {(place, kind, word) for place, own in zip(places, words, strict=True) for kind, word in own.items()}
+    counts = Counter((place, kind) for place, kind, _ in told)
+    differing = {kind for (_, kind), count in counts.items() if count > 1}
+    return [
+        " ".join([name, *(word for kind, word in own.items() if word and kind in differing)])
+        for (name, _), own in zip(places, words, strict=True)
+    ]
 
 
-def _lines(rows: Sequence[Row], plot: Plot) -> dict[str, Points]:
+def _words(config: BenchmarkConfig) -> dict[str, str]:
+    """What runs of one model and backend can differ in."""
+    rate = rate_of(config)
+    return {
+        "policy": config.replica_scheduler.provider,
+        "budget": budget_name(config),
+        "workload": workload_name(config),
+        "rate": "" if rate is None else f"{rate:g} requests/s",
+    }
+
+
+def _line_name(row: Row) -> str:
+    return f"{row['model']} {row['backend']}"
+
+
+def _lines(runs: Sequence[FinishedRun], rows: Sequence[Row], plot: Plot) -> dict[str, Points]:
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row in rows:
+    labels = _labels(runs, [(_line_name(row), row[plot.x]) for row in rows])
+    for label, row in zip(labels, rows, strict=True):
         if row[plot.x] is not None and row[plot.y] is not None:
-            points[f"{row['model']} {row['backend']}"].append((row[plot.x], row[plot.y]))
+            points[label].append((row[plot.x], row[plot.y]))
     return {label: ([x for x, _ in sorted(line)], [y for _, y in sorted(line)]) for label, line in points.items()}
 
 
-def _draw_bars(rows: Sequence[Row], plot: Plot, folder: Path, name: str) -> list[Path]:
+def _draw_bars(runs: Sequence[FinishedRun], rows: Sequence[Row], plot: Plot, folder: Path, name: str) -> list[Path]:
     groups: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows:
+    groups_of = [f"{row['model']} {row['workload']}" for row in rows]
+    labels = _labels(runs, [(row["backend"], group) for row, group in zip(rows, groups_of, strict=True)])
+    for group, label, row in zip(groups_of, labels, rows, strict=True):
         if row[plot.y] is not None:
-            groups[f"{row['model']} {row['workload']}"][row["backend"]] = row[plot.y]
+            groups[group][label] = row[plot.y]
     paths = []
     for group, bars in groups.items():
         word = "".join(letter if letter.isalnum() else "-" for letter in group)

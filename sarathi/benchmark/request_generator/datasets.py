@@ -42,7 +42,11 @@ def read_arrivals(name: str, date: str | None = None) -> list[RequestSpec]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"trace_request_generator.trace_file is {name!r}: there is no such file")
-    return read_mooncake(path) if path.suffix == ".jsonl" else read_arrival_csv(path, date)
+    if path.suffix != ".jsonl":
+        return read_arrival_csv(path, date)
+    if date is not None:
+        raise ValueError(f"trace_request_generator.date is {date!r}: it must be none for {name!r}, which has no dates")
+    return read_mooncake(path)
 
 
 def read_length_csv(path: Path) -> list[RequestSpec]:

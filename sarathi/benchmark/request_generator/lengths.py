@@ -5,6 +5,7 @@ Each provider takes its section, a count and a generator of random numbers, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +18,10 @@ from sarathi.benchmark.config.schema import (
     ZipfRequestLengthGeneratorConfig,
 )
 from sarathi.benchmark.request_generator.datasets import CountTokens, read_lengths
-from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.benchmark.request_generator.shapes import SHAPES, TraceShape
 from sarathi.benchmark.request_generator.spec import RequestSpec
+
+MOST_DRAWN_FOR_ONE = 1024  # requests of a shape for one that is kept
 
 
 def make_lengths(
@@ -71,11 +74,13 @@ def trace_lengths(
 ) -> list[RequestSpec]:
     """Lengths of a file, shuffled, or of a shipped shape; scaled, cut to max_tokens, without those below min_tokens.
 
-    ValueError where the file has fewer requests left than `count`.
+    ValueError where fewer requests than `count` are left.
     """
-    found = _shape_lengths(config.trace_file, count, rng) or read_lengths(config.trace_file, count_tokens)
-    scaled = [_scale(spec, config) for spec in found]
-    kept = [spec for spec in scaled if spec.num_prefill_tokens > config.min_tokens]
+    shape = SHAPES.get(config.trace_file.lower())
+    if shape is None:
+        kept = _kept(read_lengths(config.trace_file, count_tokens), config)
+    else:
+        kept = _draw(shape, config, count, rng)
     if len(kept) < count:
         raise ValueError(
             f"trace_request_length_generator: {config.trace_file!r} has {len(kept)} requests of more than "
@@ -84,13 +89,25 @@ def trace_lengths(
     return [kept[index] for index in rng.permutation(len(kept))[:count]]
 
 
-def _shape_lengths(name: str, count: int, rng: np.random.Generator) -> list[RequestSpec]:
-    shape = SHAPES.get(name.lower())
-    if shape is None:
-        return []
-    return [
-        RequestSpec(0.0, int(prompt), int(output)) for prompt, output in zip(*shape.sample(count, rng), strict=True)
-    ]
+def _draw(
+    shape: TraceShape, config: TraceRequestLengthGeneratorConfig, count: int, rng: np.random.Generator
+) -> list[RequestSpec]:
+    """At least `count` requests of a shape that are kept, or fewer where hardly any would be.
+
+    A draw that leaves too few is followed by one of twice the size in its place: each has the shape by itself.
+    """
+    kept: list[RequestSpec] = []
+    size = count
+    while len(kept) < count and size <= MOST_DRAWN_FOR_ONE * count:
+        pairs = zip(*shape.sample(size, rng), strict=True)
+        kept = _kept([RequestSpec(0.0, int(prompt), int(output)) for prompt, output in pairs], config)
+        size *= 2
+    return kept
+
+
+def _kept(found: Sequence[RequestSpec], config: TraceRequestLengthGeneratorConfig) -> list[RequestSpec]:
+    scaled = [_scale(spec, config) for spec in found]
+    return [spec for spec in scaled if spec.num_prefill_tokens > config.min_tokens]
 
 
 def _scale(spec: RequestSpec, config: TraceRequestLengthGeneratorConfig) -> RequestSpec:

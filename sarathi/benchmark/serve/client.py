@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 DONE = "[DONE]"
+STREAMING = {"stream": True, "stream_options": {"include_usage": True}}  # of every request
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ async def send(
 
 
 def _body(endpoint: Endpoint, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
-    shared = {**endpoint.body, "stream": True, "stream_options": {"include_usage": True}}
+    shared = {**endpoint.body, **STREAMING}
     if endpoint.is_chat:
         content = [{"type": "text", "text": prompt}]
         return {"messages": [{"role": "user", "content": content}], "max_completion_tokens": max_tokens} | shared

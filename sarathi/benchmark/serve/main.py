@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sarathi.benchmark.serve import options, results
+from sarathi.benchmark.serve.client import STREAMING
 from sarathi.benchmark.serve.dataset import make_requests
 from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, run_load
 
@@ -25,12 +26,17 @@ def run(args: argparse.Namespace) -> int:
         options.parse_percentiles(args.metric_percentiles),
     )
     goodput_ms = options.parse_goodput(args.goodput)
+
+    def numbers(outcome: LoadOutcome) -> dict[str, Any]:
+        found = _head(args, outcome) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
+        return found | results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
+
     metadata = options.parse_pairs(args.metadata, "--metadata")
+    options.check_free("--metadata", metadata, {**numbers(LoadOutcome()), **results.details(())})
     plan = _plan(args)
     _make_folder(args)
     outcome = run_load(plan)
-    result = _head(args, outcome) | metadata | results.compute(outcome.results, outcome.duration_s, goodput_ms)
-    result |= results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
+    result = numbers(outcome) | metadata
     print(results.block(result, metrics, percentiles))
     for error in sorted({each.error for each in outcome.results if each.error})[:5]:
         print(f"error: {error}", file=sys.stderr)
@@ -56,15 +62,15 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
     headers = options.parse_pairs(args.header, "--header")
     if args.api_key:
         headers["Authorization"] = f"Bearer {args.api_key}"
-    body: dict[str, Any] = {"temperature": args.temperature, **args.extra_body}
-    body |= {"top_p": args.top_p} if args.top_p is not None else {}
-    body |= {"ignore_eos": True} if args.ignore_eos else {}
+    sampling = {"top_p": args.top_p} if args.top_p is not None else {}
+    sampling |= {"ignore_eos": True} if args.ignore_eos else {}
+    options.check_free("--extra-body", args.extra_body, {**sampling, **STREAMING})
     return LoadPlan(
         base_url=options.base_url(args),
         path=args.endpoint or options.ENDPOINTS[args.backend],
         is_chat=args.backend == "openai-chat",
         model=args.model,
-        body=body,
+        body={"temperature": args.temperature, **args.extra_body, **sampling},
         headers=headers,
         requests=make_requests(args),
         max_concurrency=args.max_concurrency,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
@@ -112,6 +112,12 @@ def parse_pairs(words: Sequence[str], option: str) -> dict[str, str]:
     if wrong := [word for word in words if "=" not in word]:
         raise ValueError(f"{option} {wrong[0]!r}: it must be NAME=VALUE")
     return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def check_free(option: str, names: Iterable[str], taken: Container[str]) -> None:
+    """ValueError where an option gives a name that the benchmark sets itself, and would be overruled."""
+    if wrong := [name for name in names if name in taken]:
+        raise ValueError(f"{option} sets {wrong[0]!r}: it must leave that out, for the benchmark sets it itself")
 
 
 def parse_metrics(text: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Knobs of a run: the files say what the schema says, every form of an override works, and none is dropped silently."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -52,6 +54,30 @@ def test_file_and_overrides(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("knob", "written", "text"),
+    [
+        ("model.block_size", "16", "16"),
+        ("trace_request_generator.date", "2023-08-21", "2023-08-21"),
+        ("trace_request_interval_generator.start_time", "2024-05-01 12:00:00", "2024-05-01 12:00:00"),
+    ],
+)
+def test_what_yaml_takes_for_a_number_or_a_date_is_text_to_a_knob_of_text(
+    knob: str, written: str, text: str, tmp_path: Path
+) -> None:
+    section, _, name = knob.partition(".")
+    path = tmp_path / "run.yml"
+    path.write_text(f"{section}:\n  {name}: {written}\n")
+    assert getattr(getattr(load_config(BenchmarkConfig, path), section), name) == text
+
+
+def test_a_truth_value_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text("model:\n  block_size: yes\n")
+    with pytest.raises(ConfigError, match=r"model\.block_size is True: it must be text"):
+        load_config(BenchmarkConfig, path)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--model.atention_backend", "x"], "nearest known is 'model.attention_backend'"),
@@ -62,6 +88,10 @@ def test_file_and_overrides(tmp_path) -> None:
         (["--output_dir", "--seed", "3"], "--output_dir needs a value"),
         (["--write_metrics", "--seed"], "--seed needs a value"),
         (["--config"], "--config needs a value"),
+        (
+            ["--write_json_trace", "--write_metrics", "no"],
+            "write_json_trace is True: it must be false where write_metrics",
+        ),
         (["--atention_backend"], "nearest known is 'model.attention_backend'"),
     ],
 )

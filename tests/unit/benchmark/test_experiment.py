@@ -1,6 +1,7 @@
 """Grids, resuming, failures and tables, over results written by hand: no model, no process but small ones."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ import yaml
 from sarathi.benchmark.config.options import as_words, parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment import execute as execute_module
+from sarathi.benchmark.experiment import tables as tables_module
 from sarathi.benchmark.experiment.collect import collect
-from sarathi.benchmark.experiment.command import as_text, process_experiment, run_experiment, run_named_experiment
+from sarathi.benchmark.experiment.command import (
+    as_text,
+    process_experiment,
+    process_named_experiment,
+    run_experiment,
+    run_named_experiment,
+)
 from sarathi.benchmark.experiment.execute import execute, groups, is_complete
+from sarathi.benchmark.experiment.measures import budget
 from sarathi.benchmark.experiment.plan import Run, read_experiment
 from sarathi.benchmark.experiment.tables import (
     IDENTITY,
@@ -19,11 +28,13 @@ from sarathi.benchmark.experiment.tables import (
     Row,
     Score,
     compared,
+    draw,
     make_rows,
     rate_of,
     workload_name,
 )
 from sarathi.benchmark.results import read_config
+from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 
 EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
@@ -45,6 +56,33 @@ def grid(tmp_path: Path) -> Path:
     path = tmp_path / "grid.yml"
     path.write_text(GRID.format(folder=tmp_path / "out"))
     return path
+
+
+class FakeSessions:
+    """In place of processes: each serves its folders until one whose model is named `dies`, `cut` ends unwell."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, places: list[Path], log: Path) -> int:
+        self.calls.append([place.name for place in places])
+        log.write_text("line 1\n" * 9 + "line 2\nfell over")
+        for place in places:
+            config = read_config(place)
+            if config.replica_scheduler.max_batch_size == 1 and config.model.name == "a":
+                return 1
+            ended = "time limit" if config.model.name == "cut" else "completed"
+            summary = {"ended": ended, "refused": {}, "num_requests": 4, "num_completed": 4, "duration_s": 9.0}
+            summary["metrics"] = {}
+            (place / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> FakeSessions:
+    fake = FakeSessions()
+    monkeypatch.setattr(execute_module, "_run", fake)
+    return fake
 
 
 def test_runs_are_all_combinations(grid: Path) -> None:
@@ -81,9 +119,40 @@ def test_axes_can_be_cut_and_given_new_values_where_they_are_knobs(grid: Path) -
         experiment.with_axis("sise", ["large"])
 
 
+def test_labels_whose_knobs_are_all_given_for_all_runs_are_still_known(grid: Path) -> None:
+    given = {"max_batch_size": "5", "max_model_len": "none"}
+    (run,) = read_experiment(grid).with_base(given).with_axis("size", ["small"]).with_axis("model.name", ["a"]).runs()
+    assert (run.name, run.settings["replica_scheduler.max_batch_size"]) == ("a_small", 5)
+
+
 def test_runs_that_record_nothing_are_refused(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_experiment(grid, "", ["--", "--write_metrics", "no"]) == 1
     assert "write_metrics is False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds None: an experiment is a mapping of output_dir, table, base, grid, test"),
+        ("[a]", r"holds \['a'\]: an experiment is a mapping"),
+        ("output_dir: x", "'table' is missing; it must be one of makespan, latency"),
+        ("table: makespan", "'output_dir' is missing"),
+        ("output_dir: x\ntable: makespam", "table is 'makespam': it must be one of .*; the nearest is 'makespan'"),
+        ("output_dir: x\ntable: [", "is not YAML"),
+        ("output_dir: x\ntable: makespan\ngird: {}", "'gird' is unknown; an experiment has output_dir"),
+        ("output_dir: x\ntable: makespan\ngrid: [1]", r"grid is \[1\]: it must be a mapping"),
+        ("output_dir: x\ntable: makespan\ntest: {base: 1}", "test.base is 1: it must be a mapping"),
+    ],
+)
+def test_what_is_no_experiment_is_told_before_any_run(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], sessions: FakeSessions
+) -> None:
+    path = tmp_path / "wrong.yml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=f"{path}.*{message}"):
+        read_experiment(path)
+    assert run_experiment(path, "", []) == process_experiment(path, "", []) == 1
+    assert sessions.calls == [] and str(path) in capsys.readouterr().err
 
 
 def test_runs_do_not_share_a_folder(grid: Path) -> None:
@@ -135,9 +204,19 @@ def test_incomplete_runs_are_named_and_left_out(tmp_path: Path, capsys: pytest.C
     assert process_experiment(grid, "", [str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert said.err.count("incomplete, left out") == 5
-    assert (tmp_path / "out" / "environment.json").is_file()
+    assert json.loads((tmp_path / "out" / "environment.json").read_text()) == [{}]
     lines = (tmp_path / "out" / "makespan.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("model,backend,scheduler,workload,qps,num_requests,makespan_s")
+
+
+def test_a_table_tells_every_environment_that_its_runs_had(tmp_path: Path, grid: Path) -> None:
+    revisions = ({"git": "old"}, {"git": "new"}, {"git": "old"})
+    for name, revision in zip("abc", revisions, strict=True):
+        write_result(tmp_path / "out" / name, {}, request_e2e_time={"max": 2.0})
+        path = tmp_path / "out" / name / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "environment": revision}))
+    assert process_experiment(grid, "", []) == 0
+    assert json.loads((tmp_path / "out" / "environment.json").read_text()) == [{"git": "old"}, {"git": "new"}]
 
 
 def config_of(place: Path, **settings: object) -> BenchmarkConfig:
@@ -161,33 +240,6 @@ def test_runs_that_differ_in_their_requests_alone_share_an_engine(tmp_path: Path
     other = config_of(tmp_path / "c", attention_backend="sdpa_paged_16")
     more = config_of(tmp_path / "d", num_requests=3)
     assert groups([rates[0], other, rates[1], more]) == [[*rates, more], [other]]
-
-
-class FakeSessions:
-    """In place of processes: each serves its folders until one whose model is named `dies`, `cut` ends unwell."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
-
-    def __call__(self, places: list[Path], log: Path) -> int:
-        self.calls.append([place.name for place in places])
-        log.write_text("line 1\n" * 9 + "line 2\nfell over")
-        for place in places:
-            config = read_config(place)
-            if config.replica_scheduler.max_batch_size == 1 and config.model.name == "a":
-                return 1
-            ended = "time limit" if config.model.name == "cut" else "completed"
-            summary = {"ended": ended, "refused": {}, "num_requests": 4, "num_completed": 4, "duration_s": 9.0}
-            summary["metrics"] = {}
-            (place / "summary.json").write_text(json.dumps(summary))
-        return 0
-
-
-@pytest.fixture
-def sessions(monkeypatch: pytest.MonkeyPatch) -> FakeSessions:
-    fake = FakeSessions()
-    monkeypatch.setattr(execute_module, "_run", fake)
-    return fake
 
 
 def test_failures_are_told_at_the_end_and_runs_go_on(tmp_path: Path, grid: Path, sessions: FakeSessions) -> None:
@@ -254,6 +306,69 @@ def test_policies_are_compared_whatever_their_own_knobs(tmp_path: Path) -> None:
     assert [row["ratio"] for row in make_rows(TABLES["between_tokens"], collect(tmp_path)[0])] == [1.0, 2.0, None]
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """What would be drawn, by file."""
+    found: dict[str, dict] = {}
+    for name in ("plot_lines", "plot_bars"):
+        monkeypatch.setattr(tables_module, name, lambda path, named, *_, **__: found.update({path.stem: named}))
+    return found
+
+
+def draw_all(kind: str, folder: Path) -> None:
+    runs, _ = collect(folder)
+    draw(TABLES[kind], runs, make_rows(TABLES[kind], runs), folder)
+
+
+def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    both = {"model.name": "m", "attention_backend": "sdpa_vattn", "replica_scheduler.provider": "sarathi"}
+    others = [
+        {"replica_scheduler.provider": "vllm"},
+        {"sarathi_scheduler.chunk_size": 64},
+        {"target_step_time": 0.02},
+        {"enable_dynamic_chunking_schedule": True},
+    ]
+    for number, other in enumerate(others):
+        write_result(tmp_path / str(number), {**both, **other})
+        (tmp_path / str(number) / "token_metrics.csv").write_text("Request Id,1\na,0.5\n")
+    draw_all("between_tokens", tmp_path)
+    assert list(drawn["between_tokens"]) == [
+        "m sdpa_vattn vllm",
+        "m sdpa_vattn sarathi 64 tokens a step",
+        "m sdpa_vattn sarathi 0.02 s a step",
+        "m sdpa_vattn sarathi 2048 to 128 tokens a step",
+    ]
+
+
+def test_lines_over_a_column_are_named_by_what_differs_at_one_place(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    both = {"model.name": "m", "attention_backend": "sdpa_vattn", "interval_provider": "poisson"}
+    for provider in ("orca", "vllm"):
+        for qps in (1, 2):
+            settings = {"replica_scheduler.provider": provider, "poisson_request_interval_generator.qps": qps}
+            write_result(tmp_path / f"{provider}{qps}", {**both, **settings}, request_e2e_time_normalized={"p50": qps})
+    draw_all("latency", tmp_path)
+    assert drawn["p50"] == {f"m sdpa_vattn {provider}": ([1, 2], [1, 2]) for provider in ("orca", "vllm")}
+
+
+def test_bars_are_named_by_what_differs_among_them(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    for backend, chunk in (("sdpa_vattn", 64), ("sdpa_vattn", 128), ("sdpa_paged_16", 64)):
+        settings = {"attention_backend": backend, "sarathi_scheduler.chunk_size": chunk}
+        write_result(tmp_path / f"{backend}{chunk}", settings, request_e2e_time={"max": chunk})
+    draw_all("makespan", tmp_path)
+    (bars,) = drawn.values()
+    assert bars == {
+        "sdpa_paged_16 64 tokens a step": 64,
+        "sdpa_vattn 128 tokens a step": 128,
+        "sdpa_vattn 64 tokens a step": 64,
+    }
+
+
+def test_a_budget_that_is_not_fixed_is_no_number() -> None:
+    assert budget(parse_options(["--sarathi_scheduler.chunk_size=64"])) == 64
+    assert budget(parse_options(["--target_step_time=0.02"])) is None
+    assert budget(parse_options(["--enable_dynamic_chunking_schedule"])) is None
+
+
 def test_a_table_that_cannot_be_made_hides_no_failure(
     grid: Path, sessions: FakeSessions, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -310,6 +425,16 @@ def test_unknown_experiments_name_the_known_ones(
     assert "there are grid" in capsys.readouterr().err
     assert run_named_experiment(tmp_path, "", ["grid", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["a_small", "a_large", "b-c_small", "b-c_large"]
+
+
+@pytest.mark.parametrize("named", [run_named_experiment, process_named_experiment])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_needs_no_experiment(
+    named: Callable[..., int], word: str, grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named(grid.parent, "what it does", [word]) == 0
+    said = capsys.readouterr().out
+    assert " NAME [-h]" in said and "what it does" in said and "NAME: grid" in said and "--test" in said
 
 
 def test_memory_that_decodes_ask_for_is_told_a_second(tmp_path: Path) -> None:

@@ -74,6 +74,18 @@ def test_long_traces_have_the_published_shape(name: str, low: int, median: int, 
     assert np.median(output) == pytest.approx(output_median, rel=0.01)
 
 
+def test_as_many_of_a_shape_are_drawn_as_it_takes_to_keep_those_asked_for() -> None:
+    words = ["--length_provider", "trace", "--trace_request_length_generator.min_tokens"]
+    assert workload(*words, 0) == workload(*words, 4000) == workload(*words[:2])  # the shortest prompt has 4,096
+    for low, count in ((7958, 300), (26639, 20)):
+        specs = workload(*words, low, count=count)
+        assert len(specs) == count and prompts_of(specs).min() > low
+        assert specs == workload(*words, low, count=count) != workload(*words, low, count=count, seed=SEED + 1)
+    assert np.quantile(prompts_of(workload(*words, 7958, count=2000)), 0.8) == pytest.approx(18490, rel=0.05)
+    with pytest.raises(ValueError, match="'arxiv' has 0 requests of more than 40000 prompt tokens, and 5"):
+        workload(*words, 40_000, count=5)
+
+
 def test_long_requests_are_cut_in_proportion() -> None:
     words = ["--length_provider", "trace", "--trace_request_length_generator.max_tokens", 6000]
     free = {spec.num_prefill_tokens: spec for spec in workload(*words[:2])}
@@ -172,6 +184,14 @@ def test_replay_of_both_csv_forms(tmp_path: Path) -> None:
     words = ["--request_generator.provider=trace", "--trace_request_generator.trace_file"]
     expected = [RequestSpec(0.0, 10, 5), RequestSpec(1.5, 20, 6)]
     assert workload(*words, ours) == workload(*words, theirs, "--date", "mon") == expected
+
+
+def test_a_date_is_refused_where_a_trace_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 1, "input_length": 4, "output_length": 4}')
+    words = ["--request_generator.provider=trace", "--trace_request_generator.trace_file", path, "--date", "2023-08-21"]
+    with pytest.raises(ValueError, match=r"trace_request_generator\.date is '2023-08-21': it must be none"):
+        workload(*words)
 
 
 def test_sharegpt_counts_tokens_by_the_tokenizer(tmp_path: Path) -> None:

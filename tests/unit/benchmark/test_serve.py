@@ -303,6 +303,26 @@ def test_what_would_lose_a_result_is_seen_before_the_load(words: list[str], tmp_
     assert code == 1 or (tmp_path / "results" / "new" / "folder" / "r.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metadata", "a=b", "mean_ttft_ms=3"], "--metadata sets 'mean_ttft_ms'"),
+        (["--metadata", "date=today"], "--metadata sets 'date'"),
+        (["--metadata", "errors=none"], "--metadata sets 'errors'"),
+        (["--extra-body", '{"top_k": 5, "stream": false}'], "--extra-body sets 'stream'"),
+        (["--extra-body", '{"stream_options": {}}'], "--extra-body sets 'stream_options'"),
+        (["--extra-body", '{"top_p": 0.5}', "--top-p", "0.9"], "--extra-body sets 'top_p'"),
+        (["--extra-body", '{"ignore_eos": false}', "--ignore-eos"], "--extra-body sets 'ignore_eos'"),
+    ],
+)
+def test_keys_that_the_benchmark_sets_itself_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Behaviour()) as server:
+        assert main(["--base-url", server.url, "--num-prompts", "1", "--disable-tqdm", *words]) == 1
+    assert message in capsys.readouterr().err and server.bodies == []
+
+
 def test_goodput_counts_requests_that_meet_every_target(tmp_path: Path) -> None:
     words = ["--num-prompts", 4, "--random-input-len", 5, "--random-output-len", 3]
     with serving(Behaviour(first_s=0.05)) as server:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_benchmark.compare import compare_us, over_copies
 from kernel_benchmark.timing import eager_sample, graph_sample, in_turn_us
+from measurement.table import Attempts
 
 
 def test_kernels_take_turns_so_that_a_card_that_slows_down_slows_all_of_them() -> None:
@@ -28,10 +29,11 @@ def test_a_kernel_that_fails_or_is_wrong_is_told_and_left_out(capsys: pytest.Cap
         raise RuntimeError("no such kernel")
 
     launches = {"right": lambda: lambda _: x, "wrong": lambda: lambda _: wrong, "absent": fails}
-    assert list(compare_us(launches.items(), x.double(), over_copies(1))) == ["right"]
+    attempts = Attempts()
+    assert list(compare_us(attempts, launches.items(), x.double(), over_copies(1))) == ["right"]
     said = capsys.readouterr().out
-    assert "wrong result" in said and "no such kernel" in said
-    found = compare_us(list(launches.items())[:2], x[:4].double(), over_copies(1), checked=slice(4))
+    assert "wrong result" in said and "no such kernel" in said and attempts.failed == ["wrong", "absent"]
+    found = compare_us(attempts, list(launches.items())[:2], x[:4].double(), over_copies(1), checked=slice(4))
     assert list(found) == ["right", "wrong"] and min(found.values()) > 0
 
 

@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from measurement.device import NUM_SAMPLES, Kernel, clock_and_power, idle_share,
 from measurement.lengths import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
 from measurement.serving import STAGES, Load, percentile
 from measurement.steady import steady
-from measurement.table import Budget, Row, Table, read_rows
+from measurement.table import Attempts, Budget, Row, Table, read_rows
 
 
 class FakeEngine:
@@ -69,8 +70,8 @@ def load(tmp_path: Path) -> Load:
 
 
 def test_every_stage_leaves_its_rows_and_no_request(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    Budget(60).run(load.plan(STAGES))
-    assert "failed" not in capsys.readouterr().out
+    Budget(60, load.table.attempts).run(load.plan(STAGES))
+    assert load.table.attempts.exit_code() == 0 and "failed" not in capsys.readouterr().out
     works = {row.work for row in load.table.rows}
     assert {"prefill", "decode", "decode p99 step", SMALL.chunked_work} < works
     assert len({work.partition(":")[0] for work in works}) == 7
@@ -137,10 +138,49 @@ def test_a_ratio_above_one_is_better(unit: str, ratio: float) -> None:
 
 def test_budget_goes_on_after_a_failure_and_names_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
     done: list[str] = []
-    Budget(60).run([("bad", lambda: 1 / 0), ("good", lambda: done.append("good"))])
-    Budget(-1).run([("late", lambda: done.append("late"))])
+    attempts = Attempts()
+    Budget(60, attempts).run([("bad", lambda: 1 / 0), ("good", lambda: done.append("good"))])
+    Budget(-1, attempts).run([("late", lambda: done.append("late"))])
     out = capsys.readouterr().out
     assert done == ["good"] and "bad failed" in out and "out of time for: late" in out
+    assert attempts.exit_code() == 1 and "# 1 failed: bad\n" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_the_budget_is_no_failure() -> None:
+    attempts = Attempts()
+    Budget(-1, attempts).run([("late", lambda: 1 / 0)])
+    assert attempts.exit_code() == 0
+
+
+def test_a_part_that_fails_is_named_with_its_measurement() -> None:
+    attempts = Attempts()
+    assert attempts.run("decode 1 x 1024", lambda: (attempts.run("fa3", lambda: 1 / 0), 7)) == (None, 7)
+    assert attempts.run("decode 2 x 1024", lambda: 1 / 0) is None
+    assert attempts.failed == ["decode 1 x 1024: fa3", "decode 2 x 1024"]
+
+
+def test_a_script_whose_measurement_failed_says_so_in_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import benchmark_allocator
+
+    words = ["--test", "--backend", "foo", "--skip-library", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    assert benchmark_allocator.main() == 1
+    assert "2 failed: decode under foo, decode under foo_sync" in capsys.readouterr().out
+
+
+def test_page_sizes_that_cannot_be_compared_cost_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights taken off, the smaller model has room for all the requests and the larger one does not."""
+    import benchmark_page_size
+
+    (tmp_path / "few.csv").write_text("num_prefill_tokens,num_decode_tokens\n" + "4000,100\n" * 10)
+    words = ["--test", "--trace", str(tmp_path / "few.csv"), "--minus-weights", "--budget-bytes", "17e9"]
+    words += ["--models", "Yi-6B-200K", "Llama-3-8B", "--pages", "2mb", "--layouts", "per layer"]
+    monkeypatch.setattr(sys, "argv", ["script", *words, "--output", str(tmp_path)])
+    assert benchmark_page_size.main() == 1
+    [_, row] = (tmp_path / "max_batch_minus_weights.csv").read_text().splitlines()
+    assert row.startswith("Llama-3-8B")
 
 
 def test_idle_is_what_no_kernel_covers() -> None:

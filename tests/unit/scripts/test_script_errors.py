@@ -1,0 +1,70 @@
+"""What a user can put right is one line and exit code 2, whichever script is asked for it."""
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+WITHOUT_CUDA = {
+    "scripts/benchmark_engine.py": "kernel 'fa' runs on cuda, not on cpu",
+    "scripts/benchmark_kernels.py": "kernels are measured on a CUDA device, and there is none",
+    "scripts/benchmark_layouts.py": "kernel 'fa' runs on cuda, not on cpu",
+    "scripts/soak.py": "kernel 'fa' runs on cuda, not on cpu",
+}
+WRONG = [
+    ("scripts/benchmark_engine.py --test --backend foo", "'foo' is unknown; the nearest known word"),
+    ("scripts/benchmark_page_size.py --trace /nope.csv", "'/nope.csv' is no file and no shipped shape"),
+    ("scripts/benchmark_peer.py --join /ours.csv /theirs.csv", "No such file or directory: '/theirs.csv'"),
+    ("scripts/benchmark_cpu.py --model foo", "no such folder or file, and no known name"),
+    ("examples/compare_backends.py --backends foo", "'foo' is unknown; the nearest known word"),
+]
+
+
+def said_by(
+    name: str, *words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The one line on stderr with which a script ends."""
+    monkeypatch.setattr(sys, "argv", [name, *words, "--output", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"{Path(name).name}: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", WITHOUT_CUDA)
+def test_scripts_that_need_a_gpu_say_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name.endswith("kernels.py"):
+        pytest.importorskip("triton")
+    assert WITHOUT_CUDA[name] in said_by(name, folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="there is vLLM")
+def test_a_peer_that_is_not_installed_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = said_by("scripts/benchmark_peer.py", folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert "pip install vllm" in said
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
+def test_wrong_words_are_told_in_a_line(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in said_by(*words.split(), folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_files_to_join_are_read_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmark_peer
+
+    (tmp_path / "theirs.csv").write_text("model,work,backend,batch,context,value,unit\n")
+    with pytest.raises(FileNotFoundError):
+        benchmark_peer.join(tmp_path / "ours.csv", tmp_path / "theirs.csv", tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
