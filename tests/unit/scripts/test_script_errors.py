@@ -1,6 +1,7 @@
 """What a user can put right is one line and exit code 2, whichever script is asked for it."""
 
 import importlib.util
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -22,6 +23,12 @@ WRONG = [
     ("scripts/benchmark_cpu.py --model foo", "no such folder or file, and no known name"),
     ("examples/compare_backends.py --backends foo", "'foo' is unknown; the nearest known word"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def log_level_is_put_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A script may set it for its whole process, which here is that of the other tests."""
+    caplog.set_level(logging.WARNING, logger="sarathi")
 
 
 def said_by(
