@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 def is_integer(value: object) -> bool:
     """Of arrays only one without dimensions is: one of one element can serve as an index too, but is a list."""
-    return hasattr(value, "__index__") and not getattr(value, "ndim", 0)
+    return isinstance(value, int) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
 
 
 def is_list(value: object) -> TypeGuard[Any]:

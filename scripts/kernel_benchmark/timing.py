@@ -27,12 +27,9 @@ def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int 
     return _median_us(graph_sample(launch, copies, min_launches=min_launches), replays)
 
 
-def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5, warm: bool = False) -> float:
-    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch.
-
-    warm: all that is launched has run before.
-    """
-    return _median_us(eager_sample(launch, copies), replays, warm=warm)
+def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5) -> float:
+    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch."""
+    return _median_us(eager_sample(launch, copies), replays)
 
 
 def in_turn_us(samples: Mapping[str, Sample], rounds: int) -> dict[str, float]:
@@ -84,9 +81,8 @@ class _Replay(NamedTuple):
         return _device_us(self.graph.replay) / self.launches
 
 
-def _median_us(sample: Sample, replays: int, *, warm: bool = False) -> float:
-    if not warm:
-        sample()
+def _median_us(sample: Sample, replays: int) -> float:
+    sample()
     return statistics.median(sample() for _ in range(replays))
 
 

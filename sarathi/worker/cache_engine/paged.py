@@ -17,7 +17,8 @@ class PagedCacheEngine:
 
     def __init__(self, block_size: int | None, shape: CacheShape) -> None:
         self._block_size = block_size or DEFAULT_BLOCK_SIZE
-        self._block_bytes = shape.token_bytes * self._block_size
+        self._token_bytes = shape.token_bytes
+        self._block_bytes = self._token_bytes * self._block_size
         self._num_blocks = shape.budget_bytes // self._block_bytes
         if not self._num_blocks:
             raise CacheSettingsError(
@@ -69,12 +70,11 @@ class PagedCacheEngine:
     def stats(self) -> MemoryStats:
         """Blocks are memory from the start; "mapped" counts those in somebody's table."""
         created, used = self._num_blocks * self._block_bytes, self._used_blocks() * self._block_bytes
-        token_bytes = self._block_bytes // self._block_size
         return MemoryStats(
             reserved_bytes=created,
             created_bytes=created,
             mapped_bytes=used,
-            wasted_bytes=used - sum(self._tokens.values()) * token_bytes,
+            wasted_bytes=used - sum(self._tokens.values()) * self._token_bytes,
             peak_mapped_bytes=self._peak_blocks * self._block_bytes,
         )
 

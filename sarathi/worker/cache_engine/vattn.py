@@ -26,7 +26,7 @@ class vATTNCacheEngine:
             raise CacheSettingsError(f"{settings}: {error}") from error
         self._slots: dict[str, int] = {}
         self._tokens: dict[str, int] = {}  # in each slot, of those that its memory was granted for
-        self._slack_tokens = shape.slack_tokens
+        self._slack_tokens, self._token_bytes = shape.slack_tokens, shape.token_bytes
         self._anchor_rows = self._anchor() if anchored else 0
         self._anchored = self._cache.stats()  # what is mapped for nobody, if anything
 
@@ -77,13 +77,12 @@ class vATTNCacheEngine:
     def stats(self) -> MemoryStats:
         stats = self._cache.stats()
         mapped_bytes = stats.mapped_bytes - self._anchored.mapped_bytes
-        token_bytes = sum(self._tokens.values()) * self._cache.token_bytes * self._cache.num_regions
         return MemoryStats(
             reserved_bytes=stats.reserved_bytes,
             created_bytes=stats.created_bytes - self._anchored.created_bytes,
             mapped_bytes=mapped_bytes,
             idle_bytes=stats.idle_bytes,
-            wasted_bytes=mapped_bytes - stats.idle_bytes - token_bytes,
+            wasted_bytes=mapped_bytes - stats.idle_bytes - sum(self._tokens.values()) * self._token_bytes,
             peak_mapped_bytes=stats.peak_mapped_bytes - self._anchored.mapped_bytes,
             driver_calls=stats.driver_calls,
             driver_s=stats.driver_s,

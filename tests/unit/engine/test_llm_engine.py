@@ -229,13 +229,14 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on() -> None:
     assert engine.executor.memory_stats().mapped_bytes == 0
 
 
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("where", ["ledger.allocate", "ledger.free", "update", "schedule"])
 def test_an_interrupt_anywhere_in_a_step_leaves_an_engine_that_works(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
     metrics = MetricsStore()
     engine = make_engine(says("fine"), metrics=metrics)
     engine.add_request("running", [0], SamplingParams(n=2, max_tokens=2))
@@ -362,9 +363,6 @@ def test_shutdown_waits_for_the_steps_in_flight() -> None:
 
 
 def test_shutdown_reaches_the_executor_also_where_ctrl_c_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(step: LoggedStep) -> None:
-        raise KeyboardInterrupt
-
     engine, log = make_overlapping_engine()
     engine.step()
     monkeypatch.setattr(LoggedStep, "result", interrupt)
@@ -374,9 +372,6 @@ def test_shutdown_reaches_the_executor_also_where_ctrl_c_ends_the_wait(monkeypat
 
 
 def test_ctrl_c_just_after_a_launch_waits_for_that_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
     engine, log = make_overlapping_engine()
     engine.step()
     monkeypatch.setattr(llm_engine, "Flight", interrupt)
