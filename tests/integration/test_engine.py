@@ -141,7 +141,9 @@ def test_megacache_maps_little_more_than_the_tokens_of_the_demo() -> None:
     measured = measure(make_config(device="cpu", attention_backend="sdpa_vattn_megacache", memory_bytes="512mb"), 4)
     assert measured.is_tight, measured.arithmetic()
     assert measured.peak_bytes >= measured.own_bytes > 0
-    assert len(measured.answers) == len(QUESTIONS) == 12 and all(len(answer) == 4 for answer in measured.answers)
+    assert len(measured.answers) == len(QUESTIONS) == 12 and all(
+        len(answer.token_ids) == 4 for answer in measured.answers
+    )
 
 
 def shared_memory_bytes() -> int:

@@ -1,20 +1,48 @@
 """The demo's verdicts: identical or not, tight or not."""
 
-from sarathi.entrypoints.demo import BACKENDS, Measured, are_identical
+import pytest
+import torch
+
+from sarathi.engine.outputs import Logprob
+from sarathi.entrypoints.demo import BACKENDS, Answer, Measured, compare
 
 MIB = 2**20
 
 
-def measured(answers: list[list[int]], peak_bytes: int = 0) -> Measured:
-    return Measured("sdpa_vattn_megacache", answers, 2.0, peak_bytes, own_bytes=10 * MIB, pages_bytes=2 * MIB)
+def answer(*token_ids: int, second: int | None = None, gap: float = 0.0) -> Answer:
+    """second: what was likely beside each token, `gap` nats less."""
+    likely = [{token: Logprob(-0.5, "")} for token in token_ids]
+    if second is not None:
+        likely = [{**each, second: Logprob(-0.5 - gap, "")} for each in likely]
+    return Answer(token_ids, likely)
+
+
+def measured(answers: list[Answer], peak_bytes: int = 0, dtype: torch.dtype = torch.float32) -> Measured:
+    return Measured("sdpa_vattn_megacache", answers, 2.0, peak_bytes, 10 * MIB, 2 * MIB, dtype)
 
 
 def test_identical_means_every_token_of_every_backend_and_of_each_prompt_alone() -> None:
-    answers = [[1, 2, 3], [4, 5, 6]]
-    same = [measured(answers) for _ in BACKENDS]
-    assert are_identical([[1, 2], [4, 5, 6]], same)
-    assert not are_identical([[1, 9], [4, 5, 6]], same)
-    assert not are_identical([[1, 2], [4, 5, 6]], [*same[:2], measured([[1, 2, 3], [4, 5, 7]])])
+    same = [measured([answer(1, 2, 3), answer(4, 5, 6)]) for _ in BACKENDS]
+    assert str(compare([answer(1, 2), answer(4, 5, 6)], same)) == "yes"
+    alone = compare([answer(1, 9), answer(4, 5, 6)], same)
+    backend = compare([answer(1, 2)], [measured([answer(1, 2, 3)]), measured([answer(1, 2, 7)])])
+    for verdict in (alone, backend):
+        assert not verdict.passed and str(verdict).startswith("no, parting 1 times")
+
+
+@pytest.mark.parametrize(("gap", "passed"), [(0.4, True), (0.6, False)])
+def test_in_half_precision_two_tokens_as_likely_are_a_tie(gap: float, passed: bool) -> None:
+    here, there = answer(1, 2, 3, second=9, gap=gap), answer(1, 9, 5)
+    runs = [measured([each], dtype=torch.bfloat16) for each in (here, there)]
+    verdict = compare([answer(1, 2, 3)], runs)
+    assert verdict.passed == passed
+    assert str(verdict).startswith("but for ties" if passed else "no")
+    assert str(verdict).endswith(f"parting 1 times, between tokens up to {gap:.3f} nats apart (rounding: 0.500)")
+
+
+def test_in_float32_what_is_almost_as_likely_is_no_tie() -> None:
+    verdict = compare([answer(9)], [measured([answer(1, second=9, gap=0.001)])])
+    assert not verdict.passed
 
 
 def test_tight_is_a_tenth_over_tokens_and_one_page_per_tensor_and_request() -> None:
@@ -24,7 +52,7 @@ def test_tight_is_a_tenth_over_tokens_and_one_page_per_tensor_and_request() -> N
 
 
 def test_a_row_holds_rate_peak_own_and_the_difference() -> None:
-    assert measured([[1, 2, 3], [4]], 12 * MIB).row() == (
+    assert measured([answer(1, 2, 3), answer(4)], 12 * MIB).row() == (
         "sdpa_vattn_megacache",
         "2.0",
         "12.0 MiB",
