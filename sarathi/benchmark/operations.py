@@ -189,7 +189,8 @@ class ProbedExecutor:
 
     def __init__(self, executor: Executor, probe: OperationProbe, store: MetricsStore) -> None:
         self._executor, self._probe, self._store = executor, probe, store
-        self.vocab_size, self.capacity, self.token_bytes = executor.vocab_size, executor.capacity, executor.token_bytes
+        self.vocab_size, self.capacity = executor.vocab_size, executor.capacity
+        self.token_bytes, self.dtype_eps = executor.token_bytes, executor.dtype_eps
         self.max_in_flight = 1
 
     def launch(self, out: SchedulerOutput) -> Finished[StepResult]:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from sarathi.config.schema import EngineConfig
 from sarathi.engine.outputs import RequestOutput, TokenLogprobs
 from sarathi.entrypoints.console import format_size, format_table
@@ -104,7 +102,7 @@ class Measured:
     peak_bytes: int
     own_bytes: int
     pages_bytes: int
-    dtype: torch.dtype
+    dtype_eps: float
 
     def row(self) -> tuple[str, ...]:
         """Cells of the table."""
@@ -147,7 +145,7 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
             peak_bytes=llm.memory_stats().peak_mapped_bytes,
             own_bytes=sum(map(_cached_tokens, outputs)) * executor.token_bytes,
             pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
-            dtype=executor.dtype,
+            dtype_eps=executor.dtype_eps,
         )
 
 
@@ -158,7 +156,7 @@ def compare(streamed: Sequence[Answer], runs: Sequence[Measured]) -> Verdict:
         pair for others in (streamed, *(each.answers for each in runs[1:])) for pair in zip(first, others, strict=True)
     ]
     partings = [each.parting(other) for each, other in pairs]
-    return Verdict([each for each in partings if each is not None], _TIE_EPS * torch.finfo(runs[0].dtype).eps)
+    return Verdict([each for each in partings if each is not None], _TIE_EPS * runs[0].dtype_eps)
 
 
 def _stream(config: EngineConfig, params: SamplingParams) -> list[Answer]:

@@ -11,3 +11,8 @@ class Placement:
 
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def dtype_eps(self) -> float:
+        """The step from 1 to the next number."""
+        return torch.finfo(self.dtype).eps

@@ -60,7 +60,7 @@ class Worker:
         slack_tokens = getattr(backend, "overreach", 0)
         shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, slack_tokens)
         shape = replace(shape, budget_bytes=initial_budget_bytes(spec, config, shape.token_bytes, place.device))
-        self.token_bytes, self.dtype = shape.token_bytes, place.dtype
+        self.token_bytes, self.dtype_eps = shape.token_bytes, place.dtype_eps
         self._cache = create_cache_engine(spec, shape)
         self._runner = create_runner(model, backend, self._cache, shape, spec)
         self.model = self._runner.model

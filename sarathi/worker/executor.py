@@ -70,7 +70,7 @@ class Executor:
 
     max_model_len: tokens of the longest request. vocab_size: token ids are below. capacity: what a ledger gives out.
     backend: the one that was resolved, for the ledger that goes with it. token_bytes: one token's K and V, all layers.
-    dtype: of weights, activations and cache.
+    dtype_eps: the step from 1 to the next number in the dtype of weights, activations and cache.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -88,7 +88,7 @@ class Executor:
         self.capacity: CacheCapacity = worker.capacity
         self.max_model_len = worker.max_model_len
         self.vocab_size = worker.vocab_size
-        self.token_bytes, self.dtype = worker.token_bytes, worker.dtype
+        self.token_bytes, self.dtype_eps = worker.token_bytes, worker.dtype_eps
         self.max_in_flight = worker.max_in_flight
 
     @property
