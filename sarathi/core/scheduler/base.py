@@ -286,6 +286,8 @@ class Scheduler(ABC):
         request = ticket.request
         was_running = request.status is RequestStatus.RUNNING
         request.end(reason, stop_reason)
+        if not was_running:
+            self._waiting.note_ended()
         if ticket.is_known and (not was_running or self._residents.leave(ticket)):
             self._finished_ids.append(request.request_id)
         del self._tickets[request.request_id]
