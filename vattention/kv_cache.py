@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 
 from vattention import _native
+from vattention.errors import DeviceError
 from vattention.stats import CacheStats
 from vattention.tensors import region_tensor, token_view
 
@@ -80,16 +81,21 @@ class VirtualKVCache:
         self.page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
         _require_positive(page_bytes=self.page_bytes)
         self.row_bytes = self.num_regions * self.page_bytes
-        self._native = _native.KVCache(
-            device=memory,
-            num_regions=self.num_regions,
-            token_bytes=self.token_bytes,
-            num_slots=num_slots,
-            max_tokens=max_tokens,
-            page_bytes=self.page_bytes,
-            budget_bytes=budget_bytes,
-            policy=_native.Policy(deferred_reclamation=deferred_reclamation, reclaim_threshold=reclaim_threshold),
-        )
+        try:
+            self._native = _native.KVCache(
+                device=memory,
+                num_regions=self.num_regions,
+                token_bytes=self.token_bytes,
+                num_slots=num_slots,
+                max_tokens=max_tokens,
+                page_bytes=self.page_bytes,
+                budget_bytes=budget_bytes,
+                policy=_native.Policy(deferred_reclamation=deferred_reclamation, reclaim_threshold=reclaim_threshold),
+            )
+        except DeviceError as error:  # of the device it only asks addresses; pages come later
+            raise DeviceError(
+                f"{num_slots} slots of {max_tokens} tokens take more addresses than the device has: {error}"
+            ) from error
         self._regions = [region_tensor(self._native, region, dtype) for region in range(self.num_regions)]
 
     @property

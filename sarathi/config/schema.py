@@ -15,6 +15,7 @@ CHUNKED_SCHEDULERS = ("sarathi", "simple_chunking")
 
 _INT32_MAX, _INT63_MAX = 2**31 - 1, 2**63 - 1  # lengths and slots on the device; seeds of torch
 _MOST_BYTES = 2**62
+_MOST_SEQS = 2**20  # each has a slot, and books for it, whether it runs or not
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SchedulerConfig(Section):
     """Who goes first, and how much at once."""
 
     type: str = knob("sarathi", "scheduling policy", choices=SCHEDULERS)
-    max_num_seqs: int = knob(128, "requests that run at the same time, at most", low=1, high=_INT32_MAX)
+    max_num_seqs: int = knob(128, "requests that run at the same time, at most", low=1, high=_MOST_SEQS)
     chunk_size: int = knob(512, "token budget of a step (sarathi, simple_chunking)", low=1, high=_INT32_MAX)
     max_chunk_per_request: int | None = knob(
         None,

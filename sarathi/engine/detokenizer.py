@@ -5,6 +5,7 @@ for the longest tail that could still begin a stop string.
 """
 
 import codecs
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,11 +20,13 @@ class StopMatcher:
     """Finds the stop string that is complete first; holds back what could begin one.
 
     The result does not depend on how the text is cut into pieces: of several stop strings the one whose end comes
-    first wins, and of those with the same end the longest.
+    first wins, and of those with the same end the longest. A piece costs as much for thousands of them as for a few.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+        self._stops = frozenset(stops)
+        self._in_order = sorted(self._stops)
+        self._lengths = sorted({len(stop) for stop in self._stops}, reverse=True)
         self._held = ""
         self.matched: str | None = None
 
@@ -33,12 +36,12 @@ class StopMatcher:
             return text
         if self.matched is not None:
             return ""
+        num_searched = len(self._held)
         self._held += text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if not found:
-            return self._release(len(self._held) - self._doubtful())
-        _end, start, self.matched = min(found)
-        released, self._held = self._held[:start], ""
+        self.matched, end = self._first_match(num_searched)
+        if self.matched is None:
+            return self._release(end - self._doubtful())
+        released, self._held = self._held[: end - len(self.matched)], ""
         return released
 
     def flush(self) -> str:
@@ -49,14 +52,24 @@ class StopMatcher:
         released, self._held = self._held[:length], self._held[length:]
         return released
 
+    def _first_match(self, num_searched: int) -> tuple[str | None, int]:
+        """The stop string that ends first, behind what was searched before, and where it ends; else None."""
+        text, stops = self._held, self._stops
+        for end in range(num_searched + 1, len(text) + 1):
+            for length in self._lengths:
+                if length <= end and text[end - length : end] in stops:
+                    return text[end - length : end], end
+        return None, len(text)
+
     def _doubtful(self) -> int:
         """Length of the longest tail that begins a stop string."""
-        return max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        longest = min(len(self._held), self._lengths[0] - 1)
+        return next((length for length in range(longest, 0, -1) if self._begins_stop(self._held[-length:])), 0)
 
-
-def _overlap(text: str, stop: str) -> int:
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
+    def _begins_stop(self, tail: str) -> bool:
+        """Of all stop strings in order, those that begin with `tail` come right behind it."""
+        at = bisect_left(self._in_order, tail)
+        return at < len(self._in_order) and self._in_order[at].startswith(tail)
 
 
 class Detokenizer:

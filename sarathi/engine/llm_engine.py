@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from sarathi.config.schema import EngineConfig
 from sarathi.core.scheduler.base import Scheduler
+from sarathi.core.scheduler.limits import RequestTooLongError
 from sarathi.engine.answers import Answer, Group
 from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.inputs import InputProcessor, Prompt, fan_out
@@ -151,7 +152,8 @@ class LLMEngine:
         group = self._groups.get(request_id)
         if group is None:
             return None
-        self._end_all(group.answers, "abort")
+        for answer in group.answers:
+            self.scheduler.finish(answer.request, "abort")
         return self._output(group, self._clock())
 
     def shutdown(self) -> None:
@@ -174,20 +176,32 @@ class LLMEngine:
         return Answer(request, index, Detokenizer(self.tokenizer, params.stop), self.tokenizer.piece)
 
     def _schedule(self, group: Group) -> None:
-        """All its answers or none: where the scheduler refuses one, those before it are taken back."""
+        """All its answers or none. Of those that the scheduler finds too long metrics hear the arrival and the end."""
         named = {answer.request.request_id: (group, answer) for answer in group.answers}
         for name in named.keys() & self._answers.keys():
             raise ValueError(f"request id {name!r} belongs to a request that has not ended")
         try:
+            self._add_all(group.answers)
+        except RequestTooLongError:
             for answer in group.answers:
-                self.scheduler.add(answer.request)
-        except BaseException:
-            self._end_all(group.answers, "error")
+                self._metrics.on_request_arrived(answer.request)
+                self._metrics.on_request_finished(answer.request)
             raise
         self._groups[group.request_id] = group
         self._answers.update(named)
         for answer in group.answers:
             self._metrics.on_request_arrived(answer.request)
+
+    def _add_all(self, answers: Iterable[Answer]) -> None:
+        """Where the scheduler refuses one, those before it are taken back."""
+        try:
+            for answer in answers:
+                self.scheduler.add(answer.request)
+        except BaseException:
+            for answer in answers:
+                self.scheduler.finish(answer.request, "error")
+                answer.request.end("error")  # also where the scheduler never had it
+            raise
 
     def _launch(self) -> Flight:
         start_s = self._clock()
@@ -230,10 +244,6 @@ class LLMEngine:
                 self._metrics.on_request_finished(answer.request)
             self._groups.clear()
             self._answers.clear()
-
-    def _end_all(self, answers: Iterable[Answer], reason: str) -> None:
-        for answer in answers:
-            self.scheduler.finish(answer.request, reason)
 
     def _mark_scheduled(self, out: SchedulerOutput, start_s: float) -> None:
         for new in out.new_requests:

@@ -42,6 +42,7 @@ REQUEST_COUNTS = (
     "kv_blocks_mapped",
     "kv_fragmentation_percent",
 )
+ARRIVAL_COUNTS = ("request_inter_arrival_delay", "request_num_ignored")
 BATCH_COUNTS = ("batch_num_tokens", "batch_num_prefill_tokens", "batch_num_decode_tokens", "batch_size")
 BATCH_TIMES = ("batch_execution_time", "inter_batch_delay")
 TOKEN_TIME = "decode_token_execution_plus_preemption_time"
@@ -65,14 +66,18 @@ class Table:
 
 
 def request_table(rows: RunRows) -> Table:
-    """One row a request that has ended; one that was not served has its counts only."""
+    """One row a request that has ended; one that was cut off has its counts only, one that never began its arrival.
+
+    What was refused or never begun would skew the distributions: as in the original, it is only counted as ignored.
+    """
     ended = [record for record in rows.requests if record.closed_at_s is not None]
     return Table((REQUEST_ID, *REQUEST_TIMES, *REQUEST_COUNTS), [_request_row(record) for record in ended])
 
 
 def _request_row(record: RequestRecord) -> dict[str, Any]:
     times = REQUEST_TIMES if record.is_complete else ()
-    return {REQUEST_ID: record.request_id} | {name: getattr(record, name) for name in (*times, *REQUEST_COUNTS)}
+    counts = ARRIVAL_COUNTS if record.scheduled_at_s is None else REQUEST_COUNTS
+    return {REQUEST_ID: record.request_id} | {name: getattr(record, name) for name in (*times, *counts)}
 
 
 def batch_table(rows: RunRows) -> Table:

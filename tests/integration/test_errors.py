@@ -48,6 +48,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"load_format": "auto", "model": "smollm2-135m", "max_model_len": 10**6},
         r"1000000.*8192",
     ),
+    "more addresses than there are": (
+        {"attention_backend": "sdpa_vattn", "max_model_len": 10**9, "max_num_seqs": 10**6},
+        r"max_num_seqs=1000000, max_model_len=1000000000: .* more addresses than the device has",
+    ),
     "no such device": ({"device": "tpu"}, r"device='tpu'"),
 }
 REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {

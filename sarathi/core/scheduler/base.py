@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.manager import BlockSpaceManager, Grant
@@ -47,7 +48,7 @@ class Scheduler(ABC):
         self._num_added = 0
         self._num_steps = 0
         self._num_recoveries = 0
-        self._full_rows = ledger.capacity.rows
+        self._full_capacity = ledger.capacity
         self._patient_until = 0
 
     @abstractmethod
@@ -81,8 +82,8 @@ class Scheduler(ABC):
         if request.request_id in self._tickets or request.request_id in self._residents.landing:
             raise ValueError(f"request id {request.request_id!r} belongs to a request that has not ended")
         if not self._tickets:
-            self.ledger.resize(self._full_rows)
-        refuse_too_long(request, self.max_model_len, self.ledger.capacity)
+            self.ledger.resize(self._full_capacity.rows)
+        refuse_too_long(request, self.max_model_len, self._full_capacity)
         stops = frozenset(request.sampling_params.stop_token_ids)
         if not request.sampling_params.ignore_eos:
             stops |= request.eos_token_ids
@@ -122,7 +123,7 @@ class Scheduler(ABC):
 
     def resize(self, rows: int) -> list[Request]:
         """Have this much memory for good; returns the requests that this ended, being too long for it."""
-        self._full_rows = rows
+        self._full_capacity = replace(self._full_capacity, rows=rows)
         return self._fit(rows)
 
     def schedule(self) -> SchedulerOutput:
@@ -131,8 +132,12 @@ class Scheduler(ABC):
         self._num_steps += 1
         if self._residents.fit_capacity(step):
             self._fill(step)
+            if self._may_grow_back(step):
+                self._fit(self._full_capacity.rows)
+                self._fill(step)
         for ticket in step.preempted:
             self._waiting.push(ticket)
+        step.num_used_rows = self.ledger.num_used_rows
         step.finished = tuple(self._finished_ids)
         self._in_flight[step.step_id] = step
         self._finished_ids.clear()
@@ -151,8 +156,8 @@ class Scheduler(ABC):
                 f"step {step.step_id} has {len(result.tokens)} tokens for {step.num_samples} that were due"
             )
         self._prompts.observe(step.num_tokens, result.model_s)
-        if self.ledger.capacity.rows < self._full_rows and step.step_id >= self._patient_until:
-            self._fit(self._full_rows)
+        if self._is_short and step.step_id >= self._patient_until:
+            self._fit(self._full_capacity.rows)
         return self._accept_all(step, {sampled.request_id: sampled.token_id for sampled in result.tokens})
 
     def check_integrity(self) -> None:
@@ -230,6 +235,7 @@ class Scheduler(ABC):
         if grant is None:
             return False
         self._waiting.pop()
+        ticket.max_output_tokens = self._max_output_tokens(request)
         if not ticket.is_known:
             ticket.is_known = True
             step.introduce(request)
@@ -239,7 +245,10 @@ class Scheduler(ABC):
     # The end of a step, and of a request.
 
     def _max_output_tokens(self, request: Request) -> int:
-        return max_output_tokens(request, self.max_model_len, self.ledger.capacity)
+        """By the memory there is once it runs, until then by the full cache: a shortage may pass while it waits."""
+        is_running = request.status is RequestStatus.RUNNING
+        capacity = self.ledger.capacity if is_running else self._full_capacity
+        return max_output_tokens(request, self.max_model_len, capacity)
 
     def _take_oldest(self, output: SchedulerOutput, result: StepResult) -> Step:
         oldest = next(iter(self._in_flight), None)
@@ -277,6 +286,8 @@ class Scheduler(ABC):
         request = ticket.request
         was_running = request.status is RequestStatus.RUNNING
         request.end(reason, stop_reason)
+        if not was_running:
+            self._waiting.note_ended()
         if ticket.is_known and (not was_running or self._residents.leave(ticket)):
             self._finished_ids.append(request.request_id)
         del self._tickets[request.request_id]
@@ -295,27 +306,51 @@ class Scheduler(ABC):
     def _recover(self, step: Step, available_rows: int) -> list[Request]:
         """Memory ran out beneath the ledger: undo this step and those sent behind it, and shrink.
 
-        The ledger shrinks below what is in use in any case, so that the same step cannot fail for ever. It is full size
-        again once many steps have gone well, or nobody is left: what was short may have been so for a moment.
+        The ledger shrinks below what this step used in any case, so that the same step cannot fail for ever. It is full
+        size again once many steps have gone well, or nobody runs: what was short may have been so for a moment.
         """
         for failed in reversed([step, *self._in_flight.values()]):
             failed.roll_back()
         self._land_all(step)
         self._num_recoveries += 1
-        rows = max(0, min(available_rows, self.ledger.num_used_rows - 1))
+        rows = max(0, min(available_rows, step.num_used_rows - 1))
         logger.warning("memory ran out in step %d: going on with %d rows", step.step_id, rows)
         self._patient_until = self._num_steps + _PATIENCE_STEPS
         return self._fit(rows)
 
+    @property
+    def _is_short(self) -> bool:
+        return self.ledger.capacity.rows < self._full_capacity.rows
+
+    def _may_grow_back(self, step: Step) -> bool:
+        """Whether all who are left wait for more memory than there was after the last shortage.
+
+        Only the oldest of them is sure to start with it. Should that fail, it is ended where it does not fit alone in
+        what there is then, and otherwise starts in that without growing back: each time is the last for somebody.
+        """
+        is_stuck = bool(self._tickets) and not len(self._residents) and not step.preempted
+        return is_stuck and self._is_short
+
     def _fit(self, rows: int) -> list[Request]:
-        """Have this much memory until there is more again; returns the requests that this ended."""
+        """Have this much memory until there is more again; returns the requests that this ended.
+
+        Who runs must fit in it alone. Who waits need only fit in the full cache.
+        """
         self.ledger.resize(rows)
         ended = []
         for ticket in list(self._tickets.values()):
             request = ticket.request
             ticket.max_output_tokens = self._max_output_tokens(request)
             if request.num_output_tokens >= ticket.max_output_tokens:
-                self._end(ticket, "length" if request.output_token_ids else "error", None)
+                self._end_for_memory(ticket)
                 ended.append(request)
         self._residents.drop_finished()
         return ended
+
+    def _end_for_memory(self, ticket: Ticket) -> None:
+        request, rows = ticket.request, self.ledger.capacity.rows
+        self._end(ticket, "length" if request.output_token_ids else "error", None)
+        logger.warning(
+            "request %s ended with reason %s: it has %d tokens, and the cache has room for %d (%d rows)",
+            request.request_id, request.finish_reason, request.num_tokens, self.ledger.capacity.tokens_in(rows), rows,
+        )  # fmt: skip

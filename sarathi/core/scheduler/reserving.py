@@ -16,5 +16,5 @@ class ReservingScheduler(Scheduler):
 
     def _first_grant(self, ticket: Ticket) -> Grant | None:
         capacity = self.ledger.capacity
-        reservation = min(self.max_model_len, capacity.tokens_in(capacity.rows))
-        return self._residents.start(ticket, reservation, spare_rows=0)
+        longest = min(self.max_model_len, capacity.tokens_in(capacity.rows))
+        return self._residents.start(ticket, max(ticket.request.num_tokens, longest), spare_rows=0)

@@ -50,7 +50,7 @@ class Step:
 
     num_prompt_tokens: tokens of chunks longer than one. num_partial: chunks that leave some of their prompt for later.
     is_starved: memory ran out and nobody could be preempted at once. is_void: rolled back, its result means nothing.
-    finished: requests whose end it tells the worker.
+    finished: requests whose end it tells the worker. num_used_rows: in use by all requests while it runs.
     """
 
     step_id: int
@@ -64,6 +64,7 @@ class Step:
     is_starved: bool = False
     is_void: bool = False
     finished: tuple[str, ...] = ()
+    num_used_rows: int = 0
 
     @property
     def num_samples(self) -> int:

@@ -9,7 +9,7 @@ from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.backend import SlotAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
-from vattention import OutOfMemoryError, VirtualKVCache
+from vattention import DeviceError, OutOfMemoryError, VirtualKVCache
 
 _ANCHOR_SLOT = 0
 
@@ -21,9 +21,10 @@ class vATTNCacheEngine:
         anchored = needs_anchor(shape.place.device)
         try:
             self._cache = _open_cache(spec, shape, shape.max_num_seqs + anchored)
-        except ValueError as error:
-            settings = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
-            raise CacheSettingsError(f"{settings}: {error}") from error
+        except (ValueError, DeviceError) as error:
+            memory = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
+            lengths = f"max_num_seqs={shape.max_num_seqs}, max_model_len={shape.max_model_len}"
+            raise CacheSettingsError(f"{memory}, {lengths}: {error}") from error
         self._slots: dict[str, int] = {}
         self._tokens: dict[str, int] = {}  # in each slot, of those that its memory was granted for
         self._slack_tokens, self._token_bytes = shape.slack_tokens, shape.token_bytes

@@ -111,9 +111,11 @@ def test_an_interrupt_ends_a_run_with_what_there_is() -> None:
 
 
 def test_a_request_that_is_too_long_is_refused_by_name_and_the_rest_are_served() -> None:
-    served = Bench().serve([RequestSpec(0.0, MAX_MODEL_LEN + 1, 1), RequestSpec(0.0, 5, 2)])
+    bench = Bench()
+    served = bench.serve([RequestSpec(0.0, MAX_MODEL_LEN + 1, 1), RequestSpec(0.0, 5, 2)])
     assert (served.ended, served.num_finished) == (COMPLETED, 1)
     assert list(served.refused) == ["0"] and str(MAX_MODEL_LEN) in served.refused["0"]
+    assert [record.request_num_ignored for record in bench.store.rows().requests] == [1, 0]
 
 
 def test_engine_serves_again_after_an_unfinished_run() -> None:

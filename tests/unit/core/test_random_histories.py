@@ -53,7 +53,6 @@ class History:
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.crashed: set[str] = set()
-        self.lost_memory = False
         self.least_rows = self.full_rows = capacity.rows
         self.calls_to_crash: int | None = None
         self._make_fragile("allocate")
@@ -91,9 +90,9 @@ class History:
             self.scheduler.add(request)
             self.requests.append(request)
         except RequestTooLongError:
-            capacity = self.scheduler.ledger.capacity
             fits_model = request.num_prompt_tokens < self.max_len
-            assert not fits_model or capacity.rows_for(request.num_prompt_tokens) > capacity.rows
+            rows = self.scheduler.ledger.capacity.rows_for(request.num_prompt_tokens)
+            assert not fits_model or rows > self.full_rows, "refused for a shortage that may pass"
 
     def _make_fragile(self, name: str) -> None:
         ledger = self.scheduler.ledger
@@ -140,8 +139,7 @@ class History:
             if not victim.is_finished:
                 self.aborted.add(victim.request_id)
             self.scheduler.abort(victim.request_id)
-        elif event < 0.015 and not self.lost_memory:
-            self.lost_memory = True
+        elif event < 0.015:
             self.worker.rows = self.rng.randint(0, self.worker.rows)
         elif event < 0.03:
             self.worker.rows = self.full_rows

@@ -115,6 +115,20 @@ def test_abort_in_every_state_gives_all_memory_back(policy: str) -> None:
     assert all(request.finish_reason == "abort" for request in requests)
 
 
+def test_requests_aborted_behind_one_that_cannot_start_are_forgotten() -> None:
+    scheduler, worker = pair(max_num_seqs=1)
+    kept = [make_request(f"kept{i}", 5, 3, ignore_eos=True) for i in range(8)]
+    for i, request in enumerate(kept):
+        scheduler.add(request)
+        for j in range(200):
+            scheduler.add(make_request(f"{i}.{j}", 5))
+            scheduler.abort(f"{i}.{j}")
+        step(scheduler, worker)
+    assert len(scheduler._waiting._heap) <= 2 * len(kept)
+    run_to_end(scheduler, worker)
+    assert [request.output_token_ids for request in kept] == [expected_output(request, 100)[0] for request in kept]
+
+
 def test_memory_of_a_step_in_flight_is_held_until_its_update() -> None:
     scheduler, worker = pair(CacheCapacity(6, 1, 4), max_num_seqs=1)
     scheduler.add(make_request("a", 20, ignore_eos=True))

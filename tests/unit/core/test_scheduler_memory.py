@@ -6,12 +6,14 @@ import logging
 from collections import deque
 
 import pytest
-from scheduler_simulation import expected_output, make_pair, make_request, run_to_end, step
+from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request, run_to_end, step
 
 from sarathi.config.schema import SCHEDULERS, SchedulerConfig
 from sarathi.core.scheduler import base
+from sarathi.core.scheduler.base import Scheduler
+from sarathi.core.scheduler.limits import RequestTooLongError
 from sarathi.messages import CacheCapacity, SchedulerOutput, StepResult
-from sarathi.request import RequestStatus
+from sarathi.request import Request, RequestStatus
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn")
 WIDE = CacheCapacity(1000, 1, 4)
@@ -196,22 +198,80 @@ def test_a_worker_that_fails_without_a_reason_in_the_books_does_not_stop_the_oth
         assert request.output_token_ids == expected_output(request, 21)[0], "five rows of four are left"
 
 
-def test_what_no_longer_fits_a_smaller_cache_is_ended() -> None:
-    scheduler, worker = pair(CacheCapacity(40, 1, 1), watermark=0.0)
-    grown, waiting = make_request("grown", 10, 20, ignore_eos=True), make_request("waiting", 35, 5)
-    scheduler.add(grown)
-    scheduler.add(waiting)
-    for _ in range(5):
-        step(scheduler, worker)
-    worker.rows = 12
+def shrink(scheduler: Scheduler, worker: FakeWorker, rows: int) -> list[Request]:
+    """A step that finds only this many rows; returns the requests that it ended."""
+    worker.rows = rows
     out = scheduler.schedule()
     result = worker.execute(out)
+    assert result.available_rows == rows
     worker.landed(out.step_id)
-    assert set(scheduler.update(out, result)) == {grown, waiting}
+    return scheduler.update(out, result)
+
+
+def test_what_runs_and_no_longer_fits_a_smaller_cache_is_ended(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), watermark=0.0)
+    grown, new = make_request("grown", 10, 20, ignore_eos=True), make_request("new", 20, 5)
+    scheduler.add(grown)
+    for _ in range(5):
+        step(scheduler, worker)
+    scheduler.add(new)
+    assert set(shrink(scheduler, worker, 12)) == {grown, new}
     assert (grown.finish_reason, len(grown.output_token_ids)) == ("length", 5)
-    assert (waiting.finish_reason, waiting.output_token_ids) == ("error", [])
+    assert (new.finish_reason, new.output_token_ids) == ("error", [])
+    assert (
+        "request new ended with reason error: it has 20 tokens, and the cache has room for 12 (12 rows)" in caplog.text
+    )
     run_to_end(scheduler, worker)
     assert not worker.sequences
+
+
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_what_waits_is_only_refused_or_ended_by_the_full_cache(policy: str) -> None:
+    """It waits for those that run, and is not held up by a shortage that was over long ago."""
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), type=policy, watermark=0.0)
+    running = [make_request(name, 5, 6, ignore_eos=True) for name in "ab"]
+    waiting = [make_request(name, 35, 4, ignore_eos=True) for name in "cd"]
+    for request in [*running, waiting[0]]:
+        scheduler.add(request)
+    for _ in range(2):
+        step(scheduler, worker)
+    assert shrink(scheduler, worker, 12) == []
+    scheduler.add(waiting[1])
+    with pytest.raises(RequestTooLongError, match=r"has 41 tokens: the whole cache holds 40 \(40 rows\)"):
+        scheduler.add(make_request("never", 41))
+    while not all(request.is_finished for request in running):
+        step(scheduler, worker)
+        assert scheduler.ledger.capacity.rows == 12 and scheduler.num_waiting >= 2
+    worker.rows = 40
+    run_to_end(scheduler, worker, max_steps=40)
+    for request in (*running, *waiting):
+        assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("policy", SCHEDULERS)
+def test_a_shortage_that_does_not_pass_ends_what_cannot_run(policy: str, depth: int) -> None:
+    """Each of these asks for the full cache again, finds a part of it, and must not try for ever."""
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), type=policy, watermark=0.0)
+    worker.rows = 12
+    requests = [make_request(f"r{i}", length, 8, ignore_eos=True) for i, length in enumerate((3, 35, 6, 20, 13, 12))]
+    for request in requests:
+        scheduler.add(request)
+    in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
+    num_steps = 0
+    while scheduler.has_work or in_flight:
+        num_steps += 1
+        if scheduler.has_work:
+            out = scheduler.schedule()
+            in_flight.append((out, worker.execute(out)))
+        if len(in_flight) == depth or not scheduler.has_work:
+            out, result = in_flight.popleft()
+            worker.landed(out.step_id)
+            scheduler.update(out, result)
+            scheduler.check_integrity()
+        assert num_steps < 400
+    assert [request.finish_reason for request in requests] == ["length", "error", "length", "error", "error", "length"]
+    assert [request.num_output_tokens for request in requests] == [8, 0, 7, 0, 0, 1]
 
 
 def test_memory_that_was_short_for_a_moment_is_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +321,14 @@ def test_a_cache_of_another_size_lets_others_run_and_stays_that_size() -> None:
     run_to_end(scheduler, worker)
     scheduler.add(make_request("c", 10, 5, ignore_eos=True))
     assert scheduler.ledger.capacity.rows == 40
+
+
+def test_a_cache_that_is_smaller_for_good_ends_who_waits_too() -> None:
+    scheduler, worker = pair(CacheCapacity(40, 1, 1), max_num_seqs=1)
+    requests = [make_request(f"r{length}", length, 5, ignore_eos=True) for length in (20, 10, 30)]
+    for request in requests:
+        scheduler.add(request)
+    step(scheduler, worker)
+    assert scheduler.resize(15) == [requests[0], requests[2]]
+    run_to_end(scheduler, worker)
+    assert [request.finish_reason for request in requests] == ["length", "length", "error"]

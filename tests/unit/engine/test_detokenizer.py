@@ -1,6 +1,7 @@
 """Streamed text equals one-shot text for any tokens and any stop strings, and never shows too much."""
 
 import random
+from cProfile import Profile
 
 import pytest
 from fake_engine import END, byte_tokenizer
@@ -11,7 +12,7 @@ from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer, StopMatch
 
 TOKENIZER = byte_tokenizer()
 SHORT_ALPHABET = st.text(alphabet="ab界", max_size=30)
-STOPS = st.lists(st.text(alphabet="ab界", min_size=1, max_size=4), max_size=3)
+STOPS = st.lists(st.text(alphabet="ab界", min_size=1, max_size=4), max_size=6)
 
 
 def cut_one_shot(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -73,6 +74,18 @@ def test_a_stop_string_is_held_back_only_while_it_can_come() -> None:
     ]
     assert matcher.matched == "STOP"
     assert matcher.flush() == ""
+
+
+def test_thousands_of_stop_strings_cost_as_much_as_a_few() -> None:
+    """Counted in calls of Python and C, which no busy machine can disturb."""
+    text = "the model is serving the engine \n" * 10
+    num_calls = {}
+    for count in (16, 4096):
+        matcher, profile = StopMatcher([f"the engine is {number:04}" for number in range(count)]), Profile()
+        shown = profile.runcall(list, map(matcher.push, text))
+        assert "".join(shown) + matcher.flush() == text
+        num_calls[count] = sum(entry.callcount for entry in profile.getstats())
+    assert num_calls[4096] < 1.1 * num_calls[16]
 
 
 def test_a_stop_string_that_starts_inside_a_multibyte_character_is_found() -> None:

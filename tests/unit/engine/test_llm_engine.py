@@ -182,6 +182,18 @@ def test_too_long_is_the_schedulers_error_with_the_numbers() -> None:
         make_engine().add_request("long", [1] * 300, SamplingParams())
 
 
+def test_metrics_have_a_row_of_what_is_too_long_and_of_no_other_refusal() -> None:
+    metrics = MetricsStore()
+    engine = make_engine(says("fine"), metrics=metrics)
+    engine.add_request("good", [0], SamplingParams(max_tokens=10))
+    for request_id, prompt in (("long", [1] * 300), ("good", [0]), ("empty", [])):
+        with pytest.raises(ValueError):
+            engine.add_request(request_id, prompt, SamplingParams(n=2))
+    run(engine)
+    ended = [(record.request_id, record.finish_reason) for record in metrics.rows().requests]
+    assert ended == [("0_good", "stop"), ("0_long", "error"), ("0_long#1", "error")]
+
+
 def test_an_id_in_use_is_refused_also_where_it_is_one_of_n() -> None:
     engine = make_engine(says("x"))
     engine.add_request("a", [0], SamplingParams(n=2))

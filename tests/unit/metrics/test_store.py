@@ -13,7 +13,14 @@ from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.messages import Chunk, HostTimes, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, NullMetricsStore, StepTimes, merge
-from sarathi.metrics.tables import REQUEST_COUNTS, REQUEST_TIMES, batch_table, operation_table, time_series
+from sarathi.metrics.tables import (
+    REQUEST_COUNTS,
+    REQUEST_TIMES,
+    batch_table,
+    operation_table,
+    request_table,
+    time_series,
+)
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
 
@@ -177,6 +184,24 @@ def test_a_refused_or_aborted_request_has_no_times() -> None:
     assert record.prefill_e2e_time is None and record.request_e2e_time_normalized is None
     assert record.request_e2e_time == 4.0
     assert set(time_series(store.rows())) == {"request_arrival"}
+    (row,) = request_table(store.rows()).rows
+    assert row == {"Request Id": "0_a", "request_inter_arrival_delay": None, "request_num_ignored": 1}
+
+
+def test_a_request_that_was_cut_off_has_counts_and_no_times() -> None:
+    store = MetricsStore(Clock())
+    request = Request("0", (1, 2), arrival_time_s=100.0)
+    store.on_request_arrived(request)
+    one_step(store, 101.0)
+    request.finish_reason = "abort"
+    store.on_request_finished(request)
+    (row,) = request_table(store.rows()).rows
+    assert (row["request_num_prefill_tokens"], row["request_num_decode_tokens"], row["request_num_ignored"]) == (
+        2,
+        1,
+        1,
+    )
+    assert "request_e2e_time" not in row
 
 
 def test_reset_forgets_and_restarts_time() -> None:

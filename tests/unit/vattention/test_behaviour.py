@@ -93,7 +93,7 @@ def test_cuda_without_a_driver_is_a_clear_error():
         ({"reclaim_threshold": 1.5}, ValueError, "reclaim_threshold.*1.5"),
         ({"device": "meta"}, ValueError, "cpu or cuda.*meta"),
         ({"num_slots": 1 << 40, "max_tokens": 1 << 40}, ValueError, "address space"),
-        ({"num_slots": 1 << 20, "max_tokens": 1 << 20}, DeviceError, "mmap reserving .* bytes"),
+        ({"num_slots": 1 << 20, "max_tokens": 1 << 20}, DeviceError, "1048576 slots of .*: mmap reserving .* bytes"),
     ],
 )
 def test_wrong_sizes_are_named_with_their_numbers(changes: dict, error: type[Exception], text: str):
