@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small_models import save_tiny_config, save_tiny_model
 
+from sarathi import __version__
 from sarathi.entrypoints.cli import main
 
 SMALL = [
@@ -129,3 +130,9 @@ def test_env_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert lines["torch"][0].isdigit()
+
+
+def test_the_package_is_the_command() -> None:
+    words = [sys.executable, "-m", "sarathi", "--version"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, f"sarathi {__version__}\n")
