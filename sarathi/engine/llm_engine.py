@@ -212,14 +212,9 @@ class LLMEngine:
         return outputs
 
     def _give_up(self) -> None:
-        """Every request ends, once the steps in flight are over: their memory must not be taken from under them.
-
-        Ctrl-C may have come between the start of a step and its place among the flights: the executor waits for it.
-        """
+        """Every request ends, once no step is under way: its memory must not be taken from under it."""
         try:
-            for wait in (*[flight.pending.result for flight in self._flights], self.executor.wait):
-                with suppress(Exception):
-                    wait()
+            self._wait_for_steps()
         finally:
             self._flights.clear()
             self.scheduler.reset()
@@ -227,6 +222,17 @@ class LLMEngine:
                 self._metrics.on_request_finished(answer.request)
             self._groups.clear()
             self._answers.clear()
+
+    def _wait_for_steps(self) -> None:
+        """For the flights, and then for all that the executor has under way: Ctrl-C may have come before a step had its
+        place among them, and another one while they were waited for."""
+        try:
+            for flight in self._flights:
+                with suppress(Exception):
+                    flight.pending.result()
+        finally:
+            with suppress(Exception):
+                self.executor.wait()
 
     def _end_all(self, answers: Iterable[Answer], reason: str) -> None:
         for answer in answers:
