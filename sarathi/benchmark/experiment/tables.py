@@ -30,6 +30,8 @@ from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.knobs import sections_of
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
+SUMMARY = "write_metrics"
+ROWS = (SUMMARY, "metrics_store.keep_individual_batch_metrics")  # of every step and token
 IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
 
 
@@ -70,13 +72,14 @@ class RunLines(NamedTuple):
 class TableKind(NamedTuple):
     """measure: what a run adds to its row. plots: by file name. score: what rows are compared by; None: not at all.
 
-    run_lines: a plot with one line a run, by file name.
+    run_lines: a plot with one line a run, by file name. needs: switches, on by default, that write what is read.
     """
 
     measure: Callable[[FinishedRun], Row]
     plots: Mapping[str, Plot]
     score: Score | None = None
     run_lines: Mapping[str, RunLines] = MappingProxyType({})
+    needs: tuple[str, ...] = (SUMMARY,)
 
 
 def identity(run: FinishedRun) -> Row:
@@ -170,20 +173,23 @@ TABLES = {
         prefill,
         {"prefill_throughput": Plot("context", "prefill_tokens_per_s")},
         Score("prefill_tokens_per_s", more_is_better=True),
+        needs=ROWS,
     ),
     "decode": TableKind(
         decode,
         {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")},
         Score("decode_tokens_per_s", more_is_better=True),
+        needs=ROWS,
     ),
     "decode_steps": TableKind(
-        decode_steps, {}, run_lines={"decode_steps": RunLines(decode_step_line, "decode step", "ms")}
+        decode_steps, {}, run_lines={"decode_steps": RunLines(decode_step_line, "decode step", "ms")}, needs=ROWS
     ),
     "between_tokens": TableKind(
         between_tokens,
         {},
         Score("tbt_p99", along="scheduler", is_reference=is_vllm),
         {"between_tokens": RunLines(token_gap_cdf, "seconds between tokens", "CDF")},
+        needs=ROWS,
     ),
 }
 
