@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from sarathi.benchmark.experiment.measures import (
     token_gap_cdf,
 )
 from sarathi.config.backend import AUTO, BackendSpec
-from sarathi.config.knobs import sections_of
+from sarathi.config.knobs import knobs_of, sections_of
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
 SUMMARY = "write_metrics"
@@ -210,10 +211,18 @@ def draw(kind: TableKind, runs: Sequence[FinishedRun], rows: Sequence[Row], fold
 
 
 def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]]) -> list[str]:
-    """A label for each run. places: its name and where it is drawn; after all names stands what runs that share a name
-    at one place differ in.
+    """A label for each run. places: its name and where it is drawn; after the name stands what runs that share it at
+    one place differ in: in words as far as those tell, then by knobs, and runs of the same knobs by their folders.
     """
-    words = [_words(run.config) for run in runs]
+    labels = [name for name, _ in places]
+    for tell in (_words, _knobs, _folder):
+        shared = [(label, place) for label, (_, place) in zip(labels, places, strict=True)]
+        labels = _told_apart(shared, [tell(run) for run in runs])
+    return labels
+
+
+def _told_apart(places: Sequence[tuple[str, Hashable]], words: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names, and after each the words of every kind in which some that share a name at one place differ."""
     told = {(place, kind, word) for place, own in zip(places, words, strict=True) for kind, word in own.items()}
     counts = Counter((place, kind) for place, kind, _ in told)
     differing = {kind for (_, kind), count in counts.items() if count > 1}
@@ -223,15 +232,26 @@ def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]])
     ]
 
 
-def _words(config: BenchmarkConfig) -> dict[str, str]:
-    """What runs of one model and backend can differ in."""
-    rate = rate_of(config)
+def _words(run: FinishedRun) -> dict[str, str]:
+    """What runs of one model and backend mostly differ in."""
+    rate = rate_of(run.config)
     return {
-        "policy": config.replica_scheduler.provider,
-        "budget": budget_name(config),
-        "workload": workload_name(config),
+        "policy": run.config.replica_scheduler.provider,
+        "budget": budget_name(run.config),
+        "workload": workload_name(run.config),
         "rate": "" if rate is None else f"{rate:g} requests/s",
     }
+
+
+def _knobs(run: FinishedRun) -> dict[str, str]:
+    """Every knob, as "seed 3"."""
+    config = _but_folder(run.config)
+    return {knob.path: f"{knob.leaf} {attrgetter(knob.path)(config)}" for knob in knobs_of(BenchmarkConfig)}
+
+
+def _folder(run: FinishedRun) -> dict[str, str]:
+    """The last two parts: a run's own and what it was written below."""
+    return {"folder": "/".join(run.folder.parts[-2:])}
 
 
 def _line_name(row: Row) -> str:

@@ -394,6 +394,32 @@ def test_bars_are_named_by_what_differs_among_them(tmp_path: Path, drawn: dict[s
     }
 
 
+def test_runs_are_named_by_the_knobs_that_no_word_tells(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    others = [{}, {"seed": 7}, {"replica_scheduler.max_batch_size": 3}, {"model.max_model_len": 900}]
+    for number, other in enumerate(others):
+        settings = {"attention_backend": "sdpa_vattn", **other}
+        write_result(tmp_path / str(number), settings, request_e2e_time={"max": number})
+    draw_all("makespan", tmp_path)
+    (bars,) = drawn.values()
+    default = parse_options([])
+    knobs = [
+        (default.model.max_model_len, default.seed, default.replica_scheduler.max_batch_size),
+        (default.model.max_model_len, 7, default.replica_scheduler.max_batch_size),
+        (default.model.max_model_len, default.seed, 3),
+        (900, default.seed, default.replica_scheduler.max_batch_size),
+    ]
+    names = ["sdpa_vattn seed {1} max_model_len {0} max_batch_size {2}".format(*each) for each in knobs]
+    assert bars == dict(zip(names, range(4), strict=True))
+
+
+def test_repeated_runs_are_named_by_their_folders(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    for number in range(2):
+        settings = {"attention_backend": "sdpa_vattn"}
+        write_result(tmp_path / str(number) / "run", settings, request_e2e_time={"max": number})
+    draw_all("makespan", tmp_path)
+    assert list(drawn.values()) == [{"sdpa_vattn 0/run": 0, "sdpa_vattn 1/run": 1}]
+
+
 def test_a_budget_that_is_not_fixed_is_no_number() -> None:
     assert budget(parse_options(["--sarathi_scheduler.chunk_size=64"])) == 64
     assert budget(parse_options(["--target_step_time=0.02"])) is None
