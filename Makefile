@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native-built
 READY  := $(VENV)/.installed
+BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integration/test_*.py))
 
 # Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-native test-python bench-test lint format clean
+.PHONY: setup demo test test-native test-python bench-test $(BENCH_TESTS) lint format clean
 
 setup: $(READY) $(NATIVE)
 
@@ -36,8 +37,12 @@ test-native:
 test-python: setup
 	$(BIN)/python -m pytest -m "not bench"
 
+# Two files at a time, since each process of a test has one thread; what a file prints is kept together where make can.
 bench-test: setup
-	$(BIN)/python -m pytest -m bench tests/integration
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(BENCH_TESTS)
+
+$(BENCH_TESTS): bench/%:
+	$(BIN)/python -m pytest -m bench $*
 
 lint: setup
 	$(BIN)/ruff check .

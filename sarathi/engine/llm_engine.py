@@ -229,14 +229,9 @@ class LLMEngine:
         return outputs
 
     def _give_up(self) -> None:
-        """Every request ends, once the steps in flight are over: their memory must not be taken from under them.
-
-        Ctrl-C may have come between the start of a step and its place among the flights: the executor waits for it.
-        """
+        """Every request ends, once no step is under way: its memory must not be taken from under it."""
         try:
-            for wait in (*[flight.pending.result for flight in self._flights], self.executor.wait):
-                with suppress(Exception):
-                    wait()
+            self._wait_for_steps()
         finally:
             self._flights.clear()
             self.scheduler.reset()
@@ -244,6 +239,19 @@ class LLMEngine:
                 self._metrics.on_request_finished(answer.request)
             self._groups.clear()
             self._answers.clear()
+
+    def _wait_for_steps(self) -> None:
+        """For the flights, then for all that the executor has under way, whatever ends the first wait.
+
+        Ctrl-C may have come before a step had its place among the flights, and another one while they were waited for.
+        """
+        try:
+            for flight in self._flights:
+                with suppress(Exception):
+                    flight.pending.result()
+        finally:
+            with suppress(Exception):
+                self.executor.wait()
 
     def _mark_scheduled(self, out: SchedulerOutput, start_s: float) -> None:
         for new in out.new_requests:

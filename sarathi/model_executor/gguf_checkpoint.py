@@ -1,5 +1,6 @@
 """Reads GGUF files as if they were Hugging Face checkpoints: keys, names, layouts; knows nothing of the decoder."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,24 @@ _LAYER_NAMES = {
 }
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ROPE_DIVISORS = "rope_freqs.weight"
+_JOINED_ROWS = 64
 _INTERLEAVED = "llama"  # its converter stores query and key for the interleaved rotary layout
 
 
 class _Reader(gguf.GGUFReader):
-    """Passes over arrays of strings: the tokenizer's words are not wanted here, and building them takes seconds."""
+    """Takes arrays of numbers whole and passes over those of strings: an object for each element of the tokenizer's,
+    which are not wanted here, takes seconds."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        data = self.data.data
-        holds_strings = _integer(data, orig_offs, 4) == gguf.GGUFValueType.STRING
-        if raw_type != gguf.GGUFValueType.ARRAY or not holds_strings:
+        if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        end = orig_offs + 12
-        for _ in range(_integer(data, orig_offs + 4, 8)):
-            end += 8 + _integer(data, end, 8)
-        return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
+        data, start = self.data.data, orig_offs + 12
+        kind, count = gguf.GGUFValueType(_integer(data, orig_offs, 4)), _integer(data, orig_offs + 4, 8)
+        types = [gguf.GGUFValueType.ARRAY, kind]
+        if kind == gguf.GGUFValueType.STRING:
+            return _end_of_strings(data, start, count) - orig_offs, [], [], types
+        numbers = self._get(start, self.gguf_scalar_to_np[kind], count)
+        return 12 + numbers.nbytes, [numbers], [0], types
 
 
 class GGUFCheckpoint:
@@ -113,7 +117,7 @@ class GGUFCheckpoint:
     def _dequantized(self, name: str) -> Tensor:
         stored = self._tensors[name]
         try:
-            values = gguf.dequantize(stored.data, stored.tensor_type)
+            values = gguf.dequantize(_joined(stored.data), stored.tensor_type).reshape(stored.shape[::-1])
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be dequantised: {error}") from error
         return torch.from_numpy(numpy.require(values, requirements="W"))  # a stored float is a read-only view
@@ -121,6 +125,19 @@ class GGUFCheckpoint:
 
 def _integer(data: memoryview, at: int, size: int) -> int:
     return int.from_bytes(data[at : at + size], "little")
+
+
+def _end_of_strings(data: memoryview, at: int, count: int) -> int:
+    """Behind `count` strings, each a length and its bytes."""
+    for _ in range(count):
+        at += 8 + _integer(data, at, 8)
+    return at
+
+
+def _joined(rows: numpy.ndarray) -> numpy.ndarray:
+    """Up to _JOINED_ROWS rows in one: `gguf` dequantises 16 at a time, and short ones cost it more than values do."""
+    plain = numpy.asarray(rows)
+    return plain.reshape(-1, math.gcd(len(plain), _JOINED_ROWS) * plain.shape[-1]) if plain.ndim == 2 else plain
 
 
 def _half_split(rows: Tensor, num_heads: int) -> Tensor:

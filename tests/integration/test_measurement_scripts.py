@@ -1,26 +1,20 @@
 """Every measuring script in its --test form, each a process on the CPU: files, columns, exit codes. Not speed."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from processes import script
 
 pytestmark = pytest.mark.bench
 
-ROOT = Path(__file__).parents[2]
 COLUMNS = ["model", "work", "backend", "batch", "context", "value", "unit", "reference", "ratio"]
 
 
-def run(*words: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "failed" not in done.stdout
-    return done.stdout
+def run(name: str, *words: object) -> str:
+    said = script(name, *words).stdout
+    assert "failed" not in said
+    return said
 
 
 def table(path: Path) -> pd.DataFrame:
@@ -30,20 +24,20 @@ def table(path: Path) -> pd.DataFrame:
 
 
 def test_engine_and_join(tmp_path: Path) -> None:
-    run(ROOT / "scripts" / "benchmark_engine.py", "--test", "--output", tmp_path)
+    run("benchmark_engine.py", "--test", "--output", tmp_path)
     rows = table(tmp_path / "engine.csv")
     measured = rows[rows.work.str.startswith("prefill") & (rows.backend == "sdpa_vattn")]
     assert len(measured) == 4 and (measured.ratio > 0).all() and (tmp_path / "engine.png").is_file()
     theirs = tmp_path / "theirs.csv"
     rows[rows.backend == "sdpa_vattn"].assign(backend="other", value=rows.value * 2).to_csv(theirs, index=False)
-    run(ROOT / "scripts" / "benchmark_peer.py", "--join", tmp_path / "engine.csv", theirs, "--output", tmp_path)
+    run("benchmark_peer.py", "--join", tmp_path / "engine.csv", theirs, "--output", tmp_path)
     joined = table(tmp_path / "peer.csv").set_index("work")
     ours = joined[joined.backend == "sdpa_vattn"]
     assert ours.loc["KV tokens held"].ratio == 0.5 and (ours.loc["prefill"].ratio == 2).all()
 
 
 def test_cpu(tmp_path: Path) -> None:
-    run(ROOT / "scripts" / "benchmark_cpu.py", "--test", "--output", tmp_path)
+    run("benchmark_cpu.py", "--test", "--output", tmp_path)
     rows = pd.read_csv(tmp_path / "engine_cpu.csv")
     assert list(rows.columns) == COLUMNS and (tmp_path / "environment.json").is_file()
     compared = rows.dropna(subset="ratio")
@@ -51,7 +45,7 @@ def test_cpu(tmp_path: Path) -> None:
 
 
 def test_allocator(tmp_path: Path) -> None:
-    run(ROOT / "scripts" / "benchmark_allocator.py", "--test", "--skip-library", "--output", tmp_path)
+    run("benchmark_allocator.py", "--test", "--skip-library", "--output", tmp_path)
     rows = table(tmp_path / "allocator.csv").set_index(["work", "backend"]).value
     assert rows["driver calls", "sdpa_vattn"] > 0
     assert rows["driver calls", "sdpa_vattn, mapped before"] == 0
@@ -61,14 +55,24 @@ def test_allocator(tmp_path: Path) -> None:
 
 
 def test_layouts(tmp_path: Path) -> None:
-    run(ROOT / "scripts" / "benchmark_layouts.py", "--test", "--output", tmp_path)
+    run("benchmark_layouts.py", "--test", "--output", tmp_path)
     rows = table(tmp_path / "layouts.csv")
     crowd = rows[rows.work.str.startswith("requests that run at once")].set_index("backend")
     assert crowd.loc["sdpa_vattn_megacache"].ratio > 1
 
 
 def test_soak_and_sanitize(tmp_path: Path) -> None:
-    said = run(ROOT / "scripts" / "soak.py", "--test", "--output", tmp_path)
+    said = run("soak.py", "--test", "--output", tmp_path)
     rows = table(tmp_path / "soak.csv").set_index("unit").value
     assert "passed" in said and rows["preemptions"] > 0 and rows["aborts"] > 0 and rows["checks"] > 10
-    assert run(ROOT / "scripts" / "sanitize.py", "--test").count("done in") == 3
+    assert run("sanitize.py", "--test").count("done in") == 3
+
+
+def test_page_sizes_are_compared_on_a_shape_and_on_a_file(tmp_path: Path) -> None:
+    lengths = "".join(f"{prompt},{prompt // 30}\n" for prompt in range(4000, 16000, 20))
+    (tmp_path / "lengths.csv").write_text("num_prefill_tokens,num_decode_tokens\n" + lengths)
+    for words, name in (((), "max_batch_arxiv_shape"), (("--trace", tmp_path / "lengths.csv"), "max_batch")):
+        script("benchmark_page_size.py", "--test", *words, "--output", tmp_path)
+        rows = pd.read_csv(tmp_path / f"{name}.csv")
+        assert (rows[rows.page_kib == 64].against_2mib_per_layer >= 1).all() and (rows.max_batch > 0).all()
+        assert (tmp_path / f"{name}.png").is_file() and (tmp_path / f"{name}.environment.json").is_file()

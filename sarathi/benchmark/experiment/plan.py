@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +57,9 @@ class Experiment:
         names = Counter(run.name for run in found)
         if shared := [name for name, count in names.items() if count > 1]:
             raise ConfigError(f"{names[shared[0]]} runs would share the folder {shared[0]!r}: name their labels apart")
-        if any(run.settings.get("write_metrics") is False for run in found):
-            raise ConfigError("write_metrics is False: an experiment's table is made of what is recorded")
+        for name in TABLES[self.table].needs:
+            if any(run.settings.get(name) is False for run in found):
+                raise ConfigError(f"{name} is False: it must be true, the table {self.table!r} reads what it writes")
         return found
 
     def with_base(self, settings: Mapping[str, object]) -> Experiment:
@@ -92,16 +93,18 @@ class Experiment:
 def read_experiment(path: Path, test: bool = False) -> Experiment:
     """The experiment of a file, or its short form. ConfigError names what is wrong in it."""
     try:
-        content = _checked(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return _experiment(path, test, _checked(yaml.safe_load(path.read_text(encoding="utf-8"))))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _experiment(path: Path, test: bool, content: Mapping[str, Any]) -> Experiment:
     short = content["test"] if test else {}
     output_dir = f"results/test/{path.stem}" if test else content["output_dir"]
     base, grid = ({**content[key], **short.get(key, {})} for key in ("base", "grid"))
-    axes = {name: dict(_labels(name, values)) for name, values in grid.items()}
-    return Experiment(output_dir, content["table"], canonical(base), axes)
+    return Experiment(output_dir, content["table"], canonical(base), {name: _axis(name, grid[name]) for name in grid})
 
 
 def _checked(content: Any) -> Mapping[str, Any]:
@@ -127,15 +130,15 @@ def _mapping(content: Mapping[str, Any], key: str, section: str = "") -> Mapping
     return value
 
 
-def _labels(
-    axis: str, values: Sequence[Any] | Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, Mapping[str, object]]]:
-    if isinstance(values, Mapping):
-        for label, settings in values.items():
-            yield str(label), canonical(settings)
-    else:
-        for value in values:
-            yield str(value), canonical({axis: value})
+def _axis(name: str, values: Any) -> Axis:
+    """Its labels in order, each with the knobs it sets."""
+    if values and isinstance(values, Mapping):
+        return {str(label): canonical(_mapping(values, label, f"axis {name!r}: ")) for label in values}
+    if values and isinstance(values, list):
+        return {str(value): canonical({name: value}) for value in values}
+    raise ConfigError(
+        f"axis {name!r} is {shown(values)}: it must be a list of values, or a mapping of labels to knobs, not empty"
+    )
 
 
 def _without(names: AbstractSet[str], knobs: Mapping[str, object]) -> Mapping[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,9 +28,11 @@ from sarathi.benchmark.experiment.measures import (
     token_gap_cdf,
 )
 from sarathi.config.backend import AUTO, BackendSpec
-from sarathi.config.knobs import sections_of
+from sarathi.config.knobs import knobs_of, sections_of
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
+SUMMARY = "write_metrics"
+ROWS = (SUMMARY, "metrics_store.keep_individual_batch_metrics")  # of every step and token
 IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
 
 
@@ -70,13 +73,14 @@ class RunLines(NamedTuple):
 class TableKind(NamedTuple):
     """measure: what a run adds to its row. plots: by file name. score: what rows are compared by; None: not at all.
 
-    run_lines: a plot with one line a run, by file name.
+    run_lines: a plot with one line a run, by file name. needs: switches, on by default, that write what is read.
     """
 
     measure: Callable[[FinishedRun], Row]
     plots: Mapping[str, Plot]
     score: Score | None = None
     run_lines: Mapping[str, RunLines] = MappingProxyType({})
+    needs: tuple[str, ...] = (SUMMARY,)
 
 
 def identity(run: FinishedRun) -> Row:
@@ -170,20 +174,23 @@ TABLES = {
         prefill,
         {"prefill_throughput": Plot("context", "prefill_tokens_per_s")},
         Score("prefill_tokens_per_s", more_is_better=True),
+        needs=ROWS,
     ),
     "decode": TableKind(
         decode,
         {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")},
         Score("decode_tokens_per_s", more_is_better=True),
+        needs=ROWS,
     ),
     "decode_steps": TableKind(
-        decode_steps, {}, run_lines={"decode_steps": RunLines(decode_step_line, "decode step", "ms")}
+        decode_steps, {}, run_lines={"decode_steps": RunLines(decode_step_line, "decode step", "ms")}, needs=ROWS
     ),
     "between_tokens": TableKind(
         between_tokens,
         {},
         Score("tbt_p99", along="scheduler", is_reference=is_vllm),
         {"between_tokens": RunLines(token_gap_cdf, "seconds between tokens", "CDF")},
+        needs=ROWS,
     ),
 }
 
@@ -204,10 +211,18 @@ def draw(kind: TableKind, runs: Sequence[FinishedRun], rows: Sequence[Row], fold
 
 
 def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]]) -> list[str]:
-    """A label for each run. places: its name and where it is drawn; after all names stands what runs that share a name
-    at one place differ in.
+    """A label for each run. places: its name and where it is drawn; after the name stands what runs that share it at
+    one place differ in: in words as far as those tell, then by knobs, and runs of the same knobs by their folders.
     """
-    words = [_words(run.config) for run in runs]
+    labels = [name for name, _ in places]
+    for tell in (_words, _knobs, _folder):
+        shared = [(label, place) for label, (_, place) in zip(labels, places, strict=True)]
+        labels = _told_apart(shared, [tell(run) for run in runs])
+    return labels
+
+
+def _told_apart(places: Sequence[tuple[str, Hashable]], words: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names, and after each the words of every kind in which some that share a name at one place differ."""
     told = {(place, kind, word) for place, own in zip(places, words, strict=True) for kind, word in own.items()}
     counts = Counter((place, kind) for place, kind, _ in told)
     differing = {kind for (_, kind), count in counts.items() if count > 1}
@@ -217,15 +232,26 @@ def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]])
     ]
 
 
-def _words(config: BenchmarkConfig) -> dict[str, str]:
-    """What runs of one model and backend can differ in."""
-    rate = rate_of(config)
+def _words(run: FinishedRun) -> dict[str, str]:
+    """What runs of one model and backend mostly differ in."""
+    rate = rate_of(run.config)
     return {
-        "policy": config.replica_scheduler.provider,
-        "budget": budget_name(config),
-        "workload": workload_name(config),
+        "policy": run.config.replica_scheduler.provider,
+        "budget": budget_name(run.config),
+        "workload": workload_name(run.config),
         "rate": "" if rate is None else f"{rate:g} requests/s",
     }
+
+
+def _knobs(run: FinishedRun) -> dict[str, str]:
+    """Every knob, as "seed 3"."""
+    config = _but_folder(run.config)
+    return {knob.path: f"{knob.leaf} {attrgetter(knob.path)(config)}" for knob in knobs_of(BenchmarkConfig)}
+
+
+def _folder(run: FinishedRun) -> dict[str, str]:
+    """The last two parts: a run's own and what it was written below."""
+    return {"folder": "/".join(run.folder.parts[-2:])}
 
 
 def _line_name(row: Row) -> str:

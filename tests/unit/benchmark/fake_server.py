@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ class Behaviour:
     frames: chunks without a token open (chat) and close the answer, the last has the usage, and no [DONE] follows, as
     with `transformers serve`. text_only: prompts of token ids are refused, as there. silent_end: the last token is an
     end without text, which only the closing chunk tells. hangs_up: a connection is closed soon after its answer.
+
+    bodies, headers, arrived_at_s: what came of each request, and when by time.perf_counter().
     """
 
     first_s: float = 0.02
@@ -31,6 +34,7 @@ class Behaviour:
     trouble: dict[int, str] = field(default_factory=dict)
     bodies: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
+    arrived_at_s: list[float] = field(default_factory=list)
     stop_listening: Callable[[], Awaitable[None]] | None = None
     dead: bool = False
     num_running: int = 0
@@ -67,6 +71,7 @@ def _app(behaviour: Behaviour) -> web.Application:
         number, transport = len(behaviour.bodies), request.transport
         behaviour.bodies.append(await request.json())
         behaviour.headers.append(dict(request.headers))
+        behaviour.arrived_at_s.append(time.perf_counter())
         behaviour.num_running += 1
         behaviour.peak_running = max(behaviour.peak_running, behaviour.num_running)
         try:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from sarathi.benchmark.experiment.tables import (
     TABLES,
     Row,
     Score,
+    TableKind,
     compared,
     draw,
     make_rows,
@@ -37,6 +39,7 @@ from sarathi.benchmark.results import read_config
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 
+HEAD = "output_dir: x\ntable: makespan\ngrid: "
 EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
 GRID = """
 output_dir: {folder}
@@ -125,9 +128,31 @@ def test_labels_whose_knobs_are_all_given_for_all_runs_are_still_known(grid: Pat
     assert (run.name, run.settings["replica_scheduler.max_batch_size"]) == ("a_small", 5)
 
 
-def test_runs_that_record_nothing_are_refused(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_experiment(grid, "", ["--", "--write_metrics", "no"]) == 1
-    assert "write_metrics is False" in capsys.readouterr().err
+ROWS_KNOB = "metrics_store.keep_individual_batch_metrics"
+READERS_OF_ROWS = ("prefill", "decode", "decode_steps", "between_tokens")
+
+
+@pytest.mark.parametrize(
+    ("table", "knob"),
+    [*((table, "write_metrics") for table in TABLES), *((table, ROWS_KNOB) for table in READERS_OF_ROWS)],
+)
+def test_runs_that_would_not_write_what_their_table_reads_are_refused_before_any(
+    table: str, knob: str, grid: Path, sessions: FakeSessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid.write_text(grid.read_text().replace("makespan", table))
+    assert run_experiment(grid, "", ["--", f"--{knob}", "no"]) == 1
+    assert f"{knob} is False: it must be true, the table {table!r}" in capsys.readouterr().err
+    assert sessions.calls == []
+
+
+def test_a_table_of_the_summary_needs_no_rows(grid: Path) -> None:
+    assert len(read_experiment(grid).with_base({ROWS_KNOB: "no"}).runs()) == 4
+
+
+@pytest.mark.parametrize("kind", TABLES.values(), ids=TABLES)
+def test_what_a_table_needs_is_on_by_default(kind: TableKind) -> None:
+    defaults = parse_options([])
+    assert all(attrgetter(name)(defaults) is True for name in kind.needs)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +167,12 @@ def test_runs_that_record_nothing_are_refused(grid: Path, capsys: pytest.Capture
         ("output_dir: x\ntable: makespan\ngird: {}", "'gird' is unknown; an experiment has output_dir"),
         ("output_dir: x\ntable: makespan\ngrid: [1]", r"grid is \[1\]: it must be a mapping"),
         ("output_dir: x\ntable: makespan\ntest: {base: 1}", "test.base is 1: it must be a mapping"),
+        (f"{HEAD}{{model.name: llama}}", "axis 'model.name' is 'llama': it must be a list of values, or a mapping of"),
+        (f"{HEAD}{{seed: 3}}", "axis 'seed' is 3: it must be a list of values"),
+        (f"{HEAD}{{seed: }}", "axis 'seed' is None: it must be a list of values"),
+        (f"{HEAD}{{seed: []}}", r"axis 'seed' is \[\]: it must be a list of values"),
+        (f"{HEAD}{{size: {{small: 3}}}}", "axis 'size': small is 3: it must be a mapping"),
+        (f"{HEAD}{{sede: [3]}}", "unknown setting 'sede'"),
     ],
 )
 def test_what_is_no_experiment_is_told_before_any_run(
@@ -361,6 +392,32 @@ def test_bars_are_named_by_what_differs_among_them(tmp_path: Path, drawn: dict[s
         "sdpa_vattn 128 tokens a step": 128,
         "sdpa_vattn 64 tokens a step": 64,
     }
+
+
+def test_runs_are_named_by_the_knobs_that_no_word_tells(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    others = [{}, {"seed": 7}, {"replica_scheduler.max_batch_size": 3}, {"model.max_model_len": 900}]
+    for number, other in enumerate(others):
+        settings = {"attention_backend": "sdpa_vattn", **other}
+        write_result(tmp_path / str(number), settings, request_e2e_time={"max": number})
+    draw_all("makespan", tmp_path)
+    (bars,) = drawn.values()
+    default = parse_options([])
+    knobs = [
+        (default.model.max_model_len, default.seed, default.replica_scheduler.max_batch_size),
+        (default.model.max_model_len, 7, default.replica_scheduler.max_batch_size),
+        (default.model.max_model_len, default.seed, 3),
+        (900, default.seed, default.replica_scheduler.max_batch_size),
+    ]
+    names = ["sdpa_vattn seed {1} max_model_len {0} max_batch_size {2}".format(*each) for each in knobs]
+    assert bars == dict(zip(names, range(4), strict=True))
+
+
+def test_repeated_runs_are_named_by_their_folders(tmp_path: Path, drawn: dict[str, dict]) -> None:
+    for number in range(2):
+        settings = {"attention_backend": "sdpa_vattn"}
+        write_result(tmp_path / str(number) / "run", settings, request_e2e_time={"max": number})
+    draw_all("makespan", tmp_path)
+    assert list(drawn.values()) == [{"sdpa_vattn 0/run": 0, "sdpa_vattn 1/run": 1}]
 
 
 def test_a_budget_that_is_not_fixed_is_no_number() -> None:

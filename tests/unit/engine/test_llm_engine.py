@@ -383,6 +383,16 @@ def test_shutdown_reaches_the_executor_also_where_ctrl_c_ends_the_wait(monkeypat
     assert log[-1] == "shutdown"
 
 
+def test_another_ctrl_c_while_steps_are_waited_for_leaves_none_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, log = make_overlapping_engine()
+    engine.step()
+    monkeypatch.setattr(engine.executor, "launch", interrupt)
+    monkeypatch.setattr(LoggedStep, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert log == ["launch 0", "wait"] and engine.num_unfinished == 0
+
+
 def test_ctrl_c_just_after_a_launch_waits_for_that_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, log = make_overlapping_engine()
     engine.step()

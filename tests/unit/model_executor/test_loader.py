@@ -165,6 +165,16 @@ def test_rope_divisors_of_a_gguf_file_become_frequencies(tmp_path: Path) -> None
     assert [named.name for named in checkpoint.tensors()] == ["model.embed_tokens.weight"]
 
 
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 100])
+def test_quantised_rows_of_a_gguf_file_are_what_its_library_makes_of_them(num_rows: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(num_rows).normal(size=(num_rows, 96)).astype(np.float32)
+    stored = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    write_tiny_gguf(tmp_path / "tiny.gguf", {"blk.0.ffn_up.weight": stored})
+    *_, named = GGUFCheckpoint(tmp_path / "tiny.gguf").tensors()
+    expected = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
+    assert torch.equal(named.tensor, torch.from_numpy(expected))
+
+
 def test_a_gguf_tensor_that_is_no_decoders_is_named(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "odd.gguf", {"blk.0.ffn_gate_exps.weight": np.ones((4, 4), dtype=np.float32)})
     with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_gate_exps\.weight' is none of a Llama-like decoder's"):
@@ -188,10 +198,11 @@ def write_tiny_gguf(file: Path, tensors: dict[str, np.ndarray]) -> None:
         (writer.add_block_count, 1), (writer.add_embedding_length, 16), (writer.add_feed_forward_length, 8),
         (writer.add_head_count, 2), (writer.add_head_count_kv, 2), (writer.add_context_length, 64),
         (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_freq_base, 10000.0),
+        (writer.add_token_types, [1, 3, 1]),
     ]:  # fmt: skip
         write(value)
     for name, tensor in {"token_embd.weight": np.ones((10, 16), dtype=np.float32), **tensors}.items():
-        writer.add_tensor(name, tensor)
+        writer.add_tensor(name, tensor, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if tensor.dtype == np.uint8 else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,69 @@
+"""Every experiment in its --test form on the CPU with the small model: files, columns, repetition, failures."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from processes import check_run, script
+
+pytestmark = pytest.mark.bench
+
+
+def schedule(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "schedule.jsonl").read_text().splitlines()]
+
+
+def test_static_trace_repeats_its_schedule_and_resumes(tmp_path: Path) -> None:
+    words = ["--test", "--backends", "sdpa_vattn", "--", "--write_json_trace"]
+    script("benchmark_e2e_static_trace.py", "--output", tmp_path / "a", *words)
+    script("benchmark_e2e_static_trace.py", "--output", tmp_path / "b", *words)
+    first, second = (next((tmp_path / name).glob("smollm2*")) for name in "ab")
+    check_run(first)
+    assert schedule(first) == schedule(second) and len(schedule(first)) > 5
+    again = script("benchmark_e2e_static_trace.py", "--resume", "--output", tmp_path / "a", *words)
+    assert "done before" in again.stdout
+    processed = script("process_e2e_static.py", tmp_path / "a")
+    assert script("process_experiment.py", "e2e_static", tmp_path / "a").stdout == processed.stdout
+    table = pd.read_csv(tmp_path / "a" / "makespan.csv")
+    assert list(table["backend"]) == ["sdpa_vattn"] and (table["makespan_s"] > 0).all()
+    assert "makespan_s" in processed.stdout and list((tmp_path / "a").glob("makespan_*.png"))
+
+
+def test_dynamic_trace_has_a_latency_for_each_load(tmp_path: Path) -> None:
+    script("benchmark_e2e_dynamic_trace.py", "--test", "--output", tmp_path)
+    script("process_e2e_dynamic.py", tmp_path)
+    table = pd.read_csv(tmp_path / "latency.csv")
+    assert sorted(table["qps"]) == [4, 8]
+    assert (table["p50"] <= table["p90"]).all() and (table["p90"] <= table["p99"]).all()
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("p50", "p90", "p99"))
+    for folder in tmp_path.glob("smollm2*"):
+        check_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "column"),
+    [
+        ("prefill_throughput", "prefill", "prefill_tokens_per_s"),
+        ("decode_throughput", "decode", "decode_tokens_per_s"),
+        ("e2e_static_brief", "makespan", "ratio"),
+        ("offline_long", "makespan", "makespan_s"),
+        ("online_long", "latency", "p50"),
+        ("sarathi_claim", "between_tokens", "tbt_p99"),
+        ("sync_async", "decode_steps", "p99_ms"),
+    ],
+)
+def test_each_figure_has_its_table_and_plot(name: str, table: str, column: str, tmp_path: Path) -> None:
+    script("benchmark_experiment.py", name, "--test", "--output", tmp_path)
+    rows = pd.read_csv(tmp_path / f"{table}.csv")
+    assert (rows[column] > 0).all()
+    assert list(tmp_path.glob("*.png"))
+    assert len(rows) == len(list(tmp_path.glob("smollm2*")))
+
+
+def test_a_failed_run_is_told_at_the_end_and_in_the_exit_code(tmp_path: Path) -> None:
+    """FlashAttention has no CPU kernel; the other run still happens."""
+    words = ["--test", "--backends", "fa_vattn", "sdpa_vattn", "--output", tmp_path]
+    done = script("benchmark_e2e_static_trace.py", *words, code=1)
+    assert "1 of 2 runs are complete" in done.stdout
+    assert "fa_vattn_pd8_c64 failed" in done.stderr and "runs on cuda, not on cpu" in done.stderr
