@@ -81,7 +81,7 @@ class FakeDecoder:
 
 
 class FakeExecutor:
-    vocab_size, capacity, token_bytes = 10, CacheCapacity(1, 1, 1), 1
+    vocab_size, capacity, token_bytes, dtype_eps = 10, CacheCapacity(1, 1, 1), 1, 2**-23
 
     def __init__(self, decoder: FakeDecoder) -> None:
         self.decoder, self.value = decoder, 0.0
