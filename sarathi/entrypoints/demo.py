@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sarathi.config.schema import EngineConfig
-from sarathi.engine.outputs import RequestOutput, TokenLogprobs
+from sarathi.engine.outputs import CompletionOutput, RequestOutput
 from sarathi.entrypoints.console import format_size, format_table
 from sarathi.entrypoints.llm import LLM
 from sarathi.entrypoints.options import config_from
@@ -53,23 +53,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verdict.passed else 1
 
 
-class Answer(NamedTuple):
-    """Tokens, and what was likely in the place of each."""
-
-    token_ids: Sequence[int]
-    logprobs: Sequence[TokenLogprobs]
-
-    @classmethod
-    def of(cls, output: RequestOutput) -> "Answer":
-        [completion] = output.outputs
-        return cls(completion.token_ids, completion.logprobs or ())
-
-    def parting(self, other: "Answer") -> float | None:
-        """How far apart the first two tokens that differ are in log-probability here, in nats; None where none does."""
-        for token, others, likely in zip(self.token_ids, other.token_ids, self.logprobs, strict=False):
-            if token != others:
-                return likely[token].logprob - likely[others].logprob if others in likely else math.inf
-        return None
+def parting(ours: CompletionOutput, theirs: CompletionOutput) -> float | None:
+    """How far apart the first two tokens that differ are in our log-probabilities, in nats; None where none does."""
+    for token, other, likely in zip(ours.token_ids, theirs.token_ids, ours.logprobs or (), strict=False):
+        if token != other:
+            return likely[token].logprob - likely[other].logprob if other in likely else math.inf
+    return None
 
 
 class Verdict(NamedTuple):
@@ -97,7 +86,7 @@ class Measured:
     """
 
     backend: str
-    answers: Sequence[Answer]
+    answers: Sequence[CompletionOutput]
     elapsed_s: float
     peak_bytes: int
     own_bytes: int
@@ -106,7 +95,7 @@ class Measured:
 
     def row(self) -> tuple[str, ...]:
         """Cells of the table."""
-        rate = sum(len(each.token_ids) for each in self.answers) / self.elapsed_s
+        rate = sum(each.num_tokens for each in self.answers) / self.elapsed_s
         sizes = (self.peak_bytes, self.own_bytes, self.peak_bytes - self.own_bytes)
         return (self.backend, f"{rate:.1f}", *map(format_size, sizes))
 
@@ -140,7 +129,7 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
         num_tensors = executor.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
         return Measured(
             backend=config.model.attention_backend,
-            answers=[Answer.of(output) for output in outputs],
+            answers=[output.outputs[0] for output in outputs],
             elapsed_s=elapsed_s,
             peak_bytes=llm.memory_stats().peak_mapped_bytes,
             own_bytes=sum(map(_cached_tokens, outputs)) * executor.token_bytes,
@@ -149,29 +138,29 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
         )
 
 
-def compare(streamed: Sequence[Answer], runs: Sequence[Measured]) -> Verdict:
+def compare(streamed: Sequence[CompletionOutput], runs: Sequence[Measured]) -> Verdict:
     """Whether every backend wrote the same tokens, and whether they begin with what each prompt got alone."""
     first = runs[0].answers
     pairs = [
         pair for others in (streamed, *(each.answers for each in runs[1:])) for pair in zip(first, others, strict=True)
     ]
-    partings = [each.parting(other) for each, other in pairs]
+    partings = [parting(each, other) for each, other in pairs]
     return Verdict([each for each in partings if each is not None], _TIE_EPS * runs[0].dtype_eps)
 
 
-def _stream(config: EngineConfig, params: SamplingParams) -> list[Answer]:
+def _stream(config: EngineConfig, params: SamplingParams) -> list[CompletionOutput]:
     """The answers, each prompt alone, printed as they come."""
     with LLM.from_config(config) as llm:
         print(f"{config.model.model}, one prompt after another:")
         return [_show(llm, number, prompt, params) for number, prompt in enumerate(_prompts(llm))]
 
 
-def _show(llm: LLM, number: int, prompt: list[int], params: SamplingParams) -> Answer:
+def _show(llm: LLM, number: int, prompt: list[int], params: SamplingParams) -> CompletionOutput:
     print(f"\n[{number + 1}/{len(QUESTIONS)}] {QUESTIONS[number]}\n", flush=True)
     for output in llm.stream(prompt, params):
-        print(output.outputs[0].delta, end="", flush=True)
-    answer = Answer.of(output)
-    print(" ..." if len(answer.token_ids) == params.max_tokens else "")
+        [answer] = output.outputs
+        print(answer.delta, end="", flush=True)
+    print(" ..." if answer.num_tokens == params.max_tokens else "")
     return answer
 
 

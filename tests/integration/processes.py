@@ -11,7 +11,7 @@ import pandas as pd
 from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES
 
 ROOT = Path(__file__).parents[2]
-# glibc gives large tensors back to the system, which maps and zeroes them anew in each step: a quarter of a short run.
+# glibc gives large tensors back to the system, which maps and zeroes them anew in each step: 5-12 % of a short run.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 

@@ -2,22 +2,23 @@
 
 import pytest
 
-from sarathi.engine.outputs import Logprob
-from sarathi.entrypoints.demo import BACKENDS, Answer, Measured, compare
+from sarathi.engine.outputs import Completion, CompletionOutput, Logprob
+from sarathi.entrypoints.demo import BACKENDS, Measured, compare
 
 MIB = 2**20
 FLOAT32_EPS, BFLOAT16_EPS = 2**-23, 2**-7
 
 
-def answer(*token_ids: int, second: int | None = None, gap: float = 0.0) -> Answer:
+def answer(*token_ids: int, second: int | None = None, gap: float = 0.0) -> CompletionOutput:
     """second: what was likely beside each token, `gap` nats less."""
-    likely = [{token: Logprob(-0.5, "")} for token in token_ids]
-    if second is not None:
-        likely = [{**each, second: Logprob(-0.5 - gap, "")} for each in likely]
-    return Answer(token_ids, likely)
+    beside = {} if second is None else {second: Logprob(-0.5 - gap, "")}
+    completion = Completion()
+    completion.token_ids = list(token_ids)
+    completion.logprobs = [{token: Logprob(-0.5, ""), **beside} for token in token_ids]
+    return CompletionOutput(0, "", "", len(token_ids), None, None, completion)
 
 
-def measured(answers: list[Answer], peak_bytes: int = 0, dtype_eps: float = FLOAT32_EPS) -> Measured:
+def measured(answers: list[CompletionOutput], peak_bytes: int = 0, dtype_eps: float = FLOAT32_EPS) -> Measured:
     return Measured("sdpa_vattn_megacache", answers, 2.0, peak_bytes, 10 * MIB, 2 * MIB, dtype_eps)
 
 
