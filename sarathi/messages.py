@@ -113,22 +113,22 @@ class CacheCapacity:
 
     Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
     Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.
-    slack_tokens: kernels may read so many tokens past a request's last one, so that it needs memory there too.
+    over_read_tokens: kernels may read so many tokens past a request's last one, so that it needs memory there too.
     """
 
     rows: int
     token_bytes: int
     page_bytes: int
-    slack_tokens: int = 0
+    over_read_tokens: int = 0
 
     def rows_for(self, num_tokens: int) -> int:
         """Rows that num_tokens of one request take."""
-        mapped_tokens = num_tokens + self.slack_tokens if num_tokens else 0
+        mapped_tokens = num_tokens + self.over_read_tokens if num_tokens else 0
         return -(-mapped_tokens * self.token_bytes // self.page_bytes)
 
     def tokens_in(self, rows: int) -> int:
         """Tokens of one request that fit in rows: the largest n with rows_for(n) <= rows."""
-        return max(0, rows * self.page_bytes // self.token_bytes - self.slack_tokens)
+        return max(0, rows * self.page_bytes // self.token_bytes - self.over_read_tokens)
 
 
 @dataclass(frozen=True, slots=True)

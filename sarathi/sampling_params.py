@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sarathi.wording import shown
+from sarathi.wording import short_repr
 
 _INT64 = (-(2**63), 2**63 - 1)
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -104,14 +104,14 @@ class SamplingParams:
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_float("repetition_penalty", self.repetition_penalty, 1e-10, 1e10)  # logits stay within float32
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_float(f"logit_bias[{shown(token_id)}]", bias, -100.0, 100.0)
+            _check_float(f"logit_bias[{short_repr(token_id)}]", bias, -100.0, 100.0)
 
     def _check_stops(self) -> None:
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {shown(self.ignore_eos)}: it must be true or false")
+            raise ValueError(f"ignore_eos is {short_repr(self.ignore_eos)}: it must be true or false")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop holds {shown(text)}: each entry must be a string of one character or more")
+                raise ValueError(f"stop holds {short_repr(text)}: each entry must be a string of one character or more")
         for token_id in self.stop_token_ids:
             _check_int("an entry of stop_token_ids", token_id, 0)
 
@@ -121,7 +121,7 @@ def _entries(name: str, value: object, kind: str) -> tuple[object, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} is {shown(value)}: it must be a list of {kind}")
+        raise ValueError(f"{name} is {short_repr(value)}: it must be a list of {kind}")
     return tuple(value)
 
 
@@ -130,22 +130,22 @@ def _integer_keys(bias: Mapping[int, float]) -> dict[int, float]:
     try:
         return {int(key) if isinstance(key, str) else operator.index(key): value for key, value in bias.items()}
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"logit_bias is {shown(bias)}: it must map token ids (integers) to numbers") from None
+        raise ValueError(f"logit_bias is {short_repr(bias)}: it must map token ids (integers) to numbers") from None
 
 
 def _check_int(name: str, value: object, low: int, high: int = _INT64[1]) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {shown(value)}: it must be an integer")
+        raise ValueError(f"{name} is {short_repr(value)}: it must be an integer")
     if value < low:
-        raise ValueError(f"{name} is {shown(value)}: it must be at least {low}")
+        raise ValueError(f"{name} is {short_repr(value)}: it must be at least {low}")
     if value > high:
-        raise ValueError(f"{name} is {shown(value)}: it must be at most {high}")
+        raise ValueError(f"{name} is {short_repr(value)}: it must be at most {high}")
 
 
 def _check_float(name: str, value: object, low: float, high: float) -> None:
     if (
         isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf
     ):  # NaN is neither; isfinite() raises for 10**400
-        raise ValueError(f"{name} is {shown(value)}: it must be a finite number")
+        raise ValueError(f"{name} is {short_repr(value)}: it must be a finite number")
     if not low <= value <= high:
-        raise ValueError(f"{name} is {shown(value)}: it must be in [{low:g}, {high:g}]")
+        raise ValueError(f"{name} is {short_repr(value)}: it must be in [{low:g}, {high:g}]")

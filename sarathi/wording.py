@@ -5,7 +5,7 @@ from __future__ import annotations
 _MOST = 60  # characters: a message is one line
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """The repr of a value, shortened where it is longer than 60 characters; never raises for an integer."""
     try:
         text = repr(value)

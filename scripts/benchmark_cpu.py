@@ -29,7 +29,7 @@ from sarathi.entrypoints.script import run_script
 from sarathi.messages import Finished, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
-from sarathi.model_executor.source import resolve_model
+from sarathi.model_executor.loader.source import resolve_model
 
 COLUMNS = ("model", "work", "backend", "batch", "context", "value", "unit", "reference", "ratio")
 VOCAB_SIZE = 49_000  # token ids below it are words of the default model

@@ -102,10 +102,10 @@ def _decode_shapes(options: argparse.Namespace) -> list[tuple[Model, int, int]]:
 
 
 def _elementwise(table: Table, tokens: int) -> None:
-    from sarathi.model_executor.kernels.fused.kernels import FusedKernels
-    from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
+    from sarathi.model_executor.ops.native.ops import NativeOps
+    from sarathi.model_executor.ops.triton.ops import TritonOps
 
-    measure_elementwise(table, LLAMA, tokens, FusedKernels(torch.device("cuda")), ReferenceKernels())
+    measure_elementwise(table, LLAMA, tokens, TritonOps(torch.device("cuda")), NativeOps())
 
 
 def _compile_small(options: argparse.Namespace) -> Iterator[Callable[[], object]]:

@@ -37,9 +37,9 @@ def exercise(engine: OurEngine, seed: int) -> None:
     for _ in range(6):
         advance(engine, due)
     engine.abort([aborted])
-    settle(engine, due)
+    size_cache(engine, due)
     due = {add(2 * page + source.randint(1, 99), 4): 4, add(5, 30): 30, add(page // 2, 12): 12}
-    settle(engine, due)
+    size_cache(engine, due)
     if any(due.values()):
         raise RuntimeError(f"requests ended with tokens missing: {due}")
 
@@ -50,7 +50,7 @@ def advance(engine: OurEngine, due: dict[str, int]) -> None:
             due[request_id] -= tokens
 
 
-def settle(engine: OurEngine, due: dict[str, int]) -> None:
+def size_cache(engine: OurEngine, due: dict[str, int]) -> None:
     while engine.has_work:
         advance(engine, due)
     engine.check_integrity()

@@ -19,9 +19,9 @@ import torch
 from sarathi.engine.llm_engine import Executor
 from sarathi.messages import Chunk, Finished, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
-from sarathi.model_executor.kernels import Kernels
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.ops import Ops
 
 ATTENTION, BEFORE_ATTENTION = "attn", "attn_pre_proj"
 ROTATION, SAVE = "attn_rope", "attn_kv_cache_save"
@@ -142,7 +142,7 @@ def _with_timed(part: Any, method: str, timed: Timer, name: str) -> Any:
 class _NamedKernels:
     """In place of the kernels: a call that is given a weight with a name is timed under it."""
 
-    def __init__(self, kernels: Kernels, weights: Mapping[str, torch.Tensor], timed: Timer) -> None:
+    def __init__(self, kernels: Ops, weights: Mapping[str, torch.Tensor], timed: Timer) -> None:
         self._kernels, self._weights, self._timed = kernels, weights, timed
         self._last = ""  # name of the newest call that had one
 

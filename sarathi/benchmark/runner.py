@@ -24,8 +24,8 @@ from sarathi.engine.build import build_parts
 from sarathi.engine.llm_engine import Executor as EngineExecutor
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
+from sarathi.executor.uniproc import Executor
 from sarathi.metrics import MetricsStore, NullMetricsStore
-from sarathi.worker.executor import Executor
 
 WARM_UP_TOKENS = 16  # of a short prompt
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sarathi.config.units import format_bytes, nearest, parse_bytes
-from sarathi.wording import shown
+from sarathi.wording import short_repr
 
 AUTO = "auto"
 KERNELS = ("sdpa", "fa", "fa2", "fa3", "fa4", "fi", "no_op")
@@ -138,7 +138,7 @@ def _read_size(name: str, word: str, unit: str) -> tuple[str, int]:
     try:
         return "page_bytes" if unit else "block_size", parse_bytes(word)
     except ValueError as error:
-        raise BackendNameError(f"backend {shown(name)}: {error}") from None
+        raise BackendNameError(f"backend {short_repr(name)}: {error}") from None
 
 
 def _complete(fields: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from datetime import date
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sarathi.config.units import nearest, parse_bytes
-from sarathi.wording import shown
+from sarathi.wording import short_repr
 
 _METADATA_KEY = "knob"
 _WORDS_FOR_NONE = ("none", "null", "")
@@ -84,7 +84,7 @@ class Knob:
         hint = ""
         if self.limits.choices and isinstance(value, str) and value:
             hint = f"; the nearest is {nearest(value, self.limits.choices)!r}"
-        return ConfigError(f"{self.path} is {shown(value)}: it must be {self.allowed}{hint}")
+        return ConfigError(f"{self.path} is {short_repr(value)}: it must be {self.allowed}{hint}")
 
 
 def knob(default: Any, help: str, **limits: Any) -> Any:

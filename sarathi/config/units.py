@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from sarathi.wording import shown
+from sarathi.wording import short_repr
 
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]?)i?(b?)", re.IGNORECASE)
@@ -17,7 +17,7 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"{shown(text)} is no size; write bytes, or a number with kb, mb, gb or tb, in 20 digits at most"
+            f"{short_repr(text)} is no size; write bytes, or a number with kb, mb, gb or tb, in 20 digits at most"
         )
     number, prefix, _ = match.groups()
     factor = _UNITS[f"{prefix.lower()}b"]

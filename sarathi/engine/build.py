@@ -6,9 +6,9 @@ from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.base import Scheduler
 from sarathi.core.scheduler.factory import make_scheduler
-from sarathi.engine.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from sarathi.model_executor.source import ModelSource, resolve_model
-from sarathi.worker.executor import Executor
+from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from sarathi.executor.uniproc import Executor
+from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 
 def build_parts(config: EngineConfig) -> tuple[Scheduler, Executor, Tokenizer | None]:

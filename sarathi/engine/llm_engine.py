@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 from sarathi.config.schema import EngineConfig
 from sarathi.core.scheduler.base import Scheduler
 from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.engine.answers import Answer, Group
-from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer
-from sarathi.engine.inputs import InputProcessor, Prompt, fan_out
+from sarathi.engine.input_processor import InputProcessor, Prompt, fan_out
+from sarathi.engine.output_processor import Answer, Group
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
-from sarathi.engine.tokenizer import Tokenizer
+from sarathi.engine.tokenizer.detokenizer import Detokenizer, SilentDetokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.request import Request

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sarathi.engine.inputs import Prompt
+from sarathi.engine.input_processor import Prompt
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
 from sarathi.entrypoints.console import OrderedPrinter
 from sarathi.entrypoints.llm import LLM

@@ -15,16 +15,16 @@ from typing import Any
 
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
-from sarathi.engine.chat_template import Conversation
 from sarathi.engine.containers import is_integer, is_list
-from sarathi.engine.inputs import Prompt
+from sarathi.engine.input_processor import Prompt
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
-from sarathi.engine.tokenizer import Tokenizer
+from sarathi.engine.tokenizer.chat_template import Conversation
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.entrypoints.progress import Progress
 from sarathi.messages import MemoryStats
 from sarathi.sampling_params import SamplingParams
-from sarathi.wording import shown
+from sarathi.wording import short_repr
 
 AnyPrompt = Prompt | Mapping[str, Any]
 Prompts = AnyPrompt | Sequence[AnyPrompt]
@@ -88,7 +88,7 @@ class LLM:
         Leaving the loop early, by an exception or not, aborts those that are not done. All are added or none.
         """
         if not is_list(prompts):
-            raise ValueError(f"prompts is {shown(prompts)}: it must be a list of prompts")
+            raise ValueError(f"prompts is {short_repr(prompts)}: it must be a list of prompts")
         params = _for_each(sampling_params, len(prompts))
         numbers = {next(self._ids): number for number in range(len(prompts))}
         pending, inbox = set(numbers), deque[RequestOutput]()
@@ -202,7 +202,7 @@ def _as_list(prompts: Prompts) -> Sequence[Any]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not is_list(prompts):
-        raise ValueError(f"prompts is {shown(prompts)}: it must be text, a list of token ids, or a list of those")
+        raise ValueError(f"prompts is {short_repr(prompts)}: it must be text, a list of token ids, or a list of those")
     return [prompts] if len(prompts) and is_integer(prompts[0]) else prompts
 
 
@@ -213,7 +213,7 @@ def _plain(prompt: AnyPrompt) -> Prompt:
         if key in prompt:
             plain: Prompt = prompt[key]
             if not fits(plain):
-                raise ValueError(f"{key} is {shown(plain)}: it must be {allowed}")
+                raise ValueError(f"{key} is {short_repr(plain)}: it must be {allowed}")
             return plain
     raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
 
@@ -226,10 +226,12 @@ def _for_each(params: Params, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if not isinstance(params, Sequence):
-        raise ValueError(f"sampling_params is {shown(params)}: it must be a SamplingParams, or a list of one a prompt")
+        raise ValueError(
+            f"sampling_params is {short_repr(params)}: it must be a SamplingParams, or a list of one a prompt"
+        )
     if len(params) != count:
         raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one for all or one each")
     for number, each in enumerate(params):
         if not isinstance(each, SamplingParams):
-            raise ValueError(f"sampling_params[{number}] is {shown(each)}: each entry must be a SamplingParams")
+            raise ValueError(f"sampling_params[{number}] is {short_repr(each)}: each entry must be a SamplingParams")
     return params

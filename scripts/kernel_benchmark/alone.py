@@ -109,8 +109,8 @@ def _products(device: torch.device) -> list[Product]:
     """cuBLAS, and our kernels for few tokens."""
     if device.type == "cpu":
         return [functional.linear]
-    from sarathi.model_executor.kernels import overlaps_launches
-    from sarathi.model_executor.kernels.fused.linear import LinearKernels
+    from sarathi.model_executor.ops import overlaps_launches
+    from sarathi.model_executor.ops.triton.linear import LinearKernels
 
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     return [functional.linear, LinearKernels(sms, device, pdl=overlaps_launches(device)).linear]

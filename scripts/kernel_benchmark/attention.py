@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernel_benchmark.shapes import Model
-from sarathi.model_executor.attention.device_step import Home
-from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES, FlashAttention3
+from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.attention.metadata import Home
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [tokens, heads, head_size], keys, values -> as q
 
@@ -60,9 +60,9 @@ def flash_attention(model: Model, package: str, shape: Equal) -> Attend:
 
 def triton_decode(model: Model, shape: Equal) -> Attend:
     """Our split-KV kernel."""
-    from sarathi.model_executor.kernels import overlaps_launches
-    from sarathi.model_executor.kernels.fused.decode_attention import DecodeWorkspace, decode_attention
-    from sarathi.model_executor.kernels.types import DecodeBatch
+    from sarathi.model_executor.ops import overlaps_launches
+    from sarathi.model_executor.ops.triton.decode_attention import DecodeWorkspace, decode_attention
+    from sarathi.model_executor.ops.types import DecodeBatch
 
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     device = torch.device("cuda")

@@ -13,10 +13,10 @@ from kernel_benchmark.compare import Launch, compare_us, over_copies
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import MODELS, Model, Pages
 from kernel_benchmark.timing import copies_for
-from sarathi.model_executor.attention.flash_attention_fa3 import PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
-from sarathi.model_executor.kernels.types import DecodeBatch
+from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES, FlashAttention3
+from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.ops.types import DecodeBatch
 
 CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
     (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (32, 5, 4, 3),

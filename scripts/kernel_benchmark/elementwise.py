@@ -9,8 +9,8 @@ from measurement.table import Row, Table
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for, graph_us
-from sarathi.model_executor.kernels import Kernels
-from sarathi.model_executor.kernels.types import CacheTarget, RotationTable
+from sarathi.model_executor.ops import Ops
+from sarathi.model_executor.ops.types import CacheTarget, RotationTable
 
 
 class Work(NamedTuple):
@@ -18,11 +18,11 @@ class Work(NamedTuple):
 
     name: str
     bytes_moved: int
-    launch: Callable[[Kernels, int], object]
+    launch: Callable[[Ops, int], object]
     has_twin: bool = True  # False: the twin asks the device something, which a graph cannot hold
 
 
-def measure_elementwise(table: Table, model: Model, tokens: int, ours: Kernels, twin: Kernels) -> None:
+def measure_elementwise(table: Table, model: Model, tokens: int, ours: Ops, twin: Ops) -> None:
     """Each small kernel and its torch twin at `tokens` tokens."""
     copies = copies_for(tokens * model.hidden * 2)
     for work in _work(model, tokens, copies):
@@ -63,7 +63,7 @@ def _rope(model: Model, tokens: int, copies: int) -> Work:
     target = CacheTarget(*cache, rows, positions.int())
     turned = RotationTable(angles.cos(), angles.sin())
 
-    def launch(kernels: Kernels, i: int) -> None:
+    def launch(kernels: Ops, i: int) -> None:
         q, k, v = packed[i].split((model.num_heads, model.num_kv_heads, model.num_kv_heads), dim=1)
         kernels.rope_and_store(q, k, v, positions, turned, target)
 
@@ -78,4 +78,4 @@ def _sampling(model: Model, rows: int) -> Iterator[Work]:
     top_p = torch.full((rows, 1), 0.9, device="cuda")
     yield Work("argmax", moved // 2, lambda k, i: k.argmax(logits[i % 2]))
     yield Work("draw", moved, lambda k, i: k.draw(wide[i % 2], uniform))
-    yield Work("nucleus_floor", moved, lambda k, i: k.nucleus_floor(wide[i % 2], top_p), has_twin=False)
+    yield Work("top_p_threshold", moved, lambda k, i: k.top_p_threshold(wide[i % 2], top_p), has_twin=False)

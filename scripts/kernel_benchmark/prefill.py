@@ -15,9 +15,9 @@ from kernel_benchmark.decode import add_paged_first
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model, Pages
 from kernel_benchmark.timing import eager_sample, graph_sample
-from sarathi.model_executor.attention.device_step import Home
-from sarathi.model_executor.attention.flash_attention_fa3 import LONG_CHUNK, PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.attention.flash_attn.fa3 import LONG_CHUNK, PACKAGES, FlashAttention3
+from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.attention.metadata import Home
 
 _ROUNDS = 5
 _SHORT = 2**26  # chunk x context up to which a launch from Python is long beside the kernel

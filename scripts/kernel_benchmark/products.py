@@ -10,8 +10,8 @@ from torch import Tensor
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for, graph_us
-from sarathi.model_executor.kernels.fused.matvec import Around, MatvecConfig, matvec
-from sarathi.model_executor.kernels.fused.skinny import MAX_TILES, SkinnyConfig, skinny
+from sarathi.model_executor.ops.triton.matvec import Around, MatvecConfig, matvec
+from sarathi.model_executor.ops.triton.skinny import MAX_TILES, SkinnyConfig, skinny
 
 MATVEC = [MatvecConfig(rows, block, warps) for rows, block, warps in (
     (2, 2048, 8), (1, 2048, 8), (4, 2048, 8), (2, 1024, 4), (1, 4096, 8), (2, 4096, 16),

@@ -14,11 +14,11 @@ from torch import Tensor
 from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import graph_us
-from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
-from sarathi.model_executor.attention.flash_attention_provider import Problem, VarlenStep, scheduled
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeWorkspace, decode_attention
-from sarathi.model_executor.kernels.fused.kernels import FusedKernels
-from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, RotationTable
+from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
+from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.ops.triton.decode_attention import DecodeWorkspace, decode_attention
+from sarathi.model_executor.ops.triton.ops import TritonOps
+from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, RotationTable
 
 _EPS = 1e-5
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, keys, values
@@ -54,7 +54,7 @@ class Step:
         self.turns = RotationTable(angles.cos(), angles.sin())
         self.x = random_tensor(batch, model.hidden)
 
-    def run(self, kernels: FusedKernels, attend: Attend) -> Tensor:
+    def run(self, kernels: TritonOps, attend: Attend) -> Tensor:
         """From embedded tokens to the next ones, [batch]."""
         model, residual = self.model, self.x.clone()
         for layer in self.layers:
@@ -100,12 +100,12 @@ def measure_steps(table: Table, model: Model, shapes: list[tuple[int, int]]) -> 
     for batch, context in shapes:
         step = Step(model, batch, context, step)
         variants = {
-            "cublas, fa3": lambda s=step: (FusedKernels(device, max_skinny_tokens=0), s.fa3()),
-            "cublas, triton attention": lambda s=step: (FusedKernels(device, max_skinny_tokens=0), s.triton(pdl=False)),
-            "ours": lambda s=step: (FusedKernels(device), s.triton(pdl=False)),
-            "ours, overlapped launch": lambda s=step: (FusedKernels(device, pdl=True), s.triton(pdl=True)),
+            "cublas, fa3": lambda s=step: (TritonOps(device, max_skinny_tokens=0), s.fa3()),
+            "cublas, triton attention": lambda s=step: (TritonOps(device, max_skinny_tokens=0), s.triton(pdl=False)),
+            "ours": lambda s=step: (TritonOps(device), s.triton(pdl=False)),
+            "ours, overlapped launch": lambda s=step: (TritonOps(device, pdl=True), s.triton(pdl=True)),
             "cublas, triton, overlapped launch": lambda s=step: (
-                FusedKernels(device, max_skinny_tokens=0, pdl=True), s.triton(pdl=True)
+                TritonOps(device, max_skinny_tokens=0, pdl=True), s.triton(pdl=True)
             ),
         }  # fmt: skip
         rows, tokens = [], {}
@@ -119,9 +119,7 @@ def measure_steps(table: Table, model: Model, shapes: list[tuple[int, int]]) -> 
         print(f"    share of tokens equal to the first's: {same}", flush=True)
 
 
-def _step_ms(
-    step: Step, make: Callable[[], tuple[FusedKernels, Attend]], name: str, tokens: dict[str, Tensor]
-) -> float:
+def _step_ms(step: Step, make: Callable[[], tuple[TritonOps, Attend]], name: str, tokens: dict[str, Tensor]) -> float:
     kernels, attend = make()
     tokens[name] = step.run(kernels, attend)
     return graph_us(lambda _: step.run(kernels, attend), 1, min_launches=1) / 1000

@@ -16,13 +16,13 @@ from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import copies_for
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
-from sarathi.model_executor.attention.backend import CacheLayer, SlotAddress
-from sarathi.model_executor.attention.device_step import make_step
-from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend, FlashMetadata
-from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
-from sarathi.model_executor.attention.triton_decode import TritonDecode
+from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
+from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend, FlashMetadata
+from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
+from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
+from sarathi.model_executor.attention.metadata import make_step
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, config_for, distinct_sizes
+from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, config_for, distinct_sizes
 from sarathi.model_executor.placement import Placement
 
 _PACKAGE = "fa3-fwd"
@@ -123,4 +123,4 @@ def warm_up_jobs(models: Sequence[Model], decodes: Sequence[int]) -> Iterator[Ca
 def _compile(model: Model, decodes: int, config: DecodeConfig) -> None:
     layer = CacheLayer(*(random_tensor(1, 16, model.num_kv_heads, model.head_size) for _ in range(2)), None)
     decode = TritonDecode(model.head_size, _PLACE.device, pdl=True, config=config)
-    decode.rehearse(model.num_heads, layer, decodes, decodes)
+    decode.warm_up(model.num_heads, layer, decodes, decodes)

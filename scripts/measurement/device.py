@@ -1,6 +1,6 @@
 """What the GPU does in decode steps: how long each operation takes, how long it idles, at which clock and power.
 
-Kernels are told apart by name, those of this engine and of others alike. Knows no engine.
+Ops are told apart by name, those of this engine and of others alike. Knows no engine.
 """
 
 import re
@@ -45,7 +45,7 @@ def device_work(load: Load) -> Work:
 
 def measure_device(load: Load, batch: int, context: int) -> None:
     """Rows of one shape: milliseconds of each operation, per cent in which no kernel and no copy runs, clock, power."""
-    produced = load.settle([context] * batch, _MOST_STEPS)
+    produced = load.size_cache([context] * batch, _MOST_STEPS)
     step = partial(load.advance, produced)
     record = partial(load.record, batch=batch, context=context)
     measure_clock(record, step)  # first: while a trace is read the device rests

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sarathi.model_executor.source import resolve_model
+from sarathi.model_executor.loader.source import resolve_model
 
 _STEPS_IN_FLIGHT = 4  # what may still come back after an abort
 SETTINGS = {

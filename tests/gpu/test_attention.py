@@ -15,17 +15,10 @@ if not torch.cuda.is_available():
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
-from sarathi.model_executor.attention.backend import (
-    Address,
-    AttentionBackend,
-    BlockAddress,
-    CacheLayer,
-    KernelUnavailableError,
-    SlotAddress,
-    create_backend,
-)
-from sarathi.model_executor.attention.device_step import StaticStep
-from sarathi.model_executor.attention.flash_attention_fa3 import FlashAttention3
+from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer, SlotAddress
+from sarathi.model_executor.attention.base import AttentionBackend, KernelUnavailableError, create_backend
+from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
+from sarathi.model_executor.attention.metadata import StaticStep
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.placement import Placement
 

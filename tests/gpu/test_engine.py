@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sarathi import LLM, SamplingParams
 from sarathi.messages import NewRequest, SampledToken
-from sarathi.model_executor.attention.backend import KernelUnavailableError
-from sarathi.model_executor.attention.flash_attention import FlashAttentionBackend
-from sarathi.model_executor.decode_graphs import DecodeGraph
-from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
-from sarathi.model_executor.sampler import filtered
-from sarathi.model_executor.sampling_plan import NextToken, plan_sampling
-from sarathi.model_executor.sequences import SequenceTable
+from sarathi.model_executor.attention.base import KernelUnavailableError
+from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend
+from sarathi.model_executor.ops.native.ops import NativeOps
+from sarathi.model_executor.sampling.plan import NextToken, plan_sampling
+from sarathi.model_executor.sampling.sampler import filtered
+from sarathi.worker.cuda_graphs import DecodeGraph
+from sarathi.worker.sequences import SequenceTable
 
 pytestmark = pytest.mark.gpu
 BACKENDS = (
@@ -224,7 +224,7 @@ def distances_from_the_draws(
     table.append(SampledToken("a", token) for token in drawn)
     rows = [NextToken(table["a"], len(prompt) + index) for index in range(len(drawn))]
     draws = plan_sampling(rows, logits.shape[1]).draws
-    reached = filtered(logits, draws, ReferenceKernels()).double().softmax(-1).cumsum(-1)
+    reached = filtered(logits, draws, NativeOps()).double().softmax(-1).cumsum(-1)
     chosen = torch.tensor(drawn)[:, None]
     last = reached.gather(1, chosen)
     first = torch.where(chosen > 0, reached.gather(1, (chosen - 1).clamp(min=0)), 0.0)

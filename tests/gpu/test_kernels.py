@@ -11,17 +11,17 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
-from sarathi.model_executor.kernels.fused.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
-from sarathi.model_executor.kernels.fused.kernels import FusedKernels
-from sarathi.model_executor.kernels.reference.decode_attention import decode_attention as decode_twin
-from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
-from sarathi.model_executor.kernels.reference.rope import apply_rope
-from sarathi.model_executor.kernels.types import CacheTarget, DecodeBatch, NewTokens, RotationTable
+from sarathi.model_executor.ops.native.decode_attention import decode_attention as decode_twin
+from sarathi.model_executor.ops.native.ops import NativeOps
+from sarathi.model_executor.ops.native.rope import apply_rope
+from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.ops.triton.ops import TritonOps
+from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RotationTable
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 NUM_SMS = torch.cuda.get_device_properties(CUDA).multi_processor_count
-TWINS = ReferenceKernels()
+TWINS = NativeOps()
 TOLERANCE = 1e-2
 
 
@@ -35,8 +35,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
-def fused(request: pytest.FixtureRequest) -> FusedKernels:
-    return FusedKernels(CUDA, pdl=request.param)
+def fused(request: pytest.FixtureRequest) -> TritonOps:
+    return TritonOps(CUDA, pdl=request.param)
 
 
 def assert_near(ours: Tensor, twin: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -44,7 +44,7 @@ def assert_near(ours: Tensor, twin: Tensor, tolerance: float = TOLERANCE) -> Non
     assert error < tolerance, error
 
 
-def test_norms(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_norms(fused: TritonOps, dtype: torch.dtype) -> None:
     tokens, size = random.choice((1, 7, 300)), random.choice((576, 4096, 5120))
     x, weight = torch.randn(tokens, size, dtype=dtype, device=CUDA), torch.rand(size, dtype=dtype, device=CUDA)
     residual = torch.randn_like(x)
@@ -54,18 +54,18 @@ def test_norms(fused: FusedKernels, dtype: torch.dtype) -> None:
     assert torch.equal(residual, twin_residual)
 
 
-def test_norm_of_heads(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_norm_of_heads(fused: TritonOps, dtype: torch.dtype) -> None:
     packed, weight = torch.randn(9, 48, 128, dtype=dtype, device=CUDA), torch.rand(128, dtype=dtype, device=CUDA)
     heads = packed[:, 3:40]
     assert_near(fused.rms_norm(heads, weight, 1e-6), TWINS.rms_norm(heads, weight, 1e-6))
 
 
-def test_silu_and_mul(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_silu_and_mul(fused: TritonOps, dtype: torch.dtype) -> None:
     gate_up = torch.randn(random.randint(1, 300), 2 * random.choice((1536, 11008, 14336)), dtype=dtype, device=CUDA)
     assert_near(fused.silu_and_mul(gate_up), TWINS.silu_and_mul(gate_up))
 
 
-def test_rope_and_store_far_into_a_megacache(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_rope_and_store_far_into_a_megacache(fused: TritonOps, dtype: torch.dtype) -> None:
     q_heads, kv_heads, head_size = random.choice(((32, 8, 128), (32, 4, 128), (9, 3, 64), (8, 8, 64)))
     tokens, columns, layers = random.randint(1, 40), 131072, 32
     # One slot of one region is 2**31 bytes and more: offsets that 32 bits cannot hold.
@@ -90,14 +90,14 @@ def test_rope_and_store_far_into_a_megacache(fused: FusedKernels, dtype: torch.d
     assert (region.flatten(2) != 0).any(-1).sum() == kept.sum()
 
 
-def test_argmax(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_argmax(fused: TritonOps, dtype: torch.dtype) -> None:
     rows, vocab = random.choice((1, 5, 64)), random.choice((49152, 64000, 128256))
     logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * 3
     chosen = logits.gather(1, fused.argmax(logits)[:, None])[:, 0]
     assert torch.equal(chosen, logits.amax(dim=1))
 
 
-def test_draws(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_draws(fused: TritonOps, dtype: torch.dtype) -> None:
     rows, vocab = random.choice((1, 5, 300)), random.choice((1000, 49152, 128256, 151936))
     logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * random.choice((0.1, 3.0))
     logits[torch.rand(rows, vocab, device=CUDA) < 0.5] = float("-inf")
@@ -111,14 +111,14 @@ def test_draws(fused: FusedKernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.05, 3.0])
-def test_nucleus_floor(fused: FusedKernels, dtype: torch.dtype, spread: float) -> None:
+def test_nucleus_floor(fused: TritonOps, dtype: torch.dtype, spread: float) -> None:
     """By definition: from the floor on they reach top_p, above it they do not."""
     rows, vocab = random.choice((1, 5, 300)), random.choice((1000, 49152, 128256, 151936))
     logits = (torch.randn(rows, vocab, device=CUDA) * spread).to(random.choice((dtype, torch.float32))).float()
     logits[: rows // 2, vocab // 3 :] = float("-inf")
     top_p = torch.rand(rows, 1, device=CUDA).clamp_(min=1e-3)
     top_p[::4] = 1.0
-    floors, probabilities = fused.nucleus_floor(logits, top_p), logits.double().softmax(-1)
+    floors, probabilities = fused.top_p_threshold(logits, top_p), logits.double().softmax(-1)
     cut = top_p < 1.0
     assert torch.equal(floors == float("-inf"), ~cut)
     reached = torch.where(logits >= floors, probabilities, 0.0).sum(1, keepdim=True)
@@ -126,14 +126,14 @@ def test_nucleus_floor(fused: FusedKernels, dtype: torch.dtype, spread: float) -
     assert ((reached > top_p - 1e-5) & (before < top_p + 1e-5))[cut].all()
 
 
-def test_nucleus_floor_ends_whatever_the_logits(fused: FusedKernels) -> None:
+def test_nucleus_floor_ends_whatever_the_logits(fused: TritonOps) -> None:
     logits = torch.randn(4, 50000, device=CUDA)
     logits[0], logits[1], logits[2, 50], logits[3, 7] = float("nan"), float("-inf"), float("nan"), float("inf")
-    fused.nucleus_floor(logits, torch.full((4, 1), 0.9, device=CUDA))
+    fused.top_p_threshold(logits, torch.full((4, 1), 0.9, device=CUDA))
     torch.cuda.synchronize()
 
 
-def test_embed_and_the_argmax_that_is_kept(fused: FusedKernels, dtype: torch.dtype) -> None:
+def test_embed_and_the_argmax_that_is_kept(fused: TritonOps, dtype: torch.dtype) -> None:
     tokens, size, homes = random.choice((1, 16, 2000)), random.choice((576, 4096, 7168)), 3000
     weight = torch.randn(500, size, dtype=dtype, device=CUDA)
     newest = torch.randint(0, 500, (homes + 1,), device=CUDA)
@@ -141,14 +141,14 @@ def test_embed_and_the_argmax_that_is_kept(fused: FusedKernels, dtype: torch.dty
     assert torch.equal(fused.embed(token_ids, newest, weight), TWINS.embed(token_ids, newest, weight))
     logits, places = torch.randn(tokens, 9000, device=CUDA).to(dtype), torch.randperm(homes, device=CUDA)[:tokens].int()
     before = newest.clone()
-    found = fused.keep_argmax(logits, places, newest)
+    found = fused.argmax_into(logits, places, newest)
     assert torch.equal(logits.gather(1, found[:, None])[:, 0], logits.amax(1))
     before[places.long()] = found
     assert torch.equal(newest, before)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
-def test_products_go_where_they_are_told(fused: FusedKernels, tokens: int) -> None:
+def test_products_go_where_they_are_told(fused: TritonOps, tokens: int) -> None:
     x, weight, *_ = _linear_inputs(tokens, 6144, 4096)
     buffer = torch.full((64, 6144), float("nan"), dtype=x.dtype, device=CUDA)
     assert fused.linear(x, weight, out=buffer[:tokens]).data_ptr() == buffer.data_ptr()
@@ -158,7 +158,7 @@ def test_products_go_where_they_are_told(fused: FusedKernels, tokens: int) -> No
 
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (4096, 14336), (4096, 11008), (1000, 576)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 9, 16, 17])
-def test_linear(shape: tuple[int, int], tokens: int, fused: FusedKernels) -> None:
+def test_linear(shape: tuple[int, int], tokens: int, fused: TritonOps) -> None:
     x, weight, bias, residual = _linear_inputs(tokens, *shape)
     assert_near(fused.linear(x, weight, bias), TWINS.linear(x, weight, bias))
     twin_residual = residual.clone()
@@ -169,12 +169,12 @@ def test_linear(shape: tuple[int, int], tokens: int, fused: FusedKernels) -> Non
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 16, 17])
 @pytest.mark.parametrize("inner", [1536, 11008, 14336])
-def test_gated_linear(inner: int, tokens: int, fused: FusedKernels) -> None:
+def test_gated_linear(inner: int, tokens: int, fused: TritonOps) -> None:
     x, weight, *_ = _linear_inputs(tokens, 2 * inner, 4096)
     assert_near(fused.gated_linear(x, weight), TWINS.gated_linear(x, weight))
 
 
-def test_split_products_do_not_depend_on_timing(fused: FusedKernels) -> None:
+def test_split_products_do_not_depend_on_timing(fused: TritonOps) -> None:
     x, weight, *_ = _linear_inputs(16, 4096, 4096)
     first = fused.linear(x, weight)
     assert all(torch.equal(fused.linear(x, weight), first) for _ in range(50))

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from sarathi.model_executor.source import resolve_model
+from sarathi.model_executor.loader.source import resolve_model
 
 _SHORT = [
     "The capital of France is", "2 + 2 =", "Once upon a time", "def fibonacci(n):", "Water boils at", "Hello",

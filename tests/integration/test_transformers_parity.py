@@ -12,12 +12,12 @@ from sarathi.config.load import make_config
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.factory import make_scheduler
-from sarathi.engine.tokenizer import load_tokenizer
-from sarathi.model_executor.gguf_checkpoint import GGUFCheckpoint
-from sarathi.model_executor.source import resolve_model
+from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+from sarathi.executor.uniproc import Executor
+from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
+from sarathi.model_executor.loader.source import resolve_model
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.executor import Executor
 
 NUM_TOKENS = 16
 UNLIMITED = 8192

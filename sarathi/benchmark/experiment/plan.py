@@ -27,7 +27,7 @@ from sarathi.benchmark.config.options import canonical
 from sarathi.benchmark.experiment.tables import TABLES
 from sarathi.config.knobs import ConfigError
 from sarathi.config.units import nearest
-from sarathi.wording import shown
+from sarathi.wording import short_repr
 
 KEYS = ("output_dir", "table", "base", "grid", "test")
 _ALLOWED = {"output_dir": "it must be a folder's name", "table": f"it must be one of {', '.join(TABLES)}"}
@@ -110,14 +110,14 @@ def _experiment(path: Path, test: bool, content: Mapping[str, Any]) -> Experimen
 def _checked(content: Any) -> Mapping[str, Any]:
     """An experiment's keys, all of them; those of mappings that are left out or empty hold empty ones."""
     if not isinstance(content, Mapping):
-        raise ConfigError(f"it holds {shown(content)}: an experiment is a mapping of {', '.join(KEYS)}")
+        raise ConfigError(f"it holds {short_repr(content)}: an experiment is a mapping of {', '.join(KEYS)}")
     if unknown := set(content) - set(KEYS):
         raise ConfigError(f"{unknown.pop()!r} is unknown; an experiment has {', '.join(KEYS)}")
     if missing := [key for key in ("output_dir", "table") if key not in content]:
         raise ConfigError(f"{missing[0]!r} is missing; {_ALLOWED[missing[0]]}")
     if str(content["table"]) not in TABLES:
         hint = nearest(str(content["table"]), TABLES)
-        raise ConfigError(f"table is {shown(content['table'])}: {_ALLOWED['table']}; the nearest is {hint!r}")
+        raise ConfigError(f"table is {short_repr(content['table'])}: {_ALLOWED['table']}; the nearest is {hint!r}")
     test = _mapping(content, "test")
     inner = {key: _mapping(content, key) for key in ("base", "grid")}
     return {**content, **inner, "test": {key: _mapping(test, key, "test.") for key in test}}
@@ -126,7 +126,7 @@ def _checked(content: Any) -> Mapping[str, Any]:
 def _mapping(content: Mapping[str, Any], key: str, section: str = "") -> Mapping[str, Any]:
     value = content.get(key) or {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{section}{key} is {shown(value)}: it must be a mapping")
+        raise ConfigError(f"{section}{key} is {short_repr(value)}: it must be a mapping")
     return value
 
 
@@ -137,7 +137,7 @@ def _axis(name: str, values: Any) -> Axis:
     if values and isinstance(values, list):
         return {str(value): canonical({name: value}) for value in values}
     raise ConfigError(
-        f"axis {name!r} is {shown(values)}: it must be a list of values, or a mapping of labels to knobs, not empty"
+        f"axis {name!r} is {short_repr(values)}: it must be a non-empty list of values, or a mapping of labels to knobs"
     )
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from sarathi.model_executor.attention.backend import CacheLayer
-from sarathi.model_executor.attention.device_step import DeviceStep, token_places
-from sarathi.model_executor.kernels import Kernels
-from sarathi.model_executor.kernels.types import CacheTarget, NewTokens
+from sarathi.model_executor.attention.address import CacheLayer
+from sarathi.model_executor.attention.metadata import DeviceStep, token_places
+from sarathi.model_executor.ops import Ops
+from sarathi.model_executor.ops.types import CacheTarget, NewTokens
 
 if TYPE_CHECKING:
-    from sarathi.model_executor.attention.triton_decode import TritonDecode
+    from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 
 
 class StepMetadata(Protocol):
@@ -32,7 +32,7 @@ class AppendingBackend(ABC):
     None: there is none such.
     """
 
-    _kernels: Kernels
+    _kernels: Ops
     _decode: TritonDecode | None
     _fewest_decodes: int
     _num_heads: int
@@ -66,10 +66,10 @@ class AppendingBackend(ABC):
         """Turns the queries, in place, and the new keys, and stores what is new; shapes as in append_and_attend."""
         self._kernels.rope_and_store(query, new.keys, new.values, positions, new.table, self.target(layer, metadata))
 
-    def rehearse(self, layer: CacheLayer, max_num_seqs: int) -> None:
+    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
         """Compiles what steps with chunks in them need on such a layer; touches no memory in the cache."""
         if self._decode is not None:
-            self._decode.rehearse(self._num_heads, layer, self._fewest_decodes, max_num_seqs)
+            self._decode.warm_up(self._num_heads, layer, self._fewest_decodes, max_num_seqs)
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Any

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.backend import Address, CacheLayer
+from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.placement import Placement
 

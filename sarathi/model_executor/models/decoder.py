@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.backend import AttentionBackend, CacheLayer, Metadata
+from sarathi.model_executor.attention.address import CacheLayer
+from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.layers.activation import silu_and_multiply
 from sarathi.model_executor.layers.embedding import Embedding

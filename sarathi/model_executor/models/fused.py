@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.backend import AttentionBackend, CacheLayer, Metadata
-from sarathi.model_executor.kernels import Kernels
-from sarathi.model_executor.kernels.types import NewTokens, RotationTable
+from sarathi.model_executor.attention.address import CacheLayer
+from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.models.decoder import Decoder, DecoderLayer
+from sarathi.model_executor.ops import Ops
+from sarathi.model_executor.ops.types import NewTokens, RotationTable
 
 
 @runtime_checkable
@@ -25,7 +26,7 @@ class AttendingBackend(AttentionBackend, Protocol):
     ) -> Tensor:
         """query: [T, num_heads, head_size], as projected, like new.keys; positions: [T] -> query's shape."""
 
-    def rehearse(self, layer: CacheLayer, max_num_seqs: int) -> None:
+    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
         """Compiles what steps with chunks in them need on such a layer; touches no memory in the cache."""
 
 
@@ -33,7 +34,7 @@ class FusedDecoder:
     """Safe to capture in a CUDA graph where the backend is."""
 
     def __init__(
-        self, decoder: Decoder, arch: ModelArchitecture, kernels: Kernels, backend: AttendingBackend, max_positions: int
+        self, decoder: Decoder, arch: ModelArchitecture, kernels: Ops, backend: AttendingBackend, max_positions: int
     ) -> None:
         self.decoder, self.kernels, self.backend = decoder, kernels, backend
         self._heads = [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.backend import Address
+from sarathi.model_executor.attention.address import Address
 from sarathi.model_executor.placement import Placement
 
 
@@ -16,7 +16,7 @@ from sarathi.model_executor.placement import Placement
 class CacheShape:
     """What is kept for each token, for how many requests and tokens of one at most, in how many bytes.
 
-    slack_tokens: see CacheCapacity.
+    over_read_tokens: see CacheCapacity.
     """
 
     arch: ModelArchitecture
@@ -24,7 +24,7 @@ class CacheShape:
     max_num_seqs: int
     max_model_len: int
     budget_bytes: int
-    slack_tokens: int = 0
+    over_read_tokens: int = 0
 
     @property
     def token_bytes(self) -> int:

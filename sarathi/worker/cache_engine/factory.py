@@ -15,7 +15,7 @@ def create_cache_engine(spec: BackendSpec, shape: CacheShape) -> CacheEngine:
         cache.close()
         raise CacheSettingsError(
             f"memory_bytes={shape.budget_bytes} holds {capacity.rows} pages of each tensor for requests, and one token "
-            f"takes {capacity.rows_for(1)}, with the {capacity.slack_tokens} tokens that kernels may read past it"
+            f"takes {capacity.rows_for(1)}, with the {capacity.over_read_tokens} tokens that kernels may read past it"
         )
     return cache
 

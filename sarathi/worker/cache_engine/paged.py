@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
-from sarathi.model_executor.attention.backend import BlockAddress
+from sarathi.model_executor.attention.address import BlockAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 
 DEFAULT_BLOCK_SIZE = 16

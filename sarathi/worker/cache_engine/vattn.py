@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
-from sarathi.model_executor.attention.backend import SlotAddress
+from sarathi.model_executor.attention.address import SlotAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 from vattention import DeviceError, OutOfMemoryError, VirtualKVCache
 
@@ -27,7 +27,7 @@ class vATTNCacheEngine:
             raise CacheSettingsError(f"{memory}, {lengths}: {error}") from error
         self._slots: dict[str, int] = {}
         self._tokens: dict[str, int] = {}  # in each slot, of those that its memory was granted for
-        self._slack_tokens, self._token_bytes = shape.slack_tokens, shape.token_bytes
+        self._over_read_tokens, self._token_bytes = shape.over_read_tokens, shape.token_bytes
         self._anchor_rows = self._anchor() if anchored else 0
         self._anchored = self._cache.stats()  # what is mapped for nobody, if anything
 
@@ -35,7 +35,7 @@ class vATTNCacheEngine:
     def capacity(self) -> CacheCapacity:
         cache = self._cache
         rows = cache.capacity_rows - self._anchor_rows
-        return CacheCapacity(rows, cache.token_bytes, cache.page_bytes, self._slack_tokens)
+        return CacheCapacity(rows, cache.token_bytes, cache.page_bytes, self._over_read_tokens)
 
     def resize(self, budget_bytes: int) -> None:
         self._cache.resize(budget_bytes)
@@ -109,7 +109,7 @@ class vATTNCacheEngine:
 
     def _mapped(self, num_tokens: int) -> int:
         """Tokens that must have memory where a request has num_tokens: past its last one as far as kernels may read."""
-        return min(num_tokens + self._slack_tokens, self._cache.max_tokens)
+        return min(num_tokens + self._over_read_tokens, self._cache.max_tokens)
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
         return [self._slots[chunk.request_id] for chunk in chunks]

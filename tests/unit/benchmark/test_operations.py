@@ -22,12 +22,12 @@ from sarathi.messages import CacheCapacity, Chunk, Finished, MemoryStats, Schedu
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.appending import AppendingBackend
-from sarathi.model_executor.attention.backend import CacheLayer
-from sarathi.model_executor.kernels import create_kernels
-from sarathi.model_executor.kernels.types import CacheTarget
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.ops import create_ops
+from sarathi.model_executor.ops.types import CacheTarget
 from sarathi.model_executor.placement import Placement
 
 SLEEP_S = 0.002
@@ -142,7 +142,7 @@ class OneCallBackend:
 class StoringBackend(AppendingBackend):
     """Turns and stores in one kernel and attends in another."""
 
-    _decode, _kernels = None, create_kernels(torch.device("cpu"))
+    _decode, _kernels = None, create_ops(torch.device("cpu"))
 
     def target(self, layer, metadata):
         return CacheTarget(layer.k, layer.v, torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS))
@@ -169,7 +169,7 @@ def test_operations_of_the_fused_decoder_are_told_by_their_weights(qk_norm: bool
     decoder = Decoder(arch, Placement(torch.float32, torch.device("cpu")), backend=None)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
-    fused = FusedDecoder(decoder, arch, create_kernels(torch.device("cpu")), backend, max_positions=16)
+    fused = FusedDecoder(decoder, arch, create_ops(torch.device("cpu")), backend, max_positions=16)
     cache = [CacheLayer(*torch.zeros(2, 1, 16, arch.num_kv_heads, arch.head_size), None) for _ in range(3)]
 
     def logits() -> torch.Tensor:

@@ -8,9 +8,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
-from sarathi.engine.chat_template import jinja_renderer
 from sarathi.engine.llm_engine import LLMEngine
-from sarathi.engine.tokenizer import Tokenizer as SarathiTokenizer
+from sarathi.engine.tokenizer.chat_template import jinja_renderer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer as SarathiTokenizer
 from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsSink
 from sarathi.sampling_params import SamplingParams

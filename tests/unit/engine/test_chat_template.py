@@ -6,9 +6,9 @@ import pytest
 from fake_engine import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sarathi.engine.chat_template import ChatTemplateError, jinja_renderer, normalize
-from sarathi.engine.tokenizer import Tokenizer, load_tokenizer
-from sarathi.model_executor.source import ModelSource
+from sarathi.engine.tokenizer.chat_template import ChatTemplateError, jinja_renderer, normalize
+from sarathi.engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from sarathi.model_executor.loader.source import ModelSource
 
 HELLO = [{"role": "user", "content": "hello"}]
 

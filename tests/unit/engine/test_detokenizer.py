@@ -8,7 +8,7 @@ from fake_engine import END, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sarathi.engine.detokenizer import Detokenizer, SilentDetokenizer, StopMatcher
+from sarathi.engine.tokenizer.detokenizer import Detokenizer, SilentDetokenizer, StopMatcher
 
 TOKENIZER = byte_tokenizer()
 SHORT_ALPHABET = st.text(alphabet="ab界", max_size=30)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from sarathi.engine.detokenizer import Detokenizer
-from sarathi.engine.gguf_metadata import GGUFFormatError, read_metadata
-from sarathi.engine.gguf_tokenizer import build_tokenizer
-from sarathi.engine.tokenizer import Tokenizer, load_tokenizer
-from sarathi.model_executor.source import ModelSource
+from sarathi.engine.tokenizer.detokenizer import Detokenizer
+from sarathi.engine.tokenizer.gguf_metadata import GGUFFormatError, read_metadata
+from sarathi.engine.tokenizer.gguf_tokenizer import build_tokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from sarathi.model_executor.loader.source import ModelSource
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

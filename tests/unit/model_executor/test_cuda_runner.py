@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from sarathi.messages import Chunk, NewRequest, SampledToken
-from sarathi.model_executor import cuda_runner
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
-from sarathi.model_executor.attention.backend import CacheLayer, SlotAddress
-from sarathi.model_executor.attention.device_step import DeviceStep, make_step
-from sarathi.model_executor.cuda_runner import CudaModelRunner
-from sarathi.model_executor.decode_graphs import DecodeGraph, Limits
-from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
-from sarathi.model_executor.kernels.reference.rope import apply_rope
+from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
+from sarathi.model_executor.attention.metadata import DeviceStep, make_step
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.ops.native.ops import NativeOps
+from sarathi.model_executor.ops.native.rope import apply_rope
 from sarathi.model_executor.placement import Placement
-from sarathi.model_executor.sequences import SequenceTable
 from sarathi.sampling_params import SamplingParams
+from sarathi.worker import cuda_runner
+from sarathi.worker.cuda_graphs import DecodeGraph, Limits
+from sarathi.worker.cuda_runner import CudaModelRunner
+from sarathi.worker.sequences import SequenceTable
 
 CPU = torch.device("cpu")
 SLOTS, LENGTH, VOCAB_SIZE = 7, 64, 50
@@ -101,7 +101,7 @@ def model() -> FusedDecoder:
     decoder = Decoder(ARCH, Placement(torch.float32, CPU), backend=None)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return FusedDecoder(decoder, ARCH, ReferenceKernels(), LoopBackend(), max_positions=LENGTH)
+    return FusedDecoder(decoder, ARCH, NativeOps(), LoopBackend(), max_positions=LENGTH)
 
 
 def params_of(rng: random.Random) -> SamplingParams:

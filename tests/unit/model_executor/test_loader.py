@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import ModelConfig
 from sarathi.model_executor.architecture import ModelArchitecture, UnsupportedModelError
-from sarathi.model_executor.attention.backend import KernelUnavailableError, create_backend
-from sarathi.model_executor.checkpoint import CheckpointError
-from sarathi.model_executor.gguf_checkpoint import GGUFCheckpoint
-from sarathi.model_executor.loader import LoadFormatError, load_weights, open_checkpoint
+from sarathi.model_executor.attention.base import KernelUnavailableError, create_backend
+from sarathi.model_executor.loader.checkpoint import CheckpointError
+from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
+from sarathi.model_executor.loader.loader import LoadFormatError, load_weights, open_checkpoint
 from sarathi.model_executor.models import read_architecture
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.placement import Placement

@@ -14,15 +14,15 @@ from transformers import (
 )
 
 from sarathi.messages import NewRequest
-from sarathi.model_executor.kernels.reference.kernels import ReferenceKernels
-from sarathi.model_executor.sampler import filtered, sample
-from sarathi.model_executor.sampling_plan import NextToken, SamplingPlan, plan_sampling, with_newest
-from sarathi.model_executor.sequences import Sequence, SequenceTable, token_array
-from sarathi.model_executor.transfer import to_device
+from sarathi.model_executor.ops.native.ops import NativeOps
+from sarathi.model_executor.sampling.plan import NextToken, SamplingPlan, plan_sampling, with_last_tokens
+from sarathi.model_executor.sampling.sampler import filtered, sample
 from sarathi.sampling_params import SamplingParams
+from sarathi.worker.sequences import Sequence, SequenceTable, token_array
+from sarathi.worker.transfer import to_device
 
 VOCAB_SIZE = 3000  # more than the sampler sorts at first
-KERNELS = ReferenceKernels()
+KERNELS = NativeOps()
 
 
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] = (), seed: int = 1) -> Sequence:
@@ -275,7 +275,7 @@ def test_a_plan_made_before_the_newest_tokens_are_known_is_the_one_made_after() 
     homes, newest = rng.sample(range(60), 40), torch.randint(0, 50, (60,))
     rows = [NextToken(each, len(each.token_ids) + 1, home) for each, home in zip(late, homes, strict=True)]
     before = to_device(plan_sampling(rows, 50), torch.device("cpu"))
-    early = with_newest(before, newest)
+    early = with_last_tokens(before, newest)
     for each, home in zip(late, homes, strict=True):
         each.token_ids.append(int(newest[home]))
     after = plan_of(late, 50)

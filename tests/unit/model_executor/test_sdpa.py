@@ -6,7 +6,7 @@ import pytest
 import torch
 from naive_attention import attention
 
-from sarathi.model_executor.attention.sdpa import flash_attn_varlen_func, flash_attn_with_kvcache
+from sarathi.model_executor.attention.sdpa.backend import flash_attn_varlen_func, flash_attn_with_kvcache
 
 SEEDS = range(12)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sarathi.model_executor import source
-from sarathi.model_executor.checkpoint import read_config
+from sarathi.model_executor.loader import source
+from sarathi.model_executor.loader.checkpoint import read_config
+from sarathi.model_executor.loader.source import ModelNotFoundError, resolve_model, shipped_configs
 from sarathi.model_executor.models import read_architecture
-from sarathi.model_executor.source import ModelNotFoundError, resolve_model, shipped_configs
 
 
 def test_the_default_model_is_the_gguf_of_its_package() -> None:
@@ -73,7 +73,7 @@ def test_a_hub_that_cannot_be_reached_is_a_model_that_is_not_found(monkeypatch) 
 
 
 def test_finding_a_model_needs_no_torch() -> None:
-    find = "from sarathi.model_executor.source import resolve_model; resolve_model('llama-3-8b')"
+    find = "from sarathi.model_executor.loader.source import resolve_model; resolve_model('llama-3-8b')"
     code = f"import sys; {find}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.transfer import to_device, to_host
+from sarathi.worker.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)

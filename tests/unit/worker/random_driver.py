@@ -3,9 +3,9 @@
 import random
 from dataclasses import dataclass, field
 
+from sarathi.executor.uniproc import Executor
 from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.executor import Executor
 
 
 @dataclass

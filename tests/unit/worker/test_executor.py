@@ -12,10 +12,10 @@ from tiny_models import TinyModel, build, random_prompts
 
 from sarathi import LLM
 from sarathi.config.load import make_config
+from sarathi.executor.uniproc import Executor, UnsupportedParallelismError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cache_engine import vattn
-from sarathi.worker.executor import Executor, UnsupportedParallelismError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn_4kb", "sdpa_vattn_megacache_sync_4kb")

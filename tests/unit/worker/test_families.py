@@ -6,9 +6,9 @@ from random_driver import RandomDriver
 from tiny_models import CONFIGS, VOCAB_SIZE, TinyModel, build, random_prompts
 
 from sarathi.config.load import make_config
+from sarathi.executor.uniproc import Executor
 from sarathi.messages import SampledToken
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.executor import Executor
 
 BACKENDS = ("sdpa_paged_16", "sdpa_paged_3", "sdpa_vattn", "sdpa_vattn_sync_4kb", "sdpa_vattn_megacache_8kb")
 EVERYTHING = SamplingParams(temperature=0.0, logprobs=VOCAB_SIZE, max_tokens=64)

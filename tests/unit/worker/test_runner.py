@@ -7,11 +7,11 @@ from sarathi.config.backend import BackendSpec
 from sarathi.config.load import make_config
 from sarathi.messages import Finished
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
-from sarathi.model_executor.cuda_runner import CudaModelRunner
 from sarathi.model_executor.placement import Placement
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
 from sarathi.worker.cache_engine.factory import create_cache_engine
-from sarathi.worker.runner import settle
+from sarathi.worker.cuda_runner import CudaModelRunner
+from sarathi.worker.warm_up import size_cache
 
 ARCH = ModelArchitecture("tiny", 2, 32, 64, 4, 2, 8, 100, 4096, 1e-5, Rope(1e4))
 KIB = 1024
@@ -31,8 +31,8 @@ class Noting(CudaModelRunner):
         self.noted.append([chunk.num_tokens for chunk in chunks])
         return Finished(None)
 
-    def rehearse(self) -> None:
-        self.noted.append("rehearse")
+    def warm_up(self) -> None:
+        self.noted.append("warm_up")
 
     def capture(self) -> None:
         self.noted.append("capture")
@@ -43,7 +43,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, backend: str, memory_bytes: int, **
     shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, memory_bytes)
     config = make_config(max_num_seqs=20, memory_bytes=memory_bytes, device="cpu", **settings)
     cache, runner = create_cache_engine(BackendSpec.parse(backend), shape), Noting()
-    settle(runner, cache, config, shape)
+    size_cache(runner, cache, config, shape)
     stats = cache.stats()
     assert stats.mapped_bytes == stats.idle_bytes
     cache.check_integrity()
@@ -53,12 +53,12 @@ def settled(monkeypatch: pytest.MonkeyPatch, backend: str, memory_bytes: int, **
 @pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_paged_16"])
 def test_steps_of_all_sizes_run_before_the_graphs_are_made(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = settled(monkeypatch, backend, 4096 * KIB, chunk_size=300)
-    assert runner.noted == [[300], "rehearse", [16] * 16, [64], [128], [192], [256], "capture"]
+    assert runner.noted == [[300], "warm_up", [16] * 16, [64], [128], [192], [256], "capture"]
 
 
 def test_without_graphs_only_the_largest_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = settled(monkeypatch, "sdpa_vattn_4kb", 4096 * KIB, chunk_size=300, enforce_eager=True)
-    assert runner.noted == [[300], "rehearse"]
+    assert runner.noted == [[300], "warm_up"]
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,15 @@ def test_the_largest_step_is_of_as_many_prompts_as_it_takes(
     chunk_size: int, prompts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = settled(monkeypatch, "sdpa_vattn_4kb", 2**26, chunk_size=chunk_size, enforce_eager=True)
-    assert runner.noted == [prompts, "rehearse"]
+    assert runner.noted == [prompts, "warm_up"]
 
 
-@pytest.mark.parametrize("slack_tokens", [64, 300])
-def test_a_budget_in_which_no_token_fits_is_refused_with_the_arithmetic(slack_tokens: int) -> None:
+@pytest.mark.parametrize("over_read_tokens", [64, 300])
+def test_a_budget_in_which_no_token_fits_is_refused_with_the_arithmetic(over_read_tokens: int) -> None:
     """A row is 64 tokens; kernels may read on behind the last one."""
-    shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, 16 * KIB, slack_tokens)
-    rows = -(-(1 + slack_tokens) // 64)
-    arithmetic = f"memory_bytes=16384 holds 1 pages .* takes {rows}, with the {slack_tokens} tokens"
+    shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, 16 * KIB, over_read_tokens)
+    rows = -(-(1 + over_read_tokens) // 64)
+    arithmetic = f"memory_bytes=16384 holds 1 pages .* takes {rows}, with the {over_read_tokens} tokens"
     with pytest.raises(CacheSettingsError, match=arithmetic):
         create_cache_engine(BackendSpec.parse("sdpa_vattn_4kb"), shape)
 
@@ -84,5 +84,5 @@ def test_a_budget_in_which_no_token_fits_is_refused_with_the_arithmetic(slack_to
 def test_steps_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows of 64 tokens: as many prompts, and steps of that many tokens."""
     runner = settled(monkeypatch, "sdpa_vattn_4kb", 64 * KIB, chunk_size=2048)
-    assert runner.noted[:4] == [[256], "rehearse", [16] * 4, [64]]
+    assert runner.noted[:4] == [[256], "warm_up", [16] * 4, [64]]
     assert {sum(step) for step in runner.noted[6:-1]} == {256}

@@ -1,0 +1,81 @@
+"""Checks what a caller hands in and makes token ids of it, before anything else hears of it; knows no scheduler.
+
+A request that passes here and the scheduler's own length check can harm no other request in its batch.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from sarathi.engine.containers import is_integer, is_list
+from sarathi.engine.tokenizer.tokenizer import Tokenizer, UnencodableTextError
+from sarathi.sampling_params import SamplingParams
+from sarathi.wording import short_repr
+
+Prompt = str | Sequence[int]
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring seeds and indices never meet
+
+
+class InputProcessor:
+    """Prompts and parameters against one model's tokenizer (None: it has none) and vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt as ids in the vocabulary.
+
+        ValueError for an empty prompt, one of another type, text that is none, or a bad id.
+        """
+        ids = self._encode(prompt) if isinstance(prompt, str) else _integers(prompt)
+        if not ids:
+            raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
+        self._check_ids("prompt", ids)
+        return ids
+
+    def check_params(self, params: SamplingParams) -> None:
+        """ValueError where parameters do not fit this model, naming field, value and what is allowed."""
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop is {params.stop!r}: this model has no tokenizer, use stop_token_ids")
+        if params.logprobs is not None and params.logprobs > self._vocab_size:
+            raise ValueError(f"logprobs is {params.logprobs}: the vocabulary has {self._vocab_size} tokens")
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", params.logit_bias or ())
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise ValueError(f"the prompt is text ({text[:40]!r}), but this model has no tokenizer: give token ids")
+        try:
+            return tuple(self._tokenizer.encode(text)) if text else ()
+        except UnencodableTextError as error:
+            raise ValueError(f"the prompt holds {error}") from None
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        for token_id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(
+                    f"{field} holds token id {short_repr(token_id)}: it must be from 0 to {self._vocab_size - 1}"
+                )
+
+
+def fan_out(params: SamplingParams) -> list[SamplingParams]:
+    """Parameters of each of the n completions: one each, with seeds that differ and follow from the one given."""
+    if params.n == 1:
+        return [params]
+    return [replace(params, n=1, seed=_derived_seed(params.seed, index)) for index in range(params.n)]
+
+
+def _derived_seed(seed: int | None, index: int) -> int | None:
+    if seed is None or index == 0:
+        return seed
+    return (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # 64 bits with a sign, each of them again
+
+
+def _integers(prompt: Sequence[int]) -> tuple[int, ...]:
+    try:
+        if not is_list(prompt) or not all(map(is_integer, prompt)):
+            raise TypeError
+        return tuple(map(operator.index, prompt))
+    except TypeError:
+        raise ValueError(f"the prompt must be text or a list of token ids, got {short_repr(prompt)}") from None

@@ -1,0 +1,186 @@
+"""Text to token ids and back, one id at a time if need be; knows no requests, no streams and no weights.
+
+The default model is a GGUF file, and reading its tokenizer imports neither torch nor transformers. Folders and hub ids
+go through transformers' AutoTokenizer, which knows each family's peculiarities.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sarathi.engine.tokenizer.chat_template import (
+    ChatRenderer,
+    ChatTemplateError,
+    Conversation,
+    jinja_renderer,
+    normalize,
+    tokenizer_renderer,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+    from sarathi.model_executor.loader.source import ModelSource
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+class UnencodableTextError(ValueError):
+    """Text that UTF-8 cannot write; the message is which character, and where."""
+
+
+class Tokenizer:
+    """A thin wrapper: encode, decode, the bytes of one token, and the chat template."""
+
+    def __init__(
+        self, backend: "Backend", eos_token_ids: Collection[int] = (), render_chat: ChatRenderer | None = None
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._backend = backend
+        self._render_chat = render_chat
+        self._added = backend.get_added_tokens_decoder()
+        self._to_bytes = _piece_to_bytes(backend)
+        self._bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`, after the beginning-of-sequence token where the model wants one.
+
+        UnencodableTextError for a lone surrogate, as `json.loads` and file names can bring.
+        """
+        _check_encodable(text)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of all `token_ids` at once, without special tokens."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What this token adds to a text that has already begun; empty for special tokens and ids without a piece.
+
+        Bytes of successive tokens joined and read as UTF-8 are the text; a single token may hold half a character.
+        """
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._find_bytes(token_id)
+        return self._bytes[token_id]
+
+    def piece(self, token_id: int) -> str:
+        """The token as something to show: special tokens by name, half characters as U+FFFD."""
+        if token_id in self._added:
+            return self._added[token_id].content
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        """Ids of the conversation in the model's own format, up to where the assistant's answer begins."""
+        messages = normalize(conversation)
+        if self._render_chat is None:
+            raise ChatTemplateError("this model has no chat template; use generate() with a text prompt")
+        try:
+            return self.encode(self._render_chat(messages), add_special_tokens=False)  # the template writes them
+        except UnencodableTextError as error:
+            raise ChatTemplateError(f"the conversation holds {error}") from None
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            token = self._added[token_id]
+            return b"" if token.special else token.content.encode()
+        piece = self._backend.id_to_token(token_id)
+        return b"" if piece is None else self._to_bytes(token_id, piece)
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        character = text[error.start]
+        raise UnencodableTextError(f"{character!r} at {error.start}: a lone surrogate is no character") from None
+
+
+def load_tokenizer(source: "ModelSource") -> Tokenizer | None:
+    """The tokenizer of a model; None where its files hold none, as with a bare configuration.
+
+    Raises ValueError where the files hold a tokenizer that cannot be used.
+    """
+    if source.format == "gguf":
+        return _from_gguf(source.path)
+    folder = source.path if source.path.is_dir() else source.path.parent
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return _from_hugging_face(folder)
+    return None
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    from sarathi.engine.tokenizer.gguf_metadata import read_metadata
+    from sarathi.engine.tokenizer.gguf_tokenizer import build_tokenizer
+
+    metadata = read_metadata(path)
+    pieces = metadata.get("tokenizer.ggml.tokens", [])
+    keys = [key for key in (*_GGUF_END_KEYS, "bos_token_id") if f"tokenizer.ggml.{key}" in metadata]
+    ids = {key: metadata[f"tokenizer.ggml.{key}"] for key in keys}
+    special = {key.removesuffix("_id"): pieces[index] for key, index in ids.items()}
+    template = metadata.get("tokenizer.chat_template")
+    ends = [ids[key] for key in _GGUF_END_KEYS if key in ids]
+    return Tokenizer(build_tokenizer(metadata), ends, jinja_renderer(template, special) if template else None)
+
+
+def _from_hugging_face(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer in {folder}: there is no tokenizer.json, and none can be made of the other files")
+    ends = {tokenizer.eos_token_id, *_generation_ends(folder)} - {None}
+    render_chat = tokenizer_renderer(tokenizer) if tokenizer.chat_template else None
+    return Tokenizer(tokenizer.backend_tokenizer, ends, render_chat)
+
+
+def _generation_ends(folder: Path) -> list[int]:
+    """Instruct models list the ends of a turn in generation_config.json, beside the tokenizer's one end of text."""
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _piece_to_bytes(backend: "Backend") -> Callable[[int, str], bytes]:
+    """How this tokenizer writes bytes: as GPT-2's stand-in characters, or as text with `<0xE2>` for lone bytes."""
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
+    kinds = {part["type"] for part in state.get("decoders", [state]) if "type" in part}
+    return _stand_ins_to_bytes if "ByteLevel" in kinds else _TextPieces(backend, "ByteFallback" in kinds)
+
+
+def _stand_ins_to_bytes(_token_id: int, piece: str) -> bytes:
+    try:
+        return bytes(_STAND_INS[char] for char in piece)
+    except KeyError:
+        return piece.encode()
+
+
+def _stand_ins() -> dict[str, int]:
+    """GPT-2 writes each byte as one visible character: itself if visible, else the next one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + at): byte for at, byte in enumerate(hidden)}
+
+
+_STAND_INS = _stand_ins()
+
+
+class _TextPieces:
+    """Bytes of pieces whose text depends on whether something stands before them: decoded after an anchor token."""
+
+    def __init__(self, backend: "Backend", byte_fallback: bool) -> None:
+        self._backend = backend
+        self._byte_fallback = byte_fallback
+        self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor_text = backend.decode(self._anchor)
+
+    def __call__(self, token_id: int, piece: str) -> bytes:
+        lone_byte = _BYTE_PIECE.fullmatch(piece) if self._byte_fallback else None
+        if lone_byte:
+            return bytes([int(lone_byte.group(1), 16)])
+        return self._backend.decode([*self._anchor, token_id]).removeprefix(self._anchor_text).encode()

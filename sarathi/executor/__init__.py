@@ -1,0 +1,1 @@
+"""All ranks of an engine behind one interface."""

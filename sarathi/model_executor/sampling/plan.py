@@ -1,0 +1,222 @@
+"""What a step's sampling needs as tensors, made before the logits exist; knows no logits. None: nothing to do.
+
+Made on the host, where the newest token of a sequence may not be known yet: nothing but its penalties needs it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sarathi.sampling_params import SamplingParams
+from sarathi.worker.pending_tokens import resolve
+from sarathi.worker.sequences import Sequence, token_array
+
+
+class NextToken(NamedTuple):
+    """What one row of logits is for: the token of `sequence` at `position`, which is the number of those before it.
+
+    home: where the device keeps the token at position - 1, for when the sequence does not have it yet.
+    """
+
+    sequence: Sequence
+    position: int
+    home: int = 0
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Before this one."""
+        return self.position - self.sequence.num_prompt_tokens
+
+    def tokens_before(self, first: int = 0) -> array[int]:
+        """Those from `first` on; see Sequence.tokens."""
+        return self.sequence.tokens(first, self.position, self.home)
+
+
+@dataclass(frozen=True, slots=True)
+class Additions:
+    """values [N] are added to the logits of (rows [N], token_ids [N]): biases, and -inf for ends that are too early."""
+
+    rows: Tensor
+    token_ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrences:
+    """token_ids [N] that have occurred, counts[p] of them in the p-th penalised row, one row after the other."""
+
+    counts: Tensor
+    token_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """`chosen` [P] are the penalised rows; presence, frequency, repetition are [P, 1] float32."""
+
+    chosen: Tensor
+    presence: Tensor
+    frequency: Tensor
+    repetition: Tensor
+    in_output: Occurrences
+    in_all: Occurrences
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """`chosen` [R] are the rows that are drawn; all else is [R, 1]. A filter is None where no row uses it.
+
+    uniform: float64 in [0, 1). top_k: int64, the vocabulary's size where a row does not use it; max_top_k: the largest
+    that is used, 0 where none is. temperature, top_p, log_min_p: float32.
+    """
+
+    chosen: Tensor
+    uniform: Tensor
+    temperature: Tensor
+    top_k: Tensor | None
+    max_top_k: int
+    top_p: Tensor | None
+    log_min_p: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """`chosen` [L] are the rows whose logprobs are wanted, counts[i] of them for row i of S (None: not wanted)."""
+
+    chosen: Tensor
+    counts: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """All of a step; with nothing but Nones it is one argmax."""
+
+    additions: Additions | None
+    penalties: Penalties | None
+    draws: Draws | None
+    logprobs: Logprobs | None
+
+
+def plan_sampling(rows: Many[NextToken], vocab_size: int) -> SamplingPlan:
+    """The plan for S rows of logits, in CPU tensors; `with_last_tokens` completes it on the device."""
+    return SamplingPlan(
+        _additions(rows, vocab_size), _penalties(rows), _draws(rows, vocab_size), _logprobs(rows, vocab_size)
+    )
+
+
+def with_last_tokens(plan: SamplingPlan, newest: Tensor) -> SamplingPlan:
+    """The plan with the tokens that were not known when it was made; newest: [homes] int64, of each home."""
+    if plan.penalties is None:
+        return plan
+    in_output, in_all = (
+        replace(each, token_ids=resolve(each.token_ids, newest))
+        for each in (plan.penalties.in_output, plan.penalties.in_all)
+    )
+    return replace(plan, penalties=replace(plan.penalties, in_output=in_output, in_all=in_all))
+
+
+def _additions(rows: Many[NextToken], vocab_size: int) -> Additions | None:
+    entries = [
+        (index, token_id, value)
+        for index, row in enumerate(rows)
+        if row.params.logit_bias or row.params.min_tokens
+        for token_id, value in _added(row).items()
+        if 0 <= token_id < vocab_size
+    ]
+    if not entries:
+        return None
+    indices, token_ids, values = zip(*entries, strict=True)
+    return Additions(torch.tensor(indices), torch.tensor(token_ids), _floats(values))
+
+
+def _added(row: NextToken) -> dict[int, float]:
+    params = row.params
+    added = dict(params.logit_bias or {})
+    if row.num_output_tokens < params.min_tokens:
+        ends = () if params.ignore_eos else row.sequence.eos_token_ids
+        added.update(dict.fromkeys((*params.stop_token_ids, *ends), float("-inf")))
+    return added
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return _counts_output(params) or params.repetition_penalty != 1.0
+
+
+def _counts_output(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _penalties(rows: Many[NextToken]) -> Penalties | None:
+    chosen = [index for index, row in enumerate(rows) if _is_penalised(row.params)]
+    if not chosen:
+        return None
+    penalised = [rows[index] for index in chosen]
+    params = [row.params for row in penalised]
+    outputs = [
+        row.tokens_before(row.sequence.num_prompt_tokens) if _counts_output(row.params) else token_array()
+        for row in penalised
+    ]
+    repeatable = [row.tokens_before() if row.params.repetition_penalty != 1.0 else token_array() for row in penalised]
+    return Penalties(
+        torch.tensor(chosen),
+        _column([each.presence_penalty for each in params]),
+        _column([each.frequency_penalty for each in params]),
+        _column([each.repetition_penalty for each in params]),
+        _occurrences(outputs),
+        _occurrences(repeatable),
+    )
+
+
+def _occurrences(token_ids: Many[array[int]]) -> Occurrences:
+    flat = token_array()
+    for tokens in token_ids:
+        flat += tokens
+    occurred = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    return Occurrences(torch.tensor([len(tokens) for tokens in token_ids]), occurred)
+
+
+def _draws(rows: Many[NextToken], vocab_size: int) -> Draws | None:
+    chosen = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if not chosen:
+        return None
+    params = [rows[index].params for index in chosen]
+    uniform = [rows[index].sequence.uniform(rows[index].position) for index in chosen]
+    kept = [min(each.top_k, vocab_size) if each.top_k > 0 else vocab_size for each in params]
+    max_top_k = max((count for count in kept if count < vocab_size), default=0)
+    with_top_p = any(each.top_p < 1.0 for each in params)
+    with_min_p = any(each.min_p > 0.0 for each in params)
+    return Draws(
+        torch.tensor(chosen),
+        torch.tensor(uniform, dtype=torch.float64).unsqueeze(1),
+        _column([each.temperature for each in params]),
+        torch.tensor(kept).unsqueeze(1) if max_top_k else None,
+        max_top_k,
+        _column([each.top_p for each in params]) if with_top_p else None,
+        _column([each.min_p for each in params]).log() if with_min_p else None,
+    )
+
+
+def _logprobs(rows: Many[NextToken], vocab_size: int) -> Logprobs | None:
+    wanted = [row.params.logprobs for row in rows]
+    chosen = [index for index, count in enumerate(wanted) if count is not None]
+    if not chosen:
+        return None
+    counts = tuple(None if count is None else min(count, vocab_size) for count in wanted)
+    return Logprobs(torch.tensor(chosen), counts)
+
+
+def _floats(values: Many[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _column(values: Many[float]) -> Tensor:
+    return _floats(values).unsqueeze(1)

@@ -1,0 +1,114 @@
+"""From logits to tokens, for all rows of a step at once; knows tensors and a plan, no requests.
+
+Nothing here waits for the device: no value is read, no shape depends on one, and no numbers come from the host.
+Order, as in transformers: bias and penalties, temperature, top-k, top-p, min-p. Logprobs are of the logits given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sarathi.model_executor.ops import Ops
+from sarathi.model_executor.sampling.plan import Additions, Draws, Occurrences, Penalties, SamplingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SampledLogprobs:
+    """Of L rows: the chosen token's [L], and the likeliest k tokens and theirs [L, k], best first."""
+
+    chosen: Tensor
+    top_token_ids: Tensor
+    top: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """token_ids: [S] int64 on the logits' device; logprobs: of the plan's rows, None where no row asked."""
+
+    token_ids: Tensor
+    logprobs: SampledLogprobs | None
+
+
+def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
+    """logits: [S, vocab_size], contiguous, left as they are. Without anything planned this is a single argmax."""
+    processed = logits
+    if plan.additions is not None or plan.penalties is not None:
+        processed = logits.to(torch.float32, copy=True)
+        _add(processed, plan.additions)
+        _penalise(processed, plan.penalties)
+    token_ids = kernels.argmax(processed)
+    if plan.draws is not None:
+        token_ids[plan.draws.chosen] = draw(processed[plan.draws.chosen].float(), plan.draws, kernels)
+    return Sampled(token_ids, _logprobs(logits, token_ids, plan))
+
+
+def draw(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
+    """One token a row of the filtered distribution; logits [R, vocab_size] are overwritten -> [R] int64."""
+    return kernels.draw(filtered(logits, draws, kernels), draws.uniform)
+
+
+def filtered(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
+    """Logits at their temperature with -inf where a filter cut; in place, [R, vocab_size] float32."""
+    logits.div_(draws.temperature)
+    if draws.top_k is not None:
+        _cut_below(logits, _kth_largest(logits, draws.top_k, draws.max_top_k))
+    if draws.top_p is not None:
+        _cut_below(logits, kernels.top_p_threshold(logits, draws.top_p))
+    if draws.log_min_p is not None:
+        _cut_below(logits, logits.amax(dim=-1, keepdim=True) + draws.log_min_p)
+    return logits
+
+
+def _add(logits: Tensor, additions: Additions | None) -> None:
+    if additions is not None:
+        logits.view(-1).index_add_(0, _flat(logits, additions.rows, additions.token_ids), additions.values)
+
+
+def _penalise(logits: Tensor, penalties: Penalties | None) -> None:
+    """Repetition counts prompt and output (Keskar et al., 2019); presence and frequency the output alone (OpenAI)."""
+    if penalties is None:
+        return
+    rows = logits[penalties.chosen]
+    seen = torch.zeros_like(rows, dtype=torch.bool)
+    seen.view(-1).index_fill_(0, _places(rows, penalties.in_all), True)
+    repeated = torch.where(rows > 0, rows / penalties.repetition, rows * penalties.repetition)
+    rows = torch.where(seen, repeated, rows)
+    counts, places = torch.zeros_like(rows), _places(rows, penalties.in_output)
+    counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
+    logits[penalties.chosen] = rows - penalties.frequency * counts - penalties.presence * (counts > 0)
+
+
+def _places(logits: Tensor, occurred: Occurrences) -> Tensor:
+    rows = torch.arange(len(occurred.counts), device=logits.device)
+    owners = torch.repeat_interleave(rows, occurred.counts, output_size=len(occurred.token_ids))
+    return _flat(logits, owners, occurred.token_ids)
+
+
+def _flat(logits: Tensor, rows: Tensor, token_ids: Tensor) -> Tensor:
+    """Index of each place in the flattened logits: index_put_ would read the range of two indices on the host."""
+    return rows * logits.shape[1] + token_ids
+
+
+def _cut_below(logits: Tensor, floor: Tensor) -> None:
+    logits.masked_fill_(logits < floor, float("-inf"))
+
+
+def _kth_largest(logits: Tensor, k: Tensor, max_k: int) -> Tensor:
+    """k: [R, 1] -> [R, 1], -inf where k is all of them; max_k: the largest of the others."""
+    off = k == logits.shape[-1]
+    limited = k.masked_fill(off, 1)
+    kth = logits.topk(max_k, dim=-1).values.gather(1, limited - 1)
+    return kth.masked_fill_(off, float("-inf"))
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, plan: SamplingPlan) -> SampledLogprobs | None:
+    if plan.logprobs is None:
+        return None
+    rows = logits[plan.logprobs.chosen].float().log_softmax(dim=-1)
+    chosen = rows.gather(1, token_ids[plan.logprobs.chosen].unsqueeze(1)).squeeze(1)
+    most = max(count for count in plan.logprobs.counts if count is not None)
+    top = rows.topk(most, dim=-1)
+    return SampledLogprobs(chosen, top.indices, top.values)
