@@ -9,7 +9,7 @@ BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integr
 # Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-native test-python bench-test $(BENCH_TESTS) lint format clean
+.PHONY: setup demo test test-all test-native test-python test-slow bench-test $(BENCH_TESTS) lint format clean
 
 setup: $(READY) $(NATIVE)
 
@@ -31,11 +31,17 @@ demo: setup
 
 test: setup test-native test-python
 
+# What takes long: the parity matrix against transformers and every benchmark's short form.
+test-all: test test-slow bench-test
+
 test-native:
 	$(MAKE) --no-print-directory -C csrc/tests
 
 test-python: setup
-	$(BIN)/python -m pytest -m "not bench"
+	$(BIN)/python -m pytest -m "not bench and not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # Two files at a time, since each process of a test has one thread; what a file prints is kept together where make can.
 bench-test: setup

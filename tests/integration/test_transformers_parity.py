@@ -21,15 +21,13 @@ from sarathi.sampling_params import SamplingParams
 
 NUM_TOKENS = 16
 UNLIMITED = 8192
-WORK = {  # backend -> (tokens of a request in a step, requests at once)
-    "sdpa_vattn": [(1, 32), (7, 32), (64, 32), (UNLIMITED, 32), (UNLIMITED, 1)],
-    "sdpa_paged_16": [(7, 32), (UNLIMITED, 32), (64, 1)],
-    "sdpa_vattn_megacache": [(7, 32), (64, 5)],
-    "sdpa_vattn_sync_8kb": [(64, 32)],
-    "sdpa_vattn_megacache_sync_128kb": [(UNLIMITED, 32)],
-}
-
-
+BACKENDS = (
+    "sdpa_vattn", "sdpa_paged_16", "sdpa_vattn_megacache", "sdpa_vattn_sync", "sdpa_paged_32",
+    "sdpa_vattn_megacache_sync", "sdpa_vattn_sync_8kb", "sdpa_vattn_megacache_sync_128kb",
+)  # fmt: skip
+# Tokens of a request in a step, requests at once.
+SCHEDULES = ((1, 32), (7, 32), (64, 5), (UNLIMITED, 32), (UNLIMITED, 1))
+ONE_EACH = {"sdpa_vattn": (64, 32), "sdpa_paged_16": (7, 32), "sdpa_vattn_megacache": (UNLIMITED, 5)}
 PREEMPTING = ("sdpa_paged_16", "sdpa_vattn_megacache", "sdpa_vattn_sync_8kb")  # rows that 16 tokens outgrow
 
 
@@ -55,7 +53,7 @@ def expected(prompts, reference) -> list[list[int]]:
     return [greedy(reference, prompt, NUM_TOKENS) for prompt in prompts]
 
 
-@pytest.fixture(scope="module", params=WORK)
+@pytest.fixture(scope="module", params=BACKENDS)
 def executor(request) -> Iterator[Executor]:
     executor = Executor(make_config(attention_backend=request.param, memory_bytes=2**29, max_num_seqs=32, device="cpu"))
     yield executor
@@ -98,10 +96,17 @@ def test_weights_equal_transformers_reading_of_the_file(reference) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("executor", ONE_EACH, indirect=True)
 def test_outputs_equal_transformers(executor, prompts, expected) -> None:
-    for chunk, at_once in WORK[str(executor.backend)]:
-        found = generate(executor, prompts, scheduling(chunk, at_once))
-        assert [request.output_token_ids for request in found] == expected, (chunk, at_once)
+    found = generate(executor, prompts, scheduling(*ONE_EACH[str(executor.backend)]))
+    assert [request.output_token_ids for request in found] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_every_backend_and_schedule_equals_transformers(executor, prompts, expected, schedule) -> None:
+    found = generate(executor, prompts, scheduling(*schedule))
+    assert [request.output_token_ids for request in found] == expected
 
 
 @pytest.mark.parametrize("executor", PREEMPTING, indirect=True)

@@ -167,7 +167,10 @@ def test_what_a_table_needs_is_on_by_default(kind: TableKind) -> None:
         ("output_dir: x\ntable: makespan\ngird: {}", "'gird' is unknown; an experiment has output_dir"),
         ("output_dir: x\ntable: makespan\ngrid: [1]", r"grid is \[1\]: it must be a mapping"),
         ("output_dir: x\ntable: makespan\ntest: {base: 1}", "test.base is 1: it must be a mapping"),
-        (f"{HEAD}{{model.name: llama}}", "axis 'model.name' is 'llama': it must be a non-empty list of values, or a mapping of"),
+        (
+            f"{HEAD}{{model.name: llama}}",
+            "axis 'model.name' is 'llama': it must be a non-empty list of values, or a mapping of",
+        ),
         (f"{HEAD}{{seed: 3}}", "axis 'seed' is 3: it must be a list of values"),
         (f"{HEAD}{{seed: }}", "axis 'seed' is None: it must be a list of values"),
         (f"{HEAD}{{seed: []}}", r"axis 'seed' is \[\]: it must be a list of values"),
