@@ -113,7 +113,7 @@ class OperationProbe:
         weights = {name: part.weight for name, part in parts.items() if name != EMBEDDING and hasattr(part, "weight")}
         kernels = _NamedKernels(model.kernels, weights, self.timed)
         timed = partial(kernels.after, BEFORE_ATTENTION)
-        part = _with_timed(model.backend, "turn_and_store", timed, ROTATION)
+        part = _with_timed(model.backend, "rope_and_store", timed, ROTATION)
         backend = _Stand(part, timed(ATTENTION, part.append_and_attend), "append_and_attend")
         for name, stand in (("kernels", kernels), ("backend", backend)):
             setattr(model, name, stand)

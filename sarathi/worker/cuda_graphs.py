@@ -4,13 +4,14 @@ A graph is captured over the virtual tensor, whose addresses never move: it surv
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sarathi.messages import Chunk
 from sarathi.model_executor.attention.address import Address, CacheLayer
+from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.attention.metadata import DeviceStep, StaticStep
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.fused import FusedDecoder
@@ -18,14 +19,6 @@ from sarathi.model_executor.ops import Ops
 
 # Above 512 sequences a step is long beside its launches, and a graph of it gains nothing.
 _SIZES = (1, 2, 4, 8, *range(16, 257, 8), *range(288, 513, 32))
-
-
-@runtime_checkable
-class Capturable(Protocol):
-    """A backend whose plan can be made of tensors that stay where they are."""
-
-    def plan_step(self, step: DeviceStep) -> Any:
-        """As AttentionBackend.plan; the numbers in `step` may change between replays."""
 
 
 def ladder(max_num_seqs: int) -> list[int]:
@@ -95,7 +88,7 @@ class DecodeGraphs:
         self._last_tokens = last_tokens
         self._captured: dict[int, DecodeGraph] = {}
 
-    def capture(self, model: FusedDecoder, backend: Capturable, layers: Sequence[CacheLayer]) -> None:
+    def capture(self, model: FusedDecoder, backend: AttentionBackend, layers: Sequence[CacheLayer]) -> None:
         """All graphs."""
         pool = torch.cuda.graph_pool_handle()
         weight = model.decoder.head.weight
@@ -103,7 +96,7 @@ class DecodeGraphs:
 
         def compute(token_ids: Tensor, step: DeviceStep) -> Tensor:
             stream = model.embed(token_ids, self._last_tokens)
-            model(stream, step.cached, layers, backend.plan_step(step))
+            model(stream, step.cached, layers, backend.plan_static(step))
             return model.logits(stream, out=logits[: len(token_ids)])
 
         for graph in reversed(self._made.values()):

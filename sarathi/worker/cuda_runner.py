@@ -22,7 +22,7 @@ from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.sampling.plan import NextToken, SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.cuda_graphs import Capturable, DecodeGraph, DecodeGraphs, Limits, ladder
+from sarathi.worker.cuda_graphs import DecodeGraph, DecodeGraphs, Limits, ladder
 from sarathi.worker.model_runner import Computed, KVCache, read_sampled
 from sarathi.worker.sequences import Sequence, SequenceTable, token_array
 from sarathi.worker.transfer import to_device, to_host
@@ -78,8 +78,7 @@ class CudaModelRunner:
         self._max_num_seqs = limits.max_num_seqs
         homes = layers[0].k.shape[0]
         self._last_tokens = torch.zeros(homes + 1, dtype=torch.int64, device=self._device)
-        self._capturable = backend if isinstance(backend, Capturable) else None
-        sizes = [] if self._capturable is None else ladder(limits.max_num_seqs)
+        sizes = ladder(limits.max_num_seqs) if backend.capabilities.captures_cuda_graphs else []
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
 
     @torch.inference_mode()
@@ -92,8 +91,8 @@ class CudaModelRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Makes the graphs; needs no memory in the cache, since padded rows touch none."""
-        if self._capturable is not None:
-            self._graphs.capture(self.model, self._capturable, self._layers)
+        if self._backend.capabilities.captures_cuda_graphs:
+            self._graphs.capture(self.model, self._backend, self._layers)
 
     def _warm_up_sampling(self) -> None:
         """For as many rows as a step can have: to compile what it needs, and to take the memory before a cache does."""

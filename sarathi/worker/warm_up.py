@@ -11,7 +11,7 @@ from sarathi.messages import Chunk, NewRequest
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.models.fused import AttendingBackend, FusedDecoder
+from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.ops import create_ops
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cache_engine.base import CacheEngine, CacheShape
@@ -35,7 +35,7 @@ def create_runner(
     """Fused kernels, graphs and overlap on a GPU, where kernel and architecture allow; else the plain steps."""
     arch, device = shape.arch, shape.place.device
     layers = [CacheLayer(*cache.layer(index), arch.window_of(index)) for index in range(arch.num_layers)]
-    if device.type != "cuda" or not isinstance(backend, AttendingBackend) or not FusedDecoder.supports(arch):
+    if device.type != "cuda" or not FusedDecoder.supports(arch):
         return ModelRunner(model, backend, cache, layers, prefetch=not spec.sync)
     fused = FusedDecoder(model, arch, create_ops(device), backend, shape.max_model_len)
     blocks = -(-shape.max_model_len // layers[0].k.shape[1]) if spec.is_paged else 0

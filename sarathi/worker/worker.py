@@ -57,7 +57,7 @@ class Worker:
         backend = create_backend(spec, arch, place)
         model = Decoder(arch, place, backend)
         load_weights(model, checkpoint, config.model.seed)
-        over_read_tokens = getattr(backend, "over_read_tokens", 0)
+        over_read_tokens = backend.capabilities.over_read_tokens
         shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, over_read_tokens)
         shape = replace(shape, budget_bytes=initial_budget_bytes(spec, config, shape.token_bytes, place.device))
         self.token_bytes, self.dtype_eps = shape.token_bytes, place.dtype_eps

@@ -273,7 +273,7 @@ def test_one_graph_decodes_batches_that_grow_and_shrink(name: str) -> None:
     out = query.clone()
 
     def work() -> None:
-        metadata = backend.plan_step(static.step)
+        metadata = backend.plan_static(static.step)
         out.copy_(backend.forward(query, key, value, sequences.layer, metadata).view_as(out))
 
     graph = capture(work)

@@ -33,7 +33,7 @@ start, border, new_tokens = map(int, sys.argv[3:])
 arch = ModelArchitecture("test", 1, 64, 64, 32, 8, 128, 100, 8192, 1e-5, Rope(1e4))
 place = Placement(torch.bfloat16, torch.device("cuda"))
 backend = create_backend(BackendSpec.parse(name), arch, place)
-end = border if memory == "exact" else border - backend.over_read_tokens
+end = border if memory == "exact" else border - backend.capabilities.over_read_tokens
 with VirtualKVCache(num_layers=1, num_kv_heads=8, head_size=128, num_slots=4, max_tokens=8192, dtype=torch.bfloat16,
                     device="cuda", budget_bytes=2**30) as cache:
     slots = [cache.alloc(end) for _ in range(2)]

@@ -1,27 +1,85 @@
-"""What an attention backend is, and the factory."""
+"""The interface of attention backends, and their factory."""
 
 import importlib
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, CacheLayer
+from sarathi.model_executor.attention.metadata import DeviceStep
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.ops import Ops
+from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
-Metadata = Any  # what a backend's own plan() made for its own forward()
+Metadata = Any  # of the backend's own type: only the backend that made it reads it
 
 
-class AttentionBackend(Protocol):
-    """A kernel. Holds nothing of a step: what a step needs is in the metadata."""
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the caller of a backend must know before the first step.
 
+    captures_cuda_graphs: `plan_static` works, and a step planned by it may be captured in a CUDA graph.
+    over_read_tokens: kernels may read so many tokens past a sequence's last one, so the cache needs memory there.
+    """
+
+    captures_cuda_graphs: bool = False
+    over_read_tokens: int = 0
+
+
+class AttentionBackend(ABC):
+    """Attention over the KV cache. Keeps no state of a step: everything that a step needs is in its metadata.
+
+    T new tokens of all sequences are concatenated. Queries are [T, num_heads, head_size], new keys and values
+    [T, num_kv_heads, head_size]. One instance serves one stream.
+    """
+
+    capabilities: Capabilities
+    _ops: Ops
+
+    @abstractmethod
     def plan(self, batch: Batch, address: Address) -> Metadata:
-        """Once a step, before the model: every index, mask and length that the layers share."""
+        """Metadata of a step, computed once before the model runs: indices, masks and lengths shared by all layers."""
+
+    def plan_static(self, step: DeviceStep) -> Metadata:
+        """Metadata of a decode step whose tensors stay in place and are refilled between replays of a CUDA graph."""
+        raise NotImplementedError(f"{type(self).__name__} does not capture CUDA graphs")
+
+    @abstractmethod
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
+        """Attention alone: query is rotated, the step's keys and values are in the cache. Returns query's shape."""
+
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
+    ) -> Tensor:
+        """Apply RoPE to queries and new keys, in place, store the new keys and values, attend. Returns query's shape.
+
+        positions: [T] integers.
+        """
+        self.rope_and_store(query, new, positions, layer, metadata)
+        return self.attend(query, layer, metadata)
+
+    def rope_and_store(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
+    ) -> None:
+        """The first half of `append_and_attend`."""
+        self._ops.rope_and_store(query, new.keys, new.values, positions, new.table, metadata.target(layer))
+
+    def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Metadata) -> None:
+        """Write the step's rotated keys and its values to the cache."""
+        self._ops.store(key, value, metadata.target(layer))
+
+    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:  # noqa: B027
+        """Compile what steps on such a layer need and no CUDA graph contains. Touches no memory of the cache."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
-        """Once a layer: stores key and value, [T, num_kv_heads, D], then attends: query, result [T, num_heads, D]."""
+        """`store`, then `attend`, of queries and keys that are rotated already."""
+        self.store(key, value, layer, metadata)
+        return self.attend(query, layer, metadata)
 
 
 class KernelUnavailableError(ValueError):

@@ -1,14 +1,15 @@
 """A step's lengths and places as int32 tensors on the device, by one copy from the host. Knows no kernel."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.attention.address import Address, SlotAddress
+from sarathi.model_executor.attention.address import Address, CacheLayer, SlotAddress
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.ops.types import CacheTarget
 
 _ALIGNMENT = 4  # int32 numbers: kernels are compiled once for tensors that begin so, and once more for others
 
@@ -37,6 +38,11 @@ class DeviceStep:
     max_length: int
     one_each: bool  # every sequence has one new token: token i is sequence i's
     last: Home | None = None  # of the last sequence; None where paged, and in steps that are kept and filled again
+
+    @property
+    def is_slot_decode(self) -> bool:
+        """Whether every sequence has one new token, in a contiguous slot."""
+        return self.one_each and self.rows is not None
 
     @property
     def only(self) -> Home | None:
@@ -75,6 +81,20 @@ class StaticStep:
         """The numbers of this step: one new token for each of at most batch_size sequences; riders: all, padded."""
         numbers = [*_pack(batch, address, self._batch_size, self._blocks), *riders]
         self._packed.copy_(_pinned(numbers, self._packed.device), non_blocking=True)
+
+
+@dataclass(slots=True)
+class StepMetadata:
+    """A step, and where its new tokens are stored: computed by the first layer, shared by the others."""
+
+    step: DeviceStep
+    places: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
+
+    def target(self, layer: CacheLayer) -> CacheTarget:
+        """Where the step's keys and values of this layer go."""
+        if self.places is None:
+            self.places = token_places(self.step, layer.k.shape[1])
+        return CacheTarget(layer.k, layer.v, *self.places)
 
 
 def first_decodes(step: DeviceStep, count: int) -> DeviceStep:

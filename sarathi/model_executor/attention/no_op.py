@@ -5,18 +5,34 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, CacheLayer
+from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
+from sarathi.model_executor.attention.metadata import DeviceStep
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
 
-class NoOpBackend:
-    """Neither stores nor reads K and V."""
+class NoOpBackend(AttentionBackend):
+    """Neither rotates nor stores nor reads K and V."""
+
+    capabilities = Capabilities(captures_cuda_graphs=True)
 
     def plan(self, batch: Batch, address: Address) -> None:
         """Nothing to share between layers."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: None) -> Tensor:
-        """The query as it came, [T, num_heads, D]."""
+    def plan_static(self, step: DeviceStep) -> None:
+        """See `plan`."""
+
+    def rope_and_store(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: None
+    ) -> None:
+        """Nothing is stored."""
+
+    def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: None) -> None:
+        """Nothing is stored."""
+
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: None) -> Tensor:
+        """The query as it came."""
         return query.contiguous()
 
 

@@ -4,7 +4,6 @@ Decoder is its plain twin. Here queries and keys reach the backend as projected:
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,24 +16,11 @@ from sarathi.model_executor.ops import Ops
 from sarathi.model_executor.ops.types import NewTokens, RotationTable
 
 
-@runtime_checkable
-class AttendingBackend(AttentionBackend, Protocol):
-    """A backend that turns and stores on the way to its attention."""
-
-    def append_and_attend(
-        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
-    ) -> Tensor:
-        """query: [T, num_heads, head_size], as projected, like new.keys; positions: [T] -> query's shape."""
-
-    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
-        """Compiles what steps with chunks in them need on such a layer; touches no memory in the cache."""
-
-
 class FusedDecoder:
     """Safe to capture in a CUDA graph where the backend is."""
 
     def __init__(
-        self, decoder: Decoder, arch: ModelArchitecture, kernels: Ops, backend: AttendingBackend, max_positions: int
+        self, decoder: Decoder, arch: ModelArchitecture, kernels: Ops, backend: AttentionBackend, max_positions: int
     ) -> None:
         self.decoder, self.kernels, self.backend = decoder, kernels, backend
         self._heads = [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads]

@@ -23,7 +23,7 @@ from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer
-from sarathi.model_executor.attention.appending import AppendingBackend
+from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.ops import create_ops
@@ -139,19 +139,18 @@ class OneCallBackend:
         return attention(query, new.keys, new.values)
 
 
-class StoringBackend(AppendingBackend):
-    """Turns and stores in one kernel and attends in another."""
+class StoringBackend(AttentionBackend):
+    """Rotates and stores in one kernel and attends in another."""
 
-    _decode, _kernels = None, create_ops(torch.device("cpu"))
+    def plan(self, batch, address):
+        pass
 
-    def target(self, layer, metadata):
-        return CacheTarget(layer.k, layer.v, torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS))
+    def rope_and_store(self, query, new, positions, layer, metadata):
+        target = CacheTarget(layer.k, layer.v, torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS))
+        create_ops(torch.device("cpu")).rope_and_store(query, new.keys, new.values, positions, new.table, target)
 
     def attend(self, query, layer, metadata):
         return attention(query, layer.k[0, :TOKENS], layer.v[0, :TOKENS])
-
-    def _takes_decode(self, metadata):
-        return False
 
 
 ARCH = ModelArchitecture(

@@ -29,6 +29,8 @@ from sarathi.model_executor.attention.sdpa.backend import SdpaBackend
 from sarathi.model_executor.attention.sdpa.view import Part, write_index
 from sarathi.model_executor.attention.slot_pages import as_pages, page_table
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.ops.native.rope import rope_and_store
+from sarathi.model_executor.ops.types import CacheTarget, NewTokens, RotationTable
 from sarathi.model_executor.placement import Placement
 
 CPU = torch.device("cpu")
@@ -213,6 +215,31 @@ def test_a_mixed_batch_equals_the_reference(paged: bool, contiguous: bool, windo
             torch.testing.assert_close(again, results[0][0])
             assert library.schedules <= 2
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["sdpa", "fake"])
+def test_new_tokens_are_rotated_stored_and_attended_to(name: str, packed: bool) -> None:
+    """Queries and keys are parts of one product, or tensors of their own (where each head is normalised)."""
+    batch, library = random_batch(4, decodes=random.random() < 0.5), FakeLibrary(contiguous=True, paged=False)
+    address, count = random_address(batch, paged=False), batch.token_ids.shape[0]
+    backend = SdpaBackend(ARCH, PLACE) if name == "sdpa" else FlashAttentionBackend(library, ARCH, PLACE)
+    positions = torch.cat([torch.arange(c.start, c.start + c.num_tokens) for c in batch.chunks])
+    angles = torch.outer(torch.arange(200.0), torch.rand(4))
+    table = RotationTable(angles.cos(), angles.sin())
+    query, key, value = torch.randn(count, 8, 8).split((4, 2, 2), dim=1)
+    if not packed:
+        query, key = query.contiguous(), key.contiguous()
+    caches = torch.randn(2, 6, 128, 2, 8)
+    expected_caches, rotated, rotated_key = caches.clone(), query.clone(), key.clone()
+    rows, cols = token_places(make_step(batch, address, CPU), 128)
+    rope_and_store(rotated, rotated_key, value, positions, table, CacheTarget(*expected_caches, rows, cols))
+    metadata, layer = backend.plan(batch, address), CacheLayer(*caches, None)
+    found = backend.append_and_attend(query, NewTokens(key, value, table), positions, layer, metadata)
+    torch.testing.assert_close(caches, expected_caches)
+    torch.testing.assert_close(query, rotated)
+    reference = SdpaBackend(ARCH, PLACE)
+    torch.testing.assert_close(found, reference.attend(rotated, layer, reference.plan(batch, address)))
 
 
 class FakeDecode:

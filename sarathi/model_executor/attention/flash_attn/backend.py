@@ -15,13 +15,14 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, CacheLayer
-from sarathi.model_executor.attention.appending import AppendingBackend
+from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
 from sarathi.model_executor.attention.flash_attn.choice import candidates, choose, need_of
 from sarathi.model_executor.attention.flash_attn.provider import Problem, Provider, VarlenStep, scheduled
-from sarathi.model_executor.attention.metadata import DeviceStep, first_decodes, make_step, rest_of
+from sarathi.model_executor.attention.metadata import DeviceStep, StepMetadata, first_decodes, make_step, rest_of
 from sarathi.model_executor.attention.slot_pages import as_pages, page_table
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.ops import Ops, create_ops, overlaps_launches
+from sarathi.model_executor.ops import create_ops, overlaps_launches
+from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
 if TYPE_CHECKING:
@@ -31,11 +32,9 @@ _MANY_DECODES = 1024  # times KV heads: from there on a call for them and one fo
 
 
 @dataclass(slots=True)
-class FlashMetadata:
+class FlashMetadata(StepMetadata):
     """A step, and what its first layer finds out for the others: places of the new tokens, division of the work."""
 
-    step: DeviceStep
-    places: tuple[Tensor, Tensor] | None = None
     varlen: dict[int | None, VarlenStep] = field(default_factory=dict)  # by window
     split: Split | None = None  # where many decodes stand before the chunks
 
@@ -52,7 +51,7 @@ class Split(NamedTuple):
     rest: FlashMetadata
 
 
-class FlashAttentionBackend(AppendingBackend):
+class FlashAttentionBackend(AttentionBackend):
     """One provider for one model."""
 
     def __init__(
@@ -60,16 +59,12 @@ class FlashAttentionBackend(AppendingBackend):
     ) -> None:
         """decode: takes the steps in which each sequence has one new token; contiguous memory only."""
         self.provider, self.place, self._decode = provider, place, decode
+        self.capabilities = Capabilities(True, provider.abilities.over_read_tokens)
         self._problem = Problem(
             arch.num_heads, arch.num_kv_heads, arch.head_size, place.dtype, arch.head_size**-0.5, None
         )
-        self._kernels: Ops = create_ops(place.device)
+        self._ops = create_ops(place.device)
         self._num_heads, self._fewest_decodes = arch.num_heads, -(-_MANY_DECODES // arch.num_kv_heads)
-
-    @property
-    def over_read_tokens(self) -> int:
-        """Tokens past a sequence's last one that may be read: a cache must have memory there."""
-        return self.provider.abilities.over_read_tokens
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
         """See AttentionBackend; one copy to the device."""
@@ -77,15 +72,28 @@ class FlashAttentionBackend(AppendingBackend):
         is_mixed = self._fewest_decodes <= decodes < len(batch.chunks)
         if is_mixed and self._decode is not None and step.rows is not None:
             return FlashMetadata.in_two(step, decodes)
-        return self.plan_step(step)
+        return self.plan_static(step)
 
-    def plan_step(self, step: DeviceStep) -> FlashMetadata:
-        """As `plan`, from tensors that are there already: for a CUDA graph, over StaticStep.step."""
+    def plan_static(self, step: DeviceStep) -> FlashMetadata:
+        """See AttentionBackend."""
         return FlashMetadata(step)
 
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: FlashMetadata
+    ) -> Tensor:
+        """See AttentionBackend. Our decode kernel does all of it in one launch."""
+        if self._decode is not None and self._decode.appends(metadata.step, new.table):
+            return self._decode.append_and_attend(query, new, layer, metadata.step)
+        return super().append_and_attend(query, new, positions, layer, metadata)
+
+    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
+        """See AttentionBackend."""
+        if self._decode is not None:
+            self._decode.warm_up(self._num_heads, layer, self._fewest_decodes, max_num_seqs)
+
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
-        """See AppendingBackend."""
-        if self._decode is not None and self._takes_decode(metadata):
+        """See AttentionBackend."""
+        if self._decode is not None and metadata.step.is_slot_decode:
             return self._decode.attend(query, layer, metadata.step)
         if self._decode is not None and metadata.split is not None:
             return self._attend_in_two(self._decode, query, layer, metadata.split)
@@ -97,10 +105,6 @@ class FlashAttentionBackend(AppendingBackend):
         decode.attend(query[:decodes], layer, split.decodes, out[:decodes])
         self._call(query[decodes:], layer, split.rest, out[decodes:])
         return out
-
-    def _takes_decode(self, metadata: FlashMetadata) -> bool:
-        step = metadata.step
-        return self._decode is not None and step.one_each and step.rows is not None
 
     def _call(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata, out: Tensor | None = None) -> Tensor:
         problem = self._problem._replace(window=layer.window)

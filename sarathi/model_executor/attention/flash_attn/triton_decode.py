@@ -32,9 +32,9 @@ class TritonDecode:
         """Whether a model's heads fit the kernel."""
         return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
 
-    def turns(self, table: RotationTable) -> bool:
-        """Whether append_and_attend can do this rotation: it turns whole heads."""
-        return 2 * table.cos.shape[1] == self._head_size
+    def appends(self, step: DeviceStep, table: RotationTable) -> bool:
+        """Whether append_and_attend can do this step: it rotates whole heads."""
+        return step.is_slot_decode and 2 * table.cos.shape[1] == self._head_size
 
     def warm_up(self, num_heads: int, layer: CacheLayer, fewest: int, most: int) -> None:
         """Compiles `attend` for steps of so many sequences; touches no memory in the cache."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
-from sarathi.model_executor.attention.appending import AppendingBackend
-from sarathi.model_executor.attention.base import KernelUnavailableError
+from sarathi.model_executor.attention.base import AttentionBackend, Capabilities, KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
-from sarathi.model_executor.attention.metadata import DeviceStep, first_decodes, make_step
+from sarathi.model_executor.attention.metadata import StepMetadata, first_decodes, make_step
 from sarathi.model_executor.attention.slot_pages import as_pages
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops import create_ops, overlaps_launches
+from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
 _SCRATCH_BYTES = 512 * 2**20
@@ -34,14 +34,12 @@ _HEAD_SIZES = (64, 128, 256)
 
 
 @dataclass(slots=True)
-class FlashInferMetadata:
+class FlashInferMetadata(StepMetadata):
     """A step, and what its first layer finds out for the others."""
 
-    step: DeviceStep
     batch: Batch
     address: Address
     leading_decodes: int
-    places: tuple[Tensor, Tensor] | None = None
     wrapper: Any = None  # the planned paged kernel
 
 
@@ -64,16 +62,17 @@ class _Paged:
         return self._wrapper
 
 
-class FlashInferBackend(AppendingBackend):
-    """FlashInfer's kernels for one model. One instance serves one stream."""
+class FlashInferBackend(AttentionBackend):
+    """FlashInfer's kernels for one model."""
+
+    capabilities = Capabilities(over_read_tokens=255)  # the single-sequence prefill copies whole tiles of keys
 
     def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None) -> None:
         """decode: takes steps of one new token a sequence on contiguous slots; None: FlashInfer's paged kernel does."""
         self.arch, self.place, self._decode = arch, place, decode
-        self.over_read_tokens = 255  # the single-sequence prefill copies whole tiles of keys
         self._scale = arch.head_size**-0.5
-        self._kernels = create_ops(place.device)
-        self._num_heads, self._fewest_decodes = arch.num_heads, 1
+        self._ops = create_ops(place.device)
+        self._num_heads = arch.num_heads
         scratch = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=place.device)
         self._paged_decode = _Paged(
             flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)
@@ -85,8 +84,21 @@ class FlashInferBackend(AppendingBackend):
         step = make_step(batch, address, self.place.device)
         return FlashInferMetadata(step, batch, address, batch.leading_decodes)
 
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: FlashInferMetadata
+    ) -> Tensor:
+        """See AttentionBackend. Our decode kernel does all of it in one launch."""
+        if self._decode is not None and self._decode.appends(metadata.step, new.table):
+            return self._decode.append_and_attend(query, new, layer, metadata.step)
+        return super().append_and_attend(query, new, positions, layer, metadata)
+
+    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
+        """See AttentionBackend."""
+        if self._decode is not None:
+            self._decode.warm_up(self._num_heads, layer, 1, max_num_seqs)
+
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
-        """See AppendingBackend."""
+        """See AttentionBackend."""
         if isinstance(metadata.address, BlockAddress):
             return self._paged(query, layer, metadata)
         decodes, total = metadata.leading_decodes, len(metadata.batch.chunks)
@@ -95,9 +107,6 @@ class FlashInferBackend(AppendingBackend):
         if decodes == total - 1 and (decodes == 0 or self._decode is not None):
             return self._decodes_then_chunk(query, layer, metadata, metadata.address.slots[-1])
         return self._paged(query, layer, metadata)
-
-    def _takes_decode(self, metadata: FlashInferMetadata) -> bool:
-        return metadata.step.one_each and metadata.step.rows is not None
 
     def _decode_slots(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
         if self._decode is None:

@@ -8,28 +8,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer, SlotAddress
+from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
 from sarathi.model_executor.attention.sdpa.span import UNLIMITED, Window
 from sarathi.model_executor.attention.sdpa.view import Part, View, make_view, write_index
 from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.ops.types import NewTokens, RotationTable
 from sarathi.model_executor.placement import Placement
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SdpaMetadata:
-    """Where the step's T tokens are written, rows and cols [T] int64, and one view for each window of the model."""
+    """Where the step's T tokens are written, [T] int64 each, one view for each window of the model, and the rotation.
+
+    cos, sin: [T, 1, head_size] in the model's dtype, gathered by the first layer; the first half of sin is negated.
+    """
 
     rows: Tensor
     cols: Tensor
     views: Mapping[int | None, View]
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
-class SdpaBackend:
+class SdpaBackend(AttentionBackend):
     """torch's scaled_dot_product_attention, one call for each sequence of a layer."""
+
+    capabilities = Capabilities()
 
     def __init__(self, arch: ModelArchitecture, place: Placement) -> None:
         self.scale = arch.head_size**-0.5
@@ -42,16 +51,47 @@ class SdpaBackend:
         views = {kept: make_view(parts, address, window, self.place) for kept, window in self.windows.items()}
         return SdpaMetadata(*write_index(parts, address, self.place.device), views)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> Tensor:
-        """Stores the new K and V, then attends; see AttentionBackend."""
-        self.store(key, value, layer, metadata)
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> Tensor:
+        """See AttentionBackend."""
         return metadata.views[layer.window].attend(query, layer.k, layer.v, self.scale)
 
+    def rope_and_store(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: SdpaMetadata
+    ) -> None:
+        """See AttentionBackend. The factors are gathered once a step, and rounded to the model's dtype."""
+        if metadata.rotation is None:
+            metadata.rotation = _rotation(new.table, positions, query.dtype)
+        for heads in _joined(query, new.keys):
+            _rotate(heads, *metadata.rotation)
+        self.store(new.keys, new.values, layer, metadata)
+
     def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> None:
-        """key, value: [T, num_kv_heads, head_size], the step's."""
+        """See AttentionBackend."""
         index = (metadata.rows, metadata.cols)
         layer.k.index_put_(index, key)
         layer.v.index_put_(index, value)
+
+
+def _rotation(table: RotationTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See SdpaMetadata."""
+    cos, sin = table.cos[positions].to(dtype), table.sin[positions].to(dtype)  # [T, head_size / 2]
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """heads: [T, heads, head_size], overwritten."""
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    heads.mul_(cos).addcmul_(swapped, sin)
+
+
+def _joined(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Both as one tensor where they are neighbours in the product that made them: half as many operations."""
+    tokens, heads, size = query.shape
+    strides, offset = query.stride(), query.storage_offset()
+    is_next = key.storage_offset() == offset + heads * size and strides[1:] == (size, 1) and key.stride() == strides
+    if is_next and key.untyped_storage().data_ptr() == query.untyped_storage().data_ptr():
+        return (query.as_strided((tokens, heads + key.shape[1], size), strides, offset),)
+    return query, key
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> SdpaBackend:
