@@ -8,11 +8,9 @@ holds even for a step that answers with `available_rows`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol
 
 from sarathi.sampling_params import SamplingParams
-
-Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +105,22 @@ class StepResult:
     host: HostTimes | None = None
 
 
+class StepFuture(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Wait until the step has ended. May be called again."""
+
+
+class CompletedStep(NamedTuple):
+    """The future of a step that ended before its launch returned."""
+
+    outcome: StepResult
+
+    def result(self) -> StepResult:
+        return self.outcome
+
+
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
     """The cache as the ledger sees it: rows, the unit of account.
@@ -148,13 +162,3 @@ class MemoryStats:
     driver_calls: int = 0
     driver_s: float = 0.0
     steps_waited: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Finished(Generic[Outcome]):
-    """A step that was over when its launch returned: result() waits for nothing."""
-
-    outcome: Outcome
-
-    def result(self) -> Outcome:
-        return self.outcome

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sarathi import LLM, SamplingParams
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.entrypoints.script import run_script
-from sarathi.messages import Finished, SchedulerOutput, StepResult
+from sarathi.messages import CompletedStep, SchedulerOutput
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
 from sarathi.model_executor.loader.source import resolve_model
@@ -106,10 +106,10 @@ class ExecutorClock:
     def __getattr__(self, name: str):
         return getattr(self._executor, name)
 
-    def launch(self, output: SchedulerOutput) -> Finished[StepResult]:
+    def launch(self, output: SchedulerOutput) -> CompletedStep:
         result = self._executor.launch(output).result()
         self.model_s += result.model_s
-        return Finished(result)
+        return CompletedStep(result)
 
 
 class CallClock:

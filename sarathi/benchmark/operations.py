@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sarathi.engine.llm_engine import Executor
-from sarathi.messages import Chunk, Finished, MemoryStats, SchedulerOutput, StepResult
+from sarathi.executor.base import Executor
+from sarathi.messages import Chunk, CompletedStep, MemoryStats, SchedulerOutput
 from sarathi.metrics import MetricsStore
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
@@ -184,29 +184,33 @@ class _Stand:
         return getattr(self._part, name)
 
 
-class ProbedExecutor:
+class ProbedExecutor(Executor):
     """An executor whose steps tell the store of their operations. attn is told apart by what the batch holds."""
 
     def __init__(self, executor: Executor, probe: OperationProbe, store: MetricsStore) -> None:
         self._executor, self._probe, self._store = executor, probe, store
-        self.vocab_size, self.capacity = executor.vocab_size, executor.capacity
+        self.vocab_size, self.max_model_len = executor.vocab_size, executor.max_model_len
+        self.capacity = executor.capacity
         self.token_bytes, self.dtype_eps = executor.token_bytes, executor.dtype_eps
         self.max_in_flight = 1
 
-    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
+    def launch(self, out: SchedulerOutput) -> CompletedStep:
         """One step to its end, so that its operations are its own."""
         result = self._executor.launch(out).result()
         attention = attention_name(out.chunks)
         for mark in self._probe.take():
             name = attention if mark.name == ATTENTION else mark.name
             self._store.on_operation(name, mark.start_s, mark.duration_s(), on_device=True)
-        return Finished(result)
+        return CompletedStep(result)
 
     def wait(self) -> None:
         self._executor.wait()
 
     def memory_stats(self) -> MemoryStats:
         return self._executor.memory_stats()
+
+    def check_integrity(self) -> None:
+        self._executor.check_integrity()
 
     def shutdown(self) -> None:
         self._executor.shutdown()

@@ -21,10 +21,10 @@ from sarathi.benchmark.request_generator import RequestSpec, generate_requests
 from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.engine.build import build_parts
-from sarathi.engine.llm_engine import Executor as EngineExecutor
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
-from sarathi.executor.uniproc import Executor
+from sarathi.executor.base import Executor
+from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.metrics import MetricsStore, NullMetricsStore
 
 WARM_UP_TOKENS = 16  # of a short prompt
@@ -129,14 +129,14 @@ def _tell_all(listeners: Sequence[Listener]) -> Listener:
     return tell
 
 
-def _timed(config: BenchmarkConfig, executor: Executor, store: MetricsStore | None) -> EngineExecutor:
+def _timed(config: BenchmarkConfig, executor: UniprocExecutor, store: MetricsStore | None) -> Executor:
     """The executor, with its operations timed where that is asked for."""
     if store is None or not config.metrics_store.enable_op_level_metrics:
         return executor
     return ProbedExecutor(executor, OperationProbe(executor.model), store)
 
 
-def _make_store(config: BenchmarkConfig, replica: int, executor: Executor) -> MetricsStore:
+def _make_store(config: BenchmarkConfig, replica: int, executor: UniprocExecutor) -> MetricsStore:
     page_bytes = None if executor.backend.is_paged else executor.capacity.page_bytes
     return MetricsStore(
         replica=replica, capacity=executor.capacity, page_bytes=page_bytes, keep_schedule=config.write_json_trace

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from sarathi.config.schema import EngineConfig
 from sarathi.core.scheduler.base import Scheduler
@@ -18,50 +18,18 @@ from sarathi.engine.output_processor import Answer, Group
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
 from sarathi.engine.tokenizer.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import CacheCapacity, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.executor.base import Executor
+from sarathi.messages import SampledToken, SchedulerOutput, StepFuture
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
-
-
-class PendingStep(Protocol):
-    """A step that has been started."""
-
-    def result(self) -> StepResult: ...
-
-
-class Executor(Protocol):
-    """All ranks as seen from here: messages in, messages out."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def capacity(self) -> CacheCapacity: ...
-
-    @property
-    def token_bytes(self) -> int: ...
-
-    @property
-    def dtype_eps(self) -> float: ...
-
-    @property
-    def max_in_flight(self) -> int: ...
-
-    def launch(self, out: SchedulerOutput) -> PendingStep: ...
-
-    def wait(self) -> None: ...
-
-    def memory_stats(self) -> MemoryStats: ...
-
-    def shutdown(self) -> None: ...
 
 
 class Flight(NamedTuple):
     """A step in flight, and when it began and left."""
 
     out: SchedulerOutput
-    pending: PendingStep
+    pending: StepFuture
     start_s: float
     scheduled_s: float
 

@@ -1,16 +1,18 @@
-"""All ranks behind one step; here the one rank of this process. Knows no queues, no text and no clock."""
+"""Executor with one rank, in this process."""
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from sarathi.config.schema import EngineConfig
-from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
+from sarathi.executor.base import Executor
+from sarathi.messages import CompletedStep, MemoryStats, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
-from sarathi.worker.worker import PendingStep, Worker
+from sarathi.worker.worker import Worker
 
 
 class UnsupportedParallelismError(ValueError):
@@ -18,24 +20,24 @@ class UnsupportedParallelismError(ValueError):
 
 
 class _FrozenHeap:
-    """What full collections leave out while an engine is open, in the whole process: modules, weights, graphs.
+    """Keeps modules, weights and graphs out of full garbage collections while an engine is open in this process.
 
-    To walk them all took 0.1 s in mid-step.
+    A full collection that visits them takes 0.1 s, in the middle of a step.
     """
 
     def __init__(self) -> None:
-        self._engines = 0
+        self._num_engines = 0
 
     def enter(self) -> None:
-        """Garbage goes first: frozen, it would stay."""
-        self._engines += 1
+        """Collect, so that no garbage is frozen, then freeze."""
+        self._num_engines += 1
         gc.collect()
         gc.freeze()
 
     def leave(self) -> None:
-        """The last one thaws."""
-        self._engines -= 1
-        if not self._engines:
+        """Unfreeze when the last engine leaves."""
+        self._num_engines -= 1
+        if not self._num_engines:
             gc.unfreeze()
 
 
@@ -43,35 +45,32 @@ _FROZEN = _FrozenHeap()
 
 
 class _ClosedWorker:
-    """In place of a worker that is gone, with its model and its cache."""
+    """Replaces the worker after shutdown, so that its model and cache can be freed."""
 
     @property
     def model(self) -> NoReturn:
         raise RuntimeError("the executor is shut down: its model is gone")
 
-    def launch(self, out: SchedulerOutput) -> NoReturn:
+    def prepare(self, out: SchedulerOutput) -> NoReturn:
         raise RuntimeError(f"the executor is shut down: it cannot run step {out.step_id}")
 
+    run = prepare
+
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Nothing is running."""
 
     def memory_stats(self) -> MemoryStats:
         return MemoryStats()
 
     def check_integrity(self) -> None:
-        """There are no books."""
+        """Nothing to check."""
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """Nothing to release."""
 
 
-class Executor:
-    """A worker in this process.
-
-    max_model_len: tokens of the longest request. vocab_size: token ids are below. capacity: what a ledger gives out.
-    backend: the one that was resolved, for the ledger that goes with it. token_bytes: one token's K and V, all layers.
-    dtype_eps: the step from 1 to the next number in the dtype of weights, activations and cache.
-    """
+class UniprocExecutor(Executor):
+    """One worker in this process. Raises ValueErrors that name the setting which cannot work."""
 
     def __init__(self, config: EngineConfig) -> None:
         parallel = config.parallel
@@ -80,47 +79,51 @@ class Executor:
                 f"tensor_parallel_size={parallel.tensor_parallel_size} and "
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
-        worker = Worker(config)
+        worker = Worker(config, rank=0)
         self._worker: Worker | _ClosedWorker = worker
         self._thaw = weakref.finalize(self, _FROZEN.leave)
         _FROZEN.enter()
         self.backend = worker.backend
-        self.capacity: CacheCapacity = worker.capacity
-        self.max_model_len = worker.max_model_len
-        self.vocab_size = worker.vocab_size
+        self.capacity, self.max_model_len, self.vocab_size = worker.capacity, worker.max_model_len, worker.vocab_size
         self.token_bytes, self.dtype_eps = worker.token_bytes, worker.dtype_eps
         self.max_in_flight = worker.max_in_flight
+        self._num_shortages = 0  # steps for which memory was missing
+        self._available_rows = 0
 
     @property
     def model(self) -> Decoder | FusedDecoder:
-        """For those who time its parts."""
+        """The model, for timing its parts."""
         return self._worker.model
 
-    def launch(self, out: SchedulerOutput) -> PendingStep:
-        """Starts one step; at most max_in_flight of them may be started before the first one's result is taken."""
-        return self._worker.launch(out)
+    def launch(self, out: SchedulerOutput) -> StepFuture:
+        """A step launched before the scheduler knew of a shortage fails too: it builds on what was not computed."""
+        if self._num_shortages > out.num_recoveries:
+            self._worker.prepare(replace(out, chunks=()))
+            return CompletedStep(StepResult(out.step_id, available_rows=self._available_rows))
+        available_rows = self._worker.prepare(out)
+        if available_rows is None:
+            return self._worker.run(out)
+        self._num_shortages += 1
+        self._available_rows = available_rows
+        return CompletedStep(StepResult(out.step_id, available_rows=available_rows))
 
     def execute(self, out: SchedulerOutput) -> StepResult:
-        """Runs one step to its end."""
+        """Launch one step and wait for its result."""
         return self.launch(out).result()
 
     def wait(self) -> None:
-        """Returns when nothing of any step is under way, whoever has its PendingStep."""
         self._worker.wait()
 
     def memory_stats(self) -> MemoryStats:
-        """The cache's memory now."""
         return self._worker.memory_stats()
 
     def check_integrity(self) -> None:
-        """Raises where the cache's books disagree."""
         self._worker.check_integrity()
 
     def shutdown(self) -> None:
-        """Gives the memory of cache and model back; nothing can be executed afterwards. Idempotent."""
         self._thaw()
         try:
             self._worker.close()
         finally:
             self._worker = _ClosedWorker()
-            torch.cuda.empty_cache()  # torch would keep it for tensors to come
+            torch.cuda.empty_cache()  # torch keeps freed memory for later tensors

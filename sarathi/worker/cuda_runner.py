@@ -1,6 +1,6 @@
 """Steps on a GPU that are on their way while the next ones are made; knows no queues and not how memory is managed.
 
-A sampled token stays on the device, where the next step reads it, and comes to the host when its Flight is asked.
+A sampled token stays on the device, where the next step reads it, and comes to the host when its future is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, HostTimes
+from sarathi.messages import Chunk, HostTimes, SchedulerOutput, StepResult
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
@@ -23,33 +23,34 @@ from sarathi.model_executor.sampling.plan import NextToken, SamplingPlan, plan_s
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cuda_graphs import DecodeGraph, DecodeGraphs, Limits, ladder
-from sarathi.worker.model_runner import Computed, KVCache, read_sampled
+from sarathi.worker.model_runner import KVCache, read_sampled
 from sarathi.worker.sequences import Sequence, SequenceTable, token_array
 from sarathi.worker.transfer import to_device, to_host
 
 
-class Flight:
-    """A step on its way; result() waits for it."""
+class LaunchedStep:
+    """The StepFuture of a step that runs on the device; result() appends its tokens to `sequences`."""
 
     def __init__(
-        self, sampling: Many[str], sampled: Sampled | None, plan: SamplingPlan | None, sequences: SequenceTable,
+        self, out: SchedulerOutput, sampled: Sampled | None, plan: SamplingPlan | None, sequences: SequenceTable,
         started: torch.cuda.Event, prepare_inputs_s: float,
     ) -> None:  # fmt: skip
-        self._sampling, self._plan, self._sequences = sampling, plan, sequences
+        self._out, self._plan, self._sequences = out, plan, sequences
         self._sampled = to_host(sampled)
         self._started, self._done, self._prepare_inputs_s = started, _mark(), prepare_inputs_s
-        self._computed: Computed | None = None
+        self._outcome: StepResult | None = None
 
-    def result(self) -> Computed:
-        """The step's tokens, known to `sequences` from then on."""
-        if self._computed is None:
+    def result(self) -> StepResult:
+        if self._outcome is None:
             self._done.synchronize()
-            landed_s = time.perf_counter()
-            tokens = () if self._sampled is None else tuple(read_sampled(self._sampling, self._sampled, self._plan))
+            ended_s = time.perf_counter()
+            names = [chunk.request_id for chunk in self._out.chunks if chunk.samples]
+            tokens = () if self._sampled is None else tuple(read_sampled(names, self._sampled, self._plan))
             self._sequences.append(tokens)
-            host = HostTimes(self._prepare_inputs_s, time.perf_counter() - landed_s)
-            self._computed = Computed(tokens, self._started.elapsed_time(self._done) / 1e3, host)
-        return self._computed
+            host = HostTimes(self._prepare_inputs_s, time.perf_counter() - ended_s)
+            model_s = self._started.elapsed_time(self._done) / 1e3
+            self._outcome = StepResult(self._out.step_id, tokens, model_s, host=host)
+        return self._outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +103,21 @@ class CudaModelRunner:
         sample(logits, to_device(plan, self._device), self.model.kernels)
 
     @torch.inference_mode()
-    def launch(self, chunks: Many[Chunk], sequences: SequenceTable) -> Flight:
+    def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> LaunchedStep:
         """Starts a step, whose memory is prepared; returns before the device is done, and waits for no earlier step."""
-        began_s = time.perf_counter()
+        began_s, chunks = time.perf_counter(), out.chunks
         address = self._cache.address(chunks)
         plan = self._plan(chunks, address, sequences)
         started = _mark()
         compute = self._prepare(chunks, address, sequences, plan)
         prepare_inputs_s = time.perf_counter() - began_s
-        sampling = [chunk.request_id for chunk in chunks if chunk.samples]
-        flight = Flight(sampling, compute(), plan, sequences, started, prepare_inputs_s)
+        launched = LaunchedStep(out, compute(), plan, sequences, started, prepare_inputs_s)
         if self._prefetch:
             self._cache.prefetch(chunks)
-        return flight
+        return launched
 
     def wait(self) -> None:
-        """Waits for all that was started, also where launch() raised before there was a Flight."""
+        """Waits for all that was started, also where launch() raised before it returned a future."""
         torch.cuda.synchronize(self._device)
 
     def _plan(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> SamplingPlan | None:

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, Finished, HostTimes, SampledToken
+from sarathi.messages import Chunk, CompletedStep, HostTimes, SampledToken, SchedulerOutput, StepResult
 from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.batch import Batch
@@ -29,21 +29,6 @@ class KVCache(Protocol):
         """Starts to map what the next step will need; returns at once."""
 
 
-class Computed(NamedTuple):
-    """Tokens of the chunks that sample, in order, the seconds inside the model, and those around it."""
-
-    tokens: tuple[SampledToken, ...]
-    model_s: float
-    host: HostTimes
-
-
-class Flight(Protocol):
-    """A step that has been started."""
-
-    def result(self) -> Computed:
-        """Waits for the step to end; its tokens are known to the sequences from then on."""
-
-
 class ModelRunner:
     """Eager steps, each complete when launch() returns."""
 
@@ -59,9 +44,9 @@ class ModelRunner:
         self._kernels = create_ops(self._device)
 
     @torch.inference_mode()
-    def launch(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> Finished[Computed]:
+    def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> CompletedStep:
         """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
-        began_s = time.perf_counter()
+        began_s, chunks = time.perf_counter(), out.chunks
         batch = make_batch(chunks, sequences, self._device)
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
         next_tokens = [_next_token(chunk, sequences) for chunk in chunks if chunk.samples]
@@ -75,7 +60,7 @@ class ModelRunner:
         tokens = tuple(read_sampled(sampling, sample(logits, plan, self._kernels), plan)) if sampling else ()
         sequences.append(tokens)
         host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
-        return Finished(Computed(tokens, done_s - started_s, host))
+        return CompletedStep(StepResult(out.step_id, tokens, done_s - started_s, host=host))
 
     def wait(self) -> None:
         """Nothing is under way."""

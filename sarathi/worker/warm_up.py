@@ -7,7 +7,7 @@ import torch
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import EngineConfig
-from sarathi.messages import Chunk, NewRequest
+from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.models.decoder import Decoder
@@ -83,7 +83,7 @@ def _run(runner: CudaModelRunner, cache: CacheEngine, prompts: Sequence[int], sh
         chunks.append(Chunk(request_id, 0, length, True, length, tuple(blocks)))
         rows = blocks.stop
     cache.prepare(chunks)
-    runner.launch(chunks, sequences).result()
+    runner.launch(SchedulerOutput(0, chunks=tuple(chunks)), sequences).result()
     torch.cuda.synchronize()
     cache.release([chunk.request_id for chunk in chunks])
 

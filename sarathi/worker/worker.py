@@ -1,12 +1,11 @@
-"""One rank: its share of the model and of the cache, and one step on them; knows no queues and no other rank."""
+"""One rank: its share of the model and of the KV cache, and the tokens of running requests."""
 
 import logging
 from dataclasses import replace
-from typing import NamedTuple
 
 from sarathi.config.backend import resolve_backend
 from sarathi.config.schema import EngineConfig
-from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import create_backend
 from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
@@ -14,7 +13,6 @@ from sarathi.model_executor.models.decoder import Decoder
 from sarathi.worker.cache_engine.base import CacheShape
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.device import choose_placement
-from sarathi.worker.model_runner import Flight
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.warm_up import create_runner, initial_budget_bytes, size_cache
 from vattention import OutOfMemoryError
@@ -26,28 +24,15 @@ class ModelLengthError(ValueError):
     """max_model_len is more than the model has positions for."""
 
 
-class PendingStep(NamedTuple):
-    """A step that has been started, or that could not be."""
-
-    step_id: int
-    flight: Flight | None
-    available_rows: int | None = None
-
-    def result(self) -> StepResult:
-        """Waits for the step to end."""
-        if self.flight is None:
-            return StepResult(self.step_id, available_rows=self.available_rows)
-        computed = self.flight.result()
-        return StepResult(self.step_id, computed.tokens, computed.model_s, host=computed.host)
-
-
 class Worker:
-    """Built from the configuration alone, so that every rank can build its own.
+    """A step is `prepare` and then, once every rank is prepared, `run`.
 
-    Raises ValueErrors that name the setting: unknown model, wrong format, broken checkpoint, missing kernel, no memory.
+    Built from the configuration alone. Raises ValueErrors that name the setting: unknown model, wrong format, broken
+    checkpoint, missing kernel, too little memory.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self._rank = rank
         checkpoint = open_checkpoint(config.model)
         arch = checkpoint.architecture
         place = choose_placement(config.model, arch)
@@ -66,8 +51,6 @@ class Worker:
         self.model = self._runner.model
         size_cache(self._runner, self._cache, config, shape)
         self._sequences = SequenceTable(config.model.seed)
-        self._num_shortages = 0  # steps sent behind one that failed must fail too, until the scheduler knows of it
-        self._available_rows = 0
 
     @property
     def capacity(self) -> CacheCapacity:
@@ -78,21 +61,26 @@ class Worker:
         """Steps that may be started before the first one's result is taken."""
         return self._runner.max_in_flight
 
-    def launch(self, out: SchedulerOutput) -> PendingStep:
-        """Starts a step. Where memory runs out nothing is computed, and the result says how many rows there are."""
+    def prepare(self, out: SchedulerOutput) -> int | None:
+        """Release and take in requests, then map memory for every chunk.
+
+        Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
+        """
         self._cache.release((*out.preempted, *out.finished))
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
-        if self._num_shortages > out.num_recoveries:
-            return PendingStep(out.step_id, None, self._available_rows)
         try:
             self._cache.prepare(out.chunks)
         except OutOfMemoryError as error:
-            logger.warning("no memory for step %d: %s", out.step_id, error)
-            self._num_shortages += 1
-            self._available_rows = error.available
-            return PendingStep(out.step_id, None, error.available)
-        return PendingStep(out.step_id, self._runner.launch(out.chunks, self._sequences) if out.chunks else None)
+            logger.warning("rank %d has no memory for step %d: %s", self._rank, out.step_id, error)
+            return error.available
+        return None
+
+    def run(self, out: SchedulerOutput) -> StepFuture:
+        """Compute a step for which `prepare` returned None."""
+        if not out.chunks:
+            return CompletedStep(StepResult(out.step_id))
+        return self._runner.launch(out, self._sequences)
 
     def wait(self) -> None:
         self._runner.wait()

@@ -255,11 +255,11 @@ def test_sampled_decodes_run_by_graph_and_wait_for_nothing(model: Model, monkeyp
         runner = llm.engine.executor._worker._runner
         launch, replay = runner.launch, DecodeGraph.replay
 
-        def launch_without_waiting(chunks, sequences):
-            decodes = all(chunk.num_tokens == 1 for chunk in chunks)
+        def launch_without_waiting(out, sequences):
+            decodes = all(chunk.num_tokens == 1 for chunk in out.chunks)
             torch.cuda.set_sync_debug_mode("error" if decodes else "default")
             try:
-                return launch(chunks, sequences)
+                return launch(out, sequences)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

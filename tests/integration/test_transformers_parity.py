@@ -13,7 +13,7 @@ from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.tokenizer.tokenizer import load_tokenizer
-from sarathi.executor.uniproc import Executor
+from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
 from sarathi.model_executor.loader.source import resolve_model
 from sarathi.request import Request
@@ -54,14 +54,16 @@ def expected(prompts, reference) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def executor(request) -> Iterator[Executor]:
-    executor = Executor(make_config(attention_backend=request.param, memory_bytes=2**29, max_num_seqs=32, device="cpu"))
+def executor(request) -> Iterator[UniprocExecutor]:
+    executor = UniprocExecutor(
+        make_config(attention_backend=request.param, memory_bytes=2**29, max_num_seqs=32, device="cpu")
+    )
     yield executor
     executor.shutdown()
 
 
 def generate(
-    executor: Executor, prompts: list[tuple[int, ...]], config: SchedulerConfig, rows: int | None = None
+    executor: UniprocExecutor, prompts: list[tuple[int, ...]], config: SchedulerConfig, rows: int | None = None
 ) -> list[Request]:
     """Runs all prompts to their end; with `rows` the ledger believes that there is no more memory than that."""
     capacity = executor.capacity if rows is None else replace(executor.capacity, rows=rows)

@@ -18,7 +18,7 @@ from sarathi.benchmark.operations import (
     ProbedExecutor,
     attention_name,
 )
-from sarathi.messages import CacheCapacity, Chunk, Finished, MemoryStats, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, Chunk, CompletedStep, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
@@ -81,14 +81,14 @@ class FakeDecoder:
 
 
 class FakeExecutor:
-    vocab_size, capacity, token_bytes, dtype_eps = 10, CacheCapacity(1, 1, 1), 1, 2**-23
+    vocab_size, max_model_len, capacity, token_bytes, dtype_eps = 10, 9, CacheCapacity(1, 1, 1), 1, 2**-23
 
     def __init__(self, decoder: FakeDecoder) -> None:
         self.decoder, self.value = decoder, 0.0
 
-    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
+    def launch(self, out: SchedulerOutput) -> CompletedStep:
         self.value = self.decoder(0.0)
-        return Finished(StepResult(out.step_id))
+        return CompletedStep(StepResult(out.step_id))
 
     def wait(self) -> None:
         pass

@@ -14,7 +14,7 @@ from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.llm_engine import LLMEngine
-from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
@@ -31,10 +31,10 @@ class SleepyExecutor:
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
 
-    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
+    def launch(self, out: SchedulerOutput) -> CompletedStep:
         time.sleep(self._step_s if out.chunks else 0)
         tokens = tuple(SampledToken(chunk.request_id, 5) for chunk in out.chunks if chunk.samples)
-        return Finished(StepResult(out.step_id, tokens, self._step_s))
+        return CompletedStep(StepResult(out.step_id, tokens, self._step_s))
 
     def wait(self) -> None:
         pass

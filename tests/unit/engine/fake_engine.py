@@ -11,7 +11,7 @@ from sarathi.core.scheduler.factory import make_scheduler
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.tokenizer.chat_template import jinja_renderer
 from sarathi.engine.tokenizer.tokenizer import Tokenizer as SarathiTokenizer
-from sarathi.messages import CacheCapacity, Finished, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsSink
 from sarathi.sampling_params import SamplingParams
 
@@ -31,9 +31,9 @@ class FakeExecutor:
         self.is_shut_down = False
         self.fail_next: Exception | None = None
 
-    def launch(self, out: SchedulerOutput) -> Finished[StepResult]:
+    def launch(self, out: SchedulerOutput) -> CompletedStep:
         assert not self.is_shut_down
-        return Finished(self.execute(out))
+        return CompletedStep(self.execute(out))
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         if self.fail_next is not None:

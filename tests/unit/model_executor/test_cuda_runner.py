@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sarathi.messages import Chunk, NewRequest, SampledToken
+from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
@@ -154,7 +154,7 @@ def run(
     sequences.add(requests)
     flights, results = [], []
     for chunks in steps({each.request_id: list(each.token_ids) for each in requests}, 9):
-        flights.append(runner.launch(chunks, sequences))
+        flights.append(runner.launch(SchedulerOutput(0, chunks=tuple(chunks)), sequences))
         if not overlap or len(flights) > 1:
             results.append(flights.pop(0).result().tokens)
     return [*results, *(flight.result().tokens for flight in flights)]

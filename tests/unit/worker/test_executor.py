@@ -12,7 +12,7 @@ from tiny_models import TinyModel, build, random_prompts
 
 from sarathi import LLM
 from sarathi.config.load import make_config
-from sarathi.executor.uniproc import Executor, UnsupportedParallelismError
+from sarathi.executor.uniproc import UniprocExecutor, UnsupportedParallelismError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cache_engine import vattn
@@ -26,9 +26,9 @@ def tiny(tmp_path_factory) -> TinyModel:
     return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
-def make_executor(tiny: TinyModel, backend: str = "sdpa_vattn_4kb", **settings) -> Executor:
+def make_executor(tiny: TinyModel, backend: str = "sdpa_vattn_4kb", **settings) -> UniprocExecutor:
     defaults = {"device": "cpu", "memory_bytes": 2**21, "max_num_seqs": 8}
-    return Executor(make_config(model=str(tiny.folder), attention_backend=backend, **{**defaults, **settings}))
+    return UniprocExecutor(make_config(model=str(tiny.folder), attention_backend=backend, **{**defaults, **settings}))
 
 
 def new(name: str, tokens: list[int], params: SamplingParams = GREEDY) -> NewRequest:
@@ -69,7 +69,7 @@ def test_memory_of_earlier_requests_is_never_seen(tiny: TinyModel, backend: str)
         executor.execute(SchedulerOutput(3, finished=(name,)))
 
 
-def _fill_with_nan(executor: Executor, tokens: int) -> None:
+def _fill_with_nan(executor: UniprocExecutor, tokens: int) -> None:
     cache = executor._worker._cache
     for index in range(3):
         for tensor in cache.layer(index):
@@ -218,7 +218,7 @@ def test_no_op_runs_and_samples(tiny: TinyModel) -> None:
 def test_settings_that_cannot_work_are_value_errors(tiny: TinyModel, settings: dict, message: str) -> None:
     base = {"model": str(tiny.folder), "device": "cpu", "attention_backend": "sdpa_vattn_4kb"}
     with pytest.raises(ValueError, match=message):
-        Executor(make_config(**{**base, **settings}))
+        UniprocExecutor(make_config(**{**base, **settings}))
 
 
 def test_parallelism_error_is_its_own_class(tiny: TinyModel) -> None:

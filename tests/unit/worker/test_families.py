@@ -6,7 +6,7 @@ from random_driver import RandomDriver
 from tiny_models import CONFIGS, VOCAB_SIZE, TinyModel, build, random_prompts
 
 from sarathi.config.load import make_config
-from sarathi.executor.uniproc import Executor
+from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.messages import SampledToken
 from sarathi.sampling_params import SamplingParams
 
@@ -19,8 +19,8 @@ def tiny(request, tmp_path_factory) -> TinyModel:
     return build(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def executor_for(tiny: TinyModel, backend: str, **settings) -> Executor:
-    return Executor(
+def executor_for(tiny: TinyModel, backend: str, **settings) -> UniprocExecutor:
+    return UniprocExecutor(
         make_config(
             model=str(tiny.folder),
             attention_backend=backend,

@@ -5,7 +5,7 @@ import torch
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.load import make_config
-from sarathi.messages import Finished
+from sarathi.messages import CompletedStep, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.placement import Placement
 from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
@@ -23,13 +23,14 @@ class Noting(CudaModelRunner):
     def __init__(self) -> None:
         self.noted: list[list[int] | str] = []
 
-    def launch(self, chunks, sequences) -> Finished[None]:
+    def launch(self, out, sequences) -> CompletedStep:
+        chunks = out.chunks
         blocks = [block for chunk in chunks for block in chunk.block_ids]
         assert len(set(blocks)) == len(blocks)
         for chunk in chunks:
             assert len(sequences[chunk.request_id].tokens(0, chunk.num_tokens, 0)) == chunk.num_tokens
         self.noted.append([chunk.num_tokens for chunk in chunks])
-        return Finished(None)
+        return CompletedStep(StepResult(out.step_id))
 
     def warm_up(self) -> None:
         self.noted.append("warm_up")

@@ -1,0 +1,35 @@
+"""The executor's interface: all ranks of an engine, one message in and one result out for each step."""
+
+from typing import Protocol
+
+from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepFuture
+
+
+class Executor(Protocol):
+    """Runs the scheduler's steps on every rank.
+
+    A step is two calls on each rank: `prepare` maps memory for the step's tokens and may answer that there is too
+    little; `run` computes. Only where every rank is prepared does any rank run.
+    """
+
+    capacity: CacheCapacity  # rows of KV cache that the block space manager may grant: the least of all ranks
+    vocab_size: int  # token ids are in [0, vocab_size)
+    max_model_len: int  # tokens of the longest request, prompt and output together
+    token_bytes: int  # of one token's keys and values, in all layers of all ranks
+    dtype_eps: float  # difference between 1 and the next larger number in the model's dtype
+    max_in_flight: int  # steps that may be launched before the result of the first of them is taken
+
+    def launch(self, out: SchedulerOutput) -> StepFuture:
+        """Start one step. A step for which memory is missing computes nothing; its result has `available_rows`."""
+
+    def wait(self) -> None:
+        """Return once no launched step is running, also none whose future was lost."""
+
+    def memory_stats(self) -> MemoryStats:
+        """Memory of the KV cache now, summed over ranks."""
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError where a cache's accounting is inconsistent."""
+
+    def shutdown(self) -> None:
+        """Release model and cache of every rank. Idempotent; `launch` raises RuntimeError afterwards."""
