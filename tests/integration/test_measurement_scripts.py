@@ -76,3 +76,11 @@ def test_page_sizes_are_compared_on_a_shape_and_on_a_file(tmp_path: Path) -> Non
         rows = pd.read_csv(tmp_path / f"{name}.csv")
         assert (rows[rows.page_kib == 64].against_2mib_per_layer >= 1).all() and (rows.max_batch > 0).all()
         assert (tmp_path / f"{name}.png").is_file() and (tmp_path / f"{name}.environment.json").is_file()
+
+
+def test_two_checkouts_are_compared(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    run("compare_revisions.py", root, root, "--test", "--starts", 1, "--rounds", 1, "--output", tmp_path)
+    found = pd.read_csv(tmp_path / "revisions.csv").set_index(["work", "context"])
+    assert {"decode", "prefill", "first start to first token"} <= set(found.index.get_level_values("work"))
+    assert (found.ratio > 0).all() and len(pd.read_csv(tmp_path / "revisions_samples.csv")) == 2 * len(found) == 14
