@@ -19,7 +19,7 @@ from sarathi.model_executor.attention.address import Address, BlockAddress, Cach
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.fused import FusedDecoder
-from sarathi.model_executor.sampling.plan import NextToken, SamplingPlan, plan_sampling, with_last_tokens
+from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cuda_graphs import DecodeGraph, DecodeGraphs, Limits, ladder
@@ -98,7 +98,7 @@ class CudaModelRunner:
     def _warm_up_sampling(self) -> None:
         """For as many rows as a step can have: to compile what it needs, and to take the memory before a cache does."""
         drawn = Sequence(token_array([0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
-        plan = plan_sampling([NextToken(drawn, 1)] * self._max_num_seqs, self._vocab_size)
+        plan = plan_sampling([drawn.next_token(1)] * self._max_num_seqs, self._vocab_size)
         logits = self.model.decoder.head.weight.new_zeros((self._max_num_seqs, self._vocab_size))
         sample(logits, to_device(plan, self._device), self.model.kernels)
 
@@ -125,7 +125,7 @@ class CudaModelRunner:
         if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):
             return None
         rows = [
-            NextToken(sequences[chunk.request_id], chunk.start + chunk.num_tokens, home)
+            sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens, home)
             for chunk, home in zip(chunks, _homes(address), strict=True)
             if chunk.samples
         ]

@@ -13,7 +13,7 @@ from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops import create_ops
-from sarathi.model_executor.sampling.plan import NextToken, SamplingPlan, plan_sampling
+from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.transfer import to_device
@@ -49,7 +49,9 @@ class ModelRunner:
         began_s, chunks = time.perf_counter(), out.chunks
         batch = make_batch(chunks, sequences, self._device)
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
-        next_tokens = [_next_token(chunk, sequences) for chunk in chunks if chunk.samples]
+        next_tokens = [
+            sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens) for chunk in chunks if chunk.samples
+        ]
         plan = to_device(plan_sampling(next_tokens, self._vocab_size), self._device)
         metadata = self._backend.plan(batch, self._cache.address(chunks))
         if self._prefetch:
@@ -64,10 +66,6 @@ class ModelRunner:
 
     def wait(self) -> None:
         """Nothing is under way."""
-
-
-def _next_token(chunk: Chunk, sequences: SequenceTable) -> NextToken:
-    return NextToken(sequences[chunk.request_id], chunk.start + chunk.num_tokens)
 
 
 def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device) -> Batch:

@@ -1,4 +1,4 @@
-"""What a worker keeps of each request: its tokens and how to sample; knows no memory, no text, no order of service."""
+"""Tokens and sampling parameters of the requests that a worker was told of."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sarathi.messages import NewRequest, SampledToken
+from sarathi.model_executor.ops.types import placeholder_token
+from sarathi.model_executor.sampling.plan import NextToken, counts_all, counts_output
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.pending_tokens import placeholder_token
 
 _MASK = 2**64 - 1
 
 
 def token_array(token_ids: Iterable[int] = ()) -> array[int]:
-    """Token ids side by side in memory, int64: what samples looks at all of a sequence's tokens in every step."""
+    """Token ids as contiguous int64, which torch.frombuffer can read."""
     return array("q", token_ids)
+
+
+_NO_TOKENS = token_array()
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Prompt and output of one request; outputs are appended as they are sampled and survive preemption."""
+    """Prompt and output of one request. Output tokens are appended as they are sampled, and survive preemption."""
 
     token_ids: array[int]
     num_prompt_tokens: int
@@ -29,18 +33,31 @@ class Sequence:
     eos_token_ids: frozenset[int]
     seed: int
 
-    def tokens(self, first: int, end: int, home: int) -> array[int]:
-        """Tokens [first, end), with a stand-in for the last one where it is sampled but known to the device alone.
-
-        home: where the device keeps that one.
-        """
+    def tokens(self, first: int, end: int, slot: int = 0) -> array[int]:
+        """Tokens [first, end), with a placeholder of `slot` for the last one where the host does not know it yet."""
         tokens = self.token_ids[first:end]
         if len(self.token_ids) < end:
-            tokens.append(placeholder_token(home))
+            tokens.append(placeholder_token(slot))
         return tokens
 
+    def next_token(self, position: int, slot: int = 0) -> NextToken:
+        """Inputs for sampling the token at `position`, the number of tokens before it; slot: see `tokens`."""
+        params = self.params
+        return NextToken(
+            params,
+            self.eos_token_ids,
+            position - self.num_prompt_tokens,
+            0.0 if params.is_greedy else self.uniform(position),
+            self._counted_tokens(position, slot),
+        )
+
+    def _counted_tokens(self, position: int, slot: int) -> array[int]:
+        if counts_all(self.params):
+            return self.tokens(0, position, slot)
+        return self.tokens(self.num_prompt_tokens, position, slot) if counts_output(self.params) else _NO_TOKENS
+
     def uniform(self, position: int) -> float:
-        """The random number in [0, 1) of the token at `position`: of it and the seed alone, whoever shares the batch.
+        """The random number in [0, 1) of the token at `position`: a function of seed and position alone.
 
         SplitMix64 (Steele, Lea and Flood, 2014), jumped to the position.
         """
@@ -51,7 +68,7 @@ class Sequence:
 
 
 class SequenceTable:
-    """The sequences of all requests that the worker was told of and not yet told to forget."""
+    """The sequence of every request from its first step until it is dropped."""
 
     def __init__(self, seed: int) -> None:
         self._sequences: dict[str, Sequence] = {}
@@ -64,7 +81,7 @@ class SequenceTable:
         return len(self._sequences)
 
     def add(self, requests: Iterable[NewRequest]) -> None:
-        """Requests without a seed get one from the engine's, in the order they come."""
+        """Add requests. Those without a seed get one from the engine's generator, in order of arrival."""
         for new in requests:
             params = new.sampling_params
             seed = self._seeds.getrandbits(64) if params.seed is None else _scrambled(params.seed)
@@ -72,16 +89,16 @@ class SequenceTable:
             self._sequences[new.request_id] = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
 
     def drop(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests; unknown ones were never sent."""
+        """Remove requests; unknown ids are ignored."""
         for request_id in request_ids:
             self._sequences.pop(request_id, None)
 
     def append(self, tokens: Iterable[SampledToken]) -> None:
-        """What was sampled is what comes next."""
+        """Append sampled tokens to their requests."""
         for token in tokens:
             self._sequences[token.request_id].token_ids.append(token.token_id)
 
 
 def _scrambled(seed: int) -> int:
-    """Neighbouring seeds must not give neighbouring streams, nor -7 that of 7: Random takes a seed's absolute value."""
+    """A seed whose neighbours give unrelated streams; -7 differs from 7, of which Random takes the absolute value."""
     return random.Random(seed & _MASK).getrandbits(64)

@@ -24,7 +24,7 @@ from sarathi.messages import NewRequest, SampledToken
 from sarathi.model_executor.attention.base import KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend
 from sarathi.model_executor.ops.native.ops import NativeOps
-from sarathi.model_executor.sampling.plan import NextToken, plan_sampling
+from sarathi.model_executor.sampling.plan import plan_sampling
 from sarathi.model_executor.sampling.sampler import filtered
 from sarathi.worker.cuda_graphs import DecodeGraph
 from sarathi.worker.sequences import SequenceTable
@@ -222,7 +222,7 @@ def distances_from_the_draws(
     table = SequenceTable(0)
     table.add([NewRequest("a", tuple(prompt), params)])
     table.append(SampledToken("a", token) for token in drawn)
-    rows = [NextToken(table["a"], len(prompt) + index) for index in range(len(drawn))]
+    rows = [table["a"].next_token(len(prompt) + index) for index in range(len(drawn))]
     draws = plan_sampling(rows, logits.shape[1]).draws
     reached = filtered(logits, draws, NativeOps()).double().softmax(-1).cumsum(-1)
     chosen = torch.tensor(drawn)[:, None]

@@ -1,7 +1,8 @@
-"""What the kernels are handed beside activations: tables and places in the cache. Knows no kernel and no device."""
+"""Arguments of operations beside activations: RoPE tables, places in the cache, placeholder tokens."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,14 @@ class NewTokens(NamedTuple):
     keys: Tensor  # [num_seqs, kv_heads, head_size], last stride 1
     values: Tensor  # [num_seqs, kv_heads, head_size], last stride 1
     table: RotationTable  # of the whole head: rotary_dim = head_size; a sequence's position is its length - 1
+
+
+def placeholder_token(slot: int) -> int:
+    """A negative token id for the last token of `slot`, which has been sampled but is known only on the device."""
+    return -1 - slot
+
+
+def resolve(token_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """token_ids, of any shape, with placeholders replaced by the tokens they stand for; last_tokens: [slots] int64."""
+    slots = (-1 - token_ids).clamp_(min=0)
+    return torch.where(token_ids < 0, last_tokens[slots].to(token_ids.dtype), token_ids)

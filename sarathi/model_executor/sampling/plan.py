@@ -1,50 +1,41 @@
-"""What a step's sampling needs as tensors, made before the logits exist; knows no logits. None: nothing to do.
+"""Sampling of one step as tensors, planned on the host before the logits exist. None means nothing to do.
 
-Made on the host, where the newest token of a sequence may not be known yet: nothing but its penalties needs it.
+The last token of a request may not be known on the host yet; only penalties need it.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sarathi.model_executor.ops.types import resolve
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.pending_tokens import resolve
-from sarathi.worker.sequences import Sequence, token_array
 
 
 class NextToken(NamedTuple):
-    """What one row of logits is for: the token of `sequence` at `position`, which is the number of those before it.
+    """What the sampler needs for one row of logits.
 
-    home: where the device keeps the token at position - 1, for when the sequence does not have it yet.
+    num_output_tokens: of the request, before this token.
+    uniform: random number in [0, 1) that this token is drawn with; not read where params are greedy.
+    tokens: those before this token that penalties read: prompt and output with a repetition penalty, the output with
+        only a presence or frequency penalty, none otherwise. The last may be a placeholder, see `placeholder_token`.
     """
 
-    sequence: Sequence
-    position: int
-    home: int = 0
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.sequence.params
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Before this one."""
-        return self.position - self.sequence.num_prompt_tokens
-
-    def tokens_before(self, first: int = 0) -> array[int]:
-        """Those from `first` on; see Sequence.tokens."""
-        return self.sequence.tokens(first, self.position, self.home)
+    params: SamplingParams
+    eos_token_ids: frozenset[int]
+    num_output_tokens: int
+    uniform: float
+    tokens: array[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Additions:
-    """values [N] are added to the logits of (rows [N], token_ids [N]): biases, and -inf for ends that are too early."""
+    """values [N] are added to the logits at (rows [N], token_ids [N]): biases, and -inf for ends before min_tokens."""
 
     rows: Tensor
     token_ids: Tensor
@@ -53,7 +44,7 @@ class Additions:
 
 @dataclass(frozen=True, slots=True)
 class Occurrences:
-    """token_ids [N] that have occurred, counts[p] of them in the p-th penalised row, one row after the other."""
+    """token_ids [N] that have occurred, concatenated over penalised rows; counts [P] of them per row."""
 
     counts: Tensor
     token_ids: Tensor
@@ -73,7 +64,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """`chosen` [R] are the rows that are drawn; all else is [R, 1]. A filter is None where no row uses it.
+    """`chosen` [R] are the rows that are not greedy; all else is [R, 1]. A filter is None where no row uses it.
 
     uniform: float64 in [0, 1). top_k: int64, the vocabulary's size where a row does not use it; max_top_k: the largest
     that is used, 0 where none is. temperature, top_p, log_min_p: float32.
@@ -90,7 +81,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """`chosen` [L] are the rows whose logprobs are wanted, counts[i] of them for row i of S (None: not wanted)."""
+    """`chosen` [L] are the rows whose logprobs are wanted; counts[i] of S: how many for row i (None: not wanted)."""
 
     chosen: Tensor
     counts: tuple[int | None, ...]
@@ -98,7 +89,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """All of a step; with nothing but Nones it is one argmax."""
+    """Sampling of all S rows of a step. All fields None: one argmax."""
 
     additions: Additions | None
     penalties: Penalties | None
@@ -106,25 +97,25 @@ class SamplingPlan:
     logprobs: Logprobs | None
 
 
-def plan_sampling(rows: Many[NextToken], vocab_size: int) -> SamplingPlan:
+def plan_sampling(rows: Sequence[NextToken], vocab_size: int) -> SamplingPlan:
     """The plan for S rows of logits, in CPU tensors; `with_last_tokens` completes it on the device."""
     return SamplingPlan(
         _additions(rows, vocab_size), _penalties(rows), _draws(rows, vocab_size), _logprobs(rows, vocab_size)
     )
 
 
-def with_last_tokens(plan: SamplingPlan, newest: Tensor) -> SamplingPlan:
-    """The plan with the tokens that were not known when it was made; newest: [homes] int64, of each home."""
+def with_last_tokens(plan: SamplingPlan, last_tokens: Tensor) -> SamplingPlan:
+    """The plan with placeholder tokens replaced; last_tokens: [slots] int64."""
     if plan.penalties is None:
         return plan
     in_output, in_all = (
-        replace(each, token_ids=resolve(each.token_ids, newest))
+        replace(each, token_ids=resolve(each.token_ids, last_tokens))
         for each in (plan.penalties.in_output, plan.penalties.in_all)
     )
     return replace(plan, penalties=replace(plan.penalties, in_output=in_output, in_all=in_all))
 
 
-def _additions(rows: Many[NextToken], vocab_size: int) -> Additions | None:
+def _additions(rows: Sequence[NextToken], vocab_size: int) -> Additions | None:
     entries = [
         (index, token_id, value)
         for index, row in enumerate(rows)
@@ -142,54 +133,56 @@ def _added(row: NextToken) -> dict[int, float]:
     params = row.params
     added = dict(params.logit_bias or {})
     if row.num_output_tokens < params.min_tokens:
-        ends = () if params.ignore_eos else row.sequence.eos_token_ids
+        ends = () if params.ignore_eos else row.eos_token_ids
         added.update(dict.fromkeys((*params.stop_token_ids, *ends), float("-inf")))
     return added
 
 
-def _is_penalised(params: SamplingParams) -> bool:
-    return _counts_output(params) or params.repetition_penalty != 1.0
+def counts_all(params: SamplingParams) -> bool:
+    """Whether prompt and output tokens change later logits."""
+    return params.repetition_penalty != 1.0
 
 
-def _counts_output(params: SamplingParams) -> bool:
+def counts_output(params: SamplingParams) -> bool:
+    """Whether output tokens change later logits by their number."""
     return bool(params.presence_penalty or params.frequency_penalty)
 
 
-def _penalties(rows: Many[NextToken]) -> Penalties | None:
-    chosen = [index for index, row in enumerate(rows) if _is_penalised(row.params)]
+def _penalties(rows: Sequence[NextToken]) -> Penalties | None:
+    chosen = [index for index, row in enumerate(rows) if counts_all(row.params) or counts_output(row.params)]
     if not chosen:
         return None
     penalised = [rows[index] for index in chosen]
     params = [row.params for row in penalised]
-    outputs = [
-        row.tokens_before(row.sequence.num_prompt_tokens) if _counts_output(row.params) else token_array()
-        for row in penalised
-    ]
-    repeatable = [row.tokens_before() if row.params.repetition_penalty != 1.0 else token_array() for row in penalised]
     return Penalties(
         torch.tensor(chosen),
         _column([each.presence_penalty for each in params]),
         _column([each.frequency_penalty for each in params]),
         _column([each.repetition_penalty for each in params]),
-        _occurrences(outputs),
-        _occurrences(repeatable),
+        _occurrences([row.tokens[_first_output(row) :] for row in penalised]),
+        _occurrences([row.tokens if counts_all(row.params) else row.tokens[:0] for row in penalised]),
     )
 
 
-def _occurrences(token_ids: Many[array[int]]) -> Occurrences:
-    flat = token_array()
+def _first_output(row: NextToken) -> int:
+    """Index of the first token that presence and frequency penalties count."""
+    return len(row.tokens) - (row.num_output_tokens if counts_output(row.params) else 0)
+
+
+def _occurrences(token_ids: Sequence[array[int]]) -> Occurrences:
+    flat = array("q")
     for tokens in token_ids:
         flat += tokens
     occurred = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
     return Occurrences(torch.tensor([len(tokens) for tokens in token_ids]), occurred)
 
 
-def _draws(rows: Many[NextToken], vocab_size: int) -> Draws | None:
+def _draws(rows: Sequence[NextToken], vocab_size: int) -> Draws | None:
     chosen = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if not chosen:
         return None
     params = [rows[index].params for index in chosen]
-    uniform = [rows[index].sequence.uniform(rows[index].position) for index in chosen]
+    uniform = [rows[index].uniform for index in chosen]
     kept = [min(each.top_k, vocab_size) if each.top_k > 0 else vocab_size for each in params]
     max_top_k = max((count for count in kept if count < vocab_size), default=0)
     with_top_p = any(each.top_p < 1.0 for each in params)
@@ -205,7 +198,7 @@ def _draws(rows: Many[NextToken], vocab_size: int) -> Draws | None:
     )
 
 
-def _logprobs(rows: Many[NextToken], vocab_size: int) -> Logprobs | None:
+def _logprobs(rows: Sequence[NextToken], vocab_size: int) -> Logprobs | None:
     wanted = [row.params.logprobs for row in rows]
     chosen = [index for index, count in enumerate(wanted) if count is not None]
     if not chosen:
@@ -214,9 +207,9 @@ def _logprobs(rows: Many[NextToken], vocab_size: int) -> Logprobs | None:
     return Logprobs(torch.tensor(chosen), counts)
 
 
-def _floats(values: Many[float]) -> Tensor:
+def _floats(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _column(values: Many[float]) -> Tensor:
+def _column(values: Sequence[float]) -> Tensor:
     return _floats(values).unsqueeze(1)

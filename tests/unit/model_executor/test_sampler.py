@@ -15,7 +15,7 @@ from transformers import (
 
 from sarathi.messages import NewRequest
 from sarathi.model_executor.ops.native.ops import NativeOps
-from sarathi.model_executor.sampling.plan import NextToken, SamplingPlan, plan_sampling, with_last_tokens
+from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import filtered, sample
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.sequences import Sequence, SequenceTable, token_array
@@ -30,7 +30,7 @@ def sequence(params: SamplingParams, prompt: list[int], output: list[int] = (), 
 
 
 def plan_of(sequences: list[Sequence], vocab_size: int) -> SamplingPlan:
-    return plan_sampling([NextToken(each, len(each.token_ids)) for each in sequences], vocab_size)
+    return plan_sampling([each.next_token(len(each.token_ids)) for each in sequences], vocab_size)
 
 
 def tokens_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
@@ -273,7 +273,7 @@ def test_a_plan_made_before_the_newest_tokens_are_known_is_the_one_made_after() 
         for _ in range(40)
     ]
     homes, newest = rng.sample(range(60), 40), torch.randint(0, 50, (60,))
-    rows = [NextToken(each, len(each.token_ids) + 1, home) for each, home in zip(late, homes, strict=True)]
+    rows = [each.next_token(len(each.token_ids) + 1, home) for each, home in zip(late, homes, strict=True)]
     before = to_device(plan_sampling(rows, 50), torch.device("cpu"))
     early = with_last_tokens(before, newest)
     for each, home in zip(late, homes, strict=True):

@@ -32,8 +32,7 @@ from sarathi.model_executor.ops.triton.linear import LinearKernels
 from sarathi.model_executor.ops.triton.matvec import Around, MatvecConfig, matvec
 from sarathi.model_executor.ops.triton.ops import TritonOps
 from sarathi.model_executor.ops.triton.skinny import MAX_TILES, SkinnyConfig, skinny
-from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RotationTable
-from sarathi.worker.pending_tokens import placeholder_token
+from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RotationTable, placeholder_token
 
 TWINS = NativeOps()
 CPU = torch.device("cpu")

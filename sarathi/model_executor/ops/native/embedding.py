@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
-from sarathi.worker.pending_tokens import resolve
+from sarathi.model_executor.ops.types import resolve
 
 
 def embed(token_ids: Tensor, newest: Tensor, weight: Tensor) -> Tensor:

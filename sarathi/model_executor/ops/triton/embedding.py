@@ -25,7 +25,7 @@ def _embed_kernel(
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids_ptr + row).to(tl.int64)
     if token < 0:
-        token = tl.load(newest_ptr + (-1 - token))  # a stand-in: see pending_tokens.py
+        token = tl.load(newest_ptr + (-1 - token))  # a stand-in: see ops/types.py
     cols = tl.arange(0, BLOCK)
     inside = cols < SIZE
     values = tl.load(weight_ptr + token * stride_weight + cols, mask=inside)
