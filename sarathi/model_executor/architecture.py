@@ -1,36 +1,24 @@
-"""What a decoder of the Llama family looks like, as numbers; knows no tensors, no files and no family's name."""
+"""The shape of a decoder of the Llama family, and how it is read from a Hugging Face configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ROPE_TYPES = ("default", "linear", "llama3", "divided")
+from sarathi.model_executor.fields import Fields, UnsupportedModelError
+from sarathi.model_executor.rope import Rope
+from sarathi.model_executor.rope_config import extended_length, read_rope
 
-
-class UnsupportedModelError(ValueError):
-    """The configuration asks for something that the decoder does not compute; the message says what it does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary embedding: frequencies theta^(-2i/D), then scaled.
-
-    kind: "default"; "linear" divides all by `factor`; "llama3" divides those turning less than `low_freq_factor`
-        times in `original_max_positions`, and blends up to `high_freq_factor`; "divided" by `divisors`, [D/2].
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-    divisors: tuple[float, ...] = ()
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_MOST_LAYERS, _MOST_HEADS, _MOST_COLUMNS, _MOST_TOKENS = 2**12, 2**12, 2**24, 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class ModelArchitecture:
-    """Shapes and switches of a decoder; layers from `first_windowed_layer` on see the last `sliding_window` tokens."""
+    """Shapes and switches of a decoder.
+
+    A query sees the last `sliding_window` tokens, itself included, in every layer but the `full_attention_layers`; all
+    tokens where it is None.
+    """
 
     name: str
     num_layers: int
@@ -49,7 +37,7 @@ class ModelArchitecture:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
-    first_windowed_layer: int = 0
+    full_attention_layers: frozenset[int] = frozenset()
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -68,48 +56,55 @@ class ModelArchitecture:
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a query of `layer` sees, itself included; None for all."""
-        return self.sliding_window if layer >= self.first_windowed_layer else None
+        return None if layer in self.full_attention_layers else self.sliding_window
 
 
-def base_architecture(config: Mapping[str, Any], **differences: Any) -> ModelArchitecture:
+def base_architecture(config: Mapping[str, Any], default_kv_heads: int | None, **differences: Any) -> ModelArchitecture:
     """The architecture in a Hugging Face configuration; `differences` are a family's own fields.
 
-    Raises UnsupportedModelError for a missing key, another activation or another rope scaling.
+    default_kv_heads: of a configuration without `num_key_value_heads`; None: as many as query heads.
+    Raises UnsupportedModelError for a missing key, a value out of range, or one that is not implemented.
     """
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"hidden_act={config['hidden_act']!r} is not supported; supported: 'silu'")
-    try:
-        return ModelArchitecture(**{**_common_fields(config), **differences})
-    except KeyError as missing:
-        raise UnsupportedModelError(f"the model's configuration has no {missing}") from missing
+    fields = Fields(config)
+    _refuse_other_computations(fields)
+    name = str((fields.texts("architectures") or [config.get("model_type", "")])[0])
+    return ModelArchitecture(name, **{**_common_fields(fields, default_kv_heads, differences), **differences})
 
 
-def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    num_heads = config["num_attention_heads"]
+def _refuse_other_computations(fields: Fields) -> None:
+    """Keys that every family of transformers 5 reads, and that change what it computes."""
+    fields.text("hidden_act", ("silu", "swish"), "silu")  # two names of one function
+    fields.require("is_causal", (True,))
+    fields.require("is_encoder_decoder", (False,))
+    fields.require("add_cross_attention", (False,))
+    for key in ("quantization_config", "per_layer_config"):
+        if fields.inner(key):
+            raise fields.refusal(key, "absent: it is not implemented")
+
+
+def _common_fields(fields: Fields, default_kv_heads: int | None, differences: Mapping[str, Any]) -> dict[str, Any]:
+    num_heads = fields.integer("num_attention_heads", 1, _MOST_HEADS)
+    hidden_size = fields.integer("hidden_size", 1, _MOST_COLUMNS)
+    head_size = differences.get("head_size") or fields.optional_integer("head_dim", 2, _MOST_COLUMNS)
+    head_size = head_size or hidden_size // num_heads
+    max_positions = fields.integer("max_position_embeddings", 1, _MOST_TOKENS)
+    rope = read_rope(fields, head_size, max_positions)
     return {
-        "name": (config.get("architectures") or [config.get("model_type", "")])[0],
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
+        "num_layers": fields.integer("num_hidden_layers", 1, _MOST_LAYERS),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.integer("intermediate_size", 1, _MOST_COLUMNS),
         "num_heads": num_heads,
-        "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-        "head_size": config.get("head_dim") or config["hidden_size"] // num_heads,
-        "vocab_size": config["vocab_size"],
-        "max_positions": config["max_position_embeddings"],
-        "rms_norm_eps": config["rms_norm_eps"],
-        "rope": _rope(config),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+        "num_kv_heads": fields.optional_integer("num_key_value_heads", 1, _MOST_HEADS, default_kv_heads) or num_heads,
+        "head_size": head_size,
+        "vocab_size": fields.integer("vocab_size", 1, _MOST_COLUMNS),
+        "max_positions": extended_length(rope, max_positions),
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-30, 1.0),
+        "rope": rope,
+        "tie_embeddings": fields.flag("tie_word_embeddings"),
+        "dtype": _dtype(fields),
     }
 
 
-def _rope(config: Mapping[str, Any]) -> Rope:
-    """Reads both spellings: rope_theta with rope_scaling, and the newer rope_parameters."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; supported: {', '.join(ROPE_TYPES[:3])}")
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    renamed = {"original_max_position_embeddings": "original_max_positions"}
-    known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "divisors")
-    return Rope(float(theta), kind, **{renamed.get(key, key): scaling[key] for key in known if key in scaling})
+def _dtype(fields: Fields) -> str:
+    key = "dtype" if fields.has_value("dtype") else "torch_dtype"
+    return fields.text(key, _DTYPES) if fields.has_value(key) else "bfloat16"

@@ -14,12 +14,15 @@ class Batch:
 
     token_ids, positions: [T] int64.
     sampled_rows: [S] int64, the last row of each chunk that samples; None where every row is one.
+    rope_lengths: [T] int64, max(tokens of the request's prompt, position + 1), see RopeFrequencies; None where a
+        model's frequencies do not depend on it.
     """
 
     chunks: tuple[Chunk, ...]
     token_ids: Tensor
     positions: Tensor
     sampled_rows: Tensor | None
+    rope_lengths: Tensor | None = None
 
     @property
     def leading_decodes(self) -> int:

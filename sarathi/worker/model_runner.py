@@ -47,7 +47,7 @@ class ModelRunner:
     def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> CompletedStep:
         """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
         began_s, chunks = time.perf_counter(), out.chunks
-        batch = make_batch(chunks, sequences, self._device)
+        batch = make_batch(chunks, sequences, self._device, self.model.rotary.frequencies.rope.depends_on_length)
         sampling = [chunk.request_id for chunk in chunks if chunk.samples]
         next_tokens = [
             sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens) for chunk in chunks if chunk.samples
@@ -68,7 +68,9 @@ class ModelRunner:
         """Nothing is under way."""
 
 
-def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device) -> Batch:
+def make_batch(
+    chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device, with_rope_lengths: bool = False
+) -> Batch:
     """Tensors of the chunks' tokens, in order."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -80,7 +82,16 @@ def make_batch(chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.
         if chunk.samples:
             rows.append(len(token_ids) - 1)
     sampled_rows = None if len(rows) == len(token_ids) else _indices(rows, device)
-    return Batch(tuple(chunks), _indices(token_ids, device), _indices(positions, device), sampled_rows)
+    lengths = _indices(_rope_lengths(chunks, sequences), device) if with_rope_lengths else None
+    return Batch(tuple(chunks), _indices(token_ids, device), _indices(positions, device), sampled_rows, lengths)
+
+
+def _rope_lengths(chunks: Sequence[Chunk], sequences: SequenceTable) -> list[int]:
+    return [
+        max(sequences[chunk.request_id].num_prompt_tokens, position + 1)
+        for chunk in chunks
+        for position in range(chunk.start, chunk.start + chunk.num_tokens)
+    ]
 
 
 def _indices(values: list[int], device: torch.device) -> Tensor:

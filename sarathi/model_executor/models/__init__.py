@@ -1,9 +1,10 @@
-"""Families of models: which configurations are known, and how each differs from the one decoder; knows no weights."""
+"""Families of models: which configurations are known, and how each differs from the one decoder."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sarathi.model_executor.architecture import ModelArchitecture, UnsupportedModelError
+from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.fields import Fields, UnsupportedModelError
 from sarathi.model_executor.models import llama, mistral, qwen2, qwen3
 
 Reader = Callable[[Mapping[str, Any]], ModelArchitecture]
@@ -17,10 +18,13 @@ def families() -> dict[str, Reader]:
 
 def read_architecture(config: Mapping[str, Any]) -> ModelArchitecture:
     """The architecture of a Hugging Face configuration; UnsupportedModelError lists the known ones."""
-    known = families()
-    named = [*(config.get("architectures") or []), config.get("model_type") or ""]
-    reader = next((known[name] for name in named if name in known), None)
-    if reader is None:
+    known, fields = families(), Fields(config)
+    classes = fields.texts("architectures") or []
+    named = [*classes, *([config["model_type"]] if fields.has_value("model_type") else [])]
+    unknown = next((name for name in named if not isinstance(name, str) or name not in known), None)
+    if unknown is not None or not named:
         supported = ", ".join(name for name in known if name.endswith("ForCausalLM"))
-        raise UnsupportedModelError(f"architecture {named[0]!r} is not supported; supported: {supported}")
-    return reader(config)
+        raise UnsupportedModelError(f"architecture {unknown!r} is not supported; supported: {supported}")
+    if len({known[name] for name in named}) > 1:
+        raise UnsupportedModelError(f"architectures and model_type name different families: {', '.join(named)}")
+    return known[named[0]](config)

@@ -145,7 +145,7 @@ class Decoder:
 
     def __call__(self, batch: Batch, cache: Sequence[CacheLayer], metadata: Metadata) -> Tensor:
         """The step over T tokens -> logits [S, vocab_size] of the batch's sampled rows; K and V of all T are stored."""
-        context = StepContext(self.rotary.table(batch.positions), metadata)
+        context = StepContext(self.rotary.table(batch.positions, batch.rope_lengths), metadata)
         x = self.embedding(batch.token_ids)  # [T, hidden_size]
         residual = torch.zeros_like(x)
         for layer, kept in zip(self.layers, cache, strict=True):

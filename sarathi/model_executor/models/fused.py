@@ -67,6 +67,4 @@ class FusedDecoder:
 
 
 def _rotation_table(decoder: Decoder, max_positions: int) -> RotationTable:
-    frequencies = decoder.rotary.frequencies
-    angles = torch.outer(torch.arange(max_positions, device=frequencies.device).float(), frequencies)
-    return RotationTable(angles.cos(), angles.sin())
+    return RotationTable(*decoder.rotary.frequencies.table(max_positions))

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import ModelConfig
-from sarathi.model_executor.architecture import ModelArchitecture, UnsupportedModelError
+from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import KernelUnavailableError, create_backend
+from sarathi.model_executor.fields import UnsupportedModelError
 from sarathi.model_executor.loader.checkpoint import CheckpointError
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
 from sarathi.model_executor.loader.loader import LoadFormatError, load_weights, open_checkpoint
@@ -108,10 +109,10 @@ def test_broken_and_foreign_configurations(folder: Path) -> None:
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "'yarn' is not supported; supported: default, linear, llama3",
+            {"rope_parameters": {"rope_type": "su", "factor": 4.0}},
+            "'su' is not supported; supported: default, linear, llama3, yarn, dynamic, longrope",
         ),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "no 'rope_parameters.factor'"),
         ({"num_key_value_heads": 3}, "must be a multiple"),
     ]:
         path.write_text(json.dumps({**config, **change}))
@@ -159,7 +160,7 @@ def test_rope_divisors_of_a_gguf_file_become_frequencies(tmp_path: Path) -> None
     checkpoint = GGUFCheckpoint(file)
     arch = read_architecture(checkpoint.config())
     assert arch.rope.kind == "divided"
-    found = make_decoder(arch).rotary.frequencies
+    found = make_decoder(arch).rotary.frequencies.base
     expected = torch.tensor([1.0, 0.1, 0.01, 0.001]) / torch.from_numpy(divisors)
     torch.testing.assert_close(found, expected)
     assert [named.name for named in checkpoint.tensors()] == ["model.embed_tokens.weight"]

@@ -22,11 +22,22 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 
+_YARN = {"rope_type": "yarn", "rope_theta": 900.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 900.0, "factor": 4.0}
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 900.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 3.0, 5.0, 9.0],
+}  # fmt: skip
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama2": LlamaConfig(**_SHAPE),
     "llama-with-biases": LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
     "llama3.1": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE),
     "llama-linear": LlamaConfig(**_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+    "llama-yarn": LlamaConfig(**_SHAPE, rope_parameters=_YARN),
+    "llama-dynamic": LlamaConfig(**{**_SHAPE, "max_position_embeddings": 64}, rope_parameters=_DYNAMIC),
+    "llama-longrope": LlamaConfig(**_SHAPE, rope_parameters=_LONGROPE),
+    "qwen2-yarn": Qwen2Config(**_SHAPE, rope_parameters=_YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}),
     "smollm2": LlamaConfig(**_SHAPE, tie_word_embeddings=True, head_dim=8),
     "yi": LlamaConfig(**{**_SHAPE, "num_key_value_heads": 1}, rope_theta=1e7),
     "mistral": MistralConfig(**_SHAPE, sliding_window=7),

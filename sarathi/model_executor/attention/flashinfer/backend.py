@@ -176,7 +176,7 @@ def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> Flas
         raise KernelUnavailableError(
             f"attention backend '{spec}': FlashInfer has head sizes {_HEAD_SIZES}, the model's is {arch.head_size}"
         )
-    if 0 < arch.first_windowed_layer < arch.num_layers and arch.sliding_window is not None:
+    if arch.full_attention_layers and arch.sliding_window is not None:
         raise KernelUnavailableError(
             f"attention backend '{spec}': a step is planned for one window, the layers have two"
         )
