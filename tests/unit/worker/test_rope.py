@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sarathi.config.load import make_config
-from sarathi.executor.uniproc import Executor
+from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.messages import SampledToken
 from sarathi.model_executor.fields import UnsupportedModelError
 from sarathi.model_executor.models import read_architecture
@@ -88,7 +88,7 @@ def test_logits_equal_transformers_below_across_and_above_the_original_length(ti
     seed = torch.seed() % 10**6
     print(f"seed {seed}")
     rng = random.Random(seed)
-    executor = Executor(
+    executor = UniprocExecutor(
         make_config(model=str(tiny.folder), attention_backend=backend, device="cpu", memory_bytes=2**23, max_num_seqs=8)
     )
     lengths = [rng.randint(1, 50), 53, 63, 64, 65, rng.randint(66, 100), 200]
