@@ -121,6 +121,53 @@ class CompletedStep(NamedTuple):
         return self.outcome
 
 
+class RequestUpdate(NamedTuple):
+    """What one step brought one request, as the core tells the front end.
+
+    tokens: the new tokens, in order.
+    finish_reason: "stop", "length" or "error" where the request ended in this step; None while it goes on.
+    stop_reason: the stop token that ended it; None for the model's end token.
+    """
+
+    request_id: str
+    tokens: tuple[SampledToken, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+
+
+class StepReport(NamedTuple):
+    """A completed step for the metrics; times are seconds of the core's clock."""
+
+    out: SchedulerOutput
+    result: StepResult
+    started_at_s: float
+    scheduled_at_s: float
+    executed_at_s: float
+
+
+class CoreOutput(NamedTuple):
+    """The core's one message of a step. step: the step that completed; None where it is still running."""
+
+    updates: tuple[RequestUpdate, ...] = ()
+    step: StepReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the core tells the front end once, when it has started.
+
+    vocab_size: token ids are in [0, vocab_size). max_model_len: tokens of the longest request, prompt and output.
+    capacity: of the KV cache. token_bytes: of one token's keys and values in all layers.
+    dtype_eps: difference between 1 and the next larger number in the model's dtype.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    capacity: CacheCapacity
+    token_bytes: int
+    dtype_eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
     """The cache as the ledger sees it: rows, the unit of account.

@@ -1,8 +1,8 @@
-"""From a configuration to the parts of an engine; the one place that knows which part goes with which."""
+"""From a configuration to the parts of an engine."""
 
 from pathlib import Path
 
-from sarathi.config.schema import EngineConfig, ModelConfig
+from sarathi.config.schema import EngineConfig, ModelConfig, SchedulerConfig
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.base import Scheduler
 from sarathi.core.scheduler.factory import make_scheduler
@@ -11,12 +11,15 @@ from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 
-def build_parts(config: EngineConfig) -> tuple[Scheduler, UniprocExecutor, Tokenizer | None]:
-    """Load the tokenizer, then the model (the slow part last), and lay the scheduler's books over its cache."""
-    tokenizer = load_tokenizer(_tokenizer_source(config.model))
-    executor = UniprocExecutor(config)
-    ledger = make_block_space_manager(executor.backend, executor.capacity)
-    return make_scheduler(config.scheduler, ledger, executor.max_model_len), executor, tokenizer
+def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, UniprocExecutor]:
+    """The tokenizer, then the executor with the model, which takes longest to load."""
+    return load_tokenizer(_tokenizer_source(config.model)), UniprocExecutor(config)
+
+
+def build_scheduler(config: SchedulerConfig, executor: UniprocExecutor) -> Scheduler:
+    """The scheduler that the configuration asks for, over the block space manager of the executor's backend."""
+    block_space_manager = make_block_space_manager(executor.backend, executor.capacity)
+    return make_scheduler(config, block_space_manager, executor.max_model_len)
 
 
 def _tokenizer_source(config: ModelConfig) -> ModelSource:

@@ -1,4 +1,4 @@
-"""Checks what a caller hands in and makes token ids of it, before anything else hears of it; knows no scheduler.
+"""Prompts and parameters of callers to requests of the core: checked, tokenized, one for each completion.
 
 A request that passes here and the scheduler's own length check can harm no other request in its batch.
 """
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from sarathi.engine.containers import is_integer, is_list
 from sarathi.engine.tokenizer.tokenizer import Tokenizer, UnencodableTextError
+from sarathi.messages import NewRequest
 from sarathi.sampling_params import SamplingParams
 from sarathi.wording import short_repr
 
@@ -23,19 +24,22 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
 
-    def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt as ids in the vocabulary.
+    def process(self, request_id: str, prompt: Prompt, params: SamplingParams) -> list[NewRequest]:
+        """One request for each of the params.n completions; the first has the id itself, others `id#1`, `id#2`, ...
 
-        ValueError for an empty prompt, one of another type, text that is none, or a bad id.
+        Raises ValueError for an empty prompt, one that is neither text nor token ids, text that cannot be encoded, a
+        token id outside the vocabulary, and parameters that do not fit the model.
         """
         ids = self._encode(prompt) if isinstance(prompt, str) else _integers(prompt)
         if not ids:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
         self._check_ids("prompt", ids)
-        return ids
+        self._check_params(params)
+        eos_token_ids = frozenset() if self._tokenizer is None else self._tokenizer.eos_token_ids
+        first = NewRequest(request_id, ids, params if params.n == 1 else replace(params, n=1), eos_token_ids)
+        return [first, *(_completion(first, index) for index in range(1, params.n))]
 
-    def check_params(self, params: SamplingParams) -> None:
-        """ValueError where parameters do not fit this model, naming field, value and what is allowed."""
+    def _check_params(self, params: SamplingParams) -> None:
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}: this model has no tokenizer, use stop_token_ids")
         if params.logprobs is not None and params.logprobs > self._vocab_size:
@@ -59,17 +63,13 @@ class InputProcessor:
                 )
 
 
-def fan_out(params: SamplingParams) -> list[SamplingParams]:
-    """Parameters of each of the n completions: one each, with seeds that differ and follow from the one given."""
-    if params.n == 1:
-        return [params]
-    return [replace(params, n=1, seed=_derived_seed(params.seed, index)) for index in range(params.n)]
-
-
-def _derived_seed(seed: int | None, index: int) -> int | None:
-    if seed is None or index == 0:
-        return seed
-    return (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # 64 bits with a sign, each of them again
+def _completion(first: NewRequest, index: int) -> NewRequest:
+    """Another completion of the same prompt. Its seed follows from the given one and differs from the others'."""
+    seed = first.sampling_params.seed
+    if seed is not None:
+        seed = (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # a signed 64-bit integer again
+    params = replace(first.sampling_params, seed=seed)
+    return replace(first, request_id=f"{first.request_id}#{index}", sampling_params=params)
 
 
 def _integers(prompt: Sequence[int]) -> tuple[int, ...]:

@@ -1,84 +1,175 @@
-"""Sampled tokens to outputs: text, stop strings, logprobs and times of requests; knows no scheduler and no cache.
+"""The core's updates to outputs: text, stop strings, logprobs and times of requests.
 
-One call of add_request is a Group of n Answers; each Answer follows one Request of the scheduler.
+The only place where a request ends for its caller and for the metrics, whatever ended it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple
 
-from sarathi.engine.outputs import Completion, CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sarathi.messages import SampledToken
-from sarathi.request import Request
-
-
-class TextStream(Protocol):
-    """What Detokenizer and SilentDetokenizer offer."""
-
-    @property
-    def matched_stop(self) -> str | None: ...
-
-    def push(self, token_id: int, may_stop: bool = True) -> str: ...
-
-    def flush(self) -> str: ...
+from sarathi.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from sarathi.engine.tokenizer.detokenizer import Detokenizer, SilentDetokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.messages import CoreOutput, NewRequest, RequestUpdate, SampledToken, StepReport
+from sarathi.metrics import MetricsSink
 
 
-class Answer:
-    """One completion as it grows."""
+class Completion:
+    """One of the n completions of a prompt, as it grows. Lists only grow, so that outputs can refer to them."""
 
-    def __init__(self, request: Request, index: int, text: TextStream, piece: Callable[[int], str]) -> None:
-        self.request = request
+    def __init__(self, state: "RequestState", request: NewRequest, index: int, tokenizer: Tokenizer | None) -> None:
+        self.state = state
+        self.request_id = request.request_id
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self._index = index
-        self._text = text
-        self._piece = piece
-        self._completion = Completion()
-        self._delta = ""
+        self._min_tokens = request.sampling_params.min_tokens
+        self._show_token = str if tokenizer is None else tokenizer.piece
+        stop = request.sampling_params.stop
+        self._detokenizer = SilentDetokenizer() if tokenizer is None else Detokenizer(tokenizer, stop)
+        self._text = self._delta = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
 
-    @property
-    def matched_stop(self) -> str | None:
-        return self._text.matched_stop
+    def append(self, update: RequestUpdate) -> str | None:
+        """Take in an update's tokens up to the one that completes a stop string, which is returned.
 
-    def take(self, token: SampledToken) -> None:
-        """Append a token. The request has seen it: a token that ended it is counted, but is not part of the text."""
-        self._completion.token_ids.append(token.token_id)
-        if token.logprob is not None:
-            self._completion.logprobs.append(self._logprobs(token, token.logprob))
-        if self.request.finish_reason != "stop":
-            may_stop = len(self._completion.token_ids) >= self.request.sampling_params.min_tokens
-            self._delta += self._text.push(token.token_id, may_stop)
+        A token that the core stopped at is counted, but is not part of the text.
+        """
+        num_shown = len(update.tokens) - (update.finish_reason == "stop")
+        for number, token in enumerate(update.tokens):
+            self._token_ids.append(token.token_id)
+            if token.logprob is not None:
+                self._logprobs.append(self._token_logprobs(token, token.logprob))
+            if number < num_shown:
+                self._delta += self._detokenizer.push(token.token_id, len(self._token_ids) >= self._min_tokens)
+                if self._detokenizer.matched_stop is not None:
+                    return self._detokenizer.matched_stop
+        return None
 
     def output(self) -> CompletionOutput:
-        """The answer as of now. A finished one first gives out what its text held back."""
-        request, completion = self.request, self._completion
-        if request.is_finished:
-            self._delta += self._text.flush()
+        """The completion as of now; one that has ended first releases the text that was held back."""
+        if self.finish_reason is not None:
+            self._delta += self._detokenizer.flush()
         delta, self._delta = self._delta, ""
-        completion.text += delta
-        num_tokens = len(completion.token_ids)
+        self._text += delta
         return CompletionOutput(
-            self._index, completion.text, delta, num_tokens, request.finish_reason, request.stop_reason, completion
-        )
+            self._index, self._text, delta, len(self._token_ids), self.finish_reason, self.stop_reason,
+            self._token_ids, self._logprobs,
+        )  # fmt: skip
 
-    def _logprobs(self, token: SampledToken, chosen: float) -> dict[int, Logprob]:
+    def _token_logprobs(self, token: SampledToken, chosen: float) -> TokenLogprobs:
         pairs = [(token.token_id, chosen), *token.top_logprobs]
-        return {token_id: Logprob(logprob, self._piece(token_id)) for token_id, logprob in pairs}
+        return {token_id: Logprob(logprob, self._show_token(token_id)) for token_id, logprob in pairs}
 
 
-class Group:
-    """The n answers to one prompt, and its times."""
+class RequestState:
+    """A prompt with its n completions, and its times."""
 
-    def __init__(self, request_id: str, prompt: str | None, answers: Sequence[Answer], metrics: RequestMetrics) -> None:
+    def __init__(
+        self, request_id: str, prompt: str | None, requests: Sequence[NewRequest], tokenizer: Tokenizer | None,
+        arrived_at_s: float,
+    ) -> None:  # fmt: skip
         self.request_id = request_id
-        self.answers = answers
-        self.metrics = metrics
+        self.metrics = RequestMetrics(arrived_at_s)
+        self.completions = [Completion(self, request, index, tokenizer) for index, request in enumerate(requests)]
+        self.prompt_token_ids = requests[0].token_ids
         self._prompt = prompt
 
     def output(self, now_s: float) -> RequestOutput:
-        """The request as of now; the first output, and the last, set the times."""
-        outputs = [answer.output() for answer in self.answers]
+        """The request as of now; its first output, and its last, set the times."""
+        outputs = [completion.output() for completion in self.completions]
         finished = None not in [output.finish_reason for output in outputs]
-        if self.metrics.first_token_time_s is None and any(output.num_tokens for output in outputs):
+        if self.metrics.first_token_time_s is None and any([output.num_tokens for output in outputs]):
             self.metrics.first_token_time_s = now_s
         if finished:
             self.metrics.finish_time_s = now_s
-        prompt_ids = self.answers[0].request.prompt_token_ids
-        return RequestOutput(self.request_id, self._prompt, prompt_ids, outputs, finished, self.metrics)
+        return RequestOutput(self.request_id, self._prompt, self.prompt_token_ids, outputs, finished, self.metrics)
+
+
+class StopFound(NamedTuple):
+    """A request that a stop string ended, of which the core has yet to hear."""
+
+    request_id: str
+    stop: str
+
+
+class OutputProcessor:
+    """Every request that has not ended, as its caller sees it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float], metrics: MetricsSink) -> None:
+        self.states: dict[str, RequestState] = {}
+        self._completions: dict[str, Completion] = {}
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._metrics = metrics
+
+    def add(
+        self, request_id: str, prompt: str | None, requests: Sequence[NewRequest], arrived_at_s: float
+    ) -> RequestState:
+        """Expect updates of the completions of one prompt. ValueError where an id of them is in use."""
+        for name in [request.request_id for request in requests if request.request_id in self._completions]:
+            raise ValueError(f"request id {name!r} belongs to a request that has not ended")
+        state = RequestState(request_id, prompt, requests, self._tokenizer, arrived_at_s)
+        self.states[request_id] = state
+        for completion in state.completions:
+            self._completions[completion.request_id] = completion
+            self._metrics.on_request_arrived(completion.request_id, len(state.prompt_token_ids), arrived_at_s)
+        return state
+
+    def process(self, message: CoreOutput) -> tuple[list[RequestOutput], list[StopFound]]:
+        """Outputs of the requests that got a token or ended, and the stop strings found.
+
+        Updates of requests that ended here while a step with them was running are dropped.
+        """
+        touched: dict[str, RequestState] = {}
+        found = []
+        if message.step is not None:
+            self._note_scheduled(message.step)
+        for update in message.updates:
+            completion = self._completions.get(update.request_id)
+            if completion is None:
+                continue
+            touched[completion.state.request_id] = completion.state
+            stop = completion.append(update)
+            if stop is not None:  # also where the core ended it with the same token
+                found.append(StopFound(update.request_id, stop))
+                self._end(completion, "stop", stop)
+            elif update.finish_reason is not None:
+                self._end(completion, update.finish_reason, update.stop_reason)
+        now_s = self._clock()
+        return [self._output(state, now_s) for state in touched.values()], found
+
+    def end(self, state: RequestState, reason: str) -> RequestOutput:
+        """The last output of a request whose open completions all end now, for one reason."""
+        for completion in state.completions:
+            if completion.finish_reason is None:
+                self._end(completion, reason, None)
+        return self._output(state, self._clock())
+
+    def end_all(self, reason: str) -> None:
+        """End every request without a last output, also where an exception left them half updated."""
+        try:
+            for completion in self._completions.values():
+                if completion.finish_reason is None:
+                    self._end(completion, reason, None)
+        finally:
+            self.states.clear()
+            self._completions.clear()
+
+    def _end(self, completion: Completion, reason: str, stop_reason: int | str | None) -> None:
+        completion.finish_reason, completion.stop_reason = reason, stop_reason
+        self._metrics.on_request_finished(completion.request_id, reason)
+
+    def _output(self, state: RequestState, now_s: float) -> RequestOutput:
+        output = state.output(now_s)
+        if output.finished:
+            del self.states[state.request_id]
+            for completion in state.completions:
+                del self._completions[completion.request_id]
+        return output
+
+    def _note_scheduled(self, step: StepReport) -> None:
+        for new in step.out.new_requests:
+            completion = self._completions.get(new.request_id)
+            if completion is not None and completion.state.metrics.first_scheduled_time_s is None:
+                completion.state.metrics.first_scheduled_time_s = step.started_at_s

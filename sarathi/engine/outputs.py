@@ -1,6 +1,6 @@
-"""What a caller gets back from each step: the state of a request's completions; knows no scheduler and no tokenizer.
+"""What a caller gets from each step: the state of a request and of its completions.
 
-Outputs are not frozen although nothing changes them: hundreds are built in a step, and frozen ones take thrice as long.
+Nothing changes an output, but none is frozen: hundreds are built in a step, and frozen ones take three times as long.
 """
 
 from dataclasses import dataclass
@@ -18,23 +18,14 @@ TokenLogprobs = dict[int, Logprob]
 """Token id -> Logprob: the chosen token first, then the most likely ones, best first."""
 
 
-class Completion:
-    """One growing answer. Lists only grow, so that a CompletionOutput can refer to their beginnings without a copy."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-
-
 @dataclass(repr=False, eq=False, slots=True)
 class CompletionOutput:
-    """One of a request's n answers as of one step; building it costs the same however long the answer is.
+    """One of a request's n completions as of one step. It refers to lists that only grow, and copies nothing.
 
     text: all of it so far, without stop string and special tokens; it may lag behind the tokens by what is held back.
     delta: what the step added to `text`.
     finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
-    stop_reason: the stop string or stop token that ended it; None for the model's own end token.
+    stop_reason: the stop string or stop token that ended it; None for the model's own end token, and for no stop.
     """
 
     index: int
@@ -43,17 +34,18 @@ class CompletionOutput:
     num_tokens: int
     finish_reason: str | None
     stop_reason: int | str | None
-    _completion: Completion
+    _token_ids: list[int]
+    _logprobs: list[TokenLogprobs]
 
     @property
     def token_ids(self) -> list[int]:
         """Ids so far, the one that ended it included."""
-        return self._completion.token_ids[: self.num_tokens]
+        return self._token_ids[: self.num_tokens]
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         """One entry a token; None unless asked for."""
-        return self._completion.logprobs[: self.num_tokens] or None
+        return self._logprobs[: self.num_tokens] or None
 
     @property
     def finished(self) -> bool:

@@ -17,7 +17,6 @@ from sarathi.metrics.records import (
     StepTimes,
 )
 from sarathi.metrics.request_record import RequestRecord
-from sarathi.request import Request
 
 Clock = Callable[[], float]
 
@@ -25,9 +24,9 @@ Clock = Callable[[], float]
 class MetricsSink(Protocol):
     """What an engine tells of itself. Calls of one step come in the order of their times."""
 
-    def on_request_arrived(self, request: Request) -> None: ...
+    def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None: ...
 
-    def on_request_finished(self, request: Request) -> None: ...
+    def on_request_finished(self, request_id: str, finish_reason: str) -> None: ...
 
     def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None: ...
 
@@ -39,10 +38,10 @@ class MetricsSink(Protocol):
 class NullMetricsStore:
     """Metrics switched off: every call does nothing."""
 
-    def on_request_arrived(self, request: Request) -> None:
+    def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None:
         pass
 
-    def on_request_finished(self, request: Request) -> None:
+    def on_request_finished(self, request_id: str, finish_reason: str) -> None:
         pass
 
     def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
@@ -107,22 +106,21 @@ class MetricsStore:
             self._page_bytes,
         )
 
-    def on_request_arrived(self, request: Request) -> None:
-        """Time zero of a request is its arrival_time_s, which may lie before this call."""
-        arrived_s = request.arrival_time_s
-        gap_s = None if self._last_arrival_s is None else arrived_s - self._last_arrival_s
-        self._last_arrival_s = arrived_s
-        name = f"{self._replica}_{request.request_id}"
-        record = RequestRecord(name, request.num_prompt_tokens, arrived_s, gap_s, capacity=self._capacity)
+    def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None:
+        """arrived_at_s is time zero of the request; it may lie before this call."""
+        gap_s = None if self._last_arrival_s is None else arrived_at_s - self._last_arrival_s
+        self._last_arrival_s = arrived_at_s
+        name = f"{self._replica}_{request_id}"
+        record = RequestRecord(name, num_prompt_tokens, arrived_at_s, gap_s, capacity=self._capacity)
         self._requests.append(record)
-        self._by_id[request.request_id] = record
+        self._by_id[request_id] = record
 
-    def on_request_finished(self, request: Request) -> None:
+    def on_request_finished(self, request_id: str, finish_reason: str) -> None:
         """Its last token may still be told by the on_step that follows."""
-        record = self._by_id.get(request.request_id)
+        record = self._by_id.get(request_id)
         if record is not None:
             record.closed_at_s = self._clock()
-            record.finish_reason = request.finish_reason
+            record.finish_reason = finish_reason
 
     def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
         """One step and its tokens. A step that computed nothing is none; requests before a reset are passed over."""

@@ -94,17 +94,15 @@ class Scheduler(ABC):
 
     def abort(self, request_id: str) -> bool:
         """End a request at once, in whatever state; False if there is none of that id, which is no error."""
+        return self.finish(request_id, "abort")
+
+    def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
+        """End a request for a reason found outside, as a stop string; False if there is none of that id."""
         ticket = self._tickets.get(request_id)
         if ticket is not None:
-            self.finish(ticket.request, "abort")
-        return ticket is not None
-
-    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a request for a reason found outside, as a stop string; nothing happens if it has ended already."""
-        ticket = self._tickets.get(request.request_id)
-        if ticket is not None and ticket.request is request:
             self._end(ticket, reason, stop_reason)
             self._residents.drop_finished()
+        return ticket is not None
 
     def reset(self) -> None:
         """End every request with reason "error", in whatever state an exception left the books; no step is under way.

@@ -111,7 +111,7 @@ def make_pair(
 def make_request(name: str, num_prompt: int, max_tokens: int | None = 16, **params: object) -> Request:
     """A request whose prompt differs from every other's; it stops at EOS unless told to ignore it."""
     prompt = [crc32(f"{name}.{i}".encode()) % VOCAB for i in range(num_prompt)]
-    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **params), 0.0, frozenset([EOS]))
+    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **params), frozenset([EOS]))
 
 
 def expected_output(request: Request, max_len: int) -> tuple[list[int], str]:

@@ -74,11 +74,11 @@ def test_parameters_are_made_uniform() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="request 'r': the prompt is empty"):
-        Request("r", (), SamplingParams(), 0.0, frozenset())
+        Request("r", (), SamplingParams(), frozenset())
 
 
 def test_one_counter_catches_up_with_another() -> None:
-    request = Request("r", [1, 2, 3], SamplingParams(), 0.0, frozenset())
+    request = Request("r", [1, 2, 3], SamplingParams(), frozenset())
     assert (request.num_tokens, request.num_remaining_tokens, request.prompt_token_ids) == (3, 3, (1, 2, 3))
     request.num_computed_tokens, request.num_pending_tokens = 3, 1
     assert (request.num_tokens, request.num_remaining_tokens) == (4, 1)

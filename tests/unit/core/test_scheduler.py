@@ -158,8 +158,8 @@ def test_a_stop_string_found_outside_ends_a_request_and_drops_the_token_behind_i
     second_result = worker.execute(second)
     worker.landed(first.step_id)
     assert scheduler.update(first, result) == [request]
-    scheduler.finish(request, "stop", "END")
-    scheduler.finish(request, "length")
+    scheduler.finish("r", "stop", "END")
+    scheduler.finish("r", "length")
     worker.landed(second.step_id)
     assert scheduler.update(second, second_result) == []
     assert (request.finish_reason, request.stop_reason, len(request.output_token_ids)) == ("stop", "END", 1)

@@ -45,9 +45,9 @@ class Simulation:
 
     def arrive(self, request_id: str, prompt: int, output: int) -> None:
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        request = Request(request_id, tuple(range(1, prompt + 1)), params, self.clock.now_s)
+        request = Request(request_id, tuple(range(1, prompt + 1)), params)
         self.scheduler.add(request)
-        self.store.on_request_arrived(request)
+        self.store.on_request_arrived(request_id, prompt, self.clock.now_s)
         self.truth[request_id] = Truth(self.clock.now_s, prompt)
 
     def step(self) -> None:
@@ -61,7 +61,7 @@ class Simulation:
         self.store.on_step(out, result, StepTimes(start_s, *map(float, marks)))
         for request in progressed:
             if request.is_finished:
-                self.store.on_request_finished(request)
+                self.store.on_request_finished(request.request_id, request.finish_reason)
         self.clock.now_s += float(self.rng.uniform(0, 0.1))
 
     def _write_down(self, out: SchedulerOutput, result: StepResult, start_s: float) -> None:

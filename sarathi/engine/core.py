@@ -1,0 +1,124 @@
+"""Engine core: scheduler, executor and the steps in flight. Token ids in, one message a step out; no text."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from sarathi.core.scheduler.base import Scheduler
+from sarathi.executor.base import Executor
+from sarathi.messages import (
+    CoreOutput,
+    EngineFacts,
+    MemoryStats,
+    NewRequest,
+    RequestUpdate,
+    SchedulerOutput,
+    StepFuture,
+    StepReport,
+    StepResult,
+)
+from sarathi.request import Request
+
+_NOTHING = CoreOutput()
+
+
+class InFlightStep(NamedTuple):
+    """A launched step whose result has not been taken, and when its scheduling began and ended (clock seconds)."""
+
+    out: SchedulerOutput
+    future: StepFuture
+    started_at_s: float
+    scheduled_at_s: float
+
+
+class EngineCore:
+    """The core in this process, which is also its own client: see `CoreClient` for what the methods promise.
+
+    Messages only cross this boundary: the caller shares no object with the scheduler or the executor.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.facts = EngineFacts(
+            executor.vocab_size, executor.max_model_len, executor.capacity, executor.token_bytes, executor.dtype_eps
+        )
+        self._clock = clock
+        self._steps: deque[InFlightStep] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._steps)
+
+    def add_requests(self, requests: Sequence[NewRequest]) -> None:
+        for new in requests:
+            request = Request(new.request_id, new.token_ids, new.sampling_params, new.eos_token_ids)
+            self.scheduler.add(request)
+
+    def finish(self, request_id: str, reason: str, stop_reason: str | None = None) -> None:
+        self.scheduler.finish(request_id, reason, stop_reason)
+
+    def step(self) -> CoreOutput:
+        """Launch one step, and wait for the oldest where no more may be in flight."""
+        if self.scheduler.has_work:
+            started_at_s = self._clock()
+            out = self.scheduler.schedule()
+            scheduled_at_s = self._clock()
+            self._steps.append(InFlightStep(out, self.executor.launch(out), started_at_s, scheduled_at_s))
+        if not self._steps or self._may_launch_more():
+            return _NOTHING
+        step = self._steps[0]
+        result = step.future.result()
+        self._steps.popleft()
+        executed_at_s = self._clock()
+        changed = self.scheduler.update(step.out, result)
+        report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
+        return CoreOutput(_updates(changed, result), report)
+
+    def reset(self) -> None:
+        """The memory of a request must not be released under a running step, so all steps are waited for first."""
+        try:
+            self._wait_for_steps()
+        finally:
+            self._steps.clear()
+            self.scheduler.reset()
+
+    def memory_stats(self) -> MemoryStats:
+        return self.executor.memory_stats()
+
+    def shutdown(self) -> None:
+        try:
+            self.reset()
+        finally:
+            self.executor.shutdown()
+
+    def _may_launch_more(self) -> bool:
+        """Whether there is room for another step behind the newest one, and something to put into it."""
+        is_full = len(self._steps) >= self.executor.max_in_flight
+        return not is_full and bool(self._steps[-1].out.chunks) and self.scheduler.has_work
+
+    def _wait_for_steps(self) -> None:
+        """Wait for the steps in flight, then for everything the executor runs, whatever ends the first wait.
+
+        Ctrl-C may have come between a launch and its entry among the steps, or may come again during the wait.
+        """
+        try:
+            for step in self._steps:
+                with suppress(Exception):
+                    step.future.result()
+        finally:
+            with suppress(Exception):
+                self.executor.wait()
+
+
+def _updates(changed: Sequence[Request], result: StepResult) -> tuple[RequestUpdate, ...]:
+    """One update for each request that got a token or ended. Tokens of requests that had ended before are dropped."""
+    tokens = {token.request_id: (token,) for token in result.tokens}
+    return tuple(
+        [
+            RequestUpdate(each.request_id, tokens.get(each.request_id, ()), each.finish_reason, each.stop_reason)
+            for each in changed
+        ]
+    )
