@@ -132,7 +132,7 @@ class RequestUpdate(NamedTuple):
     request_id: str
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
 
 class StepReport(NamedTuple):

@@ -24,6 +24,7 @@ import transformers
 from tqdm import tqdm
 
 from sarathi import LLM, SamplingParams
+from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.entrypoints.script import run_script
 from sarathi.messages import CompletedStep, SchedulerOutput
@@ -198,8 +199,8 @@ def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Itera
     """Shares of engine.step() that are not the model, and that are the metrics store, decode, medians over steps."""
     work = equal_requests(batch, prompt, output)
     with engine(model, PAIR[0], batch) as llm:
-        executor, metrics = ExecutorClock(llm.engine.executor), CallClock(MetricsStore())
-        measured = LLMEngine(llm.engine.scheduler, executor, llm.engine.tokenizer, metrics=metrics)
+        executor, metrics = ExecutorClock(llm.engine.core.executor), CallClock(MetricsStore())
+        measured = LLMEngine(EngineCore(llm.engine.core.scheduler, executor), llm.engine.tokenizer, metrics=metrics)
         for index, token_ids in enumerate(work.prompts):
             measured.add_request(str(index), token_ids, work.sampling_params())
         shares = []

@@ -20,7 +20,8 @@ from sarathi.benchmark.progress import ProgressBar
 from sarathi.benchmark.request_generator import RequestSpec, generate_requests
 from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
-from sarathi.engine.build import build_parts
+from sarathi.engine.build import build_parts, build_scheduler
+from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.executor.base import Executor
@@ -35,10 +36,11 @@ class BenchmarkRunner:
 
     def __init__(self, config: BenchmarkConfig, replica: int = 0, device: str | None = None) -> None:
         self._config, self._replica = config, replica
-        scheduler, executor, tokenizer = build_parts(engine_config(config, device))
+        settings = engine_config(config, device)
+        tokenizer, executor = build_parts(settings)
         self._store = _make_store(config, replica, executor) if config.write_metrics else None
-        timed = _timed(config, executor, self._store)
-        self._engine = LLMEngine(scheduler, timed, tokenizer, metrics=self._store or NullMetricsStore())
+        core = EngineCore(build_scheduler(settings.scheduler, executor), _timed(config, executor, self._store))
+        self._engine = LLMEngine(core, tokenizer, metrics=self._store or NullMetricsStore())
         encode = None if tokenizer is None else tokenizer.encode
         self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
         self._prompts = PromptMaker(config.seed, executor.vocab_size, encode)
@@ -77,10 +79,10 @@ class BenchmarkRunner:
             )
             if self._store is not None:
                 self._store.reset()
-                self._store.on_memory(self._engine.executor.memory_stats())
+                self._store.on_memory(self._engine.memory_stats())
             served = loop.serve(share, limit_s)
         if self._store is not None:
-            self._store.on_memory(self._engine.executor.memory_stats())
+            self._store.on_memory(self._engine.memory_stats())
         rows = None if self._store is None else self._store.rows()
         return RunOutcome(rows=rows, **vars(served))
 
@@ -117,7 +119,7 @@ class _MemorySampler:
 
     def __call__(self, outputs: Sequence[RequestOutput]) -> None:
         if self._num_steps % self._interval == 0:
-            self._store.on_memory(self._engine.executor.memory_stats())
+            self._store.on_memory(self._engine.memory_stats())
         self._num_steps += 1
 
 

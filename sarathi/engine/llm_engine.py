@@ -10,7 +10,7 @@ from sarathi.engine.input_processor import InputProcessor, Prompt
 from sarathi.engine.output_processor import OutputProcessor
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import MemoryStats
+from sarathi.messages import MemoryStats, StepReport
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.sampling_params import SamplingParams
 
@@ -96,8 +96,7 @@ class LLMEngine:
             for request_id, stop in stops:
                 self.core.finish(request_id, "stop", stop)
             if message.step is not None:
-                out, result, *times = message.step
-                self._metrics.on_step(out, result, StepTimes(*times, self._clock()))
+                self._report(message.step)
         except BaseException:
             try:
                 self.core.reset()
@@ -105,6 +104,10 @@ class LLMEngine:
                 self._outputs.end_all("error")
             raise
         return outputs
+
+    def _report(self, step: StepReport) -> None:
+        times = StepTimes(step.started_at_s, step.scheduled_at_s, step.executed_at_s, self._clock())
+        self._metrics.on_step(step.out, step.result, times)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its last output, or None if there is no such request (any more)."""

@@ -79,7 +79,7 @@ class RequestState:
         """The request as of now; its first output, and its last, set the times."""
         outputs = [completion.output() for completion in self.completions]
         finished = None not in [output.finish_reason for output in outputs]
-        if self.metrics.first_token_time_s is None and any([output.num_tokens for output in outputs]):
+        if self.metrics.first_token_time_s is None and any(output.num_tokens for output in outputs):
             self.metrics.first_token_time_s = now_s
         if finished:
             self.metrics.finish_time_s = now_s

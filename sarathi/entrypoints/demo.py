@@ -1,7 +1,4 @@
-"""`sarathi demo`: a model answers prompts, then three kinds of KV cache do the same work side by side.
-
-Knows no cache from inside: sizes come from the executor.
-"""
+"""`sarathi demo`: a model answers prompts, then three kinds of KV cache do the same work side by side."""
 
 import argparse
 import math
@@ -125,16 +122,16 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
         start_s = time.monotonic()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         elapsed_s = time.monotonic() - start_s
-        executor, capacity = llm.engine.executor, llm.engine.executor.capacity
-        num_tensors = executor.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
+        facts, capacity = llm.engine.core.facts, llm.engine.core.facts.capacity
+        num_tensors = facts.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
         return Measured(
             backend=config.model.attention_backend,
             answers=[output.outputs[0] for output in outputs],
             elapsed_s=elapsed_s,
             peak_bytes=llm.memory_stats().peak_mapped_bytes,
-            own_bytes=sum(map(_cached_tokens, outputs)) * executor.token_bytes,
+            own_bytes=sum(map(_cached_tokens, outputs)) * facts.token_bytes,
             pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
-            dtype_eps=executor.dtype_eps,
+            dtype_eps=facts.dtype_eps,
         )
 
 

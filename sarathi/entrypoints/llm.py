@@ -115,7 +115,7 @@ class LLM:
 
     def memory_stats(self) -> MemoryStats:
         """What the KV cache holds now, and at its peak, in bytes."""
-        return self.engine.executor.memory_stats()
+        return self.engine.memory_stats()
 
     def close(self) -> None:
         """Free all memory, of the cache and of the model; open streams end with an error. May be called again."""

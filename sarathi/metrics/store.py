@@ -131,7 +131,7 @@ class MetricsStore:
         busy_from_s = max(times.started_at_s, self._last_end_s)
         self._last_end_s = times.ended_at_s
         num_decodes = self._note_chunks(out.chunks, busy_from_s, times.ended_at_s - busy_from_s)
-        self._note_tokens(result, times.ended_at_s)
+        self._note_tokens(result, times)
         self._steps.append(
             StepRecord(
                 out.step_id,
@@ -175,9 +175,10 @@ class MetricsStore:
             if request_id in self._by_id:
                 self._by_id[request_id].num_restarts += 1
 
-    def _note_tokens(self, result: StepResult, at_s: float) -> None:
+    def _note_tokens(self, result: StepResult, times: StepTimes) -> None:
+        """Without the tokens of requests that ended while the step was running: nobody gets those."""
         find = self._by_id.get
         for token in result.tokens:
             record = find(token[0])
-            if record is not None:
-                record.token_times_s.append(at_s)
+            if record is not None and (record.closed_at_s is None or record.closed_at_s >= times.executed_at_s):
+                record.token_times_s.append(times.ended_at_s)

@@ -13,6 +13,7 @@ from sarathi import LLM, SamplingParams
 from sarathi.core.block_space_manager.factory import make_block_space_manager
 from sarathi.core.scheduler.base import Scheduler
 from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import MemoryStats
 from sarathi.metrics import MetricsStore
@@ -27,10 +28,10 @@ class OurEngine:
         self._llm, self._built = llm, llm.engine
         self.engine = llm.engine
         self.backend = backend
-        executor = llm.engine.executor
+        executor = llm.engine.core.executor
         self.vocab_size: int = executor.vocab_size
         self.max_model_len: int = executor.max_model_len
-        self.max_num_seqs: int = llm.engine.scheduler.config.max_num_seqs
+        self.max_num_seqs: int = llm.engine.core.scheduler.config.max_num_seqs
         self.capacity_tokens: int = executor.capacity.tokens_in(executor.capacity.rows)
         self.sampling = GREEDY  # parameters of the requests that are added from now on
         self._ids = map(str, count())
@@ -54,7 +55,7 @@ class OurEngine:
 
     def limit_step(self, tokens: int | None) -> None:
         """A second scheduler over the same executor: the step's budget is fixed where a scheduler is made."""
-        executor, scheduler = self._built.executor, self._built.scheduler
+        executor, scheduler = self._built.core.executor, self._built.core.scheduler
         if tokens is not None:
             ledger = make_block_space_manager(executor.backend, executor.capacity)
             scheduler = make_scheduler(replace(scheduler.config, chunk_size=tokens), ledger, executor.max_model_len)
@@ -62,42 +63,42 @@ class OurEngine:
 
     def record_metrics(self, *, on: bool) -> None:
         """Whether a metrics store sees all from now on. Only where no request is left."""
-        self._take_over(self._built.scheduler, MetricsStore() if on else None)
+        self._take_over(self._built.core.scheduler, MetricsStore() if on else None)
 
     def _take_over(self, scheduler: Scheduler, metrics: MetricsStore | None = None) -> None:
         if self.has_work:
             raise RuntimeError("requests are under way: an engine takes over between them")
-        self.engine = LLMEngine(scheduler, self._built.executor, None, metrics=metrics)
+        self.engine = LLMEngine(EngineCore(scheduler, self._built.core.executor), None, metrics=metrics)
 
     def memory_stats(self) -> MemoryStats:
         return self._llm.memory_stats()
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where the books of the scheduler or of the cache do not balance."""
-        self._built.scheduler.check_integrity()
-        self._built.executor.check_integrity()
+        self._built.core.scheduler.check_integrity()
+        self._built.core.executor.check_integrity()
 
     def resize(self, memory_bytes: int) -> None:
         """Let requests hold no more KV memory than this from now on."""
-        self._built.scheduler.resize(memory_bytes // self._row_bytes)
+        self._built.core.scheduler.resize(memory_bytes // self._row_bytes)
 
     @property
     def budget_bytes(self) -> int:
         """Of the KV cache, in whole rows."""
-        return self._built.executor.capacity.rows * self._row_bytes
+        return self._built.core.executor.capacity.rows * self._row_bytes
 
     @property
     def _row_bytes(self) -> int:
-        executor = self._built.executor
+        executor = self._built.core.executor
         return executor.token_bytes * executor.capacity.page_bytes // executor.capacity.token_bytes
 
     @property
     def num_running(self) -> int:
-        return self.engine.scheduler.num_running
+        return self.engine.core.scheduler.num_running
 
     @property
     def num_preemptions(self) -> int:
-        return self.engine.scheduler.num_preemptions
+        return self.engine.core.scheduler.num_preemptions
 
     def close(self) -> None:
         """Give all memory back, weights included: the next engine's budget is what the driver calls free."""

@@ -111,7 +111,7 @@ def open_llm(model: Model, backend: str, **settings: object) -> LLM:
 def llm(request: pytest.FixtureRequest, model: Model) -> Iterator[LLM]:
     with open_llm(model, request.param) as llm:
         yield llm
-        llm.engine.executor.check_integrity()
+        llm.engine.core.executor.check_integrity()
 
 
 def random_prompts(count: int, longest: int) -> list[list[int]]:
@@ -252,7 +252,7 @@ def test_sampled_decodes_run_by_graph_and_wait_for_nothing(model: Model, monkeyp
     prompts, replays = random_prompts(len(params), 40), []
     with open_llm(model, "fa_vattn") as llm:
         llm.generate(prompts, params, use_tqdm=False)  # compiles what is compiled on first use
-        runner = llm.engine.executor._worker._runner
+        runner = llm.engine.core.executor._worker._runner
         launch, replay = runner.launch, DecodeGraph.replay
 
         def launch_without_waiting(out, sequences):
@@ -292,10 +292,10 @@ def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypat
 
 def test_kernels_start_while_nothing_is_mapped_for_any_request(model: Model, llm: LLM) -> None:
     """A launcher looks up the address of the whole cache, whichever slots have memory."""
-    if llm.engine.executor.backend.is_paged:
+    if llm.engine.core.executor.backend.is_paged:
         pytest.skip("blocks are always there")
     prompt = random_prompts(1, 50)[0]
     llm.generate(prompt, greedy(4), use_tqdm=False)
-    llm.engine.executor._worker._cache._cache.reclaim_idle()
+    llm.engine.core.executor._worker._cache._cache.reclaim_idle()
     [output] = llm.generate(prompt, greedy(4), use_tqdm=False)
     assert model.shortfall(prompt, output.outputs[0].token_ids) < 1

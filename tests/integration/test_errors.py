@@ -127,7 +127,7 @@ def test_requests_in_python_leave_the_engine_alive(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=message):
                 llm.generate(["good", prompt], SamplingParams(**params), use_tqdm=False)
             assert good_answer(llm) == expected
-            llm.engine.scheduler.check_integrity()
+            llm.engine.core.scheduler.check_integrity()
 
 
 def good_answer(llm: LLM) -> str:
@@ -138,7 +138,7 @@ def test_a_prompt_larger_than_the_cache_is_refused_and_a_smaller_one_runs(tmp_pa
     two_rows = 2 * 4 * 65536  # a page in K and V of each of two layers, twice
     model = save_tiny_config(tmp_path / "model", max_position_embeddings=4096)
     with LLM(model, **{**KNOBS, "memory_bytes": two_rows}) as llm:
-        tokens_that_fit = llm.engine.executor.capacity.tokens_in(llm.engine.executor.capacity.rows)
+        tokens_that_fit = llm.engine.core.executor.capacity.tokens_in(llm.engine.core.executor.capacity.rows)
         with pytest.raises(ValueError, match=f"{tokens_that_fit + 1} tokens: the whole cache holds {tokens_that_fit}"):
             llm.generate([1] * (tokens_that_fit + 1))
         [output] = llm.generate([1] * (tokens_that_fit - 3), SamplingParams(max_tokens=50), use_tqdm=False)
@@ -147,7 +147,7 @@ def test_a_prompt_larger_than_the_cache_is_refused_and_a_smaller_one_runs(tmp_pa
 
 def test_a_step_that_fails_leaves_the_engine_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(save_tiny_model(tmp_path / "model"), **KNOBS) as llm:
-        expected, launch = good_answer(llm), llm.engine.executor.launch
+        expected, launch = good_answer(llm), llm.engine.core.executor.launch
         calls = iter(range(100))
 
         def fail_third(out: Any) -> Any:
@@ -155,7 +155,7 @@ def test_a_step_that_fails_leaves_the_engine_alive(tmp_path: Path, monkeypatch: 
                 raise RuntimeError("device lost")
             return launch(out)
 
-        monkeypatch.setattr(llm.engine.executor, "launch", fail_third)
+        monkeypatch.setattr(llm.engine.core.executor, "launch", fail_third)
         with pytest.raises(RuntimeError, match="device lost"):
             llm.generate(["a", "b"], SamplingParams(max_tokens=20), use_tqdm=False)
         assert good_answer(llm) == expected

@@ -13,6 +13,7 @@ from sarathi.benchmark.serving_loop import NumberedSpec, ServingLoop
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
@@ -25,7 +26,8 @@ MAX_MODEL_LEN = 200
 class SleepyExecutor:
     """Steps of a given length that sample token 5."""
 
-    vocab_size = 50
+    vocab_size, max_model_len, capacity = 50, MAX_MODEL_LEN, CAPACITY
+    token_bytes, dtype_eps = 1, 2.0**-23
     max_in_flight = 1
 
     def __init__(self, step_s: float) -> None:
@@ -52,7 +54,7 @@ class Bench:
     def __init__(self, step_s: float = 0.002, after_step=lambda outputs: None) -> None:
         scheduler = make_scheduler(SchedulerConfig(max_num_seqs=8), VirtualBlockSpaceManager(CAPACITY), MAX_MODEL_LEN)
         self.store = MetricsStore()
-        self.engine = LLMEngine(scheduler, SleepyExecutor(step_s), None, metrics=self.store)
+        self.engine = LLMEngine(EngineCore(scheduler, SleepyExecutor(step_s)), None, metrics=self.store)
         self.loop = ServingLoop(self.engine, PromptMaker(SEED, 50), after_step, keep_responses=True)
 
     def serve(self, specs: Sequence[RequestSpec], limit_s: float = 30.0):

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.tokenizer.chat_template import jinja_renderer
 from sarathi.engine.tokenizer.tokenizer import Tokenizer as SarathiTokenizer
@@ -17,14 +18,21 @@ from sarathi.sampling_params import SamplingParams
 
 END = 256  # the token after the 256 bytes
 VOCAB_SIZE = 257
+MAX_MODEL_LEN = 200
+CAPACITY = CacheCapacity(1000, token_bytes=1, page_bytes=1)
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 class FakeExecutor:
     """A model whose next token is `next_token(all tokens so far, parameters)`; checks the messages it gets."""
 
-    def __init__(self, next_token: Callable[[Sequence[int], SamplingParams], int]) -> None:
-        self.vocab_size, self.max_in_flight = VOCAB_SIZE, 1
+    vocab_size, max_model_len, token_bytes, dtype_eps = VOCAB_SIZE, MAX_MODEL_LEN, 1, 2.0**-23
+    max_in_flight = 1
+
+    def __init__(
+        self, next_token: Callable[[Sequence[int], SamplingParams], int], capacity: CacheCapacity = CAPACITY
+    ) -> None:
+        self.capacity = capacity
         self.next_token = next_token
         self.tokens: dict[str, list[int]] = {}
         self.params: dict[str, SamplingParams] = {}
@@ -107,6 +115,6 @@ def make_engine(
 ) -> LLMEngine:
     """A real scheduler and ledger of `rows` tokens over the fake executor."""
     capacity = CacheCapacity(rows, token_bytes=1, page_bytes=1)
-    scheduler = make_scheduler(SchedulerConfig(**config), VirtualBlockSpaceManager(capacity), max_model_len=200)
+    scheduler = make_scheduler(SchedulerConfig(**config), VirtualBlockSpaceManager(capacity), MAX_MODEL_LEN)
     tokenizer = byte_tokenizer() if has_tokenizer else None
-    return LLMEngine(scheduler, FakeExecutor(next_token), tokenizer, clock, metrics)
+    return LLMEngine(EngineCore(scheduler, FakeExecutor(next_token, capacity), clock), tokenizer, clock, metrics)

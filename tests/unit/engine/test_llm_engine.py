@@ -8,7 +8,7 @@ import pytest
 from fake_engine import END, VOCAB_SIZE, FakeExecutor, echo, make_engine, says
 
 from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.engine import llm_engine
+from sarathi.engine import core
 from sarathi.engine.llm_engine import EngineShutDownError, LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.messages import SchedulerOutput, StepResult
@@ -22,7 +22,7 @@ def run(engine: LLMEngine) -> dict[str, list[RequestOutput]]:
     while engine.has_work:
         for output in engine.step():
             outputs.setdefault(output.request_id, []).append(output)
-        engine.scheduler.check_integrity()
+        engine.core.scheduler.check_integrity()
     return outputs
 
 
@@ -67,7 +67,7 @@ def test_stop_strings_end_the_request_and_are_cut(stop: str) -> None:
     assert outputs.text == "hello world! and more".partition(stop)[0]
     assert (outputs.finish_reason, outputs.stop_reason) == ("stop", stop)
     assert bytes(outputs.token_ids).decode().endswith(stop)
-    assert engine.executor.memory_stats().mapped_bytes == 0
+    assert engine.core.executor.memory_stats().mapped_bytes == 0
 
 
 def test_a_stop_string_completed_by_the_last_allowed_token_counts_as_a_stop() -> None:
@@ -139,7 +139,7 @@ def test_abort_returns_the_last_output_and_frees_the_memory() -> None:
     assert engine.abort("drop") is None and engine.abort("unknown") is None
     outputs = run(engine)
     assert list(outputs) == ["keep"] and outputs["keep"][-1].outputs[0].text == "abc" * 20
-    assert engine.executor.memory_stats().mapped_bytes == 0
+    assert engine.core.executor.memory_stats().mapped_bytes == 0
 
 
 def test_abort_before_the_first_step_gives_an_empty_answer() -> None:
@@ -233,12 +233,12 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on() -> None:
     for index in range(3):
         engine.add_request(str(index), [index, 0], SamplingParams(n=2, max_tokens=10))
     engine.step()
-    engine.executor.fail_next = RuntimeError("device lost")  # type: ignore[attr-defined]
+    engine.core.executor.fail_next = RuntimeError("device lost")  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="device lost"):
         engine.step()
     assert engine.num_unfinished == 0
     assert answer(engine, [0]).outputs[0].text == "fine"
-    assert engine.executor.memory_stats().mapped_bytes == 0
+    assert engine.core.executor.memory_stats().mapped_bytes == 0
 
 
 def interrupt(*args: object) -> None:
@@ -255,13 +255,15 @@ def test_an_interrupt_anywhere_in_a_step_leaves_an_engine_that_works(
     engine.step()
     engine.add_request("waiting", [0], SamplingParams(max_tokens=2))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        owner, name = (engine.scheduler.ledger, where[7:]) if where.startswith("ledger.") else (engine.scheduler, where)
+        owner, name = (
+            (engine.core.scheduler.ledger, where[7:]) if where.startswith("ledger.") else (engine.core.scheduler, where)
+        )
         patch.setattr(owner, name, interrupt)
         run(engine)
     assert engine.num_unfinished == 0
-    engine.scheduler.check_integrity()
+    engine.core.scheduler.check_integrity()
     assert answer(engine, [0]).outputs[0].text == "fine"
-    assert engine.executor.memory_stats().mapped_bytes == 0
+    assert engine.core.executor.memory_stats().mapped_bytes == 0
     assert None not in [record.finish_reason for record in metrics.rows().requests]
 
 
@@ -315,7 +317,7 @@ def test_times_are_in_order_and_by_the_clock_handed_in() -> None:
 def test_shutdown_reaches_the_executor() -> None:
     engine = make_engine()
     engine.shutdown()
-    assert engine.executor.is_shut_down  # type: ignore[attr-defined]
+    assert engine.core.executor.is_shut_down  # type: ignore[attr-defined]
 
 
 def test_after_shutdown_there_is_no_work_and_requests_are_refused() -> None:
@@ -360,7 +362,7 @@ class LoggedStep:
 
 def make_overlapping_engine() -> tuple[LLMEngine, list[str]]:
     engine = make_engine()
-    engine.executor = executor = OverlappingExecutor()
+    engine.core.executor = executor = OverlappingExecutor()
     engine.add_request("a", [1, 2], SamplingParams(max_tokens=50))
     return engine, executor.log
 
@@ -386,7 +388,7 @@ def test_shutdown_reaches_the_executor_also_where_ctrl_c_ends_the_wait(monkeypat
 def test_another_ctrl_c_while_steps_are_waited_for_leaves_none_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, log = make_overlapping_engine()
     engine.step()
-    monkeypatch.setattr(engine.executor, "launch", interrupt)
+    monkeypatch.setattr(engine.core.executor, "launch", interrupt)
     monkeypatch.setattr(LoggedStep, "result", interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.step()
@@ -396,7 +398,7 @@ def test_another_ctrl_c_while_steps_are_waited_for_leaves_none_under_way(monkeyp
 def test_ctrl_c_just_after_a_launch_waits_for_that_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, log = make_overlapping_engine()
     engine.step()
-    monkeypatch.setattr(llm_engine, "Flight", interrupt)
+    monkeypatch.setattr(core, "InFlightStep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     assert log == ["launch 0", "launch 1", "result 0", "wait"]

@@ -3,13 +3,13 @@
 import io
 import random
 
-from sarathi.engine.outputs import Completion, CompletionOutput, RequestMetrics, RequestOutput
+from sarathi.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from sarathi.entrypoints.console import OrderedPrinter, format_size, format_table
 
 
 def output_of(*texts: str, finished: bool) -> RequestOutput:
     reason = "stop" if finished else None
-    outputs = [CompletionOutput(at, text, "", 1, reason, None, Completion()) for at, text in enumerate(texts)]
+    outputs = [CompletionOutput(at, text, "", 1, reason, None, [], []) for at, text in enumerate(texts)]
     return RequestOutput("x", None, (1,), outputs, finished, RequestMetrics(0.0))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sarathi.engine.outputs import Completion, CompletionOutput, Logprob
+from sarathi.engine.outputs import CompletionOutput, Logprob
 from sarathi.entrypoints.demo import BACKENDS, Measured, compare
 
 MIB = 2**20
@@ -12,10 +12,8 @@ FLOAT32_EPS, BFLOAT16_EPS = 2**-23, 2**-7
 def answer(*token_ids: int, second: int | None = None, gap: float = 0.0) -> CompletionOutput:
     """second: what was likely beside each token, `gap` nats less."""
     beside = {} if second is None else {second: Logprob(-0.5 - gap, "")}
-    completion = Completion()
-    completion.token_ids = list(token_ids)
-    completion.logprobs = [{token: Logprob(-0.5, ""), **beside} for token in token_ids]
-    return CompletionOutput(0, "", "", len(token_ids), None, None, completion)
+    logprobs = [{token: Logprob(-0.5, ""), **beside} for token in token_ids]
+    return CompletionOutput(0, "", "", len(token_ids), None, None, list(token_ids), logprobs)
 
 
 def measured(answers: list[CompletionOutput], peak_bytes: int = 0, dtype_eps: float = FLOAT32_EPS) -> Measured:

@@ -154,7 +154,7 @@ def test_ctrl_c_while_prompts_are_added_takes_them_back(monkeypatch: pytest.Monk
 
 def test_an_error_in_the_model_reaches_the_caller_once() -> None:
     llm = make_llm()
-    executor = llm.engine.executor
+    executor = llm.engine.core.executor
     assert isinstance(executor, FakeExecutor)
     executor.fail_next = RuntimeError("device lost")
     with pytest.raises(RuntimeError, match="device lost"):
@@ -190,19 +190,19 @@ def test_a_stream_collected_in_the_middle_of_a_step_harms_no_other(where: str, m
     streams = {name: llm.stream(f"{name}\0", LONG) for name in "xyz"}
     first = next(streams["x"]).outputs[0].text + next(streams["y"]).outputs[0].text
     abandoned: list[Iterator[RequestOutput]] = [streams.pop("x")]
-    original = getattr(llm.engine.scheduler, where)
+    original = getattr(llm.engine.core.scheduler, where)
 
     def collecting(*args: object) -> object:
         result = original(*args)
         abandoned.clear()
         return result
 
-    monkeypatch.setattr(llm.engine.scheduler, where, collecting)
+    monkeypatch.setattr(llm.engine.core.scheduler, where, collecting)
     texts = ["".join(output.outputs[0].delta for output in stream) for stream in streams.values()]
     assert not abandoned and first == "aa"
     assert texts == ["bcdef", "abcdef"]
     assert llm.engine.num_unfinished == 0 and not llm.engine.has_work and mapped_bytes(llm) == 0
-    llm.engine.scheduler.check_integrity()
+    llm.engine.core.scheduler.check_integrity()
 
 
 def test_streams_read_in_turn_lose_nothing() -> None:
@@ -217,8 +217,8 @@ def test_a_failed_step_ends_other_streams_with_an_error_too() -> None:
     llm = make_llm("abcdef")
     first, second = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
     assert next(first).outputs[0].text == "a" and next(second).outputs[0].text == "a"
-    assert isinstance(llm.engine.executor, FakeExecutor)
-    llm.engine.executor.fail_next = RuntimeError("device lost")
+    assert isinstance(llm.engine.core.executor, FakeExecutor)
+    llm.engine.core.executor.fail_next = RuntimeError("device lost")
     with pytest.raises(RuntimeError, match="device lost"):
         list(first)
     with pytest.raises(RuntimeError, match="another stream"):
@@ -229,15 +229,15 @@ def test_a_stream_whose_requests_are_gone_fails_at_once_and_leaves_the_others_wh
     llm = make_llm("abcdef")
     failing, dead = llm.stream("x\0", LONG), llm.stream("y\0", LONG)
     next(failing), next(dead)
-    assert isinstance(llm.engine.executor, FakeExecutor)
-    llm.engine.executor.fail_next = RuntimeError("device lost")
+    assert isinstance(llm.engine.core.executor, FakeExecutor)
+    llm.engine.core.executor.fail_next = RuntimeError("device lost")
     with pytest.raises(RuntimeError, match="device lost"):
         list(failing)
     later = llm.stream("z\0", LONG)
     assert next(later).outputs[0].text == "a"
     with pytest.raises(RuntimeError, match="another stream"):
         list(dead)
-    [tokens] = llm.engine.executor.tokens.values()
+    [tokens] = llm.engine.core.executor.tokens.values()
     assert bytes(tokens) == b"z\0a"
     assert "".join(output.outputs[0].delta for output in later) == "bcdef"
 
@@ -268,12 +268,12 @@ def test_chat_without_a_tokenizer_says_what_works() -> None:
 
 def test_with_close_and_deletion_shut_the_executor_down() -> None:
     with make_llm() as llm:
-        executor = llm.engine.executor
+        executor = llm.engine.core.executor
         assert isinstance(executor, FakeExecutor) and not executor.is_shut_down
     assert executor.is_shut_down
     llm.close()
     other = make_llm()
-    executor = other.engine.executor
+    executor = other.engine.core.executor
     del other
     gc.collect()
     assert isinstance(executor, FakeExecutor) and executor.is_shut_down
