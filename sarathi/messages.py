@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
     """Tokens [start, start + num_tokens) of one request, computed in one step.
 
     samples: whether the chunk ends at the request's last token, so that the next one is drawn from its logits.
-    granted_tokens: length for which the ledger holds memory, >= start + num_tokens; the prompt's from admission on.
+    granted_tokens: length for which the request holds memory, >= start + num_tokens; the prompt's from admission on.
     block_ids: blocks granted since the request's last chunk, in order (all of them after a resume); () on vattn.
 
     A named tuple, not a dataclass: hundreds are built in every step, and it takes a third of the time.
@@ -93,8 +93,8 @@ class StepResult:
     """What came of a step: one token for every chunk that samples, in any order.
 
     model_s: seconds that the step took on the device.
-    available_rows: set where memory ran out beneath the ledger: nothing was computed, `tokens` is empty, and this many
-        rows in all can be had from now on.
+    available_rows: set if the cache had less memory than the block space manager counts on: nothing was computed,
+        `tokens` is empty, and the cache has this many rows in total from now on.
     host: None where nothing was computed.
     """
 
@@ -170,7 +170,7 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class CacheCapacity:
-    """The cache as the ledger sees it: rows, the unit of account.
+    """The size of the cache in rows, the unit of the block space manager.
 
     Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
     Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from sarathi.config.schema import EngineConfig, ModelConfig, SchedulerConfig
-from sarathi.core.block_space_manager.factory import make_block_space_manager
-from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model

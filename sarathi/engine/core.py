@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from sarathi.core.scheduler.base import Scheduler
+from sarathi.core.scheduler import Scheduler
 from sarathi.executor.base import Executor
 from sarathi.messages import (
     CoreOutput,
     EngineFacts,
     MemoryStats,
     NewRequest,
-    RequestUpdate,
     SchedulerOutput,
     StepFuture,
     StepReport,
-    StepResult,
 )
 from sarathi.request import Request
 
@@ -73,9 +71,9 @@ class EngineCore:
         result = step.future.result()
         self._steps.popleft()
         executed_at_s = self._clock()
-        changed = self.scheduler.update(step.out, result)
+        updates = tuple(self.scheduler.update(step.out, result))
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
-        return CoreOutput(_updates(changed, result), report)
+        return CoreOutput(updates, report)
 
     def reset(self) -> None:
         """The memory of a request must not be released under a running step, so all steps are waited for first."""
@@ -111,14 +109,3 @@ class EngineCore:
         finally:
             with suppress(Exception):
                 self.executor.wait()
-
-
-def _updates(changed: Sequence[Request], result: StepResult) -> tuple[RequestUpdate, ...]:
-    """One update for each request that got a token or ended. Tokens of requests that had ended before are dropped."""
-    tokens = {token.request_id: (token,) for token in result.tokens}
-    return tuple(
-        [
-            RequestUpdate(each.request_id, tokens.get(each.request_id, ()), each.finish_reason, each.stop_reason)
-            for each in changed
-        ]
-    )

@@ -10,9 +10,8 @@ import torch
 
 from measurement.options import find_model
 from sarathi import LLM, SamplingParams
-from sarathi.core.block_space_manager.factory import make_block_space_manager
-from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import MemoryStats
@@ -57,8 +56,8 @@ class OurEngine:
         """A second scheduler over the same executor: the step's budget is fixed where a scheduler is made."""
         executor, scheduler = self._built.core.executor, self._built.core.scheduler
         if tokens is not None:
-            ledger = make_block_space_manager(executor.backend, executor.capacity)
-            scheduler = make_scheduler(replace(scheduler.config, chunk_size=tokens), ledger, executor.max_model_len)
+            memory = make_block_space_manager(executor.backend, executor.capacity)
+            scheduler = make_scheduler(replace(scheduler.config, chunk_size=tokens), memory, executor.max_model_len)
         self._take_over(scheduler)
 
     def record_metrics(self, *, on: bool) -> None:

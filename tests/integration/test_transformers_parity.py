@@ -1,4 +1,4 @@
-"""SmolLM2 on real prompts through scheduler, ledger and worker: every token equals transformers' own greedy output."""
+"""SmolLM2 on real prompts through scheduler and worker: every token equals transformers' own greedy output."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from sarathi.config.load import make_config
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager.factory import make_block_space_manager
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.tokenizer.tokenizer import load_tokenizer
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
@@ -65,7 +65,7 @@ def executor(request) -> Iterator[UniprocExecutor]:
 def generate(
     executor: UniprocExecutor, prompts: list[tuple[int, ...]], config: SchedulerConfig, rows: int | None = None
 ) -> list[Request]:
-    """Runs all prompts to their end; with `rows` the ledger believes that there is no more memory than that."""
+    """Runs all prompts to their end; with `rows` the block space manager counts on no more memory than that."""
     capacity = executor.capacity if rows is None else replace(executor.capacity, rows=rows)
     scheduler = make_scheduler(config, make_block_space_manager(executor.backend, capacity), executor.max_model_len)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)

@@ -1,0 +1,16 @@
+"""Which rows of the KV cache each request holds."""
+
+from __future__ import annotations
+
+from sarathi.config.backend import BackendSpec
+from sarathi.core.block_space_manager.base import BlockSpaceError, BlockSpaceManager, Grant
+from sarathi.core.block_space_manager.paged import PagedBlockSpaceManager
+from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
+from sarathi.messages import CacheCapacity
+
+__all__ = ["BlockSpaceError", "BlockSpaceManager", "Grant", "make_block_space_manager"]
+
+
+def make_block_space_manager(spec: BackendSpec, capacity: CacheCapacity) -> BlockSpaceManager:
+    """The block space manager for a backend's memory model, over a cache of this capacity."""
+    return PagedBlockSpaceManager(capacity) if spec.is_paged else VirtualBlockSpaceManager(capacity)

@@ -1,17 +1,17 @@
-"""The ledger of paged memory: the same sum, and which blocks they are. Knows no tensors."""
+"""Block space manager of paged memory: a sum of rows as for virtual memory, plus the ids of the blocks."""
 
 from __future__ import annotations
 
-from sarathi.core.block_space_manager.manager import Grant, LedgerError
+from sarathi.core.block_space_manager.base import BlockSpaceError, Grant
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.messages import CacheCapacity
 from sarathi.request import Request
 
 
 class PagedBlockSpaceManager:
-    """Hands out block ids; how many may be out at a time is decided by the sum.
+    """Assigns block ids; a VirtualBlockSpaceManager decides how many may be in use at a time.
 
-    A smaller capacity withholds blocks without taking any particular one away: the tensors stay as they are.
+    A smaller capacity limits the number of blocks in use, not which ones: the tensors keep all of them.
     """
 
     def __init__(self, capacity: CacheCapacity) -> None:
@@ -61,6 +61,6 @@ class PagedBlockSpaceManager:
         self._sum.check_integrity()
         held = [block for blocks in self._blocks.values() for block in blocks]
         if sorted(held + self._free) != list(range(self._num_blocks)):
-            raise LedgerError(f"of {self._num_blocks} blocks {len(held)} are held and {len(self._free)} free")
+            raise BlockSpaceError(f"of {self._num_blocks} blocks {len(held)} are held and {len(self._free)} free")
         if len(held) != self._sum.num_used_rows:
-            raise LedgerError(f"{self._sum.num_used_rows} rows are booked, but {len(held)} blocks are held")
+            raise BlockSpaceError(f"{self._sum.num_used_rows} rows are counted, but {len(held)} blocks are held")

@@ -1,10 +1,10 @@
-"""The ledger of contiguous virtual memory: a sum of rows. Which page is where is the native cache's own affair."""
+"""Block space manager of contiguous virtual memory: a sum of rows. The native cache decides which page is where."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sarathi.core.block_space_manager.manager import Grant, LedgerError
+from sarathi.core.block_space_manager.base import BlockSpaceError, Grant
 from sarathi.messages import CacheCapacity
 from sarathi.request import Request
 
@@ -54,4 +54,4 @@ class VirtualBlockSpaceManager:
     def check_integrity(self) -> None:
         total = sum(self._rows.values())
         if total != self._num_used_rows or any(rows < 1 for rows in self._rows.values()):
-            raise LedgerError(f"{self._num_used_rows} rows are booked, but requests hold {total}: {self._rows}")
+            raise BlockSpaceError(f"{self._num_used_rows} rows are counted, but requests hold {total}: {self._rows}")

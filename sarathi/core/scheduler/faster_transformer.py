@@ -1,18 +1,18 @@
-"""FasterTransformer: a batch is formed once and runs to its end; who comes meanwhile waits for the next one."""
+"""FasterTransformer: a batch is formed once and runs until all its requests end; later requests wait for the next."""
 
 from __future__ import annotations
 
-from sarathi.core.scheduler.reserving import ReservingScheduler
-from sarathi.core.scheduler.step import Step
+from sarathi.core.scheduler.orca import OrcaScheduler
+from sarathi.core.scheduler.request_state import Step
 
 
-class FasterTransformerScheduler(ReservingScheduler):
-    """Even gaps between tokens, for nothing interrupts a batch; the first token waits for the batch before."""
+class FasterTransformerScheduler(OrcaScheduler):
+    """Even time between tokens, because nothing joins a running batch; memory is reserved as in Orca."""
 
     def _fill(self, step: Step) -> None:
         if not self.num_running:
-            self._admit(step)
+            self._admit_waiting(step)
             return
-        decodes, prefills = self._split()
-        self._prefill(prefills, step)
-        self._decode(decodes, step)
+        decodes, prefills = self._running.split()
+        self._add_prefills(prefills, step)
+        self._add_decodes(decodes, step)

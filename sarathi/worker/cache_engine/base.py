@@ -42,7 +42,7 @@ class CacheEngine(Protocol):
 
     @property
     def capacity(self) -> CacheCapacity:
-        """What the ledger may give out."""
+        """What the block space manager may grant."""
 
     def resize(self, budget_bytes: int) -> None:
         """Changes the budget, as far as the memory is of a kind that can be."""

@@ -12,7 +12,7 @@ from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.serving_loop import NumberedSpec, ServingLoop
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SampledToken, SchedulerOutput, StepResult

@@ -9,9 +9,8 @@ from zlib import crc32
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager.factory import make_block_space_manager
-from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.messages import CacheCapacity, Chunk, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
@@ -57,7 +56,7 @@ class FakeWorker:
         tokens = [self._compute(chunk) for chunk in out.chunks]
         return StepResult(out.step_id, tuple(token for token in tokens if token is not None), step_s)
 
-    def landed(self, step_id: int) -> None:
+    def complete(self, step_id: int) -> None:
         """The scheduler has the result: nothing of that step is in flight any more."""
         del self.in_flight[step_id]
 
@@ -131,7 +130,7 @@ def step(scheduler: Scheduler, worker: FakeWorker, step_s: float = 0.0) -> Sched
     """One step from schedule to update."""
     out = scheduler.schedule()
     result = worker.execute(out, step_s)
-    worker.landed(out.step_id)
+    worker.complete(out.step_id)
     scheduler.update(out, result)
     scheduler.check_integrity()
     return out
@@ -174,10 +173,10 @@ def simulate(
         out = scheduler.schedule()
         clock_s += cost_s(out.num_tokens)
         result = worker.execute(out, cost_s(out.num_tokens))
-        worker.landed(out.step_id)
+        worker.complete(out.step_id)
         for sampled in result.tokens:
             line.token_times_s[sampled.request_id].append(clock_s)
-        line.peak_rows = max(line.peak_rows, scheduler.ledger.num_used_rows)
+        line.peak_rows = max(line.peak_rows, scheduler.block_space_manager.num_used_rows)
         line.peak_running = max(line.peak_running, scheduler.num_running)
         scheduler.update(out, result)
     return line

@@ -8,7 +8,7 @@ import pytest
 from scheduler_simulation import Timeline, make_pair, make_request, run_to_end, simulate, step
 
 from sarathi.config.schema import SCHEDULERS, ChunkBudgetConfig, SchedulerConfig
-from sarathi.core.scheduler.chunk_budget import LatencyBudget
+from sarathi.core.scheduler.prefill_policy import LatencyBudget
 from sarathi.messages import CacheCapacity
 
 WIDE = CacheCapacity(100_000, 1, 16)
@@ -38,7 +38,7 @@ def test_sarathi_never_skips_a_running_decode() -> None:
     for i in range(120):
         scheduler.add(make_request(f"r{i}", rng.randint(1, 200), rng.randint(1, 60), ignore_eos=True))
     while scheduler.has_work:
-        due = {ticket.request.request_id for ticket in scheduler._split()[0]}
+        due = {state.request.request_id for state in scheduler._running.split()[0]}
         out = step(scheduler, worker)
         assert due <= {chunk.request_id for chunk in out.chunks}
         assert out.num_tokens <= 32

@@ -1,4 +1,4 @@
-"""Ten thousand random lives of schedulers: every policy, both ledgers, small pools, aborts, overlap, lost memory."""
+"""Ten thousand random lives of schedulers: every policy, both memories, small pools, aborts, overlap, lost memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import pytest
 from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request
 
 from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
-from sarathi.core.scheduler import base
-from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.messages import CacheCapacity, SchedulerOutput, StepResult
+from sarathi.core.scheduler import RequestTooLongError, Scheduler, memory_recovery
+from sarathi.messages import CacheCapacity, RequestUpdate, SchedulerOutput, StepResult
 from sarathi.request import Request
 
 HISTORIES = 1000
@@ -34,7 +32,7 @@ def random_config(policy: str, number: int) -> SchedulerConfig:
 
 
 class Crash(Exception):
-    """Comes out of the ledger in the middle of a call, as Ctrl-C may."""
+    """Raised by the block space manager in the middle of a call, as Ctrl-C may."""
 
 
 class History:
@@ -91,12 +89,12 @@ class History:
             self.requests.append(request)
         except RequestTooLongError:
             fits_model = request.num_prompt_tokens < self.max_len
-            rows = self.scheduler.ledger.capacity.rows_for(request.num_prompt_tokens)
+            rows = self.scheduler.block_space_manager.capacity.rows_for(request.num_prompt_tokens)
             assert not fits_model or rows > self.full_rows, "refused for a shortage that may pass"
 
     def _make_fragile(self, name: str) -> None:
-        ledger = self.scheduler.ledger
-        original = getattr(ledger, name)
+        manager = self.scheduler.block_space_manager
+        original = getattr(manager, name)
 
         def call(*args: object) -> object:
             if self.calls_to_crash is not None:
@@ -106,12 +104,12 @@ class History:
                     raise Crash
             return original(*args)
 
-        setattr(ledger, name, call)
+        setattr(manager, name, call)
 
     def _give_up(self) -> None:
         self.crashed |= {request.request_id for request in self.requests if not request.is_finished}
         for step_id in list(self.worker.in_flight):
-            self.worker.landed(step_id)
+            self.worker.complete(step_id)
         self.in_flight.clear()
         self.scheduler.reset()
         self.scheduler.check_integrity()
@@ -120,16 +118,24 @@ class History:
         out = self.scheduler.schedule()
         check_step(out, self.config, self.scheduler, self.worker)
         self.in_flight.append((out, self.worker.execute(out)))
-        assert self.worker.held_rows() == self.scheduler.ledger.num_used_rows
+        assert self.worker.held_rows() == self.scheduler.block_space_manager.num_used_rows
 
     def _land(self) -> None:
         out, result = self.in_flight.popleft()
-        before = {request.request_id: len(request.output_token_ids) for request in self.requests}
-        self.worker.landed(out.step_id)
-        for request in self.scheduler.update(out, result):
-            grown = len(request.output_token_ids) - before[request.request_id]
-            assert grown == 1 or (grown == 0 and request.is_finished)
-        self.least_rows = min(self.least_rows, self.scheduler.ledger.capacity.rows)
+        before = {request.request_id: (request.num_output_tokens, request.is_finished) for request in self.requests}
+        self.worker.complete(out.step_id)
+        updates = self.scheduler.update(out, result)
+        by_request = {update.request_id: update for update in updates}
+        assert len(by_request) == len(updates)
+        for request in self.requests:
+            num_output, was_finished = before[request.request_id]
+            has_ended = request.is_finished and not was_finished
+            update = by_request.pop(request.request_id, RequestUpdate(request.request_id))
+            assert [token.token_id for token in update.tokens] == request.output_token_ids[num_output:]
+            assert (update.finish_reason is not None) == has_ended, "an end is told in its step, once"
+            assert not has_ended or update[2:] == (request.finish_reason, request.stop_reason)
+        assert not by_request
+        self.least_rows = min(self.least_rows, self.scheduler.block_space_manager.capacity.rows)
         self.scheduler.check_integrity()
 
     def _disturb(self) -> None:
@@ -160,11 +166,12 @@ class History:
             else:
                 assert request.finish_reason == reason or self._is_full(request)
         assert not self.worker.sequences
-        assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.ledger.num_used_rows == 0
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert self.scheduler.block_space_manager.num_used_rows == 0
 
     def _is_full(self, request: Request) -> bool:
         """Whether the cache at its smallest could not hold the request with one more token."""
-        return self.scheduler.ledger.capacity.rows_for(request.num_tokens) > self.least_rows
+        return self.scheduler.block_space_manager.capacity.rows_for(request.num_tokens) > self.least_rows
 
 
 def check_step(out: SchedulerOutput, config: SchedulerConfig, scheduler: Scheduler, worker: FakeWorker) -> None:
@@ -190,7 +197,7 @@ def test_every_invariant_in_random_histories(
     policy: str, backend: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.ERROR, logger="sarathi")
-    monkeypatch.setattr(base, "_PATIENCE_STEPS", 20)
+    monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
     start = int(os.environ.get("SEED", random.randrange(2**40)))
     for seed in range(start, start + HISTORIES):
         history = History(random.Random(seed), policy, backend)

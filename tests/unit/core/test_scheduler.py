@@ -12,9 +12,8 @@ import pytest
 from scheduler_simulation import EOS, FakeWorker, expected_output, make_pair, make_request, run_to_end, step
 
 from sarathi.config.schema import SCHEDULERS, SchedulerConfig
-from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.messages import CacheCapacity, StepResult
+from sarathi.core.scheduler import RequestTooLongError, Scheduler
+from sarathi.messages import CacheCapacity, RequestUpdate, StepResult
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn")
 WIDE = CacheCapacity(1000, 1, 4)
@@ -59,7 +58,7 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
     scheduler.abort("r")
     with pytest.raises(ValueError, match="has not ended"):
         scheduler.add(make_request("r", 5))
-    worker.landed(out.step_id)
+    worker.complete(out.step_id)
     scheduler.update(out, result)
     again = make_request("r", 7, 2)
     scheduler.add(again)
@@ -105,9 +104,9 @@ def test_abort_in_every_state_gives_all_memory_back(policy: str) -> None:
     names = [chunk.request_id for chunk in out.chunks]
     for name in ("r1", "r2"):
         scheduler.abort(name)
-    worker.landed(out.step_id)
+    worker.complete(out.step_id)
     assert scheduler.update(out, result) == [], "an aborted request got a token"
-    assert scheduler.ledger.num_used_rows == 0
+    assert scheduler.block_space_manager.num_used_rows == 0
     last = scheduler.schedule()
     assert set(names) <= set(last.finished) and not last.chunks and not scheduler.has_work
     worker.execute(last)
@@ -139,9 +138,9 @@ def test_memory_of_a_step_in_flight_is_held_until_its_update() -> None:
     behind = scheduler.schedule()
     assert not behind.finished and not behind.chunks, "its slot and its rows are still in use"
     behind_result = worker.execute(behind)
-    worker.landed(first.step_id)
+    worker.complete(first.step_id)
     scheduler.update(first, result)
-    worker.landed(behind.step_id)
+    worker.complete(behind.step_id)
     scheduler.update(behind, behind_result)
     out = scheduler.schedule()
     assert out.finished == ("a",) and [chunk.request_id for chunk in out.chunks] == ["b"]
@@ -156,11 +155,11 @@ def test_a_stop_string_found_outside_ends_a_request_and_drops_the_token_behind_i
     second = scheduler.schedule()
     assert second.chunks[0].samples and second.chunks[0].start == 5, "decodes on a token it has not seen"
     second_result = worker.execute(second)
-    worker.landed(first.step_id)
-    assert scheduler.update(first, result) == [request]
-    scheduler.finish("r", "stop", "END")
-    scheduler.finish("r", "length")
-    worker.landed(second.step_id)
+    worker.complete(first.step_id)
+    assert scheduler.update(first, result) == [RequestUpdate("r", result.tokens)]
+    assert scheduler.finish("r", "stop", "END")
+    assert not scheduler.finish("r", "length"), "it has ended already"
+    worker.complete(second.step_id)
     assert scheduler.update(second, second_result) == []
     assert (request.finish_reason, request.stop_reason, len(request.output_token_ids)) == ("stop", "END", 1)
     assert scheduler.schedule().finished == ("r",)
@@ -176,7 +175,7 @@ def test_steps_ahead_never_pass_max_tokens() -> None:
     outs = [scheduler.schedule() for _ in range(6)]
     assert [len(out.chunks) for out in outs] == [1, 1, 1, 0, 0, 0]
     for out, result in [(out, worker.execute(out)) for out in outs]:
-        worker.landed(out.step_id)
+        worker.complete(out.step_id)
         scheduler.update(out, result)
     assert request.output_token_ids == expected_output(request, 100)[0]
 
@@ -207,7 +206,7 @@ def test_tokens_are_matched_by_request_and_not_by_position() -> None:
     while scheduler.has_work:
         out = scheduler.schedule()
         result = worker.execute(out)
-        worker.landed(out.step_id)
+        worker.complete(out.step_id)
         scheduler.update(out, StepResult(out.step_id, tuple(reversed(result.tokens))))
     for request in requests:
         assert request.output_token_ids == expected_output(request, 100)[0]
@@ -269,6 +268,6 @@ def count_lines(scheduler: Scheduler, worker: FakeWorker) -> int:
 
     out = traced(scheduler.schedule)
     result = worker.execute(out)
-    worker.landed(out.step_id)
+    worker.complete(out.step_id)
     traced(scheduler.update, out, result)
     return num_lines

@@ -9,11 +9,9 @@ import pytest
 from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request, run_to_end, step
 
 from sarathi.config.schema import SCHEDULERS, SchedulerConfig
-from sarathi.core.scheduler import base
-from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.limits import RequestTooLongError
-from sarathi.messages import CacheCapacity, SchedulerOutput, StepResult
-from sarathi.request import Request, RequestStatus
+from sarathi.core.scheduler import RequestTooLongError, Scheduler, memory_recovery
+from sarathi.messages import CacheCapacity, RequestUpdate, SchedulerOutput, StepResult
+from sarathi.request import RequestStatus
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn")
 WIDE = CacheCapacity(1000, 1, 4)
@@ -63,7 +61,7 @@ def test_the_oldest_goes_on_while_every_request_is_in_flight() -> None:
         waited.append(0 if "old" in {chunk.request_id for chunk in out.chunks} else waited[-1] + 1)
         if len(in_flight) == 3:
             out, result = in_flight.popleft()
-            worker.landed(out.step_id)
+            worker.complete(out.step_id)
             scheduler.update(out, result)
     assert max(waited) <= 4 and young.num_preemptions == 1
 
@@ -148,10 +146,10 @@ def test_memory_lost_in_a_step_undoes_that_step_and_goes_on(policy: str) -> None
     out = scheduler.schedule()
     result = worker.execute(out)
     assert result.available_rows == worker.rows and not result.tokens
-    worker.landed(out.step_id)
+    worker.complete(out.step_id)
     scheduler.update(out, result)
     assert [(request.num_computed_tokens, list(request.output_token_ids)) for request in requests] == progress
-    assert scheduler.ledger.capacity.rows == worker.rows
+    assert scheduler.block_space_manager.capacity.rows == worker.rows
     run_to_end(scheduler, worker)
     assert scheduler.num_preemptions > 0
     for request in requests:
@@ -169,7 +167,7 @@ def test_steps_sent_behind_a_failed_one_are_undone_with_it() -> None:
     results = [worker.execute(out) for out in sent]
     assert all(result.available_rows is not None for result in results)
     for out, result in zip(sent, results, strict=True):
-        worker.landed(out.step_id)
+        worker.complete(out.step_id)
         scheduler.update(out, result)
         assert [request.num_computed_tokens for request in requests] == [10, 10, 10]
     run_to_end(scheduler, worker)
@@ -191,21 +189,23 @@ def test_a_worker_that_fails_without_a_reason_in_the_books_does_not_stop_the_oth
         worker.rows = 30
         if result.available_rows is not None:
             result = StepResult(out.step_id, available_rows=10**6)
-        worker.landed(out.step_id)
+        worker.complete(out.step_id)
         scheduler.update(out, result)
     assert not scheduler.has_work
     for request in requests:
         assert request.output_token_ids == expected_output(request, 21)[0], "five rows of four are left"
 
 
-def shrink(scheduler: Scheduler, worker: FakeWorker, rows: int) -> list[Request]:
-    """A step that finds only this many rows; returns the requests that it ended."""
+def shrink(scheduler: Scheduler, worker: FakeWorker, rows: int) -> set[tuple[str, str | None]]:
+    """A step that finds only this many rows; returns the requests that it ended, with reasons."""
     worker.rows = rows
     out = scheduler.schedule()
     result = worker.execute(out)
     assert result.available_rows == rows
-    worker.landed(out.step_id)
-    return scheduler.update(out, result)
+    worker.complete(out.step_id)
+    updates = scheduler.update(out, result)
+    assert not any(update.tokens for update in updates)
+    return {(update.request_id, update.finish_reason) for update in updates}
 
 
 def test_what_runs_and_no_longer_fits_a_smaller_cache_is_ended(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,7 +215,7 @@ def test_what_runs_and_no_longer_fits_a_smaller_cache_is_ended(caplog: pytest.Lo
     for _ in range(5):
         step(scheduler, worker)
     scheduler.add(new)
-    assert set(shrink(scheduler, worker, 12)) == {grown, new}
+    assert shrink(scheduler, worker, 12) == {("grown", "length"), ("new", "error")}
     assert (grown.finish_reason, len(grown.output_token_ids)) == ("length", 5)
     assert (new.finish_reason, new.output_token_ids) == ("error", [])
     assert (
@@ -235,13 +235,13 @@ def test_what_waits_is_only_refused_or_ended_by_the_full_cache(policy: str) -> N
         scheduler.add(request)
     for _ in range(2):
         step(scheduler, worker)
-    assert shrink(scheduler, worker, 12) == []
+    assert shrink(scheduler, worker, 12) == set()
     scheduler.add(waiting[1])
     with pytest.raises(RequestTooLongError, match=r"has 41 tokens: the whole cache holds 40 \(40 rows\)"):
         scheduler.add(make_request("never", 41))
     while not all(request.is_finished for request in running):
         step(scheduler, worker)
-        assert scheduler.ledger.capacity.rows == 12 and scheduler.num_waiting >= 2
+        assert scheduler.block_space_manager.capacity.rows == 12 and scheduler.num_waiting >= 2
     worker.rows = 40
     run_to_end(scheduler, worker, max_steps=40)
     for request in (*running, *waiting):
@@ -266,7 +266,7 @@ def test_a_shortage_that_does_not_pass_ends_what_cannot_run(policy: str, depth: 
             in_flight.append((out, worker.execute(out)))
         if len(in_flight) == depth or not scheduler.has_work:
             out, result = in_flight.popleft()
-            worker.landed(out.step_id)
+            worker.complete(out.step_id)
             scheduler.update(out, result)
             scheduler.check_integrity()
         assert num_steps < 400
@@ -275,7 +275,7 @@ def test_a_shortage_that_does_not_pass_ends_what_cannot_run(policy: str, depth: 
 
 
 def test_memory_that_was_short_for_a_moment_is_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_PATIENCE_STEPS", 5)
+    monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 5)
     scheduler, worker = pair(CacheCapacity(40, 1, 1), watermark=0.0)
     requests = [make_request(name, 10, 20, ignore_eos=True) for name in ("a", "b")]
     for request in requests:
@@ -286,10 +286,10 @@ def test_memory_that_was_short_for_a_moment_is_given_out_again(monkeypatch: pyte
     worker.rows = 40
     for _ in range(5):
         step(scheduler, worker)
-        assert (scheduler.num_running, scheduler.num_waiting, scheduler.ledger.capacity.rows) == (1, 1, 18)
+        assert (scheduler.num_running, scheduler.num_waiting, scheduler.block_space_manager.capacity.rows) == (1, 1, 18)
     step(scheduler, worker)
     step(scheduler, worker)
-    assert (scheduler.num_running, scheduler.num_waiting, scheduler.ledger.capacity.rows) == (2, 0, 40)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.block_space_manager.capacity.rows) == (2, 0, 40)
     run_to_end(scheduler, worker)
     for request in requests:
         assert request.output_token_ids == expected_output(request, 100)[0]
@@ -300,7 +300,7 @@ def test_a_request_that_finds_nobody_there_finds_all_memory() -> None:
     scheduler.add(make_request("a", 10, 20, ignore_eos=True))
     worker.rows = 0
     run_to_end(scheduler, worker)
-    assert scheduler.ledger.capacity.rows == 0
+    assert scheduler.block_space_manager.capacity.rows == 0
     worker.rows = 40
     late = make_request("late", 10, 20, ignore_eos=True)
     scheduler.add(late)
@@ -320,7 +320,7 @@ def test_a_cache_of_another_size_lets_others_run_and_stays_that_size() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
     run_to_end(scheduler, worker)
     scheduler.add(make_request("c", 10, 5, ignore_eos=True))
-    assert scheduler.ledger.capacity.rows == 40
+    assert scheduler.block_space_manager.capacity.rows == 40
 
 
 def test_a_cache_that_is_smaller_for_good_ends_who_waits_too() -> None:
@@ -329,6 +329,6 @@ def test_a_cache_that_is_smaller_for_good_ends_who_waits_too() -> None:
     for request in requests:
         scheduler.add(request)
     step(scheduler, worker)
-    assert scheduler.resize(15) == [requests[0], requests[2]]
+    assert scheduler.resize(15) == [RequestUpdate("r20", (), "length"), RequestUpdate("r30", (), "error")]
     run_to_end(scheduler, worker)
     assert [request.finish_reason for request in requests] == ["length", "length", "error"]

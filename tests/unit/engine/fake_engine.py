@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.tokenizer.chat_template import jinja_renderer
@@ -113,7 +113,7 @@ def make_engine(
     metrics: MetricsSink | None = None,
     **config: int,
 ) -> LLMEngine:
-    """A real scheduler and ledger of `rows` tokens over the fake executor."""
+    """A real scheduler and block space manager of `rows` tokens over the fake executor."""
     capacity = CacheCapacity(rows, token_bytes=1, page_bytes=1)
     scheduler = make_scheduler(SchedulerConfig(**config), VirtualBlockSpaceManager(capacity), MAX_MODEL_LEN)
     tokenizer = byte_tokenizer() if has_tokenizer else None

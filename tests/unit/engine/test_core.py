@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from fake_engine import END, FakeExecutor, echo, make_engine, says
 
-from sarathi.core.scheduler.limits import RequestTooLongError
+from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from fake_engine import END, VOCAB_SIZE, FakeExecutor, echo, make_engine, says
 
-from sarathi.core.scheduler.limits import RequestTooLongError
+from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine import core
 from sarathi.engine.llm_engine import EngineShutDownError, LLMEngine
 from sarathi.engine.outputs import RequestOutput
@@ -245,7 +245,7 @@ def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["ledger.allocate", "ledger.free", "update", "schedule"])
+@pytest.mark.parametrize("where", ["memory.allocate", "memory.free", "update", "schedule"])
 def test_an_interrupt_anywhere_in_a_step_leaves_an_engine_that_works(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,9 +255,8 @@ def test_an_interrupt_anywhere_in_a_step_leaves_an_engine_that_works(
     engine.step()
     engine.add_request("waiting", [0], SamplingParams(max_tokens=2))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        owner, name = (
-            (engine.core.scheduler.ledger, where[7:]) if where.startswith("ledger.") else (engine.core.scheduler, where)
-        )
+        scheduler = engine.core.scheduler
+        owner, name = (scheduler.block_space_manager, where[7:]) if where.startswith("memory.") else (scheduler, where)
         patch.setattr(owner, name, interrupt)
         run(engine)
     assert engine.num_unfinished == 0

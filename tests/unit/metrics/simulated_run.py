@@ -55,13 +55,13 @@ class Simulation:
         out = self.scheduler.schedule()
         marks = start_s + np.sort(self.rng.uniform(0.001, 1.0, 3))
         result = StepResult(out.step_id, tuple(SampledToken(c.request_id, 7) for c in out.chunks if c.samples), 0.1)
-        progressed = self.scheduler.update(out, result)
+        updates = self.scheduler.update(out, result)
         self.clock.now_s = float(marks[2])
         self._write_down(out, result, start_s)
         self.store.on_step(out, result, StepTimes(start_s, *map(float, marks)))
-        for request in progressed:
-            if request.is_finished:
-                self.store.on_request_finished(request.request_id, request.finish_reason)
+        for update in updates:
+            if update.finish_reason is not None:
+                self.store.on_request_finished(update.request_id, update.finish_reason)
         self.clock.now_s += float(self.rng.uniform(0, 0.1))
 
     def _write_down(self, out: SchedulerOutput, result: StepResult, start_s: float) -> None:

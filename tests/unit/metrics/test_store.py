@@ -10,7 +10,7 @@ from simulated_run import CAPACITY, Clock, Simulation
 
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
-from sarathi.core.scheduler.factory import make_scheduler
+from sarathi.core.scheduler import make_scheduler
 from sarathi.messages import Chunk, HostTimes, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, NullMetricsStore, StepTimes, merge
 from sarathi.metrics.tables import (
@@ -30,9 +30,9 @@ def run(policy: str, seed: int, rows: int = 14, replica: int = 0) -> Simulation:
     print(f"policy {policy}, seed {seed}")
     rng, clock = np.random.default_rng(seed), Clock()
     config = SchedulerConfig(type=policy, max_num_seqs=6, chunk_size=24)
-    ledger = VirtualBlockSpaceManager(replace(CAPACITY, rows=rows))
+    block_space_manager = VirtualBlockSpaceManager(replace(CAPACITY, rows=rows))
     store = MetricsStore(clock, replica=replica, capacity=CAPACITY, keep_schedule=True)
-    simulation = Simulation(make_scheduler(config, ledger, max_model_len=400), store, clock, rng)
+    simulation = Simulation(make_scheduler(config, block_space_manager, max_model_len=400), store, clock, rng)
     for index in range(25):
         simulation.arrive(str(index), int(rng.integers(1, 120)), int(rng.integers(1, 60)))
         for _ in range(rng.integers(0, 6)):

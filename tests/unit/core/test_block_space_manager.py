@@ -1,4 +1,4 @@
-"""Both ledgers against a model made of a dict, and what each promises beyond it."""
+"""Both block space managers against a model made of a dict, and what each guarantees beyond it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 from scheduler_simulation import make_request
 
 from sarathi.config.backend import BackendSpec
-from sarathi.core.block_space_manager.factory import make_block_space_manager
-from sarathi.core.block_space_manager.manager import LedgerError
+from sarathi.core.block_space_manager import BlockSpaceError, make_block_space_manager
 from sarathi.core.block_space_manager.paged import PagedBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.messages import CacheCapacity
@@ -31,7 +30,7 @@ def test_random_use_agrees_with_a_model(name: str) -> None:
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
     capacity = CacheCapacity(40, 3, 7) if "vattn" in name else CacheCapacity(40, 1, 4)
-    ledger = make_block_space_manager(BackendSpec.parse(name), capacity)
+    manager = make_block_space_manager(BackendSpec.parse(name), capacity)
     requests = [make_request(f"r{i}", 1) for i in range(12)]
     held = dict.fromkeys(requests, 0)
     rows = 40
@@ -39,55 +38,55 @@ def test_random_use_agrees_with_a_model(name: str) -> None:
         request = rng.choice(requests)
         event = rng.random()
         if event < 0.3:
-            ledger.free(request)
+            manager.free(request)
             held[request] = 0
         elif event < 0.33:
             rows = rng.randint(0, 80)
-            ledger.resize(rows)
+            manager.resize(rows)
         else:
             tokens, spare = rng.randint(1, 60), rng.choice((0, 0, 5))
             wanted = max(held[request], capacity.rows_for(tokens))
             fits = sum(held.values()) - held[request] + wanted + spare <= rows
-            grant = ledger.allocate(request, tokens, spare)
+            grant = manager.allocate(request, tokens, spare)
             assert (grant is not None) == fits
             if grant is not None:
                 added = wanted - held[request]
                 assert grant.num_tokens >= tokens and capacity.rows_for(grant.num_tokens) == wanted
                 assert len(grant.block_ids) == (added if "paged" in name else 0)
                 held[request] = wanted
-        assert ledger.num_used_rows == sum(held.values())
-        assert ledger.is_overcommitted == (sum(held.values()) > rows)
-        ledger.check_integrity()
+        assert manager.num_used_rows == sum(held.values())
+        assert manager.is_overcommitted == (sum(held.values()) > rows)
+        manager.check_integrity()
 
 
 def test_the_lowest_blocks_are_given_and_none_twice() -> None:
-    ledger = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
+    manager = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
     first, second = make_request("a", 1), make_request("b", 1)
-    granted = [ledger.allocate(request, tokens) for request, tokens in ((first, 5), (second, 4), (first, 12))]
+    granted = [manager.allocate(request, tokens) for request, tokens in ((first, 5), (second, 4), (first, 12))]
     assert [len(grant.block_ids) for grant in granted if grant] == [2, 1, 1]
     assert sorted(block for grant in granted if grant for block in grant.block_ids) == [0, 1, 2, 3]
-    assert ledger.allocate(second, 16) is None and ledger.num_used_rows == 4, "a refusal changed something"
+    assert manager.allocate(second, 16) is None and manager.num_used_rows == 4, "a refusal changed something"
 
 
-def test_a_shrunken_ledger_refuses_even_those_who_want_nothing_new_until_it_fits() -> None:
-    ledger = VirtualBlockSpaceManager(CacheCapacity(10, 1, 1))
+def test_a_shrunken_capacity_refuses_even_those_who_want_nothing_new_until_it_fits() -> None:
+    manager = VirtualBlockSpaceManager(CacheCapacity(10, 1, 1))
     first, second = make_request("a", 1), make_request("b", 1)
-    ledger.allocate(first, 5)
-    ledger.allocate(second, 5)
-    ledger.resize(6)
-    assert ledger.is_overcommitted and ledger.allocate(first, 5) is None
-    ledger.free(second)
-    assert ledger.allocate(first, 6) is not None and not ledger.is_overcommitted
+    manager.allocate(first, 5)
+    manager.allocate(second, 5)
+    manager.resize(6)
+    assert manager.is_overcommitted and manager.allocate(first, 5) is None
+    manager.free(second)
+    assert manager.allocate(first, 6) is not None and not manager.is_overcommitted
 
 
-def test_broken_books_are_noticed() -> None:
-    ledger = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
-    ledger.allocate(make_request("a", 1), 9)
-    ledger._free.append(ledger._blocks["a"][0])
-    with pytest.raises(LedgerError):
-        ledger.check_integrity()
+def test_inconsistent_accounting_is_noticed() -> None:
+    manager = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
+    manager.allocate(make_request("a", 1), 9)
+    manager._free.append(manager._blocks["a"][0])
+    with pytest.raises(BlockSpaceError):
+        manager.check_integrity()
     virtual = VirtualBlockSpaceManager(CacheCapacity(6, 1, 4))
     virtual.allocate(make_request("a", 1), 9)
     virtual._num_used_rows -= 1
-    with pytest.raises(LedgerError, match="2 rows are booked, but requests hold 3"):
+    with pytest.raises(BlockSpaceError, match="2 rows are counted, but requests hold 3"):
         virtual.check_integrity()

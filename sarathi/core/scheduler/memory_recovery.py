@@ -1,0 +1,211 @@
+"""Memory shortage, and the way back.
+
+The block space manager has no rows left: requests are preempted. The worker has less memory than the block space
+manager counts on: the step that found out and those sent behind it are rolled back, and the capacity shrinks to what is
+available. The second kind may be temporary, so the full capacity is tried again after _RETRY_STEPS steps, when no
+request can run without it, and when a request arrives while there is no other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
+from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step
+from sarathi.request import Request, RequestStatus
+
+logger = logging.getLogger(__name__)
+_RETRY_STEPS = 1000
+
+
+class RequestTooLongError(ValueError):
+    """A request that could never run, refused on arrival."""
+
+
+class MemoryRecovery:
+    """Preemption, the full and the current capacity, and the lengths that they allow.
+
+    num_recoveries: failed steps that the scheduler knows of.
+
+    The oldest running request is preempted only if there is no other, so it always finishes and the next becomes the
+    oldest: no request starves. Otherwise the victim is the request with the fewest computed tokens, which loses least.
+    A request in flight is not preempted, because its memory is in use: it is left out of one step, and can be preempted
+    in the next.
+    """
+
+    def __init__(self, block_space_manager: BlockSpaceManager, running: RunningRequests, max_model_len: int) -> None:
+        self.num_recoveries = 0
+        self.num_preemptions = 0
+        self._block_space_manager = block_space_manager
+        self._running = running
+        self._max_model_len = max_model_len
+        self._full_capacity = block_space_manager.capacity
+        self._retry_step_id = 0
+
+    # Lengths.
+
+    @property
+    def full_rows(self) -> int:
+        return self._full_capacity.rows
+
+    def set_full_rows(self, rows: int) -> None:
+        """Change the full capacity."""
+        self._full_capacity = replace(self._full_capacity, rows=rows)
+
+    def check_length(self, request: Request) -> None:
+        """Raise RequestTooLongError if the model or the full cache has no room for the prompt and an output token.
+
+        The last output token need not be in the cache.
+        """
+        num_tokens, capacity = request.num_tokens, self._full_capacity
+        if num_tokens >= self._max_model_len:
+            raise RequestTooLongError(
+                f"request {request.request_id!r} has {num_tokens} tokens: the longest sequence is "
+                f"{self._max_model_len} tokens, and at least one of them is for the output"
+            )
+        in_cache = capacity.tokens_in(capacity.rows)
+        if num_tokens > in_cache:
+            raise RequestTooLongError(
+                f"request {request.request_id!r} has {num_tokens} tokens: the whole cache holds {in_cache} "
+                f"({capacity.rows} rows)"
+            )
+
+    def max_output_tokens(self, request: Request) -> int:
+        """Output length at which a request ends: its own limit, the model's, or the cache's.
+
+        The current capacity limits a running request, the full one a waiting request: a shortage may be over by the
+        time it runs.
+        """
+        is_running = request.status is RequestStatus.RUNNING
+        capacity = self._block_space_manager.capacity if is_running else self._full_capacity
+        longest = min(self._max_model_len, capacity.tokens_in(capacity.rows) + 1)
+        room = longest - request.num_prompt_tokens
+        wanted = request.sampling_params.max_tokens
+        return room if wanted is None else min(wanted, room)
+
+    # Preemption.
+
+    def start(self, state: RequestState, num_tokens: int, spare_rows: int) -> Grant | None:
+        """Start a request with memory for num_tokens; None if that would leave fewer than spare_rows free."""
+        grant = self._block_space_manager.allocate(state.request, num_tokens, spare_rows)
+        if grant is not None:
+            self._running.start(state)
+            self._set_granted(state, grant)
+            state.max_output_tokens = self.max_output_tokens(state.request)
+        return grant
+
+    def grow(self, state: RequestState, num_tokens: int, step: Step) -> Grant | None:
+        """Memory for num_tokens of a running request, preempting others if necessary.
+
+        None if it is preempted itself, or if the victims are in flight.
+        """
+        while (grant := self._block_space_manager.allocate(state.request, num_tokens)) is None:
+            if step.is_starved or not self._preempt_one(step, allow_oldest=False):
+                step.is_starved = True
+                return None
+            if state.request.status is RequestStatus.PREEMPTED:
+                return None
+        self._set_granted(state, grant)
+        return grant
+
+    def fit_capacity(self, step: Step) -> bool:
+        """Preempt until all running requests fit in the capacity; False if that has to wait for steps in flight."""
+        while self._block_space_manager.is_overcommitted:
+            if not self._preempt_one(step, allow_oldest=True):
+                return False
+        return True
+
+    def _set_granted(self, state: RequestState, grant: Grant) -> None:
+        """Grants are whole rows, which may reach past the longest sequence."""
+        state.granted_tokens = min(grant.num_tokens, self._max_model_len)
+
+    def _preempt_one(self, step: Step, allow_oldest: bool) -> bool:
+        """False if there is no victim, or if it is in flight: then it is left out of this step."""
+        running = self._running.running
+        candidates = [state for state in running[1:] if state.last_step_id != step.step_id]
+        if not candidates and allow_oldest:
+            candidates = running[:1]
+        victim = min(candidates, key=_preemption_order, default=None)
+        if victim is None:
+            return False
+        if victim.steps_in_flight:
+            victim.last_step_id = step.step_id
+            return False
+        self._preempt(victim, step)
+        return True
+
+    def _preempt(self, state: RequestState, step: Step) -> None:
+        request = state.request
+        used, capacity = self._block_space_manager.num_used_rows, self._block_space_manager.capacity.rows
+        logger.warning(
+            "preempted request %s: %d computed tokens lost, preemption %d of this request; %d of %d rows were in use",
+            request.request_id, request.num_computed_tokens, request.num_preemptions + 1, used, capacity,
+        )  # fmt: skip
+        self._block_space_manager.free(request)
+        self._running.running.remove(state)
+        state.granted_tokens = 0
+        state.last_step_id = step.step_id
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self.num_preemptions += 1
+        step.preempted.append(state)
+
+    # Less memory than counted on.
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the current capacity is smaller than the full one."""
+        return self._block_space_manager.capacity.rows < self._full_capacity.rows
+
+    def may_retry(self, step: Step) -> bool:
+        """Whether to try the full capacity again, after a step that succeeded."""
+        return self.is_short and step.step_id >= self._retry_step_id
+
+    def is_stuck(self, step: Step) -> bool:
+        """Whether, after a shortage, no request runs and `step` could start none: all wait for more memory.
+
+        Only the oldest is then certain to start with the full capacity. If that fails again, it ends if it does not fit
+        alone in what is available, and otherwise starts without another retry, so no request retries forever.
+        """
+        return self.is_short and not len(self._running) and not step.preempted
+
+    def roll_back(self, steps: Sequence[Step], available_rows: int, next_step_id: int) -> int:
+        """Undo `steps`, the first of which found only available_rows; returns the capacity to continue with, in rows.
+
+        It is smaller than what the failed step used even if more is said to be available, so the same step cannot fail
+        forever.
+        """
+        for step in reversed(steps):
+            step.roll_back()
+        self.num_recoveries += 1
+        self._retry_step_id = next_step_id + _RETRY_STEPS
+        rows = max(0, min(available_rows, steps[0].num_used_rows - 1))
+        logger.warning("memory ran out in step %d: continuing with %d rows", steps[0].step_id, rows)
+        return rows
+
+    def resize(self, rows: int, states: Iterable[RequestState]) -> list[tuple[RequestState, str]]:
+        """Set the current capacity; returns the requests that are too long for it, with finish reasons."""
+        self._block_space_manager.resize(rows)
+        too_long = []
+        for state in states:
+            state.max_output_tokens = self.max_output_tokens(state.request)
+            if state.request.num_output_tokens >= state.max_output_tokens:
+                too_long.append((state, self._finish_reason(state.request)))
+        return too_long
+
+    def _finish_reason(self, request: Request) -> str:
+        reason = "length" if request.output_token_ids else "error"
+        capacity, num_tokens = self._block_space_manager.capacity, request.num_tokens - request.num_pending_tokens
+        logger.warning(
+            "request %s ended with reason %s: it has %d tokens, and the cache has room for %d (%d rows)",
+            request.request_id, reason, num_tokens, capacity.tokens_in(capacity.rows), capacity.rows,
+        )  # fmt: skip
+        return reason
+
+
+def _preemption_order(state: RequestState) -> tuple[bool, int, int]:
+    """Not in flight first, then the fewest computed tokens, then the youngest."""
+    return state.steps_in_flight > 0, state.request.num_computed_tokens, -state.arrival
