@@ -37,9 +37,10 @@ def note(frame, event, argument):
             seen.add((os.path.relpath(code.co_filename, root), code.co_firstlineno, code.co_name))
 
 with LLM("smollm2-135m", attention_backend="sdpa_vattn", max_model_len=256, max_num_seqs=4) as llm:
+    params = SamplingParams(temperature=0.0, max_tokens=1)
     threading.setprofile(note)
     sys.setprofile(note)
-    llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
+    llm.generate("The capital of France is", params, use_tqdm=False)
     sys.setprofile(None)
 json.dump(sorted(seen), sys.stdout)
 """

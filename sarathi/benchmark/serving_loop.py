@@ -106,8 +106,7 @@ class ServingLoop:
         for request_id in self._open:
             self._engine.abort(request_id)
         self._open.clear()
-        while self._engine.has_work and not self._engine.num_unfinished:
-            self._engine.step()
+        self._engine.release_ended()
 
 
 def _response(output: RequestOutput) -> dict[str, Any]:

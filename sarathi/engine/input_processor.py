@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sarathi.engine.containers import is_integer, is_list
+from sarathi.containers import is_integer, is_list
 from sarathi.engine.tokenizer.tokenizer import Tokenizer, UnencodableTextError
 from sarathi.messages import NewRequest
 from sarathi.sampling_params import SamplingParams

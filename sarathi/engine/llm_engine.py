@@ -105,10 +105,6 @@ class LLMEngine:
             raise
         return outputs
 
-    def _report(self, step: StepReport) -> None:
-        times = StepTimes(step.started_at_s, step.scheduled_at_s, step.executed_at_s, self._clock())
-        self._metrics.on_step(step.out, step.result, times)
-
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its last output, or None if there is no such request (any more)."""
         state = self._outputs.states.get(request_id)
@@ -117,6 +113,11 @@ class LLMEngine:
         for completion in state.completions:
             self.core.finish(completion.request_id, "abort")
         return self._outputs.end(state, "abort")
+
+    def release_ended(self) -> None:
+        """Free the memory of ended requests where no other is left, so that no step would tell the executor of them."""
+        while not self._outputs.states and self.has_work:
+            self.step()
 
     def memory_stats(self) -> MemoryStats:
         """Memory of the KV cache now."""
@@ -130,3 +131,7 @@ class LLMEngine:
             self.core.shutdown()
         finally:
             self._outputs.end_all("error")
+
+    def _report(self, step: StepReport) -> None:
+        times = StepTimes(step.started_at_s, step.scheduled_at_s, step.executed_at_s, self._clock())
+        self._metrics.on_step(step.out, step.result, times)

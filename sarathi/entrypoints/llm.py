@@ -1,4 +1,4 @@
-"""The engine as one Python object for work that is there all at once; knows no sockets and no threads.
+"""The engine as one Python object, for prompts that are all there at once. Threads may share it.
 
 with LLM("smollm2-135m") as llm:
     [output] = llm.generate("The capital of France is", SamplingParams(temperature=0))
@@ -6,22 +6,24 @@ with LLM("smollm2-135m") as llm:
 """
 
 import itertools
+import os
+import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any
 
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
-from sarathi.engine.containers import is_integer, is_list
+from sarathi.containers import is_integer, is_list
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.entrypoints.progress import Progress
+from sarathi.entrypoints.progress import show_progress
 from sarathi.messages import MemoryStats
 from sarathi.sampling_params import SamplingParams
 from sarathi.wording import short_repr
@@ -32,7 +34,10 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A model ready to answer. Its memory is freed by `close`, at the end of a `with`, or when it is deleted."""
+    """A model ready to answer. Its memory is freed by `close`, at the end of a `with`, or when it is deleted.
+
+    Threads may share one: their requests run in common batches.
+    """
 
     def __init__(self, model: str = "smollm2-135m", **settings: object) -> None:
         """Load `model`: a known name, a folder, a .gguf file or a hub id. `settings` are knobs of the configuration
@@ -63,7 +68,11 @@ class LLM:
         mixed. `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at
         fault; nothing runs then, and the engine stays usable.
         """
-        return self._run(_as_list(prompts), sampling_params, use_tqdm)
+        given = _as_list(prompts)
+        with closing(self._stream(given, sampling_params)) as stream:
+            outputs = show_progress(stream, len(given)) if use_tqdm else stream
+            finished = {number: output for number, output in outputs if output.finished}
+        return [finished[number] for number in range(len(given))]
 
     def chat(
         self,
@@ -74,7 +83,7 @@ class LLM:
         """Answer one conversation or many, in the model's own chat format; otherwise as `generate`."""
         single = not is_list(messages) or not len(messages) or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
-        return self._run([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
+        return self.generate([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
 
     def stream(self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, with an output after each of its tokens; leaving the loop early aborts it."""
@@ -89,23 +98,7 @@ class LLM:
         """
         if not is_list(prompts):
             raise ValueError(f"prompts is {short_repr(prompts)}: it must be a list of prompts")
-        params = _for_each(sampling_params, len(prompts))
-        numbers = {next(self._ids): number for number in range(len(prompts))}
-        pending, inbox = set(numbers), deque[RequestOutput]()
-        try:
-            with self._using_engine():
-                self._inboxes.update(dict.fromkeys(numbers, inbox))
-                self._add_all(numbers, prompts, params)
-            while pending:
-                self._fill(inbox, pending)
-                while inbox:
-                    output = inbox.popleft()
-                    if output.finished:
-                        pending.discard(output.request_id)
-                    yield numbers[output.request_id], output
-        finally:
-            self._left.extend(numbers)
-            self._end_left()
+        return self._stream(prompts, sampling_params)
 
     def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
@@ -115,10 +108,15 @@ class LLM:
 
     def memory_stats(self) -> MemoryStats:
         """What the KV cache holds now, and at its peak, in bytes."""
-        return self.engine.memory_stats()
+        with self._using_engine():
+            return self.engine.memory_stats()
 
     def close(self) -> None:
-        """Free all memory, of the cache and of the model; open streams end with an error. May be called again."""
+        """Free all memory, of the cache and of the model; open streams end with an error. May be called again.
+
+        Waits for a step that another thread has under way.
+        """
+        self._refuse_reentry()
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -131,18 +129,29 @@ class LLM:
         self.engine = engine
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
-        self._left: deque[str] = deque()  # requests of streams that are over
-        self._is_using_engine = False
-        self._finalizer = weakref.finalize(self, engine.shutdown)
+        self._left: deque[set[str]] = deque()  # of each stream that is over, its requests that had not ended
+        self._lock = threading.Lock()  # held by the one thread that uses the engine
+        self._user: int | None = None
+        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, os.getpid())
 
-    def _run(self, prompts: Sequence[AnyPrompt], params: Params, use_tqdm: bool) -> list[RequestOutput]:
-        finished: dict[int, RequestOutput] = {}
-        with Progress(len(prompts), use_tqdm) as progress:
-            for number, output in self.stream_all(prompts, params):
-                progress.count(output)
-                if output.finished:
-                    finished[number] = output
-        return [finished[number] for number in range(len(prompts))]
+    def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
+        each_params = _for_each(params, len(prompts))
+        numbers = {next(self._ids): number for number in range(len(prompts))}
+        pending, inbox = set(numbers), deque[RequestOutput]()
+        try:
+            with self._using_engine():
+                self._inboxes.update(dict.fromkeys(numbers, inbox))
+                self._add_all(numbers, prompts, each_params)
+            while pending:
+                self._fill(inbox, pending)
+                while inbox:
+                    output = inbox.popleft()
+                    if output.finished:
+                        pending.discard(output.request_id)
+                    yield numbers[output.request_id], output
+        finally:
+            self._left.append(pending)
+            self._end_left()
 
     def _add_all(
         self, numbers: Mapping[str, int], prompts: Sequence[AnyPrompt], params: Sequence[SamplingParams]
@@ -151,50 +160,74 @@ class LLM:
         number = 0
         try:
             for request_id, number in numbers.items():
-                self.engine.add_request(request_id, _plain(prompts[number]), params[number])
+                prompt = prompts[number]
+                self.engine.add_request(
+                    request_id, _plain(prompt) if isinstance(prompt, Mapping) else prompt, params[number]
+                )
         except ValueError as error:
             if len(prompts) == 1:
                 raise
             raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
 
     def _fill(self, inbox: deque[RequestOutput], pending: Iterable[str]) -> None:
-        """Step until something comes for one of `pending`; what comes for other streams is kept for them."""
+        """Step until there is an output for one of `pending`; outputs of other streams go to their inboxes.
+
+        The threads that wait for outputs step in turn, each for all.
+        """
         while not inbox:
-            if not any(map(self.engine.is_unfinished, pending)):
-                raise RuntimeError(
-                    "the requests of this stream ended before it: the LLM was closed, or a step failed that another "
-                    "stream asked for"
-                )
             with self._using_engine():
+                if inbox:  # another thread was here in between
+                    return
+                if not any(map(self.engine.is_unfinished, pending)):
+                    raise RuntimeError(
+                        "the requests of this stream ended before it: the LLM was closed, or a step failed that "
+                        "another stream asked for"
+                    )
                 for output in self.engine.step():
                     if output.request_id in self._inboxes:
                         self._inboxes[output.request_id].append(output)
+                    if output.finished:
+                        self._inboxes.pop(output.request_id, None)
 
     @contextmanager
     def _using_engine(self) -> Iterator[None]:
-        """Streams that end meanwhile, because they are collected as garbage at some allocation, end afterwards."""
+        """Let one thread at a time use the engine. Streams that end meanwhile, because they are collected as garbage at
+        some allocation, are ended afterwards."""
+        self._refuse_reentry()
         try:
-            self._is_using_engine = True
-            yield
+            with self._lock:
+                self._user = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    self._user = None
         finally:
-            self._is_using_engine = False
             self._end_left()
 
-    def _end_left(self) -> None:
-        """Abort what is not done of the streams that are over, unless the engine is in the middle of something else."""
-        if self._left and not self._is_using_engine:
-            with self._using_engine():
-                self._abort_left()
+    def _refuse_reentry(self) -> None:
+        if self._user == threading.get_ident():
+            raise RuntimeError("this LLM is in the middle of a step of the same thread: it cannot be used from there")
 
-    def _abort_left(self) -> None:
-        """Abort, and free memory: the worker hears of ended requests with the next step only, and where no request is
-        left there would be none."""
-        while self._left:
-            request_id = self._left.popleft()
+    def _end_left(self) -> None:
+        """End the streams that are over, unless some thread uses the engine: that thread ends them afterwards."""
+        while self._left and self._lock.acquire(blocking=False):
+            try:
+                self._abort(self._left.popleft())
+            finally:
+                self._lock.release()
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
             self.engine.abort(request_id)
             self._inboxes.pop(request_id, None)
-        while self.engine.has_work and not self.engine.num_unfinished:
-            self.engine.step()
+        self.engine.release_ended()
+
+
+def _shut_down(engine: LLMEngine, lock: threading.Lock, process_id: int) -> None:
+    """Once no thread is in a step. A forked process leaves the engine to the one that made it."""
+    if os.getpid() == process_id:
+        with lock:
+            engine.shutdown()
 
 
 def _as_list(prompts: Prompts) -> Sequence[Any]:
@@ -206,9 +239,7 @@ def _as_list(prompts: Prompts) -> Sequence[Any]:
     return [prompts] if len(prompts) and is_integer(prompts[0]) else prompts
 
 
-def _plain(prompt: AnyPrompt) -> Prompt:
-    if not isinstance(prompt, Mapping):
-        return prompt
+def _plain(prompt: Mapping[str, Any]) -> Prompt:
     for key, fits, allowed in (("prompt_token_ids", is_list, "a list of token ids"), ("prompt", _is_text, "text")):
         if key in prompt:
             plain: Prompt = prompt[key]

@@ -1,47 +1,37 @@
-"""A progress bar over requests with tokens a second; knows nothing of the engine but its outputs."""
+"""A progress bar over requests, with tokens a second."""
 
 import time
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
 from sarathi.engine.outputs import RequestOutput
 
 _REFRESH_S = 0.1  # drawing at every step would cost more than the step's own bookkeeping
+NumberedOutput = tuple[int, RequestOutput]
 
 
-class Progress:
-    """Counts finished requests; beside the bar stand the tokens of prompts and of answers a second.
+def show_progress(outputs: Iterable[NumberedOutput], num_requests: int) -> Iterator[NumberedOutput]:
+    """Pass `outputs` on, counting finished requests and the tokens a second of prompts and of completions.
 
-    Drawn on a terminal only: in a log file a bar is noise.
+    Draws on a terminal only: in a log file a bar is noise.
     """
-
-    def __init__(self, num_requests: int, shown: bool) -> None:
-        self._bar = tqdm(total=num_requests, desc="Requests", disable=None if shown else True, dynamic_ncols=True)
-        self._start_s = time.monotonic()
-        self._drawn_s = self._start_s
-        self._tokens: dict[str, tuple[int, int]] = {}
-
-    def count(self, output: RequestOutput) -> None:
-        """Take in what a request has come to."""
-        if self._bar.disable:
+    with tqdm(total=num_requests, desc="Requests", disable=None, dynamic_ncols=True) as bar:
+        if bar.disable:
+            yield from outputs
             return
-        answered = sum(each.num_tokens for each in output.outputs)
-        self._tokens[output.request_id] = len(output.prompt_token_ids), answered
-        self._bar.update(output.finished)
-        if time.monotonic() - self._drawn_s > _REFRESH_S:
-            self._draw_rates()
+        counts: dict[int, tuple[int, int]] = {}
+        start_s = drawn_s = time.monotonic()
+        for number, output in outputs:
+            counts[number] = len(output.prompt_token_ids), sum(each.num_tokens for each in output.outputs)
+            bar.update(output.finished)
+            if time.monotonic() - drawn_s > _REFRESH_S or bar.n == num_requests:
+                drawn_s = time.monotonic()
+                _draw_rates(bar, counts.values(), drawn_s - start_s)
+            yield number, output
 
-    def _draw_rates(self) -> None:
-        self._drawn_s = time.monotonic()
-        read, written = (sum(counts) for counts in zip(*self._tokens.values(), strict=True))
-        elapsed_s = self._drawn_s - self._start_s
-        self._bar.set_postfix_str(f"in {read / elapsed_s:.0f} tokens/s, out {written / elapsed_s:.0f} tokens/s")
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._tokens and not self._bar.disable:
-            self._draw_rates()
-        self._bar.close()
+def _draw_rates(bar: "tqdm[Any]", counts: Iterable[tuple[int, int]], elapsed_s: float) -> None:
+    read, written = (sum(each) for each in zip(*counts, strict=True))
+    bar.set_postfix_str(f"in {read / elapsed_s:.0f} tokens/s, out {written / elapsed_s:.0f} tokens/s")

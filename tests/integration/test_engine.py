@@ -3,6 +3,9 @@
 import gc
 import random
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,3 +169,53 @@ def test_deleting_or_closing_gives_the_memory_back(tmp_path: Path, how: str) -> 
         del tiny
         gc.collect()
     assert shared_memory_bytes() - before < 2**20
+
+
+DAEMON = """
+import sys, threading
+from sarathi import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], load_format="dummy", device="cpu", memory_bytes="16mb", max_num_seqs=4)
+is_running = threading.Event()
+
+def generate():
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    try:
+        for number, _ in llm.stream_all([[1, 2, 3]] * 200, params):
+            is_running.set()
+    except RuntimeError as error:
+        print(error)
+
+threading.Thread(target=generate, daemon=True).start()
+is_running.wait()
+print("end of main")
+"""
+
+
+def test_the_interpreter_can_end_while_a_daemon_thread_generates(tmp_path: Path) -> None:
+    model = save_tiny_config(tmp_path)
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", DAEMON, model], capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith("end of main\n")
+
+
+def test_close_in_the_middle_of_another_threads_generate(tmp_path: Path) -> None:
+    model = save_tiny_config(tmp_path)
+    for _ in range(5):
+        tiny, errors = LLM(model, load_format="dummy", device="cpu", memory_bytes="16mb", max_num_seqs=4), []
+        is_running = threading.Event()
+
+        def generate(tiny: LLM = tiny, errors: list[str] = errors, is_running: threading.Event = is_running) -> None:
+            try:
+                for _ in tiny.stream_all([[1, 2, 3]] * 100, SamplingParams(max_tokens=100, ignore_eos=True)):
+                    is_running.set()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        assert is_running.wait(30)
+        tiny.close()
+        thread.join(30)
+        assert len(errors) == 1 and "the LLM was closed" in errors[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sarathi.engine.containers import is_list
+from sarathi.containers import is_list
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
