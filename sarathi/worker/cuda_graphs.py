@@ -13,7 +13,6 @@ from sarathi.messages import Chunk
 from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.attention.metadata import DeviceStep, StaticStep
-from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.ops import Ops
 
@@ -52,8 +51,8 @@ class DecodeGraph:
     def __init__(self, batch_size: int, limits: Limits, last_tokens: Tensor) -> None:
         """last_tokens: [homes + 1] int64, each resident request's newest token; the last entry takes the padding's."""
         self._batch_size, self._last_tokens = batch_size, last_tokens
-        self._static = StaticStep(batch_size, limits.max_length, limits.blocks, last_tokens.device, riders=2)
-        self._token_ids, self._homes = self._static.riders
+        self._static = StaticStep(batch_size, limits.max_length, limits.blocks, last_tokens.device, extras=2)
+        self._token_ids, self._homes = self._static.extras
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, compute: Compute, kernels: Ops, pool: Any) -> None:
@@ -69,8 +68,8 @@ class DecodeGraph:
         """One step for chunks of one token each; token_ids may be stand-ins; homes: where the results go."""
         size = len(token_ids)
         padding = self._batch_size - size
-        riders = [*token_ids, *[0] * padding, *homes, *[self._last_tokens.shape[0] - 1] * padding]
-        self._static.fill(Batch(tuple(chunks), self._token_ids, self._token_ids, None), address, riders)
+        extras = [*token_ids, *[0] * padding, *homes, *[self._last_tokens.shape[0] - 1] * padding]
+        self._static.fill(chunks, address, extras)
         self._graph.replay()
         return Replayed(self._tokens[:size], self._logits[:size], self._homes[:size])
 

@@ -79,7 +79,7 @@ class CudaModelRunner:
         self._max_num_seqs = limits.max_num_seqs
         homes = layers[0].k.shape[0]
         self._last_tokens = torch.zeros(homes + 1, dtype=torch.int64, device=self._device)
-        sizes = ladder(limits.max_num_seqs) if backend.capabilities.captures_cuda_graphs else []
+        sizes = ladder(limits.max_num_seqs) if backend.can_capture(layers[0]) else []
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
 
     @torch.inference_mode()
@@ -92,7 +92,7 @@ class CudaModelRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Makes the graphs; needs no memory in the cache, since padded rows touch none."""
-        if self._backend.capabilities.captures_cuda_graphs:
+        if self._backend.can_capture(self._layers[0]):
             self._graphs.capture(self.model, self._backend, self._layers)
 
     def _warm_up_sampling(self) -> None:

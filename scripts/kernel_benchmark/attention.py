@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from kernel_benchmark.shapes import Model
 from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
-from sarathi.model_executor.attention.metadata import Home
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, VarlenStep, scheduled
+from sarathi.model_executor.attention.metadata import SlotTokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [tokens, heads, head_size], keys, values -> as q
 
@@ -49,13 +49,13 @@ def attention_at_hand(model: Model, shape: Equal) -> Iterator[Attend]:
 def flash_attention(model: Model, package: str, shape: Equal) -> Attend:
     """FlashAttention 3 of this package."""
     provider, new = FlashAttention3(package), shape.new
-    problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+    params = AttentionParams(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * new
     slots = torch.arange(shape.batch, dtype=torch.int32, device="cuda")
-    lengths, only = torch.full_like(slots, shape.length), Home(0, shape.length) if shape.batch == 1 else None
+    lengths, only = torch.full_like(slots, shape.length), SlotTokens(0, shape.length) if shape.batch == 1 else None
     step = VarlenStep(starts, lengths, slots, None, new, shape.length, causal=new > 1, only=only)
-    step = scheduled(step, provider, problem, shape.columns)
-    return lambda q, keys, values: provider.attend(q, (keys, values), step, problem)
+    step = scheduled(step, provider, params, shape.columns)
+    return lambda q, keys, values: provider.attend(q, (keys, values), step, params)
 
 
 def triton_decode(model: Model, shape: Equal) -> Attend:

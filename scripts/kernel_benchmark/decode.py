@@ -14,7 +14,7 @@ from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import MODELS, Model, Pages
 from kernel_benchmark.timing import copies_for
 from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, VarlenStep, scheduled
 from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
 from sarathi.model_executor.ops.types import DecodeBatch
 
@@ -107,14 +107,14 @@ def triton_launch(inputs: Inputs, config: DecodeConfig | None, *, pdl: bool = Fa
 def fa3_launch(inputs: Inputs, package: str, page: int | None) -> Launch:
     """FlashAttention-3 on contiguous memory, or with the same bytes seen as shuffled pages."""
     provider, model, batch = FlashAttention3(package), inputs.model, inputs.batch
-    problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+    params = AttentionParams(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
     layers, rows, table = inputs.layers, inputs.slots, None
     if page:
         rows, (table, layers) = None, as_pages(inputs, page)
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     step = VarlenStep(starts, inputs.lengths, rows, table, 1, inputs.context, causal=False)
-    step = scheduled(step, provider, problem, page or inputs.context)
-    return lambda i: provider.attend(inputs.q, layers[i], step, problem)
+    step = scheduled(step, provider, params, page or inputs.context)
+    return lambda i: provider.attend(inputs.q, layers[i], step, params)
 
 
 def as_pages(inputs: Inputs, page: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -166,7 +166,7 @@ def _launches(
         yield name, lambda c=config: triton_launch(inputs, c)
     yield "triton default, overlapped launch", lambda: triton_launch(inputs, None, pdl=True)
     for package, page in itertools.product(packages, pages.fa3):
-        if PACKAGES[package].abilities.block_multiple is not None:
+        if PACKAGES[package].capabilities.block_multiple is not None:
             yield f"fa3 paged {page} ({package})", lambda p=package, n=page: fa3_launch(inputs, p, n)
     for page in pages.flashinfer:
         yield f"flashinfer paged {page}", lambda n=page: flashinfer_launch(inputs, n, contiguous=False)

@@ -16,8 +16,8 @@ from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model, Pages
 from kernel_benchmark.timing import eager_sample, graph_sample
 from sarathi.model_executor.attention.flash_attn.fa3 import LONG_CHUNK, PACKAGES, FlashAttention3
-from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
-from sarathi.model_executor.attention.metadata import Home
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, VarlenStep, scheduled
+from sarathi.model_executor.attention.metadata import SlotTokens
 
 _ROUNDS = 5
 _SHORT = 2**26  # chunk x context up to which a launch from Python is long beside the kernel
@@ -61,17 +61,17 @@ def _exact_last_rows(inputs: Inputs, count: int) -> Tensor:
     return torch.einsum("qhgt,thd->qhgd", weights, inputs.values[0].double()).flatten(1, 2)
 
 
-def _fa3(inputs: Inputs, package: str, page: int | None = None, only: Home | None = None) -> Launch:
+def _fa3(inputs: Inputs, package: str, page: int | None = None, only: SlotTokens | None = None) -> Launch:
     """On pages of so many tokens, or on contiguous memory, as a batch of one, or as the tensor of one sequence."""
     provider, model, chunk, context = FlashAttention3(package), inputs.model, inputs.chunk, inputs.context
-    problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+    params = AttentionParams(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
     rows, table, cache = torch.zeros(1, dtype=torch.int32, device="cuda"), None, (inputs.keys, inputs.values)
     if page:
         rows, (table, cache) = None, _as_pages(inputs, page)
     starts, lengths = (torch.tensor(each, dtype=torch.int32, device="cuda") for each in ([0, chunk], [context]))
     step = VarlenStep(starts, lengths, rows, table, chunk, context, causal=True, only=only)
-    step = scheduled(step, provider, problem, page or context)
-    return lambda _: provider.attend(inputs.q, cache, step, problem)
+    step = scheduled(step, provider, params, page or context)
+    return lambda _: provider.attend(inputs.q, cache, step, params)
 
 
 def _as_pages(inputs: Inputs, page: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -110,10 +110,10 @@ def _launches(inputs: Inputs, pages: Pages) -> Iterator[tuple[str, Callable[[], 
     for package in packages:
         yield f"fa3 contiguous ({package})", lambda p=package: _fa3(inputs, p)
         if PACKAGES[package].has_single and inputs.chunk >= LONG_CHUNK:
-            only = Home(0, inputs.context)
+            only = SlotTokens(0, inputs.context)
             yield f"fa3 contiguous, one sequence ({package})", partial(_fa3, inputs, package, only=only)
     for package, page in itertools.product(packages, pages.fa3):
-        if PACKAGES[package].abilities.block_multiple is not None:
+        if PACKAGES[package].capabilities.block_multiple is not None:
             yield f"fa3 paged {page} ({package})", lambda p=package, n=page: _fa3(inputs, p, n)
     if pages.flashinfer:
         yield "flashinfer contiguous fa3", lambda: _flashinfer_single(inputs, "fa3")

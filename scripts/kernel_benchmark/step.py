@@ -15,7 +15,7 @@ from kernel_benchmark.inputs import random_tensor
 from kernel_benchmark.shapes import Model
 from kernel_benchmark.timing import graph_us
 from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
-from sarathi.model_executor.attention.flash_attn.provider import Problem, VarlenStep, scheduled
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, VarlenStep, scheduled
 from sarathi.model_executor.ops.triton.decode_attention import DecodeWorkspace, decode_attention
 from sarathi.model_executor.ops.triton.ops import TritonOps
 from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, RotationTable
@@ -78,11 +78,13 @@ class Step:
     def fa3(self) -> Attend:
         """FlashAttention 3 of the fa3-fwd package."""
         model, provider = self.model, FlashAttention3("fa3-fwd")
-        problem = Problem(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+        params = AttentionParams(
+            model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None
+        )
         starts = torch.arange(self.batch + 1, dtype=torch.int32, device="cuda")
         step = VarlenStep(starts, self.lengths, self.slots, None, 1, self.context, causal=False)
-        step = scheduled(step, provider, problem, self.context)
-        return lambda q, keys, values: provider.attend(q, (keys, values), step, problem)
+        step = scheduled(step, provider, params, self.context)
+        return lambda q, keys, values: provider.attend(q, (keys, values), step, params)
 
     @staticmethod
     def _weights(model: Model) -> tuple[Tensor, list[tuple[Tensor, ...]]]:

@@ -286,7 +286,7 @@ def test_one_graph_decodes_batches_that_grow_and_shrink(name: str) -> None:
         _, new_key, new_value = part.step(starts, ends)
         key[: len(present)], value[: len(present)] = new_key, new_value
         query.normal_()
-        static.fill(Batch(chunks, key, key, None), part.address)
+        static.fill(chunks, part.address)
         graph.replay()
         assert_near(out[: len(present)], part.expected(query[: len(present)], starts, ends))
         for i in present:

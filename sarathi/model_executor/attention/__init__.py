@@ -1,1 +1,1 @@
-"""Attention over a KV cache: one protocol, several kernels; knows tensors and addresses, not who granted the memory."""
+"""Attention over the KV cache: one interface (base), a folder for each kernel library."""

@@ -1,4 +1,4 @@
-"""Where K and V of a step's requests are in the cache: slots, or block tables."""
+"""Where the keys and values of a step's sequences are in the cache: slots of virtual memory, or block tables."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class CacheLayer(NamedTuple):
-    """One layer's cache, [rows, cols, num_kv_heads, head_size] each, and how many tokens a query sees (None: all).
+    """The cache of one layer, and how many tokens a query of this layer sees, its own included (None: all).
 
-    Virtual memory: row = slot, cols = max tokens. Paged: row = block, cols = tokens of a block.
+    k, v: [slots, max_tokens, num_kv_heads, head_size] on virtual memory, [blocks, block_size, num_kv_heads, head_size]
+    where paged. Any strides with the last one 1.
     """
 
     k: Tensor
@@ -19,14 +20,14 @@ class CacheLayer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SlotAddress:
-    """Chunk i lies in row `slots[i]`, its token t in column t."""
+    """Token t of sequence i is at [slots[i], t] of the cache."""
 
     slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockAddress:
-    """Token t of chunk i lies in row `block_tables[i][t // block_size]`, column t % block_size."""
+    """Token t of sequence i is at [block_tables[i][t // block_size], t % block_size] of the cache."""
 
     block_tables: tuple[list[int], ...]
     block_size: int

@@ -23,7 +23,7 @@ Metadata = Any  # of the backend's own type: only the backend that made it reads
 class Capabilities:
     """What the caller of a backend must know before the first step.
 
-    captures_cuda_graphs: `plan_static` works, and a step planned by it may be captured in a CUDA graph.
+    captures_cuda_graphs: `plan_static` is implemented; `can_capture` tells whether it serves a given cache.
     over_read_tokens: kernels may read so many tokens past a sequence's last one, so the cache needs memory there.
     """
 
@@ -48,6 +48,10 @@ class AttentionBackend(ABC):
     def plan_static(self, step: DeviceStep) -> Metadata:
         """Metadata of a decode step whose tensors stay in place and are refilled between replays of a CUDA graph."""
         raise NotImplementedError(f"{type(self).__name__} does not capture CUDA graphs")
+
+    def can_capture(self, layer: CacheLayer) -> bool:
+        """Whether decode steps on layers with these strides can be captured in a CUDA graph."""
+        return self.capabilities.captures_cuda_graphs
 
     @abstractmethod
     def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
@@ -83,7 +87,7 @@ class AttentionBackend(ABC):
 
 
 class KernelUnavailableError(ValueError):
-    """The kernel cannot run here; the message says what would make it, or which one can."""
+    """The kernel cannot run here. The message names what is missing, and the kernels that can run."""
 
 
 class _Kernel(NamedTuple):
@@ -105,9 +109,9 @@ _KERNELS = {
 
 
 def create_backend(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> AttentionBackend:
-    """The backend of `spec.kernel`; its module is imported here, and with it any optional package.
+    """The backend of `spec.kernel`. Its module, and with it any optional package, is imported here.
 
-    Raises KernelUnavailableError where the device is wrong or the package is missing.
+    Raises KernelUnavailableError if the kernel does not run on the device or the package is missing.
     """
     kernel, device = _KERNELS[spec.kernel], place.device.type
     if device not in kernel.devices:

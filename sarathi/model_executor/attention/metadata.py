@@ -1,4 +1,4 @@
-"""A step's lengths and places as int32 tensors on the device, by one copy from the host. Knows no kernel."""
+"""The lengths and cache addresses of a step as int32 tensors on the device, by one copy from the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sarathi.messages import Chunk
 from sarathi.model_executor.attention.address import Address, CacheLayer, SlotAddress
-from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops.types import CacheTarget
 
-_ALIGNMENT = 4  # int32 numbers: kernels are compiled once for tensors that begin so, and once more for others
+_ALIGNMENT = 4  # int32 numbers: Triton compiles another variant of a kernel for tensors not aligned to 16 bytes
 
 
-class Home(NamedTuple):
-    """Where a sequence lies, known to the host: its tokens, those of the step included, are [slot, :length]."""
+class SlotTokens(NamedTuple):
+    """A sequence as the host knows it: its tokens, those of the step included, are [slot, :length] of the cache."""
 
     slot: int
     length: int
@@ -25,124 +25,125 @@ class Home(NamedTuple):
 class DeviceStep:
     """B sequences with T new tokens; int32 tensors on the device.
 
-    Padding (B larger than the batch): no new tokens (one_each: one that is stored nowhere), length 0, row 0.
+    Padding (B larger than the batch): length 0, slot 0, and no new token, or in a decode step one that is not stored.
     """
 
-    starts: Tensor  # [B + 1] where each sequence's new tokens begin among the T, then T
+    starts: Tensor  # [B + 1] index of each sequence's first new token among the T, then T
     cached: Tensor  # [B] tokens in the cache before the step
-    lengths: Tensor  # [B] and after it
-    rows: Tensor | None  # [B] slots; None where paged
-    block_table: Tensor | None  # [B, blocks]; None where contiguous
-    num_tokens: int
-    max_new: int
-    max_length: int
-    one_each: bool  # every sequence has one new token: token i is sequence i's
-    last: Home | None = None  # of the last sequence; None where paged, and in steps that are kept and filled again
+    lengths: Tensor  # [B] tokens in the cache after the step
+    slots: Tensor | None  # [B]; None where paged
+    block_table: Tensor | None  # [B, blocks]; None on slots
+    num_tokens: int  # T
+    max_new: int  # most new tokens of a sequence
+    max_length: int  # bound on lengths
+    is_decode: bool  # every sequence has one new token: token i belongs to sequence i
+    last: SlotTokens | None = None  # the last sequence; None where paged, and in steps whose tensors are refilled
 
     @property
     def is_slot_decode(self) -> bool:
-        """Whether every sequence has one new token, in a contiguous slot."""
-        return self.one_each and self.rows is not None
+        """Whether every sequence has one new token, in a slot."""
+        return self.is_decode and self.slots is not None
 
     @property
-    def only(self) -> Home | None:
-        """Of a step's one sequence."""
+    def only(self) -> SlotTokens | None:
+        """The sequence of a step that has one."""
         return self.last if self.lengths.shape[0] == 1 else None
 
 
-def make_step(batch: Batch, address: Address, device: torch.device) -> DeviceStep:
-    """The batch's step; the copy does not wait for the device."""
-    counts = [chunk.num_tokens for chunk in batch.chunks]
+def make_step(chunks: Sequence[Chunk], address: Address, device: torch.device) -> DeviceStep:
+    """The step of these chunks. The copy does not wait for the device."""
+    counts = [chunk.num_tokens for chunk in chunks]
     blocks = 0 if isinstance(address, SlotAddress) else max(map(len, address.block_tables))
-    packed = _to_device(_pack(batch, address, len(counts), blocks), device)
-    lengths = [chunk.start + chunk.num_tokens for chunk in batch.chunks]
-    last = Home(address.slots[-1], lengths[-1]) if isinstance(address, SlotAddress) else None
+    packed = _pinned(_pack(chunks, address, len(counts), blocks), device).to(device, non_blocking=True)
+    lengths = [chunk.start + chunk.num_tokens for chunk in chunks]
+    last = SlotTokens(address.slots[-1], lengths[-1]) if isinstance(address, SlotAddress) else None
     step = _split(packed, len(counts), blocks, num_tokens=sum(counts), max_new=max(counts), max_length=max(lengths))
     return replace(step, last=last)
 
 
 class StaticStep:
-    """A decode step whose tensors stay where they are: a CUDA graph captures `step`; `fill` before each replay."""
+    """A decode step whose tensors stay in place: a CUDA graph captures `step`, and `fill` precedes each replay."""
 
-    def __init__(self, batch_size: int, max_length: int, blocks: int, device: torch.device, *, riders: int = 0) -> None:
-        """batch_size: sequences, padding included. blocks: columns of the block table, 0 where contiguous.
+    def __init__(self, batch_size: int, max_length: int, blocks: int, device: torch.device, *, extras: int = 0) -> None:
+        """batch_size: sequences, padding included. blocks: columns of the block table, 0 on slots.
 
-        riders: further numbers of each sequence that travel in the same copy, to `riders`, [riders, batch_size] int32.
+        extras: number of int32 vectors [batch_size] that travel in the same copy, to `extras`, [extras, batch_size].
         """
         size = sum(map(_aligned, _counts(batch_size, blocks)))
-        self._packed = torch.zeros(size + riders * batch_size, dtype=torch.int32, device=device)
+        self._packed = torch.zeros(size + extras * batch_size, dtype=torch.int32, device=device)
         self._batch_size, self._blocks = batch_size, blocks
-        self.riders = self._packed[size:].view(riders, batch_size)
+        self.extras = self._packed[size:].view(extras, batch_size)
         self.step = _split(
             self._packed[:size], batch_size, blocks, num_tokens=batch_size, max_new=1, max_length=max_length
         )
 
-    def fill(self, batch: Batch, address: Address, riders: Sequence[int] = ()) -> None:
-        """The numbers of this step: one new token for each of at most batch_size sequences; riders: all, padded."""
-        numbers = [*_pack(batch, address, self._batch_size, self._blocks), *riders]
+    def fill(self, chunks: Sequence[Chunk], address: Address, extras: Sequence[int] = ()) -> None:
+        """Set the step to at most batch_size chunks of one token each. extras: the vectors, padded, concatenated."""
+        numbers = [*_pack(chunks, address, self._batch_size, self._blocks), *extras]
         self._packed.copy_(_pinned(numbers, self._packed.device), non_blocking=True)
 
 
 @dataclass(slots=True)
 class StepMetadata:
-    """A step, and where its new tokens are stored: computed by the first layer, shared by the others."""
+    """A step, and the cache positions of its new tokens: computed by the first layer, shared by the others."""
 
     step: DeviceStep
-    places: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
+    slot_mapping: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
 
     def target(self, layer: CacheLayer) -> CacheTarget:
-        """Where the step's keys and values of this layer go."""
-        if self.places is None:
-            self.places = token_places(self.step, layer.k.shape[1])
-        return CacheTarget(layer.k, layer.v, *self.places)
+        """Where the step's keys and values of this layer are stored."""
+        if self.slot_mapping is None:
+            self.slot_mapping = slot_mapping(self.step, layer.k.shape[1])
+        return CacheTarget(layer.k, layer.v, *self.slot_mapping)
 
 
 def first_decodes(step: DeviceStep, count: int) -> DeviceStep:
-    """The step of the first `count` sequences, which have one new token each."""
-    rows = None if step.rows is None else step.rows[:count]
+    """The step of the first `count` sequences, which have one new token each. Device work only."""
+    slots = None if step.slots is None else step.slots[:count]
     table = None if step.block_table is None else step.block_table[:count]
     return DeviceStep(
-        step.starts[: count + 1], step.cached[:count], step.lengths[:count], rows, table,
-        num_tokens=count, max_new=1, max_length=step.max_length, one_each=True,
+        step.starts[: count + 1], step.cached[:count], step.lengths[:count], slots, table,
+        num_tokens=count, max_new=1, max_length=step.max_length, is_decode=True,
     )  # fmt: skip
 
 
 def rest_of(step: DeviceStep, count: int) -> DeviceStep:
-    """The step of all sequences but the first `count`, which have one new token each. Device work only."""
-    rows = None if step.rows is None else step.rows[count:]
+    """The step without its first `count` sequences, which have one new token each. Device work only."""
+    slots = None if step.slots is None else step.slots[count:]
     table = None if step.block_table is None else step.block_table[count:]
     return DeviceStep(
-        step.starts[count:] - count, step.cached[count:], step.lengths[count:], rows, table,
-        num_tokens=step.num_tokens - count, max_new=step.max_new, max_length=step.max_length, one_each=False,
+        step.starts[count:] - count, step.cached[count:], step.lengths[count:], slots, table,
+        num_tokens=step.num_tokens - count, max_new=step.max_new, max_length=step.max_length, is_decode=False,
         last=step.last,
     )  # fmt: skip
 
 
-def token_places(step: DeviceStep, block_size: int) -> tuple[Tensor, Tensor]:
-    """(rows, cols), [T] int32, where the new tokens' keys and values go; row -1 for padding. Device work only."""
-    if step.one_each:
+def slot_mapping(step: DeviceStep, block_size: int) -> tuple[Tensor, Tensor]:
+    """Slot (or block) and column in it of each new token, [T] int32 each; slot -1 for padding. Device work only."""
+    if step.is_decode:
         positions, owners = step.cached, None
     else:
         sequences = torch.arange(step.cached.shape[0], device=step.starts.device)
         owners = torch.repeat_interleave(sequences, step.starts.diff(), output_size=step.num_tokens)
         positions = torch.arange(step.num_tokens, device=owners.device, dtype=torch.int32)
         positions = positions + (step.cached - step.starts[:-1])[owners]
-    rows, cols = _place(step, positions, owners, block_size)
+    slots, columns = _locate(step, positions, owners, block_size)
     lengths = step.lengths if owners is None else step.lengths[owners]
-    return torch.where(lengths > 0, rows, -1), cols
+    return torch.where(lengths > 0, slots, -1), columns
 
 
-def _place(step: DeviceStep, positions: Tensor, owners: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+def _locate(step: DeviceStep, positions: Tensor, owners: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+    """positions: [T] of the tokens in their sequences; owners: [T] index of the sequence, None where it is [0, T)."""
     if step.block_table is None:
-        assert step.rows is not None
-        return (step.rows if owners is None else step.rows[owners]), positions
+        assert step.slots is not None
+        return (step.slots if owners is None else step.slots[owners]), positions
     table = step.block_table if owners is None else step.block_table[owners]
     block = torch.div(positions, block_size, rounding_mode="floor").long()
     return table.gather(1, block[:, None])[:, 0], positions % block_size
 
 
 def _counts(batch_size: int, blocks: int) -> tuple[int, int, int, int]:
-    """How many numbers are starts, cached, lengths, and rows or the block table."""
+    """The sizes of starts, cached, lengths, and slots or the block table."""
     return batch_size + 1, batch_size, batch_size, batch_size * (blocks or 1)
 
 
@@ -150,16 +151,16 @@ def _aligned(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pack(batch: Batch, address: Address, batch_size: int, blocks: int) -> list[int]:
-    """starts, cached, lengths, rows or block table, each padded to batch_size, and on to where the next may begin."""
+def _pack(chunks: Sequence[Chunk], address: Address, batch_size: int, blocks: int) -> list[int]:
+    """starts, cached, lengths, and slots or the block table; each padded to batch_size and aligned."""
     starts, cached, lengths = [0], [], []
-    for chunk in batch.chunks:
+    for chunk in chunks:
         starts.append(starts[-1] + chunk.num_tokens)
         cached.append(chunk.start)
         lengths.append(chunk.start + chunk.num_tokens)
-    places = list(address.slots) if isinstance(address, SlotAddress) else _table(address.block_tables, blocks)
+    entries = list(address.slots) if isinstance(address, SlotAddress) else _table(address.block_tables, blocks)
     numbers: list[int] = []
-    parts = ((starts, starts[-1]), (cached, 0), (lengths, 0), (places, 0))
+    parts = ((starts, starts[-1]), (cached, 0), (lengths, 0), (entries, 0))
     for (part, padding), count in zip(parts, _counts(batch_size, blocks), strict=True):
         numbers += part
         numbers += [padding] * (_aligned(count) - len(part))
@@ -167,6 +168,7 @@ def _pack(batch: Batch, address: Address, batch_size: int, blocks: int) -> list[
 
 
 def _table(tables: Sequence[Sequence[int]], blocks: int) -> list[int]:
+    """The tables, cut or padded to `blocks` columns each."""
     table: list[int] = []
     for row in tables:
         table += row[:blocks]
@@ -179,16 +181,12 @@ def _split(
 ) -> DeviceStep:
     counts = _counts(batch_size, blocks)
     parts = torch.split(packed, [_aligned(count) for count in counts])
-    starts, cached, lengths, places = (part[:count] for part, count in zip(parts, counts, strict=True))
-    rows, table = (None, places.view(batch_size, blocks)) if blocks else (places, None)
-    one_each = max_new == 1 and num_tokens == batch_size
-    return DeviceStep(starts, cached, lengths, rows, table, num_tokens, max_new, max_length, one_each)
-
-
-def _to_device(numbers: list[int], device: torch.device) -> Tensor:
-    return _pinned(numbers, device).to(device, non_blocking=True)
+    starts, cached, lengths, entries = (part[:count] for part, count in zip(parts, counts, strict=True))
+    slots, table = (None, entries.view(batch_size, blocks)) if blocks else (entries, None)
+    is_decode = max_new == 1 and num_tokens == batch_size
+    return DeviceStep(starts, cached, lengths, slots, table, num_tokens, max_new, max_length, is_decode)
 
 
 def _pinned(numbers: list[int], device: torch.device) -> Tensor:
-    """On the host; pinned where the copy to the device is to return at once."""
+    """A tensor on the host, pinned for CUDA: a copy from pinned memory does not wait for the device."""
     return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""A backend that computes nothing, to time everything else; knows only its shapes. Outputs mean nothing."""
+"""A backend that computes nothing, to measure everything else. Outputs are meaningless."""
 
 from torch import Tensor
 
@@ -13,29 +13,29 @@ from sarathi.model_executor.placement import Placement
 
 
 class NoOpBackend(AttentionBackend):
-    """Neither rotates nor stores nor reads K and V."""
+    """Applies no RoPE; neither stores nor reads keys and values."""
 
     capabilities = Capabilities(captures_cuda_graphs=True)
 
     def plan(self, batch: Batch, address: Address) -> None:
-        """Nothing to share between layers."""
+        """There is no metadata."""
 
     def plan_static(self, step: DeviceStep) -> None:
-        """See `plan`."""
+        """There is no metadata."""
 
     def rope_and_store(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: None
     ) -> None:
-        """Nothing is stored."""
+        """Nothing is computed."""
 
     def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: None) -> None:
         """Nothing is stored."""
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: None) -> Tensor:
-        """The query as it came."""
+        """The query, contiguous."""
         return query.contiguous()
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> NoOpBackend:
-    """Every architecture and device will do."""
+    """For every architecture, memory and device."""
     return NoOpBackend()

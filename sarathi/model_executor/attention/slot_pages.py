@@ -1,6 +1,12 @@
-"""Contiguous slots seen as a paged cache whose block table is arithmetic. Knows no kernel.
+"""Views of contiguous slots that a kernel library can address. No byte moves.
 
-For kernels that can find a sequence only through a block table: no byte moves, the pages of a slot are simply in order.
+A library without an argument for slots finds a sequence through a block table only: a slot is seen as pages in order,
+whose table is arithmetic. A library that cannot address all slots at once is given one slot at a time. The limits:
+
+    2^40 bytes   between neighbours in any dimension of a TMA descriptor (cuTensorMapEncodeTiled, globalStrides), also
+                 in a dimension of size 1. Of a cache [slots, tokens, heads, dim] the slot stride is the largest. It
+                 reaches the limit at 2^24 tokens of 64 KiB (Llama-3-8B with megacache).
+    2^31 pages   in a block table of int32
 """
 
 from math import gcd
@@ -9,19 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_MAX_STRIDE_BYTES = 2**40  # exclusive
+_MAX_PAGES = 2**31
+
 
 class Pages(NamedTuple):
-    """One tensor of the cache as pages; page p of slot s is row ``s * slot_step + p * page_step``."""
+    """The cache as pages: page p of slot s is pages[s * slot_step + p * page_step]."""
 
-    pages: Tensor  # [rows, page_tokens, kv_heads, head_size], a view that overlaps itself unless the steps fit
+    pages: Tensor  # [entries, page_tokens, num_kv_heads, head_size]; entries overlap unless one step divides the other
     slot_step: int
     page_step: int
 
 
 def as_pages(cache: Tensor, page_tokens: int) -> Pages:
-    """cache: [slots, tokens, kv_heads, head_size] with any strides. Rows are as far apart as both strides allow.
+    """cache: [slots, tokens, num_kv_heads, head_size], any strides. Entries are gcd(slot, page stride) apart.
 
-    A slot's last page may reach past its tokens; of the last slot's there is as much as the cache's storage holds.
+    The last page of a slot may extend past its tokens, and that of the last slot as far as the cache's storage does.
     """
     slot_stride, token_stride, *inner = cache.stride()
     page_stride = page_tokens * token_stride
@@ -32,17 +41,33 @@ def as_pages(cache: Tensor, page_tokens: int) -> Pages:
     return Pages(cache.as_strided(shape, (unit, token_stride, *inner)), slot_stride // unit, page_stride // unit)
 
 
+def fits_block_table(cache: Tensor, page_tokens: int) -> bool:
+    """Whether int32 numbers can name every entry of as_pages(cache, page_tokens)."""
+    slot_stride, token_stride = cache.stride()[:2]
+    return cache.shape[0] * slot_stride // gcd(slot_stride, page_tokens * token_stride) <= _MAX_PAGES
+
+
+def has_tma_strides(cache: Tensor) -> bool:
+    """Whether a TMA descriptor can hold the strides of the cache."""
+    return cache.stride(0) * cache.element_size() < _MAX_STRIDE_BYTES
+
+
+def page_table(slots: Tensor, num_pages: int, pages: Pages) -> Tensor:
+    """The block table, [B, num_pages] int32, of these slots, [B] int32. Device work only."""
+    steps = torch.arange(num_pages, device=slots.device, dtype=torch.int32) * pages.page_step
+    return slots[:, None] * pages.slot_step + steps
+
+
+def one_slot(cache: Tensor, slot: int) -> Tensor:
+    """The slot as a cache [1, tokens, num_kv_heads, head_size] whose slot stride is within every limit."""
+    return cache[slot].as_strided((1, *cache.shape[1:]), cache.stride()[1:2] + cache.stride()[1:])
+
+
 def _elements_from(tensor: Tensor) -> int:
-    """Of the storage, from the tensor's first one on."""
+    """Elements of the storage from the tensor's first one on."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() - int(tensor.storage_offset())
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first one of such a tensor to its last one, both included."""
+    """Elements from the first to the last one of such a tensor, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
-def page_table(slots: Tensor, num_pages: int, pages: Pages) -> Tensor:
-    """The block table [B, num_pages] int32 of these slots, [B] int32. Device work only."""
-    steps = torch.arange(num_pages, device=slots.device, dtype=torch.int32) * pages.page_step
-    return slots[:, None] * pages.slot_step + steps

@@ -15,7 +15,7 @@ from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
-from sarathi.model_executor.attention.metadata import DeviceStep, make_step, token_places
+from sarathi.model_executor.attention.metadata import DeviceStep, make_step, slot_mapping
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.model_executor.ops.native.ops import NativeOps
@@ -41,14 +41,14 @@ class LoopBackend(AttentionBackend):
     capabilities = Capabilities(captures_cuda_graphs=True)
 
     def plan(self, batch, address) -> DeviceStep:
-        return make_step(batch, address, CPU)
+        return make_step(batch.chunks, address, CPU)
 
     def plan_static(self, step: DeviceStep) -> DeviceStep:
         return step
 
     def rope_and_store(self, query, new, positions, layer, step: DeviceStep) -> None:
         apply_rope(query, new.keys, positions, new.table)
-        rows, cols = token_places(step, LENGTH)
+        rows, cols = slot_mapping(step, LENGTH)
         kept = rows >= 0
         for cache, values in ((layer.k, new.keys), (layer.v, new.values)):
             cache[rows[kept].long(), cols[kept].long()] = values[kept]
@@ -56,7 +56,7 @@ class LoopBackend(AttentionBackend):
     def attend(self, query, layer, step: DeviceStep):
         out = torch.zeros_like(query)
         for index, (first, last) in enumerate(zip(step.starts[:-1].tolist(), step.starts[1:].tolist(), strict=True)):
-            slot, start, length = int(step.rows[index]), int(step.cached[index]), int(step.lengths[index])
+            slot, start, length = int(step.slots[index]), int(step.cached[index]), int(step.lengths[index])
             keys, values = (x[slot, :length].repeat_interleave(2, dim=1) for x in (layer.k, layer.v))
             scores = torch.einsum("qhd,khd->hqk", query[first:last], keys) * query.shape[-1] ** -0.5
             late = torch.arange(length)[None] > torch.arange(start, length)[:, None]

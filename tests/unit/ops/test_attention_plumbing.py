@@ -1,4 +1,4 @@
-"""Steps on the device, arithmetic pages, the choice of a provider, and the backend over a fake FlashAttention."""
+"""Steps on the device, views of slots, the choice of a library, and the backend over a fake FlashAttention."""
 
 import random
 from dataclasses import replace
@@ -10,28 +10,31 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.attention import slot_pages
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn import backend as flash_attention
 from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend
-from sarathi.model_executor.attention.flash_attn.choice import Candidate, Need, candidates, choose
-from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES
-from sarathi.model_executor.attention.flash_attn.provider import Abilities, Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attn.choice import Candidate, Requirements, candidates, choose
+from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES, FlashAttention3
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, KernelCapabilities, VarlenStep
 from sarathi.model_executor.attention.metadata import (
     DeviceStep,
+    SlotTokens,
     StaticStep,
     first_decodes,
     make_step,
     rest_of,
-    token_places,
+    slot_mapping,
 )
 from sarathi.model_executor.attention.sdpa.backend import SdpaBackend
-from sarathi.model_executor.attention.sdpa.view import Part, write_index
-from sarathi.model_executor.attention.slot_pages import as_pages, page_table
+from sarathi.model_executor.attention.sdpa.view import Lengths, write_index
+from sarathi.model_executor.attention.slot_pages import as_pages, one_slot, page_table
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops.native.rope import rope_and_store
 from sarathi.model_executor.ops.types import CacheTarget, NewTokens, RotationTable
 from sarathi.model_executor.placement import Placement
+from vattention import VirtualKVCache
 
 CPU = torch.device("cpu")
 PLACE = Placement(torch.float32, CPU)
@@ -56,6 +59,14 @@ def random_batch(num_sequences: int, *, decodes: bool) -> Batch:
     return Batch(chunks, torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.int64), None)
 
 
+def mixed_batch(decodes: int, chunks: int) -> Batch:
+    """Decodes, then chunks of 9 tokens."""
+    shapes = [(random.randint(0, 40), 1) for _ in range(decodes)] + [(random.randint(0, 40), 9)] * chunks
+    parts = tuple(Chunk(str(i), start, count, True, start + count, ()) for i, (start, count) in enumerate(shapes))
+    total = sum(count for _, count in shapes)
+    return Batch(parts, torch.zeros(total), torch.zeros(total), None)
+
+
 def random_address(batch: Batch, *, paged: bool) -> Address:
     if not paged:
         return SlotAddress(tuple(random.sample(range(len(batch.chunks) + 2), len(batch.chunks))))
@@ -66,59 +77,59 @@ def random_address(batch: Batch, *, paged: bool) -> Address:
 
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("decodes", [False, True])
-def test_new_tokens_go_where_the_reference_writes_them(paged: bool, decodes: bool) -> None:
+def test_new_tokens_are_stored_where_the_reference_stores_them(paged: bool, decodes: bool) -> None:
     batch = random_batch(5, decodes=decodes)
     address = random_address(batch, paged=paged)
-    parts = [Part(chunk.num_tokens, chunk.start + chunk.num_tokens) for chunk in batch.chunks]
-    rows, cols = token_places(make_step(batch, address, CPU), BLOCK)
-    expected_rows, expected_cols = write_index(parts, address, CPU)
+    lengths = [Lengths(chunk.num_tokens, chunk.start + chunk.num_tokens) for chunk in batch.chunks]
+    rows, cols = slot_mapping(make_step(batch.chunks, address, CPU), BLOCK)
+    expected_rows, expected_cols = write_index(lengths, address, CPU)
     assert (rows.tolist(), cols.tolist()) == (expected_rows.tolist(), expected_cols.tolist())
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_whatever_the_number_of_sequences_tensors_begin_where_kernels_expect_it(paged: bool) -> None:
-    """At 16 bytes: Triton would compile a kernel once more for others."""
+def test_tensors_are_aligned_for_any_number_of_sequences(paged: bool) -> None:
+    """To 16 bytes: Triton compiles another variant of a kernel for other tensors."""
     for count in range(1, 10):
         batch = random_batch(count, decodes=True)
-        step = make_step(batch, random_address(batch, paged=paged), CPU)
-        places = step.block_table if paged else step.rows
+        step = make_step(batch.chunks, random_address(batch, paged=paged), CPU)
+        places = step.block_table if paged else step.slots
         assert [each.data_ptr() % 16 for each in (step.starts, step.cached, step.lengths, places)] == [0] * 4
 
 
 @pytest.mark.parametrize("decodes", [0, 5])
-def test_the_host_knows_where_a_steps_one_sequence_lies(decodes: int) -> None:
+def test_the_host_knows_the_slot_and_length_of_a_steps_one_sequence(decodes: int) -> None:
     shapes = [*[(random.randint(0, 40), 1)] * decodes, (random.randint(0, 40), 9)]
     chunks = tuple(Chunk(str(i), start, count, True, start + count, ()) for i, (start, count) in enumerate(shapes))
     batch = Batch(chunks, torch.zeros(decodes + 9), torch.zeros(decodes + 9), None)
     slots = tuple(random.sample(range(9), decodes + 1))
-    step = make_step(batch, SlotAddress(slots), PLACE.device)
-    home = (slots[-1], shapes[-1][0] + 9)
-    assert step.only == (None if decodes else home)
-    assert rest_of(step, decodes).only == home
+    step = make_step(batch.chunks, SlotAddress(slots), PLACE.device)
+    expected = (slots[-1], shapes[-1][0] + 9)
+    assert step.only == (None if decodes else expected)
+    assert rest_of(step, decodes).only == expected
     assert first_decodes(step, 1).only is None
 
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_static_step_is_refilled_and_padded(paged: bool) -> None:
-    static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU, riders=2)
+    static = StaticStep(6, max_length=60, blocks=20 if paged else 0, device=CPU, extras=2)
     starts = static.step.starts
     for count in (6, 2, 4):
         batch = random_batch(count, decodes=True)
         address = random_address(batch, paged=paged)
-        riders = torch.randint(-9, 9, (2, 6))
-        static.fill(batch, address, riders.flatten().tolist())
-        assert torch.equal(static.riders.long(), riders)
-        fresh = make_step(batch, address, CPU)
+        extras = torch.randint(-9, 9, (2, 6))
+        static.fill(batch.chunks, address, extras.flatten().tolist())
+        assert torch.equal(static.extras.long(), extras)
+        fresh = make_step(batch.chunks, address, CPU)
         assert static.step.starts is starts
         assert static.step.starts.tolist() == [*range(count + 1), *[count] * (6 - count)]
         assert static.step.lengths.tolist() == [*fresh.lengths.tolist(), *[0] * (6 - count)]
-        rows, cols = token_places(static.step, BLOCK)
-        fresh_rows, fresh_cols = token_places(fresh, BLOCK)
+        rows, cols = slot_mapping(static.step, BLOCK)
+        fresh_rows, fresh_cols = slot_mapping(fresh, BLOCK)
         assert rows.tolist() == [*fresh_rows.tolist(), *[-1] * (6 - count)]
         assert cols[:count].tolist() == fresh_cols.tolist()
 
 
-def test_pages_of_slots_show_the_slots_tokens() -> None:
+def test_pages_of_slots_contain_the_slots_tokens() -> None:
     layers, columns, page = random.randint(1, 3), random.choice((32, 64)), random.choice((4, 8, 16))
     region = torch.randn(5, columns + random.choice((0, 1, 16)), layers, 2, 8)
     cache = region[:, :columns, layers - 1]
@@ -129,7 +140,7 @@ def test_pages_of_slots_show_the_slots_tokens() -> None:
 
 
 @pytest.mark.parametrize("slack", [0, 3, 16])
-def test_pages_reach_as_far_as_the_last_token_where_it_does_not_end_a_page(slack: int) -> None:
+def test_pages_extend_to_the_last_token_if_it_does_not_end_a_page(slack: int) -> None:
     page, columns = 8, 8 * random.randint(1, 4) + random.randint(1, 7)
     region = torch.randn(3, columns + slack, 2, 8)
     cache = region[:, :columns]
@@ -142,53 +153,66 @@ def test_pages_reach_as_far_as_the_last_token_where_it_does_not_end_a_page(slack
     torch.testing.assert_close(pages.pages[shown.long()].flatten(1, 2)[:, :columns], cache[: len(shown)])
 
 
-FAKE = Abilities(frozenset({torch.float32}), 256, frozenset({9}), window=True, over_read_tokens=0)
+FAKE = KernelCapabilities(frozenset({torch.float32}), 256, frozenset({9}), window=True, over_read_tokens=0)
 
 
 class FakeLibrary:
-    """A FlashAttention in a few lines of float64, which checks that it is asked as it says it must be."""
+    """FlashAttention in a few lines of float64, which checks its arguments against its capabilities."""
 
     name = "fake"
 
     def __init__(self, *, contiguous: bool, paged: bool) -> None:
-        self.abilities = Abilities(
-            FAKE.dtypes, 256, FAKE.capabilities, window=True, over_read_tokens=0,
+        self.capabilities = KernelCapabilities(
+            FAKE.dtypes, 256, FAKE.compute_capabilities, window=True, over_read_tokens=0,
             contiguous=contiguous, block_multiple=BLOCK if paged else None,
         )  # fmt: skip
-        self.schedules = 0
+        self.schedules = self.calls = 0
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor:
+    def schedule(self, params: AttentionParams, step: VarlenStep, columns: int) -> Tensor:
         self.schedules += 1
-        return torch.tensor([cache_cols])
+        return torch.tensor([columns])
 
     def attend(
-        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+        self,
+        q: Tensor,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        params: AttentionParams,
+        out: Tensor | None = None,
     ) -> Tensor:
-        assert (step.rows is None) == (step.block_table is not None)
+        assert (step.slots is None) == (step.block_table is not None)
         assert step.schedule is not None and step.schedule.item() == cache[0].shape[1]
+        self.calls += 1
+        self._check_limits(cache, step)
         if step.only is not None:
-            assert step.rows is not None and step.only == (step.rows.item(), step.lengths.item())
+            assert step.slots is not None and step.only == (step.slots.item(), step.lengths.item())
         out = torch.empty_like(q) if out is None else out
         for index, (start, end) in enumerate(zip(step.starts.tolist(), step.starts[1:].tolist(), strict=False)):
             length = step.lengths[index].item()
-            places = self._places(step, index, length, cache[0].shape[1])
+            places = self._locate(step, index, length, cache[0].shape[1])
             keys, values = (tensor[places].double() for tensor in cache)
-            out[start:end] = self._attend(q[start:end].double(), keys, values, problem).float()
+            out[start:end] = self._attend(q[start:end].double(), keys, values, params).float()
         return out
 
-    def _places(self, step: VarlenStep, index: int, length: int, columns: int) -> tuple[Tensor, Tensor]:
+    def _check_limits(self, cache: tuple[Tensor, Tensor], step: VarlenStep) -> None:
+        if step.block_table is None:
+            assert max(x.stride(dim) for x in cache for dim in range(3)) * 4 < slot_pages._MAX_STRIDE_BYTES
+        else:
+            assert step.block_table.max().item() < slot_pages._MAX_PAGES
+
+    def _locate(self, step: VarlenStep, index: int, length: int, columns: int) -> tuple[Tensor, Tensor]:
         tokens = torch.arange(length)
         if step.block_table is None:
-            assert self.abilities.contiguous and step.rows is not None
-            return step.rows[index].long().expand(length), tokens
+            assert self.capabilities.contiguous and step.slots is not None
+            return step.slots[index].long().expand(length), tokens
         return step.block_table[index].long()[tokens // columns], tokens % columns
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, problem: Problem) -> Tensor:
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         queries, heads, _ = q.shape
         distance = torch.arange(len(keys)) - torch.arange(len(keys) - queries, len(keys))[:, None]
-        hidden = (distance > 0) | (distance <= -(problem.window or 10**9))
+        hidden = (distance > 0) | (distance <= -(params.window or 10**9))
         keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q, keys) * problem.scale
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * params.scale
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
 
 
@@ -217,6 +241,91 @@ def test_a_mixed_batch_equals_the_reference(paged: bool, contiguous: bool, windo
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("many_decodes", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_slots_that_one_call_cannot_address_are_attended_one_by_one(
+    contiguous: bool, many_decodes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same results as one call for all gives. Limits are lowered to just below what the cache takes."""
+    caches, count = torch.randn(2, 6, 128, 2, 8), random.randint(2, 4)
+    batch = mixed_batch(decodes=count, chunks=2) if many_decodes else random_batch(count, decodes=random.random() < 0.3)
+    address = SlotAddress(tuple(random.sample(range(6), len(batch.chunks))))
+    query, key, value = random_tokens(batch.token_ids.shape[0])
+    decode = FakeDecode() if many_decodes else None
+    monkeypatch.setattr(flash_attention, "_MANY_DECODES", 1)
+    results = []
+    for limited in (False, True):
+        library, cache = FakeLibrary(contiguous=contiguous, paged=not contiguous), caches.clone()
+        if limited:
+            monkeypatch.setattr(slot_pages, "_MAX_STRIDE_BYTES", cache[0].stride(0) * 4)
+            monkeypatch.setattr(slot_pages, "_MAX_PAGES", 5)
+        backend, layer = FlashAttentionBackend(library, ARCH, PLACE, decode), CacheLayer(*cache, None)
+        metadata = backend.plan(batch, address)
+        results.append((backend.forward(query, key, value, layer, metadata), cache))
+        assert library.calls == (1 if not limited else 2 if many_decodes else count)
+        assert backend.can_capture(layer) == (many_decodes or not limited)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+LLAMA_TOKEN = 32 * 8 * 128  # elements of a token of Llama-3-8B in a region of a megacache
+
+
+def layer_of(num_slots: int, max_tokens: int) -> Tensor:
+    """One layer of the megacache of Llama-3-8B, without memory."""
+    strides = (max_tokens * LLAMA_TOKEN, LLAMA_TOKEN, 128, 1)
+    return torch.empty_strided((num_slots, max_tokens, 8, 128), strides, dtype=torch.bfloat16, device="meta")
+
+
+def test_the_strides_of_a_tma_descriptor_are_below_two_to_the_40() -> None:
+    """The slot stride counts, not the size of the region: 1,025 slots of 40,000 tokens take 2.7 TB."""
+    assert slot_pages.has_tma_strides(layer_of(1025, 40000))
+    assert slot_pages.has_tma_strides(layer_of(5, 2**24 - 1))
+    assert not slot_pages.has_tma_strides(layer_of(5, 2**24))
+    one = one_slot(layer_of(5, 2**24), 3)
+    assert slot_pages.has_tma_strides(one) and one.shape == (1, 2**24, 8, 128)
+    assert one.storage_offset() == 3 * 2**24 * LLAMA_TOKEN and one.stride()[1:] == (LLAMA_TOKEN, 128, 1)
+
+
+@pytest.mark.parametrize("shape", [(1025, 40000), (5, 2**24)])
+def test_a_long_chunk_alone_has_small_strides_in_any_region(shape: tuple[int, int]) -> None:
+    library, given = object.__new__(FlashAttention3), {}
+    library._run = lambda params, *, causal, **arguments: given.update(arguments) or (arguments["q"],)
+    cache, slot, length = layer_of(*shape), random.randrange(shape[0]), random.randint(2048, 40000)
+    params = AttentionParams(32, 8, 128, torch.bfloat16, 1.0, None)
+    library._attend_single(
+        torch.empty(2048, 32, 128, device="meta"), (cache, cache), SlotTokens(slot, length), params, None
+    )
+    for tensor in (given["k"], given["v"]):
+        assert tensor.shape == (1, length, 8, 128) and tensor.storage_offset() == slot * cache.stride(0)
+        assert max(tensor.stride()) * 2 < 2**40 and tensor.stride()[1:] == cache.stride()[1:]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "contiguous", "pages"])
+def test_slots_at_both_ends_of_a_region_of_terabytes(name: str) -> None:
+    batch, count = mixed_batch(decodes=2, chunks=2), 4
+    arch = replace(ARCH, num_layers=2)
+    with VirtualKVCache(
+        num_layers=2, num_kv_heads=2, head_size=8, num_slots=1025, max_tokens=2**23, dtype=torch.float32,
+        megacache=True, budget_bytes=2**24,
+    ) as cache:  # fmt: skip
+        slots = random.sample((0, 1, 1023, 1024), count)
+        for slot in slots:
+            cache.claim(slot)
+        cache.prepare(slots, [60] * count)
+        layer = CacheLayer(*cache.layer(1), None)
+        small = CacheLayer(torch.randn(count, 128, 2, 8), torch.randn(count, 128, 2, 8), None)
+        for index, slot in enumerate(slots):
+            layer.k[slot, :60], layer.v[slot, :60] = small.k[index, :60], small.v[index, :60]
+        library = FakeLibrary(contiguous=name == "contiguous", paged=name == "pages")
+        backend = SdpaBackend(arch, PLACE) if name == "sdpa" else FlashAttentionBackend(library, arch, PLACE)
+        tokens, reference = random_tokens(batch.token_ids.shape[0]), SdpaBackend(arch, PLACE)
+        expected = reference.forward(*tokens, small, reference.plan(batch, SlotAddress(tuple(range(count)))))
+        found = backend.forward(*tokens, layer, backend.plan(batch, SlotAddress(tuple(slots))))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for index, slot in enumerate(slots):
+            assert torch.equal(layer.k[slot, :60], small.k[index, :60])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["sdpa", "fake"])
 def test_new_tokens_are_rotated_stored_and_attended_to(name: str, packed: bool) -> None:
@@ -232,7 +341,7 @@ def test_new_tokens_are_rotated_stored_and_attended_to(name: str, packed: bool) 
         query, key = query.contiguous(), key.contiguous()
     caches = torch.randn(2, 6, 128, 2, 8)
     expected_caches, rotated, rotated_key = caches.clone(), query.clone(), key.clone()
-    rows, cols = token_places(make_step(batch, address, CPU), 128)
+    rows, cols = slot_mapping(make_step(batch.chunks, address, CPU), 128)
     rope_and_store(rotated, rotated_key, value, positions, table, CacheTarget(*expected_caches, rows, cols))
     metadata, layer = backend.plan(batch, address), CacheLayer(*caches, None)
     found = backend.append_and_attend(query, NewTokens(key, value, table), positions, layer, metadata)
@@ -243,34 +352,31 @@ def test_new_tokens_are_rotated_stored_and_attended_to(name: str, packed: bool) 
 
 
 class FakeDecode:
-    """Our decode kernel in a few lines, which counts the decodes that it was asked for."""
+    """Our decode kernel in a few lines, which counts its decodes."""
 
     def __init__(self) -> None:
         self.decodes = 0
 
     def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
-        assert step.one_each and step.rows is not None and step.starts.tolist() == [*range(len(query) + 1)]
+        assert step.is_decode and step.slots is not None and step.starts.tolist() == [*range(len(query) + 1)]
         self.decodes += len(query)
         chunks = tuple(Chunk("", length - 1, 1, True, length, ()) for length in step.lengths.tolist())
         backend = SdpaBackend(ARCH, PLACE)
         batch = Batch(chunks, torch.zeros(len(query)), torch.zeros(len(query)), None)
         # The reference stores before it attends: what lies there already.
-        last = [(step.rows[i].long(), length - 1) for i, length in enumerate(step.lengths.tolist())]
+        last = [(step.slots[i].long(), length - 1) for i, length in enumerate(step.lengths.tolist())]
         new = [torch.stack([x[place] for place in last]) for x in layer[:2]]
-        found = backend.forward(query, *new, layer, backend.plan(batch, SlotAddress(tuple(step.rows.tolist()))))
+        found = backend.forward(query, *new, layer, backend.plan(batch, SlotAddress(tuple(step.slots.tolist()))))
         return found if out is None else out.copy_(found.view_as(out))
 
 
 def test_many_decodes_before_chunks_are_a_call_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention, "_MANY_DECODES", 3 * ARCH.num_kv_heads)  # from three decodes on
     for decodes, chunks in ((2, 2), (3, 1), (5, 2), (4, 0)):
-        shapes = [(random.randint(0, 40), 1) for _ in range(decodes)] + [(random.randint(0, 40), 9)] * chunks
-        parts = tuple(Chunk(str(i), start, count, True, start + count, ()) for i, (start, count) in enumerate(shapes))
-        total = sum(count for _, count in shapes)
-        batch = Batch(parts, torch.zeros(total), torch.zeros(total), None)
+        batch = mixed_batch(decodes, chunks)
         address = random_address(batch, paged=False)
         decode, library = FakeDecode(), FakeLibrary(contiguous=True, paged=False)
-        query, key, value = random_tokens(total)
+        query, key, value = random_tokens(batch.token_ids.shape[0])
         rows, results = torch.randn(2, 9, 64, 2, 8), []
         for backend in (FlashAttentionBackend(library, ARCH, PLACE, decode), SdpaBackend(ARCH, PLACE)):
             cache = rows.clone()
@@ -290,33 +396,33 @@ def missing() -> FakeLibrary:
 
 
 def test_choice_takes_the_first_that_can_and_is_there() -> None:
-    able = Abilities(FAKE.dtypes, 256, FAKE.capabilities, True, True, 1, block_multiple=16)
+    able = KernelCapabilities(FAKE.dtypes, 256, FAKE.compute_capabilities, True, True, 1, block_multiple=16)
     here = FakeLibrary(contiguous=True, paged=True)
     known = [
         Candidate("fa3", "unpaged", "pip install unpaged", FAKE, missing),
         Candidate("fa3", "absent", "pip install absent", able, missing),
         Candidate("fa2", "present", "pip install present", able, lambda: here),
     ]
-    need = Need(torch.float32, 128, False, 16, 9)
-    assert choose(BackendSpec.parse("fa_paged"), need, known) is here
+    required = Requirements(torch.float32, 128, False, 16, 9)
+    assert choose(BackendSpec.parse("fa_paged"), required, known) is here
     with pytest.raises(KernelUnavailableError, match=r"unpaged has no paged KV cache; .*pip install absent"):
-        choose(BackendSpec.parse("fa3_paged"), need, known)
+        choose(BackendSpec.parse("fa3_paged"), required, known)
 
 
 @pytest.mark.parametrize(
-    ("need", "named"),
+    ("required", "named"),
     [
-        (Need(torch.float16, 128, False, None, 9), "float16"),
-        (Need(torch.bfloat16, 128, True, None, 9), "sliding window"),
-        (Need(torch.bfloat16, 128, False, 16, 9), "paged KV cache"),
-        (Need(torch.bfloat16, 128, False, None, 8), "compute capability 8"),
-        (Need(torch.bfloat16, 512, False, None, 9), "head size 512"),
+        (Requirements(torch.float16, 128, False, None, 9), "float16"),
+        (Requirements(torch.bfloat16, 128, True, None, 9), "sliding window"),
+        (Requirements(torch.bfloat16, 128, False, 16, 9), "paged KV cache"),
+        (Requirements(torch.bfloat16, 128, False, None, 8), "compute capability 8"),
+        (Requirements(torch.bfloat16, 512, False, None, 9), "head size 512"),
     ],
 )
-def test_a_refusal_names_what_the_wheel_lacks(need: Need, named: str) -> None:
+def test_a_refusal_names_what_the_wheel_is_missing(required: Requirements, named: str) -> None:
     wheel = [c for c in candidates() if c.package == "fa3-fwd"]
     with pytest.raises(KernelUnavailableError, match=named):
-        choose(BackendSpec.parse("fa3_vattn"), need, wheel)
+        choose(BackendSpec.parse("fa3_vattn"), required, wheel)
 
 
 def test_every_package_is_a_candidate() -> None:

@@ -1,1 +1,1 @@
-"""FlashAttention 2, 3 and 4, and our split-KV decode kernel."""
+"""FlashAttention 2, 3 and 4, and our own kernel for decode steps on slots."""

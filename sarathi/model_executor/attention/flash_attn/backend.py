@@ -1,11 +1,12 @@
-"""Attention by FlashAttention, on contiguous slots and on blocks: one call for a mixed batch. Knows no memory policy.
+"""Attention by FlashAttention, on slots and on blocks: one call for a mixed step.
 
-Decodes on contiguous slots go to our own split-KV kernel where that is asked for: steps of nothing else, and the many
-that stand before the chunks of a step.
+Where `fa` names no version, decodes on slots are attended by our split-KV kernel: steps of decodes only, and the many
+decodes that precede the chunks of a mixed step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,13 +14,20 @@ import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
+from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.address import Address, CacheLayer
+from sarathi.model_executor.attention.address import Address, CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
-from sarathi.model_executor.attention.flash_attn.choice import candidates, choose, need_of
-from sarathi.model_executor.attention.flash_attn.provider import Problem, Provider, VarlenStep, scheduled
+from sarathi.model_executor.attention.flash_attn.choice import candidates, choose, requirements_of
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, Provider, VarlenStep, scheduled
 from sarathi.model_executor.attention.metadata import DeviceStep, StepMetadata, first_decodes, make_step, rest_of
-from sarathi.model_executor.attention.slot_pages import as_pages, page_table
+from sarathi.model_executor.attention.slot_pages import (
+    as_pages,
+    fits_block_table,
+    has_tma_strides,
+    one_slot,
+    page_table,
+)
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops import create_ops, overlaps_launches
 from sarathi.model_executor.ops.types import NewTokens
@@ -28,20 +36,34 @@ from sarathi.model_executor.placement import Placement
 if TYPE_CHECKING:
     from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 
-_MANY_DECODES = 1024  # times KV heads: from there on a call for them and one for the chunks beat one for all
+_MANY_DECODES = 1024  # times KV heads: from there on a call for them and one for the chunks are faster than one for all
+
+
+class KernelCall(NamedTuple):
+    """One call of the library."""
+
+    tokens: slice  # of the step's new tokens
+    slot: int | None  # over this slot alone; None: over the whole cache
+    is_paged_view: bool  # slots are seen as pages
+    step: VarlenStep
 
 
 @dataclass(slots=True)
 class FlashMetadata(StepMetadata):
-    """A step, and what its first layer finds out for the others: places of the new tokens, division of the work."""
+    """A step, and the calls of the library: made by the first layer of each window, shared by the others.
 
-    varlen: dict[int | None, VarlenStep] = field(default_factory=dict)  # by window
-    split: Split | None = None  # where many decodes stand before the chunks
+    chunks, slots: the step's sequences as the host knows them; empty where paged, and in a static step.
+    """
 
-    @classmethod
-    def in_two(cls, step: DeviceStep, decodes: int) -> FlashMetadata:
-        """Of a step whose first `decodes` sequences, on contiguous slots, are attended to by themselves."""
-        return cls(step, split=Split(first_decodes(step, decodes), cls(rest_of(step, decodes))))
+    chunks: tuple[Chunk, ...] = ()
+    slots: tuple[int, ...] = ()
+    calls: dict[int | None, list[KernelCall]] = field(default_factory=dict)
+    split: Split | None = None  # set if many decodes precede the chunks
+
+    def divided(self, decodes: int) -> FlashMetadata:
+        """The same step, on slots, with its first `decodes` sequences apart from the rest."""
+        rest = FlashMetadata(rest_of(self.step, decodes), self.chunks[decodes:], self.slots[decodes:])
+        return FlashMetadata(self.step, split=Split(first_decodes(self.step, decodes), rest))
 
 
 class Split(NamedTuple):
@@ -52,54 +74,60 @@ class Split(NamedTuple):
 
 
 class FlashAttentionBackend(AttentionBackend):
-    """One provider for one model."""
+    """One library for one model."""
 
     def __init__(
         self, provider: Provider, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None
     ) -> None:
-        """decode: takes the steps in which each sequence has one new token; contiguous memory only."""
+        """decode: attends decodes on slots; None: the library does."""
         self.provider, self.place, self._decode = provider, place, decode
-        self.capabilities = Capabilities(True, provider.abilities.over_read_tokens)
-        self._problem = Problem(
+        self.capabilities = Capabilities(True, provider.capabilities.over_read_tokens)
+        self._params = AttentionParams(
             arch.num_heads, arch.num_kv_heads, arch.head_size, place.dtype, arch.head_size**-0.5, None
         )
         self._ops = create_ops(place.device)
-        self._num_heads, self._fewest_decodes = arch.num_heads, -(-_MANY_DECODES // arch.num_kv_heads)
+        self._many_decodes = -(-_MANY_DECODES // arch.num_kv_heads)
+        self._page_tokens = max(128, provider.capabilities.block_multiple or 1)  # of a slot seen as pages
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
-        """See AttentionBackend; one copy to the device."""
-        step, decodes = make_step(batch, address, self.place.device), batch.leading_decodes
-        is_mixed = self._fewest_decodes <= decodes < len(batch.chunks)
-        if is_mixed and self._decode is not None and step.rows is not None:
-            return FlashMetadata.in_two(step, decodes)
-        return self.plan_static(step)
+        """See AttentionBackend. One copy to the device."""
+        step = make_step(batch.chunks, address, self.place.device)
+        if not isinstance(address, SlotAddress):
+            return FlashMetadata(step)
+        metadata, decodes = FlashMetadata(step, batch.chunks, address.slots), batch.leading_decodes
+        is_divided = self._decode is not None and self._many_decodes <= decodes < len(batch.chunks)
+        return metadata.divided(decodes) if is_divided else metadata
 
     def plan_static(self, step: DeviceStep) -> FlashMetadata:
         """See AttentionBackend."""
         return FlashMetadata(step)
 
+    def can_capture(self, layer: CacheLayer) -> bool:
+        """See AttentionBackend. A static step's slots are unknown to the host: one call must address all of them."""
+        return self._decode is not None or self._addresses_all(layer.k)
+
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: FlashMetadata
     ) -> Tensor:
-        """See AttentionBackend. Our decode kernel does all of it in one launch."""
-        if self._decode is not None and self._decode.appends(metadata.step, new.table):
+        """See AttentionBackend. The decode kernel does all of it in one launch."""
+        if self._decode is not None and self._decode.appends(metadata.step, new):
             return self._decode.append_and_attend(query, new, layer, metadata.step)
         return super().append_and_attend(query, new, positions, layer, metadata)
 
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
         """See AttentionBackend."""
         if self._decode is not None:
-            self._decode.warm_up(self._num_heads, layer, self._fewest_decodes, max_num_seqs)
+            self._decode.warm_up(self._params.num_heads, layer, self._many_decodes, max_num_seqs)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AttentionBackend."""
         if self._decode is not None and metadata.step.is_slot_decode:
             return self._decode.attend(query, layer, metadata.step)
         if self._decode is not None and metadata.split is not None:
-            return self._attend_in_two(self._decode, query, layer, metadata.split)
+            return self._attend_split(self._decode, query, layer, metadata.split)
         return self._call(query, layer, metadata)
 
-    def _attend_in_two(self, decode: TritonDecode, query: Tensor, layer: CacheLayer, split: Split) -> Tensor:
+    def _attend_split(self, decode: TritonDecode, query: Tensor, layer: CacheLayer, split: Split) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         decodes = split.decodes.num_tokens
         decode.attend(query[:decodes], layer, split.decodes, out[:decodes])
@@ -107,47 +135,72 @@ class FlashAttentionBackend(AttentionBackend):
         return out
 
     def _call(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata, out: Tensor | None = None) -> Tensor:
-        problem = self._problem._replace(window=layer.window)
+        """All calls of the library, usually one."""
+        params = self._params._replace(window=layer.window)
+        if layer.window not in metadata.calls:
+            metadata.calls[layer.window] = list(self._make_calls(layer, metadata, params))
+        calls = metadata.calls[layer.window]
+        if len(calls) == 1:
+            return self._run(query, layer, calls[0], params, out)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+        for call in calls:
+            self._run(query[call.tokens], layer, call, params, out[call.tokens])
+        return out
+
+    def _run(
+        self, query: Tensor, layer: CacheLayer, call: KernelCall, params: AttentionParams, out: Tensor | None
+    ) -> Tensor:
         cache = (layer.k, layer.v)
-        if metadata.step.rows is not None and not self.provider.abilities.contiguous:
-            page = self._page_tokens
-            cache = (as_pages(layer.k, page).pages, as_pages(layer.v, page).pages)
-        if layer.window not in metadata.varlen:
-            metadata.varlen[layer.window] = self._varlen(metadata.step, layer, problem)
-        return self.provider.attend(query, cache, metadata.varlen[layer.window], problem, out)
+        if call.slot is not None:
+            cache = (one_slot(layer.k, call.slot), one_slot(layer.v, call.slot))
+        if call.is_paged_view:
+            cache = (as_pages(cache[0], self._page_tokens).pages, as_pages(cache[1], self._page_tokens).pages)
+        return self.provider.attend(query, cache, call.step, params, out)
 
-    @property
-    def _page_tokens(self) -> int:
-        return max(128, self.provider.abilities.block_multiple or 1)
+    def _make_calls(self, layer: CacheLayer, metadata: FlashMetadata, params: AttentionParams) -> Iterator[KernelCall]:
+        """One call, or one for each sequence if the library cannot address all slots of the cache in one."""
+        if not metadata.slots or self._addresses_all(layer.k):
+            yield self._make_call(metadata.step, layer.k, params)
+            return
+        first = 0
+        for chunk, slot in zip(metadata.chunks, metadata.slots, strict=True):
+            tokens = slice(first, first + chunk.num_tokens)
+            step = make_step([chunk], SlotAddress((0,)), self.place.device)
+            call = self._make_call(step, one_slot(layer.k, slot), params)
+            yield call._replace(tokens=tokens, slot=slot)
+            first = tokens.stop
 
-    def _varlen(self, step: DeviceStep, layer: CacheLayer, problem: Problem) -> VarlenStep:
-        rows, table, columns = step.rows, step.block_table, layer.k.shape[1]
-        if rows is not None and not self.provider.abilities.contiguous:
+    def _make_call(self, step: DeviceStep, cache: Tensor, params: AttentionParams) -> KernelCall:
+        """The call for all sequences of a step over a cache."""
+        slots, table, columns = step.slots, step.block_table, cache.shape[1]
+        is_paged_view = slots is not None and not self.provider.capabilities.contiguous
+        if slots is not None and is_paged_view:
             columns = self._page_tokens
-            table = page_table(rows, -(-step.max_length // columns), as_pages(layer.k, columns))
-            rows = None
+            table = page_table(slots, -(-step.max_length // columns), as_pages(cache, columns))
+            slots = None
         varlen = VarlenStep(
-            step.starts,
-            step.lengths,
-            rows,
-            table,
-            step.max_new,
-            step.max_length,
-            causal=step.max_new > 1,
-            only=step.only,
-        )
-        return scheduled(varlen, self.provider, problem, columns)
+            step.starts, step.lengths, slots, table, step.max_new, step.max_length, causal=step.max_new > 1,
+            only=None if is_paged_view else step.only,
+        )  # fmt: skip
+        varlen = scheduled(varlen, self.provider, params, columns)
+        return KernelCall(slice(0, step.num_tokens), None, is_paged_view, varlen)
+
+    def _addresses_all(self, cache: Tensor) -> bool:
+        """Whether one call can address every slot of the cache: see slot_pages."""
+        if self.provider.capabilities.contiguous:
+            return has_tma_strides(cache)
+        return fits_block_table(cache, self._page_tokens)
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> FlashAttentionBackend:
-    """The best installed provider for `spec`; KernelUnavailableError says what to install where there is none."""
-    capability = torch.cuda.get_device_capability(place.device)[0]
-    provider = choose(spec, need_of(spec, arch, place.dtype, capability), candidates())
+    """The best installed library for `spec`. KernelUnavailableError says what to install if there is none."""
+    compute_capability = torch.cuda.get_device_capability(place.device)[0]
+    provider = choose(spec, requirements_of(spec, arch, place.dtype, compute_capability), candidates())
     return FlashAttentionBackend(provider, arch, place, _decode_kernel(spec, arch, place))
 
 
 def _decode_kernel(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> TritonDecode | None:
-    """A named version (fa3, ...) is measured as it is; `fa` takes whatever is fastest."""
+    """Only for `fa`, which means the fastest: a version that is named (fa3, ...) does all of the work itself."""
     if spec.kernel != "fa" or spec.is_paged:
         return None
     from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode

@@ -1,18 +1,18 @@
-"""FlashAttention 4, the CuTe rewrite in flash_attn.cute (package flash-attn-4). Knows no memory policy."""
+"""FlashAttention 4, the CuTe rewrite in flash_attn.cute (package flash-attn-4)."""
 
 import importlib
 
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.attention.flash_attn.provider import Abilities, Problem, VarlenStep
+from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, KernelCapabilities, VarlenStep
 
 
 class FlashAttention4:
-    """The varlen function over a page table. Raises ImportError where the package is missing."""
+    """The varlen function over a page table. Raises ImportError if the package is missing."""
 
     name = "flash-attn-4"
-    abilities = Abilities(
+    capabilities = KernelCapabilities(
         frozenset({torch.bfloat16, torch.float16}), 128, frozenset({9, 10, 11}), window=True,
         over_read_tokens=255, contiguous=False, block_multiple=1,
     )  # fmt: skip
@@ -20,15 +20,20 @@ class FlashAttention4:
     def __init__(self) -> None:
         self._varlen = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor | None:
-        """See Provider: it has none."""
+    def schedule(self, params: AttentionParams, step: VarlenStep, columns: int) -> Tensor | None:
+        """See Provider. The library has none."""
         return None
 
     def attend(
-        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+        self,
+        q: Tensor,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        params: AttentionParams,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See Provider."""
-        windowed = problem.window is not None
+        windowed = params.window is not None
         result = self._varlen(
             q,
             *cache,
@@ -36,9 +41,9 @@ class FlashAttention4:
             seqused_k=step.lengths,
             max_seqlen_q=step.max_new,
             page_table=step.block_table,
-            softmax_scale=problem.scale,
+            softmax_scale=params.scale,
             causal=not windowed,
-            window_size=(problem.window - 1, 0) if problem.window is not None else (None, None),
+            window_size=(params.window - 1, 0) if params.window is not None else (None, None),
         )
         attended: Tensor = result[0] if isinstance(result, tuple) else result
         return attended if out is None else out.copy_(attended)

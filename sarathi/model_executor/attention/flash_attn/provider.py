@@ -1,4 +1,4 @@
-"""What a FlashAttention library is to us: what it can do, and one call for a whole batch. Knows no library by name."""
+"""The interface of a FlashAttention library: its capabilities, and one call for a whole step."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -6,25 +6,25 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.attention.metadata import Home
+from sarathi.model_executor.attention.metadata import SlotTokens
 
 
 @dataclass(frozen=True, slots=True)
-class Abilities:
-    """What a provider's build can do; the factory compares it with what a model and a memory need."""
+class KernelCapabilities:
+    """What the build of a library can do. `choice` compares it with what a model and a memory require."""
 
     dtypes: frozenset[torch.dtype]
     max_head_size: int
-    capabilities: frozenset[int]  # major compute capabilities of the devices that it runs on
+    compute_capabilities: frozenset[int]  # major numbers
     window: bool  # sliding window
-    over_read_tokens: int  # tokens past a sequence's last one that may be read: memory must be there
-    contiguous: bool = True  # rows of the cache picked by an index
-    block_multiple: int | None = None  # paged KV with blocks of a multiple of so many tokens; None: no paged KV
+    over_read_tokens: int  # tokens past a sequence's last one that may be read: the cache needs memory there
+    contiguous: bool = True  # an index picks each sequence's slot of the cache
+    block_multiple: int | None = None  # the size of a block must be a multiple of this; None: no paged KV cache
 
 
 @dataclass(frozen=True, slots=True)
 class VarlenStep:
-    """Lengths and places of the B sequences of a step, on the device; all int32. T tokens are new.
+    """Lengths and cache addresses of the B sequences of a step, int32 on the device. T tokens are new.
 
     new tokens    |--- sequence 0 ---|- 1 -|- 2 -|        starts   [B + 1], first 0, last T
     in the cache  lengths[b], the new tokens included
@@ -32,47 +32,52 @@ class VarlenStep:
 
     starts: Tensor  # [B + 1]
     lengths: Tensor  # [B]
-    rows: Tensor | None  # [B] row of a contiguous cache
-    block_table: Tensor | None  # [B, blocks] of a paged one
+    slots: Tensor | None  # [B]; None where paged
+    block_table: Tensor | None  # [B, blocks]; None on slots
     max_new: int
     max_length: int  # bound on lengths
-    causal: bool  # False where each sequence has one new token and a mask would change nothing
-    schedule: Tensor | None = None  # the provider's own division of work, made once for all layers
-    only: Home | None = None  # where B = 1 on a contiguous cache, and the host knows it
+    causal: bool  # False where each sequence has one new token: no mask is needed
+    schedule: Tensor | None = None  # the library's division of work, made once for all layers
+    only: SlotTokens | None = None  # the sequence, if B = 1, on a slot, and the host knows it
 
 
-class Problem(NamedTuple):
-    """What stays the same over all steps of a model."""
+class AttentionParams(NamedTuple):
+    """What is the same in all steps of a model, for layers of one window."""
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
     scale: float
-    window: int | None  # tokens that a query sees, its own included
+    window: int | None  # tokens that a query sees, its own included; None: all
 
 
 class Provider(Protocol):
-    """A FlashAttention library. Holds nothing of a step."""
+    """A FlashAttention library. Keeps no state of a step."""
 
     name: str
-    abilities: Abilities
+    capabilities: KernelCapabilities
 
-    def schedule(self, problem: Problem, step: VarlenStep, cache_cols: int) -> Tensor | None:
-        """The division of work that the layers of a step share; None where the library has none.
+    def schedule(self, params: AttentionParams, step: VarlenStep, columns: int) -> Tensor | None:
+        """The division of work that the layers of a step share; None for a library without one.
 
-        cache_cols: columns of a cache row (tokens of a slot or block). Safe to capture in a CUDA graph.
+        columns: tokens of a slot or block. Safe to capture in a CUDA graph.
         """
 
     def attend(
-        self, q: Tensor, cache: tuple[Tensor, Tensor], step: VarlenStep, problem: Problem, out: Tensor | None = None
+        self,
+        q: Tensor,
+        cache: tuple[Tensor, Tensor],
+        step: VarlenStep,
+        params: AttentionParams,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """One call for the batch: q [T, num_heads, head_size] over the cache [rows, cols, num_kv_heads, head_size].
+        """q: [T, num_heads, head_size]; cache: keys and values, [slots or blocks, columns, num_kv_heads, head_size].
 
-        The step's keys and values are in the cache. Returns q's shape: `out` where it is given, contiguous.
+        The step's keys and values are in the cache. Returns q's shape: `out`, contiguous, where it is given.
         """
 
 
-def scheduled(step: VarlenStep, provider: Provider, problem: Problem, cache_cols: int) -> VarlenStep:
+def scheduled(step: VarlenStep, provider: Provider, params: AttentionParams, columns: int) -> VarlenStep:
     """The step with the provider's division of its work."""
-    return replace(step, schedule=provider.schedule(problem, step, cache_cols))
+    return replace(step, schedule=provider.schedule(params, step, columns))

@@ -1,4 +1,4 @@
-"""Decode attention on contiguous slots by our split-KV kernel. Knows no FlashAttention and no FlashInfer."""
+"""Decode attention on slots by our split-KV kernel (ops/triton/decode_attention.py)."""
 
 import torch
 from torch import Tensor
@@ -11,17 +11,17 @@ from sarathi.model_executor.ops.triton.decode_attention import (
     decode_attention,
     distinct_sizes,
 )
-from sarathi.model_executor.ops.types import DecodeBatch, NewTokens, RotationTable
+from sarathi.model_executor.ops.types import DecodeBatch, NewTokens
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
 MAX_GROUP = 16
 
 
 class TritonDecode:
-    """Owns the scratch that all layers share; serves one stream."""
+    """Owns the workspace that all layers share. One instance serves one stream."""
 
     def __init__(self, head_size: int, device: torch.device, *, pdl: bool = False, config: DecodeConfig | None = None):
-        """config: None for the defaults. pdl: overlap its launches with what runs before (Hopper and later)."""
+        """config: None for the defaults. pdl: overlap its launch with the kernel before it (Hopper and later)."""
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._workspace = DecodeWorkspace.create(num_sms, head_size, device, config)
         self._head_size, self._scale = head_size, head_size**-0.5
@@ -32,31 +32,31 @@ class TritonDecode:
         """Whether a model's heads fit the kernel."""
         return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
 
-    def appends(self, step: DeviceStep, table: RotationTable) -> bool:
-        """Whether append_and_attend can do this step: it rotates whole heads."""
-        return step.is_slot_decode and 2 * table.cos.shape[1] == self._head_size
+    def appends(self, step: DeviceStep, new: NewTokens) -> bool:
+        """Whether append_and_attend serves this step: decodes on slots, RoPE over whole heads."""
+        return step.is_slot_decode and 2 * new.table.cos.shape[1] == self._head_size
 
     def warm_up(self, num_heads: int, layer: CacheLayer, fewest: int, most: int) -> None:
-        """Compiles `attend` for steps of so many sequences; touches no memory in the cache."""
+        """Compile `attend` for steps of `fewest` to `most` sequences. Touches no memory of the cache."""
         for size in distinct_sizes(fewest, most, self._head_size):
             query = layer.k.new_zeros((size, num_heads, self._head_size))
             self.attend(query, layer, StaticStep(size, 1, 0, query.device).step)
 
     def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
-        """query: [B, num_heads, head_size], one token a sequence, its key and value in the cache already.
+        """query: [B, num_heads, head_size], one token per sequence; its key and value are in the cache.
 
-        out: contiguous, the result.
+        Returns query's shape: `out`, contiguous, where it is given.
         """
         return self._attend(query, None, layer, step, out)
 
     def append_and_attend(self, query: Tensor, new: NewTokens, layer: CacheLayer, step: DeviceStep) -> Tensor:
-        """As attend, but query and new.keys are not turned yet, and `new` is not stored."""
+        """As attend, but RoPE is not yet applied to query and new.keys, and `new` is not yet stored."""
         return self._attend(query, new, layer, step)
 
     def _attend(
         self, query: Tensor, new: NewTokens | None, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None
     ) -> Tensor:
-        if step.rows is None or not step.one_each:
-            raise ValueError("the split-KV kernel takes one token a sequence, on contiguous slots")
-        batch = DecodeBatch(step.rows, step.lengths, layer.window)
+        if step.slots is None or not step.is_decode:
+            raise ValueError("the split-KV kernel takes one new token per sequence, on slots")
+        batch = DecodeBatch(step.slots, step.lengths, layer.window)
         return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, new, out, pdl=self._pdl)

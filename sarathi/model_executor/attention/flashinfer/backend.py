@@ -1,11 +1,11 @@
-"""Attention by FlashInfer (Ye et al., 2025): on blocks, and on contiguous slots. Knows no memory policy.
+"""Attention by FlashInfer (Ye et al., 2025), on blocks and on slots.
 
-    step                              blocks                    contiguous slots
-    one new token for each sequence   paged decode              our split-KV kernel, or paged decode over the slots
+    step                              blocks                    slots
+    one new token per sequence        paged decode              our split-KV kernel, or paged decode over the slots
     decodes, then one chunk           paged prefill             decode as above, then the single-sequence prefill
     anything else                     paged prefill             paged prefill over the slots
 
-Where a paged kernel runs over slots, their pages are in order and the block table is arithmetic: no byte moves.
+A paged kernel over slots gets their pages in order and an arithmetic block table: no byte moves.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
+from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities, KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 from sarathi.model_executor.attention.metadata import StepMetadata, first_decodes, make_step
-from sarathi.model_executor.attention.slot_pages import as_pages
+from sarathi.model_executor.attention.slot_pages import as_pages, fits_block_table
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops import create_ops, overlaps_launches
 from sarathi.model_executor.ops.types import NewTokens
@@ -30,35 +31,36 @@ from sarathi.model_executor.placement import Placement
 
 _SCRATCH_BYTES = 512 * 2**20
 _SLOT_PAGE_TOKENS = 64  # of a slot seen as pages
+_MAX_SINGLE_ELEMENTS = 2**32  # before Hopper the single-sequence prefill computes its offsets in uint32
 _HEAD_SIZES = (64, 128, 256)
 
 
 @dataclass(slots=True)
 class FlashInferMetadata(StepMetadata):
-    """A step, and what its first layer finds out for the others."""
+    """A step, and the paged kernel planned for it by the first layer and run by all."""
 
     batch: Batch
     address: Address
     leading_decodes: int
-    wrapper: Any = None  # the planned paged kernel
+    wrapper: Any = None
 
 
 class _Paged:
-    """A paged kernel, planned anew for each step while the step before may still wait for the device.
+    """A paged kernel, planned for each step while the device may still be at the step before.
 
-    A plan travels through one pinned buffer of the wrapper's, which the next plan fills again: not before the device
-    has taken the plan that lies there.
+    The wrapper copies a plan to the device from one pinned buffer. The next plan must not overwrite it before that copy
+    is done.
     """
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
-        self._taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def planned(self, *arguments: Any, **options: Any) -> Any:
-        """The wrapper, to run on each layer."""
-        self._taken.synchronize()
+        """Plan the step. Returns the wrapper, to be run on each layer."""
+        self._copied.synchronize()
         self._wrapper.plan(*arguments, **options)
-        self._taken.record()
+        self._copied.record()
         return self._wrapper
 
 
@@ -68,11 +70,11 @@ class FlashInferBackend(AttentionBackend):
     capabilities = Capabilities(over_read_tokens=255)  # the single-sequence prefill copies whole tiles of keys
 
     def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None) -> None:
-        """decode: takes steps of one new token a sequence on contiguous slots; None: FlashInfer's paged kernel does."""
+        """decode: attends decodes on slots; None: FlashInfer's paged kernel does."""
         self.arch, self.place, self._decode = arch, place, decode
+        self._has_wide_offsets = torch.cuda.get_device_capability(place.device)[0] == 9
         self._scale = arch.head_size**-0.5
         self._ops = create_ops(place.device)
-        self._num_heads = arch.num_heads
         scratch = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=place.device)
         self._paged_decode = _Paged(
             flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)
@@ -80,38 +82,41 @@ class FlashInferBackend(AttentionBackend):
         self._paged_prefill = _Paged(flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD"))
 
     def plan(self, batch: Batch, address: Address) -> FlashInferMetadata:
-        """See AttentionBackend. The paged kernels are planned when the first layer shows how its slots lie."""
-        step = make_step(batch, address, self.place.device)
+        """See AttentionBackend. A paged kernel is planned by the first layer, which knows the strides of the cache."""
+        step = make_step(batch.chunks, address, self.place.device)
         return FlashInferMetadata(step, batch, address, batch.leading_decodes)
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: FlashInferMetadata
     ) -> Tensor:
-        """See AttentionBackend. Our decode kernel does all of it in one launch."""
-        if self._decode is not None and self._decode.appends(metadata.step, new.table):
+        """See AttentionBackend. The decode kernel does all of it in one launch."""
+        if self._decode is not None and self._decode.appends(metadata.step, new):
             return self._decode.append_and_attend(query, new, layer, metadata.step)
         return super().append_and_attend(query, new, positions, layer, metadata)
 
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
         """See AttentionBackend."""
         if self._decode is not None:
-            self._decode.warm_up(self._num_heads, layer, 1, max_num_seqs)
+            self._decode.warm_up(self.arch.num_heads, layer, 1, max_num_seqs)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
         """See AttentionBackend."""
+        chunks, decodes = metadata.batch.chunks, metadata.leading_decodes
         if isinstance(metadata.address, BlockAddress):
-            return self._paged(query, layer, metadata)
-        decodes, total = metadata.leading_decodes, len(metadata.batch.chunks)
-        if decodes == total:
-            return self._decode_slots(query, layer, metadata)
-        if decodes == total - 1 and (decodes == 0 or self._decode is not None):
+            return self._run_paged(query, layer, (layer.k, layer.v), metadata)
+        if self._decode is not None and metadata.step.is_decode:
+            return self._decode.attend(query, layer, metadata.step)
+        is_one_chunk = decodes == len(chunks) - 1 and (self._decode is not None or not decodes)
+        if is_one_chunk and self._single_reaches(layer, chunks[-1].start + chunks[-1].num_tokens):
             return self._decodes_then_chunk(query, layer, metadata, metadata.address.slots[-1])
-        return self._paged(query, layer, metadata)
+        if not fits_block_table(layer.k, _SLOT_PAGE_TOKENS):
+            return self._one_by_one(query, layer, chunks, metadata.address.slots)
+        pages = as_pages(layer.k, _SLOT_PAGE_TOKENS).pages, as_pages(layer.v, _SLOT_PAGE_TOKENS).pages
+        return self._run_paged(query, layer, pages, metadata)
 
-    def _decode_slots(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
-        if self._decode is None:
-            return self._paged(query, layer, metadata)
-        return self._decode.attend(query, layer, metadata.step)
+    def _single_reaches(self, layer: CacheLayer, length: int) -> bool:
+        """Whether the single-sequence prefill can address so many tokens of a slot."""
+        return self._has_wide_offsets or length * layer.k.stride(1) < _MAX_SINGLE_ELEMENTS
 
     def _decodes_then_chunk(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata, slot: int) -> Tensor:
         decodes, chunk = metadata.leading_decodes, metadata.batch.chunks[-1]
@@ -121,7 +126,18 @@ class FlashInferBackend(AttentionBackend):
         decoded = self._decode.attend(query[:decodes], layer, first_decodes(metadata.step, decodes))
         return torch.cat((decoded, prefilled))
 
+    def _one_by_one(self, query: Tensor, layer: CacheLayer, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
+        """Every sequence by the single-sequence prefill: for caches with more pages than a block table can name."""
+        queries = torch.split(query, [chunk.num_tokens for chunk in chunks])
+        return torch.cat(
+            [
+                self._prefill_slot(part, layer, slot, chunk.start + chunk.num_tokens)
+                for part, chunk, slot in zip(queries, chunks, slots, strict=True)
+            ]
+        )
+
     def _prefill_slot(self, query: Tensor, layer: CacheLayer, slot: int, length: int) -> Tensor:
+        """query: [n, num_heads, head_size], the last of the slot's first `length` tokens."""
         out: Tensor = flashinfer.single_prefill_with_kv_cache(
             query,
             layer.k[slot, :length],
@@ -132,13 +148,13 @@ class FlashInferBackend(AttentionBackend):
         )
         return out
 
-    def _paged(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
-        keys, values = layer.k, layer.v
-        if not isinstance(metadata.address, BlockAddress):
-            keys, values = (as_pages(x, _SLOT_PAGE_TOKENS).pages for x in (keys, values))
+    def _run_paged(
+        self, query: Tensor, layer: CacheLayer, pages: tuple[Tensor, Tensor], metadata: FlashInferMetadata
+    ) -> Tensor:
+        """pages: keys and values, [pages, page_tokens, num_kv_heads, head_size]."""
         if metadata.wrapper is None:
             metadata.wrapper = self._planned(layer, metadata)
-        out: Tensor = metadata.wrapper.run(query, (keys, values))
+        out: Tensor = metadata.wrapper.run(query, pages)
         return out
 
     def _planned(self, layer: CacheLayer, metadata: FlashInferMetadata) -> Any:
@@ -160,14 +176,14 @@ class FlashInferBackend(AttentionBackend):
             "q_data_type": self.place.dtype,
             "kv_data_type": self.place.dtype,
         }
-        if metadata.step.one_each:
+        if metadata.step.is_decode:
             return self._paged_decode.planned(*table, *heads, **same)
         starts = _running_sum([chunk.num_tokens for chunk in metadata.batch.chunks])
         return self._paged_prefill.planned(starts, *table, *heads, causal=True, **same)
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> FlashInferBackend:
-    """FlashInfer for `spec`; KernelUnavailableError where it has no kernel for the model."""
+    """FlashInfer for `spec`. Raises KernelUnavailableError if it has no kernel for the model."""
     if place.dtype not in (torch.bfloat16, torch.float16):
         raise KernelUnavailableError(
             f"attention backend '{spec}': FlashInfer computes bfloat16 and float16, not {place.dtype}"
@@ -178,7 +194,7 @@ def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> Flas
         )
     if arch.full_attention_layers and arch.sliding_window is not None:
         raise KernelUnavailableError(
-            f"attention backend '{spec}': a step is planned for one window, the layers have two"
+            f"attention backend '{spec}': a step is planned for one window size, and the layers have two"
         )
     fits = not spec.is_paged and TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
     return FlashInferBackend(

@@ -1,1 +1,1 @@
-"""Attention by torch, on any device."""
+"""Attention by torch, on every device."""

@@ -1,7 +1,7 @@
-"""Attention by torch alone, on any device: the default on CPUs and the reference elsewhere; knows no memory policy.
+"""Attention by torch alone, on any device: the default on CPUs, and the reference elsewhere.
 
-The functions have FlashAttention's own names, arguments and meaning, so that tests compare them argument for argument.
-On virtual memory K and V are read where they lie; with a block table the blocks are gathered first.
+On virtual memory keys and values are read in place; blocks are gathered first. The functions at the end have the names,
+arguments and meaning of FlashAttention's, so that tests compare them argument for argument.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ from sarathi.config.backend import BackendSpec
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
-from sarathi.model_executor.attention.sdpa.span import UNLIMITED, Window
-from sarathi.model_executor.attention.sdpa.view import Part, View, make_view, write_index
+from sarathi.model_executor.attention.sdpa.view import UNLIMITED, Lengths, View, Window, make_view, write_index
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.ops.types import NewTokens, RotationTable
+from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
 
 @dataclass(slots=True)
 class SdpaMetadata:
-    """Where the step's T tokens are written, [T] int64 each, one view for each window of the model, and the rotation.
+    """What the layers of a step share.
 
-    cos, sin: [T, 1, head_size] in the model's dtype, gathered by the first layer; the first half of sin is negated.
+    index: slot (or block) and column of each new token, [T] int64 each. views: one for each window of the model.
+    cos, sin: [T, 1, head_size] in the model's dtype, computed by the first layer; the first half of sin is negated.
     """
 
-    rows: Tensor
-    cols: Tensor
+    index: tuple[Tensor, Tensor]
     views: Mapping[int | None, View]
-    rotation: tuple[Tensor, Tensor] | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
 
 
 class SdpaBackend(AttentionBackend):
@@ -41,51 +41,41 @@ class SdpaBackend(AttentionBackend):
     capabilities = Capabilities()
 
     def __init__(self, arch: ModelArchitecture, place: Placement) -> None:
-        self.scale = arch.head_size**-0.5
-        self.windows = {arch.window_of(layer): _causal(arch.window_of(layer)) for layer in range(arch.num_layers)}
-        self.place = place
+        self._scale = arch.head_size**-0.5
+        self._windows = {arch.window_of(layer): _causal(arch.window_of(layer)) for layer in range(arch.num_layers)}
+        self._place = place
 
     def plan(self, batch: Batch, address: Address) -> SdpaMetadata:
-        """Masks are made here in the model's dtype, so that no layer converts one."""
-        parts = [Part(chunk.num_tokens, chunk.start + chunk.num_tokens) for chunk in batch.chunks]
-        views = {kept: make_view(parts, address, window, self.place) for kept, window in self.windows.items()}
-        return SdpaMetadata(*write_index(parts, address, self.place.device), views)
-
-    def attend(self, query: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> Tensor:
         """See AttentionBackend."""
-        return metadata.views[layer.window].attend(query, layer.k, layer.v, self.scale)
+        lengths = [Lengths(chunk.num_tokens, chunk.start + chunk.num_tokens) for chunk in batch.chunks]
+        views = {size: make_view(lengths, address, window, self._place) for size, window in self._windows.items()}
+        return SdpaMetadata(write_index(lengths, address, self._place.device), views)
 
     def rope_and_store(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: SdpaMetadata
     ) -> None:
-        """See AttentionBackend. The factors are gathered once a step, and rounded to the model's dtype."""
-        if metadata.rotation is None:
-            metadata.rotation = _rotation(new.table, positions, query.dtype)
+        """See AttentionBackend. Cosines and sines are looked up once per step and rounded to the model's dtype."""
+        if metadata.cos is None or metadata.sin is None:
+            cos, sin = (factors[positions].to(query.dtype) for factors in new.table)  # [T, head_size / 2]
+            metadata.cos = torch.cat((cos, cos), -1).unsqueeze(1)
+            metadata.sin = torch.cat((-sin, sin), -1).unsqueeze(1)
         for heads in _joined(query, new.keys):
-            _rotate(heads, *metadata.rotation)
+            swapped = heads.roll(heads.shape[-1] // 2, -1)
+            heads.mul_(metadata.cos).addcmul_(swapped, metadata.sin)
         self.store(new.keys, new.values, layer, metadata)
 
     def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> None:
         """See AttentionBackend."""
-        index = (metadata.rows, metadata.cols)
-        layer.k.index_put_(index, key)
-        layer.v.index_put_(index, value)
+        layer.k.index_put_(metadata.index, key)
+        layer.v.index_put_(metadata.index, value)
 
-
-def _rotation(table: RotationTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See SdpaMetadata."""
-    cos, sin = table.cos[positions].to(dtype), table.sin[positions].to(dtype)  # [T, head_size / 2]
-    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """heads: [T, heads, head_size], overwritten."""
-    swapped = heads.roll(heads.shape[-1] // 2, -1)
-    heads.mul_(cos).addcmul_(swapped, sin)
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> Tensor:
+        """See AttentionBackend."""
+        return metadata.views[layer.window].attend(query, layer.k, layer.v, self._scale)
 
 
 def _joined(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    """Both as one tensor where they are neighbours in the product that made them: half as many operations."""
+    """Queries and keys as one tensor if they are neighbours in the product they come from: half the operations."""
     tokens, heads, size = query.shape
     strides, offset = query.stride(), query.storage_offset()
     is_next = key.storage_offset() == offset + heads * size and strides[1:] == (size, 1) and key.stride() == strides
@@ -95,7 +85,7 @@ def _joined(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
 
 
 def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> SdpaBackend:
-    """Every architecture, memory and device will do."""
+    """For every architecture, memory and device."""
     return SdpaBackend(arch, place)
 
 
@@ -113,20 +103,22 @@ def flash_attn_with_kvcache(
     causal: bool = False,
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
 ) -> Tensor:
-    """Appends k and v to the cache behind cache_seqlens tokens, in place, then attends; FlashAttention 2.8's function.
+    """Store k and v behind the cache_seqlens tokens of the cache, in place, then attend: FlashAttention 2.8's function.
 
-    q: [B, Sq, Hq, D]; k, v: [B, Snew, Hkv, D]; k_cache, v_cache: [rows, cols, Hkv, D], row = cache_batch_idx[b] or b,
-    or [blocks, block_size, Hkv, D] with block_table [B, N] int32. cache_seqlens: [B] int32 -> [B, Sq, Hq, D].
+    q: [B, Sq, Hq, D]; k, v: [B, Snew, Hkv, D]; k_cache, v_cache: [slots, tokens, Hkv, D], sequence b in slot
+    cache_batch_idx[b] or b, or [blocks, block_size, Hkv, D] with block_table [B, N] int32. cache_seqlens: [B] int32.
+    Returns [B, Sq, Hq, D].
     """
     place = Placement(q.dtype, q.device)
     lengths = cache_seqlens.tolist()
     address = _address(len(lengths), k_cache, cache_batch_idx, block_table)
     if k is not None and v is not None:
         lengths = [length + k.shape[1] for length in lengths]
-        index = write_index([Part(k.shape[1], length) for length in lengths], address, q.device)
+        index = write_index([Lengths(k.shape[1], length) for length in lengths], address, q.device)
         k_cache.index_put_(index, k.flatten(0, 1))
         v_cache.index_put_(index, v.flatten(0, 1))
-    view = make_view([Part(q.shape[1], length) for length in lengths], address, _window(causal, window_size), place)
+    new = [Lengths(q.shape[1], length) for length in lengths]
+    view = make_view(new, address, _window(causal, window_size), place)
     return view.attend(q.flatten(0, 1), k_cache, v_cache, _scale(q, softmax_scale)).view_as(q)
 
 
@@ -142,28 +134,28 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """Sequences of different lengths one after the other; FlashAttention's function of this name.
+    """Attention of concatenated sequences of different lengths: FlashAttention's function of this name.
 
     q: [Tq, Hq, D]; k, v: [Tk, Hkv, D], or [blocks, block_size, Hkv, D] with block_table [B, N] int32;
-    cu_seqlens_*: [B + 1] int32, first 0 -> [Tq, Hq, D].
+    cu_seqlens_*: [B + 1] int32, first 0. Returns [Tq, Hq, D].
     """
     starts = cu_seqlens_k.tolist()
-    parts = [
-        Part(q1 - q0, k1 - k0)
+    lengths = [
+        Lengths(q1 - q0, k1 - k0)
         for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(starts), strict=True)
     ]
     window, place = _window(causal, window_size), Placement(q.dtype, q.device)
     if block_table is None:
-        view = make_view(parts, SlotAddress((0,) * len(parts)), window, place).shifted(starts)
+        view = make_view(lengths, SlotAddress((0,) * len(lengths)), window, place).shifted(starts)
         k, v = k.unsqueeze(0), v.unsqueeze(0)
     else:
-        view = make_view(parts, _address(len(parts), k, None, block_table), window, place)
+        view = make_view(lengths, _address(len(lengths), k, None, block_table), window, place)
     return view.attend(q, k, v, _scale(q, softmax_scale))
 
 
-def _causal(kept: int | None) -> Window:
-    """A window of n tokens counts the query's own."""
-    return Window(UNLIMITED if kept is None else kept - 1, 0)
+def _causal(size: int | None) -> Window:
+    """A sliding window of `size` tokens includes the query's own."""
+    return Window(UNLIMITED if size is None else size - 1, 0)
 
 
 def _window(causal: bool, window_size: Sequence[int]) -> Window:

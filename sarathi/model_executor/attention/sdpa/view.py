@@ -1,39 +1,73 @@
-"""From lengths and addresses to what torch attends over: spans of rows or of gathered blocks; knows no tokens."""
+"""What torch attends over in a step: for each sequence a run of contiguous keys, in a slot or gathered from blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sarathi.model_executor.attention.address import Address, BlockAddress
-from sarathi.model_executor.attention.sdpa.span import Reach, Span, Window, attend, reach, visibility
 from sarathi.model_executor.placement import Placement
 
+UNLIMITED = -1
 
-class Part(NamedTuple):
+
+class Window(NamedTuple):
+    """Keys that a query at position p sees: [p - left, p + right]; UNLIMITED on a side for no limit."""
+
+    left: int
+    right: int
+
+
+class Lengths(NamedTuple):
     """One sequence of a step: its `num_queries` new tokens are the last of `num_keys`."""
 
     num_queries: int
     num_keys: int
 
 
+class Span(NamedTuple):
+    """Queries [query_start, query_end) of the batch over keys [slot, key_start:key_end] of a cache.
+
+    mask: [queries, keys], 0 where a key is seen and -inf elsewhere; None where all are seen, or where `causal` is set.
+    """
+
+    query_start: int
+    query_end: int
+    slot: int
+    key_start: int
+    key_end: int
+    mask: Tensor | None
+    causal: bool
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """How layers with one window read: `blocks`, [N] int64, are gathered into one row first; None reads in place."""
+    """The keys of a step for layers of one window. They are read in place, or gathered from `blocks`, [N] int64."""
 
     spans: tuple[Span, ...]
     blocks: Tensor | None
 
     def attend(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
-        """query [T, Hq, D] over caches [rows, cols, Hkv, D] -> [T, Hq, D]."""
+        """query: [T, Hq, D]; caches: [slots or blocks, tokens, Hkv, D], read only where the spans are -> [T, Hq, D]."""
         if self.blocks is not None:
             k_cache, v_cache = _gather(k_cache, self.blocks), _gather(v_cache, self.blocks)
-        return attend(query, k_cache, v_cache, self.spans, scale)
+        by_head = query.transpose(0, 1).unsqueeze(0)  # [1, Hq, T, D]
+        queries = torch.split(by_head, [span.query_end - span.query_start for span in self.spans], dim=2)
+        keys, values = _keys(k_cache, self.spans), _keys(v_cache, self.spans)
+        gqa = query.shape[1] != k_cache.shape[2]
+        outputs = []
+        for q, span, k, v in zip(queries, self.spans, keys, values, strict=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=span.mask, is_causal=span.causal, scale=scale, enable_gqa=gqa
+            )
+            outputs.append(out.transpose(1, 2))  # [1, queries, Hq, D], contiguous
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).squeeze(0)
 
     def shifted(self, starts: Sequence[int]) -> "View":
-        """The same spans where sequence i begins at column starts[i] of its row."""
+        """The same spans where sequence i begins at column starts[i] of its slot."""
         moved = [
             span._replace(key_start=span.key_start + start, key_end=span.key_end + start)
             for span, start in zip(self.spans, starts, strict=False)
@@ -41,54 +75,91 @@ class View:
         return View(tuple(moved), self.blocks)
 
 
-class _Run(NamedTuple):
-    """Where a reached part of a sequence starts: column `first` of row `row`."""
-
-    row: int
-    first: int
-
-
-def make_view(parts: Sequence[Part], address: Address, window: Window, place: Placement) -> View:
-    """Spans of all parts, in order; masks are of the model's dtype."""
-    reaches = [reach(part.num_queries, part.num_keys, window) for part in parts]
-    runs, blocks = _locate(reaches, address)
+def make_view(lengths: Sequence[Lengths], address: Address, window: Window, place: Placement) -> View:
+    """Spans of all sequences, in order. Masks are in the model's dtype, so that no layer converts one."""
+    ranges = [visible_range(each, window) for each in lengths]
+    starts, blocks = _locate(ranges, address)
     spans, query = [], 0
-    for part, seen, run in zip(parts, reaches, runs, strict=True):
-        mask, causal = visibility(part.num_queries, part.num_keys, window, place)
-        end = run.first + seen.last - seen.first
-        spans.append(Span(query, query + part.num_queries, run.row, run.first, end, mask, causal))
-        query += part.num_queries
+    for each, (first, last), (slot, key_start) in zip(lengths, ranges, starts, strict=True):
+        mask, causal = _mask(each, window, place)
+        key_end = key_start + last - first
+        spans.append(Span(query, query + each.num_queries, slot, key_start, key_end, mask, causal))
+        query += each.num_queries
     return View(tuple(spans), None if blocks is None else torch.tensor(blocks, dtype=torch.int64, device=place.device))
 
 
-def write_index(parts: Sequence[Part], address: Address, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows, cols) of the parts' new tokens in the cache, [T] int64 each."""
-    rows: list[int] = []
-    cols: list[int] = []
-    for index, (count, length) in enumerate(parts):
+def write_index(lengths: Sequence[Lengths], address: Address, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Slot (or block) and column in it of each new token, [T] int64 each."""
+    entries: list[int] = []
+    columns: list[int] = []
+    for index, (count, length) in enumerate(lengths):
         positions = range(length - count, length)
         if isinstance(address, BlockAddress):
             size, table = address.block_size, address.block_tables[index]
-            rows.extend([table[position // size] for position in positions])
-            cols.extend([position % size for position in positions])
+            entries.extend([table[position // size] for position in positions])
+            columns.extend([position % size for position in positions])
         else:
-            rows.extend([address.slots[index]] * count)
-            cols.extend(positions)
-    return torch.tensor(rows, device=device), torch.tensor(cols, device=device)
+            entries.extend([address.slots[index]] * count)
+            columns.extend(positions)
+    return torch.tensor(entries, device=device), torch.tensor(columns, device=device)
 
 
-def _locate(reaches: Sequence[Reach], address: Address) -> tuple[list[_Run], list[int] | None]:
+def visible_range(lengths: Lengths, window: Window) -> tuple[int, int]:
+    """First and last (exclusive) position of the sequence that any of its new tokens sees. Others are not read."""
+    num_queries, num_keys = lengths
+    first = 0 if window.left == UNLIMITED else min(num_keys, max(0, num_keys - num_queries - window.left))
+    last = num_keys if window.right == UNLIMITED else min(num_keys, num_keys + window.right)
+    return first, last
+
+
+def _mask(lengths: Lengths, window: Window, place: Placement) -> tuple[Tensor | None, bool]:
+    """(mask, causal) of a span. Queries are aligned to the end of the keys, as in FlashAttention:
+
+        keys    0 1 2 3 4
+    query 3     . . . .          window (UNLIMITED, 0): causal
+    query 4     . . . . .
+    """
+    num_queries, num_keys = lengths
+    if num_queries == 1 and window.right in (0, UNLIMITED):
+        return None, False
+    if num_queries == num_keys and window.right == 0 and (window.left == UNLIMITED or window.left >= num_keys - 1):
+        return None, True
+    if window == (UNLIMITED, UNLIMITED):
+        return None, False
+    keys = torch.arange(*visible_range(lengths, window), device=place.device)
+    queries = torch.arange(num_keys - num_queries, num_keys, device=place.device)
+    distance = keys - queries.unsqueeze(1)  # [queries, keys]
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if window.left != UNLIMITED:
+        hidden |= distance < -window.left
+    if window.right != UNLIMITED:
+        hidden |= distance > window.right
+    return torch.zeros_like(distance, dtype=place.dtype).masked_fill_(hidden, float("-inf")), False
+
+
+def _locate(ranges: Sequence[tuple[int, int]], address: Address) -> tuple[list[tuple[int, int]], list[int] | None]:
+    """Slot and column of each range's first key, and the blocks that are gathered into slot 0 first."""
     if not isinstance(address, BlockAddress):
-        return [_Run(slot, seen.first) for slot, seen in zip(address.slots, reaches, strict=True)], None
+        return [(slot, first) for slot, (first, _) in zip(address.slots, ranges, strict=True)], None
     size = address.block_size
-    runs: list[_Run] = []
+    starts: list[tuple[int, int]] = []
     blocks: list[int] = []
-    for table, (first, last) in zip(address.block_tables, reaches, strict=True):
-        runs.append(_Run(0, len(blocks) * size + first % size))
+    for table, (first, last) in zip(address.block_tables, ranges, strict=True):
+        starts.append((0, len(blocks) * size + first % size))
         blocks.extend(table[first // size : -(-last // size)])
-    return runs, blocks
+    return starts, blocks
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """cache [blocks, block_size, H, D] -> one row of the chosen blocks, [1, N * block_size, H, D]."""
+    """cache: [blocks, block_size, H, D] -> the chosen blocks as one slot, [1, N * block_size, H, D]."""
     return cache.index_select(0, blocks).flatten(0, 1).unsqueeze(0)
+
+
+def _keys(cache: Tensor, spans: Sequence[Span]) -> Iterator[Tensor]:
+    """Views [1, H, keys, D] of a cache [slots, tokens, H, D], one for each span, by one torch call each."""
+    _, _, heads, size = cache.shape
+    slot_stride, token_stride, head_stride, element_stride = cache.stride()
+    strides, base = (slot_stride, head_stride, token_stride, element_stride), cache.storage_offset()
+    for span in spans:
+        offset = base + span.slot * slot_stride + span.key_start * token_stride
+        yield cache.as_strided((1, heads, span.key_end - span.key_start, size), strides, offset)
