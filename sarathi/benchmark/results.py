@@ -13,7 +13,8 @@ from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
 from sarathi.metrics.environment import environment
-from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, remove_report, write_json, write_report
+from sarathi.metrics.files import write_json
+from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, remove_report, write_report
 from sarathi.metrics.wandb_log import WandbTarget, log_report
 
 CONFIG_FILE = "config.yml"
@@ -36,10 +37,9 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
     rows = [outcome.rows for outcome in outcomes if outcome.rows is not None]
     if not rows:
         summary = status | {"environment": environment(), "config": to_dict(config)}
-    else:
-        summary = write_report(merge(rows), folder, _options(config)) | status
-    write_json(folder / SUMMARY_FILE, summary)
-    return summary
+        write_json(folder / SUMMARY_FILE, summary)
+        return summary
+    return write_report(merge(rows), folder, _options(config), status)
 
 
 def remove_results(folder: Path, keep_profiles: bool) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sarathi.metrics.files import replacing
 from sarathi.metrics.tables import cdf
 
 SIZE_INCHES = (6.4, 4.0)
@@ -63,4 +64,5 @@ def _axes(x_label: str, y_label: str) -> Any:
 
 
 def _save(axes: Any, path: Path) -> None:
-    axes.figure.savefig(path)
+    with replacing(path) as part:
+        axes.figure.savefig(part, format="png")

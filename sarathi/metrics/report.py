@@ -5,8 +5,9 @@ operation_metrics.csv  cpu_operation_metrics.csv  summary.json  chrome_trace.jso
 plots/<metric>.csv  plots/<metric>.png
 """
 
-import csv
 import json
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from sarathi.messages import MemoryStats
 from sarathi.metrics import plots
 from sarathi.metrics.environment import environment
+from sarathi.metrics.files import PART_SUFFIX, is_file_name, open_replacing, write_columns, write_json, write_table
 from sarathi.metrics.records import RunRows
 from sarathi.metrics.tables import (
     REQUEST_ID,
@@ -32,9 +34,11 @@ from sarathi.metrics.tables import (
     time_series,
     token_table,
 )
-from sarathi.metrics.trace import chrome_trace
+from sarathi.metrics.trace import num_trace_events, trace_events
 
 SUMMARY_FILE = "summary.json"
+TRACE_FILE = "chrome_trace.json"
+MAX_TRACE_EVENTS = 200_000  # about 30 MB
 TABLES = (
     "sequence_metrics",
     "batch_metrics",
@@ -44,19 +48,22 @@ TABLES = (
     "operation_metrics",
     "cpu_operation_metrics",
 )
-FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, "chrome_trace.json", "schedule.jsonl")
+FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, TRACE_FILE, "schedule.jsonl")
 ALLOCATOR_COLUMNS = (REQUEST_ID, "request_num_prefill_tokens", "kv_blocks_mapped", "kv_fragmentation_percent")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What is written. individual_batches: one row a step and a token, beside the distributions.
+    """What is written.
 
-    operations, cpu_operations: times of operations. config: what was run, saved with the summary.
+    chrome_trace: None for runs of at most MAX_TRACE_EVENTS events. individual_batches: one line for each step and each
+    token, in addition to the distributions. operations, cpu_operations: times of operations. config: saved with the
+    summary.
     """
 
     plots: bool = True
-    chrome_trace: bool = True
+    chrome_trace: bool | None = None
     individual_batches: bool = True
     operations: bool = False
     cpu_operations: bool = False
@@ -64,28 +71,47 @@ class ReportOptions:
 
 
 def remove_report(folder: Path) -> None:
-    """The files of a report that was written here before, and no others."""
-    names = set(TIME_SERIES)
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        names |= set(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["metrics"])
-    plotted = [folder / "plots" / f"{name}.{kind}" for name in names for kind in ("csv", "png")]
-    for path in (*[folder / name for name in FILES], *plotted):
+    """Remove the files of an earlier report, of which the summary goes first and the list of metrics in it last.
+
+    Whenever this is interrupted, there is no summary of files that are missing, and the next call removes the rest.
+    """
+    listing = folder / (SUMMARY_FILE + PART_SUFFIX)
+    with suppress(FileNotFoundError):
+        os.replace(folder / SUMMARY_FILE, listing)
+    plotted = [folder / "plots" / f"{name}.{kind}" for name in _listed_metrics(listing) for kind in ("csv", "png")]
+    for path in (*plotted, *[folder / name for name in FILES if name != SUMMARY_FILE], listing):
+        path.with_name(path.name + PART_SUFFIX).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
 
-def write_report(rows: RunRows, folder: Path, options: ReportOptions) -> dict[str, Any]:
-    """Writes the files into `folder`, which is made if need be; returns the summary."""
+def _listed_metrics(summary: Path) -> set[str]:
+    """Names of the files in plots/. The summary may be anyone's, so a name that leads elsewhere is ignored."""
+    names: set[object] = set()
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        names = set(json.loads(summary.read_text(encoding="utf-8"))["metrics"])
+    return {*TIME_SERIES, *[str(name) for name in names if is_file_name(name)]}
+
+
+def write_report(
+    rows: RunRows, folder: Path, options: ReportOptions, status: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the files into `folder`, which is created if necessary; returns the summary, with `status` added to it.
+
+    An earlier report there has to be removed before. The summary gets its name last, so a folder that has one has all
+    its files.
+    """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    summary = summarize(rows) | {"environment": environment(), "config": dict(options.config)}
-    write_json(folder / SUMMARY_FILE, summary)
+    summary = summarize(rows) | {"environment": environment(), "config": dict(options.config)} | dict(status or {})
+    listing = folder / (SUMMARY_FILE + PART_SUFFIX)
+    write_json(listing, summary)
     for name, table in _tables(rows, options):
         write_table(folder / f"{name}.csv", table)
     _write_schedule(rows, folder)
-    if options.chrome_trace:
-        (folder / "chrome_trace.json").write_text(json.dumps(chrome_trace(rows)))
+    _write_trace(rows, folder, options.chrome_trace)
     plot = options.plots and plots.is_available()
     _write_distributions(rows, folder / "plots", plot)
     _write_series(rows, folder / "plots", plot)
+    os.replace(listing, folder / SUMMARY_FILE)
     return summary
 
 
@@ -155,32 +181,26 @@ def _write_series(rows: RunRows, folder: Path, plot: bool) -> None:
 
 
 def _write_schedule(rows: RunRows, folder: Path) -> None:
-    """One line a step: who was in it, with how many tokens; only where the schedule was kept."""
+    """One line for each step: its requests and their tokens; only if the schedule was kept."""
     if not rows.schedule:
         return
-    with open(folder / "schedule.jsonl", "w", encoding="utf-8") as file:
+    with open_replacing(folder / "schedule.jsonl") as file:
         for step in rows.schedule:
             chunks = [[chunk.request_id, chunk.start, chunk.num_tokens] for chunk in step.chunks]
             line = {"replica": step.replica, "step": step.step_id, "chunks": chunks, "preempted": step.preempted}
             file.write(json.dumps(line) + "\n")
 
 
-def write_table(path: Path, table: Table) -> None:
-    """A CSV file with a line of names; None is an empty cell, columns that the table does not name are left out."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, table.columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(table.rows)
-
-
-def write_columns(path: Path, names: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
-    """A CSV file of plain lines under a line of names."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(lines)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON; paths and other objects as text."""
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+def _write_trace(rows: RunRows, folder: Path, wanted: bool | None) -> None:
+    num_events = num_trace_events(rows)
+    if wanted is None and num_events > MAX_TRACE_EVENTS:
+        logger.warning(
+            "%s is not written: it would have about %d events, and more than %d have to be asked for",
+            TRACE_FILE, num_events, MAX_TRACE_EVENTS,
+        )  # fmt: skip
+    elif wanted is not False:
+        with open_replacing(folder / TRACE_FILE) as file:
+            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+            for number, event in enumerate(trace_events(rows)):
+                file.write((",\n" if number else "\n") + json.dumps(event))
+            file.write("\n]}\n")

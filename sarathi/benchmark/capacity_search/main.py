@@ -25,8 +25,8 @@ from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 from sarathi.metrics import RunRows
+from sarathi.metrics.files import write_table
 from sarathi.metrics.plots import is_available, plot_lines
-from sarathi.metrics.report import write_table
 from sarathi.metrics.tables import Table
 
 COLUMNS = ("qps", "value_s", "meets", "num_completed")

@@ -244,7 +244,9 @@ class BenchmarkConfig(Section):
     log_level: str = knob("info", "how much is said", choices=LOG_LEVELS)
     output_dir: str = knob("./benchmark_output/", "folder of the results; made if need be")
     write_json_trace: bool = knob(False, "what each step was made of, to schedule.jsonl")
-    write_chrome_trace: bool = knob(True, "chrome_trace.json, for Perfetto")
+    write_chrome_trace: bool | None = knob(
+        None, "chrome_trace.json, for Perfetto; none: for runs of up to 200,000 events"
+    )
     write_metrics: bool = knob(True, "record at all; false: only the duration is known")
     enable_profiling: bool = knob(False, "a trace by torch's profiler of the steps in section profiling")
     gpu_memory_utilization: float = knob(

@@ -19,8 +19,8 @@ from sarathi.benchmark.experiment.execute import Failure, execute
 from sarathi.benchmark.experiment.measures import Row
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_rows
+from sarathi.metrics.files import write_table
 from sarathi.metrics.plots import is_available
-from sarathi.metrics.report import write_table
 from sarathi.metrics.tables import Table
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"

@@ -18,7 +18,7 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import Run
 from sarathi.benchmark.outcome import COMPLETED
 from sarathi.benchmark.results import read_config, write_config
-from sarathi.metrics.report import SUMMARY_FILE
+from sarathi.metrics.report import SUMMARY_FILE, remove_report
 
 LOG_FILE = "log.txt"
 TAIL_LINES = 6
@@ -78,10 +78,10 @@ def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
 
 
 def _prepare(config: BenchmarkConfig) -> Path:
-    """Its folder, with what is to be done; an older result is removed: it must not pass for new."""
+    """The folder of a run, with its configuration. An older summary goes first, so it never stands beside a new one."""
     place = _place(config)
+    remove_report(place)
     write_config(config)
-    (place / SUMMARY_FILE).unlink(missing_ok=True)
     print(place.name, flush=True)
     return place
 

@@ -1,10 +1,18 @@
 """Files of a report against the rows that they were made of, read back with pandas and json."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pandas as pd
@@ -13,11 +21,14 @@ from simulated_run import Clock
 from test_store import SEED, run
 
 from sarathi.messages import MemoryStats
+from sarathi.metrics import files, report
 from sarathi.metrics.environment import git_revision
-from sarathi.metrics.records import RunRows, merge
+from sarathi.metrics.records import OperationRecord, RunRows, StepRecord, StepTimes, merge
 from sarathi.metrics.report import FILES, ReportOptions, remove_report, summarize, write_report
+from sarathi.metrics.request_record import RequestRecord
 from sarathi.metrics.store import MetricsStore
 from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES, describe, memory_table
+from sarathi.metrics.trace import num_trace_events, trace_events
 
 OPTIONS = ReportOptions(operations=True, cpu_operations=True, config={"model": {"name": "none"}})
 
@@ -178,6 +189,158 @@ def test_a_report_is_removed_and_nothing_else(rows: RunRows, tmp_path: Path) -> 
     remove_report(tmp_path)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == own
     remove_report(tmp_path / "nowhere")
+
+
+class Killed(BaseException):
+    """The process ends here: no clean-up runs after it."""
+
+
+def kill_at(patch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Every change of a folder from call `number` on raises; returns the list whose only entry counts the calls."""
+    calls = [0]
+
+    def fragile(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            calls[0] += 1
+            if calls[0] > number:
+                raise Killed
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, call)
+
+    for owner, name in ((os, "replace"), (Path, "unlink"), (Path, "mkdir"), (files, "open")):
+        fragile(owner, name)
+    return calls
+
+
+def test_a_kill_at_any_point_leaves_no_summary_of_missing_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report replaces one with other files; whatever a kill leaves is removed by the next run."""
+    monkeypatch.setattr(files, "open", open, raising=False)
+    monkeypatch.setattr(report, "environment", dict)
+    operations = [OperationRecord("attn", step, 0, None, 0.1, True) for step in range(2)]
+    rows = replace(long_run(2), operations=tuple(operations))
+    few = {name: values for name, values in report.distributions(rows).items() if "attn" in name or "size" in name}
+    monkeypatch.setattr(report, "distributions", lambda rows: few)
+    old, new = ReportOptions(operations=True, plots=False), ReportOptions(cpu_operations=True, plots=False)
+
+    def replace_report(folder: Path) -> None:
+        remove_report(folder)
+        write_report(rows, folder, new, {"ended": "new"})
+
+    def listing(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    complete = {}
+    for name, options in (("old", old), ("new", new)):
+        write_report(rows, tmp_path / name, options)
+        complete[name] = listing(tmp_path / name)
+    write_report(rows, tmp_path / "copied", old, {"ended": "old"})
+    with monkeypatch.context() as patch:
+        num_calls = kill_at(patch, sys.maxsize)
+        replace_report(tmp_path / "old")
+    assert listing(tmp_path / "old") == complete["new"] and num_calls[0] > 50
+    for number in range(num_calls[0]):
+        folder = shutil.copytree(tmp_path / "copied", tmp_path / str(number))
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, number)
+            replace_report(folder)
+        if (folder / "summary.json").exists():
+            ended = json.loads((folder / "summary.json").read_text())["ended"]
+            assert listing(folder) >= complete[ended], number
+        replace_report(folder)
+        assert listing(folder) == complete["new"], number
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a/b", "a\\b", ""])
+def test_names_in_a_summary_remove_nothing_outside_the_report(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "a" / "b"
+    (folder / "plots").mkdir(parents=True)
+    absolute = tmp_path / "absolute"
+    victims = [tmp_path / "x.csv", tmp_path / "a" / "x.png", folder / "plots" / "mine.csv", tmp_path / "absolute.csv"]
+    for path in victims:
+        path.write_text("mine")
+    metrics = {name: {}, str(absolute): {}, "..\0": {}, "listed": {}}
+    (folder / "plots" / "listed.csv").write_text("")
+    (folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
+    remove_report(folder)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(victims)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"metrics": 5}', '{"metrics": [[1], {}]}', "\udcff", "[]"])
+def test_a_broken_summary_is_removed(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    remove_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def long_run(num_requests: int) -> RunRows:
+    """Requests of one step and two tokens each."""
+    requests = [
+        RequestRecord(str(i), 3, i, None, i + 0.1, i + 0.5, "stop", 0.4, 1, 0, array("d", [i + 0.2, i + 0.5]))
+        for i in range(num_requests)
+    ]
+    steps = [StepRecord(i, 0, StepTimes(i, i + 0.1, i + 0.4, i + 0.5), i, 1, 3, 0, 0, 0.2) for i in range(num_requests)]
+    return RunRows(0.0, float(num_requests), tuple(requests), tuple(steps))
+
+
+def test_the_trace_is_linear_in_the_run() -> None:
+    """Counted in lines of Python run, which no busy machine can disturb."""
+
+    def num_lines(num_requests: int) -> int:
+        rows, count = long_run(num_requests), 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object]:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            events = list(trace_events(rows))
+        finally:
+            sys.settrace(before)
+        assert len(events) == pytest.approx(num_trace_events(rows), abs=10)
+        return count
+
+    assert num_lines(400) < 2.1 * num_lines(200)
+
+
+def test_a_large_trace_has_to_be_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MAX_TRACE_EVENTS", 1000)
+    large, small = long_run(200), long_run(10)
+    for name, rows, wanted in (("large", large, None), ("small", small, None), ("asked", large, True)):
+        options = ReportOptions(plots=False, individual_batches=False, chrome_trace=wanted)
+        write_report(rows, tmp_path / name, options)
+        assert (tmp_path / name / "chrome_trace.json").exists() == (name != "large")
+    assert len(json.loads((tmp_path / "asked" / "chrome_trace.json").read_text())["traceEvents"]) > 1000
+    assert "chrome_trace.json is not written: it would have about 1800 events, and more than 1000" in caplog.text
+
+
+def test_an_interrupt_ends_the_trace_and_leaves_no_part_of_it(tmp_path: Path) -> None:
+    """In a process of its own, which gets SIGINT while it writes a trace of ten million events."""
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from pathlib import Path
+from test_report import long_run
+from sarathi.metrics.report import ReportOptions, _write_trace
+from dataclasses import replace
+rows = long_run(1)
+_write_trace(replace(rows, steps=rows.steps * 2_000_000), Path({str(tmp_path)!r}), True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert b"KeyboardInterrupt" in error and not list(tmp_path.iterdir())
 
 
 def test_report_of_merged_replicas(tmp_path: Path) -> None:
