@@ -1,7 +1,15 @@
 """KV cache that is contiguous in virtual memory and mapped to physical pages on demand. Knows nothing of serving."""
 
+from vattention import _interpreter  # noqa: F401  # first: it refuses interpreters in which the others hang
 from vattention.classic import ClassicAPI
-from vattention.errors import DeviceError, IntegrityError, NoFreeSlotError, OutOfMemoryError, VAttentionError
+from vattention.errors import (
+    DeviceError,
+    ForkError,
+    IntegrityError,
+    NoFreeSlotError,
+    OutOfMemoryError,
+    VAttentionError,
+)
 from vattention.kv_cache import VirtualKVCache
 from vattention.stats import CacheStats
 
@@ -24,6 +32,7 @@ cleanup = _classic.cleanup
 __all__ = [
     "CacheStats",
     "DeviceError",
+    "ForkError",
     "IntegrityError",
     "NoFreeSlotError",
     "OutOfMemoryError",

@@ -6,6 +6,7 @@ of sequence lengths that `step` takes has one entry for each slot, 0 where there
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -174,6 +175,7 @@ class ClassicAPI:
         if any(state.lengths):
             raise VAttentionError("map_common_pages needs every slot to be free")
         tokens = min(cache.rows_for(num_tokens) * cache.page_bytes // cache.token_bytes, cache.max_tokens)
+        tokens -= tokens % (cache.page_bytes // math.gcd(cache.page_bytes, cache.token_bytes))  # as share() rounds
         for slot in range(cache.num_slots):
             if slot not in state.allocated:
                 cache.claim(slot)

@@ -30,5 +30,9 @@ class DeviceError(VAttentionError):
     """A call of the device failed; the message names the call and repeats the device's own text."""
 
 
+class ForkError(VAttentionError):
+    """The cache belongs to the process that this one was forked from; only `close` may be called here."""
+
+
 class IntegrityError(VAttentionError):
     """`check_integrity` found the books in disagreement: a defect of the allocator, not of its user."""

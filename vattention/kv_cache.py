@@ -179,11 +179,15 @@ class VirtualKVCache:
         self._native.wait()
 
     def share(self, source: int, target: int, tokens: int) -> int:
-        """Maps the extents that hold the first `tokens` tokens of `source` at `target` too; the number shared.
+        """Maps the pages that hold the first `tokens` tokens of `source` at `target` too; returns the number shared.
 
-        The number is rounded down to whole extents that end together with a token, so it may be 0. `target` must be
-        allocated and have nothing prepared; from here on its prepared length is that number, and it must write at
-        that token and behind it only: what lies before is one memory for both. Freeing either leaves the other whole.
+        The number is `tokens` rounded down to where a page and a token end together, so it may be 0. `target` must be
+        allocated and have nothing prepared; from here on its prepared length is that number. `target` must write only
+        behind it: what lies before is one memory for both. Freeing either slot leaves the other whole.
+
+        Pages are mapped in extents of 1, 4, 16 or 64 rows. One that straddles the end of the share is cut on the CPU;
+        on CUDA its shared rows are copied, which needs as much free memory and waits for the device: the tokens must
+        have been written by work that was submitted before. Raises OutOfMemoryError if that memory is missing.
         """
         return self._native.share(source, target, tokens)
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "vattention/device.h"
 #include "vattention/errors.h"
@@ -20,6 +21,7 @@ class BookDevice final : public Device {
   DeviceType type() const noexcept override { return DeviceType::kHost; }
   std::int32_t index() const noexcept override { return 0; }
   std::uint64_t granularity() const noexcept override { return 4096; }
+  bool can_cut() const noexcept override { return cuts; }
 
   Address reserve(std::uint64_t bytes) override {
     reserved_ += bytes;
@@ -31,10 +33,10 @@ class BookDevice final : public Device {
   }
 
   Handle create(std::uint64_t bytes) override {
-    const Handle handle{next_id_++, bytes};
     if (physical_bytes_ + bytes > limit_bytes) throw DeviceOutOfMemory("create failed: out of memory");
-    physical_bytes_ += bytes;
+    const Handle handle{next_id_++, bytes};
     mappings_of_[handle.id] = 0;
+    physical_bytes_ += bytes;
     return handle;
   }
 
@@ -46,15 +48,17 @@ class BookDevice final : public Device {
 
   void map(Address at, const std::vector<Handle>& handles) override {
     if (mapped_.size() + handles.size() > limit_mappings) throw DeviceOutOfMemory("map failed: the table is full");
+    std::map<Address, Handle> fresh;
     for (const Handle& handle : handles) {
       const auto next = mapped_.lower_bound(at);
       require(next == mapped_.end() || next->first >= at + handle.bytes, "mapped over a mapping");
       require(next == mapped_.begin() || std::prev(next)->first + std::prev(next)->second.bytes <= at,
               "mapped into a mapping");
-      ++mappings_of_.at(handle.id);
-      mapped_[at] = handle;
+      fresh[at] = handle;
       at += handle.bytes;
     }
+    for (const Handle& handle : handles) ++mappings_of_.at(handle.id);
+    mapped_.merge(fresh);
   }
 
   void unmap(Address at, const Handle& handle) override {
@@ -62,6 +66,41 @@ class BookDevice final : public Device {
     require(found != mapped_.end() && found->second.id == handle.id, "unmapped what is not mapped there");
     --mappings_of_.at(handle.id);
     mapped_.erase(found);
+  }
+
+  std::vector<std::vector<Handle>> cut(const std::vector<Handle>& handles,
+                                       const std::vector<std::uint64_t>& sizes) override {
+    require(cuts, "cut on a device that cannot");
+    std::vector<std::vector<Handle>> pieces(handles.size());
+    std::map<Address, Handle> mapped = mapped_;
+    std::map<std::uint64_t, int> mappings_of = mappings_of_;
+    for (std::size_t i = 0; i < handles.size(); ++i) {
+      std::uint64_t bytes = 0;
+      for (const std::uint64_t size : sizes) {
+        pieces[i].push_back({next_id_++, size});
+        mappings_of[pieces[i].back().id] = mappings_of.at(handles[i].id);
+        bytes += size;
+      }
+      require(bytes == handles[i].bytes, "cut into another size");
+      require(mappings_of.at(handles[i].id) > 0, "cut what is not mapped");
+      mappings_of.erase(handles[i].id);
+      for (const auto& [begin, handle] : mapped_) {
+        if (handle.id != handles[i].id) continue;
+        Address at = begin;
+        for (const Handle& piece : pieces[i]) {
+          mapped[at] = piece;
+          at += piece.bytes;
+        }
+      }
+    }
+    mapped_.swap(mapped);
+    mappings_of_.swap(mappings_of);
+    return pieces;
+  }
+
+  void copy(Address to, Address from, std::uint64_t bytes) override {
+    require(mapped_in(to, bytes) && mapped_in(from, bytes), "copied what is not mapped");
+    copied_bytes += bytes;
   }
 
   std::uint64_t mapped_bytes() const {
@@ -75,8 +114,18 @@ class BookDevice final : public Device {
   std::uint64_t limit_bytes = ~std::uint64_t{0};
   std::uint64_t limit_mappings = ~std::uint64_t{0};
   bool released_while_mapped = false;
+  bool cuts = false;
+  std::uint64_t copied_bytes = 0;
 
  private:
+  bool mapped_in(Address at, std::uint64_t bytes) const {
+    const Address end = at + bytes;
+    auto next = mapped_.upper_bound(at);
+    if (next == mapped_.begin()) return false;
+    for (--next; next != mapped_.end() && next->first <= at; ++next) at = next->first + next->second.bytes;
+    return at >= end;
+  }
+
   static void require(bool holds, const char* what) {
     if (!holds) throw std::logic_error(std::string("device misused: ") + what);
   }
@@ -101,6 +150,7 @@ class FaultyDevice final : public Device {
   DeviceType type() const noexcept override { return device_->type(); }
   std::int32_t index() const noexcept override { return device_->index(); }
   std::uint64_t granularity() const noexcept override { return device_->granularity(); }
+  bool can_cut() const noexcept override { return cuts && device_->can_cut(); }
   Address reserve(std::uint64_t bytes) override { return device_->reserve(bytes); }
   void release(Address base, std::uint64_t bytes) noexcept override { device_->release(base, bytes); }
   Handle create(std::uint64_t bytes) override {
@@ -119,6 +169,17 @@ class FaultyDevice final : public Device {
     step("unmap");
     device_->unmap(at, handle);
   }
+  std::vector<std::vector<Handle>> cut(const std::vector<Handle>& handles,
+                                       const std::vector<std::uint64_t>& sizes) override {
+    step("cut");
+    return device_->cut(handles, sizes);
+  }
+  void copy(Address to, Address from, std::uint64_t bytes) override {
+    step("copy");
+    device_->copy(to, from, bytes);
+  }
+
+  bool cuts = true;  // if the device can
 
  private:
   void step(const char* name) {

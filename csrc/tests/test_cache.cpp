@@ -30,6 +30,8 @@ TEST(geometry_refuses_what_cannot_be) {
   CHECK(std::string(error.what()).find("5000") != std::string::npos);
   CHECK_THROWS(std::invalid_argument, Geometry(0, 1, 1, 1, kPage));
   CHECK_THROWS(std::invalid_argument, Geometry(1U << 20, kPage, 1U << 20, std::uint64_t{1} << 40, kPage));
+  CHECK_THROWS(std::invalid_argument, Geometry(1, 1, 1, 1, std::uint64_t{0} - kPage));
+  CHECK_THROWS(std::invalid_argument, Geometry(std::uint64_t{1} << 52, 1, 1, 1, kPage));
 }
 
 TEST(growth_maps_exactly_what_is_asked_in_few_handles) {
@@ -82,6 +84,18 @@ TEST(pages_that_are_due_together_are_mapped_one_a_step) {
   cache->prepare(targets);
   CHECK_EQUAL(cache->stats().counters.prepares_waited, 1U);  // the first: nobody had asked for it
   cache->check_integrity();
+}
+
+TEST(a_refused_prefetch_leaves_nothing_for_the_next_owner_of_a_slot) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const std::uint64_t slot = cache->alloc(0);
+  CHECK_THROWS(std::invalid_argument, cache->prefetch({{at(slot), 80}, {5, 4}}));  // slot 5 is not allocated
+  cache->free(at(slot));
+  const std::uint64_t next = cache->alloc(0);
+  cache->map_ahead(4);  // wakes the worker
+  cache->wait();
+  CHECK_EQUAL(next, slot);
+  CHECK_EQUAL(rows_of(*cache, next), 0U);
 }
 
 TEST(a_lead_takes_no_more_than_one_page_and_nothing_from_others) {
@@ -178,12 +192,119 @@ TEST(shared_pages_are_never_written_through_two_slots) {
 }
 
 TEST(sharing_stops_where_a_token_ends_with_a_page) {
-  const Geometry geometry(2, 3 * kPage / 4, 3, 400, kPage);  // four tokens are three rows
+  const Geometry geometry(2, 3 * kPage / 4, 4, 400, kPage);  // four tokens are three rows
   const auto cache = make_cache(std::make_shared<BookDevice>(), geometry, 300);
+  const std::uint64_t source = cache->alloc(0), a = cache->alloc(0), b = cache->alloc(0);
+  cache->prepare({{at(source), 8}});  // 6 rows = 4 + 1 + 1
+  CHECK_EQUAL(cache->share(at(source), at(a), 3), 0U);
+  CHECK_EQUAL(cache->share(at(source), at(a), 7), 4U);
+  CHECK_EQUAL(cache->share(at(source), at(b), 8), 8U);
+  cache->check_integrity();
+}
+
+// 513 tokens at once are extents of 64, 64 and 1 rows, page by page they are 129 of one row.
+TEST(a_share_depends_on_lengths_only) {
+  for (const bool cuts : {false, true}) {
+    for (const std::int64_t step : {513, 4, 40}) {
+      const auto device = std::make_shared<BookDevice>();
+      device->cuts = cuts;
+      const auto cache = make_cache(device, small_geometry(), 600);
+      const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
+      for (std::int64_t tokens = step; tokens < 513; tokens += step) cache->prepare({{at(source), tokens}});
+      cache->prepare({{at(source), 513}});
+      CHECK_EQUAL(cache->share(at(source), at(target), 303), 300U);
+      CHECK_EQUAL(rows_of(*cache, target), 75U);
+      CHECK_EQUAL(std::get<1>(cache->slot_state(at(target))), 300U);
+      const std::uint64_t copied_rows = cuts || step == 4 ? 0 : step == 513 ? 11 : 1;
+      CHECK_EQUAL(device->copied_bytes, copied_rows * cache->geometry().row_bytes());
+      CHECK_EQUAL(cache->stats().mapped_bytes, (129 + copied_rows) * cache->geometry().row_bytes());
+      cache->check_integrity();
+    }
+  }
+}
+
+TEST(a_share_that_is_cut_or_copied_has_the_bytes_of_its_source) {
+  for (const bool cuts : {false, true}) {
+    const auto device = std::make_shared<FaultyDevice>(std::make_shared<HostDevice>());
+    device->cuts = cuts;
+    const auto cache = make_cache(device, small_geometry(), 400);
+    const std::uint64_t source = cache->alloc(0), a = cache->alloc(0), b = cache->alloc(0);
+    cache->prepare({{at(source), 513}});
+    for (std::uint64_t row = 0; row < 129; ++row) {
+      SlotBytes(*cache, source).fill(row * kPage, (row + 1) * kPage, static_cast<std::uint8_t>(row));
+    }
+    CHECK_EQUAL(cache->share(at(source), at(a), 300), 300U);
+    CHECK_EQUAL(cache->share(at(a), at(b), 50), 48U);  // of one that shares itself
+    cache->prepare({{at(a), 310}, {at(b), 60}});
+    SlotBytes(*cache, a).fill(75 * kPage, 77 * kPage, 200);
+    SlotBytes(*cache, b).fill(12 * kPage, 15 * kPage, 201);
+    cache->check_integrity();
+    for (std::uint64_t row = 0; row < 129; ++row) {
+      const auto value = static_cast<std::uint8_t>(row);
+      CHECK(SlotBytes(*cache, source).holds(row * kPage, (row + 1) * kPage, value));
+      if (row < 75) CHECK(SlotBytes(*cache, a).holds(row * kPage, (row + 1) * kPage, value));
+      if (row < 12) CHECK(SlotBytes(*cache, b).holds(row * kPage, (row + 1) * kPage, value));
+    }
+    cache->free(at(source));
+    const std::uint64_t next = cache->alloc(600);
+    cache->prepare({{at(next), 600}});
+    SlotBytes(*cache, next).fill(0, 150 * kPage, 99);
+    for (std::uint64_t row = 0; row < 75; ++row) {
+      CHECK(SlotBytes(*cache, a).holds(row * kPage, (row + 1) * kPage, static_cast<std::uint8_t>(row)));
+    }
+    cache->check_integrity();
+  }
+}
+
+TEST(a_share_without_room_for_its_copy_is_out_of_memory_and_changes_nothing) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 70);
   const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
-  cache->prepare({{at(source), 8}});                         // 6 rows = 4 + 1 + 1
-  CHECK_EQUAL(cache->share(at(source), at(target), 7), 0U);  // 4 rows end inside of a token
-  CHECK_EQUAL(cache->share(at(source), at(target), 8), 8U);
+  cache->prepare({{at(source), 256}});  // one extent of 64 rows
+  const auto error = CHECK_THROWS(OutOfMemory, cache->share(at(source), at(target), 32));
+  CHECK_EQUAL(error.needed, 72U);
+  CHECK_EQUAL(std::get<1>(cache->slot_state(at(target))), 0U);
+  CHECK_EQUAL(cache->share(at(source), at(target), 27), 24U);
+  cache->check_integrity();
+}
+
+// 256 tokens are one extent of 64 rows. A device that cannot cut it maps the 57 rows of the next request anew.
+TEST(pages_of_a_freed_slot_serve_a_shorter_request) {
+  for (const bool cuts : {false, true}) {
+    const auto device = std::make_shared<BookDevice>();
+    device->cuts = cuts;
+    const auto cache = make_cache(device, small_geometry(), 600);
+    const std::uint64_t first = cache->alloc(256);
+    cache->prepare({{at(first), 256}});
+    cache->free(at(first));
+    const DeviceStats before = cache->stats().device;
+    const std::uint64_t second = cache->alloc(226);
+    cache->prepare({{at(second), 226}});
+    CHECK_EQUAL(second == first, cuts);
+    const DeviceStats after = cache->stats().device;
+    const std::uint64_t calls = after[kCreate].calls + after[kMap].calls + after[kUnmap].calls + after[kDestroy].calls -
+                                before[kCreate].calls - before[kMap].calls - before[kUnmap].calls -
+                                before[kDestroy].calls;
+    CHECK_EQUAL(calls, cuts ? 0U : 2U * 3U * 6U);  // 57 rows = 3 x 16 + 2 x 4 + 1, in three regions
+    for (std::int64_t tokens = 227; tokens <= 256; ++tokens) cache->prepare({{at(second), tokens}});
+    CHECK_EQUAL(cache->stats().device[kUnmap].calls, 0U);
+    cache->check_integrity();
+  }
+}
+
+TEST(rows_past_a_cut_are_idle_and_serve_others) {
+  const auto device = std::make_shared<BookDevice>();
+  device->cuts = true;
+  const auto cache = make_cache(device, small_geometry(), 64);
+  const std::uint64_t first = cache->alloc(256);
+  cache->prepare({{at(first), 256}});
+  cache->free(at(first));
+  const std::uint64_t a = cache->alloc(226), b = cache->alloc(0);
+  cache->prepare({{at(a), 226}});
+  CHECK_EQUAL(a, first);
+  CHECK_EQUAL(cache->stats().idle_bytes, 7 * cache->geometry().row_bytes());
+  cache->prepare({{at(b), 28}});
+  CHECK_EQUAL(rows_of(*cache, a), 57U);
+  CHECK_THROWS(OutOfMemory, cache->prepare({{at(a), 229}}));
   cache->check_integrity();
 }
 

@@ -10,6 +10,8 @@ namespace {
 constexpr std::uint64_t kRows = 120;
 
 struct Rig {
+  explicit Rig(bool cuts = false) { books->cuts = cuts; }
+
   std::shared_ptr<BookDevice> books = std::make_shared<BookDevice>();
   std::shared_ptr<FaultyDevice> device = std::make_shared<FaultyDevice>(books);
   Geometry geometry = small_geometry();
@@ -28,7 +30,7 @@ class History {
     step([&] { cache_.prefetch({{at(a), 100}, {at(b), 24}}); });
     step([&] { cache_.wait(); });
     const std::uint64_t c = cache_.alloc(0);
-    step([&] { cache_.share(at(a), at(c), std::min<std::int64_t>(64, at(std::get<1>(cache_.slot_state(at(a)))))); });
+    step([&] { cache_.share(at(a), at(c), std::min<std::int64_t>(50, at(std::get<1>(cache_.slot_state(at(a)))))); });
     step([&] { cache_.prepare({{at(c), 90}}); });
     cache_.free(at(a));
     const std::uint64_t d = cache_.alloc(50);
@@ -84,10 +86,10 @@ void check_still_usable(Rig& rig) {
   CHECK_EQUAL(rig.books->physical_bytes(), 0U);
 }
 
-void fail_everywhere(std::uint64_t length) {
+void fail_everywhere(std::uint64_t length, bool cuts = false) {
   std::uint64_t call = 0;
   for (bool reached = true; reached; ++call) {
-    Rig rig;
+    Rig rig(cuts);
     rig.device->fail_at(call, length);
     History history(rig);
     history.run();
@@ -103,6 +105,11 @@ void fail_everywhere(std::uint64_t length) {
 
 TEST(a_failure_at_every_call) {
   fail_everywhere(1);
+}
+
+TEST(a_failure_at_every_call_of_a_device_that_cuts) {
+  fail_everywhere(1, true);
+  fail_everywhere(2, true);
 }
 
 TEST(two_failures_in_a_row_at_every_call) {

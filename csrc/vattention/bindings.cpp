@@ -38,6 +38,8 @@ void translate(std::exception_ptr pointer) {
     raise("NoFreeSlotError", error.what());
   } catch (const DeviceError& error) {
     raise("DeviceError", error.what());
+  } catch (const ForkError& error) {
+    raise("ForkError", error.what());
   } catch (const IntegrityError& error) {
     raise("IntegrityError", error.what());
   } catch (const Error& error) {
@@ -55,24 +57,26 @@ std::int64_t to_int(PyObject* item, const char* name) {
   throw py::type_error(std::string(name) + " must be a sequence of integers, found " + type);
 }
 
+// The items of a sequence as they are now: reading an item may run an __index__ that changes a list.
+py::tuple snapshot(const py::object& object, const char* name) {
+  PyObject* items = PyList_Check(object.ptr()) ? PyList_AsTuple(object.ptr()) : PySequence_Tuple(object.ptr());
+  if (items != nullptr) return py::reinterpret_steal<py::tuple>(items);
+  if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
+  PyErr_Clear();
+  throw py::type_error(std::string(name) + " must be a sequence of integers, got " + Py_TYPE(object.ptr())->tp_name);
+}
+
 // Reads the two sequences without a converter in between: at 512 slots converting was most of a prepare.
 Targets to_targets(const py::object& slots, const py::object& tokens) {
-  const auto fast = [](const py::object& object, const char* text) {
-    PyObject* sequence = PySequence_Fast(object.ptr(), text);
-    if (sequence == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(sequence);
-  };
-  const py::object s = fast(slots, "slots must be a sequence of integers");
-  const py::object t = fast(tokens, "tokens must be a sequence of integers");
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(s.ptr());
-  if (size != PySequence_Fast_GET_SIZE(t.ptr())) {
-    throw py::value_error("slots and tokens must be of one length, got " + std::to_string(size) + " and " +
-                          std::to_string(PySequence_Fast_GET_SIZE(t.ptr())));
+  const py::tuple s = snapshot(slots, "slots"), t = snapshot(tokens, "tokens");
+  if (s.size() != t.size()) {
+    throw py::value_error("slots and tokens must be of one length, got " + std::to_string(s.size()) + " and " +
+                          std::to_string(t.size()));
   }
-  Targets targets(static_cast<std::size_t>(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    targets[static_cast<std::size_t>(i)] = {to_int(PySequence_Fast_GET_ITEM(s.ptr(), i), "slots"),
-                                            to_int(PySequence_Fast_GET_ITEM(t.ptr(), i), "tokens")};
+  Targets targets(s.size());
+  for (std::size_t i = 0; i < targets.size(); ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    targets[i] = {to_int(PyTuple_GET_ITEM(s.ptr(), at), "slots"), to_int(PyTuple_GET_ITEM(t.ptr(), at), "tokens")};
   }
   return targets;
 }
@@ -90,12 +94,20 @@ void drop_unused(PyObject* capsule) {
   managed->deleter(managed);
 }
 
-py::object region_capsule(const KVCache& cache, std::uint64_t region) {
+std::shared_ptr<Reservation> reservation_of(KVCache& cache) {
+  const py::gil_scoped_release no_gil;
+  return cache.reservation();
+}
+
+py::object region_capsule(KVCache& cache, std::uint64_t region) {
   const Geometry& geometry = cache.geometry();
-  if (region >= geometry.num_regions()) throw py::index_error("no such region: " + std::to_string(region));
-  if (!cache.reservation()) throw Error("the cache is closed");
+  if (region >= geometry.num_regions()) {
+    throw py::index_error("region must be from 0 to " + std::to_string(geometry.num_regions() - 1) + ", got " +
+                          std::to_string(region));
+  }
   auto owner = std::make_unique<RegionTensor>();
-  owner->reservation = cache.reservation();
+  owner->reservation = reservation_of(cache);
+  if (!owner->reservation) throw Error("the cache is closed");
   owner->shape = static_cast<std::int64_t>(geometry.region_bytes());
   DLTensor& tensor = owner->managed.dl_tensor;
   tensor = {reinterpret_cast<void*>(owner->reservation->base() + region * geometry.region_bytes()),
@@ -147,6 +159,7 @@ void define_devices(py::module_& m) {
       .def_property_readonly("granularity", &Device::granularity)
       .def_property_readonly("index", &Device::index)
       .def_property_readonly("is_cuda", [](const Device& device) { return device.type() == DeviceType::kCuda; });
+  m.def("report_faults", &report_faults);
   m.def("host_device", []() -> std::shared_ptr<Device> { return std::make_shared<HostDevice>(); });
   m.def(
       "cuda_device", [](std::int32_t index) -> std::shared_ptr<Device> { return std::make_shared<CudaDevice>(index); },

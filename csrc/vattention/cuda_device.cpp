@@ -41,7 +41,7 @@ CudaDevice::CudaDevice(std::int32_t index) : driver_(cuda::Driver::get()), index
 }
 
 CudaDevice::~CudaDevice() {
-  driver_.primary_release(device_);
+  if (owner_.is_current()) driver_.primary_release(device_);  // a forked child has no context
 }
 
 Address CudaDevice::reserve(std::uint64_t bytes) {
@@ -95,6 +95,18 @@ void CudaDevice::map(Address at, const std::vector<Handle>& handles) {
 void CudaDevice::unmap(Address at, const Handle& handle) {
   const Current current(*this);
   driver_.check(driver_.unmap(at, handle.bytes), "cuMemUnmap");
+}
+
+std::vector<std::vector<Handle>> CudaDevice::cut(const std::vector<Handle>&, const std::vector<std::uint64_t>&) {
+  throw DeviceError("internal error: CUDA cannot cut a handle");
+}
+
+// The copy runs on the null stream, which streams made with the non-blocking flag do not wait for: hence both waits.
+void CudaDevice::copy(Address to, Address from, std::uint64_t bytes) {
+  const Current current(*this);
+  driver_.check(driver_.synchronize(), "cuCtxSynchronize");
+  driver_.check(driver_.copy_in_device(to, from, bytes), "cuMemcpyDtoD");
+  driver_.check(driver_.synchronize(), "cuCtxSynchronize");
 }
 
 cuda::AllocationProp CudaDevice::allocation() const noexcept {

@@ -3,6 +3,7 @@
 
 #include "vattention/cuda_driver.h"
 #include "vattention/device.h"
+#include "vattention/process.h"
 
 namespace vattention {
 
@@ -18,6 +19,7 @@ class CudaDevice final : public Device {
   DeviceType type() const noexcept override { return DeviceType::kCuda; }
   std::int32_t index() const noexcept override { return index_; }
   std::uint64_t granularity() const noexcept override { return granularity_; }
+  bool can_cut() const noexcept override { return false; }  // cuMemMap's offset into a handle must be zero
 
   Address reserve(std::uint64_t bytes) override;
   void release(Address base, std::uint64_t bytes) noexcept override;
@@ -25,6 +27,9 @@ class CudaDevice final : public Device {
   void destroy(const Handle& handle) override;
   void map(Address at, const std::vector<Handle>& handles) override;
   void unmap(Address at, const Handle& handle) override;
+  std::vector<std::vector<Handle>> cut(const std::vector<Handle>& handles,
+                                       const std::vector<std::uint64_t>& sizes) override;
+  void copy(Address to, Address from, std::uint64_t bytes) override;
 
  private:
   class Current;
@@ -32,6 +37,7 @@ class CudaDevice final : public Device {
   cuda::AllocationProp allocation() const noexcept;
   void probe();
 
+  const Process owner_;
   const cuda::Driver& driver_;
   std::int32_t index_;
   cuda::DeviceId device_ = 0;

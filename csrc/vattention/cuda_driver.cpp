@@ -38,6 +38,8 @@ Driver load() {
   find(library, "cuMemRelease", driver.release);
   find(library, "cuMemMap", driver.map);
   find(library, "cuMemUnmap", driver.unmap);
+  find(library, "cuCtxSynchronize", driver.synchronize);
+  find(library, "cuMemcpyDtoD_v2", driver.copy_in_device);
   find(library, "cuMemSetAccess", driver.set_access);
   driver.check(driver.init(0), "cuInit");
   return driver;

@@ -70,6 +70,8 @@ struct Driver {
   Result (*release)(AllocationHandle handle);
   Result (*map)(DevicePtr at, std::size_t bytes, std::size_t offset, AllocationHandle handle, unsigned long long flags);
   Result (*unmap)(DevicePtr at, std::size_t bytes);
+  Result (*synchronize)();  // the current context
+  Result (*copy_in_device)(DevicePtr to, DevicePtr from, std::size_t bytes);
   Result (*set_access)(DevicePtr at, std::size_t bytes, const AccessDesc* desc, std::size_t count);
 
   // Throws DeviceError naming the call and the driver's own text unless the result is success.

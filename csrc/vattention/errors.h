@@ -37,6 +37,11 @@ struct NoFreeSlot : Error {
   using Error::Error;
 };
 
+// The cache belongs to the process that this one was forked from.
+struct ForkError : Error {
+  using Error::Error;
+};
+
 // The books disagree: a defect of the allocator, never of its user.
 struct IntegrityError : Error {
   using Error::Error;

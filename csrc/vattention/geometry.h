@@ -1,7 +1,8 @@
-// Sizes and addresses of a cache as arithmetic. Knows neither devices, layers nor data types.
+// Sizes and addresses of a cache as arithmetic.
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -32,6 +33,7 @@ class Geometry {
                                   " bytes is smaller than one token, which takes " + std::to_string(token_bytes) +
                                   " bytes in a region: page_bytes must be at least that");
     }
+    checked_product(page_bytes, num_regions);
     slot_rows_ = rows_for(checked_product(max_tokens, token_bytes) / token_bytes);
     total_bytes_ = checked_product(checked_product(slot_bytes(), num_slots), num_regions);
   }
@@ -47,8 +49,15 @@ class Geometry {
   std::uint64_t region_bytes() const noexcept { return num_slots_ * slot_bytes(); }
   std::uint64_t total_bytes() const noexcept { return total_bytes_; }
 
+  // tokens <= max_tokens, or the product may not fit 64 bits.
   std::uint64_t rows_for(std::uint64_t tokens) const noexcept {
     return (tokens * token_bytes_ + page_bytes_ - 1) / page_bytes_;
+  }
+
+  // The most tokens up to `tokens` whose last one ends together with a page: these pages hold nothing else.
+  std::uint64_t whole_page_tokens(std::uint64_t tokens) const noexcept {
+    const std::uint64_t period_tokens = page_bytes_ / std::gcd(page_bytes_, token_bytes_);
+    return tokens - tokens % period_tokens;
   }
 
   // Distance of a page from the base of the reserved range.

@@ -1,6 +1,7 @@
 // The private half of the cache: where rows come from, and what the worker does beside the step.
 #include <algorithm>
 #include <exception>
+#include <new>
 #include <utility>
 
 #include "vattention/errors.h"
@@ -39,14 +40,19 @@ class KVCache::Goals {
 };
 
 // A handle cannot be mapped in part, so an extent that straddles a length would charge rows that the length does not
-// need, and no set of lengths that fills the budget could be promised. A shared extent may be written through one slot
-// only. Neither may serve; both stay mapped until their place is needed, because idle rows cost nothing.
+// need, and no set of lengths that fills the budget could be promised: it is cut, where the device can, or may not
+// serve. A shared extent may be written through one slot only and may not serve either. What does not serve stays
+// mapped until its place is needed, because idle rows cost nothing.
 KVCache::Fit KVCache::fit(const Slot& slot, std::uint64_t rows) const noexcept {
-  Fit fit{slot.used_extents, slot.used_rows};
-  for (; fit.extents < slot.whole; ++fit.extents) {
+  Fit fit{slot.used_extents, slot.used_rows, 0};
+  for (; fit.extents < slot.whole && fit.whole_rows < rows; ++fit.extents) {
     const Extent& extent = *slot.extents[fit.extents];
-    if (extent.mappings > 1 || fit.rows + extent.rows > rows) break;
-    fit.rows += extent.rows;
+    if (extent.mappings > 1) break;
+    if (fit.whole_rows + extent.rows > rows) {
+      if (device_->can_cut()) fit.cut_rows = rows - fit.whole_rows;
+      break;
+    }
+    fit.whole_rows += extent.rows;
   }
   return fit;
 }
@@ -57,7 +63,7 @@ std::uint64_t KVCache::best_idle_slot(std::uint64_t rows) const {
   std::uint64_t best = slots_.size(), best_kept = 0, best_waste = 0;
   for (std::uint64_t s = 0; s < slots_.size(); ++s) {
     if (slots_[s].active) continue;
-    const std::uint64_t kept = fit(slots_[s], rows).rows, waste = slots_[s].rows - kept;
+    const std::uint64_t kept = fit(slots_[s], rows).rows(), waste = slots_[s].rows - kept;
     if (best < slots_.size() && (kept < best_kept || (kept == best_kept && waste >= best_waste))) continue;
     best = s;
     best_kept = kept;
@@ -84,7 +90,11 @@ bool KVCache::grow(const Targets& targets) {
 void KVCache::clear_way(std::uint64_t slot, std::uint64_t rows) {
   slots_.finish(slot);
   const Fit fit = this->fit(slots_[slot], rows);
-  if (fit.rows < rows) slots_.trim(slot, fit.extents);
+  if (fit.cut_rows > 0) {
+    slots_.cut(slot, fit.extents, fit.cut_rows);
+  } else if (fit.rows() < rows) {
+    slots_.trim(slot, fit.extents);
+  }
 }
 
 bool KVCache::map_up_to(std::uint64_t slot, std::uint64_t rows) {
@@ -124,6 +134,44 @@ bool KVCache::make_room(std::uint64_t rows, bool idle_only) {
     reclaim(slot, rows - pool_.free_rows());
   }
   return pool_.free_rows() >= rows;
+}
+
+// The target has nothing mapped. Rows past the source's last extent that ends within the share are the target's own
+// copies, which the budget must have room for.
+void KVCache::share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows) {
+  const Slot& from = slots_[source];
+  std::size_t count = extents_within(from, rows);
+  std::uint64_t shared_rows = 0;
+  for (std::size_t i = 0; i < count; ++i) shared_rows += from.extents[i]->rows;
+  if (shared_rows < rows && device_->can_cut()) {
+    slots_.cut(source, count, rows - shared_rows);
+    count = extents_within(from, shared_rows = rows);
+  }
+  const std::uint64_t needed = slots_.used_rows() + rows - shared_rows;
+  if (needed > pool_.budget_rows()) throw OutOfMemory(needed, pool_.budget_rows(), "the budget");
+  Goals goals(*this);
+  goals.add(target, rows);
+  if (count > 0)
+    slots_.append(target, Extents(from.extents.begin(), from.extents.begin() + static_cast<std::ptrdiff_t>(count)));
+  if (map_up_to(target, rows)) copy_rows(source, target, shared_rows, rows);
+}
+
+// How many of the leading extents end within so many rows.
+std::size_t KVCache::extents_within(const Slot& slot, std::uint64_t rows) const noexcept {
+  std::size_t count = 0;
+  for (std::uint64_t end = 0; count < slot.used_extents; ++count) {
+    end += slot.extents[count]->rows;
+    if (end > rows) break;
+  }
+  return count;
+}
+
+void KVCache::copy_rows(std::uint64_t source, std::uint64_t target, std::uint64_t begin, std::uint64_t end) {
+  const Address base = reservation_->base();
+  for (std::uint64_t region = 0; region < geometry_.num_regions(); ++region) {
+    device_->copy(base + geometry_.offset_of(region, target, begin), base + geometry_.offset_of(region, source, begin),
+                  (end - begin) * geometry_.page_bytes());
+  }
 }
 
 // Takes back at least `rows` rows if the slot has them to give: whole extents from its tail, none that is in use or
@@ -166,8 +214,16 @@ void KVCache::attempt(Step step) noexcept {
   try {
     step();
   } catch (const std::exception& error) {
-    ++counters_.worker_failures;
-    counters_.worker_error = error.what();
+    note_failure(error.what());
+  }
+}
+
+void KVCache::note_failure(const char* what) noexcept {
+  ++counters_.worker_failures;
+  try {
+    counters_.worker_error = what;
+  } catch (const std::bad_alloc&) {
+    counters_.worker_error = "out of memory";  // short enough to be kept without an allocation
   }
 }
 
@@ -220,7 +276,7 @@ bool KVCache::below_threshold() const noexcept {
 bool KVCache::lacks_slot_ahead() const {
   if (ahead_rows_ == 0) return false;
   const std::uint64_t slot = best_idle_slot(ahead_rows_);
-  return slot < slots_.size() && fit(slots_[slot], ahead_rows_).rows < ahead_rows_;
+  return slot < slots_.size() && fit(slots_[slot], ahead_rows_).rows() < ahead_rows_;
 }
 
 void KVCache::release_everything() {
@@ -228,7 +284,7 @@ void KVCache::release_everything() {
   const auto attempt_all = [&first](auto step) {
     try {
       step();
-    } catch (const DeviceError&) {
+    } catch (...) {
       if (!first) first = std::current_exception();
     }
   };

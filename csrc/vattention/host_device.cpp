@@ -5,9 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <iterator>
 #include <string>
 
@@ -25,40 +26,92 @@ void* pointer(Address at) {
   return reinterpret_cast<void*>(at);
 }
 
-// How many areas a process may have; more than it ever has where the kernel does not say.
-std::uint64_t max_areas() {
-  std::uint64_t count = 0;
-  return std::ifstream("/proc/sys/vm/max_map_count") >> count ? count : kFileBytes;
-}
-
-std::uint64_t used_areas() {
-  std::ifstream maps("/proc/self/maps");
-  std::uint64_t count = 0;
-  for (std::string area; std::getline(maps, area);) ++count;
-  return count;
-}
-
 [[noreturn]] void fail(const std::string& call, int error) {
   const std::string text = call + " failed: " + std::strerror(error);
   if (error != ENOMEM) throw DeviceError(text);
   throw DeviceOutOfMemory(text);
 }
 
-}  // namespace
+int create_file() {
+  const int file = memfd_create("vattention", MFD_CLOEXEC);
+  if (file < 0) fail("memfd_create", errno);
+  if (ftruncate(file, static_cast<off_t>(kFileBytes)) == 0) return file;
+  const int error = errno;
+  close(file);
+  fail("ftruncate of the memfd", error);
+}
 
-HostDevice::HostDevice() : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE))), next_elsewhere_(kElsewhere) {
-  file_ = memfd_create("vattention", MFD_CLOEXEC);
-  if (file_ < 0) fail("memfd_create", errno);
-  if (ftruncate(file_, static_cast<off_t>(kFileBytes)) != 0) {
-    const int error = errno;
-    close(file_);
-    fail("ftruncate of the memfd", error);
+// -1 where the kernel has no such file.
+int open_proc(const char* path) {
+  const int file = open(path, O_RDONLY | O_CLOEXEC);
+  if (file < 0 && errno != ENOENT) fail(std::string("opening ") + path, errno);
+  return file;
+}
+
+// Calls `visit` with every part of a /proc file from its start.
+template <typename Visit>
+void read_proc(const File& file, Visit visit) {
+  std::array<char, 1 << 14> buffer{};
+  if (lseek(file.get(), 0, SEEK_SET) < 0) fail("lseek in /proc", errno);
+  for (;;) {
+    const ssize_t size = read(file.get(), buffer.data(), buffer.size() - 1);
+    if (size < 0 && errno == EINTR) continue;
+    if (size < 0) fail("reading /proc", errno);
+    if (size == 0) return;
+    buffer[static_cast<std::size_t>(size)] = '\0';
+    visit(buffer.data(), static_cast<std::size_t>(size));
   }
 }
 
-HostDevice::~HostDevice() {
-  close(file_);
+std::uint64_t read_number(const File& file) {
+  std::uint64_t number = 0;
+  read_proc(file, [&number](const char* text, std::size_t) { number = std::strtoull(text, nullptr, 10); });
+  return number;
 }
+
+std::uint64_t count_lines(const File& file) {
+  std::uint64_t lines = 0;
+  read_proc(file, [&lines](const char* text, std::size_t size) {
+    lines += static_cast<std::uint64_t>(std::count(text, text + size, '\n'));
+  });
+  return lines;
+}
+
+}  // namespace
+
+File::~File() {
+  if (descriptor_ >= 0) close(descriptor_);
+}
+
+AreaBudget::AreaBudget() : limit_(open_proc("/proc/sys/vm/max_map_count")), maps_(open_proc("/proc/self/maps")) {}
+
+void AreaBudget::take() {
+  if (limit_.get() < 0 || maps_.get() < 0) return;
+  if (left_ < kAreasACall) count();
+  left_ -= kAreasACall;
+}
+
+void AreaBudget::note() noexcept {
+  left_ -= std::min(left_, kAreasACall);
+}
+
+// At the kernel's limit even unmapping fails, and so do the heap and new threads: an eighth of the areas is not for
+// pages. Half of what is left may be taken without counting again, since another device may take as much.
+void AreaBudget::count() {
+  const std::uint64_t limit = read_number(limit_), used = count_lines(maps_);
+  if (used + limit / 8 > limit) {
+    throw DeviceOutOfMemory("the process has " + std::to_string(used) +
+                            " mapped areas of vm.max_map_count = " + std::to_string(limit) +
+                            ", an eighth of which is kept free, and a slot takes two areas in each region: raise it "
+                            "(sysctl), or use fewer slots or the megacache layout");
+  }
+  left_ = std::max(kAreasACall, (limit - used - limit / 16) / 2);
+}
+
+HostDevice::HostDevice()
+    : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE))),
+      file_(create_file()),
+      next_elsewhere_(kElsewhere) {}
 
 Address HostDevice::reserve(std::uint64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_NONE, kHidden, -1, 0);
@@ -79,27 +132,57 @@ void HostDevice::destroy(const Handle&) {}
 
 void HostDevice::map(Address at, const std::vector<Handle>& handles) {
   std::vector<std::uint64_t> offsets;
+  offsets.reserve(handles.size());
   Address end = at;
-  for (const Handle& handle : handles) {
-    offsets.push_back(enter(end, handle));
-    end += handle.bytes;
-  }
   try {
+    for (const Handle& handle : handles) {
+      offsets.push_back(enter(end, handle));
+      end += handle.bytes;
+    }
     map_places(at, handles, offsets);
-  } catch (const DeviceError&) {
-    for (std::size_t i = handles.size(); i-- > 0;) leave(end -= handles[i].bytes, handles[i]);
+  } catch (...) {
+    for (std::size_t i = 0; i < offsets.size(); ++i) leave(handles[i]);
     throw;
   }
 }
 
 void HostDevice::unmap(Address at, const Handle& handle) {
-  const Place& place = places_.at(handle.id);
+  const Place place = places_.at(handle.id);
+  if (place.mappings > 1 && at == place.offset) strays_[at] = at + handle.bytes;
   if (place.mappings == 1) punch(place.offset, handle.bytes);
   cover(at, handle.bytes);
-  leave(at, handle);
+  leave(handle);
 }
 
-// Counts one mapping more, and returns where in the file the handle's bytes are from the first one to the last.
+// A handle's place is only a record: that of a piece lies inside of the whole one's.
+std::vector<std::vector<Handle>> HostDevice::cut(const std::vector<Handle>& handles,
+                                                 const std::vector<std::uint64_t>& sizes) {
+  std::vector<std::vector<Handle>> pieces(handles.size());
+  for (std::vector<Handle>& list : pieces) {
+    list.reserve(sizes.size());
+    for (const std::uint64_t bytes : sizes) list.push_back(create(bytes));
+  }
+  std::size_t done = 0;
+  try {
+    for (; done < handles.size(); ++done) add_pieces(handles[done], pieces[done]);
+  } catch (...) {
+    for (std::size_t i = 0; i <= done; ++i) remove_pieces(pieces[i]);
+    throw;
+  }
+  for (const Handle& handle : handles) {
+    const std::uint64_t offset = places_.at(handle.id).offset;
+    const auto stray = strays_.find(offset);
+    if (stray != strays_.end()) stray->second = offset + sizes.front();
+    places_.erase(handle.id);
+  }
+  return pieces;
+}
+
+void HostDevice::copy(Address to, Address from, std::uint64_t bytes) {
+  std::memcpy(pointer(to), pointer(from), bytes);
+}
+
+// Counts one mapping more, and returns where in the file the handle's bytes are from its first mapping to its last.
 std::uint64_t HostDevice::enter(Address at, const Handle& handle) {
   const auto [place, is_first] = places_.try_emplace(handle.id, Place{at, 0});
   if (is_first && !has_room(at, handle.bytes)) {
@@ -110,14 +193,30 @@ std::uint64_t HostDevice::enter(Address at, const Handle& handle) {
   return place->second.offset;
 }
 
-void HostDevice::leave(Address at, const Handle& handle) {
+void HostDevice::leave(const Handle& handle) noexcept {
   const auto place = places_.find(handle.id);
-  const std::uint64_t offset = place->second.offset;
-  if (--place->second.mappings == 0) {
-    strays_.erase(offset);
+  if (--place->second.mappings > 0) return;
+  strays_.erase(place->second.offset);
+  places_.erase(place);
+}
+
+// Beside the whole handle, which stays until its caller is sure to succeed.
+void HostDevice::add_pieces(const Handle& handle, const std::vector<Handle>& pieces) {
+  Place place = places_.at(handle.id);
+  const bool is_stray = strays_.count(place.offset) > 0;
+  for (const Handle& piece : pieces) {
+    places_.emplace(piece.id, place);
+    if (is_stray) strays_.emplace(place.offset, place.offset + piece.bytes);  // but for the first, which is there
+    place.offset += piece.bytes;
+  }
+}
+
+void HostDevice::remove_pieces(const std::vector<Handle>& pieces) noexcept {
+  for (const Handle& piece : pieces) {
+    const auto place = places_.find(piece.id);
+    if (place == places_.end()) continue;
+    if (piece.id != pieces.front().id) strays_.erase(place->second.offset);
     places_.erase(place);
-  } else if (at == offset) {
-    strays_[offset] = offset + handle.bytes;
   }
 }
 
@@ -129,7 +228,7 @@ bool HostDevice::has_room(std::uint64_t offset, std::uint64_t bytes) const noexc
 // Gives the memory back; what is mapped there reads as zeros from here on.
 void HostDevice::punch(std::uint64_t offset, std::uint64_t bytes) {
   const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-  if (fallocate(file_, mode, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
+  if (fallocate(file_.get(), mode, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
     fail("fallocate giving back " + std::to_string(bytes) + " bytes", errno);
   }
 }
@@ -145,40 +244,26 @@ void HostDevice::map_places(Address at, const std::vector<Handle>& handles, cons
       map_run(end, bytes, offset);
       end += bytes;
     }
-  } catch (const DeviceError&) {
+  } catch (...) {
     if (end > at) cover(at, end - at);
     throw;
   }
 }
 
 void HostDevice::map_run(Address at, std::uint64_t bytes, std::uint64_t offset) {
-  if (areas_left_ < kAreasACall) count_areas();
-  areas_left_ -= kAreasACall;
+  areas_.take();
   const int access = PROT_READ | PROT_WRITE;
-  if (mmap(pointer(at), bytes, access, MAP_FIXED | MAP_SHARED, file_, static_cast<off_t>(offset)) == MAP_FAILED) {
+  if (mmap(pointer(at), bytes, access, MAP_FIXED | MAP_SHARED, file_.get(), static_cast<off_t>(offset)) == MAP_FAILED) {
     fail("mmap of " + std::to_string(bytes) + " bytes", errno);
   }
 }
 
 // Lays inaccessible pages over a range, which drops whatever was mapped there.
 void HostDevice::cover(Address at, std::uint64_t bytes) {
-  areas_left_ -= std::min(areas_left_, kAreasACall);
+  areas_.note();
   if (mmap(pointer(at), bytes, PROT_NONE, MAP_FIXED | kHidden, -1, 0) == MAP_FAILED) {
     fail("mmap hiding " + std::to_string(bytes) + " bytes", errno);
   }
-}
-
-// At the kernel's limit even unmapping fails, and so do the heap and new threads: an eighth of the areas is not for
-// pages. Half of what is left may be taken without counting again, since another device may take as much.
-void HostDevice::count_areas() {
-  const std::uint64_t limit = max_areas(), used = used_areas();
-  if (used + limit / 8 > limit) {
-    throw DeviceOutOfMemory("the process has " + std::to_string(used) +
-                            " mapped areas of vm.max_map_count = " + std::to_string(limit) +
-                            ", an eighth of which is kept free, and a slot takes two areas in each region: raise it "
-                            "(sysctl), or use fewer slots or the megacache layout");
-  }
-  areas_left_ = (limit - used - limit / 16) / 2;
 }
 
 }  // namespace vattention

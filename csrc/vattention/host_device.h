@@ -8,11 +8,41 @@
 
 namespace vattention {
 
+// A file descriptor that closes itself.
+class File {
+ public:
+  explicit File(int descriptor) noexcept : descriptor_(descriptor) {}
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  int get() const noexcept { return descriptor_; }
+
+ private:
+  int descriptor_;
+};
+
+// How many more areas the process may have (lines of /proc/self/maps; vm.max_map_count, 65,530 by default). Its files
+// stay open, so that a process without free descriptors is still counted. Without /proc nothing is counted.
+class AreaBudget {
+ public:
+  AreaBudget();
+  // Throws DeviceOutOfMemory if a map call might exceed the limit.
+  void take();
+  // Unmapping may cut an area too, and is never refused.
+  void note() noexcept;
+
+ private:
+  void count();
+
+  File limit_, maps_;
+  std::uint64_t left_ = 0;  // areas that may be added before the next count
+};
+
 // The kernel commits a page when it is first touched: create() promises memory and takes none, and a budget larger than
 // the machine is noticed by the kernel's out-of-memory killer, not by an exception.
 //
-// A process may have few areas (vm.max_map_count, 65,530 by default), and the kernel keeps one for a whole run of pages
-// if they are neighbours in the file too. So a page's place in the file is the address where it is mapped:
+// The kernel keeps one area for a whole run of pages if they are neighbours in the file too. So a page's place in the
+// file is the address where it is mapped:
 //
 //   memory  | slot 0: r0 r1 r2 ..hidden.. | slot 1: r0 r1 ..hidden.. |
 //   file    |         r0 r1 r2    hole    |         r0 r1    hole    |
@@ -22,13 +52,11 @@ namespace vattention {
 class HostDevice final : public Device {
  public:
   HostDevice();
-  ~HostDevice() override;
-  HostDevice(const HostDevice&) = delete;
-  HostDevice& operator=(const HostDevice&) = delete;
 
   DeviceType type() const noexcept override { return DeviceType::kHost; }
   std::int32_t index() const noexcept override { return 0; }
   std::uint64_t granularity() const noexcept override { return page_bytes_; }
+  bool can_cut() const noexcept override { return true; }
 
   Address reserve(std::uint64_t bytes) override;
   void release(Address base, std::uint64_t bytes) noexcept override;
@@ -36,6 +64,9 @@ class HostDevice final : public Device {
   void destroy(const Handle& handle) override;
   void map(Address at, const std::vector<Handle>& handles) override;
   void unmap(Address at, const Handle& handle) override;
+  std::vector<std::vector<Handle>> cut(const std::vector<Handle>& handles,
+                                       const std::vector<std::uint64_t>& sizes) override;
+  void copy(Address to, Address from, std::uint64_t bytes) override;
 
  private:
   // A mapped handle's bytes in the file, at `mappings` addresses.
@@ -45,22 +76,23 @@ class HostDevice final : public Device {
   };
 
   std::uint64_t enter(Address at, const Handle& handle);
-  void leave(Address at, const Handle& handle);
+  void leave(const Handle& handle) noexcept;
+  void add_pieces(const Handle& handle, const std::vector<Handle>& pieces);
+  void remove_pieces(const std::vector<Handle>& pieces) noexcept;
   bool has_room(std::uint64_t offset, std::uint64_t bytes) const noexcept;
   void punch(std::uint64_t offset, std::uint64_t bytes);
   void map_places(Address at, const std::vector<Handle>& handles, const std::vector<std::uint64_t>& offsets);
   void map_run(Address at, std::uint64_t bytes, std::uint64_t offset);
   void cover(Address at, std::uint64_t bytes);
-  void count_areas();
 
-  std::uint64_t page_bytes_;
-  int file_;
+  const std::uint64_t page_bytes_;
+  const File file_;
+  AreaBudget areas_;
   std::uint64_t next_id_ = 0;
   std::unordered_map<std::uint64_t, Place> places_;  // by the handle's id
   // Offset and end of what is mapped elsewhere only: whoever is mapped at that address next gets another place.
   std::map<std::uint64_t, std::uint64_t> strays_;
   std::uint64_t next_elsewhere_;
-  std::uint64_t areas_left_ = 0;  // that may surely be added before the process's areas have to be counted again
 };
 
 }  // namespace vattention

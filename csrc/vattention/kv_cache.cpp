@@ -30,7 +30,7 @@ KVCache::KVCache(std::shared_ptr<Device> device, const Geometry& geometry, std::
     : device_(std::make_shared<TimedDevice>(std::move(device))),
       geometry_(checked(geometry, *device_)),
       policy_(checked(policy)),
-      reservation_(std::make_shared<Reservation>(device_, geometry.total_bytes())),
+      reservation_(std::make_shared<Reservation>(device_, geometry)),
       pool_(*device_, geometry_, budget_rows_for(budget_bytes)),
       slots_(*device_, geometry_, pool_, reservation_->base()),
       goals_(geometry.num_slots()),
@@ -46,6 +46,11 @@ KVCache::~KVCache() {
 std::uint64_t KVCache::capacity_rows() {
   const Worker::Lock lock = own();
   return pool_.budget_rows();
+}
+
+std::shared_ptr<Reservation> KVCache::reservation() {
+  const Worker::Lock lock = worker_.own();
+  return reservation_;
 }
 
 std::uint64_t KVCache::alloc(std::int64_t tokens) {
@@ -85,7 +90,8 @@ void KVCache::prepare(const Targets& targets) {
 void KVCache::prefetch(const Targets& targets, std::int64_t lead_tokens) {
   const Worker::Lock lock = own();
   const auto lead = static_cast<std::uint64_t>(cut(lead_tokens));
-  requested_.clear();
+  Targets wanted;
+  wanted.reserve(targets.size() + 1);
   std::optional<Target> ahead;
   std::uint64_t least_left = geometry_.page_bytes();
   for (const Target& target : targets) {
@@ -93,13 +99,14 @@ void KVCache::prefetch(const Targets& targets, std::int64_t lead_tokens) {
     const Target now{target.slot, cut(target.tokens)}, later = a_page_further(now, lead);
     const std::uint64_t left = bytes_left(now.tokens);
     if (lacks(now)) {
-      requested_.push_back(now);
+      wanted.push_back(now);
     } else if (left < least_left && lacks(later)) {
       ahead = later;
       least_left = left;
     }
   }
-  if (ahead && pool_.free_rows() > 0) requested_.push_back(*ahead);
+  if (ahead && pool_.free_rows() > 0) wanted.push_back(*ahead);
+  requested_ = std::move(wanted);
   ++counters_.prefetches;
   if (!requested_.empty() || below_threshold() || lacks_slot_ahead()) worker_.post(lock);
 }
@@ -122,25 +129,12 @@ std::uint64_t KVCache::share(std::int64_t source, std::int64_t target, std::int6
     throw std::invalid_argument("tokens is " + std::to_string(tokens) + ", but slot " + std::to_string(source) +
                                 " holds " + std::to_string(from.tokens));
   }
-  const auto [count, shared_tokens] = shareable(from, limit);
-  if (count == 0) return 0;
+  const std::uint64_t shared = geometry_.whole_page_tokens(limit);
+  if (shared == 0) return 0;
   slots_.trim(to, 0);
-  slots_.append(to, Extents(from.extents.begin(), from.extents.begin() + static_cast<std::ptrdiff_t>(count)));
-  slots_.use(to, shared_tokens);
-  return shared_tokens;
-}
-
-// The leading extents that hold nothing but the first `limit` tokens. Only where a token ends together with a page: the
-// next one would otherwise be written into a shared page.
-KVCache::Prefix KVCache::shareable(const Slot& slot, std::uint64_t limit) const noexcept {
-  Prefix prefix{0, 0};
-  std::uint64_t bytes = 0;
-  for (std::size_t i = 0; i < slot.used_extents; ++i) {
-    bytes += slot.extents[i]->rows * geometry_.page_bytes();
-    if (bytes > limit * geometry_.token_bytes()) break;
-    if (bytes % geometry_.token_bytes() == 0) prefix = {i + 1, bytes / geometry_.token_bytes()};
-  }
-  return prefix;
+  share_rows(static_cast<std::uint64_t>(source), to, geometry_.rows_for(shared));
+  slots_.use(to, shared);
+  return shared;
 }
 
 void KVCache::map_ahead(std::int64_t tokens) {
@@ -209,6 +203,7 @@ void KVCache::check_integrity() {
 }
 
 void KVCache::close() {
+  if (!worker_.is_here()) return;
   {
     const Worker::Lock lock = worker_.own();
     if (closed_) return;
@@ -266,7 +261,7 @@ std::uint64_t KVCache::bytes_left(std::int64_t tokens) const {
 bool KVCache::lacks(const Target& target) const {
   const Slot& slot = slots_[static_cast<std::uint64_t>(target.slot)];
   const std::uint64_t rows = geometry_.rows_for(static_cast<std::uint64_t>(target.tokens));
-  return rows > slot.used_rows && fit(slot, rows).rows < rows;
+  return rows > slot.used_rows && fit(slot, rows).rows() < rows;
 }
 
 std::uint64_t KVCache::slot_in_range(std::int64_t slot) const {

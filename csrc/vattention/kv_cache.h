@@ -1,5 +1,5 @@
-// The cache: which slot gets which rows, when they are mapped and taken back, and who may touch the books. Knows
-// nothing of layers, data types or tensors.
+// The cache: which slot gets which rows, when they are mapped and taken back, and who may touch the books. Layers, data
+// types and tensors are Python's (vattention/kv_cache.py).
 #pragma once
 
 #include <cstdint>
@@ -11,28 +11,12 @@
 
 #include "vattention/device.h"
 #include "vattention/page_pool.h"
+#include "vattention/reservation.h"
 #include "vattention/slot_map.h"
 #include "vattention/timed_device.h"
 #include "vattention/worker.h"
 
 namespace vattention {
-
-// Address space, which outlives the cache for as long as a tensor over it does.
-class Reservation {
- public:
-  Reservation(std::shared_ptr<Device> device, std::uint64_t bytes)
-      : device_(std::move(device)), base_(device_->reserve(bytes)), bytes_(bytes) {}
-  ~Reservation() { device_->release(base_, bytes_); }
-  Reservation(const Reservation&) = delete;
-  Reservation& operator=(const Reservation&) = delete;
-
-  Address base() const noexcept { return base_; }
-
- private:
-  std::shared_ptr<Device> device_;
-  Address base_;
-  std::uint64_t bytes_;
-};
 
 struct Policy {
   bool deferred_reclamation = true;  // a freed slot keeps its pages until they are needed or free memory runs low
@@ -64,8 +48,11 @@ struct Stats {
 // (active, prepared tokens, mapped rows)
 using SlotState = std::tuple<bool, std::uint64_t, std::uint64_t>;
 
-// Every call first waits for the worker to be idle. The promise: any lengths of the active slots whose rows_for() add
-// up to at most capacity_rows() can be prepared.
+// Threads may share a cache: every call first waits for the worker to be idle, then owns the books. The promise: any
+// lengths of the active slots whose rows_for() add up to at most capacity_rows() can be prepared.
+//
+// A call that throws, whatever the exception, leaves the books whole and the prepared lengths as they were. In a forked
+// child every call throws ForkError, but close() and the destructor, which do nothing there.
 class KVCache {
  public:
   KVCache(std::shared_ptr<Device> device, const Geometry& geometry, std::int64_t budget_bytes, Policy policy);
@@ -73,7 +60,8 @@ class KVCache {
 
   const Geometry& geometry() const noexcept { return geometry_; }
   const Device& device() const noexcept { return *device_; }
-  const std::shared_ptr<Reservation>& reservation() const noexcept { return reservation_; }
+  // Null once the cache is closed.
+  std::shared_ptr<Reservation> reservation();
   std::uint64_t capacity_rows();
 
   std::uint64_t alloc(std::int64_t tokens);
@@ -84,6 +72,8 @@ class KVCache {
   // it would need that within so many tokens.
   void prefetch(const Targets& targets, std::int64_t lead_tokens = 0);
   void wait();
+  // Gives `target` the first tokens of `source`, as many of `tokens` as end together with a page, and returns how many.
+  // Pages are shared; where a page handle straddles the end of the share it is cut, or its rows are copied.
   std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
   void map_ahead(std::int64_t tokens);
   void set_deferred_reclamation(bool deferred);
@@ -96,14 +86,12 @@ class KVCache {
   void close();
 
  private:
-  // The leading extents of a slot that may serve a length: private ones that end within it.
+  // The leading part of a slot that may serve a length: private extents that end within it, and `cut_rows` rows of the
+  // next one, which has to be cut.
   struct Fit {
     std::size_t extents;
-    std::uint64_t rows;
-  };
-  struct Prefix {
-    std::size_t extents;
-    std::uint64_t tokens;
+    std::uint64_t whole_rows, cut_rows;
+    std::uint64_t rows() const noexcept { return whole_rows + cut_rows; }
   };
   class Goals;
 
@@ -118,7 +106,9 @@ class KVCache {
   std::uint64_t bytes_left(std::int64_t tokens) const;
   bool lacks(const Target& target) const;
 
-  Prefix shareable(const Slot& slot, std::uint64_t limit) const noexcept;
+  void share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows);
+  std::size_t extents_within(const Slot& slot, std::uint64_t rows) const noexcept;
+  void copy_rows(std::uint64_t source, std::uint64_t target, std::uint64_t begin, std::uint64_t end);
   Fit fit(const Slot& slot, std::uint64_t rows) const noexcept;
   bool grow(const Targets& targets);
   void clear_way(std::uint64_t slot, std::uint64_t rows);
@@ -132,6 +122,7 @@ class KVCache {
   void work() noexcept;
   template <typename Step>
   void attempt(Step step) noexcept;
+  void note_failure(const char* what) noexcept;
   void prefetch_requested();
   void reclaim_ahead();
   void map_one_ahead();

@@ -8,30 +8,38 @@
 namespace vattention {
 namespace {
 
-using ClassCounts = std::array<std::uint64_t, kNumClasses>;
-
-// The fewest extents whose rows add up to exactly `rows`.
-ClassCounts split(std::uint64_t rows) {
-  ClassCounts counts{};
-  for (std::size_t c = kNumClasses; c-- > 0; rows %= kClassRows[c]) counts[c] = rows / kClassRows[c];
-  return counts;
-}
-
 std::uint64_t total_rows(const ClassCounts& counts) {
   std::uint64_t rows = 0;
   for (std::size_t c = 0; c < kNumClasses; ++c) rows += counts[c] * kClassRows[c];
   return rows;
 }
 
-std::size_t class_of(std::uint64_t rows) {
+std::uint64_t total_extents(const ClassCounts& counts) {
+  std::uint64_t extents = 0;
+  for (const std::uint64_t count : counts) extents += count;
+  return extents;
+}
+
+std::size_t class_of(std::uint64_t rows) noexcept {
   return static_cast<std::size_t>(std::find(kClassRows.begin(), kClassRows.end(), rows) - kClassRows.begin());
+}
+
+bool has_more_rows(const ExtentPtr& a, const ExtentPtr& b) noexcept {
+  return a->rows > b->rows;
 }
 
 }  // namespace
 
+ClassCounts split(std::uint64_t rows) noexcept {
+  ClassCounts counts{};
+  for (std::size_t c = kNumClasses; c-- > 0; rows %= kClassRows[c]) counts[c] = rows / kClassRows[c];
+  return counts;
+}
+
 Extents PagePool::take(std::uint64_t rows) {
   ClassCounts missing = split(rows);
   Extents taken;
+  taken.reserve(total_extents(missing));
   try {
     for (std::size_t c = kNumClasses; c-- > 0;) {
       for (; missing[c] > 0 && !ready_[c].empty(); --missing[c]) taken.push_back(pop(c));
@@ -39,17 +47,21 @@ Extents PagePool::take(std::uint64_t rows) {
     make_room(total_rows(missing));
     for (ExtentPtr& extent : create(missing)) taken.push_back(std::move(extent));
   } catch (...) {
-    for (ExtentPtr& extent : taken) put(std::move(extent));
+    put_all(std::move(taken));
     throw;
   }
-  std::stable_sort(taken.begin(), taken.end(), [](const auto& a, const auto& b) { return a->rows > b->rows; });
+  std::sort(taken.begin(), taken.end(), has_more_rows);
   return taken;
 }
 
-void PagePool::put(ExtentPtr extent) {
+void PagePool::put(ExtentPtr extent) noexcept {
   pooled_rows_ += extent->rows;
   Extents& ready = ready_[class_of(extent->rows)];
   ready.push_back(std::move(extent));
+}
+
+void PagePool::put_all(Extents extents) noexcept {
+  for (ExtentPtr& extent : extents) put(std::move(extent));
 }
 
 void PagePool::fill(std::uint64_t rows, std::uint64_t single_rows) {
@@ -58,7 +70,7 @@ void PagePool::fill(std::uint64_t rows, std::uint64_t single_rows) {
   const std::uint64_t singles = std::min(missing, single_rows - std::min<std::uint64_t>(single_rows, num_pooled(0)));
   ClassCounts counts = split(missing - singles);
   counts[0] += singles;
-  for (ExtentPtr& extent : create(counts)) put(std::move(extent));
+  put_all(create(counts));
 }
 
 void PagePool::set_budget(std::uint64_t rows) {
@@ -71,31 +83,72 @@ void PagePool::clear() {
   retry_condemned();
 }
 
+Extents PagePool::plan_pieces(std::uint64_t head, std::uint64_t tail) {
+  const ClassCounts front = split(head), back = split(tail);
+  ClassCounts all = front;
+  for (std::size_t c = 0; c < kNumClasses; ++c) all[c] += back[c];
+  reserve_lists(all);
+  Extents pieces = plan(front), rest = plan(back);
+  pieces.insert(pieces.end(), rest.rbegin(), rest.rend());
+  return pieces;
+}
+
+void PagePool::replace(Extent& whole, const Extents& pieces) noexcept {
+  --existing_[class_of(whole.rows)];
+  for (const ExtentPtr& piece : pieces) ++existing_[class_of(piece->rows)];
+  whole.handles.clear();
+}
+
 void PagePool::list(Extents& ready, Extents& condemned) const {
   for (const Extents& extents : ready_) ready.insert(ready.end(), extents.begin(), extents.end());
   condemned.insert(condemned.end(), condemned_.begin(), condemned_.end());
 }
 
 Extents PagePool::create(const ClassCounts& counts) {
-  Extents fresh;
-  for (std::size_t c = kNumClasses; c-- > 0;) {
-    for (std::uint64_t i = 0; i < counts[c]; ++i) fresh.push_back(std::make_shared<Extent>(Extent{kClassRows[c], {}}));
-  }
+  reserve_lists(counts);
+  Extents fresh = plan(counts);
   created_rows_ += total_rows(counts);
+  for (std::size_t c = 0; c < kNumClasses; ++c) existing_[c] += counts[c];
   try {
-    for (const ExtentPtr& extent : fresh) {
-      const std::uint64_t bytes = extent->rows * geometry_.page_bytes();
-      while (extent->handles.size() < geometry_.num_regions()) extent->handles.push_back(device_.create(bytes));
-    }
+    make_handles(fresh);
   } catch (...) {
-    condemned_.insert(condemned_.end(), fresh.begin(), fresh.end());
+    for (ExtentPtr& extent : fresh) condemned_.push_back(std::move(extent));
     try {
       retry_condemned();
-    } catch (const DeviceError&) {  // stays condemned; the first failure is the one to report
+    } catch (...) {  // they stay condemned; the first failure is the one to report
     }
     throw;
   }
   return fresh;
+}
+
+// Extents with room for their handles, the largest first. The whole list is asked for at once, so that a number beyond
+// all memory fails before any is used.
+Extents PagePool::plan(const ClassCounts& counts) {
+  Extents extents;
+  extents.reserve(total_extents(counts));
+  for (std::size_t c = kNumClasses; c-- > 0;) {
+    for (std::uint64_t i = 0; i < counts[c]; ++i) {
+      extents.push_back(std::make_shared<Extent>());
+      extents.back()->rows = kClassRows[c];
+      extents.back()->handles.reserve(geometry_.num_regions());
+    }
+  }
+  return extents;
+}
+
+void PagePool::make_handles(const Extents& extents) {
+  for (const ExtentPtr& extent : extents) {
+    const std::uint64_t bytes = extent->rows * geometry_.page_bytes();
+    while (extent->handles.size() < geometry_.num_regions()) extent->handles.push_back(device_.create(bytes));
+  }
+}
+
+void PagePool::reserve_lists(const ClassCounts& more) {
+  for (std::size_t c = 0; c < kNumClasses; ++c) {
+    reserve_more(ready_[c], existing_[c] - ready_[c].size() + more[c]);
+  }
+  reserve_more(condemned_, total_extents(existing_) - condemned_.size() + total_extents(more));
 }
 
 void PagePool::make_room(std::uint64_t rows) {
@@ -121,15 +174,15 @@ std::size_t PagePool::victim_class(std::uint64_t rows) const noexcept {
   return victim;
 }
 
-ExtentPtr PagePool::pop(std::size_t size_class) {
+ExtentPtr PagePool::pop(std::size_t size_class) noexcept {
   ExtentPtr extent = std::move(ready_[size_class].back());
   ready_[size_class].pop_back();
   pooled_rows_ -= extent->rows;
   return extent;
 }
 
-void PagePool::discard(const ExtentPtr& extent) {
-  condemned_.push_back(extent);
+void PagePool::discard(ExtentPtr extent) {
+  condemned_.push_back(std::move(extent));
   retry_condemned();
 }
 
@@ -138,6 +191,7 @@ void PagePool::retry_condemned() {
     Extent& extent = *condemned_.back();
     for (; !extent.handles.empty(); extent.handles.pop_back()) device_.destroy(extent.handles.back());
     created_rows_ -= extent.rows;
+    --existing_[class_of(extent.rows)];
     condemned_.pop_back();
   }
 }

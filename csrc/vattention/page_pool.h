@@ -1,6 +1,7 @@
-// Physical memory as a budget of rows, kept as ready extents in size classes. Knows no addresses and no slots.
+// Physical memory as a budget of rows, kept as ready extents in size classes.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -23,7 +24,20 @@ using Extents = std::vector<ExtentPtr>;
 
 inline constexpr std::array<std::uint64_t, 4> kClassRows{1, 4, 16, 64};
 inline constexpr std::size_t kNumClasses = kClassRows.size();
+using ClassCounts = std::array<std::uint64_t, kNumClasses>;  // extents of each size class
 
+// The fewest extents whose rows add up to exactly `rows`.
+ClassCounts split(std::uint64_t rows) noexcept;
+
+// Makes room for `more` elements, so that adding them cannot fail. Grows by half at least: repeated calls stay cheap.
+template <typename Element>
+void reserve_more(std::vector<Element>& elements, std::size_t more) {
+  const std::size_t needed = elements.size() + more, size = elements.capacity();
+  if (needed > size) elements.reserve(std::max(needed, size + size / 2));
+}
+
+// Giving back never fails: there is room in every list for each extent that exists. A call that throws has changed
+// nothing, except that extents which the device refuses to destroy stay charged to the budget.
 class PagePool {
  public:
   PagePool(Device& device, const Geometry& geometry, std::uint64_t budget_rows)
@@ -38,7 +52,8 @@ class PagePool {
 
   // Extents of exactly `rows` rows in total, the largest first; rows <= free_rows(). All or nothing.
   Extents take(std::uint64_t rows);
-  void put(ExtentPtr extent);
+  void put(ExtentPtr extent) noexcept;
+  void put_all(Extents extents) noexcept;
   // Creates ready extents until `rows` are pooled or the budget is reached: `single_rows` of them as extents of one
   // row, for the next decode growth, and the rest as large as can be.
   void fill(std::uint64_t rows, std::uint64_t single_rows);
@@ -48,20 +63,28 @@ class PagePool {
   void clear();
   // Extents that the device refused to destroy stay charged to the budget; this tries them again.
   void retry_condemned();
+  // Extents without handles, of `head` rows in total, the largest first, and then of `tail` rows, the smallest first;
+  // replace() then counts them instead of `whole` and leaves that without handles.
+  Extents plan_pieces(std::uint64_t head, std::uint64_t tail);
+  void replace(Extent& whole, const Extents& pieces) noexcept;
   // Adds each extent that the pool holds, ready or condemned, for the check of the books.
   void list(Extents& ready, Extents& condemned) const;
 
  private:
-  Extents create(const std::array<std::uint64_t, kNumClasses>& counts);
+  Extents create(const ClassCounts& counts);
+  Extents plan(const ClassCounts& counts);
+  void make_handles(const Extents& extents);
+  void reserve_lists(const ClassCounts& more);
   void make_room(std::uint64_t rows);
   void shrink_to(std::uint64_t created_rows);
   std::size_t victim_class(std::uint64_t rows) const noexcept;
-  ExtentPtr pop(std::size_t size_class);
-  void discard(const ExtentPtr& extent);
+  ExtentPtr pop(std::size_t size_class) noexcept;
+  void discard(ExtentPtr extent);
 
   Device& device_;
   const Geometry& geometry_;
   std::uint64_t budget_rows_, created_rows_ = 0, pooled_rows_ = 0;
+  ClassCounts existing_{};  // extents that exist, wherever they are: each list has room for all of its class
   std::array<Extents, kNumClasses> ready_;
   Extents condemned_;
 };

@@ -11,6 +11,7 @@ void SlotMap::append(std::uint64_t index, Extents extents) {
   Slot& slot = slots_[index];
   try {
     finish(index);
+    reserve_more(slot.extents, extents.size());
   } catch (...) {
     for (ExtentPtr& extent : extents) {
       if (extent->mappings == 0) pool_.put(std::move(extent));
@@ -23,7 +24,7 @@ void SlotMap::append(std::uint64_t index, Extents extents) {
   } catch (...) {
     try {
       finish(index);
-    } catch (const DeviceError&) {  // tried again later; the first failure is the one to report
+    } catch (...) {  // tried again later; the first failure is the one to report
     }
     throw;
   }
@@ -52,6 +53,51 @@ void SlotMap::finish(std::uint64_t index) {
   drop_half(slot);
 }
 
+void SlotMap::cut(std::uint64_t index, std::size_t position, std::uint64_t rows) {
+  for (std::uint64_t s = 0; s < slots_.size(); ++s) finish(s);  // an extent that is half mapped cannot be cut
+  const ExtentPtr whole = slots_[index].extents[position];
+  const Extents pieces = pool_.plan_pieces(rows, whole->rows - rows);
+  for (const ExtentPtr& piece : pieces) {
+    piece->mappings = whole->mappings;
+    piece->users = whole->users;
+  }
+  const std::vector<Holder> holders = make_ready_to_cut(*whole, pieces.size());
+  cut_handles(*whole, pieces);
+  for (const Holder& holder : holders) replace(holder, pieces);
+  pool_.replace(*whole, pieces);
+}
+
+// Finds every slot that holds the extent and makes room for its pieces.
+std::vector<SlotMap::Holder> SlotMap::make_ready_to_cut(const Extent& extent, std::size_t num_pieces) {
+  std::vector<Holder> holders;
+  for (std::uint64_t s = 0; s < slots_.size() && holders.size() < extent.mappings; ++s) {
+    const Extents& extents = slots_[s].extents;
+    const auto same = [&extent](const ExtentPtr& other) { return other.get() == &extent; };
+    const auto found = std::find_if(extents.begin(), extents.end(), same);
+    if (found == extents.end()) continue;
+    holders.push_back({s, static_cast<std::size_t>(found - extents.begin())});
+  }
+  for (const Holder& holder : holders) reserve_more(slots_[holder.slot].extents, num_pieces);
+  return holders;
+}
+
+void SlotMap::replace(const Holder& holder, const Extents& pieces) noexcept {
+  Slot& slot = slots_[holder.slot];
+  const auto at = slot.extents.begin() + static_cast<std::ptrdiff_t>(holder.position);
+  *at = pieces.front();
+  slot.extents.insert(at + 1, pieces.begin() + 1, pieces.end());
+  slot.whole += pieces.size() - 1;
+  if (holder.position < slot.used_extents) slot.used_extents += pieces.size() - 1;
+}
+
+void SlotMap::cut_handles(const Extent& extent, const Extents& pieces) {
+  std::vector<std::uint64_t> sizes;
+  for (const ExtentPtr& piece : pieces) sizes.push_back(piece->rows * geometry_.page_bytes());
+  for (const std::vector<Handle>& handles : device_.cut(extent.handles, sizes)) {
+    for (std::size_t i = 0; i < pieces.size(); ++i) pieces[i]->handles.push_back(handles[i]);
+  }
+}
+
 void SlotMap::use(std::uint64_t index, std::uint64_t tokens) {
   Slot& slot = slots_[index];
   const std::uint64_t rows = geometry_.rows_for(tokens);
@@ -74,7 +120,7 @@ void SlotMap::retire(std::uint64_t index) noexcept {
   slot.freed_at = ++clock_;
 }
 
-void SlotMap::adopt(Slot& slot, Extents extents) {
+void SlotMap::adopt(Slot& slot, Extents extents) noexcept {
   for (ExtentPtr& extent : extents) {
     if (extent->mappings++ == 0) mapped_rows_ += extent->rows;
     slot.extents.push_back(std::move(extent));
@@ -104,13 +150,13 @@ void SlotMap::unmap_region(std::uint64_t index) {
   }
 }
 
-void SlotMap::settle(Slot& slot) {
+void SlotMap::settle(Slot& slot) noexcept {
   for (; slot.whole < slot.extents.size(); ++slot.whole) slot.rows += slot.extents[slot.whole]->rows;
   slot.half_begin = slot.half_end = 0;
   peak_mapped_rows_ = std::max(peak_mapped_rows_, mapped_rows_);
 }
 
-void SlotMap::drop_half(Slot& slot) {
+void SlotMap::drop_half(Slot& slot) noexcept {
   while (slot.extents.size() > slot.whole) {
     ExtentPtr extent = std::move(slot.extents.back());
     slot.extents.pop_back();

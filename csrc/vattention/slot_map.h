@@ -1,5 +1,5 @@
-// Which extents stand at which slot, in what order and in how many regions. Knows no policy: what to map, keep or take
-// back is decided by its caller.
+// Which extents stand at which slot, in what order and in how many regions. What to map, keep or take back is decided
+// by the cache.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +49,9 @@ class SlotMap {
   void trim(std::uint64_t slot, std::size_t keep);
   // Completes an unmapping that a device failure interrupted.
   void finish(std::uint64_t slot);
+  // Replaces the slot's extent `position` by smaller ones, so that one ends `rows` rows into it, at every slot that
+  // holds it. Needs Device::can_cut(); memory, mappings and contents stay.
+  void cut(std::uint64_t slot, std::size_t position, std::uint64_t rows);
 
   void activate(std::uint64_t slot) noexcept { slots_[slot].active = true; }
   // The prepared length is `tokens` from here on; an extent of the slot ends at exactly that many rows.
@@ -60,11 +63,19 @@ class SlotMap {
   Address address_of(std::uint64_t region, std::uint64_t slot, std::uint64_t row) const noexcept {
     return base_ + geometry_.offset_of(region, slot, row);
   }
-  void adopt(Slot& slot, Extents extents);
+  struct Holder {
+    std::uint64_t slot;
+    std::size_t position;
+  };
+
+  std::vector<Holder> make_ready_to_cut(const Extent& extent, std::size_t num_pieces);
+  void replace(const Holder& holder, const Extents& pieces) noexcept;
+  void cut_handles(const Extent& extent, const Extents& pieces);
+  void adopt(Slot& slot, Extents extents) noexcept;
   void map_regions(std::uint64_t index);
   void unmap_region(std::uint64_t index);
-  void settle(Slot& slot);
-  void drop_half(Slot& slot);
+  void settle(Slot& slot) noexcept;
+  void drop_half(Slot& slot) noexcept;
 
   Device& device_;
   const Geometry& geometry_;

@@ -1,4 +1,4 @@
-// Counts and times the calls to a device. Knows nothing of what they are for.
+// Counts and times the calls to a device.
 #pragma once
 
 #include <array>
@@ -29,6 +29,7 @@ class TimedDevice final : public Device {
   DeviceType type() const noexcept override { return device_->type(); }
   std::int32_t index() const noexcept override { return device_->index(); }
   std::uint64_t granularity() const noexcept override { return device_->granularity(); }
+  bool can_cut() const noexcept override { return device_->can_cut(); }
 
   Address reserve(std::uint64_t bytes) override {
     const Timer timer(stats_[kReserve], 1);
@@ -51,6 +52,11 @@ class TimedDevice final : public Device {
     const Timer timer(stats_[kUnmap], 1);
     device_->unmap(at, handle);
   }
+  std::vector<std::vector<Handle>> cut(const std::vector<Handle>& handles,
+                                       const std::vector<std::uint64_t>& sizes) override {
+    return device_->cut(handles, sizes);
+  }
+  void copy(Address to, Address from, std::uint64_t bytes) override { device_->copy(to, from, bytes); }
 
  private:
   class Timer {

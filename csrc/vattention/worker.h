@@ -1,12 +1,16 @@
-// One thread, one pending job, one lock: the state guarded by it has one owner at a time. Knows nothing of the state.
+// One thread, one pending job, one lock: the state that it guards has one owner at a time.
 #pragma once
 
 #include <chrono>
 #include <condition_variable>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <utility>
+
+#include "vattention/errors.h"
+#include "vattention/process.h"
 
 namespace vattention {
 
@@ -15,58 +19,81 @@ class Worker {
   using Lock = std::unique_lock<std::mutex>;
 
   // `job` runs on the worker's thread with the lock held, once for each post(); it must not throw.
-  explicit Worker(std::function<void()> job) : job_(std::move(job)), thread_([this] { run(); }) {}
+  explicit Worker(std::function<void()> job) : shared_(std::make_unique<Shared>()), job_(std::move(job)) {
+    thread_ = std::make_unique<std::thread>([this] { run(); });
+  }
   ~Worker() { stop(); }
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  // Ownership of the state, once no job runs or is pending.
+  // False in a forked child, which has the state but not the thread.
+  bool is_here() const noexcept { return process_.is_current(); }
+
+  // Ownership of the state, once no job runs or is pending. Throws ForkError in a forked child.
   Lock own() {
-    Lock lock(mutex_);
-    wait(lock, [this] { return !pending_; });
+    if (!is_here()) {
+      throw ForkError(
+          "this cache belongs to the process that created it, and this one was forked from it: create the "
+          "cache after the fork, or start the process with the 'spawn' method");
+    }
+    Lock lock(shared_->mutex);
+    wait(lock, [this] { return !shared_->pending; });
     return lock;
   }
 
   // Starts the job when the lock is given up.
   void post(const Lock&) {
-    pending_ = true;
-    changed_.notify_all();
+    shared_->pending = true;
+    shared_->changed.notify_all();
   }
 
   // Waits for a pending job, then ends the thread. Nothing may be posted afterwards.
   void stop() noexcept {
+    if (!is_here()) return abandon();
     {
-      const Lock lock(mutex_);
-      stopping_ = true;
+      const Lock lock(shared_->mutex);
+      shared_->stopping = true;
     }
-    changed_.notify_all();
-    if (thread_.joinable()) thread_.join();
+    shared_->changed.notify_all();
+    if (thread_->joinable()) thread_->join();
   }
 
  private:
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool pending = false, stopping = false;
+  };
+
+  // In a forked child the thread does not exist, the mutex may be locked for ever and destroying the condition variable
+  // waits for the thread: they are left alone.
+  void abandon() noexcept {
+    shared_.release();
+    thread_.release();
+  }
+
   // Bounded, so that a lost wake-up costs a delay and never a hang.
   template <typename Condition>
   void wait(Lock& lock, Condition condition) {
-    while (!changed_.wait_for(lock, std::chrono::seconds(1), condition)) {
+    while (!shared_->changed.wait_for(lock, std::chrono::seconds(1), condition)) {
     }
   }
 
   void run() {
-    Lock lock(mutex_);
+    Lock lock(shared_->mutex);
     for (;;) {
-      wait(lock, [this] { return pending_ || stopping_; });
-      if (!pending_) return;
+      wait(lock, [this] { return shared_->pending || shared_->stopping; });
+      if (!shared_->pending) return;
       job_();
-      pending_ = false;
-      changed_.notify_all();
+      shared_->pending = false;
+      shared_->changed.notify_all();
     }
   }
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool pending_ = false, stopping_ = false;
+  const Process process_;
+  std::unique_ptr<Shared> shared_;
   std::function<void()> job_;
-  std::thread thread_;  // last: it uses all of the above
+  std::unique_ptr<std::thread> thread_;  // last: it uses all of the above
 };
 
 }  // namespace vattention
