@@ -4,7 +4,7 @@
 
 Requests of staggered lengths decode, mapping beside the step (async) and in it (sync), each as memory is first
 needed, and again over slots whose pages are mapped for the longest of them already, so that the allocator has nothing
-to do. How many, and for how long, is in experiments/scripts/allocator.yml. Every step's latency goes to
+to do. How many, and for how long, is in experiments/allocator.yml. Every step's latency goes to
 allocator_steps.csv. Then come the rows of `python -m vattention.bench`.
 """
 
@@ -16,14 +16,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from measurement.figure import positive
-from measurement.lengths import FULL, SMALL
-from measurement.options import engine_parser, parse
-from measurement.ours import OurEngine, open_engine
-from measurement.plot import draw_steps
-from measurement.serving import Load, percentile
-from measurement.table import Budget, Row, Table
 
+from sarathi.benchmark.config.program import engine_parser, parse, positive
+from sarathi.benchmark.engines.load import Load, percentile
+from sarathi.benchmark.engines.ours import OurEngine, open_engine
+from sarathi.benchmark.plots import draw_steps
+from sarathi.benchmark.records import Budget, Record, Table
+from sarathi.benchmark.workload.sizes import FULL, SMALL
 from sarathi.entrypoints.script import run_script
 from vattention import bench
 
@@ -38,7 +37,7 @@ class Decodes:
     def __init__(self, options: argparse.Namespace, table: Table) -> None:
         self._options, self._table = options, table
         self.steps_ms: dict[str, list[float]] = {}
-        self._rows: dict[tuple[str, str], Row] = {}
+        self._rows: dict[tuple[str, str], Record] = {}
 
     @property
     def prompts(self) -> list[int]:
@@ -72,7 +71,7 @@ class Decodes:
 
     def _record(self, name: str, work: str, value: float, unit: str) -> None:
         options = self._options
-        row = Row(options.model, work, name, options.max_num_seqs, options.prompt, value, unit)
+        row = Record(options.model, work, name, options.max_num_seqs, options.prompt, value, unit)
         self._table.add(row)
         self._rows[work, name] = row
 
@@ -98,7 +97,7 @@ def library_rows(table: Table, device: torch.device) -> None:
     for section in bench.SECTIONS:
         for result in section(device):
             work = f"{result.section}, {result.case}: {result.metric}"
-            table.add(Row("none", work, str(device), 1, 0, result.value, result.unit))
+            table.add(Record("none", work, str(device), 1, 0, result.value, result.unit))
 
 
 def save_steps(steps_ms: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -115,7 +114,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=positive, help="tokens of the shortest prompt")
     parser.add_argument("--stagger", type=int, help="tokens by which each prompt is longer than the one before")
     parser.add_argument("--skip-library", action="store_true", help="only the decodes")
-    return parse(parser, figure="allocator")
+    return parse(parser, program="allocator")
 
 
 def main() -> int:

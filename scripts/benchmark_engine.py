@@ -15,31 +15,30 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from kernel_benchmark.alone import Alone
-from kernel_benchmark.shapes import MODELS
-from measurement.device import NUM_SHAPES, device_work, measure_clock
-from measurement.lengths import FULL, SMALL, Sizes
-from measurement.options import add_ratios, add_stages, engine_parser, parse
-from measurement.ours import GREEDY, OurEngine, open_engine
-from measurement.plot import draw_ratios
-from measurement.serving import STAGES, Load, process_age_s
-from measurement.steady import steady
-from measurement.table import Budget, Row, Table, Work
 
+from sarathi.benchmark.config.program import add_ratios, add_stages, engine_parser, parse
+from sarathi.benchmark.engines.device import NUM_SHAPES, device_work, measure_clock
+from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
+from sarathi.benchmark.engines.ours import GREEDY, OurEngine, open_engine
+from sarathi.benchmark.kernels.roofline import ROOFLINE, Roofline
+from sarathi.benchmark.kernels.shapes import MODELS
+from sarathi.benchmark.kernels.timing import steady
+from sarathi.benchmark.plots import draw_ratios
+from sarathi.benchmark.records import Budget, Record, Table, Work
+from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes
 from sarathi.entrypoints.script import run_script
 
-OWN_STAGES = ("sampled", "metrics", "device", "alone")
+OWN_STAGES = ("sampled", "metrics", "device", "roofline")
 SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, "top_p": 0.95}
-ALONE = "products and attention alone"
 
 
 def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> None:
     """Decode with tokens that are drawn, beside the same with the likeliest ones."""
 
-    def row(backend: str, sampling: dict[str, float]) -> Row:
+    def row(backend: str, sampling: dict[str, float]) -> Record:
         engine.sampling = sampling
         found = load.decoding([context] * batch, load.sizes.decode_steps)
-        return Row(load.model, SAMPLED, backend, batch, context, found.ms_per_token, "ms/token")
+        return Record(load.model, SAMPLED, backend, batch, context, found.ms_per_token, "ms/token")
 
     drawn, likeliest = row(engine.backend, SAMPLING), row("temperature 0", GREEDY)
     load.table.add(likeliest)
@@ -49,10 +48,10 @@ def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> 
 def measure_metrics(engine: OurEngine, load: Load, batch: int, context: int) -> None:
     """Decode with a metrics store, beside the same without one."""
 
-    def row(backend: str, *, on: bool) -> Row:
+    def row(backend: str, *, on: bool) -> Record:
         engine.record_metrics(on=on)
         found = load.decoding([context] * batch, load.sizes.decode_steps)
-        return Row(load.model, "decode, metrics on", backend, batch, context, found.ms_per_token, "ms/token")
+        return Record(load.model, "decode, metrics on", backend, batch, context, found.ms_per_token, "ms/token")
 
     off, on = row("metrics off", on=False), row(engine.backend, on=True)
     load.table.add(off)
@@ -64,30 +63,32 @@ def short_work(engine: OurEngine, load: Load, name: str, measure: Callable[..., 
     return ((f"{name} {b} x {n}", partial(measure, engine, load, b, n)) for b, n in shapes)
 
 
-def measure_alone(table: Table, row: Row, context: float, alone: Alone, chunk: int, sizes: Sizes) -> None:
+def measure_roofline(table: Table, row: Record, context: float, roofline: Roofline, chunk: int, sizes: Sizes) -> None:
     """The kernels of what a row was measured on, and the row beside them; of the shortest decodes, clock and power."""
     on_gpu, is_decode = torch.cuda.is_available(), row.work == "decode"
     if on_gpu:
         torch.cuda.empty_cache()
-    sample = alone.decode(row.batch, round(context)) if is_decode else alone.prefill(row.context, chunk)
+    sample = roofline.decode(row.batch, round(context)) if is_decode else roofline.prefill(row.context, chunk)
     microseconds = steady(sample, sizes.steady_s)
-    reference = replace(row, backend=ALONE, value=microseconds / (1e3 if is_decode else 1e6))
+    reference = replace(row, backend=ROOFLINE, value=microseconds / (1e3 if is_decode else 1e6))
     table.add(reference)
     table.compare(row, reference)
     if on_gpu and is_decode and (row.batch, row.context) in sizes.decode[:NUM_SHAPES]:
         measure_clock(lambda work, **found: table.add(replace(reference, work=work, **found)), sample)
 
 
-def alone_work(table: Table, contexts: Mapping[Row, float], sizes: Sizes, chunk_size: int, alone: Alone) -> Work:
+def roofline_work(
+    table: Table, contexts: Mapping[Record, float], sizes: Sizes, chunk_size: int, roofline: Roofline
+) -> Work:
     """Every row of prefill and decode that this run has, the quickest first."""
     chunks = {"prefill": chunk_size, sizes.chunked_work: sizes.chunk}
     for row, context in sorted(contexts.items(), key=lambda item: item[0].batch * item[0].context):
         chunk = min(chunks.get(row.work, 1), row.context)
-        name = f"alone: {row.work} {row.batch} x {row.context}"
-        yield name, partial(measure_alone, table, row, context, alone, chunk, sizes)
+        name = f"roofline: {row.work} {row.batch} x {row.context}"
+        yield name, partial(measure_roofline, table, row, context, roofline, chunk, sizes)
 
 
-def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -> Mapping[Row, float]:
+def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -> Mapping[Record, float]:
     """All that needs the engine, which is gone when this returns; contexts by row, see Load."""
     engine = open_engine(options, options.backend)
     load = Load(engine, table, options.model, sizes, options.seed)
@@ -104,13 +105,15 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
 
 
 @torch.inference_mode()
-def run_alone(options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[Row, float], budget: Budget) -> None:
+def run_roofline(
+    options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[Record, float], budget: Budget
+) -> None:
     """What the same work's kernels take."""
     gc.collect()  # the engine's weights
     on_gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-    alone = Alone(MODELS[options.model], device, dtype)
-    budget.run(alone_work(table, contexts, sizes, options.chunk_size, alone))
+    roofline = Roofline(MODELS[options.model], device, dtype)
+    budget.run(roofline_work(table, contexts, sizes, options.chunk_size, roofline))
 
 
 def main() -> int:
@@ -121,9 +124,9 @@ def main() -> int:
     sizes, table = SMALL if options.test else FULL.with_ratios(options.ratios), Table(options.output / "engine.csv")
     budget = Budget(options.budget, table.attempts)
     contexts = run_engine(options, table, sizes, budget)
-    if "alone" in options.stages:
-        run_alone(options, table, sizes, contexts, budget)
-    draw_ratios(table.rows, options.output / "engine.png")
+    if "roofline" in options.stages:
+        run_roofline(options, table, sizes, contexts, budget)
+    draw_ratios(table.records, options.output / "engine.png")
     return table.attempts.exit_code()
 
 

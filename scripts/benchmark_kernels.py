@@ -1,11 +1,11 @@
 """Measures the kernels on the GPU at hand: attention on contiguous and paged memory, products, small kernels, steps.
 
-    python scripts/benchmark_kernels.py --output DIR [--only small|attention|unlike] [--budget SECONDS]
+    python scripts/benchmark_kernels.py --output DIR [--only small|attention|ragged] [--budget SECONDS]
         [--flashinfer [decode] [prefill]]
 
-small: products, elementwise kernels, steps; attention: over sequences of one length, contiguous and paged; unlike: over
+small: products, elementwise kernels, steps; attention: over sequences of one length, contiguous and paged; ragged: over
 sequences of lengths as in chats, alone and before chunks.
-The shapes of attention are in experiments/scripts/kernels.yml. Rows go to DIR/kernels.csv, or DIR/unlike.csv, as they
+The shapes of attention are in experiments/kernels.yml. Rows go to DIR/kernels.csv, or DIR/ragged.csv, as they
 are known, most important first; what does not fit the budget is named at the end.
 Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, flashinfer, vllm).
 """
@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from kernel_benchmark import decode, products
-from kernel_benchmark.elementwise import measure_elementwise
-from kernel_benchmark.prefill import measure_prefill
-from kernel_benchmark.shapes import LLAMA, MODELS, YI, Model, Pages
-from kernel_benchmark.step import measure_steps
-from kernel_benchmark.unlike import Mixed, measure_chats, measure_mixed
-from kernel_benchmark.unlike import warm_up_jobs as warm_up_unlike
-from kernel_benchmark.warm_up import processes_at_hand, warm_up
-from measurement.figure import parse_figure, positive
-from measurement.plot import draw_ratios, draw_times
-from measurement.table import Attempts, Budget, Row, Table, Work
 
+from sarathi.benchmark.config.program import parse_with_file, positive
+from sarathi.benchmark.kernels import decode, products
+from sarathi.benchmark.kernels.elementwise import measure_elementwise
+from sarathi.benchmark.kernels.prefill import measure_prefill
+from sarathi.benchmark.kernels.ragged import Mixed, measure_chats, measure_mixed
+from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_unlike
+from sarathi.benchmark.kernels.shapes import LLAMA, MODELS, YI, Model, Pages
+from sarathi.benchmark.kernels.step import measure_steps
+from sarathi.benchmark.kernels.warm_up import processes_at_hand, warm_up
+from sarathi.benchmark.plots import draw_ratios, draw_times
+from sarathi.benchmark.records import Attempts, Budget, Record, Table, Work
 from sarathi.entrypoints.script import run_script
 
 ATTENTION = ("decode", "prefill")
@@ -60,8 +60,8 @@ def attention(table: Table, options: argparse.Namespace) -> Work:
     return (work for pair in both for work in pair if work is not None)
 
 
-def unlike(table: Table, options: argparse.Namespace) -> Work:
-    """Sequences of unlike lengths, decodes and mixed steps."""
+def ragged(table: Table, options: argparse.Namespace) -> Work:
+    """Sequences of ragged lengths, decodes and mixed steps."""
     for decodes, name in product(options.chats, options.models):
         yield f"{decodes} chats {name}", partial(measure_chats, table, MODELS[name], decodes)
     for mixed, name in product(options.mixed, options.models):
@@ -73,7 +73,7 @@ class Part(NamedTuple):
 
     work: Callable[[Table, argparse.Namespace], Work]
     compile: Callable[[argparse.Namespace], Iterator[Callable[[], object]]]  # what Triton will be asked for
-    draw: Callable[[Sequence[Row], Path], None]
+    draw: Callable[[Sequence[Record], Path], None]
     file: str  # of the CSV file and its picture
 
 
@@ -124,7 +124,7 @@ def _compile_unlike(options: argparse.Namespace) -> Iterator[Callable[[], object
 PARTS = {
     "small": Part(small, _compile_small, draw_times, "kernels"),
     "attention": Part(attention, _compile_attention, draw_times, "kernels"),
-    "unlike": Part(unlike, _compile_unlike, draw_ratios, "unlike"),
+    "ragged": Part(ragged, _compile_unlike, draw_ratios, "ragged"),
 }
 
 
@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--flashinfer", nargs="*", choices=ATTENTION, help="FlashInfer too (compiles its kernels, 1-3 minutes each)"
     )
-    return parse_figure(parser, "kernels")
+    return parse_with_file(parser, "kernels")
 
 
 def main() -> int:
@@ -189,7 +189,7 @@ def main() -> int:
         for part in parts:
             budget.run(part.work(tables[part.file], options))
     for draw, file in dict.fromkeys((part.draw, part.file) for part in parts):
-        draw(tables[file].rows, options.output / f"{file}.png")
+        draw(tables[file].records, options.output / f"{file}.png")
     return attempts.exit_code()
 
 

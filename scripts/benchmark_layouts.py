@@ -10,13 +10,12 @@ import argparse
 import time
 from functools import partial
 
-from measurement.lengths import FULL, SMALL, Sizes
-from measurement.options import engine_parser, parse
-from measurement.ours import OurEngine, open_engine
-from measurement.plot import draw_ratios
-from measurement.serving import Load
-from measurement.table import Budget, Table
-
+from sarathi.benchmark.config.program import engine_parser, parse
+from sarathi.benchmark.engines.load import Load
+from sarathi.benchmark.engines.ours import OurEngine, open_engine
+from sarathi.benchmark.plots import draw_ratios
+from sarathi.benchmark.records import Budget, Table
+from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes
 from sarathi.config.units import parse_bytes
 from sarathi.entrypoints.script import run_script
 
@@ -55,8 +54,8 @@ def measure(options: argparse.Namespace, table: Table, sizes: Sizes, backend: st
 
 def compare(table: Table, ours: str, other: str) -> None:
     """Each row of one layout beside the other's."""
-    others = {(row.model, row.work, row.batch, row.context): row for row in table.rows if row.backend == other}
-    for row in [row for row in table.rows if row.backend == ours]:
+    others = {(row.model, row.work, row.batch, row.context): row for row in table.records if row.backend == other}
+    for row in [row for row in table.records if row.backend == ours]:
         reference = others.get((row.model, row.work, row.batch, row.context))
         if reference is not None:
             table.compare(row, reference)
@@ -73,7 +72,7 @@ def main() -> int:
         print(f"# {backend}", flush=True)
         measure(options, table, sizes, backend)
     compare(table, megacache, options.backend)
-    draw_ratios(table.rows, options.output / "layouts.png")
+    draw_ratios(table.records, options.output / "layouts.png")
     return table.attempts.exit_code()
 
 

@@ -3,7 +3,7 @@ host device, where address space is reserved and pages are counted but no memory
 
     python scripts/benchmark_page_size.py --output DIR
 
-What is compared is in experiments/scripts/page_size.yml. Lengths are drawn from the shape of the arXiv prompts, or read
+What is compared is in experiments/page_size.yml. Lengths are drawn from the shape of the arXiv prompts, or read
 from a CSV: `--trace FILE.csv`.
 """
 
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measurement.figure import parse_figure, positive, size_bytes
-from measurement.plot import draw_bars
-from measurement.table import Attempts
 
-from sarathi.benchmark.request_generator.datasets import read_lengths
-from sarathi.benchmark.request_generator.shapes import SHAPES
+from sarathi.benchmark.config.program import parse_with_file, positive, size_bytes
+from sarathi.benchmark.plots import draw_bars
+from sarathi.benchmark.records import Attempts
+from sarathi.benchmark.workload.datasets import read_lengths
+from sarathi.benchmark.workload.shapes import SHAPES
 from sarathi.entrypoints.script import run_script
 from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
@@ -54,7 +54,7 @@ MODELS = {model.name: model for model in _ALL}
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     model: str
     tensor_parallel: int
     budget_gb: float  # KV bytes of one GPU, 1e9
@@ -96,7 +96,9 @@ def samples(lengths: Sequence[int], count: int) -> Iterator[list[int]]:
         yield [*lengths[start:], *lengths[:start]]
 
 
-def measure(model: Model, tensor_parallel: int, lengths: Sequence[int], options: argparse.Namespace) -> Iterator[Row]:
+def measure(
+    model: Model, tensor_parallel: int, lengths: Sequence[int], options: argparse.Namespace
+) -> Iterator[Record]:
     """One row for each page size and layout in which a page holds a token; ratios are to the first."""
     baseline, budget_bytes = 0.0, kv_budget(model, options, tensor_parallel)
     kv_heads = max(1, model.kv_heads // tensor_parallel)
@@ -122,7 +124,7 @@ def measure(model: Model, tensor_parallel: int, lengths: Sequence[int], options:
                 results.append(max_batch(cache, order))
         batch = statistics.mean(batch for batch, _ in results)
         baseline = baseline or batch
-        yield Row(
+        yield Record(
             model=model.name,
             tensor_parallel=tensor_parallel,
             budget_gb=round(budget_bytes / 1e9, 1),
@@ -139,11 +141,11 @@ def kv_budget(model: Model, options: argparse.Namespace, tensor_parallel: int) -
     return options.budget_bytes - (weights_bytes if options.minus_weights else 0)
 
 
-def save(rows: Sequence[Row], path: Path) -> None:
+def save(rows: Sequence[Record], path: Path) -> None:
     """The rows, what they were made with, and a picture of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Record)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     path.with_suffix(".environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
@@ -151,7 +153,7 @@ def save(rows: Sequence[Row], path: Path) -> None:
     print(f"saved {path}")
 
 
-def panels(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+def panels(rows: Iterable[Record]) -> dict[str, dict[str, float]]:
     """Model and GPUs -> page and layout -> the largest batch."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -181,10 +183,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=positive, help="starting points in the trace")
     parser.add_argument("--output", type=Path, default=Path("results/page_size"), help="folder of the CSV and plot")
     parser.add_argument("--test", action="store_true", help="a short form: one GPU, one starting point")
-    return parse_figure(parser, "page_size")
+    return parse_with_file(parser, "page_size")
 
 
-def add_rows(rows: list[Row], model: Model, parallel: int, lengths: Sequence[int], options: argparse.Namespace) -> None:
+def add_rows(
+    rows: list[Record], model: Model, parallel: int, lengths: Sequence[int], options: argparse.Namespace
+) -> None:
     """Adds the rows of one model on so many GPUs as they come."""
     for row in measure(model, parallel, lengths, options):
         rows.append(row)
@@ -195,7 +199,7 @@ def main() -> int:
     options = parse()
     lengths = final_lengths(options.trace, options.seed)
     print(f"{len(lengths)} requests, mean {statistics.mean(lengths):.0f} tokens, longest {max(lengths)}")
-    rows: list[Row] = []
+    rows: list[Record] = []
     attempts = Attempts()
     for name, parallel in itertools.product(options.models, options.tensor_parallel):
         attempts.run(f"{name} on {parallel} GPUs", partial(add_rows, rows, MODELS[name], parallel, lengths, options))

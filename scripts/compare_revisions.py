@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from measurement.lengths import FULL, SMALL, Sizes, lognormal_requests, uniform_requests
-from measurement.options import add_stages, find_model
-
+from sarathi.benchmark.config.program import add_stages
+from sarathi.benchmark.engines.ours import find_model
 from sarathi.benchmark.revisions.compare import Comparison, Samples, Task
+from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes, lognormal_requests, uniform_requests
 from sarathi.entrypoints.script import run_script
 
 STAGES = ("start", "prefill", "decode", "requests")

@@ -11,9 +11,8 @@ import argparse
 import random
 import time
 
-from measurement.options import engine_parser, parse
-from measurement.ours import OurEngine, open_engine
-
+from sarathi.benchmark.config.program import engine_parser, parse
+from sarathi.benchmark.engines.ours import OurEngine, open_engine
 from sarathi.entrypoints.script import run_script
 
 MODEL = "two-wide-layers"

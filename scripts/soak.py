@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measurement.options import engine_parser, parse
-from measurement.ours import OurEngine, open_engine
-from measurement.table import Row, Table
 
 from sarathi import SamplingParams
+from sarathi.benchmark.config.program import engine_parser, parse
+from sarathi.benchmark.engines.ours import OurEngine, open_engine
+from sarathi.benchmark.records import Record, Table
 from sarathi.engine.outputs import RequestOutput
 from sarathi.entrypoints.script import run_script
 
@@ -153,9 +153,9 @@ def save(options: argparse.Namespace, soak: Soak, engine: OurEngine, verdict: st
     facts = {"preemptions": engine.num_preemptions, "steps that waited": stats.steps_waited, **soak.counts}
     shape = (options.backend, options.max_num_seqs, options.max_model_len)
     for name, value in facts.items():
-        table.add(Row(options.model, f"soak of {options.seconds:g} s: {name}", *shape, value, name))
+        table.add(Record(options.model, f"soak of {options.seconds:g} s: {name}", *shape, value, name))
     for name, value in soak.growth.items():
-        table.add(Row(options.model, f"growth of {name}", *shape, value, "bytes"))
+        table.add(Record(options.model, f"growth of {name}", *shape, value, "bytes"))
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from sarathi.benchmark.operations import OperationProbe, ProbedExecutor
 from sarathi.benchmark.outcome import INTERRUPTED, RunOutcome
 from sarathi.benchmark.profiling import profile_window
 from sarathi.benchmark.progress import ProgressBar
-from sarathi.benchmark.request_generator import RequestSpec, generate_requests
-from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
+from sarathi.benchmark.workload import RequestSpec, generate_requests
+from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.engine.build import build_parts, build_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine

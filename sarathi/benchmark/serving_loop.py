@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
-from sarathi.benchmark.request_generator import RequestSpec
-from sarathi.benchmark.request_generator.prompts import PromptMaker
+from sarathi.benchmark.workload import RequestSpec
+from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
         return run_serve(args)
     if args.kind == "capacity":
-        from sarathi.benchmark.capacity_search.main import main as search
+        from sarathi.benchmark.capacity.main import main as search
 
         return search(args.words)
     from sarathi.benchmark.main import main as run_benchmark

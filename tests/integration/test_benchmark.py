@@ -135,7 +135,7 @@ def test_a_replica_that_is_done_keeps_its_result_through_an_interrupt(tmp_path: 
 def test_capacity_search_finds_a_rate_and_resumes(tmp_path: Path) -> None:
     words = [
         "-m",
-        "sarathi.benchmark.capacity_search.main",
+        "sarathi.benchmark.capacity.main",
         *SMALL,
         "--interval_provider",
         "poisson",

@@ -30,8 +30,8 @@ def test_engine_and_join(tmp_path: Path) -> None:
     assert len(measured) == 4 and (measured.ratio > 0).all() and (tmp_path / "engine.png").is_file()
     theirs = tmp_path / "theirs.csv"
     rows[rows.backend == "sdpa_vattn"].assign(backend="other", value=rows.value * 2).to_csv(theirs, index=False)
-    run("benchmark_peer.py", "--join", tmp_path / "engine.csv", theirs, "--output", tmp_path)
-    joined = table(tmp_path / "peer.csv").set_index("work")
+    run("benchmark_vllm.py", "--join", tmp_path / "engine.csv", theirs, "--output", tmp_path)
+    joined = table(tmp_path / "vllm.csv").set_index("work")
     ours = joined[joined.backend == "sdpa_vattn"]
     assert ours.loc["KV tokens held"].ratio == 0.5 and (ours.loc["prefill"].ratio == 2).all()
 

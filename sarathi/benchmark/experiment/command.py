@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sarathi.benchmark.config.options import read_settings
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
@@ -85,6 +88,8 @@ def _with_named(
     given = list(sys.argv[1:] if words is None else words)
     name, rest = (given[0], given[1:]) if given else ("", [])
     path = folder / f"{name}.yml"
+    if path.is_file() and (script := script_of(path)):
+        return subprocess.run([sys.executable, str(script), "--figure", str(path), *rest]).returncode
     if path.is_file():
         return command(path, words=rest)
     known = ", ".join(sorted(each.stem for each in folder.glob("*.yml")))
@@ -95,6 +100,13 @@ def _with_named(
         return 0
     print(f"experiment {name!r} is unknown; there are {known}", file=sys.stderr)
     return 1
+
+
+def script_of(path: Path) -> Path | None:
+    """The script that a file gives options to (its key `program`); None for a grid of runs."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    name = content.get("program") if isinstance(content, Mapping) else None
+    return path.parents[1] / "scripts" / f"benchmark_{name}.py" if name else None
 
 
 def _process_parser(description: str) -> argparse.ArgumentParser:

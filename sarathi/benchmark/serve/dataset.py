@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sarathi.benchmark.request_generator.datasets import CountTokens, read_length_csv, read_mooncake, read_sharegpt
-from sarathi.benchmark.request_generator.intervals import gamma_arrivals
-from sarathi.benchmark.request_generator.prompts import PromptMaker
-from sarathi.benchmark.request_generator.spec import RequestSpec
 from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
+from sarathi.benchmark.workload.datasets import CountTokens, read_length_csv, read_mooncake, read_sharegpt
+from sarathi.benchmark.workload.intervals import gamma_arrivals
+from sarathi.benchmark.workload.prompts import PromptMaker
+from sarathi.benchmark.workload.spec import RequestSpec
 
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "te", "vo")
 CHARACTERS_A_TOKEN = 4  # where only text is known, and no tokenizer; the server's count replaces it

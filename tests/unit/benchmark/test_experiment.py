@@ -19,6 +19,7 @@ from sarathi.benchmark.experiment.command import (
     process_named_experiment,
     run_experiment,
     run_named_experiment,
+    script_of,
 )
 from sarathi.benchmark.experiment.execute import execute, groups, is_complete
 from sarathi.benchmark.experiment.measures import budget
@@ -40,7 +41,8 @@ from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 
 HEAD = "output_dir: x\ntable: makespan\ngrid: "
-EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
+FILES = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
+EXPERIMENTS = [path for path in FILES if script_of(path) is None]
 GRID = """
 output_dir: {folder}
 table: makespan
@@ -171,9 +173,9 @@ def test_what_a_table_needs_is_on_by_default(kind: TableKind) -> None:
             f"{HEAD}{{model.name: llama}}",
             "axis 'model.name' is 'llama': it must be a non-empty list of values, or a mapping of",
         ),
-        (f"{HEAD}{{seed: 3}}", "axis 'seed' is 3: it must be a list of values"),
-        (f"{HEAD}{{seed: }}", "axis 'seed' is None: it must be a list of values"),
-        (f"{HEAD}{{seed: []}}", r"axis 'seed' is \[\]: it must be a list of values"),
+        (f"{HEAD}{{seed: 3}}", "axis 'seed' is 3: it must be a non-empty list of values, or a mapping"),
+        (f"{HEAD}{{seed: }}", "axis 'seed' is None: it must be a non-empty list of values"),
+        (f"{HEAD}{{seed: []}}", r"axis 'seed' is \[\]: it must be a non-empty list of values"),
         (f"{HEAD}{{size: {{small: 3}}}}", "axis 'size': small is 3: it must be a mapping"),
         (f"{HEAD}{{sede: [3]}}", "unknown setting 'sede'"),
     ],
@@ -485,6 +487,18 @@ def test_unknown_experiments_name_the_known_ones(
     assert "there are grid" in capsys.readouterr().err
     assert run_named_experiment(tmp_path, "", ["grid", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["a_small", "a_large", "b-c_small", "b-c_large"]
+
+
+def test_options_of_a_script_are_run_by_the_same_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "sizes.yml").write_text("program: sizes\nbase: {pages: [2mb]}")
+    (tmp_path / "scripts" / "benchmark_sizes.py").write_text(
+        "import pathlib, sys\npathlib.Path('said.txt').write_text(' '.join(sys.argv[1:]))\nsys.exit(3)"
+    )
+    assert run_named_experiment(tmp_path / "experiments", "", ["sizes", "--output", "x"]) == 3
+    assert Path("said.txt").read_text() == f"--figure {tmp_path / 'experiments' / 'sizes.yml'} --output x"
 
 
 @pytest.mark.parametrize("named", [run_named_experiment, process_named_experiment])

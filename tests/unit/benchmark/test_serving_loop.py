@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
-from sarathi.benchmark.request_generator import RequestSpec
-from sarathi.benchmark.request_generator.prompts import PromptMaker
 from sarathi.benchmark.serving_loop import NumberedSpec, ServingLoop
+from sarathi.benchmark.workload import RequestSpec
+from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import make_scheduler

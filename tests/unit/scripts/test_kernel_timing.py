@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_benchmark.compare import compare_us, over_copies
-from kernel_benchmark.timing import eager_sample, graph_sample, in_turn_us
-from measurement.table import Attempts
+
+from sarathi.benchmark.kernels.compare import compare_us, over_copies
+from sarathi.benchmark.kernels.timing import eager_sample, graph_sample, in_turn_us
+from sarathi.benchmark.records import Attempts
 
 
 def test_kernels_take_turns_so_that_a_card_that_slows_down_slows_all_of_them() -> None:

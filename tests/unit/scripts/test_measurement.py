@@ -12,11 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from measurement.device import NUM_SAMPLES, Kernel, clock_and_power, idle_share, operation_of, time_by_operation
-from measurement.lengths import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
-from measurement.serving import STAGES, Load, percentile
-from measurement.steady import steady
-from measurement.table import Attempts, Budget, Row, Table, read_rows
+
+from sarathi.benchmark.engines.device import (
+    NUM_SAMPLES,
+    Kernel,
+    clock_and_power,
+    idle_share,
+    operation_of,
+    time_by_operation,
+)
+from sarathi.benchmark.engines.load import STAGES, Load, percentile
+from sarathi.benchmark.kernels.timing import steady
+from sarathi.benchmark.records import Attempts, Budget, Record, Table, read_records
+from sarathi.benchmark.workload.sizes import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
 
 
 class FakeEngine:
@@ -72,11 +80,11 @@ def load(tmp_path: Path) -> Load:
 def test_every_stage_leaves_its_rows_and_no_request(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     Budget(60, load.table.attempts).run(load.plan(STAGES))
     assert load.table.attempts.exit_code() == 0 and "failed" not in capsys.readouterr().out
-    works = {row.work for row in load.table.rows}
+    works = {row.work for row in load.table.records}
     assert {"prefill", "decode", "decode p99 step", SMALL.chunked_work} < works
     assert len({work.partition(":")[0] for work in works}) == 7
     assert not load.engine.has_work and load.engine.limits == [SMALL.chunk, None]
-    assert all(row.value > 0 for row in load.table.rows)
+    assert all(row.value > 0 for row in load.table.records)
 
 
 def test_decode_is_measured_where_all_decode(load: Load) -> None:
@@ -91,7 +99,7 @@ def test_decode_is_measured_where_all_decode(load: Load) -> None:
 def test_throughput_tells_in_which_steps_the_time_went(load: Load) -> None:
     load.engine.limit_step(16)
     load.throughput("chat", [(16, 4), (48, 2), (16, 30)] + [(16, 2)] * 17)
-    rate, *spent = load.table.rows
+    rate, *spent = load.table.records
     assert rate.unit == "output tokens/s"
     kinds = ["with prompts", "of up to 64 sequences", "of up to 16 sequences"]
     assert {row.work for row in spent} == {f"chat: steps {kind}" for kind in kinds}
@@ -118,13 +126,13 @@ def test_lengths_repeat_by_seed_and_keep_their_limits() -> None:
 
 
 def test_rows_survive_the_file_and_are_added_to(tmp_path: Path) -> None:
-    rows = [Row("m", "decode", name, 4, 32, value, "ms/token") for name, value in (("ours", 2.0), ("theirs", 3.0))]
+    rows = [Record("m", "decode", name, 4, 32, value, "ms/token") for name, value in (("ours", 2.0), ("theirs", 3.0))]
     for row in rows:
         Table(tmp_path / "t.csv", run=row.backend).add(row)
     table = Table(tmp_path / "t.csv")
-    assert table.rows == rows
+    assert table.records == rows
     table.compare(rows[0], rows[1])
-    [ours, theirs] = read_rows(tmp_path / "t.csv")
+    [ours, theirs] = read_records(tmp_path / "t.csv")
     assert (ours.reference, ours.ratio, theirs.ratio) == ("theirs", 1.5, None)
     with (tmp_path / "t.csv").open() as file:
         assert ",".join(next(csv.reader(file))) == "model,work,backend,batch,context,value,unit,reference,ratio"
@@ -132,7 +140,7 @@ def test_rows_survive_the_file_and_are_added_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("unit", "ratio"), [("ms", 2.0), ("s", 2.0), ("output tokens/s", 0.5), ("tokens", 0.5)])
 def test_a_ratio_above_one_is_better(unit: str, ratio: float) -> None:
-    ours, other = (Row("m", "w", name, 1, 1, value, unit) for name, value in (("a", 1.0), ("b", 2.0)))
+    ours, other = (Record("m", "w", name, 1, 1, value, unit) for name, value in (("a", 1.0), ("b", 2.0)))
     assert ours.beside(other).ratio == ratio
 
 

@@ -19,7 +19,7 @@ WITHOUT_CUDA = {
 WRONG = [
     ("scripts/benchmark_engine.py --test --backend foo", "'foo' is unknown; the nearest known word"),
     ("scripts/benchmark_page_size.py --trace /nope.csv", "'/nope.csv' is no file and no shipped shape"),
-    ("scripts/benchmark_peer.py --join /ours.csv /theirs.csv", "No such file or directory: '/theirs.csv'"),
+    ("scripts/benchmark_vllm.py --join /ours.csv /theirs.csv", "No such file or directory: '/theirs.csv'"),
     ("scripts/benchmark_cpu.py --model foo", "no such folder or file, and no known name"),
     ("examples/compare_backends.py --backends foo", "'foo' is unknown; the nearest known word"),
 ]
@@ -57,7 +57,7 @@ def test_scripts_that_need_a_gpu_say_so(
 def test_a_peer_that_is_not_installed_is_named_with_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = said_by("scripts/benchmark_peer.py", folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    said = said_by("scripts/benchmark_vllm.py", folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert "pip install vllm" in said
 
 
@@ -69,9 +69,9 @@ def test_wrong_words_are_told_in_a_line(
 
 
 def test_files_to_join_are_read_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import benchmark_peer
+    import benchmark_vllm
 
     (tmp_path / "theirs.csv").write_text("model,work,backend,batch,context,value,unit\n")
     with pytest.raises(FileNotFoundError):
-        benchmark_peer.join(tmp_path / "ours.csv", tmp_path / "theirs.csv", tmp_path / "joined")
+        benchmark_vllm.join(tmp_path / "ours.csv", tmp_path / "theirs.csv", tmp_path / "joined")
     assert not (tmp_path / "joined").exists()

@@ -4,7 +4,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 import pytest
-from measurement.options import add_stages, engine_parser, parse
+
+from sarathi.benchmark.config.program import add_stages, engine_parser, parse
 
 
 def told(*words: str, monkeypatch: pytest.MonkeyPatch) -> Namespace:

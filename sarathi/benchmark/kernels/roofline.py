@@ -1,0 +1,117 @@
+"""The kernels that every step needs, run back to back: matrix products and attention, an upper bound for the engine.
+
+Norms, rope, activations, sampling and scheduling are left out. For each matrix and for attention the fastest available
+kernel runs, found by measuring at the step's own shapes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sarathi.benchmark.kernels.attention import Attend, Equal, attention_at_hand
+from sarathi.benchmark.kernels.shapes import Model
+from sarathi.benchmark.kernels.timing import Sample, eager_sample, eager_us, graph_sample, graph_us
+
+Product = Callable[[Tensor, Tensor], Tensor]  # x [tokens, in], weight [out, in] -> [tokens, out]
+ROOFLINE = "products and attention alone"  # as a backend in records
+LAYER = ("qkv", "o", "gate_up", "down")
+
+
+class Roofline:
+    """The weights of a model, random, and its products and attention."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        shapes = model.weights
+        self.layers = [{name: self._random(*shapes[name]) for name in LAYER} for _ in range(model.layers)]
+        self.head = self._random(*shapes["lm_head"])
+        self._products = _products(device)
+
+    def decode(self, batch: int, context: int) -> Sample:
+        """One step's kernels for `batch` sequences of `context` tokens, in one graph."""
+        model = self.model
+        inputs = self._inputs(batch)
+        best = {name: self._fastest(name, inputs[name]) for name in model.weights}
+        shape = (batch, context, model.num_kv_heads, model.head_size)
+        caches = [(self._random(*shape), self._random(*shape)) for _ in range(model.layers)]
+        q = self._queries(batch)
+        attend = self._fastest_attention(q, Equal(batch, context - 1, context, context), caches)
+
+        def run(_: int) -> None:
+            for weights, cache in zip(self.layers, caches, strict=True):
+                self._layer(weights, best, inputs, lambda cache=cache: attend(q, *cache))
+            best["lm_head"](inputs["lm_head"], self.head)
+
+        return graph_sample(run, 1, min_launches=1)
+
+    def prefill(self, context: int, chunk: int) -> Sample:
+        """The kernels of one prompt, `chunk` tokens a step, one after the other as in a run."""
+        model = self.model
+        shape = (1, context, model.num_kv_heads, model.head_size)
+        cache = (self._random(*shape), self._random(*shape))
+        steps = [Equal(1, at, min(at + chunk, context), context) for at in range(0, context, chunk)]
+        sizes = {step.new for step in steps}
+        queries, inputs = ({size: make(size) for size in sizes} for make in (self._queries, self._inputs))
+        kernels = [(step.new, self._fastest_attention(queries[step.new], step, [cache])) for step in steps]
+        best, last = dict.fromkeys(LAYER, functional.linear), self._random(1, model.hidden)
+
+        def run(_: int) -> None:
+            for size, attend in kernels:
+                for weights in self.layers:
+                    self._layer(weights, best, inputs[size], lambda q=queries[size], a=attend: a(q, *cache))
+            functional.linear(last, self.head)
+
+        return eager_sample(run, 1)
+
+    def _layer(
+        self, weights: Mapping[str, Tensor], best: Mapping[str, Product], inputs: Mapping[str, Tensor],
+        attend: Callable[[], Tensor],
+    ) -> None:  # fmt: skip
+        best["qkv"](inputs["qkv"], weights["qkv"])
+        attend()
+        for name in LAYER[1:]:
+            best[name](inputs[name], weights[name])
+
+    def _fastest(self, name: str, x: Tensor) -> Product:
+        """The fastest product for this matrix, measured over the layers' own weights."""
+        weights = [self.head] if name == "lm_head" else [layer[name] for layer in self.layers]
+        times = {
+            product: graph_us(lambda i, p=product: p(x, weights[i]), len(weights), replays=3)
+            for product in self._products
+        }
+        return min(times, key=times.__getitem__)
+
+    def _fastest_attention(self, q: Tensor, shape: Equal, caches: Sequence[tuple[Tensor, Tensor]]) -> Attend:
+        first, *others = kernels = list(attention_at_hand(self.model, shape))
+        if not others:
+            return first
+        times = {attend: self._attention_us(attend, q, caches) for attend in kernels}
+        return min(times, key=times.__getitem__)
+
+    @staticmethod
+    def _attention_us(attend: Attend, q: Tensor, caches: Sequence[tuple[Tensor, Tensor]]) -> float:
+        if len(caches) == 1:
+            return eager_us(lambda _: attend(q, *caches[0]), 1, replays=1)
+        return graph_us(lambda i: attend(q, *caches[i]), len(caches), replays=3)
+
+    def _inputs(self, tokens: int) -> dict[str, Tensor]:
+        return {name: self._random(tokens, shape[1]) for name, shape in self.model.weights.items()}
+
+    def _queries(self, tokens: int) -> Tensor:
+        return self._random(tokens, self.model.num_heads, self.model.head_size)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, 0.02)
+
+
+def _products(device: torch.device) -> list[Product]:
+    """cuBLAS, and our kernels for few tokens."""
+    if device.type == "cpu":
+        return [functional.linear]
+    from sarathi.model_executor.ops import overlaps_launches
+    from sarathi.model_executor.ops.triton.linear import LinearKernels
+
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return [functional.linear, LinearKernels(sms, device, pdl=overlaps_launches(device)).linear]

@@ -1,0 +1,114 @@
+"""How long a kernel takes on the device. Knows nothing of kernels.
+
+Launches are captured in a CUDA graph that walks over enough copies of the inputs that none is found in L2, and the
+graph is timed with events: what is measured is what a decode step inside a graph pays, launch gaps included. Without a
+GPU the same calls take the time of the CPU, for trying things out.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Sample = Callable[[], float]  # microseconds of a launch, measured once
+L2_BYTES_TO_EXCEED = 256 * 2**20
+
+
+def copies_for(bytes_each: int, limit: int = 64) -> int:
+    """How many copies of an input it takes to defeat the cache; at least 2."""
+    return max(2, min(limit, -(-L2_BYTES_TO_EXCEED // max(bytes_each, 1))))
+
+
+def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int = 8, replays: int = 7) -> float:
+    """Median microseconds of ``launch(i)``, i walking over range(copies), inside a graph."""
+    return _median_us(graph_sample(launch, copies, min_launches=min_launches), replays)
+
+
+def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5) -> float:
+    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch."""
+    return _median_us(eager_sample(launch, copies), replays)
+
+
+def in_turn_us(samples: Mapping[str, Sample], rounds: int) -> dict[str, float]:
+    """Medians of several kernels, each measured once in every round.
+
+    A card at its power limit slows down under load: of kernels measured one after the other the first look faster.
+    """
+    taken = [{name: sample() for name, sample in samples.items()} for _ in range(rounds + 1)]
+    return {name: statistics.median(each[name] for each in taken[1:]) for name in samples}
+
+
+def graph_sample(launch: Callable[[int], object], copies: int, *, min_launches: int = 8) -> Sample:
+    """A graph of ``launch(i)`` over the copies, to be replayed."""
+    launches = copies * -(-min_launches // copies)
+
+    def all_launches() -> None:
+        for number in range(launches):
+            launch(number % copies)
+
+    if not torch.cuda.is_available():
+        return lambda: _host_us(all_launches) / launches
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for copy in range(min(copies, 2)):
+            launch(copy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_launches()
+    return _Replay(graph, launches, launch)
+
+
+def eager_sample(launch: Callable[[int], object], copies: int) -> Sample:
+    """One ``launch(i)`` from Python, the next copy each time."""
+    calls = itertools.count()
+    clock = _device_us if torch.cuda.is_available() else _host_us
+    return lambda: clock(lambda: launch(next(calls) % copies))
+
+
+class _Replay(NamedTuple):
+    """A graph to be timed; `launch` owns the tensors that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    launches: int
+    launch: Callable[[int], object]
+
+    def __call__(self) -> float:
+        return _device_us(self.graph.replay) / self.launches
+
+
+def _median_us(sample: Sample, replays: int) -> float:
+    sample()
+    return statistics.median(sample() for _ in range(replays))
+
+
+def _device_us(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000
+
+
+def _host_us(work: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    work()
+    return (time.perf_counter() - start_s) * 1e6
+
+
+def steady(sample: Callable[[], float], seconds: float) -> float:
+    """Median of the later half of the samples that so many seconds give, of at least one.
+
+    A card at its power limit slows down under load: kernels that ran for milliseconds between pauses would look faster
+    than the same kernels in an engine.
+    """
+    end = time.perf_counter() + seconds
+    samples = [sample()]
+    while time.perf_counter() < end:
+        samples.append(sample())
+    return statistics.median(samples[len(samples) // 2 :])

@@ -1,0 +1,37 @@
+"""Token ids for a request of a workload. Knows no tokenizer beyond a function that encodes, and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sarathi.benchmark.workload.spec import RequestSpec
+
+BLOCK_TOKENS = 512
+PROMPT_STREAM, BLOCK_STREAM = 2, 3
+
+
+class PromptMaker:
+    """Prompts that depend on the seed and the request's number alone.
+
+    vocab_size: ids are drawn evenly from below it. encode: text to ids, for requests that come as text.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, encode: Callable[[str], list[int]] | None = None) -> None:
+        self._seed, self._vocab_size, self._encode = seed, vocab_size, encode
+
+    def token_ids(self, spec: RequestSpec, number: int) -> list[int]:
+        """As many ids as the request has prompt tokens."""
+        if spec.text is not None and self._encode is not None:
+            return self._encode(spec.text)
+        shared = [token for block_id in spec.block_ids for token in self._block(block_id)][: spec.num_prefill_tokens]
+        return shared + self._draw(spec.num_prefill_tokens - len(shared), PROMPT_STREAM, number)
+
+    def _block(self, block_id: int) -> list[int]:
+        return self._draw(BLOCK_TOKENS, BLOCK_STREAM, block_id)
+
+    def _draw(self, count: int, stream: int, number: int) -> list[int]:
+        rng = np.random.default_rng([self._seed, stream, number])
+        ids: list[int] = rng.integers(0, self._vocab_size, count).tolist()
+        return ids

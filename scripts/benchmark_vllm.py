@@ -1,0 +1,71 @@
+"""vLLM on the work of benchmark_engine.py, measured by the same code: vllm_alone.csv; joined with ours: vllm.csv.
+
+    python scripts/benchmark_vllm.py --model llama-3-8b --output DIR            # where vllm can be imported
+    python scripts/benchmark_vllm.py --join OURS/engine.csv DIR/vllm_alone.csv --output DIR
+
+Run both engines on one machine, one after the other: a record's ratio compares these two runs.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from sarathi.benchmark.config.program import add_ratios, add_stages
+from sarathi.benchmark.engines.device import device_work
+from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
+from sarathi.benchmark.kernels.roofline import ROOFLINE
+from sarathi.benchmark.plots import draw_ratios
+from sarathi.benchmark.records import NOT_COMPARED, Budget, Table, read_records
+from sarathi.benchmark.workload.sizes import FULL
+from sarathi.entrypoints.script import run_script
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measure all stages of vLLM; the exit code."""
+    from sarathi.benchmark.engines.vllm import VllmEngine
+
+    engine = VllmEngine(options.model, options.max_model_len, options.seed)
+    table = Table(options.output / "vllm_alone.csv", vllm=engine.backend)
+    load = Load(engine, table, options.model, FULL.with_ratios(options.ratios), options.seed)
+    budget = Budget(options.budget, table.attempts)
+    load.start(process_age_s)
+    budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
+    if "device" in options.stages:
+        budget.run(device_work(load))
+    return table.attempts.exit_code()
+
+
+def join(ours: Path, theirs: Path, output: Path) -> None:
+    """Write each record of ours that vLLM has too, beside vLLM's, and vLLM's after it."""
+    found, mine = {record.task: record for record in read_records(theirs)}, read_records(ours)
+    table = Table(output / "vllm.csv", ours=str(ours), theirs=str(theirs))
+    for record in mine:
+        other = found.get(record.task)
+        if other is not None and record.backend != ROOFLINE:
+            table.add(record if record.unit in NOT_COMPARED else record.beside(other))
+            table.add(other)
+    draw_ratios(table.records, output / "vllm.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b", help="a shipped name")
+    add_stages(parser, (*STAGES, "device"))
+    add_ratios(parser)
+    parser.add_argument("--max-model-len", type=int, default=132_096)
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds; nothing starts after them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/vllm"))
+    parser.add_argument("--join", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two CSV files instead")
+    options = parser.parse_args()
+    if options.join:
+        join(*options.join, options.output)
+        return
+    exit_code = measure(options)
+    sys.stdout.flush()
+    os._exit(exit_code)  # vLLM's own shutdown may never return
+
+
+if __name__ == "__main__":
+    run_script(main)
