@@ -1,4 +1,4 @@
-"""Measurement of a running engine: rows (store, records), and what is made of them (report). Knows no torch."""
+"""Measurements of a running engine: how they are recorded (store, records) and reported (report)."""
 
 from sarathi.metrics.records import RunRows, StepTimes, merge
 from sarathi.metrics.store import MetricsSink, MetricsStore, NullMetricsStore

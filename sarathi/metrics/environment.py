@@ -1,4 +1,4 @@
-"""Where a result was measured: machine, packages, command, revision of the code. Knows nothing of the result itself."""
+"""The environment of a measurement: machine, packages, command and revision of the code."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "transformers", "numpy", "triton", "flashinfer-python", "fl
 
 
 def environment() -> dict[str, Any]:
-    """Facts of this process that a result depends on, as JSON values; only installed packages are listed."""
+    """Properties of this process that a result depends on, as JSON values. Only installed packages are listed."""
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether tracked files differ from it; None outside a checkout."""
+    """The commit of the running code, and whether tracked files differ from it; None outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """Its name where Linux tells it, else the architecture."""
+    """Count and name of the processors if /proc/cpuinfo has them, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -58,7 +58,7 @@ def _processor() -> str:
 
 
 def _device() -> str | None:
-    """The GPUs of a process that has them open; a process that never imported torch has none."""
+    """Count and name of the GPUs; None if there is none or if the process has not imported torch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None

@@ -1,4 +1,4 @@
-"""Distributions and series as PNG files. Alone in knowing matplotlib, which it loads when called; knows no metric."""
+"""Plots of distributions and series as PNG files. matplotlib is imported when a plot is drawn."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def is_available() -> bool:
-    """Whether matplotlib is installed; where it is not, a warning says how to get plots."""
+    """Whether matplotlib is installed. If it is not, a warning names the package."""
     if find_spec("matplotlib") is None:
         logger.warning("no plots are drawn: matplotlib is not installed (pip install matplotlib)")
         return False
@@ -24,7 +24,7 @@ def is_available() -> bool:
 
 
 def plot_cdf(path: Path, name: str, values: Sequence[float]) -> None:
-    """The share of values that are not larger than x, with median and P99 marked."""
+    """The cumulative distribution of values, with median and P99 marked."""
     xs, ys = cdf(values)
     axes = _axes(name, "CDF")
     axes.plot(xs, ys, drawstyle="steps-post")
@@ -35,7 +35,7 @@ def plot_cdf(path: Path, name: str, values: Sequence[float]) -> None:
 
 
 def plot_lines(path: Path, lines: Mapping[str, Points], x_label: str, y_label: str, marker: str = "") -> None:
-    """Named lines of (xs, ys) over one another."""
+    """Lines of points (xs, ys) in one plot, with a legend of their names if there are several."""
     axes = _axes(x_label, y_label)
     for name, (xs, ys) in lines.items():
         axes.plot(xs, ys, label=name, marker=marker, linewidth=1)
@@ -45,7 +45,7 @@ def plot_lines(path: Path, lines: Mapping[str, Points], x_label: str, y_label: s
 
 
 def plot_bars(path: Path, bars: Mapping[str, float], y_label: str) -> None:
-    """One bar a name."""
+    """One bar for each name."""
     axes = _axes("", y_label)
     axes.bar(list(bars), list(bars.values()))
     axes.tick_params(axis="x", labelrotation=30, labelsize="small")
@@ -53,7 +53,7 @@ def plot_bars(path: Path, bars: Mapping[str, float], y_label: str) -> None:
 
 
 def _axes(x_label: str, y_label: str) -> Any:
-    """Axes on a figure of their own: no backend, no display and no state that outlives the file."""
+    """Axes of a new figure that needs no display and is not registered in pyplot."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained").add_subplot()

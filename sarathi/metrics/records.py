@@ -1,6 +1,6 @@
-"""Rows of a run: requests, steps, operations, memory; and several replicas' rows as one. Knows no clock and no files.
+"""Records of a run: steps, operations, memory and schedule; and how records of several replicas are merged.
 
-Times are seconds of one clock, whichever it was.
+Times are seconds of one monotonic clock.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from sarathi.metrics.request_record import RequestRecord
 
 
 class StepTimes(NamedTuple):
-    """When a step began, was decided on, was computed, and had its outcome handed out."""
+    """When a step was started, scheduled and executed, and when its outputs were returned."""
 
     started_at_s: float
     scheduled_at_s: float
@@ -24,11 +24,11 @@ class StepTimes(NamedTuple):
 class StepRecord(NamedTuple):
     """One step.
 
-    replica: which engine it ran on. model_s: on the device. host: parts on the processor.
-    busy_from_s: its beginning, or the end of the step before where that was still being computed then, so that the
-        spans of steps never overlap.
-    num_decode_tokens: tokens of requests past their prompt, one each; the rest is prefill, with what is computed again
-        after a preemption.
+    replica: index of the engine. model_s: time on the device. host: times on the CPU.
+    busy_from_s: start of the step, or end of the previous step if that is later, so that the spans of steps do not
+        overlap.
+    num_decode_tokens: tokens of decodes, one for each. All others are prefill, including those recomputed after a
+        preemption.
     """
 
     step_id: int
@@ -48,7 +48,7 @@ class StepRecord(NamedTuple):
 
     @property
     def duration_s(self) -> float:
-        """What the step added to the run: with steps in flight at the same time, from one end to the next."""
+        """Time that the step added to the run; with overlapping steps, from the end of one to the end of the next."""
         return self.times.ended_at_s - self.busy_from_s
 
     @property
@@ -57,8 +57,7 @@ class StepRecord(NamedTuple):
 
 
 class OperationRecord(NamedTuple):
-    """One operation in one step: on the device where `on_device`, else on the processor. start_s is None where only
-    the duration could be measured."""
+    """One operation of one step, on the device or the CPU. start_s: None if only the duration was measured."""
 
     name: str
     step_id: int
@@ -69,7 +68,7 @@ class OperationRecord(NamedTuple):
 
 
 class MemoryRecord(NamedTuple):
-    """The cache's memory at one time; its counters go on from the start of the engine."""
+    """The memory of the cache at one time; its counters start with the engine."""
 
     at_s: float
     step_id: int
@@ -78,7 +77,7 @@ class MemoryRecord(NamedTuple):
 
 
 class ScheduleRecord(NamedTuple):
-    """What one step was made of, in the order of the batch."""
+    """The chunks of one step, in the order of the batch."""
 
     step_id: int
     replica: int
@@ -88,9 +87,9 @@ class ScheduleRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRows:
-    """All rows of one run. origin_s: time zero of its series. ended_at_s: when recording ended.
+    """All records of one run. origin_s: time zero of its series. ended_at_s: when recording ended.
 
-    page_bytes: size of a page of physical memory; None where the cache has none.
+    page_bytes: size of a page of physical memory; None if the cache has no pages.
     """
 
     origin_s: float
@@ -104,20 +103,20 @@ class RunRows:
 
     @property
     def duration_s(self) -> float:
-        """From time zero to the last token or step, else to the end of recording."""
+        """From time zero to the last token or step; if there is none, to the end of recording."""
         last = [step.times.ended_at_s for step in self.steps]
         last += [request.finished_at_s for request in self.requests if request.finished_at_s is not None]
         return max(last, default=self.ended_at_s) - self.origin_s
 
 
 def merge(parts: Iterable[RunRows]) -> RunRows:
-    """One result of several replicas whose clocks agree (one machine's monotonic clock does); rows in order of time.
+    """The records of several replicas in order of time. Their clocks must agree, as the monotonic clock of one machine.
 
-    Requests come after each other over all replicas, whichever took them: inter_arrival_s is made anew.
+    inter_arrival_s is recomputed over the requests of all replicas. ValueError if there is no replica.
     """
     rows = list(parts)
     if not rows:
-        raise ValueError("nothing to merge: there must be the rows of at least one replica")
+        raise ValueError("nothing to merge: records of at least one replica are needed")
     return RunRows(
         origin_s=min(part.origin_s for part in rows),
         ended_at_s=max(part.ended_at_s for part in rows),

@@ -1,4 +1,4 @@
-"""Files of a result: CSV tables, a JSON summary, a trace, CDFs and series as CSV and PNG. Knows no engine.
+"""Files of a result: CSV tables, a JSON summary, a trace, distributions and series as CSV and PNG.
 
 sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
 operation_metrics.csv  cpu_operation_metrics.csv  summary.json  chrome_trace.json  schedule.jsonl
@@ -116,7 +116,7 @@ def write_report(
 
 
 def summarize(rows: RunRows) -> dict[str, Any]:
-    """Counts, rates and quantiles of everything; rates are over the whole duration, as JSON values."""
+    """Counts, rates over the whole duration, and quantiles, as JSON values."""
     complete = [record for record in rows.requests if record.is_complete]
     prompt = sum(record.num_prompt_tokens for record in rows.requests if record.first_token_at_s is not None)
     output = sum(record.request_num_decode_tokens for record in rows.requests)
@@ -136,7 +136,7 @@ def summarize(rows: RunRows) -> dict[str, Any]:
 
 
 def _memory_summary(rows: RunRows) -> dict[str, float]:
-    """The cache at its fullest since its engine began, and what its counters rose by, over all replicas."""
+    """Peaks since the start of the engines, and increments of the counters during the run, over all replicas."""
     last = {sample.replica: sample.stats for sample in rows.memory}.values()
     first = {sample.replica: sample.stats for sample in reversed(rows.memory)}.values()
     return {

@@ -1,14 +1,14 @@
-"""One request of a run, and every metric of it by its published name. Knows no clock, no engine and no file format.
+"""One request of a run, and its metrics by their published names.
 
-Times are seconds of one clock, whichever it was. One request's life, and the spans that the metrics are made of:
+Times are seconds of one monotonic clock. The spans of a request's lifetime that the metrics are computed from:
 
     arrived        scheduled                first token                          finished
     |--------------|========|···|===========|=====|··|=====|········|=====|=====|
-     scheduling     = in a step  · beside steps                preempted
-     delay          (execution)    (preemption, with the time spent preempted)
+     scheduling     = in a step  · between steps               preempted
+     delay          (execution)    (preemption, including the time spent preempted)
 
-The names, and what each divides by, are those of Sarathi-Serve's metrics store, so that notebooks written for its CSV
-files read these. Metrics of what has not happened are None.
+Names and denominators are those of Sarathi-Serve's metrics store, so notebooks written for its CSV files can read
+these. Metrics of events that have not happened are None.
 """
 
 from array import array
@@ -20,12 +20,12 @@ from sarathi.messages import CacheCapacity
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request: what was seen of it, and the metrics that follow.
+    """The observations of one request, and the metrics computed from them.
 
-    token_times_s: when each output token was there, in order.
-    execution_s: sum of the durations of the steps that it was part of.
-    num_steps: those steps. num_restarts: how often its memory was taken and its tokens computed again.
-    capacity: how its tokens are stored; None where that is not known.
+    token_times_s: when each output token was returned, in order.
+    execution_s: total duration of the steps that contained it. num_steps: number of those steps.
+    num_restarts: number of preemptions.
+    capacity: of the cache, to count the rows that the request used; None if unknown.
     """
 
     request_id: str
@@ -43,12 +43,12 @@ class RequestRecord:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it ran to its own end: neither refused, nor aborted, nor cut off with the run."""
+        """Whether it finished by itself: not refused, not aborted, and not cut off at the end of the run."""
         return self.finish_reason in ("stop", "length") and bool(self.token_times_s)
 
     @property
     def finished_at_s(self) -> float | None:
-        """Its end, or the time of its last token where that was noted later in the same step."""
+        """When it ended, or the time of its last token if that was recorded later in the same step."""
         if self.closed_at_s is None or not self.token_times_s:
             return self.closed_at_s
         return max(self.closed_at_s, self.token_times_s[-1])
@@ -59,7 +59,7 @@ class RequestRecord:
 
     @property
     def token_gaps_s(self) -> list[float]:
-        """Time between each two tokens that follow each other; n - 1 values of n tokens."""
+        """Times between consecutive tokens: n - 1 values for n tokens."""
         times = self.token_times_s
         return [after - before for before, after in pairwise(times)]
 
@@ -77,7 +77,7 @@ class RequestRecord:
 
     @property
     def num_stored_tokens(self) -> int:
-        """Those with memory in the end: keys and values of the last output token were never needed."""
+        """Tokens in the cache at its end. The last output token is never computed, so it is not among them."""
         return self.num_prompt_tokens + max(len(self.token_times_s) - 1, 0)
 
     @property
@@ -94,22 +94,22 @@ class RequestRecord:
 
     @property
     def request_num_pauses(self) -> int:
-        """Steps that it was part of: after each of them a request waits for the next."""
+        """Number of steps that contained it: a request pauses after each of them."""
         return self.num_steps
 
     @property
     def request_num_ignored(self) -> int:
-        """1 where it ended without being served."""
+        """1 if it ended without being served, else 0."""
         return int(self.closed_at_s is not None and not self.is_complete)
 
     @property
     def kv_blocks_mapped(self) -> int | None:
-        """Rows of memory that its tokens took in the end: pages of each region, or blocks where paged."""
+        """Rows that its tokens used at its end: pages of each region, or blocks for paged memory."""
         return self.capacity.rows_for(self.num_stored_tokens) if self.capacity else None
 
     @property
     def kv_fragmentation_percent(self) -> float | None:
-        """The part of those rows that no token filled."""
+        """The part of these rows that no token filled, in percent."""
         if not self.capacity or not self.kv_blocks_mapped:
             return None
         used = self.num_stored_tokens * self.capacity.token_bytes
@@ -137,7 +137,7 @@ class RequestRecord:
 
     @property
     def request_preemption_time(self) -> float | None:
-        """Time from its first step to its end in which it was part of no step."""
+        """Time between its first step and its end during which no step contained it."""
         served = self.request_execution_plus_preemption_time
         return None if served is None else max(served - self.execution_s, 0.0)
 

@@ -1,7 +1,4 @@
-"""Takes rows from a running engine: a clock and nothing else is handed in. Knows no percentiles, plots or files.
-
-The engine calls it at five places; NullMetricsStore is what it calls where nobody wants to know.
-"""
+"""Recorder of a running engine's metrics. NullMetricsStore records nothing."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +19,7 @@ Clock = Callable[[], float]
 
 
 class MetricsSink(Protocol):
-    """What an engine tells of itself. Calls of one step come in the order of their times."""
+    """What an engine reports about itself, in order of time."""
 
     def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None: ...
 
@@ -36,7 +33,7 @@ class MetricsSink(Protocol):
 
 
 class NullMetricsStore:
-    """Metrics switched off: every call does nothing."""
+    """Discards everything."""
 
     def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None:
         pass
@@ -55,13 +52,13 @@ class NullMetricsStore:
 
 
 class MetricsStore:
-    """Rows of one engine.
+    """The records of one engine.
 
-    clock: the engine's own, in seconds.
-    replica: which of several engines this is; it goes before each request's id.
-    capacity: the cache's, for rows a request took; None: not recorded.
-    page_bytes: size of its pages of physical memory; None where it has none.
-    keep_schedule: also keep each step's chunks, about 100 bytes a chunk.
+    clock: the engine's clock, in seconds.
+    replica: index of the engine; prefix of its request ids.
+    capacity: of the cache, to count the rows that requests used; None: they are not counted.
+    page_bytes: size of a page of the cache's physical memory; None if it has no pages.
+    keep_schedule: also keep the chunks of each step, about 100 bytes each.
     """
 
     def __init__(
@@ -82,7 +79,7 @@ class MetricsStore:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all rows, as after a warm-up; time zero is now. Steps are counted on, as the engine does."""
+        """Discard all records, for example after a warm-up; time zero is now. The engine's step ids continue."""
         self._origin_s = self._clock()
         self._last_arrival_s: float | None = None
         self._last_end_s = self._origin_s
@@ -94,7 +91,7 @@ class MetricsStore:
         self._schedule: list[ScheduleRecord] = []
 
     def rows(self) -> RunRows:
-        """Everything so far, at any time; requests under way are in it with what they have."""
+        """All records so far, including those of requests that have not ended."""
         return RunRows(
             self._origin_s,
             self._clock(),
@@ -107,7 +104,7 @@ class MetricsStore:
         )
 
     def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None:
-        """arrived_at_s is time zero of the request; it may lie before this call."""
+        """arrived_at_s: may lie before this call."""
         gap_s = None if self._last_arrival_s is None else arrived_at_s - self._last_arrival_s
         self._last_arrival_s = arrived_at_s
         name = f"{self._replica}_{request_id}"
@@ -116,14 +113,14 @@ class MetricsStore:
         self._by_id[request_id] = record
 
     def on_request_finished(self, request_id: str, finish_reason: str) -> None:
-        """Its last token may still be told by the on_step that follows."""
+        """Its last token may be reported by the next on_step."""
         record = self._by_id.get(request_id)
         if record is not None:
             record.closed_at_s = self._clock()
             record.finish_reason = finish_reason
 
     def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
-        """One step and its tokens. A step that computed nothing is none; requests before a reset are passed over."""
+        """Record a step and its tokens. Steps that computed nothing, and requests from before a reset, are ignored."""
         self._step_id = out.step_id
         self._note_preempted(out.preempted)
         if not out.chunks or result.available_rows is not None:
@@ -150,14 +147,14 @@ class MetricsStore:
             self._schedule.append(ScheduleRecord(out.step_id, self._replica, out.chunks, out.preempted))
 
     def on_operation(self, name: str, start_s: float | None, duration_s: float, on_device: bool = False) -> None:
-        """Operations are told before the on_step that they belong to, or after the run."""
+        """Call it before the on_step of the step that the operation belongs to, or after the run."""
         self._operations.append(OperationRecord(name, self._step_id + 1, self._replica, start_s, duration_s, on_device))
 
     def on_memory(self, stats: MemoryStats) -> None:
         self._memory.append(MemoryRecord(self._clock(), self._step_id, self._replica, stats))
 
     def _note_chunks(self, chunks: tuple[Chunk, ...], busy_from_s: float, duration_s: float) -> int:
-        """The number of chunks that are decodes. A step launched while another runs begins when that one ends."""
+        """Record which requests the step contained; returns the number of decodes."""
         find, num_decodes = self._by_id.get, 0
         for request_id, start, num_tokens, *_ in chunks:
             record = find(request_id)
@@ -176,7 +173,7 @@ class MetricsStore:
                 self._by_id[request_id].num_restarts += 1
 
     def _note_tokens(self, result: StepResult, times: StepTimes) -> None:
-        """Without the tokens of requests that ended while the step was running: nobody gets those."""
+        """Tokens of requests that ended while the step was running are dropped, as the engine drops them."""
         find = self._by_id.get
         for token in result.tokens:
             record = find(token[0])

@@ -1,4 +1,4 @@
-"""Rows to tables, distributions and series, by the names of Sarathi-Serve's metrics store. Knows no files and no plots.
+"""Tables, distributions and series computed from records, under the names of Sarathi-Serve's metrics store.
 
 Units: seconds, but milliseconds for operations, as there; `kv_*_bytes` are bytes.
 """
@@ -48,7 +48,7 @@ BATCH_TIMES = ("batch_execution_time", "inter_batch_delay")
 TOKEN_TIME = "decode_token_execution_plus_preemption_time"
 COMPUTING = "model_execution_e2e"
 CPU_OPERATIONS = ("schedule", COMPUTING, "process_model_outputs")
-HOST_OPERATIONS = ("prepare_inputs", "sample")  # inside the second of them
+HOST_OPERATIONS = ("prepare_inputs", "sample")  # parts of COMPUTING
 MEMORY_COUNTS = ("kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes", "kv_mapping_time", "kv_steps_waited")
 PAGES = "kv_pages_mapped"
 TIME_SERIES = ("request_arrival", "request_completion", "prefill_completion", "decode_completion")
@@ -56,7 +56,7 @@ TIME_SERIES = ("request_arrival", "request_completion", "prefill_completion", "d
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of a CSV file; a missing or None value is an empty cell."""
+    """Columns and lines of a CSV file; a missing or None value is an empty cell."""
 
     columns: tuple[str, ...]
     rows: list[dict[str, Any]]
@@ -66,9 +66,10 @@ class Table:
 
 
 def request_table(rows: RunRows) -> Table:
-    """One row a request that has ended; one that was cut off has its counts only, one that never began its arrival.
+    """One line for each request that has ended.
 
-    What was refused or never begun would skew the distributions: as in the original, it is only counted as ignored.
+    Times are given for complete requests only, counts for those that started. A request that never started has its
+    arrival only, so it does not skew the distributions: as in Sarathi-Serve, it is counted as ignored.
     """
     ended = [record for record in rows.requests if record.closed_at_s is not None]
     return Table((REQUEST_ID, *REQUEST_TIMES, *REQUEST_COUNTS), [_request_row(record) for record in ended])
@@ -81,7 +82,7 @@ def _request_row(record: RequestRecord) -> dict[str, Any]:
 
 
 def batch_table(rows: RunRows) -> Table:
-    """One row a step."""
+    """One line for each step."""
     last_end: dict[int, float] = {}
     table = Table((BATCH_ID, *BATCH_COUNTS, *BATCH_TIMES), [])
     for step in rows.steps:
@@ -99,7 +100,7 @@ def _batch_id(row: StepRecord | OperationRecord | MemoryRecord) -> int | str:
 
 
 def token_table(rows: RunRows) -> Table:
-    """One row a token but the first of each request: seconds since the token before it."""
+    """One line for each token except the first of each request: seconds since the previous token."""
     table = Table((TOKEN_ID, f"{TOKEN_TIME}_list"), [])
     for record in rows.requests:
         for index, gap_s in enumerate(record.token_gaps_s, start=1):
@@ -108,7 +109,7 @@ def token_table(rows: RunRows) -> Table:
 
 
 def operation_table(rows: RunRows, on_device: bool) -> Table:
-    """Milliseconds of each operation in each step, one column an operation."""
+    """Milliseconds of each operation in each step; one column for each operation."""
     by_step: dict[int | str, dict[str, Any]] = {}
     names: list[str] = []
     if not on_device:
@@ -130,7 +131,7 @@ def _cpu_times_ms(step: StepRecord) -> dict[str, Any]:
 
 
 def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:
-    """When each part of a step ran, in seconds; computing begins where the step before ends."""
+    """Start and end of each part of a step, in seconds. Computing starts when the previous step ends."""
     times = step.times
     computing = (step.computing_from_s, times.executed_at_s)
     spans = ((times.started_at_s, times.scheduled_at_s), computing, (times.executed_at_s, times.ended_at_s))
@@ -138,7 +139,7 @@ def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:
 
 
 def memory_table(rows: RunRows) -> Table:
-    """One row a sample of the cache's memory; kv_mapping_time and kv_steps_waited since the sample before."""
+    """One line for each sample of the memory; kv_mapping_time and kv_steps_waited count from the previous sample."""
     pages = (PAGES,) if rows.page_bytes else ()
     table = Table((BATCH_ID, TIME, *pages, *MEMORY_COUNTS), [])
     last: dict[int, MemoryRecord] = {}
@@ -155,7 +156,7 @@ def memory_table(rows: RunRows) -> Table:
 
 
 def distributions(rows: RunRows) -> dict[str, list[float]]:
-    """Everything that has a distribution, by name; names without a value are left out."""
+    """The values of every metric by name, without metrics that have none."""
     found = {}
     for table, names in (
         (request_table(rows), (*REQUEST_TIMES, *REQUEST_COUNTS)),
@@ -173,7 +174,7 @@ def distributions(rows: RunRows) -> dict[str, list[float]]:
 def time_series(rows: RunRows) -> dict[str, list[tuple[float, float]]]:
     """Running totals over time, as (seconds since time zero, total): requests, prompt tokens, output tokens.
 
-    A request that was cut off with the run, aborted or refused has arrived, but is never complete.
+    Requests that were cut off at the end of the run, aborted or refused count as arrivals, not as completions.
     """
     arrivals, completions, prefills, decodes = events = [list[tuple[float, float]]() for _ in TIME_SERIES]
     for record in rows.requests:
@@ -194,7 +195,7 @@ def _running_total(points: list[tuple[float, float]], origin_s: float) -> list[t
 
 
 def cdf(values: Iterable[float]) -> tuple[list[float], list[float]]:
-    """Sorted values, and the share of values that are not larger than each."""
+    """Sorted values, and for each the fraction of values that are not larger."""
     ordered = sorted(values)
     return ordered, [(index + 1) / len(ordered) for index in range(len(ordered))]
 
@@ -203,7 +204,7 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 
 
 def describe(values: Sequence[float]) -> dict[str, float]:
-    """Count, sum, mean, standard deviation, extremes, and quantiles (linear between neighbours, as numpy's)."""
+    """Count, sum, mean, standard deviation, extremes, and quantiles (linearly interpolated, as numpy's)."""
     data = np.asarray(values, dtype=float)
     summary = {"count": len(values), "sum": data.sum(), "mean": data.mean(), "std": data.std(), "min": data.min()}
     summary |= {"max": data.max()}

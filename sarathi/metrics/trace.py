@@ -1,8 +1,8 @@
-"""A run as a trace that Perfetto and chrome://tracing show: steps, operations, mapping and requests. Knows no engine.
+"""Trace of a run for Perfetto and chrome://tracing: steps, operations, page mapping and requests.
 
-Format: the Trace Event Format's complete ("X"), counter ("C") and metadata ("M") events; times in microseconds since
-time zero. One process a replica, with a thread of steps, one of operations on the device and one of mapping, and one
-more process with a thread a request.
+Format: complete ("X"), counter ("C") and metadata ("M") events of the Trace Event Format; times in microseconds since
+time zero. Each replica is a process with threads for steps, operations on the device and mapping; another process has a
+thread for each request.
 """
 
 from collections.abc import Iterator, Mapping
@@ -63,7 +63,7 @@ def _step_args(step: StepRecord) -> dict[str, Any]:
 
 
 def _operations(rows: RunRows) -> Iterator[Event]:
-    """Operations stand where they began; those of which only the duration is known follow their step's beginning."""
+    """Operations whose start is unknown are placed one after the other from the start of their step."""
     cursor = {(step.replica, step.step_id): step.computing_from_s for step in rows.steps}
     for row in rows.operations:
         key = (row.replica, row.step_id)
@@ -75,7 +75,7 @@ def _operations(rows: RunRows) -> Iterator[Event]:
 
 
 def _mapping(rows: RunRows) -> Iterator[Event]:
-    """What was mapped between two looks at the memory: how long it took is known, when it began is not."""
+    """Mapping between two samples of the memory: its duration is known, its start is not."""
     last: dict[int, float] = {}
     for sample, row in zip(rows.memory, memory_table(rows).rows, strict=True):
         at_us = _span(rows, sample.at_s, sample.at_s)[0]
@@ -98,7 +98,7 @@ def _requests(rows: RunRows) -> Iterator[Event]:
 
 
 def _phases(record: RequestRecord, end_of_run_s: float) -> Iterator[tuple[str, float, float]]:
-    """Waiting, prefill and decode, as far as the request came."""
+    """Waiting, prefill and decode, as far as the request got."""
     names = ("waiting", "prefill", "decode")
     times = [record.arrived_at_s, record.scheduled_at_s, record.first_token_at_s]
     end_s = record.finished_at_s if record.finished_at_s is not None else end_of_run_s

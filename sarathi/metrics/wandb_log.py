@@ -1,4 +1,4 @@
-"""A result sent to Weights & Biases where a project is named. The only module that knows wandb, loaded when called."""
+"""Upload of a result to Weights & Biases. wandb is imported when a result is sent."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class WandbError(RuntimeError):
-    """The result was not sent; what is on disk is whole."""
+    """The result was not sent; the files on disk are complete."""
 
 
 @dataclass(frozen=True)
 class WandbTarget:
-    """Where results go; empty texts are left to wandb. wandb's own WANDB_MODE=offline keeps everything on disk."""
+    """Where results go; wandb chooses what is empty. WANDB_MODE=offline keeps everything on disk."""
 
     project: str
     group: str = ""
@@ -22,9 +22,9 @@ class WandbTarget:
 
 
 def log_report(folder: Path, summary: Mapping[str, Any], target: WandbTarget) -> None:
-    """One finished run: the configuration, every number of the summary, and the plots in `folder`.
+    """Upload the configuration, every number of the summary, and the plots in `folder`.
 
-    WandbError where wandb is not installed, or cannot or will not take it.
+    WandbError if wandb is not installed or refuses the result.
     """
     try:
         import wandb
@@ -55,7 +55,7 @@ def _send(wandb: Any, folder: Path, summary: Mapping[str, Any], target: WandbTar
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of nested dicts by dotted names, without the configuration."""
+    """The numbers in nested dicts by dotted names, without configuration and environment."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and name not in ("config", "environment"):
             yield from _numbers(value, f"{prefix}{name}.")
