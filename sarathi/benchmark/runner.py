@@ -20,6 +20,7 @@ from sarathi.benchmark.progress import ProgressBar
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
+from sarathi.config.schema import EngineConfig
 from sarathi.engine.build import build_parts, build_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
@@ -38,8 +39,8 @@ class BenchmarkRunner:
         self._config, self._replica = config, replica
         settings = engine_config(config, device)
         tokenizer, executor = build_parts(settings)
-        self._store = _make_store(config, replica, executor) if config.write_metrics else None
-        core = EngineCore(build_scheduler(settings.scheduler, executor), _timed(config, executor, self._store))
+        self._store = _make_store(config, replica, settings, executor) if config.write_metrics else None
+        core = EngineCore(build_scheduler(settings, executor), _timed(config, executor, self._store))
         self._engine = LLMEngine(core, tokenizer, metrics=self._store or NullMetricsStore())
         encode = None if tokenizer is None else tokenizer.encode
         self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
@@ -138,8 +139,10 @@ def _timed(config: BenchmarkConfig, executor: UniprocExecutor, store: MetricsSto
     return ProbedExecutor(executor, OperationProbe(executor.model), store)
 
 
-def _make_store(config: BenchmarkConfig, replica: int, executor: UniprocExecutor) -> MetricsStore:
-    page_bytes = None if executor.backend.is_paged else executor.capacity.page_bytes
+def _make_store(
+    config: BenchmarkConfig, replica: int, settings: EngineConfig, executor: UniprocExecutor
+) -> MetricsStore:
+    page_bytes = None if settings.model.attention_backend.is_paged else executor.capacity.page_bytes
     return MetricsStore(
         replica=replica, capacity=executor.capacity, page_bytes=page_bytes, keep_schedule=config.write_json_trace
     )

@@ -1,8 +1,8 @@
-r"""A backend's name as a product of choices: kernel, memory, layout, mapping, granularity. Knows none of them itself.
+r"""An attention backend's name: the product of kernel, memory, layout, mapping and granularity.
 
 fa_vattn_megacache_sync_2mb
 |  |     |         |    \-- page of virtual memory (64kb, 2mb), or tokens of a block where paged (16)
-|  |     |         \------- map in the step instead of beside it (vattn)
+|  |     |         \------- map pages in the step, not in the background (vattn)
 |  |     \----------------- all layers of K in one region, all of V in another (vattn)
 |  \----------------------- vattn: contiguous virtual memory; paged: block tables
 \-------------------------- sdpa, fa (the best installed), fa2, fa3, fa4, fi (FlashInfer), no_op (computes nothing)
@@ -23,23 +23,25 @@ KERNELS = ("sdpa", "fa", "fa2", "fa3", "fa4", "fi", "no_op")
 MEMORIES = ("vattn", "paged")
 _FLAGS = ("megacache", "sync")
 _KNOWN_WORDS = (*KERNELS, *MEMORIES, *_FLAGS)
+_NO_CHOICES = (False, False, None, None)
 _SIZE_WORD = re.compile(r"(\d+)([a-z]*)")
 _MOST_PAGE_BYTES, _MOST_BLOCK_TOKENS = 2**40, 2**31 - 1
 
 
 class BackendNameError(ValueError):
-    """A backend name that means nothing, or contradicts itself; the message says what would be right."""
+    """An unknown or contradictory backend name; the message says what is allowed."""
 
 
 @dataclass(frozen=True)
 class BackendSpec:
     """One backend. `BackendSpec.parse(str(spec)) == spec` for every spec that can be built.
 
+    kernel: one of KERNELS; "auto", which takes no other choice, is resolved per device by `on`.
     page_bytes: page of virtual memory, a multiple of 1 KiB; None leaves it to the device's granularity.
     block_size: tokens of a block where paged; None leaves it to the kernel.
     """
 
-    kernel: str
+    kernel: str = AUTO
     memory: str = "vattn"
     megacache: bool = False
     sync: bool = False
@@ -47,6 +49,9 @@ class BackendSpec:
     block_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.kernel == AUTO:
+            self._check_auto()
+            return
         _check_word("kernel", self.kernel, KERNELS)
         _check_word("memory", self.memory, MEMORIES)
         if self.is_paged:
@@ -57,6 +62,8 @@ class BackendSpec:
     @classmethod
     def parse(cls, name: str) -> BackendSpec:
         """Read a name in any case, with its words in any order; BackendNameError says what is wrong with it."""
+        if name.strip().lower() == AUTO:
+            return cls()
         fields: dict[str, Any] = {}
         for word in _words(name):
             axis, value = _read_word(name, word)
@@ -72,13 +79,25 @@ class BackendSpec:
     def is_paged(self) -> bool:
         return self.memory == "paged"
 
+    def on(self, device_kind: str) -> BackendSpec:
+        """This backend on a device of this kind, "cpu" or "cuda": "auto" becomes the fastest common one."""
+        if self.kernel != AUTO:
+            return self
+        return BackendSpec("sdpa" if device_kind == "cpu" else "fa", "vattn")
+
     def __str__(self) -> str:
+        if self.kernel == AUTO:
+            return AUTO
         words = [self.kernel, self.memory, *(flag for flag in _FLAGS if getattr(self, flag))]
         if self.page_bytes is not None:
             words.append(format_bytes(self.page_bytes))
         if self.block_size is not None:
             words.append(str(self.block_size))
         return "_".join(words)
+
+    def _check_auto(self) -> None:
+        if (self.memory, self.megacache, self.sync, self.page_bytes, self.block_size) != ("vattn", *_NO_CHOICES):
+            raise BackendNameError("kernel 'auto' takes no other choice: name a kernel")
 
     def _check_paged(self) -> None:
         if self.megacache:
@@ -100,13 +119,6 @@ class BackendSpec:
         if self.page_bytes is not None and (not 1024 <= self.page_bytes <= _MOST_PAGE_BYTES or self.page_bytes % 1024):
             most = format_bytes(_MOST_PAGE_BYTES)
             raise BackendNameError(f"a page of {self.page_bytes} bytes: it must be a multiple of 1kb, up to {most}")
-
-
-def resolve_backend(name: str, device_kind: str) -> BackendSpec:
-    """The backend meant by `name` on a device of this kind ("cpu" or "cuda"); "auto" takes the fastest usual one."""
-    if name.lower() != AUTO:
-        return BackendSpec.parse(name)
-    return BackendSpec("sdpa" if device_kind == "cpu" else "fa", "vattn")
 
 
 def _words(name: str) -> Iterator[str]:
@@ -142,7 +154,7 @@ def _read_size(name: str, word: str, unit: str) -> tuple[str, int]:
 
 
 def _complete(fields: dict[str, Any]) -> dict[str, Any]:
-    """A name needs its kernel and its memory; no_op alone stands on vattn, for there is nothing to choose."""
+    """Check that kernel and memory are named; no_op alone means no_op_vattn."""
     if "kernel" not in fields:
         raise BackendNameError(f"no kernel is named; known are {', '.join(KERNELS)}")
     if fields["kernel"] == "no_op":

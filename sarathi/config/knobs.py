@@ -1,7 +1,7 @@
-"""Fields of configuration sections that explain and check themselves. Knows none of the sections.
+"""Fields of configuration sections that explain and check themselves.
 
-A section is a frozen dataclass derived from Section whose fields are made by knob(). From that follow its checks, the
-options of the command line and the documentation, so that each fact about a knob is written once.
+A section is a frozen dataclass derived from Section whose fields are made by knob(). Its checks, its command line
+options and its documentation all come from these fields.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": 
 
 
 class ConfigError(ValueError):
-    """A knob that does not exist, or a value that it cannot take; the message names both and what is allowed."""
+    """An unknown knob, or a value that a knob cannot take; the message names both and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Knob:
     @property
     def allowed(self) -> str:
         """What the knob takes, in words."""
-        words = "one of " + ", ".join(self.limits.choices) if self.limits.choices else _TYPE_WORDS[self.value_type]
+        words = _TYPE_WORDS.get(self.value_type, "a name")
+        if self.limits.choices:
+            words = "one of " + ", ".join(self.limits.choices)
         low, high = self.limits.low, self.limits.high
         if low > -math.inf and high < math.inf:
             words += f" from {_limit(low)} to {_limit(high)}"
@@ -67,11 +69,16 @@ class Knob:
         return f"{words}, or none" if self.optional else words
 
     def coerce(self, value: object) -> object:
-        """`value`, typed or as written on a command line, as what the field holds; ConfigError if it cannot be."""
+        """`value`, typed or as written on a command line, converted to the field's type; ConfigError if impossible.
+
+        A type of its own has a classmethod `parse(text)`, which raises a ValueError that explains itself.
+        """
         if value is None or (self.optional and isinstance(value, str) and value.lower() in _WORDS_FOR_NONE):
             if self.optional:
                 return None
             raise self._refusal(value)
+        if self.value_type not in _READERS:
+            return self._parsed(value)
         try:
             typed = _READERS[self.value_type](value, self.limits)
         except (OverflowError, TypeError, ValueError):
@@ -79,6 +86,13 @@ class Knob:
         if isinstance(typed, (int, float)) and not self.limits.low <= typed <= self.limits.high:
             raise self._refusal(value)
         return typed
+
+    def _parsed(self, value: object) -> object:
+        if isinstance(value, self.value_type):
+            return value
+        if not isinstance(value, str):
+            raise self._refusal(value)
+        return self.value_type.parse(value)  # type: ignore[attr-defined]
 
     def _refusal(self, value: object) -> ConfigError:
         hint = ""
@@ -94,7 +108,7 @@ def knob(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class Section:
-    """Base of configuration sections: values are checked and made canonical when one is built."""
+    """Base of configuration sections: values are checked and converted when one is built."""
 
     def __post_init__(self) -> None:
         for each in knobs_of(type(self), type(self).__name__ + "."):

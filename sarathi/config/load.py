@@ -1,4 +1,4 @@
-"""Configuration from a YAML file, overrides and keywords. Knows no particular section: the schema is handed in.
+"""Configuration from a YAML file, overrides and keywords, of a schema that is passed in.
 
 A knob is named by its path (scheduler.chunk_size), by the path in one word (scheduler_chunk_size), or by its last part
 where only one knob ends so (chunk_size).
@@ -7,7 +7,8 @@ where only one knob ends so (chunk_size).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ import yaml
 
 from sarathi.config.knobs import ConfigError, Knob, Section, knobs_of, sections_of
 from sarathi.config.schema import EngineConfig
-from sarathi.config.units import nearest
+from sarathi.wording import short_repr
 
 S = TypeVar("S", bound=Section)
+_MOST_KEYS = 10_000  # of one mapping
+_MOST_YAML_CHARACTERS = 10_000_000
 
 
 def make_config(**settings: object) -> EngineConfig:
@@ -31,7 +34,7 @@ def load_config(schema: type[S], path: str | Path | None = None, overrides: Mapp
     Values may be typed or text ("512", "none"); names of choices may be in any case. Raises ConfigError that names the
     knob, and the nearest known one where it does not exist.
     """
-    settings = dict(_flatten(_read_yaml(path), schema)) if path is not None else {}
+    settings = dict(_flatten(_read_sections(path), schema)) if path is not None else {}
     settings.update(overrides or {})
     by_path = {each.path: each for each in knobs_of(schema)}
     values = {}
@@ -51,36 +54,62 @@ def find_knob(schema: type[Section], name: str) -> Knob:
             return found[0]
         if found:
             raise ConfigError(f"{name!r} could mean {' or '.join(each.path for each in found)}: write the whole path")
-    raise ConfigError(f"unknown setting {name!r}; the nearest known is {_nearest_path(wanted, knobs)!r}")
+    nearest = _nearest_path(wanted, knobs)
+    hint = f"; the nearest known is {nearest!r}" if nearest else ", and no known one is named like it"
+    raise ConfigError(f"unknown setting {short_repr(name)}{hint}")
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """The configuration as plain nested dicts: what a result saves, and load_config reads back."""
-    return asdict(config)
+    """The configuration as nested dicts of plain values, which load_config reads back."""
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
-def _nearest_path(wanted: str, knobs: tuple[Knob, ...]) -> str:
-    """Compare like with like: whole paths with a dotted name, last parts with a bare one."""
+def _plain(value: object) -> object:
+    if isinstance(value, Section):
+        return to_dict(value)
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def _nearest_path(wanted: str, knobs: tuple[Knob, ...]) -> str | None:
+    """Compare whole paths with a dotted name, last parts with any other."""
     if "." in wanted:
-        return nearest(wanted, [each.path for each in knobs])
+        return next(iter(get_close_matches(wanted, [each.path for each in knobs], 1)), None)
     by_name = {each.flat: each.path for each in knobs} | {each.leaf: each.path for each in knobs}
-    return by_name[nearest(wanted, by_name)]
+    return next((by_name[name] for name in get_close_matches(wanted, by_name, 1)), None)
 
 
-def _read_yaml(path: str | Path) -> Mapping[str, object]:
+class _BoundedLoader(yaml.SafeLoader):
+    """Safe YAML in time linear in the file: nested `<<` of anchors would otherwise grow exponentially."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.YAMLError(f"a mapping of more than {_MOST_KEYS} keys")
+
+
+def read_yaml(path: str | Path) -> object:
+    """The content of a YAML file, of at most 10 million characters; ConfigError that names the file."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_YAML_CHARACTERS + 1)
+        if len(text) > _MOST_YAML_CHARACTERS:
+            raise ValueError(f"it has more than {_MOST_YAML_CHARACTERS} characters")
+        return yaml.load(text, _BoundedLoader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or integer out of range
         raise ConfigError(f"{str(path)!r} is not YAML: {error}") from None
+
+
+def _read_sections(path: str | Path) -> Mapping[str, object]:
+    content = read_yaml(path)
     if content is not None and not isinstance(content, Mapping):
         raise ConfigError(f"{str(path)!r} holds {type(content).__name__}; it must hold sections, as `scheduler:`")
     return content or {}
 
 
 def _flatten(tree: Mapping[str, object], schema: type[Section], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Paths and values of nested sections; what is no section is left for find_knob to judge."""
+    """Paths and values of nested sections; a key that is not a section is left to find_knob."""
     sections = sections_of(schema)
     for name, value in tree.items():
         path = f"{prefix}{name}"
@@ -89,7 +118,9 @@ def _flatten(tree: Mapping[str, object], schema: type[Section], prefix: str = ""
         elif isinstance(value, Mapping):
             yield from _flatten(value, sections[name], f"{path}.")
         elif value is not None:
-            raise ConfigError(f"{path} is {value!r}: it is a section and holds {', '.join(_names(sections[name]))}")
+            raise ConfigError(
+                f"{path} is {short_repr(value)}: it is a section and holds {', '.join(_names(sections[name]))}"
+            )
 
 
 def _names(section: type[Section]) -> list[str]:

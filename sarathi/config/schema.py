@@ -1,6 +1,6 @@
-"""Every knob of the engine, with its default and its meaning. Knows no file format and no device.
+"""Every knob of the engine, with its default and its meaning.
 
-Built once, never written to: what is found out at run time (the resolved backend, the capacity) is returned and passed.
+Built once and never changed: facts found at run time, as the capacity of the cache, are returned and passed on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from sarathi.config.knobs import ConfigError, Section, knob
 
 SCHEDULERS = ("sarathi", "vllm", "orca", "faster_transformer", "simple_chunking")
 CHUNKED_SCHEDULERS = ("sarathi", "simple_chunking")
+
+DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 _INT32_MAX, _INT63_MAX = 2**31 - 1, 2**63 - 1  # lengths and slots on the device; seeds of torch
 _MOST_BYTES = 2**62
@@ -25,9 +27,8 @@ class ModelConfig(Section):
     model: str = knob("smollm2-135m", "model: a shipped name, a folder, a .gguf file, or a hub id")
     tokenizer: str | None = knob(None, "tokenizer: a folder or hub id; none: the model's own")
     dtype: str = knob(
-        AUTO, "type of weights and cache; auto: the model's own on a GPU, float32 on a CPU",
-        choices=(AUTO, "float32", "float16", "bfloat16"),
-    )  # fmt: skip
+        AUTO, "type of weights and activations; auto: the model's own on a GPU, float32 on a CPU", choices=DTYPES
+    )
     device: str = knob(AUTO, "cpu, cuda or cuda:N; auto: a GPU where there is one")
     load_format: str = knob(
         AUTO, "how weights are stored; dummy: random weights, for measuring speed",
@@ -37,19 +38,19 @@ class ModelConfig(Section):
         None, "longest prompt plus output, in tokens; none: the model's own limit", low=2, high=_INT32_MAX
     )
     seed: int = knob(0, "seed of dummy weights and of requests that bring none", low=0, high=_INT63_MAX)
-    attention_backend: str = knob(AUTO, "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16")
+    attention_backend: BackendSpec = knob(  # noqa: RUF009 (a field, like the others)
+        BackendSpec(), "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16; auto: the fastest common one"
+    )
     enforce_eager: bool = knob(False, "no CUDA graphs: every kernel of a step is started by itself, and can be timed")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = self.attention_backend.lower()
-        canonical = AUTO if name == AUTO else str(BackendSpec.parse(name))
-        object.__setattr__(self, "attention_backend", canonical)
 
 
 @dataclass(frozen=True)
 class CacheConfig(Section):
-    """How much memory keys and values may take."""
+    """How much memory keys and values may take, and their type."""
+
+    kv_cache_dtype: str = knob(
+        AUTO, "type of keys and values in the cache; auto: that of the activations", choices=DTYPES
+    )
 
     memory_bytes: int | None = knob(
         None,

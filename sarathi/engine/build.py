@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sarathi.config.schema import EngineConfig, ModelConfig, SchedulerConfig
+from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -15,10 +15,10 @@ def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, UniprocExecutor
     return load_tokenizer(_tokenizer_source(config.model)), UniprocExecutor(config)
 
 
-def build_scheduler(config: SchedulerConfig, executor: UniprocExecutor) -> Scheduler:
-    """The scheduler that the configuration asks for, over the block space manager of the executor's backend."""
-    block_space_manager = make_block_space_manager(executor.backend, executor.capacity)
-    return make_scheduler(config, block_space_manager, executor.max_model_len)
+def build_scheduler(config: EngineConfig, executor: UniprocExecutor) -> Scheduler:
+    """The scheduler that the configuration asks for, over the block space manager of its backend."""
+    block_space_manager = make_block_space_manager(config.model.attention_backend, executor.capacity)
+    return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len)
 
 
 def _tokenizer_source(config: ModelConfig) -> ModelSource:

@@ -46,7 +46,7 @@ class LLMEngine:
         from sarathi.engine.build import build_parts, build_scheduler  # imports torch
 
         tokenizer, executor = build_parts(config)
-        return cls(EngineCore(build_scheduler(config.scheduler, executor), executor), tokenizer)
+        return cls(EngineCore(build_scheduler(config, executor), executor), tokenizer)
 
     @property
     def has_work(self) -> bool:

@@ -125,7 +125,7 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
         facts, capacity = llm.engine.core.facts, llm.engine.core.facts.capacity
         num_tensors = facts.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
         return Measured(
-            backend=config.model.attention_backend,
+            backend=str(config.model.attention_backend),
             answers=[output.outputs[0] for output in outputs],
             elapsed_s=elapsed_s,
             peak_bytes=llm.memory_stats().peak_mapped_bytes,

@@ -83,7 +83,6 @@ class UniprocExecutor(Executor):
         self._worker: Worker | _ClosedWorker = worker
         self._thaw = weakref.finalize(self, _FROZEN.leave)
         _FROZEN.enter()
-        self.backend = worker.backend
         self.capacity, self.max_model_len, self.vocab_size = worker.capacity, worker.max_model_len, worker.vocab_size
         self.token_bytes, self.dtype_eps = worker.token_bytes, worker.dtype_eps
         self.max_in_flight = worker.max_in_flight

@@ -54,6 +54,16 @@ class ModelArchitecture:
         kv_size = self.num_kv_heads * self.head_size
         return self.num_heads * self.head_size, kv_size, kv_size
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights, biases and norms of all layers, the embedding, and the head where it is not tied."""
+        query, key, value = self.qkv_sizes
+        hidden, inner = self.hidden_size, self.intermediate_size
+        biases = self.qkv_bias * (query + key + value) + self.o_bias * hidden + self.mlp_bias * (2 * inner + hidden)
+        norms = 2 * hidden + self.qk_norm * 2 * self.head_size
+        layer = hidden * (query + key + value) + query * hidden + 3 * hidden * inner + biases + norms
+        return self.num_layers * layer + hidden + (2 - self.tie_embeddings) * self.vocab_size * hidden
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a query of `layer` sees, itself included; None for all."""
         return None if layer in self.full_attention_layers else self.sliding_window

@@ -69,11 +69,10 @@ class CudaModelRunner:
     max_in_flight = 2
 
     def __init__(
-        self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Many[CacheLayer], *,
-        prefetch: bool, limits: Limits,
+        self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Many[CacheLayer],
+        limits: Limits,
     ) -> None:  # fmt: skip
         self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
-        self._prefetch = prefetch
         self._device = model.decoder.embedding.weight.device
         self._vocab_size = model.decoder.embedding.weight.shape[0]
         self._max_num_seqs = limits.max_num_seqs
@@ -112,8 +111,7 @@ class CudaModelRunner:
         compute = self._prepare(chunks, address, sequences, plan)
         prepare_inputs_s = time.perf_counter() - began_s
         launched = LaunchedStep(out, compute(), plan, sequences, started, prepare_inputs_s)
-        if self._prefetch:
-            self._cache.prefetch(chunks)
+        self._cache.prefetch(chunks)
         return launched
 
     def wait(self) -> None:

@@ -1,19 +1,19 @@
-"""Which device and numbers a worker uses and how much memory its cache may take; knows no model's layers."""
-
-import os
+"""Device, dtypes and attention backend of a worker, from the configuration and the machine."""
 
 import torch
 
+from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.schema import CacheConfig, ModelConfig
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.placement import Placement
 
-_DEFAULT_BUDGET_BYTES = 4 * 2**30
-_SHARE_OF_FREE_RAM = 0.25
-
 
 class DeviceUnavailableError(ValueError):
-    """The device that was asked for is not there."""
+    """The configured device does not exist on this machine."""
+
+
+class CacheDtypeError(ValueError):
+    """No attention kernel reads a cache of this dtype."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,9 +23,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceUnavailableError(
-            f"device={name!r} is none that torch knows: use 'cpu', 'cuda' or 'cuda:N'"
-        ) from error
+        raise DeviceUnavailableError(f"device={name!r} is unknown to torch: use 'cpu', 'cuda' or 'cuda:N'") from error
     if device.type not in ("cpu", "cuda"):
         raise DeviceUnavailableError(f"device={name!r} is not supported: use 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -42,15 +40,18 @@ def choose_placement(config: ModelConfig, arch: ModelArchitecture) -> Placement:
     return Placement(getattr(torch, name), device)
 
 
-def cache_budget_bytes(config: CacheConfig, device: torch.device) -> int:
-    """The configured budget; else 4 GiB or a quarter of the free RAM on a CPU, what its share leaves on a GPU."""
-    if config.memory_bytes is not None:
-        return config.memory_bytes
-    if device.type == "cpu":
-        return min(_DEFAULT_BUDGET_BYTES, int(_free_ram_bytes() * _SHARE_OF_FREE_RAM))
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, free - int(total * (1 - config.gpu_memory_utilization)))
+def attention_backend(config: ModelConfig) -> BackendSpec:
+    """The configured backend; "auto" is resolved for the configured device."""
+    return config.attention_backend.on(choose_device(config.device).type)
 
 
-def _free_ram_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def choose_cache_dtype(config: CacheConfig, place: Placement) -> torch.dtype:
+    """ "auto" is the dtype of weights and activations."""
+    dtype: torch.dtype = place.dtype if config.kv_cache_dtype == AUTO else getattr(torch, config.kv_cache_dtype)
+    if dtype != place.dtype:
+        name = str(place.dtype).removeprefix("torch.")
+        raise CacheDtypeError(
+            f"kv_cache_dtype={config.kv_cache_dtype}: no attention kernel reads a cache of a dtype other than the "
+            f"activations', {name}; use auto or {name}"
+        )
+    return dtype

@@ -34,11 +34,8 @@ class ModelRunner:
 
     max_in_flight = 1
 
-    def __init__(
-        self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer], *, prefetch: bool
-    ) -> None:
+    def __init__(self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer]) -> None:
         self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
-        self._prefetch = prefetch
         self._device = model.embedding.weight.device
         self._vocab_size = model.embedding.weight.shape[0]
         self._kernels = create_ops(self._device)
@@ -54,8 +51,7 @@ class ModelRunner:
         ]
         plan = to_device(plan_sampling(next_tokens, self._vocab_size), self._device)
         metadata = self._backend.plan(batch, self._cache.address(chunks))
-        if self._prefetch:
-            self._cache.prefetch(chunks)
+        self._cache.prefetch(chunks)
         started_s = time.perf_counter()
         logits = self.model(batch, self._layers, metadata)
         done_s = time.perf_counter()

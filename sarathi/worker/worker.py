@@ -1,20 +1,19 @@
 """One rank: its share of the model and of the KV cache, and the tokens of running requests."""
 
 import logging
-from dataclasses import replace
 
-from sarathi.config.backend import resolve_backend
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import create_backend
 from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.worker.cache_engine.base import CacheShape
+from sarathi.worker.cache_engine.base import KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine
-from sarathi.worker.device import choose_placement
+from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
+from sarathi.worker.memory import check_budget, check_weights, final_budget_bytes, initial_budget_bytes
 from sarathi.worker.sequences import SequenceTable
-from sarathi.worker.warm_up import create_runner, initial_budget_bytes, size_cache
+from sarathi.worker.warm_up import create_runner, warm_up
 from vattention import OutOfMemoryError
 
 logger = logging.getLogger(__name__)
@@ -36,20 +35,25 @@ class Worker:
         checkpoint = open_checkpoint(config.model)
         arch = checkpoint.architecture
         place = choose_placement(config.model, arch)
-        self.backend = spec = resolve_backend(config.model.attention_backend, place.device.type)
-        self.vocab_size = arch.vocab_size
+        check_budget(config.cache, place.device)
+        check_weights(arch.num_parameters, place.dtype, place.device)
+        self.vocab_size, self.dtype_eps = arch.vocab_size, place.dtype_eps
         self.max_model_len = _model_length(config, arch)
-        backend = create_backend(spec, arch, place)
-        model = Decoder(arch, place, backend)
+        backend = attention_backend(config.model)
+        attention = create_backend(backend, arch, place)
+        model = Decoder(arch, place, attention)
         load_weights(model, checkpoint, config.model.seed)
-        over_read_tokens = backend.capabilities.over_read_tokens
-        shape = CacheShape(arch, place, config.scheduler.max_num_seqs, self.max_model_len, 0, over_read_tokens)
-        shape = replace(shape, budget_bytes=initial_budget_bytes(spec, config, shape.token_bytes, place.device))
-        self.token_bytes, self.dtype_eps = shape.token_bytes, place.dtype_eps
-        self._cache = create_cache_engine(spec, shape)
-        self._runner = create_runner(model, backend, self._cache, shape, spec)
+        spec = KVCacheSpec(
+            arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
+            config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
+        )  # fmt: skip
+        self.token_bytes = spec.token_bytes
+        budget = initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
+        self._cache = create_cache_engine(backend, spec, place.device, budget)
+        self._runner = create_runner(model, attention, self._cache, arch, spec)
         self.model = self._runner.model
-        size_cache(self._runner, self._cache, config, shape)
+        warm_up(self._runner, self._cache, config, spec)
+        self._cache.resize(final_budget_bytes(config.cache, place.device, budget))
         self._sequences = SequenceTable(config.model.seed)
 
     @property

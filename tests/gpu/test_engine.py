@@ -292,7 +292,7 @@ def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypat
 
 def test_kernels_start_while_nothing_is_mapped_for_any_request(model: Model, llm: LLM) -> None:
     """A launcher looks up the address of the whole cache, whichever slots have memory."""
-    if llm.engine.core.executor.backend.is_paged:
+    if llm.engine.core.executor._worker._cache.block_size is not None:
         pytest.skip("blocks are always there")
     prompt = random_prompts(1, 50)[0]
     llm.generate(prompt, greedy(4), use_tqdm=False)

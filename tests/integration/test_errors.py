@@ -43,6 +43,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"attention_backend": "sdpa_paged_16", "memory_bytes": "900tb"},
         r"more than cpu can give",
     ),
+    "virtual budget beyond the machine": (
+        {"attention_backend": "sdpa_vattn", "memory_bytes": "900tb"},
+        r"memory_bytes=\d+ is more than cpu can give: it has \d+ bytes in all",
+    ),
+    "another dtype in the cache": (
+        {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
+        r"kv_cache_dtype=bfloat16: .*float32; use auto or float32",
+    ),
+    "weights beyond the memory": (
+        {"model": "llama-3-70b", "dtype": "float32"},
+        r"70553706496 parameters x 4 bytes \(float32\) are 262\.8 GiB, cpu has \d+\.\d GiB free",
+    ),
     "too many ranks": ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2.*one rank"),
     "length beyond the model": (
         {"load_format": "auto", "model": "smollm2-135m", "max_model_len": 10**6},

@@ -8,6 +8,7 @@ import torch
 from smollm2 import PROMPTS, greedy, load_reference
 from transformers import PreTrainedModel
 
+from sarathi.config.backend import BackendSpec
 from sarathi.config.load import make_config
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager import make_block_space_manager
@@ -54,20 +55,29 @@ def expected(prompts, reference) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def executor(request) -> Iterator[UniprocExecutor]:
+def backend(request) -> BackendSpec:
+    return BackendSpec.parse(request.param)
+
+
+@pytest.fixture(scope="module")
+def executor(backend: BackendSpec) -> Iterator[UniprocExecutor]:
     executor = UniprocExecutor(
-        make_config(attention_backend=request.param, memory_bytes=2**29, max_num_seqs=32, device="cpu")
+        make_config(attention_backend=backend, memory_bytes=2**29, max_num_seqs=32, device="cpu")
     )
     yield executor
     executor.shutdown()
 
 
 def generate(
-    executor: UniprocExecutor, prompts: list[tuple[int, ...]], config: SchedulerConfig, rows: int | None = None
+    executor: UniprocExecutor,
+    backend: BackendSpec,
+    prompts: list[tuple[int, ...]],
+    config: SchedulerConfig,
+    rows: int | None = None,
 ) -> list[Request]:
     """Runs all prompts to their end; with `rows` the block space manager counts on no more memory than that."""
     capacity = executor.capacity if rows is None else replace(executor.capacity, rows=rows)
-    scheduler = make_scheduler(config, make_block_space_manager(executor.backend, capacity), executor.max_model_len)
+    scheduler = make_scheduler(config, make_block_space_manager(backend, capacity), executor.max_model_len)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     requests = [Request(f"r{index}", prompt, params) for index, prompt in enumerate(prompts)]
     for request in requests:
@@ -98,23 +108,23 @@ def test_weights_equal_transformers_reading_of_the_file(reference) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("executor", ONE_EACH, indirect=True)
-def test_outputs_equal_transformers(executor, prompts, expected) -> None:
-    found = generate(executor, prompts, scheduling(*ONE_EACH[str(executor.backend)]))
+@pytest.mark.parametrize("backend", ONE_EACH, indirect=True)
+def test_outputs_equal_transformers(executor, backend, prompts, expected) -> None:
+    found = generate(executor, backend, prompts, scheduling(*ONE_EACH[str(backend)]))
     assert [request.output_token_ids for request in found] == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_every_backend_and_schedule_equals_transformers(executor, prompts, expected, schedule) -> None:
-    found = generate(executor, prompts, scheduling(*schedule))
+def test_every_backend_and_schedule_equals_transformers(executor, backend, prompts, expected, schedule) -> None:
+    found = generate(executor, backend, prompts, scheduling(*schedule))
     assert [request.output_token_ids for request in found] == expected
 
 
-@pytest.mark.parametrize("executor", PREEMPTING, indirect=True)
-def test_outputs_survive_preemption(executor, prompts, expected) -> None:
+@pytest.mark.parametrize("backend", PREEMPTING, indirect=True)
+def test_outputs_survive_preemption(executor, backend, prompts, expected) -> None:
     longest = max(map(len, prompts)) + NUM_TOKENS
     rows = executor.capacity.rows_for(longest) + 3 * executor.capacity.rows_for(NUM_TOKENS)
-    found = generate(executor, prompts, scheduling(64, 32), rows)
+    found = generate(executor, backend, prompts, scheduling(64, 32), rows)
     assert sum(request.num_preemptions for request in found) > 0
     assert [request.output_token_ids for request in found] == expected

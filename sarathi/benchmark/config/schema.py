@@ -49,8 +49,7 @@ class BenchmarkModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = self.attention_backend.lower()
-        object.__setattr__(self, "attention_backend", AUTO if name == AUTO else str(BackendSpec.parse(name)))
+        object.__setattr__(self, "attention_backend", str(BackendSpec.parse(self.attention_backend)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sarathi import LLM, SamplingParams
+from sarathi.config.backend import BackendSpec
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.core import EngineCore
@@ -78,7 +79,7 @@ class OurEngine:
         """Put a second scheduler over the same executor: a step's token budget is fixed when a scheduler is made."""
         scheduler = self._built.scheduler
         if tokens is not None:
-            memory = make_block_space_manager(self._executor.backend, self._executor.capacity)
+            memory = make_block_space_manager(BackendSpec.parse(self.backend), self._executor.capacity)
             scheduler = make_scheduler(replace(scheduler.config, chunk_size=tokens), memory, self.max_model_len)
         self._take_over(scheduler)
 

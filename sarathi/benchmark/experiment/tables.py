@@ -45,7 +45,7 @@ class Plot(NamedTuple):
 
 def is_paged(row: Row) -> bool:
     """Whether the row's backend keeps keys and values in blocks."""
-    return row["backend"] != AUTO and bool(BackendSpec.parse(row["backend"]).is_paged)
+    return bool(BackendSpec.parse(row["backend"]).is_paged)
 
 
 def is_vllm(row: Row) -> bool:

@@ -1,75 +1,79 @@
-"""What a cache engine does for a worker, and its sizes; knows neither virtual memory nor blocks."""
+"""The interface of cache engines, and what a cache holds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
-from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address
-from sarathi.model_executor.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class CacheShape:
-    """What is kept for each token, for how many requests and tokens of one at most, in how many bytes.
+class KVCacheSpec:
+    """What one rank's cache holds; its budget in bytes is a number apart.
 
-    over_read_tokens: see CacheCapacity.
+    num_layers, num_kv_heads: of this rank. dtype: of keys and values. max_num_seqs: requests that run at the same time.
+    max_model_len: tokens of the longest request. over_read_tokens: see CacheCapacity.
     """
 
-    arch: ModelArchitecture
-    place: Placement
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
     max_num_seqs: int
     max_model_len: int
-    budget_bytes: int
     over_read_tokens: int = 0
 
     @property
     def token_bytes(self) -> int:
-        """One token's K and V in all layers."""
-        arch = self.arch
-        return 2 * arch.num_layers * arch.num_kv_heads * arch.head_size * self.place.dtype.itemsize
+        """One token's keys and values in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype.itemsize
 
 
 class CacheSettingsError(ValueError):
-    """Budget, page or block leave room for nothing; the message does the arithmetic."""
+    """Budget, page or block size leave no room for a request; the message gives the numbers."""
 
 
 class CacheEngine(Protocol):
-    """K and V of all requests on one device."""
+    """Keys and values of all requests on one device."""
 
     @property
     def capacity(self) -> CacheCapacity:
-        """What the block space manager may grant."""
+        """Rows that a block space manager may grant."""
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block; None where a request's memory is contiguous."""
 
     def resize(self, budget_bytes: int) -> None:
-        """Changes the budget, as far as the memory is of a kind that can be."""
+        """Change the budget, where the cache can be resized."""
 
     def release(self, request_ids: Iterable[str]) -> None:
-        """Their memory may be used again; no step in flight touches it. Unknown requests hold none."""
+        """Free the memory of requests that no step in flight uses. Requests without memory are ignored."""
 
     def prepare(self, chunks: Sequence[Chunk]) -> None:
-        """On return there is memory for every chunk's granted tokens.
+        """Map memory for every chunk's granted tokens.
 
-        Raises vattention.OutOfMemoryError, and then holds what it held before.
+        Raises vattention.OutOfMemoryError, with nothing changed.
         """
 
     def address(self, chunks: Sequence[Chunk]) -> Address:
-        """Where the chunks' tokens lie, in the order of the chunks."""
+        """Slots or block tables of the chunks, in order."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer, each [rows, cols, num_kv_heads, head_size]."""
+        """K and V of one layer, each [slots or blocks, tokens, num_kv_heads, head_size]."""
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
-        """Starts to get memory for the step after this one; best effort, returns at once."""
+        """Start to map in the background what the step after this one needs; returns at once."""
 
     def stats(self) -> MemoryStats:
-        """Bytes held and what they cost."""
+        """Bytes held, and the driver calls and seconds spent on them."""
 
     def check_integrity(self) -> None:
-        """Raises where the books disagree."""
+        """Raise RuntimeError where the accounting is inconsistent."""
 
     def close(self) -> None:
-        """Gives all memory back."""
+        """Release all memory."""

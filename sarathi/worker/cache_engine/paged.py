@@ -1,39 +1,37 @@
-"""Blocks in one tensor a layer, found through block tables (Kwon et al., SOSP 2023); knows not who grants them."""
+"""Paged KV cache: blocks of one tensor per layer, found through block tables (Kwon et al., SOSP 2023)."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.address import BlockAddress
-from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
+from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec
 
 DEFAULT_BLOCK_SIZE = 16
 
 
 class PagedCacheEngine:
-    """All memory is taken at the start; a request's table grows with the blocks that its chunks bring."""
+    """All memory is allocated at the start; a request's block table grows by the block ids in its chunks."""
 
-    def __init__(self, block_size: int | None, shape: CacheShape) -> None:
-        self._block_size = block_size or DEFAULT_BLOCK_SIZE
-        self._token_bytes = shape.token_bytes
-        self._block_bytes = self._token_bytes * self._block_size
-        self._num_blocks = shape.budget_bytes // self._block_bytes
+    def __init__(self, backend: BackendSpec, spec: KVCacheSpec, device: torch.device, budget_bytes: int) -> None:
+        self.block_size = backend.block_size or DEFAULT_BLOCK_SIZE
+        self._token_bytes = spec.token_bytes
+        self._block_bytes = self._token_bytes * self.block_size
+        self._num_blocks = budget_bytes // self._block_bytes
         if not self._num_blocks:
             raise CacheSettingsError(
-                f"memory_bytes={shape.budget_bytes} is less than one block of {self._block_size} tokens: "
+                f"memory_bytes={budget_bytes} is less than one block of {self.block_size} tokens: "
                 f"{self._block_bytes} bytes"
             )
-        arch, place = shape.arch, shape.place
-        size = (2, arch.num_layers, self._num_blocks, self._block_size, arch.num_kv_heads, arch.head_size)
+        size = (2, spec.num_layers, self._num_blocks, self.block_size, spec.num_kv_heads, spec.head_size)
         try:
-            self._keys, self._values = torch.empty(size, dtype=place.dtype, device=place.device)
+            self._keys, self._values = torch.empty(size, dtype=spec.dtype, device=device)
         except RuntimeError as error:  # torch's out-of-memory errors, on CPU and GPU
-            raise CacheSettingsError(
-                f"memory_bytes={shape.budget_bytes} is more than {place.device} can give"
-            ) from error
-        if place.device.type == "cuda":  # kernels read whole tiles: a NaN left behind would reach results as 0 * NaN
+            raise CacheSettingsError(f"memory_bytes={budget_bytes} is more than {device} can give") from error
+        if device.type == "cuda":  # kernels read whole tiles: a NaN left in one would reach results as 0 * NaN
             self._keys.zero_()
             self._values.zero_()
         self._tables: dict[str, list[int]] = {}
@@ -42,10 +40,10 @@ class PagedCacheEngine:
 
     @property
     def capacity(self) -> CacheCapacity:
-        return CacheCapacity(self._num_blocks, 1, self._block_size)
+        return CacheCapacity(self._num_blocks, 1, self.block_size)
 
     def resize(self, budget_bytes: int) -> None:
-        """Blocks stay as they are: tensors cannot grow in place."""
+        """Nothing changes: tensors cannot grow in place."""
 
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -59,16 +57,16 @@ class PagedCacheEngine:
         self._peak_blocks = max(self._peak_blocks, self._used_blocks())
 
     def address(self, chunks: Sequence[Chunk]) -> BlockAddress:
-        return BlockAddress(tuple(self._tables[chunk.request_id] for chunk in chunks), self._block_size)
+        return BlockAddress(tuple(self._tables[chunk.request_id] for chunk in chunks), self.block_size)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self._keys[index], self._values[index]
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
-        """Every block is there from the start."""
+        """Every block is mapped from the start."""
 
     def stats(self) -> MemoryStats:
-        """Blocks are memory from the start; "mapped" counts those in somebody's table."""
+        """All blocks are created at the start; those in a block table count as mapped."""
         created, used = self._num_blocks * self._block_bytes, self._used_blocks() * self._block_bytes
         return MemoryStats(
             reserved_bytes=created,
@@ -83,7 +81,7 @@ class PagedCacheEngine:
         blocks = [block for table in self._tables.values() for block in table]
         if len(set(blocks)) != len(blocks) or not all(0 <= block < self._num_blocks for block in blocks):
             raise RuntimeError(f"blocks shared or outside [0, {self._num_blocks}): {self._tables}")
-        short = [name for name, table in self._tables.items() if len(table) * self._block_size < self._tokens[name]]
+        short = [name for name, table in self._tables.items() if len(table) * self.block_size < self._tokens[name]]
         if short:
             raise RuntimeError(f"tables shorter than the tokens in them: {', '.join(short)}")
 

@@ -1,4 +1,4 @@
-"""A slot of contiguous virtual memory for each request, mapped as it grows; knows no layout (the library does)."""
+"""KV cache in contiguous virtual memory: one slot per request, mapped to physical pages as the request grows."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,28 +8,42 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats
 from sarathi.model_executor.attention.address import SlotAddress
-from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
+from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec
 from vattention import DeviceError, OutOfMemoryError, VirtualKVCache
 
 _ANCHOR_SLOT = 0
 
 
 class vATTNCacheEngine:
-    """vAttention: kernels see one tensor, pages come and go beneath it (Prabhu et al., ASPLOS 2025)."""
+    """vAttention: kernels see one tensor per layer, whose pages are mapped on demand (Prabhu et al., ASPLOS 2025)."""
 
-    def __init__(self, spec: BackendSpec, shape: CacheShape) -> None:
-        anchored = needs_anchor(shape.place.device)
+    block_size = None
+
+    def __init__(self, backend: BackendSpec, spec: KVCacheSpec, device: torch.device, budget_bytes: int) -> None:
+        anchored = needs_anchor(device)
         try:
-            self._cache = _open_cache(spec, shape, shape.max_num_seqs + anchored)
+            self._cache = VirtualKVCache(
+                num_layers=spec.num_layers,
+                num_kv_heads=spec.num_kv_heads,
+                head_size=spec.head_size,
+                num_slots=spec.max_num_seqs + anchored,
+                max_tokens=spec.max_model_len,
+                dtype=spec.dtype,
+                device=device,
+                budget_bytes=budget_bytes,
+                page_bytes=backend.page_bytes,
+                megacache=backend.megacache,
+            )
         except (ValueError, DeviceError) as error:
-            memory = f"memory_bytes={shape.budget_bytes}, attention_backend='{spec}'"
-            lengths = f"max_num_seqs={shape.max_num_seqs}, max_model_len={shape.max_model_len}"
+            memory = f"memory_bytes={budget_bytes}, attention_backend='{backend}'"
+            lengths = f"max_num_seqs={spec.max_num_seqs}, max_model_len={spec.max_model_len}"
             raise CacheSettingsError(f"{memory}, {lengths}: {error}") from error
         self._slots: dict[str, int] = {}
-        self._tokens: dict[str, int] = {}  # in each slot, of those that its memory was granted for
-        self._over_read_tokens, self._token_bytes = shape.over_read_tokens, shape.token_bytes
+        self._tokens: dict[str, int] = {}  # computed tokens of each request that has a slot
+        self._over_read_tokens, self._token_bytes = spec.over_read_tokens, spec.token_bytes
+        self._maps_ahead = not backend.sync
         self._anchor_rows = self._anchor() if anchored else 0
-        self._anchored = self._cache.stats()  # what is mapped for nobody, if anything
+        self._anchored = self._cache.stats()  # mapped for no request
 
     @property
     def capacity(self) -> CacheCapacity:
@@ -69,8 +83,8 @@ class vATTNCacheEngine:
         return self._cache.layer(index)
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
-        """A chunk that samples grows by the sampled token; what the others need was granted with the prompt."""
-        growing = [chunk for chunk in chunks if chunk.samples]
+        """A chunk that samples grows by one token; memory of the others was granted with the prompt."""
+        growing = [chunk for chunk in chunks if chunk.samples] if self._maps_ahead else []
         if growing:
             targets = [self._mapped(chunk.start + chunk.num_tokens + 1) for chunk in growing]
             self._cache.prefetch(self._slots_of(growing), targets, lead_tokens=len(growing))
@@ -102,13 +116,13 @@ class vATTNCacheEngine:
         self._cache.close()
 
     def _anchor(self) -> int:
-        """Maps the first page of every tensor for good, in a slot that no request gets; the rows that this takes."""
+        """Map the first page of every tensor, in a slot that no request gets; returns the rows that it takes."""
         self._cache.claim(_ANCHOR_SLOT)
         self._cache.prepare([_ANCHOR_SLOT], [1])
         return self._cache.rows_for(1)
 
     def _mapped(self, num_tokens: int) -> int:
-        """Tokens that must have memory where a request has num_tokens: past its last one as far as kernels may read."""
+        """Tokens to map for a request of num_tokens: kernels may read past its last one."""
         return min(num_tokens + self._over_read_tokens, self._cache.max_tokens)
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
@@ -116,21 +130,5 @@ class vATTNCacheEngine:
 
 
 def needs_anchor(device: torch.device) -> bool:
-    """Whether launchers look a tensor's address up, as Triton's does, and refuse one with no memory behind it."""
+    """Whether kernel launchers, as Triton's, refuse a tensor whose address is not mapped."""
     return device.type == "cuda"
-
-
-def _open_cache(spec: BackendSpec, shape: CacheShape, num_slots: int) -> VirtualKVCache:
-    arch = shape.arch
-    return VirtualKVCache(
-        num_layers=arch.num_layers,
-        num_kv_heads=arch.num_kv_heads,
-        head_size=arch.head_size,
-        num_slots=num_slots,
-        max_tokens=shape.max_model_len,
-        dtype=shape.place.dtype,
-        device=shape.place.device,
-        budget_bytes=shape.budget_bytes,
-        page_bytes=spec.page_bytes,
-        megacache=spec.megacache,
-    )

@@ -132,7 +132,7 @@ def test_engine_gets_every_knob_of_the_model() -> None:
         "dummy",
         "bfloat16",
     )
-    assert (model.seed, model.device, model.attention_backend) == (11, "cpu", "sdpa_vattn")
+    assert (model.seed, model.device, str(model.attention_backend)) == (11, "cpu", "sdpa_vattn")
     assert (engine.cache.memory_bytes, engine.cache.gpu_memory_utilization) == (2**30, 0.5)
     assert (engine.parallel.tensor_parallel_size, engine.scheduler.max_num_seqs) == (2, 33)
     assert (engine.scheduler.type, engine.scheduler.chunk_size) == ("sarathi", 96)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sarathi.config.backend import KERNELS, BackendNameError, BackendSpec, resolve_backend
+from sarathi.config.backend import KERNELS, BackendNameError, BackendSpec
 from sarathi.config.units import format_bytes, parse_bytes
 
 VATTN = [
@@ -65,10 +65,15 @@ def test_names_that_mean_nothing_are_refused_with_the_reason(name: str, message:
 
 
 def test_auto_depends_on_the_device_and_nothing_else_does() -> None:
-    assert str(resolve_backend("auto", "cpu")) == "sdpa_vattn"
-    assert str(resolve_backend("AUTO", "cuda")) == "fa_vattn"
+    assert BackendSpec.parse("auto") == BackendSpec.parse(" AUTO ") == BackendSpec()
+    assert str(BackendSpec()) == "auto"
+    assert str(BackendSpec().on("cpu")) == "sdpa_vattn"
+    assert str(BackendSpec().on("cuda")) == "fa_vattn"
     for device_kind in ("cpu", "cuda"):
-        assert str(resolve_backend("FI_PAGED_16", device_kind)) == "fi_paged_16"
+        assert BackendSpec().on(device_kind).memory == BackendSpec().memory  # chosen before the device is known
+        assert str(BackendSpec.parse("FI_PAGED_16").on(device_kind)) == "fi_paged_16"
+    with pytest.raises(BackendNameError, match="takes no other choice"):
+        BackendSpec(sync=True)
 
 
 def test_sizes_are_read_as_they_are_written() -> None:

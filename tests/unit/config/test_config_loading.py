@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sarathi.config.backend import BackendSpec
 from sarathi.config.knobs import ConfigError, Knob, knobs_of
 from sarathi.config.load import find_knob, load_config, make_config, to_dict
 from sarathi.config.schema import EngineConfig, ModelConfig, SchedulerConfig
@@ -21,7 +22,7 @@ def another_value(knob: Knob) -> object:
     if knob.value_type is bool:
         return not knob.default
     if knob.leaf == "attention_backend":
-        return random.choice(("fa_vattn_sync_2mb", "sdpa_paged_16"))
+        return BackendSpec.parse(random.choice(("fa_vattn_sync_2mb", "sdpa_paged_16")))
     if knob.limits.choices:
         return random.choice([choice for choice in knob.limits.choices if choice != knob.default])
     if knob.value_type is str:
@@ -50,7 +51,7 @@ def test_every_knob_can_be_set_by_path_by_flat_name_and_by_its_last_part(knob: K
         assert value_at(load_config(EngineConfig, overrides={name: str(value).upper()}), knob.path) in (
             value, str(value).upper(),
         )  # fmt: skip
-    tree = value
+    tree = str(value) if isinstance(value, BackendSpec) else value
     for name in reversed(knob.path.split(".")):
         tree = {name: tree}
     file = tmp_path / "config.yml"
@@ -107,6 +108,9 @@ def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("chunk_sise", 1, "unknown setting 'chunk_sise'; the nearest known is 'scheduler.chunk_size'"),
         ("schedular.chunk_size", 1, "unknown setting 'schedular.chunk_size'; .*'scheduler.chunk_size'"),
         ("model.chunk_size", 1, "unknown setting 'model.chunk_size'"),
+        ("zzz", 1, "unknown setting 'zzz', and no known one is named like it"),
+        ("x" * 10**6, 1, r"unknown setting 'x{50,60}\.\.\., and no known one"),
+        ("attention_backend", 16, "model.attention_backend is 16: it must be a name"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_value_and_what_is_allowed(name: str, value: object, message: str) -> None:
@@ -131,12 +135,33 @@ def test_a_number_that_python_does_not_write_is_refused_too() -> None:
         ("scheduler:\n  chunk_size:\n    a: 1", "scheduler.chunk_size is"),
         ("- a\n- b", "holds list; it must hold sections"),
         ("a: [", "is not YAML"),
+        ("a: 2023-13-45", "is not YAML: month must be in"),
+        ("a: " + "[" * 5000, "is not YAML: maximum recursion"),
+        ("scheduler: " + "9" * 5000, "is not YAML"),
+        ("scheduler: [" + "x, " * 5_000_000 + "]", "is not YAML: it has more than 10000000 characters"),
     ],
 )
 def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        load_config(EngineConfig, file)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("joined", ["[{0}]", "{{x: {0}}}", "{{<<: [{0}]}}"])
+def test_nested_anchors_are_bounded(joined: str, tmp_path: Path) -> None:
+    """A kilobyte that means 9**30 values: of lists, which a message shows, and of merged keys."""
+    lines = ["a0: &a0 {k: v}"]
+    for index in range(1, 31):
+        each = ", ".join([f"*a{index - 1}"] * 9) if "x:" not in joined else f"[{', '.join([f'*a{index - 1}'] * 9)}]"
+        lines.append(f"a{index}: &a{index} {joined.format(each)}")
+    file = tmp_path / "config.yml"
+    file.write_text("\n".join(["scheduler:", *(f"  {line}" for line in lines), "cache: *a30"]))
+    with pytest.raises(ConfigError):
+        load_config(EngineConfig, file)
+    file.write_text("\n".join([*lines, "scheduler: {chunk_size: *a30}"]))
+    with pytest.raises(ConfigError):
         load_config(EngineConfig, file)
 
 
@@ -151,7 +176,7 @@ def test_sections_check_themselves_and_cannot_be_changed() -> None:
     with pytest.raises(ConfigError, match=r"SchedulerConfig\.max_num_seqs is 0"):
         SchedulerConfig(max_num_seqs=0)
     assert SchedulerConfig(type="VLLM").type == "vllm"
-    assert ModelConfig(attention_backend="FA_64KB_VATTN").attention_backend == "fa_vattn_64kb"
+    assert ModelConfig(attention_backend="FA_64KB_VATTN").attention_backend == BackendSpec("fa", page_bytes=65536)
     with pytest.raises(dataclasses.FrozenInstanceError):
         SchedulerConfig().chunk_size = 3
 

@@ -112,14 +112,12 @@ def test_the_scheduler_runs_without_torch() -> None:
     program = f"""
 import sys
 from sarathi.config.load import make_config
-from sarathi.config.backend import resolve_backend
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import make_scheduler
 from sarathi.messages import CacheCapacity, SampledToken, StepResult
 from sarathi.request import Request
 config = make_config(scheduler_type="vllm")
-backend = resolve_backend(config.model.attention_backend, "cuda")
-block_space_manager = make_block_space_manager(backend, CacheCapacity(9, 1, 4))
+block_space_manager = make_block_space_manager(config.model.attention_backend, CacheCapacity(9, 1, 4))
 scheduler = make_scheduler(config.scheduler, block_space_manager, 30)
 scheduler.add(Request("r", (1, 2, 3)))
 for _ in range({rounds}):

@@ -147,7 +147,7 @@ def run(
     shape = (SLOTS, LENGTH, ARCH.num_kv_heads, ARCH.head_size)
     layers = [CacheLayer(torch.zeros(shape), torch.zeros(shape), None) for _ in range(ARCH.num_layers)]
     cache = Slots({each.request_id: slot for each, slot in zip(requests, slots, strict=False)})
-    runner = CudaModelRunner(model, LoopBackend(), cache, layers, prefetch=False, limits=Limits(8, LENGTH, 0))
+    runner = CudaModelRunner(model, LoopBackend(), cache, layers, Limits(8, LENGTH, 0))
     if graphs:
         runner.capture()
     sequences = SequenceTable(0)

@@ -73,7 +73,7 @@ def _fill_with_nan(executor: UniprocExecutor, tokens: int) -> None:
     cache = executor._worker._cache
     for index in range(3):
         for tensor in cache.layer(index):
-            if executor.backend.is_paged:
+            if cache.block_size is not None:
                 tensor.fill_(float("nan"))
             else:
                 tensor[0, :tokens] = float("nan")
@@ -127,7 +127,7 @@ def test_an_anchored_cache_keeps_its_first_page_and_says_nothing_of_it(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wasted_is_what_is_mapped_past_the_last_token_whole_rows_being_granted(tiny: TinyModel, backend: str) -> None:
     llm = LLM(model=str(tiny.folder), device="cpu", attention_backend=backend, memory_bytes=2**21, max_num_seqs=8)
-    executor, lengths = llm.engine.executor, (5, 9, 18)
+    executor, lengths = llm.engine.core.executor, (5, 9, 18)
     for length in lengths:
         llm.engine.add_request(str(length), [3] * length, GREEDY)
     llm.engine.step()
@@ -230,7 +230,7 @@ def test_parallelism_error_is_its_own_class(tiny: TinyModel) -> None:
 def test_a_shutdown_leaves_neither_weights_nor_cache(tiny: TinyModel, backend: str) -> None:
     executor = make_executor(tiny, backend)
     prompt = NewRequest("a", (1, 2), GREEDY)
-    blocks = (0,) if executor.backend.is_paged else ()
+    blocks = (0,) if "paged" in backend else ()
     executor.execute(SchedulerOutput(0, (prompt,), (Chunk("a", 0, 2, True, 2, blocks),)))
     worker = executor._worker
     parts = [weakref.ref(part) for part in (worker._cache, worker._runner, worker.model, worker.model.embedding.weight)]

@@ -1,19 +1,20 @@
 """What runs before the first request on a GPU, with a runner that only notes it, over real caches on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.load import make_config
 from sarathi.messages import CompletedStep, StepResult
-from sarathi.model_executor.architecture import ModelArchitecture, Rope
-from sarathi.model_executor.placement import Placement
-from sarathi.worker.cache_engine.base import CacheSettingsError, CacheShape
+from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.cuda_runner import CudaModelRunner
-from sarathi.worker.warm_up import size_cache
+from sarathi.worker.warm_up import warm_up
 
-ARCH = ModelArchitecture("tiny", 2, 32, 64, 4, 2, 8, 100, 4096, 1e-5, Rope(1e4))
+CPU = torch.device("cpu")
+SPEC = KVCacheSpec(num_layers=2, num_kv_heads=2, head_size=8, dtype=torch.float32, max_num_seqs=20, max_model_len=4096)
 KIB = 1024
 
 
@@ -41,10 +42,9 @@ class Noting(CudaModelRunner):
 
 def settled(monkeypatch: pytest.MonkeyPatch, backend: str, memory_bytes: int, **settings: object) -> Noting:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, memory_bytes)
     config = make_config(max_num_seqs=20, memory_bytes=memory_bytes, device="cpu", **settings)
-    cache, runner = create_cache_engine(BackendSpec.parse(backend), shape), Noting()
-    size_cache(runner, cache, config, shape)
+    cache, runner = create_cache_engine(BackendSpec.parse(backend), SPEC, CPU, memory_bytes), Noting()
+    warm_up(runner, cache, config, SPEC)
     stats = cache.stats()
     assert stats.mapped_bytes == stats.idle_bytes
     cache.check_integrity()
@@ -75,11 +75,11 @@ def test_the_largest_step_is_of_as_many_prompts_as_it_takes(
 @pytest.mark.parametrize("over_read_tokens", [64, 300])
 def test_a_budget_in_which_no_token_fits_is_refused_with_the_arithmetic(over_read_tokens: int) -> None:
     """A row is 64 tokens; kernels may read on behind the last one."""
-    shape = CacheShape(ARCH, Placement(torch.float32, torch.device("cpu")), 20, 4096, 16 * KIB, over_read_tokens)
+    spec = replace(SPEC, over_read_tokens=over_read_tokens)
     rows = -(-(1 + over_read_tokens) // 64)
     arithmetic = f"memory_bytes=16384 holds 1 pages .* takes {rows}, with the {over_read_tokens} tokens"
     with pytest.raises(CacheSettingsError, match=arithmetic):
-        create_cache_engine(BackendSpec.parse("sdpa_vattn_4kb"), shape)
+        create_cache_engine(BackendSpec.parse("sdpa_vattn_4kb"), spec, CPU, 16 * KIB)
 
 
 def test_steps_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
