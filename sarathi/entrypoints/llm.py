@@ -132,7 +132,8 @@ class LLM:
         self._left: deque[set[str]] = deque()  # of each stream that is over, its requests that had not ended
         self._lock = threading.Lock()  # held by the one thread that uses the engine
         self._user: int | None = None
-        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, os.getpid())
+        self._process_id = os.getpid()
+        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, self._process_id)
 
     def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
         each_params = _for_each(params, len(prompts))
@@ -193,6 +194,7 @@ class LLM:
     def _using_engine(self) -> Iterator[None]:
         """Let one thread at a time use the engine. Streams that end meanwhile, because they are collected as garbage at
         some allocation, are ended afterwards."""
+        self._refuse_forked_process()
         self._refuse_reentry()
         try:
             with self._lock:
@@ -208,8 +210,18 @@ class LLM:
         if self._user == threading.get_ident():
             raise RuntimeError("this LLM is in the middle of a step of the same thread: it cannot be used from there")
 
+    def _refuse_forked_process(self) -> None:
+        """The memory, threads and GPU context of the engine belong to its process, and a lock may be held for good."""
+        if os.getpid() != self._process_id:
+            raise RuntimeError(
+                f"this LLM belongs to process {self._process_id}, and process {os.getpid()} was forked from it: create "
+                "an LLM in each process, or start processes with multiprocessing's 'spawn' method"
+            )
+
     def _end_left(self) -> None:
         """End the streams that are over, unless some thread uses the engine: that thread ends them afterwards."""
+        if os.getpid() != self._process_id:
+            return
         while self._left and self._lock.acquire(blocking=False):
             try:
                 self._abort(self._left.popleft())
