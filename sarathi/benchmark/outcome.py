@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sarathi.metrics import RunRows
+from sarathi.metrics import RunRecords
 
 COMPLETED, TIME_LIMIT, INTERRUPTED = "completed", "time limit", "interrupted"
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """ended: COMPLETED, TIME_LIMIT or INTERRUPTED. rows: None where metrics were off.
+    """ended: COMPLETED, TIME_LIMIT or INTERRUPTED. records: None if metrics were off.
 
     refused: request id -> why the engine would not take it. responses: where they were asked for.
     """
@@ -22,4 +22,4 @@ class RunOutcome:
     num_finished: int
     refused: dict[str, str]
     responses: list[dict[str, Any]]
-    rows: RunRows | None
+    records: RunRecords | None

@@ -34,12 +34,12 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
     responses = [each for outcome in outcomes for each in outcome.responses]
     if responses:
         write_json(folder / RESPONSES_FILE, {each["request_id"]: each for each in responses})
-    rows = [outcome.rows for outcome in outcomes if outcome.rows is not None]
-    if not rows:
+    records = [outcome.records for outcome in outcomes if outcome.records is not None]
+    if not records:
         summary = status | {"environment": environment(), "config": to_dict(config)}
         write_json(folder / SUMMARY_FILE, summary)
         return summary
-    return write_report(merge(rows), folder, _options(config), status)
+    return write_report(merge(records), folder, _options(config), status)
 
 
 def remove_results(folder: Path, keep_profiles: bool) -> None:

@@ -84,8 +84,8 @@ class BenchmarkRunner:
             served = loop.serve(share, limit_s)
         if self._store is not None:
             self._store.on_memory(self._engine.memory_stats())
-        rows = None if self._store is None else self._store.rows()
-        return RunOutcome(rows=rows, **vars(served))
+        records = None if self._store is None else self._store.records()
+        return RunOutcome(records=records, **vars(served))
 
     def close(self) -> None:
         """Give the engine's memory back."""

@@ -1,6 +1,6 @@
 """Measurements of a running engine: how they are recorded (store, records) and reported (report)."""
 
-from sarathi.metrics.records import RunRows, StepTimes, merge
+from sarathi.metrics.records import RunRecords, StepTimes, merge
 from sarathi.metrics.store import MetricsSink, MetricsStore, NullMetricsStore
 
-__all__ = ["MetricsSink", "MetricsStore", "NullMetricsStore", "RunRows", "StepTimes", "merge"]
+__all__ = ["MetricsSink", "MetricsStore", "NullMetricsStore", "RunRecords", "StepTimes", "merge"]

@@ -37,7 +37,7 @@ def write_table(path: Path, table: Table) -> None:
     with open_replacing(path) as file:
         writer = csv.DictWriter(file, table.columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(table.rows)
+        writer.writerows(table.records)
 
 
 def write_columns(path: Path, names: Iterable[str], lines: Iterable[Iterable[object]]) -> None:

@@ -86,7 +86,7 @@ class ScheduleRecord(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunRows:
+class RunRecords:
     """All records of one run. origin_s: time zero of its series. ended_at_s: when recording ended.
 
     page_bytes: size of a page of physical memory; None if the cache has no pages.
@@ -109,23 +109,23 @@ class RunRows:
         return max(last, default=self.ended_at_s) - self.origin_s
 
 
-def merge(parts: Iterable[RunRows]) -> RunRows:
+def merge(parts: Iterable[RunRecords]) -> RunRecords:
     """The records of several replicas in order of time. Their clocks must agree, as the monotonic clock of one machine.
 
     inter_arrival_s is recomputed over the requests of all replicas. ValueError if there is no replica.
     """
-    rows = list(parts)
-    if not rows:
+    records = list(parts)
+    if not records:
         raise ValueError("nothing to merge: records of at least one replica are needed")
-    return RunRows(
-        origin_s=min(part.origin_s for part in rows),
-        ended_at_s=max(part.ended_at_s for part in rows),
-        requests=_with_gaps(_gather(rows, "requests", key=lambda row: row.arrived_at_s)),
-        steps=_gather(rows, "steps", key=lambda row: row.times.started_at_s),
-        operations=_gather(rows, "operations", key=lambda row: (row.replica, row.step_id)),
-        memory=_gather(rows, "memory", key=lambda row: row.at_s),
-        schedule=_gather(rows, "schedule", key=lambda row: (row.replica, row.step_id)),
-        page_bytes=rows[0].page_bytes,
+    return RunRecords(
+        origin_s=min(part.origin_s for part in records),
+        ended_at_s=max(part.ended_at_s for part in records),
+        requests=_with_gaps(_gather(records, "requests", key=lambda record: record.arrived_at_s)),
+        steps=_gather(records, "steps", key=lambda record: record.times.started_at_s),
+        operations=_gather(records, "operations", key=lambda record: (record.replica, record.step_id)),
+        memory=_gather(records, "memory", key=lambda record: record.at_s),
+        schedule=_gather(records, "schedule", key=lambda record: (record.replica, record.step_id)),
+        page_bytes=records[0].page_bytes,
     )
 
 
@@ -134,5 +134,5 @@ def _with_gaps(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
     return tuple(replace(record, inter_arrival_s=gap_s) for record, gap_s in zip(requests, gaps_s, strict=False))
 
 
-def _gather(parts: list[RunRows], name: str, key: Any) -> tuple[Any, ...]:
-    return tuple(sorted((row for part in parts for row in getattr(part, name)), key=key))
+def _gather(parts: list[RunRecords], name: str, key: Any) -> tuple[Any, ...]:
+    return tuple(sorted((record for part in parts for record in getattr(part, name)), key=key))

@@ -18,7 +18,7 @@ from sarathi.messages import MemoryStats
 from sarathi.metrics import plots
 from sarathi.metrics.environment import environment
 from sarathi.metrics.files import PART_SUFFIX, is_file_name, open_replacing, write_columns, write_json, write_table
-from sarathi.metrics.records import RunRows
+from sarathi.metrics.records import RunRecords
 from sarathi.metrics.tables import (
     REQUEST_ID,
     TIME,
@@ -93,7 +93,7 @@ def _listed_metrics(summary: Path) -> set[str]:
 
 
 def write_report(
-    rows: RunRows, folder: Path, options: ReportOptions, status: Mapping[str, Any] | None = None
+    records: RunRecords, folder: Path, options: ReportOptions, status: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Write the files into `folder`, which is created if necessary; returns the summary, with `status` added to it.
 
@@ -101,47 +101,47 @@ def write_report(
     its files.
     """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    summary = summarize(rows) | {"environment": environment(), "config": dict(options.config)} | dict(status or {})
+    summary = summarize(records) | {"environment": environment(), "config": dict(options.config)} | dict(status or {})
     listing = folder / (SUMMARY_FILE + PART_SUFFIX)
     write_json(listing, summary)
-    for name, table in _tables(rows, options):
+    for name, table in _tables(records, options):
         write_table(folder / f"{name}.csv", table)
-    _write_schedule(rows, folder)
-    _write_trace(rows, folder, options.chrome_trace)
+    _write_schedule(records, folder)
+    _write_trace(records, folder, options.chrome_trace)
     plot = options.plots and plots.is_available()
-    _write_distributions(rows, folder / "plots", plot)
-    _write_series(rows, folder / "plots", plot)
+    _write_distributions(records, folder / "plots", plot)
+    _write_series(records, folder / "plots", plot)
     os.replace(listing, folder / SUMMARY_FILE)
     return summary
 
 
-def summarize(rows: RunRows) -> dict[str, Any]:
+def summarize(records: RunRecords) -> dict[str, Any]:
     """Counts, rates over the whole duration, and quantiles, as JSON values."""
-    complete = [record for record in rows.requests if record.is_complete]
-    prompt = sum(record.num_prompt_tokens for record in rows.requests if record.first_token_at_s is not None)
-    output = sum(record.request_num_decode_tokens for record in rows.requests)
-    duration_s = rows.duration_s
+    complete = [record for record in records.requests if record.is_complete]
+    prompt = sum(record.num_prompt_tokens for record in records.requests if record.first_token_at_s is not None)
+    output = sum(record.request_num_decode_tokens for record in records.requests)
+    duration_s = records.duration_s
     rates = {"requests": len(complete), "prefill_tokens": prompt, "decode_tokens": output, "tokens": prompt + output}
     return {
-        "num_requests": len(rows.requests),
+        "num_requests": len(records.requests),
         "num_completed": len(complete),
-        "num_steps": len(rows.steps),
+        "num_steps": len(records.steps),
         "num_prefill_tokens": prompt,
         "num_decode_tokens": output,
         "duration_s": duration_s,
         "throughput": {f"{name}_per_s": count / duration_s if duration_s > 0 else 0.0 for name, count in rates.items()},
-        "memory": _memory_summary(rows),
-        "metrics": {name: describe(values) for name, values in distributions(rows).items()},
+        "memory": _memory_summary(records),
+        "metrics": {name: describe(values) for name, values in distributions(records).items()},
     }
 
 
-def _memory_summary(rows: RunRows) -> dict[str, float]:
+def _memory_summary(records: RunRecords) -> dict[str, float]:
     """Peaks since the start of the engines, and increments of the counters during the run, over all replicas."""
-    last = {sample.replica: sample.stats for sample in rows.memory}.values()
-    first = {sample.replica: sample.stats for sample in reversed(rows.memory)}.values()
+    last = {sample.replica: sample.stats for sample in records.memory}.values()
+    first = {sample.replica: sample.stats for sample in reversed(records.memory)}.values()
     return {
         **{name: _sum(last, name) for name in ("reserved_bytes", "created_bytes", "peak_mapped_bytes")},
-        "max_wasted_bytes": max((sample.stats.wasted_bytes for sample in rows.memory), default=0),
+        "max_wasted_bytes": max((sample.stats.wasted_bytes for sample in records.memory), default=0),
         **{name: _sum(last, name) - _sum(first, name) for name in ("driver_calls", "driver_s", "steps_waited")},
     }
 
@@ -150,49 +150,49 @@ def _sum(samples: Iterable[MemoryStats], name: str) -> float:
     return sum([float(getattr(stats, name)) for stats in samples])
 
 
-def _tables(rows: RunRows, options: ReportOptions) -> Iterable[tuple[str, Table]]:
-    requests = request_table(rows)
+def _tables(records: RunRecords, options: ReportOptions) -> Iterable[tuple[str, Table]]:
+    requests = request_table(records)
     yield "sequence_metrics", requests
-    yield "allocator_metrics", Table(ALLOCATOR_COLUMNS, requests.rows)
+    yield "allocator_metrics", Table(ALLOCATOR_COLUMNS, requests.records)
     if options.individual_batches:
-        yield "batch_metrics", batch_table(rows)
-        yield "token_metrics", token_table(rows)
-    if rows.memory:
-        yield "memory_metrics", memory_table(rows)
+        yield "batch_metrics", batch_table(records)
+        yield "token_metrics", token_table(records)
+    if records.memory:
+        yield "memory_metrics", memory_table(records)
     if options.operations:
-        yield "operation_metrics", operation_table(rows, on_device=True)
+        yield "operation_metrics", operation_table(records, on_device=True)
     if options.cpu_operations:
-        yield "cpu_operation_metrics", operation_table(rows, on_device=False)
+        yield "cpu_operation_metrics", operation_table(records, on_device=False)
 
 
-def _write_distributions(rows: RunRows, folder: Path, plot: bool) -> None:
-    for name, values in distributions(rows).items():
+def _write_distributions(records: RunRecords, folder: Path, plot: bool) -> None:
+    for name, values in distributions(records).items():
         write_columns(folder / f"{name}.csv", (name, "cdf"), zip(*cdf(values), strict=True))
         if plot:
             plots.plot_cdf(folder / f"{name}.png", name, values)
 
 
-def _write_series(rows: RunRows, folder: Path, plot: bool) -> None:
-    for name, points in time_series(rows).items():
+def _write_series(records: RunRecords, folder: Path, plot: bool) -> None:
+    for name, points in time_series(records).items():
         write_columns(folder / f"{name}.csv", (TIME, name), points)
         if plot:
             xs, ys = zip(*points, strict=True)
             plots.plot_lines(folder / f"{name}.png", {name: (xs, ys)}, TIME, name)
 
 
-def _write_schedule(rows: RunRows, folder: Path) -> None:
+def _write_schedule(records: RunRecords, folder: Path) -> None:
     """One line for each step: its requests and their tokens; only if the schedule was kept."""
-    if not rows.schedule:
+    if not records.schedule:
         return
     with open_replacing(folder / "schedule.jsonl") as file:
-        for step in rows.schedule:
+        for step in records.schedule:
             chunks = [[chunk.request_id, chunk.start, chunk.num_tokens] for chunk in step.chunks]
             line = {"replica": step.replica, "step": step.step_id, "chunks": chunks, "preempted": step.preempted}
             file.write(json.dumps(line) + "\n")
 
 
-def _write_trace(rows: RunRows, folder: Path, wanted: bool | None) -> None:
-    num_events = num_trace_events(rows)
+def _write_trace(records: RunRecords, folder: Path, wanted: bool | None) -> None:
+    num_events = num_trace_events(records)
     if wanted is None and num_events > MAX_TRACE_EVENTS:
         logger.warning(
             "%s is not written: it would have about %d events, and more than %d have to be asked for",
@@ -201,6 +201,6 @@ def _write_trace(rows: RunRows, folder: Path, wanted: bool | None) -> None:
     elif wanted is not False:
         with open_replacing(folder / TRACE_FILE) as file:
             file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-            for number, event in enumerate(trace_events(rows)):
+            for number, event in enumerate(trace_events(records)):
                 file.write((",\n" if number else "\n") + json.dumps(event))
             file.write("\n]}\n")

@@ -8,7 +8,7 @@ from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput,
 from sarathi.metrics.records import (
     MemoryRecord,
     OperationRecord,
-    RunRows,
+    RunRecords,
     ScheduleRecord,
     StepRecord,
     StepTimes,
@@ -90,9 +90,9 @@ class MetricsStore:
         self._memory: list[MemoryRecord] = []
         self._schedule: list[ScheduleRecord] = []
 
-    def rows(self) -> RunRows:
+    def records(self) -> RunRecords:
         """All records so far, including those of requests that have not ended."""
-        return RunRows(
+        return RunRecords(
             self._origin_s,
             self._clock(),
             tuple(self._requests),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sarathi.metrics.records import MemoryRecord, OperationRecord, RunRows, StepRecord
+from sarathi.metrics.records import MemoryRecord, OperationRecord, RunRecords, StepRecord
 from sarathi.metrics.request_record import RequestRecord
 
 REQUEST_ID, BATCH_ID, TOKEN_ID, TIME = "Request Id", "Batch Id", "Decode Token Id", "Time (sec)"
@@ -59,19 +59,19 @@ class Table:
     """Columns and lines of a CSV file; a missing or None value is an empty cell."""
 
     columns: tuple[str, ...]
-    rows: list[dict[str, Any]]
+    records: list[dict[str, Any]]
 
     def values(self, column: str) -> list[float]:
-        return [row[column] for row in self.rows if row.get(column) is not None]
+        return [cells[column] for cells in self.records if cells.get(column) is not None]
 
 
-def request_table(rows: RunRows) -> Table:
+def request_table(records: RunRecords) -> Table:
     """One line for each request that has ended.
 
     Times are given for complete requests only, counts for those that started. A request that never started has its
     arrival only, so it does not skew the distributions: as in Sarathi-Serve, it is counted as ignored.
     """
-    ended = [record for record in rows.requests if record.closed_at_s is not None]
+    ended = [record for record in records.requests if record.closed_at_s is not None]
     return Table((REQUEST_ID, *REQUEST_TIMES, *REQUEST_COUNTS), [_request_row(record) for record in ended])
 
 
@@ -81,45 +81,45 @@ def _request_row(record: RequestRecord) -> dict[str, Any]:
     return {REQUEST_ID: record.request_id} | {name: getattr(record, name) for name in (*times, *counts)}
 
 
-def batch_table(rows: RunRows) -> Table:
+def batch_table(records: RunRecords) -> Table:
     """One line for each step."""
     last_end: dict[int, float] = {}
     table = Table((BATCH_ID, *BATCH_COUNTS, *BATCH_TIMES), [])
-    for step in rows.steps:
+    for step in records.steps:
         values = (step.num_tokens, step.num_prefill_tokens, step.num_decode_tokens, step.batch_size, step.duration_s)
         delay_s = step.busy_from_s - last_end.get(step.replica, step.busy_from_s)
         first = step.replica not in last_end
-        row = dict(zip(table.columns, (_batch_id(step), *values, None if first else delay_s), strict=True))
-        table.rows.append(row)
+        cells = dict(zip(table.columns, (_batch_id(step), *values, None if first else delay_s), strict=True))
+        table.records.append(cells)
         last_end[step.replica] = step.times.ended_at_s
     return table
 
 
-def _batch_id(row: StepRecord | OperationRecord | MemoryRecord) -> int | str:
-    return row.step_id if row.replica == 0 else f"{row.replica}_{row.step_id}"
+def _batch_id(record: StepRecord | OperationRecord | MemoryRecord) -> int | str:
+    return record.step_id if record.replica == 0 else f"{record.replica}_{record.step_id}"
 
 
-def token_table(rows: RunRows) -> Table:
+def token_table(records: RunRecords) -> Table:
     """One line for each token except the first of each request: seconds since the previous token."""
     table = Table((TOKEN_ID, f"{TOKEN_TIME}_list"), [])
-    for record in rows.requests:
+    for record in records.requests:
         for index, gap_s in enumerate(record.token_gaps_s, start=1):
-            table.rows.append({TOKEN_ID: f"{record.request_id}_{index}", f"{TOKEN_TIME}_list": gap_s})
+            table.records.append({TOKEN_ID: f"{record.request_id}_{index}", f"{TOKEN_TIME}_list": gap_s})
     return table
 
 
-def operation_table(rows: RunRows, on_device: bool) -> Table:
+def operation_table(records: RunRecords, on_device: bool) -> Table:
     """Milliseconds of each operation in each step; one column for each operation."""
     by_step: dict[int | str, dict[str, Any]] = {}
     names: list[str] = []
     if not on_device:
         names += (*CPU_OPERATIONS, *HOST_OPERATIONS)
-        by_step.update((_batch_id(step), _cpu_times_ms(step)) for step in rows.steps)
-    for row in rows.operations:
-        if row.on_device == on_device:
-            cells = by_step.setdefault(_batch_id(row), {})
-            cells[row.name] = cells.get(row.name, 0.0) + 1e3 * row.duration_s
-            names.append(row.name)
+        by_step.update((_batch_id(step), _cpu_times_ms(step)) for step in records.steps)
+    for operation in records.operations:
+        if operation.on_device == on_device:
+            cells = by_step.setdefault(_batch_id(operation), {})
+            cells[operation.name] = cells.get(operation.name, 0.0) + 1e3 * operation.duration_s
+            names.append(operation.name)
     return Table((BATCH_ID, *dict.fromkeys(names)), [{BATCH_ID: step} | cells for step, cells in by_step.items()])
 
 
@@ -138,46 +138,46 @@ def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:
     return dict(zip(CPU_OPERATIONS, spans, strict=True))
 
 
-def memory_table(rows: RunRows) -> Table:
+def memory_table(records: RunRecords) -> Table:
     """One line for each sample of the memory; kv_mapping_time and kv_steps_waited count from the previous sample."""
-    pages = (PAGES,) if rows.page_bytes else ()
+    pages = (PAGES,) if records.page_bytes else ()
     table = Table((BATCH_ID, TIME, *pages, *MEMORY_COUNTS), [])
     last: dict[int, MemoryRecord] = {}
-    for sample in rows.memory:
+    for sample in records.memory:
         before, stats = last.get(sample.replica, sample).stats, sample.stats
-        row = {BATCH_ID: _batch_id(sample), TIME: sample.at_s - rows.origin_s}
-        row |= {"kv_mapped_bytes": stats.mapped_bytes, "kv_wasted_bytes": stats.wasted_bytes}
-        row |= {"kv_idle_bytes": stats.idle_bytes, "kv_mapping_time": stats.driver_s - before.driver_s}
-        row |= {"kv_steps_waited": stats.steps_waited - before.steps_waited}
-        row |= {name: stats.mapped_bytes // rows.page_bytes for name in pages if rows.page_bytes}
-        table.rows.append(row)
+        cells = {BATCH_ID: _batch_id(sample), TIME: sample.at_s - records.origin_s}
+        cells |= {"kv_mapped_bytes": stats.mapped_bytes, "kv_wasted_bytes": stats.wasted_bytes}
+        cells |= {"kv_idle_bytes": stats.idle_bytes, "kv_mapping_time": stats.driver_s - before.driver_s}
+        cells |= {"kv_steps_waited": stats.steps_waited - before.steps_waited}
+        cells |= {name: stats.mapped_bytes // records.page_bytes for name in pages if records.page_bytes}
+        table.records.append(cells)
         last[sample.replica] = sample
     return table
 
 
-def distributions(rows: RunRows) -> dict[str, list[float]]:
+def distributions(records: RunRecords) -> dict[str, list[float]]:
     """The values of every metric by name, without metrics that have none."""
     found = {}
     for table, names in (
-        (request_table(rows), (*REQUEST_TIMES, *REQUEST_COUNTS)),
-        (batch_table(rows), (*BATCH_COUNTS, *BATCH_TIMES)),
-        (memory_table(rows), (PAGES, *MEMORY_COUNTS)),
+        (request_table(records), (*REQUEST_TIMES, *REQUEST_COUNTS)),
+        (batch_table(records), (*BATCH_COUNTS, *BATCH_TIMES)),
+        (memory_table(records), (PAGES, *MEMORY_COUNTS)),
     ):
         found.update({name: table.values(name) for name in names})
-    found[TOKEN_TIME] = [gap for record in rows.requests for gap in record.token_gaps_s]
+    found[TOKEN_TIME] = [gap for record in records.requests for gap in record.token_gaps_s]
     for on_device in (False, True):
-        table = operation_table(rows, on_device)
+        table = operation_table(records, on_device)
         found.update({f"{name}_execution_time": table.values(name) for name in table.columns[1:]})
     return {name: values for name, values in found.items() if values}
 
 
-def time_series(rows: RunRows) -> dict[str, list[tuple[float, float]]]:
+def time_series(records: RunRecords) -> dict[str, list[tuple[float, float]]]:
     """Running totals over time, as (seconds since time zero, total): requests, prompt tokens, output tokens.
 
     Requests that were cut off at the end of the run, aborted or refused count as arrivals, not as completions.
     """
     arrivals, completions, prefills, decodes = events = [list[tuple[float, float]]() for _ in TIME_SERIES]
-    for record in rows.requests:
+    for record in records.requests:
         arrivals.append((record.arrived_at_s, 1))
         if record.is_complete and record.finished_at_s is not None:
             completions.append((record.finished_at_s, 1))
@@ -185,7 +185,7 @@ def time_series(rows: RunRows) -> dict[str, list[tuple[float, float]]]:
             prefills.append((record.first_token_at_s, record.num_prompt_tokens))
         decodes += [(at_s, 1) for at_s in record.token_times_s]
     named = zip(TIME_SERIES, events, strict=True)
-    return {name: _running_total(points, rows.origin_s) for name, points in named if points}
+    return {name: _running_total(points, records.origin_s) for name, points in named if points}
 
 
 def _running_total(points: list[tuple[float, float]], origin_s: float) -> list[tuple[float, float]]:

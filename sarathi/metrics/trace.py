@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from sarathi.metrics.records import RunRows, StepRecord
+from sarathi.metrics.records import RunRecords, StepRecord
 from sarathi.metrics.request_record import RequestRecord
 from sarathi.metrics.tables import COMPUTING, cpu_spans, memory_table
 
@@ -20,34 +20,34 @@ REQUESTS_PID = 1_000_000
 Event = dict[str, Any]
 
 
-def trace_events(rows: RunRows) -> Iterator[Event]:
+def trace_events(records: RunRecords) -> Iterator[Event]:
     """Every event of the trace."""
     for part in (_names, _steps, _operations, _mapping, _requests):
-        yield from part(rows)
+        yield from part(records)
 
 
-def num_trace_events(rows: RunRows) -> int:
+def num_trace_events(records: RunRecords) -> int:
     """About how many events the trace has; each takes about 150 bytes."""
-    return 5 * len(rows.steps) + len(rows.operations) + 2 * len(rows.memory) + 4 * len(rows.requests)
+    return 5 * len(records.steps) + len(records.operations) + 2 * len(records.memory) + 4 * len(records.requests)
 
 
-def _names(rows: RunRows) -> Iterator[Event]:
-    for replica in sorted({step.replica for step in rows.steps}):
+def _names(records: RunRecords) -> Iterator[Event]:
+    for replica in sorted({step.replica for step in records.steps}):
         yield _metadata("process_name", replica, 0, f"replica {replica}")
         for thread, name in THREADS.items():
             yield _metadata("thread_name", replica, thread, name)
     yield _metadata("process_name", REQUESTS_PID, 0, "requests")
-    for index, record in enumerate(rows.requests):
+    for index, record in enumerate(records.requests):
         yield _metadata("thread_name", REQUESTS_PID, index, f"request {record.request_id}")
 
 
-def _steps(rows: RunRows) -> Iterator[Event]:
-    for step in rows.steps:
-        start_us, duration_us = _span(rows, step.busy_from_s, step.times.ended_at_s)
+def _steps(records: RunRecords) -> Iterator[Event]:
+    for step in records.steps:
+        start_us, duration_us = _span(records, step.busy_from_s, step.times.ended_at_s)
         yield _complete(f"step {step.step_id}", step.replica, STEPS, start_us, duration_us) | {"args": _step_args(step)}
         for name, (before, after) in cpu_spans(step).items():
             thread = STEPS if name == COMPUTING else PARTS
-            yield _complete(name, step.replica, thread, *_span(rows, before, after))
+            yield _complete(name, step.replica, thread, *_span(records, before, after))
         yield _counter("tokens of a step", step.replica, start_us, {"tokens": step.num_tokens})
 
 
@@ -62,38 +62,40 @@ def _step_args(step: StepRecord) -> dict[str, Any]:
     }
 
 
-def _operations(rows: RunRows) -> Iterator[Event]:
+def _operations(records: RunRecords) -> Iterator[Event]:
     """Operations whose start is unknown are placed one after the other from the start of their step."""
-    cursor = {(step.replica, step.step_id): step.computing_from_s for step in rows.steps}
-    for row in rows.operations:
-        key = (row.replica, row.step_id)
-        start_s = row.start_s if row.start_s is not None else cursor.get(key)
+    cursor = {(step.replica, step.step_id): step.computing_from_s for step in records.steps}
+    for operation in records.operations:
+        key = (operation.replica, operation.step_id)
+        start_s = operation.start_s if operation.start_s is not None else cursor.get(key)
         if start_s is None:
             continue
-        cursor[key] = start_s + row.duration_s
-        yield _complete(row.name, row.replica, OPERATIONS, *_span(rows, start_s, start_s + row.duration_s))
+        cursor[key] = start_s + operation.duration_s
+        yield _complete(
+            operation.name, operation.replica, OPERATIONS, *_span(records, start_s, start_s + operation.duration_s)
+        )
 
 
-def _mapping(rows: RunRows) -> Iterator[Event]:
+def _mapping(records: RunRecords) -> Iterator[Event]:
     """Mapping between two samples of the memory: its duration is known, its start is not."""
     last: dict[int, float] = {}
-    for sample, row in zip(rows.memory, memory_table(rows).rows, strict=True):
-        at_us = _span(rows, sample.at_s, sample.at_s)[0]
+    for sample, cells in zip(records.memory, memory_table(records).records, strict=True):
+        at_us = _span(records, sample.at_s, sample.at_s)[0]
         stats = sample.stats
         levels = {"in use": stats.mapped_bytes - stats.idle_bytes, "idle": stats.idle_bytes}
         yield _counter("mapped bytes", sample.replica, at_us, levels)
-        if row["kv_mapping_time"] > 0:
-            span = _span(rows, last[sample.replica], sample.at_s)
+        if cells["kv_mapping_time"] > 0:
+            span = _span(records, last[sample.replica], sample.at_s)
             event = _complete("map pages, at some time in this", sample.replica, MAPPER, *span)
-            yield event | {"args": {"mapping_ms": 1e3 * row["kv_mapping_time"]}}
+            yield event | {"args": {"mapping_ms": 1e3 * cells["kv_mapping_time"]}}
         last[sample.replica] = sample.at_s
 
 
-def _requests(rows: RunRows) -> Iterator[Event]:
-    end_of_run_s = rows.origin_s + rows.duration_s
-    for index, record in enumerate(rows.requests):
+def _requests(records: RunRecords) -> Iterator[Event]:
+    end_of_run_s = records.origin_s + records.duration_s
+    for index, record in enumerate(records.requests):
         for name, start_s, end_s in _phases(record, end_of_run_s):
-            event = _complete(name, REQUESTS_PID, index, *_span(rows, start_s, end_s))
+            event = _complete(name, REQUESTS_PID, index, *_span(records, start_s, end_s))
             yield event | {"args": _request_args(record)}
 
 
@@ -116,8 +118,8 @@ def _request_args(record: RequestRecord) -> dict[str, Any]:
     }
 
 
-def _span(rows: RunRows, start_s: float, end_s: float) -> tuple[float, float]:
-    return 1e6 * (start_s - rows.origin_s), 1e6 * max(end_s - start_s, 0.0)
+def _span(records: RunRecords, start_s: float, end_s: float) -> tuple[float, float]:
+    return 1e6 * (start_s - records.origin_s), 1e6 * max(end_s - start_s, 0.0)
 
 
 def _complete(name: str, process: int, thread: int, start_us: float, duration_us: float) -> Event:

@@ -24,7 +24,7 @@ from sarathi.benchmark.replicas import replica_devices
 from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
-from sarathi.metrics import RunRows
+from sarathi.metrics import RunRecords
 from sarathi.metrics.files import write_table
 from sarathi.metrics.plots import is_available, plot_lines
 from sarathi.metrics.tables import Table
@@ -141,17 +141,17 @@ def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Pr
         raise KeyboardInterrupt
     if outcome.refused:
         raise ConfigError(f"{len(outcome.refused)} requests are refused: {next(iter(outcome.refused.values()))}")
-    values = latencies_s(outcome.rows or RunRows(0.0, 0.0), config.capacity_search.metric)
+    values = latencies_s(outcome.records or RunRecords(0.0, 0.0), config.capacity_search.metric)
     value_s = float(np.quantile(values, config.capacity_search.quantile)) if values else float("inf")
     meets = outcome.ended == COMPLETED and value_s <= config.capacity_search.target_s
     return Probe(qps, value_s, meets, outcome.num_finished)
 
 
-def latencies_s(rows: RunRows, metric: str) -> list[float]:
+def latencies_s(records: RunRecords, metric: str) -> list[float]:
     """All values of "tbt" or "ttft"."""
     if metric == "tbt":
-        return [gap for record in rows.requests for gap in record.token_gaps_s]
-    return [time for record in rows.requests if (time := record.prefill_e2e_time) is not None]
+        return [gap for record in records.requests for gap in record.token_gaps_s]
+    return [time for record in records.requests if (time := record.prefill_e2e_time) is not None]
 
 
 def key_of(config: BenchmarkConfig) -> str:

@@ -113,14 +113,14 @@ def test_each_operation_is_timed_once_a_step() -> None:
     ):
         probed.launch(SchedulerOutput(step_id, chunks=chunks))
     assert executor.value == 3 * len({*LAYER_OPERATIONS, SAVE}) + len(WHOLE_OPERATIONS)
-    operations = store.rows().operations
+    operations = store.records().operations
     names = {row.name for row in operations}
     assert names == {*LAYER_OPERATIONS, SAVE, *WHOLE_OPERATIONS, "attn_prefill", "attn_decode"}
     assert len(operations) == 3 * len({*LAYER_OPERATIONS, SAVE, *WHOLE_OPERATIONS})
     assert all(SLEEP_S <= row.duration_s < 1 for row in operations)
     spans = [(row.start_s, row.start_s + row.duration_s) for row in operations]
     assert all(end <= start + SLEEP_S / 2 for (_, end), (start, _) in pairwise(spans))  # none lies within another
-    table = operation_table(store.rows(), on_device=True)
+    table = operation_table(store.records(), on_device=True)
     assert min(table.values("mlp_up_proj")) >= 1e3 * SLEEP_S
 
 

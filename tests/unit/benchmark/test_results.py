@@ -11,10 +11,10 @@ from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.main import run_configs
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.benchmark.results import write_results
-from sarathi.metrics import RunRows
+from sarathi.metrics import RunRecords
 from sarathi.metrics.wandb_log import WandbError
 
-OUTCOME = RunOutcome(COMPLETED, 1.0, 1, {}, [{"request_id": "0", "token_ids": [1]}], RunRows(0.0, 1.0))
+OUTCOME = RunOutcome(COMPLETED, 1.0, 1, {}, [{"request_id": "0", "token_ids": [1]}], RunRecords(0.0, 1.0))
 
 
 def names(folder: Path) -> set[str]:
@@ -32,7 +32,7 @@ def test_no_file_of_an_older_run_passes_for_this_ones(tmp_path: Path) -> None:
     assert before - names(tmp_path) == {
         *("operation_metrics.csv", "cpu_operation_metrics.csv", "chrome_trace.json", "responses.json", "profile_1.json")
     }
-    write_results(plain, [replace(OUTCOME, rows=None, responses=[])])
+    write_results(plain, [replace(OUTCOME, records=None, responses=[])])
     assert names(tmp_path) == {"config.yml", "summary.json", "plots"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"ended", "run_s", "config", "environment"} <= set(summary)

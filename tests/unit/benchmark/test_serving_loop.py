@@ -68,7 +68,7 @@ def test_requests_arrive_at_their_times() -> None:
     bench = Bench()
     served = bench.serve(specs)
     assert (served.ended, served.num_finished, served.refused) == (COMPLETED, 4, {})
-    records = bench.store.rows().requests
+    records = bench.store.records().requests
     arrivals = [record.arrived_at_s - records[0].arrived_at_s for record in records]
     assert arrivals == pytest.approx([0.0, 0.05, 0.05, 0.3])
     for record, spec in zip(records, specs, strict=True):
@@ -86,7 +86,7 @@ def test_the_time_limit_ends_a_run_with_what_there_is() -> None:
     served = bench.serve([RequestSpec(0.0, 5, 3), RequestSpec(0.0, 5, 190)], limit_s=0.3)
     assert (served.ended, served.num_finished) == (TIME_LIMIT, 1)
     assert served.duration_s < 1.0
-    done, cut = bench.store.rows().requests
+    done, cut = bench.store.records().requests
     assert done.is_complete and not cut.is_complete and cut.finish_reason == "abort"
     assert not bench.engine.has_work
 
@@ -108,7 +108,7 @@ def test_an_interrupt_ends_a_run_with_what_there_is() -> None:
     bench = Bench(after_step=interrupt)
     served = bench.serve([RequestSpec(0.0, 5, 2), RequestSpec(0.0, 5, 50)])
     assert (served.ended, served.num_finished) == (INTERRUPTED, 1)
-    assert len(bench.store.rows().steps) == 5
+    assert len(bench.store.records().steps) == 5
     assert not bench.engine.has_work
 
 
@@ -117,7 +117,7 @@ def test_a_request_that_is_too_long_is_refused_by_name_and_the_rest_are_served()
     served = bench.serve([RequestSpec(0.0, MAX_MODEL_LEN + 1, 1), RequestSpec(0.0, 5, 2)])
     assert (served.ended, served.num_finished) == (COMPLETED, 1)
     assert list(served.refused) == ["0"] and str(MAX_MODEL_LEN) in served.refused["0"]
-    assert [record.request_num_ignored for record in bench.store.rows().requests] == [1, 0]
+    assert [record.request_num_ignored for record in bench.store.records().requests] == [1, 0]
 
 
 def test_engine_serves_again_after_an_unfinished_run() -> None:
@@ -126,4 +126,4 @@ def test_engine_serves_again_after_an_unfinished_run() -> None:
     bench.store.reset()
     served = bench.serve([RequestSpec(0.0, 100, 4)] * 8)
     assert (served.ended, served.num_finished) == (COMPLETED, 8)
-    assert len(bench.store.rows().requests) == 8
+    assert len(bench.store.records().requests) == 8

@@ -175,7 +175,7 @@ def test_steps_sent_behind_a_failed_one_are_undone_with_it() -> None:
         assert request.output_token_ids == expected_output(request, 100)[0]
 
 
-def test_a_worker_that_fails_without_a_reason_in_the_books_does_not_stop_the_others() -> None:
+def test_a_worker_that_fails_though_memory_suffices_does_not_stop_the_others() -> None:
     """It says that there is plenty, and fails all steps of more than one request: in the end one runs at a time."""
     scheduler, worker = pair(CacheCapacity(30, 1, 4), watermark=0.0)
     requests = [make_request(f"r{i}", 10, 15, ignore_eos=True) for i in range(3)]

@@ -171,5 +171,5 @@ def test_tokens_of_steps_in_flight_behind_a_stop_string_reach_nobody() -> None:
     outputs = drain(engine)
     assert bytes(outputs["a"].outputs[0].token_ids) == b"abc" and outputs["a"].outputs[0].text == "a"
     assert outputs["b"].outputs[0].token_ids == [*b"abcdefgh", END]
-    counts = {record.request_id: record.request_num_decode_tokens for record in metrics.rows().requests}
+    counts = {record.request_id: record.request_num_decode_tokens for record in metrics.records().requests}
     assert counts == {"0_a": 3, "0_b": 9}

@@ -190,7 +190,7 @@ def test_metrics_have_a_row_of_what_is_too_long_and_of_no_other_refusal() -> Non
         with pytest.raises(ValueError):
             engine.add_request(request_id, prompt, SamplingParams(n=2))
     run(engine)
-    ended = [(record.request_id, record.finish_reason) for record in metrics.rows().requests]
+    ended = [(record.request_id, record.finish_reason) for record in metrics.records().requests]
     assert ended == [("0_good", "stop"), ("0_long", "error"), ("0_long#1", "error")]
 
 
@@ -263,7 +263,7 @@ def test_an_interrupt_anywhere_in_a_step_leaves_an_engine_that_works(
     engine.core.scheduler.check_integrity()
     assert answer(engine, [0]).outputs[0].text == "fine"
     assert engine.core.executor.memory_stats().mapped_bytes == 0
-    assert None not in [record.finish_reason for record in metrics.rows().requests]
+    assert None not in [record.finish_reason for record in metrics.records().requests]
 
 
 def test_metrics_hear_the_finish_reason_that_the_client_hears() -> None:
@@ -271,7 +271,7 @@ def test_metrics_hear_the_finish_reason_that_the_client_hears() -> None:
     engine = make_engine(says("abcSTOP"), metrics=metrics)
     output = answer(engine, [0], max_tokens=7, stop=["STOP"]).outputs[0]
     assert (output.text, output.finish_reason, output.stop_reason) == ("abc", "stop", "STOP")
-    assert [record.finish_reason for record in metrics.rows().requests] == ["stop"]
+    assert [record.finish_reason for record in metrics.records().requests] == ["stop"]
 
 
 def test_together_equals_alone_whatever_the_chunks_and_however_small_the_cache() -> None:

@@ -1,4 +1,4 @@
-"""Files of a report against the rows that they were made of, read back with pandas and json."""
+"""Files of a report against the records that they were made of, read back with pandas and json."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from test_store import SEED, run
 from sarathi.messages import MemoryStats
 from sarathi.metrics import files, report
 from sarathi.metrics.environment import git_revision
-from sarathi.metrics.records import OperationRecord, RunRows, StepRecord, StepTimes, merge
+from sarathi.metrics.records import OperationRecord, RunRecords, StepRecord, StepTimes, merge
 from sarathi.metrics.report import FILES, ReportOptions, remove_report, summarize, write_report
 from sarathi.metrics.request_record import RequestRecord
 from sarathi.metrics.store import MetricsStore
@@ -34,7 +34,7 @@ OPTIONS = ReportOptions(operations=True, cpu_operations=True, config={"model": {
 
 
 @pytest.fixture(scope="module")
-def rows() -> RunRows:
+def records() -> RunRecords:
     simulation = run("vllm", SEED)
     store = simulation.store
     simulation.arrive("last", prompt=3, output=1)
@@ -43,20 +43,20 @@ def rows() -> RunRows:
     for mapped, driver_s in ((4096, 0.5), (8192, 0.75)):
         simulation.step()
         store.on_memory(MemoryStats(mapped_bytes=mapped, idle_bytes=100, driver_s=driver_s, peak_mapped_bytes=mapped))
-    return store.rows()
+    return store.records()
 
 
 @pytest.fixture(scope="module")
-def folder(rows: RunRows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(records: RunRecords, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(rows, folder, OPTIONS)
+    write_report(records, folder, OPTIONS)
     return folder
 
 
-def test_request_csv_has_the_names_and_values(rows: RunRows, folder: Path) -> None:
+def test_request_csv_has_the_names_and_values(records: RunRecords, folder: Path) -> None:
     table = pd.read_csv(folder / "sequence_metrics.csv", index_col="Request Id")
     assert list(table.columns) == [*REQUEST_TIMES, *REQUEST_COUNTS]
-    for record in rows.requests:
+    for record in records.requests:
         for name in (*REQUEST_TIMES, *REQUEST_COUNTS):
             expected = getattr(record, name)
             assert table.loc[record.request_id, name] == pytest.approx(
@@ -64,26 +64,26 @@ def test_request_csv_has_the_names_and_values(rows: RunRows, folder: Path) -> No
             )
 
 
-def test_batch_csv(rows: RunRows, folder: Path) -> None:
+def test_batch_csv(records: RunRecords, folder: Path) -> None:
     table = pd.read_csv(folder / "batch_metrics.csv")
     assert list(table.columns) == ["Batch Id", *BATCH_COUNTS, *BATCH_TIMES]
-    assert table["batch_num_tokens"].tolist() == [step.num_tokens for step in rows.steps]
-    starts = np.array([step.times.started_at_s for step in rows.steps])
-    ends = np.array([step.times.ended_at_s for step in rows.steps])
+    assert table["batch_num_tokens"].tolist() == [step.num_tokens for step in records.steps]
+    starts = np.array([step.times.started_at_s for step in records.steps])
+    ends = np.array([step.times.ended_at_s for step in records.steps])
     assert table["inter_batch_delay"][1:].to_numpy() == pytest.approx(starts[1:] - ends[:-1])
     assert np.isnan(table["inter_batch_delay"][0])
 
 
-def test_token_csv_holds_every_gap(rows: RunRows, folder: Path) -> None:
+def test_token_csv_holds_every_gap(records: RunRecords, folder: Path) -> None:
     column = "decode_token_execution_plus_preemption_time_list"
     table = pd.read_csv(folder / "token_metrics.csv", index_col="Decode Token Id")[column]
-    assert len(table) == sum(len(record.token_gaps_s) for record in rows.requests)
-    record = max(rows.requests, key=lambda record: len(record.token_gaps_s))
+    assert len(table) == sum(len(record.token_gaps_s) for record in records.requests)
+    record = max(records.requests, key=lambda record: len(record.token_gaps_s))
     gaps = [table[f"{record.request_id}_{index}"] for index in range(1, len(record.token_times_s))]
     assert gaps == pytest.approx(record.token_gaps_s)
 
 
-def test_quantiles_are_those_of_pandas(rows: RunRows, folder: Path) -> None:
+def test_quantiles_are_those_of_pandas(records: RunRecords, folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     table = pd.read_csv(folder / "sequence_metrics.csv")
     for name in ("request_e2e_time_normalized", "prefill_e2e_time", "request_num_tokens"):
@@ -94,12 +94,12 @@ def test_quantiles_are_those_of_pandas(rows: RunRows, folder: Path) -> None:
         assert described["count"] == len(table)
 
 
-def test_summary_says_what_was_run_and_where(rows: RunRows, folder: Path) -> None:
+def test_summary_says_what_was_run_and_where(records: RunRecords, folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
-    tokens = sum(len(record.token_times_s) for record in rows.requests)
+    tokens = sum(len(record.token_times_s) for record in records.requests)
     assert summary["config"] == {"model": {"name": "none"}}
     assert summary["environment"]["python"] and "git" in summary["environment"]
-    assert summary["num_completed"] == len(rows.requests)
+    assert summary["num_completed"] == len(records.requests)
     assert summary["throughput"]["decode_tokens_per_s"] == pytest.approx(tokens / summary["duration_s"])
     assert summary["memory"]["driver_s"] == 0.25
 
@@ -111,13 +111,13 @@ def test_git_revision_is_that_of_the_checkout() -> None:
     assert (found["commit"] if found else "") == done.stdout.strip()
 
 
-def test_cdf_and_series(rows: RunRows, folder: Path) -> None:
+def test_cdf_and_series(records: RunRecords, folder: Path) -> None:
     cdf = pd.read_csv(folder / "plots" / "request_e2e_time.csv")
     assert list(cdf.columns) == ["request_e2e_time", "cdf"]
     assert cdf["request_e2e_time"].is_monotonic_increasing and cdf["cdf"].iloc[-1] == 1.0
-    totals = {name: len(rows.requests) for name in ("request_arrival", "request_completion")}
-    totals |= {"prefill_completion": sum(record.num_prompt_tokens for record in rows.requests)}
-    totals |= {"decode_completion": sum(len(record.token_times_s) for record in rows.requests)}
+    totals = {name: len(records.requests) for name in ("request_arrival", "request_completion")}
+    totals |= {"prefill_completion": sum(record.num_prompt_tokens for record in records.requests)}
+    totals |= {"decode_completion": sum(len(record.token_times_s) for record in records.requests)}
     for name, total in totals.items():
         series = pd.read_csv(folder / "plots" / f"{name}.csv")
         assert series["Time (sec)"].is_monotonic_increasing and series["Time (sec)"].min() >= 0
@@ -129,37 +129,37 @@ def test_plots_are_images(folder: Path) -> None:
         assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG"), csv
 
 
-def test_operations_in_milliseconds(rows: RunRows, folder: Path) -> None:
+def test_operations_in_milliseconds(records: RunRecords, folder: Path) -> None:
     device = pd.read_csv(folder / "operation_metrics.csv")
     assert device["attn_decode"].tolist() == [2.0]
     cpu = pd.read_csv(folder / "cpu_operation_metrics.csv")
-    parts = cpu[["schedule", "model_execution_e2e", "process_model_outputs"]].sum(axis=1)[: len(rows.steps)]
-    assert parts.to_numpy() == pytest.approx([1e3 * step.duration_s for step in rows.steps])
+    parts = cpu[["schedule", "model_execution_e2e", "process_model_outputs"]].sum(axis=1)[: len(records.steps)]
+    assert parts.to_numpy() == pytest.approx([1e3 * step.duration_s for step in records.steps])
     assert cpu["sample"].dropna().tolist() == [1.0]
 
 
-def test_trace_has_a_track_a_request_and_no_step_overlaps(rows: RunRows, folder: Path) -> None:
+def test_trace_has_a_track_a_request_and_no_step_overlaps(records: RunRecords, folder: Path) -> None:
     events = json.loads((folder / "chrome_trace.json").read_text())["traceEvents"]
     tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert {f"request {record.request_id}" for record in rows.requests} < tracks
+    assert {f"request {record.request_id}" for record in records.requests} < tracks
     steps = [event for event in events if event["ph"] == "X" and event["name"].startswith("step ")]
-    assert len(steps) == len(rows.steps)
+    assert len(steps) == len(records.steps)
     for before, after in pairwise(steps):
         assert before["ts"] + before["dur"] <= after["ts"] + 1e-3
     index, record = next(
-        (index, record) for index, record in enumerate(rows.requests) if record.request_num_decode_tokens > 1
+        (index, record) for index, record in enumerate(records.requests) if record.request_num_decode_tokens > 1
     )
     decode = next(event for event in events if event["name"] == "decode" and event["tid"] == index)
     assert decode["dur"] == pytest.approx(1e6 * (record.finished_at_s - record.first_token_at_s))
     assert {"attn_decode", "mapped bytes"} <= {event["name"] for event in events}
     (mapping,) = [event for event in events if event["name"].startswith("map pages")]
-    first, second = rows.memory
+    first, second = records.memory
     assert mapping["dur"] == pytest.approx(1e6 * (second.at_s - first.at_s)) and mapping["args"] == {"mapping_ms": 250}
 
 
-def test_schedule_has_one_line_a_step(rows: RunRows, folder: Path) -> None:
+def test_schedule_has_one_line_a_step(records: RunRecords, folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "schedule.jsonl").read_text().splitlines()]
-    assert [sum(chunk[2] for chunk in line["chunks"]) for line in lines] == [step.num_tokens for step in rows.steps]
+    assert [sum(chunk[2] for chunk in line["chunks"]) for line in lines] == [step.num_tokens for step in records.steps]
 
 
 def test_pages_and_mapping_time_are_differences() -> None:
@@ -168,21 +168,21 @@ def test_pages_and_mapping_time_are_differences() -> None:
     for mapped, driver_s, waited in ((2048, 1.0, 1), (5120, 1.5, 3)):
         clock.now_s += 1
         store.on_memory(MemoryStats(mapped_bytes=mapped, driver_s=driver_s, steps_waited=waited))
-    first, second = memory_table(store.rows()).rows
+    first, second = memory_table(store.records()).records
     assert (first["kv_pages_mapped"], second["kv_pages_mapped"]) == (2, 5)
     assert (first["kv_mapping_time"], second["kv_mapping_time"]) == (0, 0.5)
     assert second["kv_steps_waited"] == 2
 
 
 def test_report_of_nothing_is_written(tmp_path: Path) -> None:
-    summary = write_report(MetricsStore(Clock()).rows(), tmp_path, ReportOptions())
+    summary = write_report(MetricsStore(Clock()).records(), tmp_path, ReportOptions())
     assert (summary["num_requests"], summary["throughput"]["tokens_per_s"]) == (0, 0.0)
 
 
-def test_a_report_is_removed_and_nothing_else(rows: RunRows, tmp_path: Path) -> None:
+def test_a_report_is_removed_and_nothing_else(records: RunRecords, tmp_path: Path) -> None:
     own = [tmp_path / "notes.csv", tmp_path / "plots" / "mine.png"]
     options = ReportOptions(operations=True, cpu_operations=True)
-    write_report(rows, tmp_path, options)
+    write_report(records, tmp_path, options)
     assert len(list(tmp_path.iterdir())) == len(FILES) + 1
     for path in own:
         path.write_text("mine")
@@ -222,23 +222,23 @@ def test_a_kill_at_any_point_leaves_no_summary_of_missing_files(
     monkeypatch.setattr(files, "open", open, raising=False)
     monkeypatch.setattr(report, "environment", dict)
     operations = [OperationRecord("attn", step, 0, None, 0.1, True) for step in range(2)]
-    rows = replace(long_run(2), operations=tuple(operations))
-    few = {name: values for name, values in report.distributions(rows).items() if "attn" in name or "size" in name}
-    monkeypatch.setattr(report, "distributions", lambda rows: few)
+    records = replace(long_run(2), operations=tuple(operations))
+    few = {name: values for name, values in report.distributions(records).items() if "attn" in name or "size" in name}
+    monkeypatch.setattr(report, "distributions", lambda records: few)
     old, new = ReportOptions(operations=True, plots=False), ReportOptions(cpu_operations=True, plots=False)
 
     def replace_report(folder: Path) -> None:
         remove_report(folder)
-        write_report(rows, folder, new, {"ended": "new"})
+        write_report(records, folder, new, {"ended": "new"})
 
     def listing(folder: Path) -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
     complete = {}
     for name, options in (("old", old), ("new", new)):
-        write_report(rows, tmp_path / name, options)
+        write_report(records, tmp_path / name, options)
         complete[name] = listing(tmp_path / name)
-    write_report(rows, tmp_path / "copied", old, {"ended": "old"})
+    write_report(records, tmp_path / "copied", old, {"ended": "old"})
     with monkeypatch.context() as patch:
         num_calls = kill_at(patch, sys.maxsize)
         replace_report(tmp_path / "old")
@@ -277,21 +277,21 @@ def test_a_broken_summary_is_removed(tmp_path: Path, text: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def long_run(num_requests: int) -> RunRows:
+def long_run(num_requests: int) -> RunRecords:
     """Requests of one step and two tokens each."""
     requests = [
         RequestRecord(str(i), 3, i, None, i + 0.1, i + 0.5, "stop", 0.4, 1, 0, array("d", [i + 0.2, i + 0.5]))
         for i in range(num_requests)
     ]
     steps = [StepRecord(i, 0, StepTimes(i, i + 0.1, i + 0.4, i + 0.5), i, 1, 3, 0, 0, 0.2) for i in range(num_requests)]
-    return RunRows(0.0, float(num_requests), tuple(requests), tuple(steps))
+    return RunRecords(0.0, float(num_requests), tuple(requests), tuple(steps))
 
 
 def test_the_trace_is_linear_in_the_run() -> None:
     """Counted in lines of Python run, which no busy machine can disturb."""
 
     def num_lines(num_requests: int) -> int:
-        rows, count = long_run(num_requests), 0
+        records, count = long_run(num_requests), 0
 
         def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object]:
             nonlocal count
@@ -301,10 +301,10 @@ def test_the_trace_is_linear_in_the_run() -> None:
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            events = list(trace_events(rows))
+            events = list(trace_events(records))
         finally:
             sys.settrace(before)
-        assert len(events) == pytest.approx(num_trace_events(rows), abs=10)
+        assert len(events) == pytest.approx(num_trace_events(records), abs=10)
         return count
 
     assert num_lines(400) < 2.1 * num_lines(200)
@@ -315,9 +315,9 @@ def test_a_large_trace_has_to_be_asked_for(
 ) -> None:
     monkeypatch.setattr(report, "MAX_TRACE_EVENTS", 1000)
     large, small = long_run(200), long_run(10)
-    for name, rows, wanted in (("large", large, None), ("small", small, None), ("asked", large, True)):
+    for name, records, wanted in (("large", large, None), ("small", small, None), ("asked", large, True)):
         options = ReportOptions(plots=False, individual_batches=False, chrome_trace=wanted)
-        write_report(rows, tmp_path / name, options)
+        write_report(records, tmp_path / name, options)
         assert (tmp_path / name / "chrome_trace.json").exists() == (name != "large")
     assert len(json.loads((tmp_path / "asked" / "chrome_trace.json").read_text())["traceEvents"]) > 1000
     assert "chrome_trace.json is not written: it would have about 1800 events, and more than 1000" in caplog.text
@@ -332,8 +332,8 @@ from pathlib import Path
 from test_report import long_run
 from sarathi.metrics.report import ReportOptions, _write_trace
 from dataclasses import replace
-rows = long_run(1)
-_write_trace(replace(rows, steps=rows.steps * 2_000_000), Path({str(tmp_path)!r}), True)
+records = long_run(1)
+_write_trace(replace(records, steps=records.steps * 2_000_000), Path({str(tmp_path)!r}), True)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
     while process.poll() is None and not list(tmp_path.iterdir()):
@@ -344,7 +344,7 @@ _write_trace(replace(rows, steps=rows.steps * 2_000_000), Path({str(tmp_path)!r}
 
 
 def test_report_of_merged_replicas(tmp_path: Path) -> None:
-    parts = [run("sarathi", SEED + replica, replica=replica).store.rows() for replica in range(2)]
+    parts = [run("sarathi", SEED + replica, replica=replica).store.records() for replica in range(2)]
     write_report(merge(parts), tmp_path, ReportOptions(plots=False))
     table = pd.read_csv(tmp_path / "sequence_metrics.csv", index_col="Request Id")
     assert table.index.str.startswith("0_").sum() == table.index.str.startswith("1_").sum() == 25

@@ -37,7 +37,7 @@ def run(policy: str, seed: int, rows: int = 14, replica: int = 0) -> Simulation:
         simulation.arrive(str(index), int(rng.integers(1, 120)), int(rng.integers(1, 60)))
         for _ in range(rng.integers(0, 6)):
             simulation.step()
-    while any(record.closed_at_s is None for record in store.rows().requests):
+    while any(record.closed_at_s is None for record in store.records().requests):
         simulation.step()
     return simulation
 
@@ -48,7 +48,7 @@ def simulation(request: pytest.FixtureRequest) -> Simulation:
 
 
 def test_requests_by_the_times_of_the_simulation(simulation: Simulation) -> None:
-    for record in simulation.store.rows().requests:
+    for record in simulation.store.records().requests:
         truth = simulation.truth[record.request_id.removeprefix("0_")]
         end_s, count = record.finished_at_s, len(truth.tokens_s)
         assert list(record.token_times_s) == truth.tokens_s
@@ -74,19 +74,19 @@ def test_preemptions_happened_at_all(simulation: Simulation) -> None:
 
 
 def test_parts_of_a_request_add_up(simulation: Simulation) -> None:
-    for record in simulation.store.rows().requests:
+    for record in simulation.store.records().requests:
         served = record.request_execution_time + record.request_preemption_time
         assert served == pytest.approx(record.request_execution_plus_preemption_time)
         assert record.request_scheduling_delay + served == pytest.approx(record.request_e2e_time)
 
 
 def test_every_name_has_a_value(simulation: Simulation) -> None:
-    record = simulation.store.rows().requests[-1]
+    record = simulation.store.records().requests[-1]
     assert all(getattr(record, name) is not None for name in (*REQUEST_TIMES, *REQUEST_COUNTS))
 
 
 def test_memory_of_a_request_is_arithmetic(simulation: Simulation) -> None:
-    for record in simulation.store.rows().requests:
+    for record in simulation.store.records().requests:
         used_bytes = (record.request_num_tokens - 1) * CAPACITY.token_bytes  # the last output is never an input
         assert record.kv_blocks_mapped == -(-used_bytes // CAPACITY.page_bytes)
         assert 0 <= record.kv_fragmentation_percent < 100
@@ -95,7 +95,7 @@ def test_memory_of_a_request_is_arithmetic(simulation: Simulation) -> None:
 
 
 def test_steps_by_the_messages(simulation: Simulation) -> None:
-    steps = simulation.store.rows().steps
+    steps = simulation.store.records().steps
     outs = [
         (out, duration) for out, duration in zip(simulation.outs, simulation.durations_s, strict=True) if out.chunks
     ]
@@ -109,12 +109,12 @@ def test_steps_by_the_messages(simulation: Simulation) -> None:
 
 
 def test_schedule_is_kept_only_on_request(simulation: Simulation) -> None:
-    assert [row.chunks for row in simulation.store.rows().schedule] == [
+    assert [step.chunks for step in simulation.store.records().schedule] == [
         out.chunks for out in simulation.outs if out.chunks
     ]
     store = MetricsStore(Clock())
     one_step(store, 1.0)
-    assert store.rows().steps and not store.rows().schedule
+    assert store.records().steps and not store.records().schedule
 
 
 def one_step(store: MetricsStore | NullMetricsStore, start_s: float, batch: int = 1, step_id: int = 1) -> None:
@@ -129,8 +129,8 @@ def test_a_step_that_ran_out_of_memory_is_no_batch() -> None:
     store.on_request_arrived("a", 2, 100.0)
     out = SchedulerOutput(4, (NewRequest("a", (1, 2), SamplingParams()),), (Chunk("a", 0, 2, True, 2),))
     store.on_step(out, StepResult(4, available_rows=3), StepTimes(100, 101, 102, 103))
-    (record,) = store.rows().requests
-    assert not store.rows().steps
+    (record,) = store.records().requests
+    assert not store.records().steps
     assert record.scheduled_at_s is None and not record.token_times_s
 
 
@@ -142,12 +142,12 @@ def test_steps_in_flight_together_do_not_count_time_twice() -> None:
     store.on_step(out, result, StepTimes(0.0, 0.5, 4.0, 4.5))
     second = replace(result, step_id=2, host=HostTimes(prepare_inputs_s=0.25, sample_s=0.125))
     store.on_step(replace(out, step_id=2), second, StepTimes(1.0, 1.5, 8.0, 8.5))
-    rows = store.rows()
-    assert [step.duration_s for step in rows.steps] == [4.5, 4.0]
-    assert rows.requests[0].execution_s == 8.5
-    table = batch_table(rows)
+    records = store.records()
+    assert [step.duration_s for step in records.steps] == [4.5, 4.0]
+    assert records.requests[0].execution_s == 8.5
+    table = batch_table(records)
     assert table.values("batch_execution_time") == [4.5, 4.0] and table.values("inter_batch_delay") == [0.0]
-    cpu = operation_table(rows, on_device=False)
+    cpu = operation_table(records, on_device=False)
     assert cpu.values("model_execution_e2e") == [3500.0, 3500.0] and cpu.values("schedule") == [500.0, 500.0]
     assert cpu.values("prepare_inputs") == [250.0] and cpu.values("sample") == [125.0]
 
@@ -162,7 +162,7 @@ def test_a_step_launched_while_another_runs_begins_for_its_requests_when_that_on
         out = SchedulerOutput(step_id, chunks=(Chunk(str(step_id), 0, 2, True, 2),))
         result = StepResult(step_id, (SampledToken(str(step_id), 3),))
         store.on_step(out, result, StepTimes(start_s, start_s, end_s, end_s))
-    second = store.rows().requests[1]
+    second = store.records().requests[1]
     assert (second.request_scheduling_delay, second.request_execution_time) == (1.0, 0.5)
     assert (second.request_preemption_time, second.prefill_time_execution_plus_preemption) == (0.0, 0.5)
 
@@ -173,14 +173,14 @@ def test_a_refused_or_aborted_request_has_no_times() -> None:
     store.on_request_arrived("a", 2, 100.0)
     clock.now_s = 104.0
     store.on_request_finished("a", "abort")
-    (record,) = store.rows().requests
+    (record,) = store.records().requests
     assert not record.is_complete
     assert record.request_num_ignored == 1
     assert record.prefill_e2e_time is None and record.request_e2e_time_normalized is None
     assert record.request_e2e_time == 4.0
-    assert set(time_series(store.rows())) == {"request_arrival"}
-    (row,) = request_table(store.rows()).rows
-    assert row == {"Request Id": "0_a", "request_inter_arrival_delay": None, "request_num_ignored": 1}
+    assert set(time_series(store.records())) == {"request_arrival"}
+    (cells,) = request_table(store.records()).records
+    assert cells == {"Request Id": "0_a", "request_inter_arrival_delay": None, "request_num_ignored": 1}
 
 
 def test_a_request_that_was_cut_off_has_counts_and_no_times() -> None:
@@ -188,13 +188,13 @@ def test_a_request_that_was_cut_off_has_counts_and_no_times() -> None:
     store.on_request_arrived("0", 2, 100.0)
     one_step(store, 101.0)
     store.on_request_finished("0", "abort")
-    (row,) = request_table(store.rows()).rows
-    assert (row["request_num_prefill_tokens"], row["request_num_decode_tokens"], row["request_num_ignored"]) == (
+    (cells,) = request_table(store.records()).records
+    assert (cells["request_num_prefill_tokens"], cells["request_num_decode_tokens"], cells["request_num_ignored"]) == (
         2,
         1,
         1,
     )
-    assert "request_e2e_time" not in row
+    assert "request_e2e_time" not in cells
 
 
 def test_reset_forgets_and_restarts_time() -> None:
@@ -204,9 +204,9 @@ def test_reset_forgets_and_restarts_time() -> None:
     clock.now_s = 150.0
     store.reset()
     one_step(store, 160.0)
-    rows = store.rows()
-    assert not rows.requests and len(rows.steps) == 1
-    assert (rows.origin_s, rows.duration_s) == (150.0, 11.0)
+    records = store.records()
+    assert not records.requests and len(records.steps) == 1
+    assert (records.origin_s, records.duration_s) == (150.0, 11.0)
 
 
 def test_operations_and_memory_keep_the_steps_number_behind_a_reset() -> None:
@@ -216,12 +216,12 @@ def test_operations_and_memory_keep_the_steps_number_behind_a_reset() -> None:
     store.on_memory(MemoryStats())
     store.on_operation("attn", None, 0.5, on_device=True)
     one_step(store, 200.0, step_id=42)
-    rows = store.rows()
-    assert [row.step_id for row in (*rows.memory, *rows.operations, *rows.steps)] == [41, 42, 42]
+    records = store.records()
+    assert [record.step_id for record in (*records.memory, *records.operations, *records.steps)] == [41, 42, 42]
 
 
 def test_merge_orders_replicas_by_time() -> None:
-    parts = [run("sarathi", SEED + replica, replica=replica).store.rows() for replica in range(3)]
+    parts = [run("sarathi", SEED + replica, replica=replica).store.records() for replica in range(3)]
     merged = merge(parts)
     assert len(merged.requests) == sum(len(part.requests) for part in parts)
     assert len({record.request_id for record in merged.requests}) == len(merged.requests)
