@@ -1,7 +1,12 @@
-"""KV cache that is contiguous in virtual memory and mapped to physical pages on demand. Knows nothing of serving."""
+"""KV cache that is contiguous in virtual memory and mapped to physical pages on demand.
+
+`VirtualKVCache` is the interface; docs/allocator.md explains it. The functions are those of the original vAttention
+release, all on one cache of their own.
+"""
 
 from vattention import _interpreter  # noqa: F401  # first: it refuses interpreters in which the others hang
-from vattention.classic import ClassicAPI
+from vattention._native import report_faults
+from vattention.classic import ClassicAPI, as_function
 from vattention.errors import (
     DeviceError,
     ForkError,
@@ -13,21 +18,20 @@ from vattention.errors import (
 from vattention.kv_cache import VirtualKVCache
 from vattention.stats import CacheStats
 
-# The functions of the original release, all on one cache of their own.
 _classic = ClassicAPI()
-init_kvcache = _classic.init_kvcache
-reserve_physical_pages = _classic.reserve_physical_pages
-alloc_new_batch_idx = _classic.alloc_new_batch_idx
-free_batch_idx = _classic.free_batch_idx
-step = _classic.step
-step_async = _classic.step_async
-num_free_kvblocks = _classic.num_free_kvblocks
-set_deferred_reclamation = _classic.set_deferred_reclamation
-map_common_pages = _classic.map_common_pages
-show_kvcache_config = _classic.show_kvcache_config
-show_allocator_state = _classic.show_allocator_state
-set_verbose = _classic.set_verbose
-cleanup = _classic.cleanup
+init_kvcache = as_function(_classic.init_kvcache)
+reserve_physical_pages = as_function(_classic.reserve_physical_pages)
+alloc_new_batch_idx = as_function(_classic.alloc_new_batch_idx)
+free_batch_idx = as_function(_classic.free_batch_idx)
+step = as_function(_classic.step)
+step_async = as_function(_classic.step_async)
+num_free_kvblocks = as_function(_classic.num_free_kvblocks)
+set_deferred_reclamation = as_function(_classic.set_deferred_reclamation)
+map_common_pages = as_function(_classic.map_common_pages)
+show_kvcache_config = as_function(_classic.show_kvcache_config)
+show_allocator_state = as_function(_classic.show_allocator_state)
+set_verbose = as_function(_classic.set_verbose)
+cleanup = as_function(_classic.cleanup)
 
 __all__ = [
     "CacheStats",
@@ -44,6 +48,7 @@ __all__ = [
     "init_kvcache",
     "map_common_pages",
     "num_free_kvblocks",
+    "report_faults",
     "reserve_physical_pages",
     "set_deferred_reclamation",
     "set_verbose",

@@ -1,4 +1,4 @@
-"""The functions of the original vAttention release over one VirtualKVCache. Knows nothing that the class does not.
+"""The functions of the original vAttention release over one VirtualKVCache.
 
 A script written against the original finds its names here: a request id is a slot, a KV block is a row, and the list
 of sequence lengths that `step` takes has one entry for each slot, 0 where there is no request.
@@ -6,18 +6,22 @@ of sequence lengths that `step` takes has one entry for each slot, 0 where there
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex
-
-import torch
+from typing import TYPE_CHECKING, ParamSpec, SupportsIndex, TypeVar
 
 from vattention.errors import NoFreeSlotError, VAttentionError
 from vattention.kv_cache import VirtualKVCache
 
+if TYPE_CHECKING:
+    import torch
+
 _UNBOUNDED_BYTES = 1 << 62
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -75,6 +79,17 @@ class ClassicCache:
             raise ValueError(f"{name} is {length}: it must be an integer from {least} to {self.cache.max_tokens}")
 
 
+def as_function(method: Callable[P, R]) -> Callable[P, R]:
+    """A bound method as the plain function that help() and inspect show."""
+
+    @functools.wraps(method)
+    def function(*args: P.args, **options: P.kwargs) -> R:
+        return method(*args, **options)
+
+    function.__module__, function.__qualname__ = "vattention", function.__name__
+    return function
+
+
 class ClassicAPI:
     """The functions as methods, so that the package can offer those of one instance."""
 
@@ -91,7 +106,7 @@ class ClassicAPI:
         max_batch_size: int,
         max_context_length: int,
         device: int | str | torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         page_size: int | None,
         megacache: bool = False,
     ) -> list[torch.Tensor]:
@@ -165,6 +180,7 @@ class ClassicAPI:
         return (stats.capacity_bytes - stats.mapped_bytes + stats.idle_bytes) // self._open.cache.row_bytes
 
     def set_deferred_reclamation(self, value: bool) -> None:
+        """Whether slots freed from now on keep their pages."""
         self._open.cache.set_deferred_reclamation(value)
 
     def map_common_pages(self, num_tokens: int) -> None:
@@ -201,6 +217,7 @@ class ClassicAPI:
             self._log(f"{slot:4} : {length:6} : {mapped:6} : {state.cache.rows_for(length):6}")
 
     def set_verbose(self, value: bool) -> None:
+        """Whether alloc_new_batch_idx() prints what it does."""
         self._verbose = value
 
     def cleanup(self) -> None:

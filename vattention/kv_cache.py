@@ -1,38 +1,25 @@
-"""The KV cache as torch sees it: the one place that knows layouts. Knows nothing of requests, blocks or kernels."""
+"""The KV cache in Python: arguments, layouts and tensors over the native allocator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-
-import torch
+from typing import TYPE_CHECKING
 
 from vattention import _native
+from vattention.arguments import element_bytes, open_device, require_bytes, require_positive
 from vattention.errors import DeviceError
+from vattention.regions import Region
 from vattention.stats import CacheStats
-from vattention.tensors import region_tensor, token_view
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_HOST_PAGE_BYTES = 64 * 1024
 
 
-def open_device(device: str | int | torch.device) -> _native.Device:
-    """The memory behind a torch device: "cpu", "cuda", "cuda:1", an index, or a torch.device.
-
-    Raises ValueError for other types and DeviceError if there is no such GPU.
-    """
-    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if resolved.type == "cpu":
-        return _native.host_device()
-    if resolved.type == "cuda":
-        index = resolved.index
-        if index is None:
-            index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        return _native.cuda_device(index)
-    raise ValueError(f"device must be cpu or cuda, got {device!r}")
-
-
 class VirtualKVCache:
-    """K and V of every layer in reserved address space, backed by physical pages where tokens are.
+    """K and V of every layer in reserved address space, with physical pages behind the tokens that exist.
 
     Layouts. Per layer: 2 * num_layers regions, a token is num_kv_heads * head_size elements in each. Megacache: one
     region for K and one for V, a token holds all layers, so a page holds fewer tokens and less of it is wasted.
@@ -41,18 +28,24 @@ class VirtualKVCache:
     Promise: any lengths of the allocated slots with sum(rows_for(length)) <= capacity_rows can be prepared, taking
     back rows from idle slots first and then rows mapped ahead. `prefetch` and `map_ahead` never break it.
 
+    Threads may share a cache. A forked process may not use its parent's: every call but `close` raises ForkError there,
+    and reading its tensors is SIGSEGV.
+
     Args:
-        dtype: any torch dtype of at least one byte an element.
+        num_layers, num_kv_heads, head_size: the model's; K and V of a token are num_kv_heads * head_size elements.
+        num_slots: sequences that can be in the cache at once.
+        max_tokens: longest length of a slot. Slots and tokens cost address space, not memory.
+        dtype: a torch dtype, its name ("bfloat16"), or any object with an `itemsize` of at least one byte.
         device: "cpu", "cuda", "cuda:1", a CUDA index, or a torch.device.
         budget_bytes: physical memory for K and V together; whole rows of it are used.
         page_bytes: a multiple of the device's granularity, at least one token. Default: 64 KiB on the CPU, the
             granularity of the driver on CUDA (2 MiB on present GPUs).
+        megacache: the layout, see above.
         deferred_reclamation: a freed slot keeps its pages until they are needed (Section 6 of the vAttention paper).
         reclaim_threshold: share of the budget that the worker keeps free, after each prefetch taking back a few rows
             from idle slots.
 
     Raises ValueError or TypeError for arguments out of range, DeviceError if the device refuses.
-    Not for use after a fork; threads may share it.
     """
 
     def __init__(
@@ -63,7 +56,7 @@ class VirtualKVCache:
         head_size: int,
         num_slots: int,
         max_tokens: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         device: str | int | torch.device = "cpu",
         budget_bytes: int,
         page_bytes: int | None = None,
@@ -72,14 +65,17 @@ class VirtualKVCache:
         reclaim_threshold: float = 0.1,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_size": head_size}
-        _require_positive(**sizes, num_slots=num_slots, max_tokens=max_tokens)
+        require_positive(**sizes, num_slots=num_slots, max_tokens=max_tokens)
+        require_bytes("budget_bytes", budget_bytes)
+        item_bytes = element_bytes(dtype)
         memory = open_device(device)
         self.num_layers, self.num_kv_heads, self.head_size = num_layers, num_kv_heads, head_size
         self.num_slots, self.max_tokens, self.dtype, self.megacache = num_slots, max_tokens, dtype, megacache
         self.num_regions = 2 if megacache else 2 * num_layers
-        self.token_bytes = num_kv_heads * head_size * dtype.itemsize * (num_layers if megacache else 1)
+        self.token_bytes = num_kv_heads * head_size * item_bytes * (num_layers if megacache else 1)
         self.page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
-        _require_positive(page_bytes=self.page_bytes)
+        require_bytes("page_bytes", self.page_bytes)
+        require_positive(page_bytes=int(self.page_bytes))
         self.row_bytes = self.num_regions * self.page_bytes
         try:
             self._native = _native.KVCache(
@@ -96,7 +92,16 @@ class VirtualKVCache:
             raise DeviceError(
                 f"{num_slots} slots of {max_tokens} tokens take more addresses than the device has: {error}"
             ) from error
-        self._regions = [region_tensor(self._native, region, dtype) for region in range(self.num_regions)]
+        self._tensors: tuple[torch.Tensor, ...] = ()  # the regions as torch sees them, from their first use to close()
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        layout = "megacache" if self.megacache else "per layer"
+        return (
+            f"VirtualKVCache({self.num_layers} layers x {self.num_kv_heads} heads x {self.head_size} {self.dtype}, "
+            f"{layout}, {self.num_slots} slots x {self.max_tokens} tokens, pages of {self.page_bytes} bytes"
+            f"{', closed' if self._is_closed else ''})"
+        )
 
     @property
     def capacity_rows(self) -> int:
@@ -112,11 +117,24 @@ class VirtualKVCache:
             raise ValueError(f"tokens is {tokens}: it must be from 0 to {self.max_tokens}")
         return self._native.rows_for(tokens)
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [num_slots, max_tokens, num_kv_heads, head_size], strided.
+    def view(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer at one slot, each [prepared tokens, num_kv_heads, head_size]: all of it may be touched.
 
-        Only prepared tokens may be touched: elsewhere the CPU gets SIGSEGV and CUDA error 700. Pages come with
-        whatever their last owner left in them, so a kernel must not read past a sequence's length.
+        They are views: writes reach the cache. They keep their length when the slot grows, and must not be touched any
+        more once the slot is freed. Raises ValueError for a slot that is not allocated.
+        """
+        is_allocated, tokens, _ = self._native.slot_state(slot)
+        if not is_allocated:
+            raise ValueError(f"slot {slot} is not allocated")
+        k, v = self.layer(layer)
+        return k[slot, :tokens], v[slot, :tokens]
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each [num_slots, max_tokens, num_kv_heads, head_size], strided: what kernels take.
+
+        Only prepared tokens may be touched, and printing is touching: elsewhere the CPU gets SIGSEGV (see
+        `report_faults`) and CUDA error 700. `view` is cut to them. Pages come with whatever their last owner left in
+        them, so a kernel must not read past a sequence's length.
         """
         if not 0 <= index < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {index}")
@@ -135,6 +153,18 @@ class VirtualKVCache:
         heads = (self.num_kv_heads, self.head_size)
         shape = (self.num_layers, *heads) if self.megacache else heads
         return [self._view(region, shape) for region in range(self.num_regions)]
+
+    def regions(self) -> list[Region]:
+        """The regions as bytes for any library that takes DLPack (`numpy.from_dlpack`, `jax.dlpack.from_dlpack`).
+
+        K of every layer first and then V. Token t of slot s begins at byte s * slot_bytes + t * token_bytes of each.
+        """
+        return [Region(self._native, index) for index in range(self.num_regions)]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Distance of two slots in a region, a multiple of page_bytes."""
+        return self._native.slot_bytes
 
     def alloc(self, tokens: int = 0) -> int:
         """An idle slot, the one whose rows serve `tokens` tokens best. Calls no driver; maps nothing.
@@ -208,6 +238,7 @@ class VirtualKVCache:
 
     def resize(self, budget_bytes: int) -> None:
         """Changes the budget. Shrinking releases idle memory; raises OutOfMemoryError if active slots need more."""
+        require_bytes("budget_bytes", budget_bytes)
         self._native.resize(budget_bytes)
 
     def fill_pool(self, bytes: int) -> None:
@@ -216,13 +247,15 @@ class VirtualKVCache:
         Without it pages are created when first mapped. Creating maps nothing: it moves the driver's allocation, and a
         shortage of memory, from the first steps to here.
         """
+        require_bytes("bytes", bytes)
         self._native.fill_pool(bytes)
 
     def slot_state(self, slot: int) -> tuple[bool, int, int]:
-        """(allocated, prepared tokens, mapped rows) of a slot."""
+        """Whether the slot is allocated, its prepared tokens, and its mapped rows."""
         return self._native.slot_state(slot)
 
     def stats(self) -> CacheStats:
+        """What the cache holds and has done. May be called on a closed cache."""
         return CacheStats(**self._native.stats())
 
     def check_integrity(self) -> None:
@@ -231,7 +264,8 @@ class VirtualKVCache:
 
     def close(self) -> None:
         """Releases all physical memory. Tensors keep their addresses but nothing is behind them. Idempotent."""
-        self._regions.clear()
+        self._is_closed = True
+        self._tensors = ()
         self._native.close()
 
     def __enter__(self) -> VirtualKVCache:
@@ -243,19 +277,16 @@ class VirtualKVCache:
         self.close()
 
     def _view(self, region: int, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
-        if not self._regions:
+        from vattention.tensors import region_tensor, token_view
+
+        tensors = self._tensors
+        if self._is_closed:
             raise ValueError("the cache is closed")
-        slot_bytes = self._native.slot_bytes
-        return token_view(self._regions[region], slot_bytes, self.token_bytes, self.max_tokens, shape, offset)
+        if not tensors:
+            tensors = tuple(region_tensor(each, self.dtype) for each in self.regions())
+            self._tensors = tensors
+        return token_view(tensors[region], self.slot_bytes, self.token_bytes, self.max_tokens, shape, offset)
 
 
 def _default_page_bytes(memory: _native.Device) -> int:
     return memory.granularity if memory.is_cuda else max(DEFAULT_HOST_PAGE_BYTES, memory.granularity)
-
-
-def _require_positive(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

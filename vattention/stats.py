@@ -1,4 +1,4 @@
-"""What a cache has done and holds, as one frozen record. Knows nothing of how it is measured."""
+"""What a cache holds and has done, as one frozen record."""
 
 from __future__ import annotations
 

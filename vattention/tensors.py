@@ -1,4 +1,4 @@
-"""From a reserved region to torch tensors, through DLPack. Knows nothing of pages; reading an unmapped part faults."""
+"""Reserved regions as torch tensors. Reading a part that is not mapped faults."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from vattention import _native
+from vattention.regions import Region
 
 
-def region_tensor(cache: _native.KVCache, region: int, dtype: torch.dtype) -> torch.Tensor:
+def region_tensor(region: Region, dtype: torch.dtype | str) -> torch.Tensor:
     """The whole region as a one-dimensional tensor of `dtype`. It keeps the addresses alive, not the pages.
 
     DLPack does not know every type torch has (the float8 family, for one), so the region travels as bytes.
     """
-    data: torch.Tensor = from_dlpack(cache.region_capsule(region))
-    return data.view(dtype)
+    data: torch.Tensor = from_dlpack(region.__dlpack__())
+    return data.view(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def token_view(
@@ -24,7 +24,7 @@ def token_view(
 ) -> torch.Tensor:
     """[num_slots, max_tokens, *shape] over a region, `offset` elements into each token.
 
-    Slots are `slot_bytes` apart and tokens `token_bytes`; what lies behind a slot's last token is skipped.
+    Slots are `slot_bytes` apart and tokens `token_bytes`; the rest of a slot's last page is skipped.
     """
     num_slots = region.numel() * region.itemsize // slot_bytes
     inner = [1] * len(shape)

@@ -111,7 +111,7 @@ py::object region_capsule(KVCache& cache, std::uint64_t region) {
   owner->shape = static_cast<std::int64_t>(geometry.region_bytes());
   DLTensor& tensor = owner->managed.dl_tensor;
   tensor = {reinterpret_cast<void*>(owner->reservation->base() + region * geometry.region_bytes()),
-            {static_cast<std::int32_t>(cache.device().type()), cache.device().index()},
+            {static_cast<std::int32_t>(cache.device()->type()), cache.device()->index()},
             1,
             {1, 8, 1},
             &owner->shape,
@@ -184,6 +184,7 @@ void define_cache(py::module_& m) {
       .def(py::init(&make_cache), py::kw_only(), py::arg("device"), py::arg("num_regions"), py::arg("token_bytes"),
            py::arg("num_slots"), py::arg("max_tokens"), py::arg("page_bytes"), py::arg("budget_bytes"),
            py::arg("policy"))
+      .def_property_readonly("device", &KVCache::device)
       .def_property_readonly("slot_bytes", [](const KVCache& cache) { return cache.geometry().slot_bytes(); })
       .def("rows_for", [](const KVCache& cache, std::uint64_t tokens) { return cache.geometry().rows_for(tokens); })
       .def("capacity_rows", &KVCache::capacity_rows, NoGil())

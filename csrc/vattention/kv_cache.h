@@ -59,7 +59,7 @@ class KVCache {
   ~KVCache();
 
   const Geometry& geometry() const noexcept { return geometry_; }
-  const Device& device() const noexcept { return *device_; }
+  std::shared_ptr<Device> device() const noexcept { return device_; }
   // Null once the cache is closed.
   std::shared_ptr<Reservation> reservation();
   std::uint64_t capacity_rows();

@@ -9,6 +9,7 @@ import torch
 
 import vattention
 from vattention import NoFreeSlotError, OutOfMemoryError, VirtualKVCache
+from vattention.arguments import open_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +31,7 @@ def make(rows: int = 64, **changes) -> VirtualKVCache:
     }
     options = {**options, **changes}
     regions = 2 if options.get("megacache") else 2 * options["num_layers"]
-    page_bytes = options.get("page_bytes") or vattention.kv_cache.open_device("cuda").granularity
+    page_bytes = options.get("page_bytes") or open_device("cuda").granularity
     return VirtualKVCache(**options, budget_bytes=rows * regions * page_bytes)
 
 
@@ -169,6 +170,62 @@ def test_shared_prefix_is_one_memory_and_survives_its_owner():
         k[fresh, :3000] = 5
         assert k[target, :shared].eq(numbers[:shared]).all() and k[target, shared:3000].eq(-1).all()
         cache.check_integrity()
+
+
+def test_a_share_that_ends_inside_an_extent_is_copied_there():
+    """3,000 tokens at once are extents of 4, 1 and 1 pages of 512 tokens; 1,500 end inside of the first."""
+    with make() as cache:
+        source, target = cache.alloc(), cache.alloc()
+        cache.prepare([source], [3000])
+        numbers = torch.arange(3000, device="cuda", dtype=torch.float32).to(torch.bfloat16).view(-1, 1, 1)
+        for layer in range(cache.num_layers):
+            for sign, tensor in zip((1, -1), cache.view(source, layer), strict=True):
+                tensor.copy_(sign * (numbers + layer))
+        assert cache.share(source, target, 1500) == 1024
+        assert cache.stats().mapped_bytes == 8 * cache.row_bytes
+        for layer in range(cache.num_layers):
+            for sign, tensor in zip((1, -1), cache.view(target, layer), strict=True):
+                assert torch.equal(tensor, (sign * (numbers[:1024] + layer)).expand(1024, 16, 128))
+        cache.prepare([target], [1500])
+        cache.view(target, 0)[0][1024:] = -5
+        assert torch.equal(cache.view(source, 0)[0], numbers.expand(3000, 16, 128))
+        torch.cuda.synchronize()
+        cache.free(source)
+        cache.check_integrity()
+
+
+FORKED = """
+import os, torch
+from vattention import ForkError, VirtualKVCache
+cache = VirtualKVCache(num_layers=1, num_kv_heads=16, head_size=128, num_slots=2, max_tokens=8192,
+                       dtype=torch.bfloat16, device="cuda", budget_bytes=1 << 30)
+slot = cache.alloc()
+cache.prepare([slot], [512])
+k, _ = cache.view(slot, 0)
+k.fill_(1)
+torch.cuda.synchronize()
+child = os.fork()
+if child == 0:
+    try:
+        cache.alloc()
+        os._exit(1)
+    except ForkError:
+        pass
+    cache.close()
+    del cache
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+cache.prepare([slot], [1024])
+cache.view(slot, 0)[0][512:].fill_(2)
+assert k.eq(1).all() and cache.view(slot, 0)[0][512:].eq(2).all()
+cache.check_integrity()
+print("parent is whole")
+"""
+
+
+def test_a_forked_process_leaves_its_parents_cache_alone():
+    run = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "parent is whole\n", run.stdout + run.stderr
 
 
 def test_exhaustion_leaves_everything_usable():

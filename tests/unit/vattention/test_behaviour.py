@@ -32,7 +32,7 @@ def make(rows: int = 64, **changes) -> VirtualKVCache:
 FAULTS = """
 import os
 from vattention import VirtualKVCache
-from vattention.kv_cache import open_device
+from vattention.arguments import open_device
 import torch
 
 def fault(case):
@@ -91,7 +91,14 @@ def test_cuda_without_a_driver_is_a_clear_error():
         ({"num_slots": -3}, ValueError, "num_slots.*-3"),
         ({"max_tokens": 1.5}, TypeError, "max_tokens.*1.5"),
         ({"reclaim_threshold": 1.5}, ValueError, "reclaim_threshold.*1.5"),
-        ({"device": "meta"}, ValueError, "cpu or cuda.*meta"),
+        ({"device": "meta"}, ValueError, "'cpu', 'cuda'.*meta"),
+        ({"device": "cuda:x"}, ValueError, "'cpu', 'cuda'.*cuda:x"),
+        ({"device": None}, ValueError, "'cpu', 'cuda'.*None"),
+        ({"dtype": "float33"}, ValueError, "dtype is 'float33'.*bfloat16"),
+        ({"dtype": float}, TypeError, "torch.bfloat16.*<class 'float'>"),
+        ({"page_bytes": "64kb"}, TypeError, "page_bytes must be a number of bytes.*'64kb'"),
+        ({"page_bytes": 0}, ValueError, "page_bytes must be at least 1, got 0"),
+        ({"page_bytes": -4096}, ValueError, "page_bytes must be at least 1, got -4096"),
         ({"num_slots": 1 << 40, "max_tokens": 1 << 40}, ValueError, "address space"),
         ({"num_slots": 1 << 20, "max_tokens": 1 << 20}, DeviceError, "1048576 slots of .*: mmap reserving .* bytes"),
     ],
@@ -104,6 +111,100 @@ def test_wrong_sizes_are_named_with_their_numbers(changes: dict, error: type[Exc
 def test_a_budget_below_one_row_is_refused_with_the_arithmetic():
     with pytest.raises(ValueError, match=r"4 regions x 4096 bytes a page = 16384"):
         VirtualKVCache(**OPTIONS, budget_bytes=16383)
+
+
+@pytest.mark.parametrize(
+    "budget_bytes, error", [("1gb", TypeError), (1e9, TypeError), (True, TypeError), (1 << 63, ValueError)]
+)
+def test_budgets_are_numbers_of_bytes(budget_bytes: object, error: type[Exception]):
+    with pytest.raises(error, match=r"budget_bytes.*(number of bytes|2\^62)"):
+        VirtualKVCache(**OPTIONS, budget_bytes=budget_bytes)
+    with make() as cache:
+        for call in (cache.resize, cache.fill_pool):
+            with pytest.raises(error, match=r"bytes.*(number of bytes|2\^62)"):
+                call(budget_bytes)
+
+
+def test_a_view_is_cut_to_what_is_prepared_and_safe_to_print():
+    with make() as cache:
+        slot = cache.alloc()
+        assert [tuple(view.shape) for view in cache.view(slot, 1)] == [(0, 2, 32)] * 2
+        cache.prepare([slot], [40])
+        k, v = cache.view(slot, 1)
+        assert k.shape == v.shape == (40, 2, 32)
+        k.fill_(3)
+        v.fill_(4)
+        assert "3." in repr(k) and cache.layer(1)[0][slot, 39].eq(3).all() and cache.layer(1)[1][slot, 0].eq(4).all()
+        cache.prepare([slot], [41])
+        assert cache.view(slot, 1)[0].shape == (41, 2, 32) and k.shape == (40, 2, 32)
+        for wrong, text in (((3, 0), "slot 3 is not allocated"), ((9, 0), "from 0 to 3"), ((slot, 2), "from 0 to 1")):
+            with pytest.raises(ValueError, match=text):
+                cache.view(*wrong)
+
+
+def test_a_name_of_a_dtype_is_that_dtype():
+    with make(dtype="bfloat16") as cache:
+        assert cache.layer(0)[0].dtype == torch.bfloat16 and cache.token_bytes == 128
+
+
+def test_a_cache_says_what_it_is():
+    cache = make(megacache=True)
+    assert repr(cache) == (
+        "VirtualKVCache(2 layers x 2 heads x 32 torch.float16, megacache, 4 slots x 1024 tokens, pages of 4096 bytes)"
+    )
+    cache.close()
+    assert repr(cache).endswith(", closed)")
+
+
+REPORTED = """
+import faulthandler, sys, torch, vattention
+from vattention import VirtualKVCache
+faulthandler.enable()
+vattention.report_faults()
+vattention.report_faults()
+cache = VirtualKVCache(num_layers=2, num_kv_heads=2, head_size=32, num_slots=4, max_tokens=1024,
+                       dtype=torch.float16, page_bytes=4096, budget_bytes=1 << 20)
+cache.prepare([cache.alloc(), cache.alloc(), cache.alloc()], [1, 2, 40])
+cache.layer(1)[0][2, 70, 1, 3].item()
+"""
+
+
+def test_a_fault_is_reported_with_region_slot_and_token_and_goes_on_to_the_next_handler():
+    run = subprocess.run([sys.executable, "-c", REPORTED], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGSEGV
+    ours, rest = run.stderr.split("\n", 1)
+    assert (
+        ours == "vattention: access to unprepared memory of a KV cache: region 1, slot 2, token 70 of max_tokens 1024"
+    )
+    assert rest.startswith("Fatal Python error: Segmentation fault")
+
+
+WITHOUT_TORCH = """
+import sys
+import vattention
+from vattention import VirtualKVCache
+import numpy
+with VirtualKVCache(num_layers=2, num_kv_heads=2, head_size=32, num_slots=4, max_tokens=1024, dtype="bfloat16",
+                    page_bytes=4096, budget_bytes=1 << 20) as cache:
+    slot = cache.alloc()
+    slot = cache.alloc()
+    cache.prepare([slot], [40])
+    region = cache.regions()[3]
+    assert region.__dlpack_device__() == (1, 0)
+    data = numpy.from_dlpack(region)
+    tokens = data[slot * cache.slot_bytes :][: 40 * cache.token_bytes]
+    assert tokens.dtype == numpy.uint8 and tokens.sum() == 0
+    assert "torch" not in sys.modules
+    import torch
+    cache.view(slot, 1)[1].fill_(1)
+    assert tokens.view(numpy.uint16).tolist() == [0x3F80] * (40 * 64)
+print("done")
+"""
+
+
+def test_regions_are_there_without_torch():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert run.stdout == "done\n", run.stderr
 
 
 def test_wrong_calls_change_nothing():

@@ -1,5 +1,6 @@
 """A script written against the original release finds its functions, and they mean what they meant."""
 
+import pydoc
 import random
 
 import pytest
@@ -138,3 +139,9 @@ def test_common_pages_are_refused_where_no_slot_has_so_many(tensors, tokens):
 def test_lengths_must_cover_every_slot(tensors):
     with pytest.raises(ValueError, match="6, got 2"):
         vattention.step([1, 2], False)
+
+
+def test_help_shows_functions():
+    text = pydoc.render_doc(vattention.step, renderer=pydoc.plaintext)
+    assert "step(seq_lens: 'Sequence[int]', eager_reclaim: 'bool') -> 'None'" in text
+    assert "method of" not in text and "eager_reclaim slots of length 0 lose their pages" in text

@@ -1,0 +1,77 @@
+"""Arguments of the public calls: what is taken, and errors that name the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from vattention import _native
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_BYTES = 1 << 62
+_ITEM_BYTES = {
+    "bool": 1, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+    "bfloat16": 2, "float16": 2, "int16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8, "complex64": 8,
+    "complex128": 16,
+}  # fmt: skip
+
+
+def open_device(device: str | int | torch.device) -> _native.Device:
+    """The memory behind "cpu", "cuda", "cuda:1", a CUDA index, or a torch.device.
+
+    "cuda" without an index is torch's current device, or device 0 where torch is not imported. Raises ValueError for
+    other devices and DeviceError if there is no such GPU.
+    """
+    kind, index = _kind_and_index(device)
+    if kind == "cpu":
+        return _native.host_device()
+    if kind == "cuda":
+        return _native.cuda_device(_current_cuda_device() if index is None else index)
+    raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N', a CUDA index or a torch.device, got {device!r}")
+
+
+def element_bytes(dtype: Any) -> int:
+    """Bytes of one element. Raises ValueError for an unknown name, TypeError for an object that has no itemsize."""
+    if isinstance(dtype, str):
+        if dtype not in _ITEM_BYTES:
+            raise ValueError(f"dtype is {dtype!r}: it must be a dtype or one of {', '.join(sorted(_ITEM_BYTES))}")
+        return _ITEM_BYTES[dtype]
+    item_bytes = getattr(dtype, "itemsize", None)
+    if isinstance(dtype, type) or not isinstance(item_bytes, int) or item_bytes < 1:
+        raise TypeError(f"dtype must be a torch dtype, such as torch.bfloat16, or its name, got {dtype!r}")
+    return item_bytes
+
+
+def require_positive(**values: object) -> None:
+    """Raises TypeError for what is no int, and ValueError below 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def require_bytes(name: str, value: object) -> None:
+    """Raises TypeError for what is no integer, "1gb" among it, and ValueError beyond 2^62."""
+    if not isinstance(value, SupportsIndex) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of bytes as an int, such as 1 << 30, got {value!r}")
+    if operator.index(value) > _MAX_BYTES:
+        raise ValueError(f"{name} is {value}: more than 2^62 bytes of address space cannot be")
+
+
+def _kind_and_index(device: Any) -> tuple[str, int | None]:
+    if isinstance(device, int) and not isinstance(device, bool):
+        return "cuda", device
+    if isinstance(device, str):
+        kind, colon, number = device.partition(":")
+        is_numbered = colon == "" or (number.isdecimal() and len(number) < 9)
+        return (kind, int(number) if colon else None) if is_numbered else (device, None)
+    return str(getattr(device, "type", "")), getattr(device, "index", None)
+
+
+def _current_cuda_device() -> int:
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_available() else 0
