@@ -5,7 +5,6 @@ release, all on one cache of their own.
 """
 
 from vattention import _interpreter  # noqa: F401  # first: it refuses interpreters in which the others hang
-from vattention._native import report_faults
 from vattention.classic import ClassicAPI, as_function
 from vattention.errors import (
     DeviceError,
@@ -15,7 +14,7 @@ from vattention.errors import (
     OutOfMemoryError,
     VAttentionError,
 )
-from vattention.kv_cache import VirtualKVCache
+from vattention.kv_cache import VirtualKVCache, report_faults
 from vattention.stats import CacheStats
 
 _classic = ClassicAPI()

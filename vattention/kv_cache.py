@@ -288,5 +288,14 @@ class VirtualKVCache:
         return token_view(tensors[region], self.slot_bytes, self.token_bytes, self.max_tokens, shape, offset)
 
 
+def report_faults() -> None:
+    """From now on a SIGSEGV inside of a cache on the CPU first prints its region, slot and token to standard error.
+
+    Region r is K of layer r, or V of layer r - num_layers; of a megacache 0 is K and 1 is V. The fault then goes on to
+    the handler that was installed before, such as faulthandler's. The handler stays for the life of the process.
+    """
+    _native.report_faults()
+
+
 def _default_page_bytes(memory: _native.Device) -> int:
     return memory.granularity if memory.is_cuda else max(DEFAULT_HOST_PAGE_BYTES, memory.granularity)
