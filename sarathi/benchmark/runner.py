@@ -38,10 +38,11 @@ class BenchmarkRunner:
     def __init__(self, config: BenchmarkConfig, replica: int = 0, device: str | None = None) -> None:
         self._config, self._replica = config, replica
         settings = engine_config(config, device)
-        tokenizer, executor = build_parts(settings)
+        tokenizer, end_token_ids, executor = build_parts(settings)
         self._store = _make_store(config, replica, settings, executor) if config.write_metrics else None
         core = EngineCore(build_scheduler(settings, executor), _timed(config, executor, self._store))
-        self._engine = LLMEngine(core, tokenizer, metrics=self._store or NullMetricsStore())
+        metrics = self._store or NullMetricsStore()
+        self._engine = LLMEngine(core, tokenizer, metrics=metrics, end_token_ids=end_token_ids)
         encode = None if tokenizer is None else tokenizer.encode
         self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
         self._prompts = PromptMaker(config.seed, executor.vocab_size, encode)

@@ -5,14 +5,18 @@ from pathlib import Path
 from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
-from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_end_token_ids, load_tokenizer
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 
-def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, UniprocExecutor]:
-    """The tokenizer, then the executor with the model, which takes longest to load."""
-    return load_tokenizer(_tokenizer_source(config.model)), UniprocExecutor(config)
+def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int], UniprocExecutor]:
+    """The tokenizer, the end tokens of it and of the model's own files, and the executor with the model."""
+    tokenizer = load_tokenizer(_tokenizer_source(config.model))
+    end_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
+    if tokenizer is None or config.model.tokenizer is not None:
+        end_token_ids |= load_end_token_ids(resolve_model(config.model.model, weights=False))
+    return tokenizer, end_token_ids, UniprocExecutor(config)
 
 
 def build_scheduler(config: EngineConfig, executor: UniprocExecutor) -> Scheduler:

@@ -18,11 +18,15 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring seeds an
 
 
 class InputProcessor:
-    """Prompts and parameters against one model's tokenizer (None: it has none) and vocabulary."""
+    """Prompts and parameters against one model's tokenizer (None: it has none) and vocabulary.
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
+    ValueError where an end token is outside the vocabulary: the tokenizer is another model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._end_token_ids = tokenizer, end_token_ids
         self._vocab_size = vocab_size
+        self._check_ids("eos_token_id", end_token_ids)
 
     def process(self, request_id: str, prompt: Prompt, params: SamplingParams) -> list[NewRequest]:
         """One request for each of the params.n completions; the first has the id itself, others `id#1`, `id#2`, ...
@@ -35,8 +39,7 @@ class InputProcessor:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
         self._check_ids("prompt", ids)
         self._check_params(params)
-        eos_token_ids = frozenset() if self._tokenizer is None else self._tokenizer.eos_token_ids
-        first = NewRequest(request_id, ids, params if params.n == 1 else replace(params, n=1), eos_token_ids)
+        first = NewRequest(request_id, ids, params if params.n == 1 else replace(params, n=1), self._end_token_ids)
         return [first, *(_completion(first, index) for index in range(1, params.n))]
 
     def _check_params(self, params: SamplingParams) -> None:

@@ -22,7 +22,7 @@ class EngineShutDownError(RuntimeError):
 class LLMEngine:
     """A core behind the processors of its input and output. One thread at a time may use it.
 
-    clock: the core's, in seconds.
+    clock: the core's, in seconds. end_token_ids: None: the tokenizer's.
     """
 
     def __init__(
@@ -31,12 +31,15 @@ class LLMEngine:
         tokenizer: Tokenizer | None,
         clock: Callable[[], float] = time.monotonic,
         metrics: MetricsSink | None = None,
+        end_token_ids: frozenset[int] | None = None,
     ) -> None:
         self.core = core
         self.tokenizer = tokenizer
         self._clock = clock
         self._metrics = metrics or NullMetricsStore()
-        self._inputs = InputProcessor(tokenizer, core.facts.vocab_size)
+        if end_token_ids is None:
+            end_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
+        self._inputs = InputProcessor(tokenizer, core.facts.vocab_size, end_token_ids)
         self._outputs = OutputProcessor(tokenizer, clock, self._metrics)
         self._is_shut_down = False
 
@@ -45,8 +48,9 @@ class LLMEngine:
         """The engine that `config` describes, its model loaded. Raises ValueErrors that name the setting at fault."""
         from sarathi.engine.build import build_parts, build_scheduler  # imports torch
 
-        tokenizer, executor = build_parts(config)
-        return cls(EngineCore(build_scheduler(config, executor), executor), tokenizer)
+        tokenizer, end_token_ids, executor = build_parts(config)
+        core = EngineCore(build_scheduler(config, executor), executor)
+        return cls(core, tokenizer, end_token_ids=end_token_ids)
 
     @property
     def has_work(self) -> bool:

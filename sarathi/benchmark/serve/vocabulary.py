@@ -40,8 +40,8 @@ def load_vocabulary(name: str) -> Vocabulary:
     from transformers import AutoTokenizer
 
     try:
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError) as error:
+        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    except Exception as error:  # a broken tokenizer raises whatever its parsing runs into
         reason, *_ = str(error).split("\n")
         raise ValueError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
     if not vocabulary.words:

@@ -1,16 +1,17 @@
-"""Reads the tensors of a checkpoint one by one, under Hugging Face names; knows formats, not the model behind them."""
+"""Reads the tensors of a safetensors checkpoint one by one, under their Hugging Face names."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from sarathi.model_executor.loader.reading import CheckpointError, read_json, reading
+from sarathi.model_executor.loader.source import INDEX_FILE, WEIGHTS_FILE
 
-class CheckpointError(ValueError):
-    """A file that cannot be read or does not hold what the model needs; the message names file and tensor."""
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class NamedTensor(NamedTuple):
@@ -21,38 +22,64 @@ class NamedTensor(NamedTuple):
     tensor: Tensor
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """A configuration as JSON; CheckpointError where it is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON configuration: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: a model's configuration is a JSON object, this is a {type(config).__name__}")
-    return config
+class SafetensorsCheckpoint:
+    """The files that make up a folder's checkpoint: model.safetensors, else those that the index names.
+
+    Other .safetensors files beside them (adapters, another format's copy) are not read. Weights are streamed: at no
+    time is more than one tensor in memory. Raises CheckpointError for files that are missing or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for file in _weight_files(folder):
+            for name in _names(file):
+                if name in self._files:
+                    raise CheckpointError(f"{file}: tensor {name!r} is also in {self._files[name].name}")
+                self._files[name] = file
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        """Every tensor, file by file."""
+        for file in dict.fromkeys(self._files.values()):
+            yield from _read_file(file)
+
+    def has_own_head(self) -> bool:
+        """Whether it holds an output head that differs from its embedding, whatever its configuration says."""
+        if _HEAD not in self._files or _EMBEDDING not in self._files:
+            return False
+        return not torch.equal(self._read(_HEAD), self._read(_EMBEDDING))
+
+    def dtype(self) -> str:
+        """The type in which the embedding (or else the head) is stored; bfloat16 where there is neither."""
+        name = _EMBEDDING if _EMBEDDING in self._files else _HEAD
+        return str(self._read(name).dtype).removeprefix("torch.") if name in self._files else "bfloat16"
+
+    def _read(self, name: str) -> Tensor:
+        file = self._files[name]
+        with reading(file, "safetensors file"), safe_open(file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
 
 
-def read_safetensors(folder: Path) -> Iterator[NamedTensor]:
-    """Streams every tensor of every shard; at no time is more than one of them in memory."""
-    for file in _shards(folder):
-        yield from _read_shard(file)
+def _read_file(file: Path) -> Iterator[NamedTensor]:
+    with reading(file, "safetensors file"), safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 (a handle, not a dict)
+            yield NamedTensor(file, name, opened.get_tensor(name))
 
 
-def _read_shard(file: Path) -> Iterator[NamedTensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (a handle, not a dict)
-                yield NamedTensor(file, name, opened.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: corrupt or unreadable safetensors file: {error}") from error
+def _names(file: Path) -> list[str]:
+    with reading(file, "safetensors file"), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that the index names; without an index, all there are."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    names = sorted(set(read_config(index).get("weight_map", {}).values()))
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    with reading(index, "index of weight files"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        foreign = [name for name in names if Path(name).name != name]
+        if foreign or not names:
+            raise ValueError(f"weight_map must name files of its folder, not {foreign[:3]}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

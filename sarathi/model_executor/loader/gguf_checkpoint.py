@@ -1,7 +1,9 @@
-"""Reads GGUF files as if they were Hugging Face checkpoints: keys, names, layouts; knows nothing of the decoder."""
+"""Reads the weights of GGUF files as if they were a Hugging Face checkpoint: names, layouts, float32 values."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.loader.checkpoint import CheckpointError, NamedTensor
+from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.loader.checkpoint import NamedTensor
+from sarathi.model_executor.loader.gguf_config import read_gguf_config
+from sarathi.model_executor.loader.gguf_file import GGUFFile, StoredTensor
+from sarathi.model_executor.loader.reading import CheckpointError, reading
+from sarathi.model_executor.models import read_architecture
 
-_KEYS = {
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "sliding_window": "attention.sliding_window",
-}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -41,103 +36,118 @@ _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 _ROPE_DIVISORS = "rope_freqs.weight"
 _JOINED_ROWS = 64
 _INTERLEAVED = "llama"  # its converter stores query and key for the interleaved rotary layout
-
-
-class _Reader(gguf.GGUFReader):
-    """Takes arrays of numbers whole and passes over those of strings: an object for each element of the tokenizer's,
-    which are not wanted here, takes seconds."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if raw_type != gguf.GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        data, start = self.data.data, orig_offs + 12
-        kind, count = gguf.GGUFValueType(_integer(data, orig_offs, 4)), _integer(data, orig_offs + 4, 8)
-        types = [gguf.GGUFValueType.ARRAY, kind]
-        if kind == gguf.GGUFValueType.STRING:
-            return _end_of_strings(data, start, count) - orig_offs, [], [], types
-        numbers = self._get(start, self.gguf_scalar_to_np[kind], count)
-        return 12 + numbers.nbytes, [numbers], [0], types
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_ELEMENTS = 2**40
 
 
 class GGUFCheckpoint:
-    """One .gguf file, mapped into memory; a tensor is read and dequantised when its turn comes."""
+    """One .gguf file or all parts of one, mapped into memory; a tensor is dequantised when its turn comes."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._reader = _Reader(path)
-        except Exception as error:  # the reader raises whatever its parsing of a broken file runs into
-            raise CheckpointError(
-                f"{path}: corrupt or unreadable GGUF file: {type(error).__name__}: {error}"
-            ) from error
-        self._model_type = str(self._value("general.architecture"))
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.path, self._first = path, GGUFFile(path)
+        self._tensors: dict[str, tuple[GGUFFile, StoredTensor]] = {}
+        with reading(path, "GGUF metadata"):
+            parts = _other_parts(path, self._first)
+        for file in (self._first, *map(GGUFFile, parts)):
+            self._add_tensors(file)
+        expected = self._first.get("split.tensors.count", len(self._tensors))
+        if expected != len(self._tensors):
+            raise CheckpointError(f"{path}: its parts hold {len(self._tensors)} tensors, expected {expected}")
 
-    def config(self) -> Mapping[str, Any]:
-        """The file's metadata under the keys of a Hugging Face configuration."""
-        config = {key: self._value(f"{self._model_type}.{name}") for key, name in _KEYS.items()}
-        config = {key: value for key, value in config.items() if value is not None}
-        embedding = self._tensors.get("token_embd.weight")
-        if embedding is None:
+    def architecture(self) -> ModelArchitecture:
+        """The metadata as a configuration; biases and a head of its own are the architecture's where they are there."""
+        if "token_embd.weight" not in self._tensors:
             raise CheckpointError(f"{self.path}: holds no tensor 'token_embd.weight'")
-        return {
-            **config,
-            "model_type": self._model_type,
-            "vocab_size": int(embedding.shape[1]),
-            "tie_word_embeddings": "output.weight" not in self._tensors,
-            "rope_scaling": self._rope_scaling(),
-        }
+        vocab_size = self._tensors["token_embd.weight"][1].shape[0]
+        divisors = tuple(self._dequantized(_ROPE_DIVISORS).tolist()) if _ROPE_DIVISORS in self._tensors else None
+        with reading(self.path, "GGUF metadata"):
+            arch = read_architecture(read_gguf_config(self.path, self._first, vocab_size, divisors))
+        return replace(
+            arch,
+            tie_embeddings="output.weight" not in self._tensors,
+            qkv_bias=arch.qkv_bias or "blk.0.attn_q.bias" in self._tensors,
+            o_bias="blk.0.attn_output.bias" in self._tensors,
+            mlp_bias="blk.0.ffn_up.bias" in self._tensors,
+        )
 
     def tensors(self) -> Iterator[NamedTensor]:
-        """Every weight in float32, in the file's order."""
-        for name in self._tensors:
+        """Every weight in float32, in the files' order."""
+        for name, (file, _) in self._tensors.items():
             if name != _ROPE_DIVISORS:
-                yield NamedTensor(self.path, _hub_name(self.path, name), self._restored(name))
+                yield NamedTensor(file.path, _hub_name(file.path, name), self._restored(name))
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        if _ROPE_DIVISORS in self._tensors:
-            return {"rope_type": "divided", "divisors": tuple(self._dequantized(_ROPE_DIVISORS).tolist())}
-        kind = self._value(f"{self._model_type}.rope.scaling.type")
-        if kind in (None, "none"):
-            return None
-        return {"rope_type": kind, "factor": self._value(f"{self._model_type}.rope.scaling.factor")}
-
-    def _value(self, key: str) -> Any:
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
+    def _add_tensors(self, file: GGUFFile) -> None:
+        for name, stored in file.tensors.items():
+            if name in self._tensors:
+                raise CheckpointError(f"{file.path}: tensor {name!r} is in two parts")
+            with reading(file.path, f"GGUF file: tensor {name!r}"):
+                _check_extent(file, stored)
+            self._tensors[name] = (file, stored)
 
     def _restored(self, name: str) -> Tensor:
         tensor = self._dequantized(name)
         heads = {".attn_q.": "attention.head_count", ".attn_k.": "attention.head_count_kv"}
         key = next((heads[part] for part in heads if part in name), None)
-        if key is None or self._model_type != _INTERLEAVED:
+        if key is None or self._first["general.architecture"] != _INTERLEAVED:
             return tensor
-        return _half_split(tensor, self._value(f"{self._model_type}.{key}"))
+        num_heads = self._first.get(f"{_INTERLEAVED}.{key}", self._first[f"{_INTERLEAVED}.attention.head_count"])
+        if tensor.shape[0] % (2 * num_heads):
+            raise CheckpointError(f"{self.path}: tensor {name!r} has {tensor.shape[0]} rows for {num_heads} heads")
+        return _half_split(tensor, num_heads)
 
     def _dequantized(self, name: str) -> Tensor:
-        stored = self._tensors[name]
+        file, stored = self._tensors[name]
+        kind = gguf.GGMLQuantizationType(stored.kind)
         try:
-            values = gguf.dequantize(_joined(stored.data), stored.tensor_type).reshape(stored.shape[::-1])
+            values = gguf.dequantize(_joined(_raw(file, stored)), kind).reshape(stored.shape)
         except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be dequantised: {error}") from error
+            raise CheckpointError(f"{file.path}: tensor {name!r} cannot be dequantised: {error}") from error
         return torch.from_numpy(numpy.require(values, requirements="W"))  # a stored float is a read-only view
 
 
-def _integer(data: memoryview, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], "little")
+def _other_parts(path: Path, first: Mapping[str, Any]) -> list[Path]:
+    """Parts 2, 3 ... of a file that is split."""
+    count, number = first.get("split.count", 1), first.get("split.no", 0)
+    if count == 1:
+        return []
+    match = _PART.fullmatch(path.name)
+    if match is None or number != 0 or int(match[2]) != 1 or int(match[3]) != count:
+        raise CheckpointError(
+            f"{path}: part {number + 1} of {count}: load the first, whose name ends in -00001-of-{count:05d}.gguf"
+        )
+    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(2, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} of its parts are not there: {', '.join(missing[:3])}")
+    return parts
 
 
-def _end_of_strings(data: memoryview, at: int, count: int) -> int:
-    """Behind `count` strings, each a length and its bytes."""
-    for _ in range(count):
-        at += 8 + _integer(data, at, 8)
-    return at
+def _check_extent(file: GGUFFile, stored: StoredTensor) -> None:
+    if not 0 < math.prod(stored.shape) <= _MOST_ELEMENTS:
+        raise ValueError(f"its shape is {list(stored.shape)}")
+    end = stored.offset + _num_bytes(stored)
+    if end > len(file.data):
+        raise ValueError(f"it ends at byte {end}, the file has {len(file.data)}")
+
+
+def _num_bytes(stored: StoredTensor) -> int:
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(stored.kind)]
+    if stored.shape[-1] % block_size:
+        raise ValueError(f"its rows have {stored.shape[-1]} elements, no multiple of {block_size}")
+    return math.prod(stored.shape) // block_size * block_bytes
+
+
+def _raw(file: GGUFFile, stored: StoredTensor) -> numpy.ndarray:
+    """The stored numbers, or bytes of quantised blocks, [rows, ...] of the mapped file."""
+    plain = {0: numpy.float32, 1: numpy.float16}.get(stored.kind, numpy.uint8)
+    count = _num_bytes(stored) // numpy.dtype(plain).itemsize
+    values = numpy.frombuffer(file.data, plain, count, stored.offset)
+    return values.reshape(*stored.shape[:-1], -1)
 
 
 def _joined(rows: numpy.ndarray) -> numpy.ndarray:
     """Up to _JOINED_ROWS rows in one: `gguf` dequantises 16 at a time, and short ones cost it more than values do."""
-    plain = numpy.asarray(rows)
-    return plain.reshape(-1, math.gcd(len(plain), _JOINED_ROWS) * plain.shape[-1]) if plain.ndim == 2 else plain
+    return rows.reshape(-1, math.gcd(len(rows), _JOINED_ROWS) * rows.shape[-1]) if rows.ndim == 2 else rows
 
 
 def _half_split(rows: Tensor, num_heads: int) -> Tensor:

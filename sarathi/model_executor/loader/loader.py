@@ -1,20 +1,23 @@
-"""Fills a decoder with weights: from safetensors, GGUF, or a random generator; knows no cache and no requests."""
+"""Fills a decoder with weights: from safetensors, GGUF, or a random generator."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sarathi.config.schema import ModelConfig
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.loader.checkpoint import CheckpointError, NamedTensor, read_config, read_safetensors
-from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
-from sarathi.model_executor.loader.source import ModelSource, resolve_model
+from sarathi.model_executor.fields import UnsupportedModelError
+from sarathi.model_executor.loader.checkpoint import NamedTensor, SafetensorsCheckpoint
+from sarathi.model_executor.loader.reading import CheckpointError, read_json
+from sarathi.model_executor.loader.source import CONFIG_FOLDER, ModelSource, missing_weights, resolve_model
 from sarathi.model_executor.models import read_architecture
 from sarathi.model_executor.models.decoder import Decoder
 
 _DUMMY_SCALE = 0.02  # keeps activations finite through any number of layers
+_STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNUSED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
@@ -54,18 +57,35 @@ def load_weights(model: Decoder, checkpoint: Checkpoint, seed: int) -> None:
 
 def _open(source: ModelSource) -> Checkpoint:
     if source.format == "gguf":
+        from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint  # needs the package `gguf`
+
         opened = GGUFCheckpoint(source.path)
-        return Checkpoint(read_architecture(opened.config()), opened.tensors())
-    if source.format == "safetensors":
-        config = read_config(source.path / "config.json")
-        return Checkpoint(read_architecture(config), read_safetensors(source.path))
-    return Checkpoint(read_architecture(read_config(source.path)), None)
+        return Checkpoint(opened.architecture(), opened.tensors())
+    if source.format == "config":
+        return Checkpoint(_read_config(source.path), None)
+    stored = SafetensorsCheckpoint(source.path)
+    arch = _read_config(source.path / "config.json", stored.dtype)
+    if arch.tie_embeddings and stored.has_own_head():
+        arch = replace(arch, tie_embeddings=False)
+    return Checkpoint(arch, stored.tensors())
+
+
+def _read_config(path: Path, stored_dtype: Callable[[], str] = lambda: "bfloat16") -> ModelArchitecture:
+    """stored_dtype: the type of the weights, asked for where the configuration names none."""
+    config = read_json(path)
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        config = {**config, "dtype": stored_dtype()}
+    try:
+        return read_architecture(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from None
 
 
 def _check_format(config: ModelConfig, source: ModelSource) -> None:
     if source.format == "config":
         raise LoadFormatError(
             f"model={config.model!r} is a configuration without weights: only load_format='dummy' can load it"
+            + ("" if source.path.parent == CONFIG_FOLDER else f" ({missing_weights(source.path.parent)})")
         )
     if config.load_format not in ("auto", source.format):
         raise LoadFormatError(
@@ -77,26 +97,36 @@ def _fill(model: Decoder, tensors: Iterable[NamedTensor]) -> None:
     wanted = dict(model.parameters())
     missing = set(wanted)
     last = None
-    for last in _used(tensors, model):
+    for last in _used(tensors, model.tie_embeddings):
         target = wanted.get(last.name)
         if target is None:
             raise CheckpointError(f"{last.file}: tensor {last.name!r} has no place in this architecture")
-        if target.shape != last.tensor.shape:
-            raise CheckpointError(
-                f"{last.file}: tensor {last.name!r} has shape {list(last.tensor.shape)}, expected {list(target.shape)}"
-            )
-        target.copy_(last.tensor)
+        _copy(last, target)
         missing.discard(last.name)
     if missing:
         files = last.file if last is not None else "the checkpoint"
         raise CheckpointError(f"{files}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}")
 
 
-def _used(tensors: Iterable[NamedTensor], model: Decoder) -> Iterator[NamedTensor]:
-    """Leaves out what some exporters add: tables that are computed here, and a head that is the embedding."""
+def _copy(named: NamedTensor, target: Tensor) -> None:
+    tensor = named.tensor
+    if tensor.dtype not in _STORED_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORED_DTYPES)
+        raise CheckpointError(f"{named.file}: tensor {named.name!r} has type {tensor.dtype}; read are {allowed}")
+    if target.shape != tensor.shape:
+        raise CheckpointError(
+            f"{named.file}: tensor {named.name!r} has shape {list(tensor.shape)}, expected {list(target.shape)}"
+        )
+    target.copy_(tensor)
+
+
+def _used(tensors: Iterable[NamedTensor], tie_embeddings: bool) -> Iterator[NamedTensor]:
+    """Leaves out tables that some exporters add and that are computed here. Of a head and an embedding that are one,
+    either may be stored, or both."""
     for named in tensors:
-        repeated_head = named.name == "lm_head.weight" and model.tie_embeddings
-        if not named.name.endswith(_UNUSED) and not repeated_head:
+        if tie_embeddings and named.name == "lm_head.weight":
+            yield named._replace(name="model.embed_tokens.weight")
+        elif not named.name.endswith(_UNUSED):
             yield named
 
 

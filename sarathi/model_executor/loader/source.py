@@ -1,14 +1,18 @@
-"""Finds the files behind a model's name; knows no tensors and reads no weights, so it imports no torch."""
+"""Finds the files behind a model's name. Imports no torch."""
 
 import difflib
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODEL = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIG_FOLDER = Path(__file__).parents[1] / "models" / "configs"
-HUB_FILES = ("*.json", "tokenizer*", "*.jinja")
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_HUB_FILES = ("*.json", "tokenizer*", "*.jinja")
+_HUB_WEIGHTS = "model*.safetensors"
+_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 
 
 class ModelNotFoundError(ValueError):
@@ -47,17 +51,45 @@ def resolve_model(name: str, *, weights: bool = True) -> ModelSource:
     return _from_hub(name, weights)
 
 
+def missing_weights(folder: Path) -> str:
+    """What lies in a folder without safetensors weights, and what to do about it."""
+    pickled = _names(folder, "pytorch_model*.bin", "*.pth", "consolidated*.pt", "model*.ckpt")
+    if pickled:
+        return (
+            f"its weights are in {pickled}, a format that can hold code and is not read; convert them: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...) of transformers"
+        )
+    others = _names(folder, "*.safetensors", "*.gguf")
+    found = f"; it holds {others}" if others else ""
+    return f"it holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}"
+
+
+def _names(folder: Path, *patterns: str) -> str:
+    names = sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _from_folder(name: str, folder: Path) -> ModelSource:
     if not (folder / "config.json").is_file():
-        ggufs = sorted(folder.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return ModelSource(name, "gguf", ggufs[0])
+        return ModelSource(name, "gguf", _only_gguf(name, folder))
+    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return ModelSource(name, "safetensors", folder)
+    return ModelSource(name, "config", folder / "config.json")
+
+
+def _only_gguf(name: str, folder: Path) -> Path:
+    """The folder's .gguf file, or the first of the parts of one."""
+    whole = [path for path in sorted(folder.glob("*.gguf")) if not _LATER_PART.search(path.name)]
+    if len(whole) == 1:
+        return whole[0]
+    if whole:
         raise ModelNotFoundError(
-            f"model={name!r}: the folder holds no config.json and not exactly one .gguf file (found {len(ggufs)})"
+            f"model={name!r}: the folder holds {len(whole)} models, name one of them: {_names(folder, '*.gguf')}"
         )
-    if next(folder.glob("*.safetensors"), None) is None:
-        return ModelSource(name, "config", folder / "config.json")
-    return ModelSource(name, "safetensors", folder)
+    held = _names(folder, "adapter_config.json", "*.safetensors", "*.bin", "*.pth", "params.json", "tokenizer*")
+    raise ModelNotFoundError(
+        f"model={name!r}: the folder holds no config.json and no .gguf file" + (f" (it holds {held})" if held else "")
+    )
 
 
 def _from_gguf_file(name: str, path: Path) -> ModelSource:
@@ -87,7 +119,7 @@ def _from_hub(name: str, weights: bool) -> ModelSource:
     owner, slash, model = name.partition("/")
     if not slash or not owner or not model or "/" in model:
         raise ModelNotFoundError(_unknown(name))
-    patterns = [*HUB_FILES, "*.safetensors"] if weights else list(HUB_FILES)
+    patterns = [*_HUB_FILES, _HUB_WEIGHTS] if weights else list(_HUB_FILES)
     from huggingface_hub import snapshot_download  # a slow import that local models do not need
 
     try:

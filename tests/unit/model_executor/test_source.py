@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sarathi.model_executor.loader import source
-from sarathi.model_executor.loader.checkpoint import read_config
+from sarathi.model_executor.loader.reading import read_json
 from sarathi.model_executor.loader.source import ModelNotFoundError, resolve_model, shipped_configs
 from sarathi.model_executor.models import read_architecture
 
@@ -31,7 +31,7 @@ def test_every_shipped_configuration_is_a_known_architecture() -> None:
     for name in shipped_configs():
         found = resolve_model(name.upper(), weights=False)
         path = found.path if found.format == "config" else source.CONFIG_FOLDER / f"{name}.json"
-        assert read_architecture(read_config(path)).num_layers >= 28
+        assert read_architecture(read_json(path)).num_layers >= 28
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,31 @@ def test_folders(tmp_path: Path) -> None:
 def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     assert resolve_model(str(tmp_path)).path == tmp_path / "model.gguf"
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(ModelNotFoundError, match=r"2 models, name one of them: model\.gguf, other\.gguf"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_folder_with_the_parts_of_one_gguf_file_is_the_first(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        (tmp_path / f"m-{number:05d}-of-00003.gguf").touch()
+    assert resolve_model(str(tmp_path)).path == tmp_path / "m-00001-of-00003.gguf"
+
+
+def test_a_folder_that_holds_something_else_says_what(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json and no \.gguf file \(it holds adapter_config"):
+        resolve_model(str(tmp_path))
+
+
+def test_weights_are_one_file_or_those_of_an_index(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("adapter_model.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).touch()
+    assert resolve_model(str(tmp_path)).format == "config"
+    (tmp_path / "model.safetensors.index.json").touch()
+    assert resolve_model(str(tmp_path)).format == "safetensors"
 
 
 def test_a_hub_that_cannot_be_reached_is_a_model_that_is_not_found(monkeypatch) -> None:

@@ -1,0 +1,39 @@
+"""What every reader of a file guarantees: a broken file ends in a ValueError that names it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read or does not hold what the model needs; the message names file and tensor or key."""
+
+
+@contextmanager
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """Makes a CheckpointError of whatever reading `path`, a `what`, runs into.
+
+    Parsers raise what they meet in a broken file (KeyError, TypeError, UnicodeError ...), and those written in Rust
+    panic, with an exception that is no Exception.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise  # KeyboardInterrupt and the like
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{path}: corrupt or unreadable {what}: {name}{error}") from error
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A configuration as JSON; CheckpointError where it is none."""
+    with reading(path, "JSON configuration"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a configuration is a JSON object, this is a {type(config).__name__}")
+        return config
