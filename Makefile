@@ -41,7 +41,6 @@ test-python: setup
 	$(BIN)/python -m pytest -m "not bench and not slow"
 
 test-slow: setup
-	$(MAKE) --no-print-directory -C csrc/tests HISTORIES=1000
 	$(BIN)/python -m pytest -m slow
 
 # Two files at a time, since each process of a test has one thread; what a file prints is kept together where make can.

@@ -81,6 +81,17 @@ class SampledToken(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class PromptLogprobs(NamedTuple):
+    """Log probabilities of a request's prompt tokens from position `start` on, one entry a token, with their logprobs.
+
+    After a preemption, positions come a second time.
+    """
+
+    request_id: str
+    start: int
+    tokens: tuple[SampledToken, ...]
+
+
 class HostTimes(NamedTuple):
     """Seconds that a step took on the processor: until its inputs were ready, and to draw or read its tokens."""
 
@@ -103,6 +114,7 @@ class StepResult:
     model_s: float = 0.0
     available_rows: int | None = None
     host: HostTimes | None = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class StepFuture(Protocol):
@@ -127,12 +139,14 @@ class RequestUpdate(NamedTuple):
     tokens: the new tokens, in order.
     finish_reason: "stop", "length" or "error" where the request ended in this step; None while it goes on.
     stop_reason: the stop token that ended it; None for the model's end token.
+    prompt_logprobs: of the part of its prompt that the step computed, where the request asked for them.
     """
 
     request_id: str
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class StepReport(NamedTuple):

@@ -1,11 +1,12 @@
-"""How the tokens of one request are chosen and when it ends. Knows no tokenizer, no model and no torch."""
+"""How the tokens of one request are chosen, when it ends, and what of it is shown."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sarathi.wording import short_repr
 
@@ -13,6 +14,10 @@ _INT64 = (-(2**63), 2**63 - 1)
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _LEAST_TEMPERATURE = 1e-5  # vLLM's limit too: below it a division could leave float32, and the draw is an argmax anyway
 _MOST_COMPLETIONS = 2**14
+_LISTS = {"stop_token_ids": "token ids", "bad_words": "strings", "logits_processors": "functions"}
+_SWITCHES = (
+    "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,27 @@ class SamplingParams:
 
     n: completions of the prompt, at most 16384.
     temperature: 0, and all below 1e-5, takes the most likely token (true argmax); larger is flatter.
-    top_p, top_k, min_p: what is left to draw from; 1.0, -1 (or 0) and 0.0 switch each off.
+    top_p, top_k, min_p: limit the tokens to draw from; 1.0, -1 (or 0) and 0.0 switch each off.
     presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, in [-2, 2].
     repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt and output; in [1e-10, 1e10].
     seed: of 64 bits with a sign; no two give the same stream. None draws a new one.
-    stop: strings that end the output and are cut from it; a lone string is one of them.
+    stop: strings that end the output and are cut from it; a lone string is one of them. Found only where they end
+        behind the first min_tokens tokens.
     stop_token_ids: tokens that end the output.
+    include_stop_str_in_output: keep the stop string, or the text of the stop token, in the output.
     max_tokens: output tokens at most; None goes to the model's limit.
     min_tokens: output tokens before which nothing but max_tokens ends the output.
     ignore_eos: go on past the model's own end token.
     logprobs: None for none, k for the chosen token's and the k most likely ones'.
+    prompt_logprobs: the same for each token of the prompt but the first.
     logit_bias: token id -> what is added to its logit, in [-100, 100].
+    bad_words: strings, or lists of token ids, that the output never contains: their last token is not chosen.
+    allowed_token_ids: the only tokens that may be chosen; None for all.
+    logits_processors: functions of (output token ids, logits) or (prompt token ids, output token ids, logits) that
+        return the logits to use, [vocab_size] float32. They run one by one in Python, and no step is launched ahead.
+    detokenize: False for token ids without text.
+    skip_special_tokens: leave special tokens out of the text.
+    spaces_between_special_tokens: keep the spaces that some tokenizers put between special tokens.
     """
 
     n: int = 1
@@ -52,6 +67,14 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    prompt_logprobs: int | None = None
+    bad_words: Sequence[str | Sequence[int]] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    logits_processors: Sequence[Callable[..., Any]] = ()
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         self._normalize()
@@ -59,6 +82,8 @@ class SamplingParams:
         self._check_distribution()
         self._check_penalties()
         self._check_stops()
+        self._check_tokens()
+        self._check_switches()
 
     @property
     def is_greedy(self) -> bool:
@@ -70,12 +95,22 @@ class SamplingParams:
         """Whether the next token is the likeliest of the model's own logits, and nothing more is asked of them."""
         penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         changed = penalised or self.logit_bias or self.min_tokens or self.logprobs is not None
-        return self.is_greedy and not changed
+        limited = self.bad_words or self.allowed_token_ids is not None or self.logits_processors
+        return self.is_greedy and not changed and not limited
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Whether sampling needs the values of all earlier tokens in Python, not just on the device."""
+        return bool(self.bad_words or self.logits_processors)
 
     def _normalize(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _entries("stop_token_ids", self.stop_token_ids, "token ids"))
+        for name, kind in _LISTS.items():
+            object.__setattr__(self, name, _entries(name, getattr(self, name), kind))
+        if self.allowed_token_ids is not None:
+            allowed = _entries("allowed_token_ids", self.allowed_token_ids, "token ids")
+            object.__setattr__(self, "allowed_token_ids", allowed)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _integer_keys(self.logit_bias))
 
@@ -86,8 +121,9 @@ class SamplingParams:
             _check_int("max_tokens", self.max_tokens, 1)
             if self.min_tokens > self.max_tokens:
                 raise ValueError(f"min_tokens is {self.min_tokens}: it must not exceed max_tokens, {self.max_tokens}")
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0)
         if self.seed is not None:
             _check_int("seed", self.seed, _INT64[0])
 
@@ -107,13 +143,32 @@ class SamplingParams:
             _check_float(f"logit_bias[{short_repr(token_id)}]", bias, -100.0, 100.0)
 
     def _check_stops(self) -> None:
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {short_repr(self.ignore_eos)}: it must be true or false")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop holds {short_repr(text)}: each entry must be a string of one character or more")
+        if self.stop and not self.detokenize:
+            raise ValueError(f"stop is {short_repr(self.stop)}: stop strings need detokenize=True")
         for token_id in self.stop_token_ids:
             _check_int("an entry of stop_token_ids", token_id, 0)
+
+    def _check_tokens(self) -> None:
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty: it must hold a token id, or be None for all tokens")
+        for token_id in self.allowed_token_ids or ():
+            _check_int("an entry of allowed_token_ids", token_id, 0)
+        for word in self.bad_words:
+            if not word or not isinstance(word, (str, list, tuple)):
+                raise ValueError(f"bad_words holds {short_repr(word)}: each entry must be text or a list of token ids")
+            for token_id in () if isinstance(word, str) else word:
+                _check_int("a token id of bad_words", token_id, 0)
+        for processor in self.logits_processors:
+            if not callable(processor):
+                raise ValueError(f"logits_processors holds {short_repr(processor)}: each entry must be a function")
+
+    def _check_switches(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {short_repr(getattr(self, name))}: it must be true or false")
 
 
 def _entries(name: str, value: object, kind: str) -> tuple[object, ...]:

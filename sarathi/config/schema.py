@@ -41,6 +41,7 @@ class ModelConfig(Section):
     attention_backend: BackendSpec = knob(  # noqa: RUF009 (a field, like the others)
         BackendSpec(), "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16; auto: the fastest common one"
     )
+    trust_remote_code: bool = knob(False, "run Python code that a model folder brings for its tokenizer")
     enforce_eager: bool = knob(False, "no CUDA graphs: every kernel of a step is started by itself, and can be timed")
 
 

@@ -12,7 +12,7 @@ from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int], UniprocExecutor]:
     """The tokenizer, the end tokens of it and of the model's own files, and the executor with the model."""
-    tokenizer = load_tokenizer(_tokenizer_source(config.model))
+    tokenizer = load_tokenizer(_tokenizer_source(config.model), config.model.trust_remote_code)
     end_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
     if tokenizer is None or config.model.tokenizer is not None:
         end_token_ids |= load_end_token_ids(resolve_model(config.model.model, weights=False))

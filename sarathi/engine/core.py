@@ -13,6 +13,7 @@ from sarathi.messages import (
     EngineFacts,
     MemoryStats,
     NewRequest,
+    RequestUpdate,
     SchedulerOutput,
     StepFuture,
     StepReport,
@@ -71,7 +72,8 @@ class EngineCore:
         result = step.future.result()
         self._steps.popleft()
         executed_at_s = self._clock()
-        updates = tuple(self.scheduler.update(step.out, result))
+        prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]
+        updates = (*prompts, *self.scheduler.update(step.out, result))
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
         return CoreOutput(updates, report)
 

@@ -3,8 +3,9 @@
 A request that passes here and the scheduler's own length check can harm no other request in its batch.
 """
 
+import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from sarathi.containers import is_integer, is_list
@@ -38,17 +39,44 @@ class InputProcessor:
         if not ids:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
         self._check_ids("prompt", ids)
-        self._check_params(params)
+        params = self._fit(params)
         first = NewRequest(request_id, ids, params if params.n == 1 else replace(params, n=1), self._end_token_ids)
         return [first, *(_completion(first, index) for index in range(1, params.n))]
 
-    def _check_params(self, params: SamplingParams) -> None:
+    def _fit(self, params: SamplingParams) -> SamplingParams:
+        """The parameters, checked against the model; bad words are token ids then."""
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}: this model has no tokenizer, use stop_token_ids")
-        if params.logprobs is not None and params.logprobs > self._vocab_size:
-            raise ValueError(f"logprobs is {params.logprobs}: the vocabulary has {self._vocab_size} tokens")
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", params.logit_bias or ())
+        if params.prompt_logprobs is not None:
+            raise ValueError(f"prompt_logprobs is {params.prompt_logprobs}: it must be None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self._vocab_size:
+                raise ValueError(f"{name} is {getattr(params, name)}: the vocabulary has {self._vocab_size} tokens")
+        if params.bad_words:
+            words = [ids for word in params.bad_words for ids in self._ways_to_write(word)]
+            params = replace(params, bad_words=words)
+            self._check_ids("bad_words", itertools.chain(*words))
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            if ids := getattr(params, name):
+                self._check_ids(name, ids)
+        return params
+
+    def _ways_to_write(self, word: str | Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Token ids of a bad word at the beginning of a text; and after a space, where only the first of them differs.
+
+        As in vLLM: a word that is cut into other tokens behind a space is looked for in its first form alone.
+        """
+        if not isinstance(word, str):
+            yield tuple(word)
+            return
+        if self._tokenizer is None:
+            raise ValueError(f"bad_words holds {word!r}: this model has no tokenizer, give lists of token ids")
+        bare, spaced = (
+            tuple(self._tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
+        )
+        yield bare
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            yield spaced
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._tokenizer is None:
@@ -59,7 +87,8 @@ class InputProcessor:
             raise ValueError(f"the prompt holds {error}") from None
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        for token_id in (min(ids, default=0), max(ids, default=0)):
+        given = list(ids)
+        for token_id in (min(given, default=0), max(given, default=0)):
             if not 0 <= token_id < self._vocab_size:
                 raise ValueError(
                     f"{field} holds token id {short_repr(token_id)}: it must be from 0 to {self._vocab_size - 1}"
@@ -71,7 +100,7 @@ def _completion(first: NewRequest, index: int) -> NewRequest:
     seed = first.sampling_params.seed
     if seed is not None:
         seed = (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # a signed 64-bit integer again
-    params = replace(first.sampling_params, seed=seed)
+    params = replace(first.sampling_params, seed=seed, prompt_logprobs=None)  # the first completion has them
     return replace(first, request_id=f"{first.request_id}#{index}", sampling_params=params)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sarathi.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from sarathi.engine.tokenizer.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import CoreOutput, NewRequest, RequestUpdate, SampledToken, StepReport
+from sarathi.messages import CoreOutput, NewRequest, PromptLogprobs, RequestUpdate, SampledToken, StepReport
 from sarathi.metrics import MetricsSink
 
 
@@ -22,10 +22,13 @@ class Completion:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._index = index
-        self._min_tokens = request.sampling_params.min_tokens
-        self._show_token = str if tokenizer is None else tokenizer.piece
-        stop = request.sampling_params.stop
-        self._detokenizer = SilentDetokenizer() if tokenizer is None else Detokenizer(tokenizer, stop)
+        self._params = params = request.sampling_params
+        shown = tokenizer if params.detokenize else None
+        self._show_token = str if shown is None else shown.piece
+        self._detokenizer = SilentDetokenizer() if shown is None else Detokenizer(
+            shown, params.stop, include_stop=params.include_stop_str_in_output, skip_special=params.skip_special_tokens,
+            spaces_between_special=params.spaces_between_special_tokens,
+        )  # fmt: skip
         self._text = self._delta = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -33,15 +36,17 @@ class Completion:
     def append(self, update: RequestUpdate) -> str | None:
         """Take in an update's tokens up to the one that completes a stop string, which is returned.
 
-        A token that the core stopped at is counted, but is not part of the text.
+        A token that the core stopped at is counted, but is not part of the text unless that was asked for.
         """
-        num_shown = len(update.tokens) - (update.finish_reason == "stop")
+        is_hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        num_shown = len(update.tokens) - is_hidden
         for number, token in enumerate(update.tokens):
             self._token_ids.append(token.token_id)
             if token.logprob is not None:
-                self._logprobs.append(self._token_logprobs(token, token.logprob))
+                self._logprobs.append(self.token_logprobs(token))
             if number < num_shown:
-                self._delta += self._detokenizer.push(token.token_id, len(self._token_ids) >= self._min_tokens)
+                may_stop = len(self._token_ids) > self._params.min_tokens
+                self._delta += self._detokenizer.push(token.token_id, may_stop)
                 if self._detokenizer.matched_stop is not None:
                     return self._detokenizer.matched_stop
         return None
@@ -57,8 +62,9 @@ class Completion:
             self._token_ids, self._logprobs,
         )  # fmt: skip
 
-    def _token_logprobs(self, token: SampledToken, chosen: float) -> TokenLogprobs:
-        pairs = [(token.token_id, chosen), *token.top_logprobs]
+    def token_logprobs(self, token: SampledToken) -> TokenLogprobs:
+        """Of a token that has logprobs: its own first, then those of the most likely ones."""
+        pairs = [(token.token_id, token.logprob or 0.0), *token.top_logprobs]
         return {token_id: Logprob(logprob, self._show_token(token_id)) for token_id, logprob in pairs}
 
 
@@ -74,6 +80,14 @@ class RequestState:
         self.completions = [Completion(self, request, index, tokenizer) for index, request in enumerate(requests)]
         self.prompt_token_ids = requests[0].token_ids
         self._prompt = prompt
+        with_logprobs = requests[0].sampling_params.prompt_logprobs is not None
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if with_logprobs else None
+
+    def append_prompt_logprobs(self, new: PromptLogprobs) -> None:
+        """Positions that were computed a second time are left as they are."""
+        if self._prompt_logprobs is not None:
+            show = self.completions[0].token_logprobs
+            self._prompt_logprobs += map(show, new.tokens[len(self._prompt_logprobs) - new.start :])
 
     def output(self, now_s: float) -> RequestOutput:
         """The request as of now; its first output, and its last, set the times."""
@@ -83,7 +97,10 @@ class RequestState:
             self.metrics.first_token_time_s = now_s
         if finished:
             self.metrics.finish_time_s = now_s
-        return RequestOutput(self.request_id, self._prompt, self.prompt_token_ids, outputs, finished, self.metrics)
+        logprobs = self._prompt_logprobs and list(self._prompt_logprobs)
+        return RequestOutput(
+            self.request_id, self._prompt, self.prompt_token_ids, outputs, finished, self.metrics, logprobs
+        )  # fmt: skip
 
 
 class StopFound(NamedTuple):
@@ -130,6 +147,8 @@ class OutputProcessor:
             if completion is None:
                 continue
             touched[completion.state.request_id] = completion.state
+            if update.prompt_logprobs is not None:
+                completion.state.append_prompt_logprobs(update.prompt_logprobs)
             stop = completion.append(update)
             if stop is not None:  # also where the core ended it with the same token
                 found.append(StopFound(update.request_id, stop))

@@ -68,7 +68,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request as of one step. `prompt` is None where token ids came in; `outputs` holds all n completions."""
+    """A request as of one step. `prompt` is None where token ids came in; `outputs` holds all n completions.
+
+    prompt_logprobs: one entry for each prompt token computed so far, None for the first; None unless asked for.
+    """
 
     request_id: str
     prompt: str | None
@@ -76,3 +79,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

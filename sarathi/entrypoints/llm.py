@@ -7,7 +7,6 @@ with LLM("smollm2-135m") as llm:
 
 import itertools
 import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ from sarathi.containers import is_integer, is_list
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
-from sarathi.engine.tokenizer.chat_template import Conversation
+from sarathi.engine.tokenizer.chat_template import Conversation, check_template_names
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.entrypoints.engine_lock import EngineLock
 from sarathi.entrypoints.progress import show_progress
 from sarathi.messages import MemoryStats
 from sarathi.sampling_params import SamplingParams
@@ -75,15 +75,17 @@ class LLM:
         return [finished[number] for number in range(len(given))]
 
     def chat(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Answer one conversation or many, in the model's own chat format; otherwise as `generate`."""
+        self, messages: Conversation | Sequence[Conversation], sampling_params: Params = None, use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answer one conversation or many, in the model's own chat format; otherwise as `generate`.
+
+        options: see `encode_chat`.
+        """
         single = not is_list(messages) or not len(messages) or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
-        return self.generate([self.encode_chat(each) for each in conversations], sampling_params, use_tqdm)
+        prompts = [self.encode_chat(each, **options) for each in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, with an output after each of its tokens; leaving the loop early aborts it."""
@@ -100,11 +102,31 @@ class LLM:
             raise ValueError(f"prompts is {short_repr(prompts)}: it must be a list of prompts")
         return self._stream(prompts, sampling_params)
 
-    def encode_chat(self, conversation: Conversation) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins."""
+    def encode_chat(
+        self, conversation: Conversation, *, chat_template: str | None = None, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of a conversation up to where the assistant's answer begins.
+
+        Messages are dicts with `role` and `content`, which is text or a list of text parts; an assistant's message with
+        `tool_calls` needs no content, and messages of role `tool` bring results.
+
+        chat_template: a Jinja template in place of the model's own.
+        add_generation_prompt: whether the prompt ends with the beginning of the assistant's answer.
+        continue_final_message: leave the last message open, for the model to go on with it; not with the former.
+        tools: functions that the model may call, as JSON schemas or as Python functions with docstrings.
+        chat_template_kwargs: more variables of the template, as `enable_thinking`.
+        """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot chat: use generate() with token ids")
-        return self.tokenizer.encode_chat(conversation)
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("continue_final_message is True: it needs add_generation_prompt=False")
+        names = chat_template_kwargs or {}
+        check_template_names(names)
+        return self.tokenizer.encode_chat(
+            conversation, chat_template, add_generation_prompt, continue_final_message, tools, **names
+        )  # fmt: skip
 
     def memory_stats(self) -> MemoryStats:
         """What the KV cache holds now, and at its peak, in bytes."""
@@ -116,7 +138,7 @@ class LLM:
 
         Waits for a step that another thread has under way.
         """
-        self._refuse_reentry()
+        self._lock.check_reentry()
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -130,10 +152,8 @@ class LLM:
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._left: deque[set[str]] = deque()  # of each stream that is over, its requests that had not ended
-        self._lock = threading.Lock()  # held by the one thread that uses the engine
-        self._user: int | None = None
-        self._process_id = os.getpid()
-        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, self._process_id)
+        self._lock = EngineLock()
+        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, os.getpid())
 
     def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
         each_params = _for_each(params, len(prompts))
@@ -192,37 +212,18 @@ class LLM:
 
     @contextmanager
     def _using_engine(self) -> Iterator[None]:
-        """Let one thread at a time use the engine. Streams that end meanwhile, because they are collected as garbage at
-        some allocation, are ended afterwards."""
-        self._refuse_forked_process()
-        self._refuse_reentry()
+        """Streams that end meanwhile, because they are collected as garbage at some allocation, end afterwards."""
+        self._lock.check()
         try:
-            with self._lock:
-                self._user = threading.get_ident()
-                try:
-                    yield
-                finally:
-                    self._user = None
+            self._lock.acquire()
+            yield
         finally:
+            self._lock.release()
             self._end_left()
-
-    def _refuse_reentry(self) -> None:
-        if self._user == threading.get_ident():
-            raise RuntimeError("this LLM is in the middle of a step of the same thread: it cannot be used from there")
-
-    def _refuse_forked_process(self) -> None:
-        """The memory, threads and GPU context of the engine belong to its process, and a lock may be held for good."""
-        if os.getpid() != self._process_id:
-            raise RuntimeError(
-                f"this LLM belongs to process {self._process_id}, and process {os.getpid()} was forked from it: create "
-                "an LLM in each process, or start processes with multiprocessing's 'spawn' method"
-            )
 
     def _end_left(self) -> None:
         """End the streams that are over, unless some thread uses the engine: that thread ends them afterwards."""
-        if os.getpid() != self._process_id:
-            return
-        while self._left and self._lock.acquire(blocking=False):
+        while self._left and self._lock.acquire_if_free():
             try:
                 self._abort(self._left.popleft())
             finally:
@@ -235,11 +236,14 @@ class LLM:
         self.engine.release_ended()
 
 
-def _shut_down(engine: LLMEngine, lock: threading.Lock, process_id: int) -> None:
+def _shut_down(engine: LLMEngine, lock: EngineLock, process_id: int) -> None:
     """Once no thread is in a step. A forked process leaves the engine to the one that made it."""
     if os.getpid() == process_id:
-        with lock:
+        try:
+            lock.acquire()
             engine.shutdown()
+        finally:
+            lock.release()
 
 
 def _as_list(prompts: Prompts) -> Sequence[Any]:

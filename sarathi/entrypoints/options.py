@@ -6,6 +6,7 @@ Configuration options come from the schema itself: a new knob is a new option.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from typing import Any
 
 from sarathi.config.knobs import Knob, knobs_of
 from sarathi.config.load import load_config
@@ -35,6 +36,20 @@ _SAMPLING: dict[str, tuple[Callable[[str], object], str]] = {
     "max_tokens": (_optional_int, "tokens of an answer at most; none: to the model's limit"),
     "min_tokens": (int, "tokens of an answer at least"),
     "logprobs": (int, "also give log probabilities, of this many of the most likely tokens"),
+    "prompt_logprobs": (int, "the same for each token of the prompt"),
+}
+_SAMPLING_LISTS = {
+    "stop": ("TEXT", "end before this text; repeatable"),
+    "bad_words": ("TEXT", "never write this; repeatable"),
+    "stop_token_ids": ("IDS", "end at any of these: 2,198"),
+    "allowed_token_ids": ("IDS", "write these tokens only: 2,198"),
+}
+_SAMPLING_SWITCHES = {
+    "ignore_eos": "go on past the model's own end token",
+    "include_stop_str_in_output": "keep the stop string, or the text of the stop token, in the answer",
+    "skip_special_tokens": "leave special tokens out of the text",
+    "spaces_between_special_tokens": "keep the spaces that the tokenizer puts between special tokens",
+    "detokenize": "make text of the tokens",
 }
 
 
@@ -44,8 +59,11 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="YAML file with sections model, cache, scheduler, parallel")
     for name, knob in _named_knobs():
         help_text = f"{knob.help} (default: {knob.default}; {knob.allowed})".replace("%", "%%")
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, dest=_CONFIG_PREFIX + knob.path, metavar="VALUE", help=help_text)
+        flag, target = "--" + name.replace("_", "-"), _CONFIG_PREFIX + knob.path
+        if knob.value_type is bool:
+            group.add_argument(flag, dest=target, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            group.add_argument(flag, dest=target, metavar="VALUE", help=help_text)
 
 
 def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
@@ -65,14 +83,17 @@ def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) ->
     for name, (kind, help_text) in _SAMPLING.items():
         flag, default = "--" + name.replace("_", "-"), standard[name]
         group.add_argument(flag, type=kind, default=default, metavar="VALUE", help=f"{help_text} (default: {default})")
-    group.add_argument("--stop", action="append", metavar="TEXT", default=[], help="end before this text; repeatable")
-    group.add_argument("--stop-token-ids", type=token_ids, metavar="IDS", default=[], help="end at any of these: 2,198")
-    group.add_argument("--ignore-eos", action="store_true", help="go on past the model's own end token")
+    for name, (metavar, help_text) in _SAMPLING_LISTS.items():
+        reading: dict[str, Any] = {"action": "append"} if metavar == "TEXT" else {"type": token_ids}
+        group.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=help_text, **reading)
+    for name, help_text in _SAMPLING_SWITCHES.items():
+        flag, default = "--" + name.replace("_", "-"), standard[name]
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
     """The parameters that the options ask for. ValueError names what is wrong."""
-    names = [*_SAMPLING, "stop", "stop_token_ids", "ignore_eos"]
+    names = [*_SAMPLING, *_SAMPLING_LISTS, *_SAMPLING_SWITCHES]
     return SamplingParams(**{name: getattr(args, name) for name in names})
 
 

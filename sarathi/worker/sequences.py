@@ -52,7 +52,7 @@ class Sequence:
         )
 
     def _counted_tokens(self, position: int, slot: int) -> array[int]:
-        if counts_all(self.params):
+        if counts_all(self.params) or self.params.needs_host_tokens:
             return self.tokens(0, position, slot)
         return self.tokens(self.num_prompt_tokens, position, slot) if counts_output(self.params) else _NO_TOKENS
 

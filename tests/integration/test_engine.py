@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,47 @@ def test_logprobs_belong_to_the_tokens(llm: LLM) -> None:
         "".join(entry[token].decoded_token for token, entry in zip(output.token_ids, output.logprobs, strict=True))
         == output.text
     )
+
+
+def test_a_stop_string_across_the_border_of_min_tokens_ends_the_output(llm: LLM) -> None:
+    """The tokens are ' ', '5', ',', ' ', '6': vLLM searches back from the new text by the stop string's length."""
+    for min_tokens in (2, 3, 4):
+        params = SamplingParams(temperature=0.0, max_tokens=16, min_tokens=min_tokens, stop=["5, 6"])
+        [output] = llm.generate("1, 2, 3, 4,", params, use_tqdm=False)[0].outputs
+        assert (output.text, output.num_tokens, output.stop_reason) == (" ", 5, "5, 6")
+
+
+def test_bad_words_and_allowed_tokens(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    assert "Paris" not in text_of(llm, PARIS, replace(GREEDY, bad_words=["Paris"]))
+    assert "The answer is" in text_of(llm, PARIS, GREEDY)
+    barred = text_of(llm, PARIS, replace(GREEDY, bad_words=["answer is"]))
+    assert "answer is" not in barred and barred.startswith(" Paris.\n\nThe answer")
+    allowed = llm.tokenizer.encode(" London is big", add_special_tokens=False)
+    [output] = llm.generate(PARIS, replace(GREEDY, allowed_token_ids=allowed), use_tqdm=False)[0].outputs
+    assert set(output.token_ids) <= set(allowed)
+
+
+def test_a_logits_processor_sees_the_output_so_far(llm: LLM) -> None:
+    seen: list[list[int]] = []
+
+    def forbid_repeats(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append(output)
+        logits[output] = -torch.inf
+        return logits
+
+    params = replace(GREEDY, logits_processors=[forbid_repeats])
+    plain, processed = llm.generate([PARIS, PARIS], [GREEDY, params], use_tqdm=False)
+    token_ids = processed.outputs[0].token_ids
+    assert seen == [token_ids[:count] for count in range(len(seen))]
+    assert len(set(token_ids)) == len(token_ids) == 12 and len(set(plain.outputs[0].token_ids)) < 12
+
+
+def test_special_tokens_are_shown_where_that_is_asked_for(llm: LLM) -> None:
+    hello = [{"role": "user", "content": "What is the capital of France?"}]
+    shown = replace(GREEDY, skip_special_tokens=False, include_stop_str_in_output=True)
+    [output] = llm.chat(hello, shown, use_tqdm=False)
+    assert output.outputs[0].text == "The capital of France is Paris.<|im_end|>"
 
 
 def test_abort_frees_the_request_and_leaves_the_others(llm: LLM) -> None:

@@ -1,9 +1,10 @@
-"""Conversations to prompt text through a model's Jinja template; knows no model.
+"""Conversations to prompt text through a model's Jinja template.
 
-Templates come with model files and are written against transformers, so it is transformers that runs them, in its
-sandbox: what they may call, and what else they find (`tools` is none, `{% generation %}`), is what it says.
+Templates come with model files and are written against transformers, so transformers runs them, in its sandbox.
 """
 
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -12,8 +13,8 @@ from sarathi.containers import is_list
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
-ChatRenderer = Callable[[Conversation], str]
-"""Messages to the prompt text, up to where the assistant's answer begins."""
+ChatRenderer = Callable[..., str]
+"""Messages and options of transformers' apply_chat_template, by name, to the prompt text."""
 
 
 class ChatTemplateError(ValueError):
@@ -26,51 +27,81 @@ def tokenizer_renderer(tokenizer: Any, **names: Any) -> ChatRenderer:
     It raises ChatTemplateError for whatever the template raises, and where it is no valid template.
     """
 
-    def render(conversation: Conversation) -> str:
+    def render(conversation: Conversation, **options: Any) -> str:
         try:
-            text: str = tokenizer.apply_chat_template(
-                list(conversation), tokenize=False, add_generation_prompt=True, **names
-            )
+            given = {"add_generation_prompt": True, **names, **options}
+            text: str = tokenizer.apply_chat_template(list(conversation), tokenize=False, **given)
         except Exception as error:  # a template is a program that came with the model: it may raise anything
-            message = f"the model's chat template failed with {type(error).__name__}: {error}"
+            message = f"the chat template failed with {type(error).__name__}: {error}"
             raise ChatTemplateError(message) from error
         return text
 
     return render
 
 
-def jinja_renderer(template: str, special_tokens: Mapping[str, str]) -> ChatRenderer:
+def jinja_renderer(template: str | None, special_tokens: Mapping[str, str]) -> ChatRenderer:
     """A renderer over `template`, which is first looked at when there is a conversation; otherwise as above.
 
     special_tokens: what it may print by name, as `bos_token`.
     """
 
-    def render(conversation: Conversation) -> str:
-        return tokenizer_renderer(_bare_tokenizer(), chat_template=template, **special_tokens)(conversation)
+    def render(conversation: Conversation, **options: Any) -> str:
+        return tokenizer_renderer(_bare_tokenizer(), chat_template=template, **special_tokens)(conversation, **options)
 
     return render
 
 
 @cache
 def _bare_tokenizer() -> Any:
-    """A tokenizer without tokens: that is how transformers' public interface takes a template by itself."""
+    """A tokenizer without tokens: transformers' public interface renders a template through a tokenizer only."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast  # half a second, for those who chat
 
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
 
 
+def check_template_names(names: Mapping[str, Any]) -> None:
+    """ValueError for a name that is an option of apply_chat_template and no variable of a template."""
+    from transformers import PreTrainedTokenizerBase
+
+    taken = names.keys() & inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+    for name in sorted(taken):
+        raise ValueError(f"chat_template_kwargs holds {name!r}: it must hold variables of the chat template only")
+
+
 def normalize(conversation: Conversation) -> list[dict[str, Any]]:
-    """Messages with plain string content. Content may be a list of `{"type": "text", "text": ...}` parts."""
+    """Messages with plain string content. Content may be a list of `{"type": "text", "text": ...}` parts, which are
+    joined by newlines, as in vLLM; beside `tool_calls` it may be None or absent. Arguments of tool calls are objects,
+    as templates expect them: JSON text of them is read."""
     if not is_list(conversation) or not len(conversation):
         raise ChatTemplateError(f"a conversation is a non-empty list of messages, got {conversation!r}")
     return [_normalize_message(message, at) for at, message in enumerate(conversation)]
 
 
 def _normalize_message(message: Message, at: int) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ChatTemplateError(f'message {at} must be {{"role": ..., "content": ...}}, got {message!r}')
+    calls = message.get("tool_calls")
+    if calls:
+        content = message.get("content") or ""
+        return {**message, "content": _text(content, at), "tool_calls": [_tool_call(call, at) for call in calls]}
+    if "content" not in message:
         raise ChatTemplateError(f'message {at} must be {{"role": ..., "content": ...}}, got {message!r}')
     return {**message, "content": _text(message["content"], at)}
+
+
+def _tool_call(call: Any, at: int) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ChatTemplateError(
+            f'a tool call of message {at} must be {{"function": {{"name": ..., "arguments": ...}}}}, got {call!r}'
+        )
+    arguments = function.get("arguments") or {}
+    try:
+        read = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except json.JSONDecodeError as error:
+        raise ChatTemplateError(f"arguments of a tool call of message {at} are no JSON: {error}") from None
+    return {**call, "function": {**function, "arguments": read}}
 
 
 def _text(content: Any, at: int) -> str:
@@ -79,5 +110,5 @@ def _text(content: Any, at: int) -> str:
     if isinstance(content, Sequence) and all(
         isinstance(part, Mapping) and part.get("type") == "text" for part in content
     ):
-        return "".join(str(part.get("text", "")) for part in content)
+        return "\n".join(str(part.get("text", "")) for part in content)
     raise ChatTemplateError(f"content of message {at} must be text or a list of text parts, got {content!r}")

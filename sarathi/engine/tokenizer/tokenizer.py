@@ -58,9 +58,9 @@ class Tokenizer:
         _check_encodable(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of all `token_ids` at once, without special tokens."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of all `token_ids` at once."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What this token adds to a text that has already begun; empty for special tokens and ids without a piece.
@@ -71,19 +71,41 @@ class Tokenizer:
             self._bytes[token_id] = self._find_bytes(token_id)
         return self._bytes[token_id]
 
+    def special_bytes(self, token_id: int) -> bytes:
+        """The text of a special token where it is shown, with the space that the tokenizer puts before it, if any;
+        empty for any other token."""
+        token = self._added.get(token_id)
+        return self._to_bytes(token_id, token.content) if token is not None and token.special else b""
+
     def piece(self, token_id: int) -> str:
         """The token as something to show: special tokens by name, half characters as U+FFFD."""
         if token_id in self._added:
             return self._added[token_id].content
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
-    def encode_chat(self, conversation: Conversation) -> list[int]:
-        """Ids of the conversation in the model's own format, up to where the assistant's answer begins."""
+    def encode_chat(
+        self, conversation: Conversation, chat_template: str | None = None, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, tools: Sequence[Any] | None = None, **template_names: Any,
+    ) -> list[int]:  # fmt: skip
+        """Ids of the conversation in the model's own format, up to where the assistant's answer begins.
+
+        For the options see `LLM.chat`; template_names: variables of the template.
+        """
         messages = normalize(conversation)
-        if self._render_chat is None:
-            raise ChatTemplateError("this model has no chat template; use generate() with a text prompt")
+        options: dict[str, Any] = {"tools": None if tools is None else list(tools), **template_names}
+        if chat_template is not None:
+            options["chat_template"] = chat_template
+        elif self._render_chat is None:
+            raise ChatTemplateError("this model has no chat template: give one, or use generate() with a text prompt")
+        render = self._render_chat or jinja_renderer(None, {})
+        text = render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **options,
+        )
         try:
-            return self.encode(self._render_chat(messages), add_special_tokens=False)  # the template writes them
+            return self.encode(text, add_special_tokens=False)  # the template writes them
         except UnencodableTextError as error:
             raise ChatTemplateError(f"the conversation holds {error}") from None
 
@@ -244,4 +266,5 @@ class _TextPieces:
         lone_byte = _BYTE_PIECE.fullmatch(piece) if self._byte_fallback else None
         if lone_byte:
             return bytes([int(lone_byte.group(1), 16)])
-        return self._backend.decode([*self._anchor, token_id]).removeprefix(self._anchor_text).encode()
+        text: str = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text.removeprefix(self._anchor_text).encode()

@@ -5,10 +5,11 @@ The last token of a request may not be known on the host yet; only penalties nee
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ class NextToken(NamedTuple):
 
     num_output_tokens: of the request, before this token.
     uniform: random number in [0, 1) that this token is drawn with; not read where params are greedy.
-    tokens: those before this token that penalties read: prompt and output with a repetition penalty, the output with
-        only a presence or frequency penalty, none otherwise. The last may be a placeholder, see `placeholder_token`.
+    tokens: those before this token that sampling reads: prompt and output with a repetition penalty, bad words or
+        logits processors, the output with only a presence or frequency penalty, none otherwise. The last may be a
+        placeholder, see `placeholder_token`, unless params.needs_host_tokens.
     """
 
     params: SamplingParams
@@ -35,7 +37,7 @@ class NextToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Additions:
-    """values [N] are added to the logits at (rows [N], token_ids [N]): biases, and -inf for ends before min_tokens."""
+    """values [N] are added to the logits at (rows [N], token_ids [N]): biases; -inf for bad words and early ends."""
 
     rows: Tensor
     token_ids: Tensor
@@ -44,10 +46,27 @@ class Additions:
 
 @dataclass(frozen=True, slots=True)
 class Occurrences:
-    """token_ids [N] that have occurred, concatenated over penalised rows; counts [P] of them per row."""
+    """Token ids of P rows: token_ids [N], concatenated over the rows; counts [P] of them per row."""
 
     counts: Tensor
     token_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """`chosen` [A] are the rows that may only take some tokens: `tokens`."""
+
+    chosen: Tensor
+    tokens: Occurrences
+
+
+class Processing(NamedTuple):
+    """Functions of one request that change its row of logits."""
+
+    row: int
+    functions: Sequence[Callable[..., Tensor]]
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +108,10 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """Sampling of all S rows of a step. All fields None: one argmax."""
+    """Sampling of all S rows of a step. All fields None or empty: one argmax."""
 
+    processing: tuple[Processing, ...]
+    allowed: Allowed | None
     additions: Additions | None
     penalties: Penalties | None
     draws: Draws | None
@@ -100,7 +121,27 @@ class SamplingPlan:
 def plan_sampling(rows: Sequence[NextToken], vocab_size: int) -> SamplingPlan:
     """The plan for S rows of logits, in CPU tensors; `with_last_tokens` completes it on the device."""
     return SamplingPlan(
-        _additions(rows, vocab_size), _penalties(rows), _draws(rows, vocab_size), _logprobs(rows, vocab_size)
+        tuple(_processing(index, row) for index, row in enumerate(rows) if row.params.logits_processors),
+        _allowed(rows),
+        _additions(rows, vocab_size),
+        _penalties(rows),
+        _draws(rows, vocab_size),
+        _logprobs(rows, vocab_size),
+    )
+
+
+def _processing(index: int, row: NextToken) -> Processing:
+    num_prompt_tokens = len(row.tokens) - row.num_output_tokens
+    prompt, output = row.tokens[:num_prompt_tokens], row.tokens[num_prompt_tokens:]
+    return Processing(index, row.params.logits_processors, list(prompt), list(output))
+
+
+def _allowed(rows: Sequence[NextToken]) -> Allowed | None:
+    chosen = [index for index, row in enumerate(rows) if row.params.allowed_token_ids is not None]
+    if not chosen:
+        return None
+    return Allowed(
+        torch.tensor(chosen), _occurrences([array("q", rows[index].params.allowed_token_ids or ()) for index in chosen])
     )
 
 
@@ -119,7 +160,7 @@ def _additions(rows: Sequence[NextToken], vocab_size: int) -> Additions | None:
     entries = [
         (index, token_id, value)
         for index, row in enumerate(rows)
-        if row.params.logit_bias or row.params.min_tokens
+        if row.params.logit_bias or row.params.min_tokens or row.params.bad_words
         for token_id, value in _added(row).items()
         if 0 <= token_id < vocab_size
     ]
@@ -134,8 +175,15 @@ def _added(row: NextToken) -> dict[int, float]:
     added = dict(params.logit_bias or {})
     if row.num_output_tokens < params.min_tokens:
         ends = () if params.ignore_eos else row.eos_token_ids
-        added.update(dict.fromkeys((*params.stop_token_ids, *ends), float("-inf")))
+        added.update(dict.fromkeys((*params.stop_token_ids, *ends), -math.inf))
+    output = row.tokens[len(row.tokens) - row.num_output_tokens :] if params.bad_words else ()
+    bad_words = cast("Sequence[Sequence[int]]", params.bad_words)  # text of a caller is token ids by now
+    added.update((word[-1], -math.inf) for word in bad_words if _ends_with(output, word[:-1]))
     return added
+
+
+def _ends_with(tokens: Sequence[int], end: Sequence[int]) -> bool:
+    return len(tokens) >= len(end) and list(tokens[len(tokens) - len(end) :]) == list(end)
 
 
 def counts_all(params: SamplingParams) -> bool:

@@ -1,18 +1,31 @@
-"""From logits to tokens, for all rows of a step at once; knows tensors and a plan, no requests.
+"""From logits to tokens, for all rows of a step at once.
 
-Nothing here waits for the device: no value is read, no shape depends on one, and no numbers come from the host.
-Order, as in transformers: bias and penalties, temperature, top-k, top-p, min-p. Logprobs are of the logits given.
+Nothing here waits for the device, but for logits processors: no value is read, no shape depends on one, and no numbers
+come from the host. Order: logits processors, allowed tokens, bias and bad words, penalties, then as in transformers
+temperature, top-k, top-p, min-p. Logprobs are of the logits given.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sarathi.model_executor.ops import Ops
-from sarathi.model_executor.sampling.plan import Additions, Draws, Occurrences, Penalties, SamplingPlan
+from sarathi.model_executor.sampling.plan import (
+    Additions,
+    Allowed,
+    Draws,
+    Occurrences,
+    Penalties,
+    Processing,
+    SamplingPlan,
+)
+from sarathi.wording import short_repr
+
+_PARAMETERS_WITH_PROMPT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +48,11 @@ class Sampled:
 def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
     """logits: [S, vocab_size], contiguous, left as they are. Without anything planned this is a single argmax."""
     processed = logits
-    if plan.additions is not None or plan.penalties is not None:
+    if plan.processing or plan.allowed or plan.additions or plan.penalties:
         processed = logits.to(torch.float32, copy=True)
+        for each in plan.processing:
+            _process(processed[each.row], each)
+        _allow(processed, plan.allowed)
         _add(processed, plan.additions)
         _penalise(processed, plan.penalties)
     token_ids = kernels.argmax(processed)
@@ -60,6 +76,26 @@ def filtered(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
     if draws.log_min_p is not None:
         _cut_below(logits, logits.amax(dim=-1, keepdim=True) + draws.log_min_p)
     return logits
+
+
+def _process(row: Tensor, processing: Processing) -> None:
+    """row: [vocab_size] float32, overwritten. A function may change the logits that it is given, or return others."""
+    for function in processing.functions:
+        with_prompt = len(inspect.signature(function).parameters) == _PARAMETERS_WITH_PROMPT
+        prompt = (processing.prompt_token_ids,) if with_prompt else ()
+        changed = function(*prompt, processing.output_token_ids, row)
+        if not isinstance(changed, Tensor) or changed.shape != row.shape:
+            found = list(changed.shape) if isinstance(changed, Tensor) else short_repr(changed)
+            raise ValueError(f"a logits processor returned {found}: it must return logits of shape {list(row.shape)}")
+        row.copy_(changed)
+
+
+def _allow(logits: Tensor, allowed: Allowed | None) -> None:
+    if allowed is not None:
+        rows = logits[allowed.chosen]
+        kept = torch.zeros_like(rows, dtype=torch.bool)
+        kept.view(-1).index_fill_(0, _places(rows, allowed.tokens), True)
+        logits[allowed.chosen] = rows.masked_fill(~kept, float("-inf"))
 
 
 def _add(logits: Tensor, additions: Additions | None) -> None:

@@ -67,8 +67,40 @@ def test_templates_cannot_reach_out_of_their_sandbox() -> None:
 def test_parts_of_text_become_one_text_and_other_keys_stay() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert normalize([{"role": "user", "content": parts, "name": "x"}]) == [
-        {"role": "user", "content": "ab", "name": "x"}
+        {"role": "user", "content": "a\nb", "name": "x"}  # as in vLLM
     ]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, "é"]}'}}
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}, {"content": []}])
+def test_an_assistant_that_calls_a_tool_needs_no_content_and_arguments_are_objects(content: dict[str, object]) -> None:
+    history = [*HELLO, {"role": "assistant", "tool_calls": [CALL], **content}, {"role": "tool", "content": "10"}]
+    _, assistant, tool = normalize(history)
+    assert assistant["content"] == "" and tool == {"role": "tool", "content": "10"}
+    function = {"name": "f", "arguments": {"x": [1, "é"]}}
+    assert assistant["tool_calls"] == [{"id": "c1", "type": "function", "function": function}]
+    assert history[1]["tool_calls"] == [CALL], "what the caller gave has changed"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("f", "must be"),
+        ({"function": {"arguments": {}}}, "must be"),
+        ({"function": {"name": "f", "arguments": "{"}}, "JSON"),
+    ],
+)
+def test_what_is_no_tool_call_is_refused(call: object, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        normalize([{"role": "assistant", "content": None, "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": None}, {"role": "assistant", "tool_calls": []}])
+def test_without_tool_calls_there_must_be_content(message: dict[str, object]) -> None:
+    with pytest.raises(ChatTemplateError):
+        normalize([message])
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,41 @@ def test_what_may_not_stop_yet_passes_through() -> None:
     assert stream.matched_stop == "x"
 
 
+@given(
+    st.text(alphabet="abé", max_size=12),
+    st.text(alphabet="abé", min_size=1, max_size=4),
+    st.integers(0, 12),
+    st.booleans(),
+)
+@settings(max_examples=300)
+def test_a_stop_string_counts_where_it_ends_behind_min_tokens(
+    text: str, stop: str, min_tokens: int, keep: bool
+) -> None:
+    """vLLM's rule: behind the first min_tokens tokens, search the new text and the stop's length before it."""
+    token_ids = TOKENIZER.encode(text)
+    so_far, expected = "", None
+    for number, _ in enumerate(token_ids, 1):
+        before, so_far = so_far, TOKENIZER.decode(token_ids[:number]).removesuffix("\ufffd")
+        if number > min_tokens and len(so_far) > len(before):
+            at = so_far.find(stop, max(0, len(before) - len(stop) + 1))
+            if at >= 0:
+                expected = so_far[: at + len(stop) * keep]
+                break
+    stream = Detokenizer(TOKENIZER, [stop], include_stop=keep)
+    shown = [stream.push(token_id, number > min_tokens) for number, token_id in enumerate(token_ids, 1)]
+    if expected is None:
+        assert ("".join(shown) + stream.flush(), stream.matched_stop) == (text, None)
+    else:
+        assert ("".join(shown), stream.matched_stop, stream.flush()) == (expected, stop, "")
+
+
+@given(st.lists(st.integers(0, END)), st.booleans())
+def test_special_tokens_are_shown_as_in_one_shot_decoding(token_ids: list[int], spaces: bool) -> None:
+    stream = Detokenizer(TOKENIZER, skip_special=False, spaces_between_special=spaces)
+    text = "".join(map(stream.push, token_ids)) + stream.flush()
+    assert text == TOKENIZER.decode(token_ids, skip_special_tokens=False)
+
+
 class TextThenHalfACharacter:
     """A tokenizer whose only token ends inside a character."""
 

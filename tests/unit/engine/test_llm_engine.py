@@ -150,6 +150,40 @@ def test_abort_before_the_first_step_gives_an_empty_answer() -> None:
     assert run(engine) == {}
 
 
+def test_what_is_shown_of_special_tokens_and_stops() -> None:
+    def text(**params: object) -> str:
+        return answer(make_engine(says("abcSTOPd")), [0], **params).outputs[0].text
+
+    assert text() == text(skip_special_tokens=False) == "abcSTOPd"  # the end token itself is no part of the text
+    shown = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    assert text(**shown) == "abcSTOPd<end>"
+    assert text(**shown, stop="STOP") == text(include_stop_str_in_output=True, stop="STOP") == "abcSTOP"
+    assert text(include_stop_str_in_output=True, stop_token_ids=[ord("b")]) == "ab"
+    assert text(include_stop_str_in_output=True) == "abcSTOPd"
+    assert text(ignore_eos=True, max_tokens=10, skip_special_tokens=False) == "abcSTOPd<end><end>"
+
+
+def test_without_detokenization_there_are_token_ids_alone() -> None:
+    output = answer(make_engine(says("ab")), [0], detokenize=False, logprobs=1).outputs[0]
+    assert (output.text, output.token_ids, output.finish_reason) == ("", [97, 98, END], "stop")
+    assert output.logprobs is not None and output.logprobs[0][97] == (-0.5, "97")
+    with pytest.raises(ValueError, match="stop strings need detokenize=True"):
+        SamplingParams(detokenize=False, stop="x")
+
+
+def test_bad_words_reach_the_model_as_token_ids_in_the_ways_they_are_written() -> None:
+    seen = []
+
+    def next_token(tokens: Sequence[int], params: SamplingParams) -> int:
+        seen.append(params.bad_words)
+        return END
+
+    answer(make_engine(next_token), [0], bad_words=["ab", [7, 8, 9], " c"])
+    assert [list(map(tuple, each)) for each in seen] == [[(97, 98), (7, 8, 9), (99,)]]
+    with pytest.raises(ValueError, match="bad_words holds 'x': this model has no tokenizer, give lists of token ids"):
+        make_engine(has_tokenizer=False).add_request("a", [1], SamplingParams(bad_words=["x"]))
+
+
 BAD_REQUESTS = [
     ("", {}, "the prompt is empty"),
     ([], {}, "the prompt is empty"),
@@ -162,6 +196,9 @@ BAD_REQUESTS = [
     ([1], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids holds token id"),
     ([1], {"logit_bias": {9999: 1.0}}, "logit_bias holds token id 9999"),
     ([1], {"logprobs": 5000}, "logprobs is 5000"),
+    ([1], {"prompt_logprobs": 5000}, "prompt_logprobs is 5000"),
+    ([1], {"bad_words": [[1, 300]]}, "bad_words holds token id 300"),
+    ([1], {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids holds token id"),
 ]
 
 

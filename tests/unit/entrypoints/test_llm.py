@@ -183,7 +183,7 @@ def test_leaving_a_stream_aborts_its_request() -> None:
     assert llm.engine.num_unfinished == 0 and mapped_bytes(llm) == 0
 
 
-@pytest.mark.parametrize("where", ["_split", "update", "add"])
+@pytest.mark.parametrize("where", ["_admit_waiting", "update", "add"])
 def test_a_stream_collected_in_the_middle_of_a_step_harms_no_other(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A collection may come at any allocation; here it comes as a method of the scheduler returns."""
     llm = make_llm("abcdef")
@@ -259,6 +259,34 @@ def test_what_is_no_conversation_is_shown_whole(conversation: object) -> None:
     assert str(caught.value).endswith(repr(conversation))
     with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got "):
         make_llm().chat([[{"role": "user", "content": "x"}], conversation])  # type: ignore[list-item]
+
+
+def test_options_of_chat_reach_the_template() -> None:
+    llm = LLM.from_engine(make_engine(parrot))
+    hello = [{"role": "user", "content": "hello"}]
+    begun = [*hello, {"role": "assistant", "content": "It is"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+
+    def read(conversation: list[dict[str, str]], **options: object) -> str:
+        return bytes(llm.encode_chat(conversation, **options)).decode()  # type: ignore[arg-type]
+
+    assert read(hello, add_generation_prompt=False) == "user: hello\nassistant:"  # this template ignores it
+    template = (
+        "{{ thinking }}{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+        "{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    assert read(hello, chat_template=template) == "u=hello;>"
+    assert read(hello, chat_template=template, add_generation_prompt=False) == "u=hello;"
+    kwargs = {"thinking": "no "}
+    assert read(hello, chat_template=template, tools=[tool], chat_template_kwargs=kwargs) == "no <f>u=hello;>"
+    open_end = {"chat_template": template, "add_generation_prompt": False, "continue_final_message": True}
+    assert read(begun, **open_end) == "u=hello;a=It is"
+    [output] = llm.chat(begun, SamplingParams(max_tokens=2), use_tqdm=False, **open_end)
+    assert bytes(output.prompt_token_ids) == b"u=hello;a=It is" and output.outputs[0].text == "ss"
+    with pytest.raises(ValueError, match="continue_final_message is True: it needs add_generation_prompt=False"):
+        llm.chat(begun, continue_final_message=True)
+    with pytest.raises(ValueError, match="chat_template_kwargs holds 'tokenize'"):
+        llm.chat(hello, chat_template_kwargs={"tokenize": True})
 
 
 def test_chat_without_a_tokenizer_says_what_works() -> None:

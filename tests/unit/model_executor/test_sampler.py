@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -223,6 +224,69 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
             found.logprobs.top[row].double(), expected[index].sort(descending=True).values, atol=1e-5, rtol=0
         )
     assert found.token_ids[2] == 11
+
+
+def test_bad_words_equal_transformers() -> None:
+    """Their processor looks at prompt and output together; ours, as vLLM's, at the output: it is given that alone."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(50):
+        words = [tuple(rng.choices(range(6), k=rng.randint(1, 3))) for _ in range(rng.randint(1, 5))]
+        output = rng.choices(range(6), k=rng.randint(1, 6))
+        logits = torch.randn(1, 6)
+        expected = NoBadWordsLogitsProcessor([list(word) for word in words])(torch.tensor([output]), logits.clone())
+        if expected.isinf().all():
+            continue
+        params = SamplingParams(temperature=0.0, bad_words=words)
+        assert tokens_of(logits, [sequence(params, words[0][:-1], output)]) == [int(expected.argmax())], (words, output)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
+    logits = torch.randn(3, 50)
+    allowed = [9, 33, 2]
+    rows = [
+        sequence(
+            SamplingParams(temperature=temperature, allowed_token_ids=allowed, seed=seed, logit_bias={4: 99.0}), [1]
+        )
+        for seed in range(2)
+    ]
+    free = sequence(SamplingParams(temperature=0.0), [1])
+    found = tokens_of(logits, [rows[0], free, rows[1]])
+    assert found[1] == int(logits[1].argmax()) and {found[0], found[2]} <= set(allowed)
+    if not temperature:
+        assert found[0] == max(allowed, key=lambda token_id: float(logits[0, token_id]))
+
+
+def test_logits_processors_get_tokens_and_logits_and_may_return_others() -> None:
+    seen = []
+
+    def best_is_last_output(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append((output, logits.dtype, tuple(logits.shape)))
+        logits[output[-1]] = 100.0
+        return logits
+
+    def best_is_first_of_prompt(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(prompt[0]), len(logits)).float() + len(output)
+
+    logits = torch.randn(3, 50, dtype=torch.bfloat16)
+    before = logits.clone()
+    params = [
+        SamplingParams(temperature=0.0, logits_processors=[each])
+        for each in (best_is_last_output, best_is_first_of_prompt)
+    ]
+    rows = [
+        sequence(params[0], [1, 2], [3, 4]),
+        sequence(params[1], [6, 2], [3]),
+        sequence(SamplingParams(temperature=0.0), [1]),
+    ]
+    assert tokens_of(logits, rows) == [4, 6, int(logits[2].argmax())]
+    assert seen == [([3, 4], torch.float32, (50,))] and torch.equal(logits, before)
+    wrong = SamplingParams(logits_processors=[lambda output, logits: logits[:3]])
+    with pytest.raises(ValueError, match=r"a logits processor returned \[3\]: it must return logits of shape \[50\]"):
+        tokens_of(logits[:1], [sequence(wrong, [1])])
 
 
 def test_mixed_rows_keep_their_own_parameters() -> None:

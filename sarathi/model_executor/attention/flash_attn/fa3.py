@@ -74,13 +74,14 @@ class FlashAttention3:
         """See Provider."""
         if self._takes_single(step):
             return None
-        blocks = None if step.block_table is None else step.block_table.shape[1]
+        paged = step.block_table is not None
+        columns = columns * step.block_table.shape[1] if step.block_table is not None else columns
         made: Tensor = self._schedule(
             **{
                 **self._schedule_defaults,
                 "batch_size": step.lengths.shape[0],
                 "max_seqlen_q": step.max_new,
-                "max_seqlen_k": columns * (blocks or 1),
+                "max_seqlen_k": columns,
                 "num_heads": params.num_heads,
                 "num_heads_k": params.num_kv_heads,
                 "headdim": params.head_size,
@@ -88,7 +89,7 @@ class FlashAttention3:
                 "qkv_dtype": params.dtype,
                 "seqused_k": step.lengths,
                 "cu_seqlens_q": step.starts,
-                "page_size": None if blocks is None else columns,
+                "page_size": columns if paged else None,
                 "num_splits": _num_splits(params, step),
                 **_mask(params, causal=step.causal),
             }
