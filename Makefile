@@ -9,7 +9,7 @@ BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integr
 # Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-all test-native test-python test-slow bench-test $(BENCH_TESTS) lint format clean
+.PHONY: setup demo test test-all test-native test-python test-slow fuzz bench-test $(BENCH_TESTS) lint format clean
 
 setup: $(READY) $(NATIVE)
 
@@ -32,7 +32,7 @@ demo: setup
 test: setup test-native test-python
 
 # What takes long: the parity matrix against transformers and every benchmark's short form.
-test-all: test test-slow bench-test
+test-all: test test-slow fuzz bench-test
 
 test-native:
 	$(MAKE) --no-print-directory -C csrc/tests
@@ -42,6 +42,10 @@ test-python: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Broken model files, configurations and traces: a minute here, SECONDS=1800 by hand.
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
 
 # Two files at a time, since each process of a test has one thread; what a file prints is kept together where make can.
 bench-test: setup

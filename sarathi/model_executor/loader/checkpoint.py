@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sarathi.model_executor.loader.reading import CheckpointError, read_json, reading
 from sarathi.model_executor.loader.source import INDEX_FILE, WEIGHTS_FILE
+from sarathi.wording import short_repr
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -79,8 +80,8 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
         foreign = [name for name in names if Path(name).name != name]
         if foreign or not names:
-            raise ValueError(f"weight_map must name files of its folder, not {foreign[:3]}")
-    missing = [name for name in names if not (folder / name).is_file()]
+            raise ValueError(f"weight_map must name files of its folder, not {short_repr(foreign)}")
+        missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{index}: names {len(missing)} files that are not in the folder: {', '.join(missing[:3])}"
