@@ -43,9 +43,9 @@ test-python: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Broken model files, configurations and traces: a minute here, SECONDS=1800 by hand.
+# Broken model files, configurations and traces: a minute here, FUZZ_SECONDS=1800 by hand.
 fuzz: setup
-	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(FUZZ_SECONDS),60)
 
 # Two files at a time, since each process of a test has one thread; what a file prints is kept together where make can.
 bench-test: setup
