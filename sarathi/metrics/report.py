@@ -33,21 +33,16 @@ from sarathi.metrics.tables import (
     request_table,
     time_series,
     token_table,
-)
+)  # fmt: skip
 from sarathi.metrics.trace import num_trace_events, trace_events
 
 SUMMARY_FILE = "summary.json"
 TRACE_FILE = "chrome_trace.json"
 MAX_TRACE_EVENTS = 200_000  # about 30 MB
 TABLES = (
-    "sequence_metrics",
-    "batch_metrics",
-    "token_metrics",
-    "allocator_metrics",
-    "memory_metrics",
-    "operation_metrics",
+    "sequence_metrics", "batch_metrics", "token_metrics", "allocator_metrics", "memory_metrics", "operation_metrics",
     "cpu_operation_metrics",
-)
+)  # fmt: skip
 FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, TRACE_FILE, "schedule.jsonl")
 ALLOCATOR_COLUMNS = (REQUEST_ID, "request_num_prefill_tokens", "kv_blocks_mapped", "kv_fragmentation_percent")
 logger = logging.getLogger(__name__)

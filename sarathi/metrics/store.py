@@ -5,14 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
-from sarathi.metrics.records import (
-    MemoryRecord,
-    OperationRecord,
-    RunRecords,
-    ScheduleRecord,
-    StepRecord,
-    StepTimes,
-)
+from sarathi.metrics.records import MemoryRecord, OperationRecord, RunRecords, ScheduleRecord, StepRecord, StepTimes
 from sarathi.metrics.request_record import RequestRecord
 
 Clock = Callable[[], float]
@@ -62,14 +55,9 @@ class MetricsStore:
     """
 
     def __init__(
-        self,
-        clock: Clock = time.monotonic,
-        *,
-        replica: int = 0,
-        capacity: CacheCapacity | None = None,
-        page_bytes: int | None = None,
-        keep_schedule: bool = False,
-    ) -> None:
+        self, clock: Clock = time.monotonic, *, replica: int = 0, capacity: CacheCapacity | None = None,
+        page_bytes: int | None = None, keep_schedule: bool = False,
+    ) -> None:  # fmt: skip
         self._clock = clock
         self._replica = replica
         self._capacity = capacity
@@ -93,15 +81,9 @@ class MetricsStore:
     def records(self) -> RunRecords:
         """All records so far, including those of requests that have not ended."""
         return RunRecords(
-            self._origin_s,
-            self._clock(),
-            tuple(self._requests),
-            tuple(self._steps),
-            tuple(self._operations),
-            tuple(self._memory),
-            tuple(self._schedule),
-            self._page_bytes,
-        )
+            self._origin_s, self._clock(), tuple(self._requests), tuple(self._steps), tuple(self._operations),
+            tuple(self._memory), tuple(self._schedule), self._page_bytes,
+        )  # fmt: skip
 
     def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None:
         """arrived_at_s: may lie before this call."""
@@ -129,20 +111,11 @@ class MetricsStore:
         self._last_end_s = times.ended_at_s
         num_decodes = self._note_chunks(out.chunks, busy_from_s, times.ended_at_s - busy_from_s)
         self._note_tokens(result, times)
-        self._steps.append(
-            StepRecord(
-                out.step_id,
-                self._replica,
-                times,
-                busy_from_s,
-                len(out.chunks),
-                out.num_tokens,
-                num_decodes,
-                len(out.preempted),
-                result.model_s,
-                result.host,
-            )
-        )
+        step = StepRecord(
+            out.step_id, self._replica, times, busy_from_s, len(out.chunks), out.num_tokens, num_decodes,
+            len(out.preempted), result.model_s, result.host,
+        )  # fmt: skip
+        self._steps.append(step)
         if self._keep_schedule:
             self._schedule.append(ScheduleRecord(out.step_id, self._replica, out.chunks, out.preempted))
 

@@ -29,9 +29,6 @@ class VirtualBlockSpaceManager:
     def is_overcommitted(self) -> bool:
         return self._num_used_rows > self._capacity.rows
 
-    def rows_of(self, request: Request) -> int:
-        return self._rows.get(request.request_id, 0)
-
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         held = self._rows.get(request.request_id, 0)
         rows = max(held, self._capacity.rows_for(num_tokens))

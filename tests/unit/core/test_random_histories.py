@@ -1,4 +1,4 @@
-"""Ten thousand random lives of schedulers: every policy, both memories, small pools, aborts, overlap, lost memory."""
+"""Ten thousand random histories: every policy, both memories, small pools, aborts, overlapping steps, lost memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Crash(Exception):
 
 
 class History:
-    """One random life: what arrives, what is aborted, how far steps overlap, and when memory or a step is lost."""
+    """One random history: what arrives, what is aborted, how far steps overlap, and when memory or a step is lost."""
 
     def __init__(self, rng: random.Random, policy: str, backend: str) -> None:
         self.rng = rng

@@ -300,6 +300,17 @@ def test_a_long_chunk_alone_has_small_strides_in_any_region(shape: tuple[int, in
         assert max(tensor.stride()) * 2 < 2**40 and tensor.stride()[1:] == cache.stride()[1:]
 
 
+@pytest.mark.parametrize("blocks", [None, 5])
+def test_work_is_divided_for_as_many_tokens_as_a_slot_or_a_block_table_holds(blocks: int | None) -> None:
+    library, given = object.__new__(FlashAttention3), {}
+    library._has_single, library._schedule_defaults = True, {"num_splits": 0}
+    library._schedule = lambda **arguments: given.update(arguments)
+    slots, table = (torch.zeros(3), None) if blocks is None else (None, torch.zeros(3, blocks))
+    step = VarlenStep(torch.arange(4), torch.ones(3), slots, table, max_new=1, max_length=9, causal=False)
+    library.schedule(AttentionParams(32, 8, 128, torch.bfloat16, 1.0, None), step, columns=16)
+    assert (given["max_seqlen_k"], given["page_size"]) == ((16, None) if blocks is None else (80, 16))
+
+
 @pytest.mark.parametrize("name", ["sdpa", "contiguous", "pages"])
 def test_slots_at_both_ends_of_a_region_of_terabytes(name: str) -> None:
     batch, count = mixed_batch(decodes=2, chunks=2), 4

@@ -74,14 +74,13 @@ class FlashAttention3:
         """See Provider."""
         if self._takes_single(step):
             return None
-        paged = step.block_table is not None
-        columns = columns * step.block_table.shape[1] if step.block_table is not None else columns
+        blocks = None if step.block_table is None else step.block_table.shape[1]
         made: Tensor = self._schedule(
             **{
                 **self._schedule_defaults,
                 "batch_size": step.lengths.shape[0],
                 "max_seqlen_q": step.max_new,
-                "max_seqlen_k": columns,
+                "max_seqlen_k": columns * (blocks or 1),
                 "num_heads": params.num_heads,
                 "num_heads_k": params.num_kv_heads,
                 "headdim": params.head_size,
@@ -89,7 +88,7 @@ class FlashAttention3:
                 "qkv_dtype": params.dtype,
                 "seqused_k": step.lengths,
                 "cu_seqlens_q": step.starts,
-                "page_size": columns if paged else None,
+                "page_size": None if blocks is None else columns,
                 "num_splits": _num_splits(params, step),
                 **_mask(params, causal=step.causal),
             }
