@@ -51,7 +51,7 @@ class RequestState:
         if token_id in self.stop_token_ids and len(output) > request.sampling_params.min_tokens:
             is_eos = token_id in request.eos_token_ids and not request.sampling_params.ignore_eos
             reason, stop_reason = "stop", None if is_eos else token_id
-        return _new(RequestUpdate, (request.request_id, (token,), reason, stop_reason))
+        return _new(RequestUpdate, (request.request_id, (token,), reason, stop_reason, None))
 
 
 @dataclass(slots=True)

@@ -133,7 +133,7 @@ class History:
             update = by_request.pop(request.request_id, RequestUpdate(request.request_id))
             assert [token.token_id for token in update.tokens] == request.output_token_ids[num_output:]
             assert (update.finish_reason is not None) == has_ended, "an end is told in its step, once"
-            assert not has_ended or update[2:] == (request.finish_reason, request.stop_reason)
+            assert not has_ended or update[2:4] == (request.finish_reason, request.stop_reason)
         assert not by_request
         self.least_rows = min(self.least_rows, self.scheduler.block_space_manager.capacity.rows)
         self.scheduler.check_integrity()
