@@ -6,11 +6,8 @@ What is run is in experiments/e2e_static.yml.
 """
 
 import sys
-from pathlib import Path
 
-from sarathi.benchmark.experiment.command import run_experiment
-
-EXPERIMENT = Path(__file__).parents[1] / "experiments" / "e2e_static.yml"
+from sarathi.benchmark.experiment.command import EXPERIMENTS, run_experiment
 
 if __name__ == "__main__":
-    sys.exit(run_experiment(EXPERIMENT, __doc__))
+    sys.exit(run_experiment(EXPERIMENTS / "e2e_static.yml", __doc__))

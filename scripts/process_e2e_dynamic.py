@@ -6,11 +6,8 @@ What is run is in experiments/e2e_dynamic.yml.
 """
 
 import sys
-from pathlib import Path
 
-from sarathi.benchmark.experiment.command import process_experiment
-
-EXPERIMENT = Path(__file__).parents[1] / "experiments" / "e2e_dynamic.yml"
+from sarathi.benchmark.experiment.command import EXPERIMENTS, process_experiment
 
 if __name__ == "__main__":
-    sys.exit(process_experiment(EXPERIMENT, __doc__))
+    sys.exit(process_experiment(EXPERIMENTS / "e2e_dynamic.yml", __doc__))

@@ -6,11 +6,8 @@ What there is to run is in experiments/*.yml.
 """
 
 import sys
-from pathlib import Path
 
-from sarathi.benchmark.experiment.command import process_named_experiment
-
-FOLDER = Path(__file__).parents[1] / "experiments"
+from sarathi.benchmark.experiment.command import EXPERIMENTS, process_named_experiment
 
 if __name__ == "__main__":
-    sys.exit(process_named_experiment(FOLDER, __doc__))
+    sys.exit(process_named_experiment(EXPERIMENTS, __doc__))

@@ -1,6 +1,7 @@
 """python -m sarathi.benchmark.main [--config FILE] [--knob value ...]: one run, its files and a few lines of result.
 
-Exit codes: 0 the run completed; 1 an error; 2 some requests were refused, or the time limit ended it; 130 ^C did.
+Exit codes: 0 the run completed; 1 an error; 2 some requests were refused, or the time limit ended it; 130 ^C, SIGTERM
+or SIGHUP ended it, and the files hold what there was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, RunOutcome
+from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.replicas import ReplicaError, run_all
 from sarathi.benchmark.results import describe_run, send_results, write_results
 from sarathi.metrics.wandb_log import WandbError
@@ -32,15 +34,19 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
-    """Runs that differ in their workload alone, one after another; the worst exit code. ^C ends them all."""
+    """Runs that differ in their workload alone, one after another; the worst exit code.
+
+    ^C, SIGTERM and SIGHUP end them all.
+    """
     code = 0
     try:
         configs = read()
         logging.basicConfig(level=configs[0].log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-        for config, outcomes in zip(configs, run_all(configs), strict=True):
-            code = max(code, _finish(config, outcomes))
-            if code == EXIT_INTERRUPTED:
-                break
+        with ended_by_signals():
+            for config, outcomes in zip(configs, run_all(configs), strict=True):
+                code = max(code, _finish(config, outcomes))
+                if code == EXIT_INTERRUPTED:
+                    break
     except KeyboardInterrupt:
         print("benchmark: interrupted before there was a result", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,18 +1,20 @@
-"""A run on one engine, or on several in processes of their own that start together. Knows no engine's inside."""
+"""A run on one engine, or on several in processes of their own that start together."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing as mp
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import RunOutcome
+from sarathi.benchmark.processes import ENDING, Terminated, end_with_parent, ended_by_signals
 from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 
@@ -54,38 +56,39 @@ def replica_devices(config: BenchmarkConfig) -> Mapping[str, str]:
 
 
 def _run_processes(config: BenchmarkConfig, devices: Mapping[str, str]) -> list[RunOutcome]:
-    context = mp.get_context("spawn")
-    start = context.Barrier(config.cluster.num_replicas)
-    processes, results = [], []
-    for replica in range(config.cluster.num_replicas):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (config, replica, devices.get(str(replica)), start, sender)
-        process = context.Process(target=_run_replica, args=arguments, name=f"replica {replica}")
-        process.start()
-        sender.close()
-        processes.append(process)
-        results.append(receiver)
+    context, count = mp.get_context("spawn"), config.cluster.num_replicas
+    start = context.Barrier(count)
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    arguments = [(config, i, devices.get(str(i)), start, pipes[i][1], os.getpid()) for i in range(count)]
+    processes = [context.Process(target=_run_replica, args=each, name=f"replica {each[1]}") for each in arguments]
     try:
-        return [_receive(replica, receiver) for replica, receiver in enumerate(results)]
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        return [_receive(replica, receiver, processes) for replica, (receiver, _) in enumerate(pipes)]
     finally:
         for process in processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.terminate()
+            if process.pid is not None:
+                process.join(timeout=10)
+                process.kill()
 
 
-def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, start: Any, sender: Connection) -> None:
-    """In a process of its own; ^C reaches it too, and ends its run with what there is.
+def _run_replica(
+    config: BenchmarkConfig, replica: int, device: str | None, start: Any, sender: Connection, parent: int
+) -> None:
+    """In a process of its own; ^C and SIGTERM end its run with what there is.
 
-    A replica that is done before the others waits until its result is taken: ^C must not end it then.
+    A replica that is done before the others waits until its result is taken: no signal must end it then.
     """
+    end_with_parent(parent)
     try:
-        with BenchmarkRunner(config, replica, device) as runner:
+        with ended_by_signals(), BenchmarkRunner(config, replica, device) as runner:
             specs = runner.workload()
             runner.warm_up(specs)
             start.wait(START_TIMEOUT_S)
             outcome = runner.run(specs, Path(config.output_dir))
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in (signal.SIGINT, *ENDING):
+                signal.signal(number, signal.SIG_IGN)
             sender.send(outcome)
     except KeyboardInterrupt:
         start.abort()
@@ -94,10 +97,13 @@ def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, star
         raise
 
 
-def _receive(replica: int, receiver: Connection) -> RunOutcome:
-    """Waits through one ^C: the replicas answer it with what they have. KeyboardInterrupt where that is nothing."""
-    with suppress(KeyboardInterrupt):
+def _receive(replica: int, receiver: Connection, processes: Sequence[SpawnProcess]) -> RunOutcome:
+    """Wait through one interrupt, which replicas answer with what they have. KeyboardInterrupt if they have nothing."""
+    try:
         return _outcome(replica, receiver)
+    except KeyboardInterrupt as interrupt:
+        for process in processes if isinstance(interrupt, Terminated) else ():
+            process.terminate()  # ^C reaches them by itself
     try:
         return _outcome(replica, receiver)
     except ReplicaError:

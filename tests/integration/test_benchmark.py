@@ -67,7 +67,8 @@ def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "request_e2e_time.png").is_file()
 
 
-def test_interrupt_writes_what_there_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_writes_what_there_is(number: signal.Signals, tmp_path: Path) -> None:
     words = [
         "--num_requests",
         "400",
@@ -86,7 +87,7 @@ def test_interrupt_writes_what_there_is(tmp_path: Path) -> None:
     while not re.search(r" [1-9]\d*/400 ", said):  # the progress bar: requests have been answered
         said += process.stderr.read(1)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 130
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -110,7 +111,8 @@ def test_an_interrupt_of_the_warm_up_ends_the_run(monkeypatch: pytest.MonkeyPatc
             runner.run(runner.workload())
 
 
-def test_a_replica_that_is_done_keeps_its_result_through_an_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_replica_that_is_done_keeps_its_result_through_an_interrupt(number: signal.Signals, tmp_path: Path) -> None:
     """The second replica has served its share and waits, with more than a pipe holds, for the first when ^C comes."""
     lengths = tmp_path / "trace.csv"
     lengths.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,2,3000\n" + "0,2,2\n" * 799)
@@ -125,7 +127,10 @@ def test_a_replica_that_is_done_keeps_its_result_through_an_interrupt(tmp_path: 
     while "replica 1: 100%" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)  # as `kill` sends it: to the command alone
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

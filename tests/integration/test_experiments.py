@@ -1,11 +1,16 @@
 """Every experiment in its --test form on the CPU with the small model: files, columns, repetition, failures."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from processes import check_run, script
+from processes import ROOT, check_run, environment, script
 
 pytestmark = pytest.mark.bench
 
@@ -28,6 +33,37 @@ def test_static_trace_repeats_its_schedule_and_resumes(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "a" / "makespan.csv")
     assert list(table["backend"]) == ["sdpa_vattn"] and (table["makespan_s"] > 0).all()
     assert "makespan_s" in processed.stdout and list((tmp_path / "a").glob("makespan_*.png"))
+
+
+def processes_that_name(text: str) -> list[int]:
+    """Ids of processes with this text on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if text in path.read_text():
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_experiment_that_is_ended_leaves_no_process_behind(number: signal.Signals, tmp_path: Path) -> None:
+    words = ["e2e_static_brief", "--test", "--output", str(tmp_path)]
+    run = [sys.executable, str(ROOT / "scripts" / "benchmark_experiment.py"), *words]
+    process = subprocess.Popen(run, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # the first run is named before its process starts
+    while len(processes_that_name(str(tmp_path))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    refused = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert refused.returncode == 1 and f"{tmp_path} is in use by process {process.pid}" in refused.stderr
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    time.sleep(0.5)
+    assert processes_that_name(str(tmp_path)) == []
+    assert "runs are complete" in script("benchmark_experiment.py", *words, "--resume").stdout
 
 
 def test_dynamic_trace_has_a_latency_for_each_load(tmp_path: Path) -> None:

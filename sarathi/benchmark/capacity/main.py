@@ -20,6 +20,7 @@ from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
+from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.replicas import replica_devices
 from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
@@ -46,7 +47,8 @@ def main(words: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         log = open_log(config)
         try:
-            probes, capacity_qps = find_capacity(config, log)
+            with ended_by_signals():
+                probes, capacity_qps = find_capacity(config, log)
         except KeyboardInterrupt:
             write_capacity(config, log.probes())
             print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -5,7 +5,7 @@ default.yml is written from this module (`python -m sarathi.benchmark.config.doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.knobs import ConfigError, Section, knob
@@ -13,6 +13,8 @@ from sarathi.config.schema import SCHEDULERS
 
 LENGTH_PROVIDERS = ("fixed", "uniform", "zipf", "trace")
 INTERVAL_PROVIDERS = ("static", "poisson", "gamma", "trace")
+# Limits that a machine can hold: prompts are lists of ids, requests objects, replicas processes.
+_TOKENS, _REQUESTS, _REPLICAS, _STEPS = 2**24, 2**22, 256, 2**31 - 1
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -20,7 +22,9 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class ClusterConfig(Section):
     """How many engines share the requests."""
 
-    num_replicas: int = knob(1, "engines, each in a process of its own; request i goes to replica i mod n", low=1)
+    num_replicas: int = knob(
+        1, "engines, each in a process of its own; request i goes to replica i mod n", low=1, high=_REPLICAS
+    )
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class BenchmarkModelConfig(Section):
     tokenizer: str | None = knob(None, "tokenizer: a folder or hub id; none: the model's own")
     tensor_parallel_degree: int = knob(1, "devices that share each layer", low=1)
     pipeline_parallel_degree: int = knob(1, "devices that take the layers in turn", low=1)
-    max_model_len: int | None = knob(None, "longest prompt plus output, in tokens; none: the model's own limit", low=2)
+    max_model_len: int | None = knob(
+        None, "longest prompt plus output, in tokens; none: the model's own limit", low=2, high=_TOKENS
+    )
     load_format: str = knob(
         AUTO,
         "how weights are stored; dummy: random ones, for speed alone",
@@ -70,7 +76,7 @@ class SyntheticRequestGeneratorConfig(Section):
     interval_provider: str = knob(
         "static", "when requests arrive; static: all at once, at time zero", choices=INTERVAL_PROVIDERS
     )
-    num_requests: int = knob(64, "how many", low=1)
+    num_requests: int = knob(64, "how many", low=1, high=_REQUESTS)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class TraceRequestGeneratorConfig(Section):
     prefill_scale_factor: float = knob(1.0, "multiplies prompt lengths", low=0)
     decode_scale_factor: float = knob(1.0, "multiplies output lengths", low=0)
     time_scale_factor: float = knob(1.0, "multiplies arrival times: 0.5 doubles the load", low=0)
-    max_tokens: int = knob(32768, "a longer request loses prompt tokens until it fits", low=2)
+    max_tokens: int = knob(32768, "a longer request loses prompt tokens until it fits", low=2, high=_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,10 @@ class TraceRequestLengthGeneratorConfig(Section):
     )  # fmt: skip
     prefill_scale_factor: float = knob(1.0, "multiplies prompt lengths", low=0)
     decode_scale_factor: float = knob(1.0, "multiplies output lengths", low=0)
-    max_tokens: int = knob(32768, "a longer request is cut to fit, prompt and output in proportion", low=2)
-    min_tokens: int = knob(0, "requests with prompts of no more tokens are left out", low=0)
+    max_tokens: int = knob(
+        32768, "a longer request is cut to fit, prompt and output in proportion", low=2, high=_TOKENS
+    )
+    min_tokens: int = knob(0, "requests with prompts of no more tokens are left out", low=0, high=_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,8 @@ class ZipfRequestLengthGeneratorConfig(Section):
 
     theta: float = knob(0.6, "how much shorter lengths are preferred; 0: not at all", low=0)
     scramble: bool = knob(False, "spread the frequent lengths over the whole range")
-    min_tokens: int = knob(1024, "shortest request, prompt and output together", low=2)
-    max_tokens: int = knob(4096, "longest request", low=2)
+    min_tokens: int = knob(1024, "shortest request, prompt and output together", low=2, high=_TOKENS)
+    max_tokens: int = knob(4096, "longest request", low=2, high=_TOKENS)
     prefill_to_decode_ratio: float = knob(20.0, "prompt tokens an output token", low=1e-6)
 
 
@@ -144,8 +152,8 @@ class ZipfRequestLengthGeneratorConfig(Section):
 class UniformRequestLengthGeneratorConfig(Section):
     """Total lengths, all equally likely."""
 
-    min_tokens: int = knob(1024, "shortest request, prompt and output together", low=2)
-    max_tokens: int = knob(4096, "longest request", low=2)
+    min_tokens: int = knob(1024, "shortest request, prompt and output together", low=2, high=_TOKENS)
+    max_tokens: int = knob(4096, "longest request", low=2, high=_TOKENS)
     prefill_to_decode_ratio: float = knob(20.0, "prompt tokens an output token", low=1e-6)
 
 
@@ -153,8 +161,8 @@ class UniformRequestLengthGeneratorConfig(Section):
 class FixedRequestLengthGeneratorConfig(Section):
     """All requests alike."""
 
-    prefill_tokens: int = knob(4096, "prompt tokens", low=1)
-    decode_tokens: int = knob(512, "output tokens", low=1)
+    prefill_tokens: int = knob(4096, "prompt tokens", low=1, high=_TOKENS)
+    decode_tokens: int = knob(512, "output tokens", low=1, high=_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -162,23 +170,27 @@ class ReplicaSchedulerConfig(Section):
     """Who goes first."""
 
     provider: str = knob("sarathi", "policy", choices=SCHEDULERS)
-    max_batch_size: int = knob(128, "requests that run at the same time, at most", low=1)
+    max_batch_size: int = knob(128, "requests that run at the same time, at most", low=1, high=2**20)
 
 
 @dataclass(frozen=True)
 class SarathiSchedulerConfig(Section):
     """Where provider is sarathi."""
 
-    chunk_size: int = knob(512, "token budget of a step", low=1)
+    chunk_size: int = knob(512, "token budget of a step", low=1, high=_TOKENS)
     enable_dynamic_chunking_schedule: bool = knob(False, "large chunks first, smaller ones as a prompt grows")
-    low_chunk_size: int = knob(128, "dynamic, learned: fewest tokens of a step", low=1)
-    high_chunk_size: int = knob(2048, "dynamic, learned: most tokens of a step", low=1)
-    chunk_schedule_max_tokens: int = knob(131072, "dynamic: prompt tokens after which chunks are smallest", low=1)
+    low_chunk_size: int = knob(128, "dynamic, learned: fewest tokens of a step", low=1, high=_TOKENS)
+    high_chunk_size: int = knob(2048, "dynamic, learned: most tokens of a step", low=1, high=_TOKENS)
+    chunk_schedule_max_tokens: int = knob(
+        131072, "dynamic: prompt tokens after which chunks are smallest", low=1, high=_TOKENS
+    )
     chunk_schedule_stages: int = knob(16, "dynamic: sizes between the largest and the smallest chunk", low=1)
     target_step_time: float | None = knob(
         None, "seconds a step may take: the budget is learned from the times of steps; none: not learned", low=1e-6
     )
-    max_chunk_per_request: int | None = knob(None, "tokens one prompt may take of a step; none: all of them", low=1)
+    max_chunk_per_request: int | None = knob(
+        None, "tokens one prompt may take of a step; none: all of them", low=1, high=_TOKENS
+    )
     max_num_partial_prefills: int = knob(4, "prompts in progress at the same time, at most", low=1)
 
 
@@ -186,14 +198,14 @@ class SarathiSchedulerConfig(Section):
 class VllmSchedulerConfig(Section):
     """Where provider is vllm; orca and faster_transformer take it as well."""
 
-    max_tokens_in_batch: int | None = knob(None, "tokens of a step; none: the model's limit", low=1)
+    max_tokens_in_batch: int | None = knob(None, "tokens of a step; none: the model's limit", low=1, high=_TOKENS)
 
 
 @dataclass(frozen=True)
 class SimpleChunkingSchedulerConfig(Section):
     """Where provider is simple_chunking."""
 
-    chunk_size: int = knob(512, "token budget of a step", low=1)
+    chunk_size: int = knob(512, "token budget of a step", low=1, high=_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -212,15 +224,15 @@ class MetricsStoreConfig(Section):
     enable_request_outputs: bool = knob(False, "write the tokens of every request to responses.json")
     keep_individual_batch_metrics: bool = knob(True, "one CSV row for every step and token, beside distributions")
     write_plots: bool = knob(True, "PNG files beside the CSV files")
-    memory_interval_steps: int = knob(10, "steps between two looks at the cache's memory", low=1)
+    memory_interval_steps: int = knob(10, "steps between two looks at the cache's memory", low=1, high=_STEPS)
 
 
 @dataclass(frozen=True)
 class ProfilingConfig(Section):
     """Which steps torch's profiler sees, where enable_profiling is true."""
 
-    start_step: int = knob(10, "steps before the first one that is seen", low=0)
-    num_steps: int = knob(5, "steps that are seen", low=1)
+    start_step: int = knob(10, "steps before the first one that is seen", low=0, high=_STEPS)
+    num_steps: int = knob(5, "steps that are seen", low=1, high=_STEPS)
 
 
 @dataclass(frozen=True)
@@ -252,48 +264,34 @@ class BenchmarkConfig(Section):
         0.9, "share of the GPU's memory for weights, activations and cache together", low=0.01, high=1.0
     )
     time_limit: float | None = knob(1800.0, "seconds after which the run ends with what it has; none: no limit", low=0)
-    num_warmup_requests: int = knob(1, "requests served before time zero, like the first ones of the run", low=0)
+    num_warmup_requests: int = knob(
+        1, "requests served before time zero, like the first ones of the run", low=0, high=_REQUESTS
+    )
     num_warmup_batch_sizes: int = knob(
         0, "short requests served beside the warm-up requests, each a token longer than the one before: kernels meet "
-        "every batch size up to this", low=0,
+        "every batch size up to this", low=0, high=2**16,
     )  # fmt: skip
     replica_resource_mapping: str = knob("", 'device of each replica, as JSON: {"0": "cuda:0", "1": "cuda:1"}')
     show_progress: bool = knob(True, "a bar with the tokens a second")
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    model: BenchmarkModelConfig = field(default_factory=BenchmarkModelConfig)
-    request_generator: RequestGeneratorConfig = field(default_factory=RequestGeneratorConfig)
-    synthetic_request_generator: SyntheticRequestGeneratorConfig = field(
-        default_factory=SyntheticRequestGeneratorConfig
-    )
-    trace_request_generator: TraceRequestGeneratorConfig = field(default_factory=TraceRequestGeneratorConfig)
-    trace_request_length_generator: TraceRequestLengthGeneratorConfig = field(
-        default_factory=TraceRequestLengthGeneratorConfig
-    )
-    trace_request_interval_generator: TraceRequestIntervalGeneratorConfig = field(
-        default_factory=TraceRequestIntervalGeneratorConfig
-    )
-    poisson_request_interval_generator: PoissonRequestIntervalGeneratorConfig = field(
-        default_factory=PoissonRequestIntervalGeneratorConfig
-    )
-    gamma_request_interval_generator: GammaRequestIntervalGeneratorConfig = field(
-        default_factory=GammaRequestIntervalGeneratorConfig
-    )
-    zipf_request_length_generator: ZipfRequestLengthGeneratorConfig = field(
-        default_factory=ZipfRequestLengthGeneratorConfig
-    )
-    uniform_request_length_generator: UniformRequestLengthGeneratorConfig = field(
-        default_factory=UniformRequestLengthGeneratorConfig
-    )
-    fixed_request_length_generator: FixedRequestLengthGeneratorConfig = field(
-        default_factory=FixedRequestLengthGeneratorConfig
-    )
-    replica_scheduler: ReplicaSchedulerConfig = field(default_factory=ReplicaSchedulerConfig)
-    sarathi_scheduler: SarathiSchedulerConfig = field(default_factory=SarathiSchedulerConfig)
-    vllm_scheduler: VllmSchedulerConfig = field(default_factory=VllmSchedulerConfig)
-    simple_chunking_scheduler: SimpleChunkingSchedulerConfig = field(default_factory=SimpleChunkingSchedulerConfig)
-    metrics_store: MetricsStoreConfig = field(default_factory=MetricsStoreConfig)
-    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-    capacity_search: CapacitySearchConfig = field(default_factory=CapacitySearchConfig)
+    cluster: ClusterConfig = ClusterConfig()
+    model: BenchmarkModelConfig = BenchmarkModelConfig()
+    request_generator: RequestGeneratorConfig = RequestGeneratorConfig()
+    synthetic_request_generator: SyntheticRequestGeneratorConfig = SyntheticRequestGeneratorConfig()
+    trace_request_generator: TraceRequestGeneratorConfig = TraceRequestGeneratorConfig()
+    trace_request_length_generator: TraceRequestLengthGeneratorConfig = TraceRequestLengthGeneratorConfig()
+    trace_request_interval_generator: TraceRequestIntervalGeneratorConfig = TraceRequestIntervalGeneratorConfig()
+    poisson_request_interval_generator: PoissonRequestIntervalGeneratorConfig = PoissonRequestIntervalGeneratorConfig()
+    gamma_request_interval_generator: GammaRequestIntervalGeneratorConfig = GammaRequestIntervalGeneratorConfig()
+    zipf_request_length_generator: ZipfRequestLengthGeneratorConfig = ZipfRequestLengthGeneratorConfig()
+    uniform_request_length_generator: UniformRequestLengthGeneratorConfig = UniformRequestLengthGeneratorConfig()
+    fixed_request_length_generator: FixedRequestLengthGeneratorConfig = FixedRequestLengthGeneratorConfig()
+    replica_scheduler: ReplicaSchedulerConfig = ReplicaSchedulerConfig()
+    sarathi_scheduler: SarathiSchedulerConfig = SarathiSchedulerConfig()
+    vllm_scheduler: VllmSchedulerConfig = VllmSchedulerConfig()
+    simple_chunking_scheduler: SimpleChunkingSchedulerConfig = SimpleChunkingSchedulerConfig()
+    metrics_store: MetricsStoreConfig = MetricsStoreConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    capacity_search: CapacitySearchConfig = CapacitySearchConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,13 +1,14 @@
-"""Finished runs, read back from their folders; what a run was is in its saved configuration. Knows no folder's name."""
+"""Finished runs, read back from their folders; what a run was is in its saved configuration, not in a folder's name."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED
@@ -23,41 +24,32 @@ class FinishedRun:
     config: BenchmarkConfig
     summary: Mapping[str, Any]
 
-    def table(self, name: str) -> list[dict[str, float | None]]:
-        """Rows of <name>.csv, numbers as such, empty cells as None; only the ids of steps of one engine are numbers."""
-        with open(self.folder / f"{name}.csv", newline="", encoding="utf-8") as file:
-            return [
-                {key: _number(cell) for key, cell in row.items() if not key.endswith(" Id") or cell.isdecimal()}
-                for row in csv.DictReader(file)
-            ]
+    def table(self, name: str) -> pd.DataFrame:
+        """<name>.csv, empty cells as NaN."""
+        return pd.read_csv(self.folder / f"{name}.csv")
 
     def quantile(self, metric: str, key: str) -> float | None:
         """One number of the summary, as quantile("request_e2e_time_normalized", "p50")."""
         value: float | None = self.summary["metrics"].get(metric, {}).get(key)
         return value
 
+    def quantiles(self, prefix: str, metric: str, *keys: str) -> dict[str, float | None]:
+        """Several of one metric, under their keys after a prefix."""
+        return {prefix + key: self.quantile(metric, key) for key in keys}
+
 
 def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
     """Complete runs below `folder`, by folder, and the folders of runs that did not end well or measured nothing."""
-    found, broken = [], []
-    for place in sorted({path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)}):
-        run = _read(place)
-        if run is None:
-            broken.append(place)
-        else:
-            found.append(run)
-    return found, broken
+    places = sorted({path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)})
+    found = {place: _read(place) for place in places}
+    return [run for run in found.values() if run is not None], [place for place in places if found[place] is None]
 
 
 def _read(place: Path) -> FinishedRun | None:
     try:
         summary = json.loads((place / SUMMARY_FILE).read_text(encoding="utf-8"))
-        config = read_config(place)
+        run = FinishedRun(place, read_config(place), summary)
         complete = summary["ended"] == COMPLETED and not summary["refused"] and "metrics" in summary
     except (LookupError, OSError, TypeError, ValueError):
         return None
-    return FinishedRun(place, config, summary) if complete else None
-
-
-def _number(cell: str) -> float | None:
-    return float(cell) if cell else None
+    return run if complete else None

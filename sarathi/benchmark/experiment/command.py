@@ -10,18 +10,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sarathi.benchmark.config.options import read_settings
+from sarathi.benchmark.config.program import EXPERIMENTS as EXPERIMENTS
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
-from sarathi.benchmark.experiment.execute import Failure, execute
-from sarathi.benchmark.experiment.measures import Row
+from sarathi.benchmark.experiment.execute import execute
+from sarathi.benchmark.experiment.measures import Record
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
-from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_rows
+from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_records
+from sarathi.benchmark.processes import ended_by_signals
 from sarathi.metrics.files import write_table
 from sarathi.metrics.plots import is_available
 from sarathi.metrics.tables import Table
@@ -33,7 +34,7 @@ HELP = ("-h", "--help")
 EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
 
 
-def run_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
+def run_experiment(path: Path, description: str | None, words: Sequence[str] | None = None) -> int:
     """Run the experiment of a YAML file, and then its table."""
     own, knobs = _split(sys.argv[1:] if words is None else list(words))
     args = _run_parser(description).parse_args(own)
@@ -44,7 +45,8 @@ def run_experiment(path: Path, description: str, words: Sequence[str] | None = N
         if args.list:
             print("\n".join(run.name for run in runs))
             return 0
-        failures = execute(runs, folder, args.resume)
+        with ended_by_signals():
+            failures = execute(runs, folder, args.resume)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -52,11 +54,13 @@ def run_experiment(path: Path, description: str, words: Sequence[str] | None = N
         print(f"{path.stem}: {error}", file=sys.stderr)
         return 1
     has_table = _process(experiment.table, folder) is not None
-    _tell(failures, len(runs))
+    for failure in failures:
+        print(f"\n{failure.name} failed with exit code {failure.exit_code}:\n{failure.tail}", file=sys.stderr)
+    print(f"{len(runs) - len(failures)} of {len(runs)} runs are complete")
     return 0 if has_table and not failures else 1
 
 
-def process_experiment(path: Path, description: str, words: Sequence[str] | None = None) -> int:
+def process_experiment(path: Path, description: str | None, words: Sequence[str] | None = None) -> int:
     """The table and the plots of runs that are there."""
     args = _process_parser(description).parse_args(words)
     try:
@@ -68,30 +72,26 @@ def process_experiment(path: Path, description: str, words: Sequence[str] | None
     return 0 if broken == [] else 1
 
 
-def run_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
-    """The same for <first word>.yml of a folder."""
-    command = partial(run_experiment, description=description)
-    return _with_named(folder, words, _run_parser(description), command)
+def run_named_experiment(folder: Path, description: str | None, words: Sequence[str] | None = None) -> int:
+    """run_experiment for <first word>.yml of a folder, or the script that this file has options for."""
+    return _with_named(folder, words, _run_parser(description), run_experiment)
 
 
-def process_named_experiment(folder: Path, description: str, words: Sequence[str] | None = None) -> int:
-    """The same for <first word>.yml of a folder."""
-    return _with_named(
-        folder, words, _process_parser(description), partial(process_experiment, description=description)
-    )
+def process_named_experiment(folder: Path, description: str | None, words: Sequence[str] | None = None) -> int:
+    """process_experiment for <first word>.yml of a folder."""
+    return _with_named(folder, words, _process_parser(description), process_experiment)
 
 
 def _with_named(
     folder: Path, words: Sequence[str] | None, parser: argparse.ArgumentParser, command: Callable[..., int]
 ) -> int:
     """`command`, of this parser, with the file that the first word names and the words after it; or its help."""
-    given = list(sys.argv[1:] if words is None else words)
-    name, rest = (given[0], given[1:]) if given else ("", [])
+    name, *rest = sys.argv[1:] if words is None else words or [""]
     path = folder / f"{name}.yml"
     if path.is_file() and (script := script_of(path)):
         return subprocess.run([sys.executable, str(script), "--figure", str(path), *rest]).returncode
     if path.is_file():
-        return command(path, words=rest)
+        return command(path, parser.description, rest)
     known = ", ".join(sorted(each.stem for each in folder.glob("*.yml")))
     if name in HELP:
         parser.prog += " NAME"
@@ -109,24 +109,23 @@ def script_of(path: Path) -> Path | None:
     return path.parents[1] / "scripts" / f"benchmark_{name}.py" if name else None
 
 
-def _process_parser(description: str) -> argparse.ArgumentParser:
+def _process_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", nargs="?", help="where the runs are; default: the experiment's own folder")
     parser.add_argument("--test", action="store_true", help="by default the folder of the runs of --test")
     return parser
 
 
-def _run_parser(description: str) -> argparse.ArgumentParser:
+def _run_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, epilog=EPILOG)
-    parser.add_argument("--test", action="store_true", help="a minute's run with the small model, on any machine")
-    parser.add_argument("--resume", action="store_true", help="leave out runs that are complete already")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="these models; or as A,B")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="these backends; or as A,B")
-    parser.add_argument(
-        "--axis", action="append", default=[], metavar="NAME=A,B", help="these labels of an axis; repeatable"
-    )
-    parser.add_argument("--output", metavar="FOLDER", help="where results go; default: as the YAML file says")
-    parser.add_argument("--list", action="store_true", help="name the runs, and do nothing")
+    add = parser.add_argument
+    add("--test", action="store_true", help="a minute's run with the small model, on any machine")
+    add("--resume", action="store_true", help="leave out runs that are complete already")
+    add("--model", nargs="+", metavar="NAME", help="these models; or as A,B")
+    add("--backends", nargs="+", metavar="NAME", help="these backends; or as A,B")
+    add("--axis", action="append", default=[], metavar="NAME=A,B", help="these labels of an axis; repeatable")
+    add("--output", metavar="FOLDER", help="where results go; default: as the YAML file says")
+    add("--list", action="store_true", help="name the runs, and do nothing")
     return parser
 
 
@@ -148,7 +147,7 @@ def _experiment(path: Path, args: argparse.Namespace, knobs: list[str]) -> Exper
 
 
 def _process(table: str, folder: Path) -> list[Path] | None:
-    """Prints and writes; the runs that are left out, or None where there is no table."""
+    """Print and write the table; the runs that are left out, or None where there is no table."""
     runs, broken = collect(folder)
     for place in broken:
         print(f"incomplete, left out: {place}", file=sys.stderr)
@@ -165,28 +164,24 @@ def _process(table: str, folder: Path) -> list[Path] | None:
 
 def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
     """The table, as a file and for people, and the plots."""
-    rows = make_rows(TABLES[table], runs)
-    columns = (*IDENTITY, *[name for name in rows[0] if name not in IDENTITY])
-    write_table(folder / f"{table}.csv", Table(columns, rows))
+    records = make_records(TABLES[table], runs)
+    columns = (*IDENTITY, *[name for name in records[0] if name not in IDENTITY])
+    write_table(folder / f"{table}.csv", Table(columns, records))
     (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
-    print(as_text(columns, rows))
+    print(as_text(columns, records))
     if is_available():
-        draw(TABLES[table], runs, rows, folder)
+        draw(TABLES[table], runs, records, folder)
 
 
 def environments(runs: Sequence[FinishedRun]) -> list[Mapping[str, Any]]:
-    """Each environment that a run had, once: --resume goes on with whatever code and machine there are by then."""
-    found: list[Mapping[str, Any]] = []
-    for run in runs:
-        environment = run.summary.get("environment", {})
-        if environment not in found:
-            found.append(environment)
-    return found
+    """Each environment that a run had, once: --resume goes on with another revision or machine."""
+    found = [run.summary.get("environment", {}) for run in runs]
+    return [each for index, each in enumerate(found) if each not in found[:index]]
 
 
-def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:
+def as_text(columns: Sequence[str], records: Sequence[Record]) -> str:
     """A table for people: columns as wide as their widest cell."""
-    cells = [list(columns), *[[_cell(row.get(name)) for name in columns] for row in rows]]
+    cells = [list(columns), *[[_cell(record.get(name)) for name in columns] for record in records]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
@@ -195,9 +190,3 @@ def as_text(columns: Sequence[str], rows: Sequence[Row]) -> str:
 
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _tell(failures: Sequence[Failure], total: int) -> None:
-    for failure in failures:
-        print(f"\n{failure.name} failed with exit code {failure.exit_code}:\n{failure.tail}", file=sys.stderr)
-    print(f"{total - len(failures)} of {total} runs are complete")

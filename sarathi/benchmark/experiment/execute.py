@@ -1,4 +1,4 @@
-"""The runs of an experiment, those that can share an engine in one process: a crash ends no other run. Knows no tables.
+"""The runs of an experiment, those that can share an engine in one process: a crash ends no other run.
 
 A run's folder is its order and its receipt: config.yml says what to do, summary.json that it was done.
 """
@@ -6,10 +6,13 @@ A run's folder is its order and its receipt: config.yml says what to do, summary
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sarathi.benchmark.config.engine import without_workload
@@ -17,6 +20,7 @@ from sarathi.benchmark.config.options import as_words, parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import Run
 from sarathi.benchmark.outcome import COMPLETED
+from sarathi.benchmark.processes import Terminated, end_with_parent, locked
 from sarathi.benchmark.results import read_config, write_config
 from sarathi.metrics.report import SUMMARY_FILE, remove_report
 
@@ -34,14 +38,18 @@ class Failure:
 
 
 def execute(runs: Sequence[Run], folder: Path, resume: bool) -> list[Failure]:
-    """Run all; what failed. resume: leave out those whose folder holds a complete result of the same configuration."""
+    """Run all; what failed. resume: leave out those whose folder holds a complete result of the same configuration.
+
+    ValueError where another process runs an experiment into the same folder.
+    """
     configs = [parse_options(as_words({**run.settings, "output_dir": str(folder / run.name)})) for run in runs]
-    done = [config for config in configs if resume and is_complete(config)]
-    for config in done:
-        print(f"{_place(config).name}: done before", flush=True)
-    failures: list[Failure] = []
-    for group in groups([config for config in configs if config not in done]):
-        failures += _run_group(group)
+    with locked(folder):
+        done = [config for config in configs if resume and is_complete(config)]
+        for config in done:
+            print(f"{_place(config).name}: done before", flush=True)
+        failures: list[Failure] = []
+        for group in groups([config for config in configs if config not in done]):
+            failures += _run_group(group)
     return failures
 
 
@@ -58,9 +66,9 @@ def is_complete(config: BenchmarkConfig) -> bool:
     try:
         same = replace(read_config(_place(config)), output_dir=config.output_dir) == config
         summary = json.loads((_place(config) / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return same and summary.get("ended") == COMPLETED and not summary.get("refused")
+    except (AttributeError, OSError, ValueError):
         return False
-    return same and summary.get("ended") == COMPLETED and not summary.get("refused")
 
 
 def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
@@ -73,7 +81,8 @@ def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
         for config in left[:reached]:
             if not is_complete(config):
                 print(f"  failed, exit code {code}: {log}", flush=True)
-                yield Failure(_place(config).name, code, _tail(log))
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                yield Failure(_place(config).name, code, "\n".join(lines[-TAIL_LINES:]))
         left = left[reached:]
 
 
@@ -92,26 +101,24 @@ def _reached(configs: Sequence[BenchmarkConfig]) -> int:
 
 
 def _run(places: Sequence[Path], log: Path) -> int:
-    """The exit code of the process that serves them; what it says goes to `log`.
+    """The exit code of the process that serves them; its output goes to `log`.
 
-    ^C reaches the process too; it is waited for, so that it can write what there is.
+    It is waited for after an interrupt, so that it can write what there is, and killed if this process is.
     """
     command = [sys.executable, "-m", "sarathi.benchmark.experiment.session", *map(str, places)]
+    attach = partial(end_with_parent, os.getpid())
     with (
         open(log, "w", encoding="utf-8") as file,
-        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=attach) as process,
     ):
         try:
             return process.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Terminated):  # ^C reaches the process by itself
+                process.send_signal(signal.SIGTERM)
             process.wait()
             raise
 
 
 def _place(config: BenchmarkConfig) -> Path:
     return Path(config.output_dir)
-
-
-def _tail(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-TAIL_LINES:])

@@ -1,83 +1,88 @@
-"""What a run adds to its row of a table, and the lines that are drawn of it, figure by figure. Knows no other run."""
+"""What a run adds to its record of a table, and the lines that are drawn of it, figure by figure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Set
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.collect import FinishedRun
 from sarathi.metrics.plots import Points
 from sarathi.metrics.tables import BATCH_ID, TIME, cdf
 
-Row = dict[str, Any]
+Record = dict[str, Any]
+TOKEN_GAPS, FIRST_TOKEN, SECONDS = (
+    "decode_token_execution_plus_preemption_time",
+    "prefill_e2e_time",
+    "batch_execution_time",
+)
 
 
-def makespan(run: FinishedRun) -> Row:
+def makespan(run: FinishedRun) -> Record:
     """All requests arrive at time zero, so the last one's end is the makespan."""
     seconds = run.quantile("request_e2e_time", "max")
     count = run.summary["num_completed"]
-    rate = 60 * count / seconds if seconds else None
-    return {"makespan_s": seconds, "requests_per_minute": rate}
+    return {"makespan_s": seconds, "requests_per_minute": 60 * count / seconds if seconds else None}
 
 
-def latency(run: FinishedRun) -> Row:
+def latency(run: FinishedRun) -> Record:
     """Normalized latency: seconds from arrival to end, for each output token."""
-    row: Row = {key: run.quantile("request_e2e_time_normalized", key) for key in ("p50", "p90", "p99")}
-    row |= {f"ttft_{key}": run.quantile("prefill_e2e_time", key) for key in ("p50", "p99")}
-    gaps = "decode_token_execution_plus_preemption_time"
-    return row | {"tbt_p99": run.quantile(gaps, "p99"), "duration_s": run.summary["duration_s"]}
+    record = run.quantiles("", "request_e2e_time_normalized", "p50", "p90", "p99")
+    record |= run.quantiles("ttft_", FIRST_TOKEN, "p50", "p99") | run.quantiles("tbt_", TOKEN_GAPS, "p99")
+    return record | {"duration_s": run.summary["duration_s"]}
 
 
-def prefill(run: FinishedRun) -> Row:
+def between_tokens(run: FinishedRun) -> Record:
+    """Seconds between two tokens of a request, and what they cost: the time to the first one and to the last of all."""
+    record: Record = {"chunk_size": budget(run.config)}
+    record |= run.quantiles("tbt_", TOKEN_GAPS, "p50", "p90", "p99", "max")
+    return record | run.quantiles("ttft_", FIRST_TOKEN, "p50", "p99") | {"duration_s": run.summary["duration_s"]}
+
+
+def prefill(run: FinishedRun) -> Record:
     """Prompt tokens a second over steps that hold nothing else."""
-    steps = [step for step in run.table("batch_metrics") if not step["batch_num_decode_tokens"]]
-    tokens, seconds = _total(steps, "batch_num_prefill_tokens"), _total(steps, "batch_execution_time")
-    context = run.config.uniform_request_length_generator.max_tokens
-    return {"context": context, "prefill_tokens_per_s": tokens / seconds if seconds else None}
+    steps = run.table("batch_metrics").query("batch_num_decode_tokens == 0")
+    rate = _rate(steps["batch_num_prefill_tokens"].sum(), steps)
+    return {"context": run.config.uniform_request_length_generator.max_tokens, "prefill_tokens_per_s": rate}
 
 
-def decode(run: FinishedRun) -> Row:
+def decode(run: FinishedRun) -> Record:
     """Tokens a second over steps in which every slot of the batch decodes, and how fast they ask for memory."""
     size = run.config.replica_scheduler.max_batch_size
-    steps = [
-        step
-        for step in run.table("batch_metrics")
-        if step["batch_num_decode_tokens"] == step["batch_num_tokens"] == size
-    ]
-    seconds = _total(steps, "batch_execution_time")
-    rate = size * len(steps) / seconds if seconds else None
-    row: Row = {"batch_size": size, "num_steps": len(steps), "decode_tokens_per_s": rate}
-    median_s = float(np.median([step["batch_execution_time"] or 0.0 for step in steps])) if steps else None
-    row["median_step_ms"] = None if median_s is None else 1e3 * median_s
-    return row | {"allocated_bytes_per_s": allocation_rate(run, {step[BATCH_ID] for step in steps})}
+    steps = run.table("batch_metrics").query(f"batch_num_decode_tokens == batch_num_tokens == {size}")
+    record: Record = {
+        "batch_size": size,
+        "num_steps": len(steps),
+        "decode_tokens_per_s": _rate(size * len(steps), steps),
+    }
+    record["median_step_ms"] = 1e3 * float(steps[SECONDS].median()) if len(steps) else None
+    return record | {"allocated_bytes_per_s": allocation_rate(run, set(steps[BATCH_ID]))}
 
 
-def allocation_rate(run: FinishedRun, steps: Set[float | None]) -> float | None:
-    """Bytes a second by which memory in use grows between the first and the last look at it in these steps."""
-    seen = [sample for sample in run.table("memory_metrics") if sample.get(BATCH_ID) in steps]
-    if len(seen) < 2:
-        return None
-    used = [(sample["kv_mapped_bytes"] or 0.0) - (sample["kv_idle_bytes"] or 0.0) for sample in seen]
-    seconds = (seen[-1][TIME] or 0.0) - (seen[0][TIME] or 0.0)
-    return (used[-1] - used[0]) / seconds if seconds else None
+def allocation_rate(run: FinishedRun, steps: Set[object]) -> float | None:
+    """Bytes a second by which memory in use grows between the first and the last sample of it in these steps."""
+    samples = run.table("memory_metrics")
+    samples = samples[samples[BATCH_ID].isin(steps)]
+    used = samples["kv_mapped_bytes"] - samples["kv_idle_bytes"]
+    seconds = float(samples[TIME].iloc[-1] - samples[TIME].iloc[0]) if len(samples) > 1 else 0.0
+    return float(used.iloc[-1] - used.iloc[0]) / seconds if seconds else None
 
 
-def decode_steps(run: FinishedRun) -> Row:
+def decode_steps(run: FinishedRun) -> Record:
     """How long decode steps take, and how often one waited for pages."""
-    times = decode_step_times_ms(run)
-    quantiles = np.quantile(times, [0.5, 0.9, 0.99, 1.0]).tolist() if times else [None] * 4
-    row: Row = dict(zip(("p50_ms", "p90_ms", "p99_ms", "max_ms"), quantiles, strict=True))
+    times = pd.Series(decode_step_times_ms(run), dtype=float)
+    names = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "max_ms": 1.0}
+    record: Record = {name: float(times.quantile(share)) if len(times) else None for name, share in names.items()}
     memory = run.summary["memory"]
-    return row | {"num_steps": len(times), "steps_waited": memory["steps_waited"], "mapping_s": memory["driver_s"]}
+    return record | {"num_steps": len(times), "steps_waited": memory["steps_waited"], "mapping_s": memory["driver_s"]}
 
 
 def decode_step_times_ms(run: FinishedRun) -> list[float]:
     """Durations of steps without prefill, in order."""
-    steps = run.table("batch_metrics")
-    return [1e3 * (step["batch_execution_time"] or 0.0) for step in steps if not step["batch_num_prefill_tokens"]]
+    steps = run.table("batch_metrics").query("batch_num_prefill_tokens == 0")
+    return [1e3 * seconds for seconds in steps[SECONDS]]
 
 
 def decode_step_line(run: FinishedRun) -> Points:
@@ -86,18 +91,9 @@ def decode_step_line(run: FinishedRun) -> Points:
     return range(len(times)), times
 
 
-def between_tokens(run: FinishedRun) -> Row:
-    """Seconds between two tokens of a request, and what they cost: the time to the first one and to the last of all."""
-    row: Row = {"chunk_size": budget(run.config)}
-    gaps = "decode_token_execution_plus_preemption_time"
-    row |= {f"tbt_{key}": run.quantile(gaps, key) for key in ("p50", "p90", "p99", "max")}
-    row |= {f"ttft_{key}": run.quantile("prefill_e2e_time", key) for key in ("p50", "p99")}
-    return row | {"duration_s": run.summary["duration_s"]}
-
-
 def token_gap_cdf(run: FinishedRun) -> Points:
     """The share of times between tokens that are not larger than x seconds."""
-    return cdf([gap for row in run.table("token_metrics") for gap in row.values() if gap is not None])
+    return cdf(run.table("token_metrics").iloc[:, -1].dropna().tolist())
 
 
 def budget(config: BenchmarkConfig) -> int | None:
@@ -112,7 +108,7 @@ def budget(config: BenchmarkConfig) -> int | None:
 
 
 def budget_name(config: BenchmarkConfig) -> str:
-    """What bounds a step, fixed, learned or scheduled: "512 tokens a step"; empty for a policy without a budget."""
+    """What limits a step: "512 tokens a step"; empty for a policy without a budget."""
     knobs, fixed = config.sarathi_scheduler, budget(config)
     if fixed is not None:
         return f"{fixed} tokens a step"
@@ -123,5 +119,6 @@ def budget_name(config: BenchmarkConfig) -> str:
     return f"{knobs.high_chunk_size} to {knobs.low_chunk_size} tokens a step"
 
 
-def _total(steps: Sequence[Mapping[str, float | None]], column: str) -> float:
-    return sum(step[column] or 0.0 for step in steps)
+def _rate(tokens: float, steps: pd.DataFrame) -> float | None:
+    seconds = float(steps[SECONDS].sum())
+    return float(tokens) / seconds if seconds else None

@@ -27,6 +27,7 @@ from sarathi.benchmark.config.options import canonical
 from sarathi.benchmark.experiment.tables import TABLES
 from sarathi.config.knobs import ConfigError
 from sarathi.config.units import nearest
+from sarathi.metrics.files import is_file_name
 from sarathi.wording import short_repr
 
 KEYS = ("output_dir", "table", "base", "grid", "test")
@@ -55,6 +56,8 @@ class Experiment:
         """All combinations; ConfigError where two of them would share a folder, or one would leave no numbers."""
         found = [self._run(labels) for labels in itertools.product(*self.grid.values())]
         names = Counter(run.name for run in found)
+        if wrong := [name for name in names if not is_file_name(name)]:
+            raise ConfigError(f"a run's labels make the folder name {wrong[0]!r}: it must name a folder in output_dir")
         if shared := [name for name, count in names.items() if count > 1]:
             raise ConfigError(f"{names[shared[0]]} runs would share the folder {shared[0]!r}: name their labels apart")
         for name in TABLES[self.table].needs:

@@ -1,6 +1,6 @@
-"""Tables and plots over the runs of an experiment, one kind for each figure. Knows no process.
+"""Tables and plots over the runs of an experiment, one kind for each figure.
 
-A row begins with what the run was (columns of IDENTITY), all of it from the saved configuration.
+A record begins with what the run was (columns of IDENTITY), all of it from the saved configuration.
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sarathi.benchmark.config.schema import BenchmarkConfig, ReplicaSchedulerConfig
+from sarathi.benchmark.experiment import measures
 from sarathi.benchmark.experiment.collect import FinishedRun
-from sarathi.benchmark.experiment.measures import (
-    Row,
-    between_tokens,
-    budget_name,
-    decode,
-    decode_step_line,
-    decode_steps,
-    latency,
-    makespan,
-    prefill,
-    token_gap_cdf,
-)
+from sarathi.benchmark.experiment.measures import Record
 from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.knobs import knobs_of, sections_of
 from sarathi.metrics.plots import Points, plot_bars, plot_lines
 
-SUMMARY = "write_metrics"
-ROWS = (SUMMARY, "metrics_store.keep_individual_batch_metrics")  # of every step and token
+SUMMARY = ("write_metrics",)
+STEPS = (*SUMMARY, "metrics_store.keep_individual_batch_metrics")  # every step and token
 IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
+
+
+def is_paged(record: Record) -> bool:
+    """Whether the record's backend keeps keys and values in blocks."""
+    return bool(BackendSpec.parse(record["backend"]).is_paged)
 
 
 class Plot(NamedTuple):
@@ -43,23 +38,13 @@ class Plot(NamedTuple):
     y: str
 
 
-def is_paged(row: Row) -> bool:
-    """Whether the row's backend keeps keys and values in blocks."""
-    return bool(BackendSpec.parse(row["backend"]).is_paged)
-
-
-def is_vllm(row: Row) -> bool:
-    """Whether whole prompts went before decodes."""
-    return bool(row["scheduler"] == "vllm")
-
-
 class Score(NamedTuple):
-    """A column that rows are compared by, along one of IDENTITY, with the best of those that are a reference."""
+    """A column that records are compared by, along one of IDENTITY, with the best of those that are a reference."""
 
     column: str
     more_is_better: bool = False
     along: str = "backend"
-    is_reference: Callable[[Row], bool] = is_paged
+    is_reference: Callable[[Record], bool] = is_paged
 
 
 class RunLines(NamedTuple):
@@ -71,40 +56,57 @@ class RunLines(NamedTuple):
 
 
 class TableKind(NamedTuple):
-    """measure: what a run adds to its row. plots: by file name. score: what rows are compared by; None: not at all.
+    """measure: what a run adds to its record. plots, run_lines (a line for each run): by file name.
 
-    run_lines: a plot with one line a run, by file name. needs: switches, on by default, that write what is read.
+    score: what records are compared by; None: not at all. needs: switches, on by default, that write what is read.
     """
 
-    measure: Callable[[FinishedRun], Row]
-    plots: Mapping[str, Plot]
+    measure: Callable[[FinishedRun], Record]
+    plots: Mapping[str, Plot] = MappingProxyType({})
     score: Score | None = None
     run_lines: Mapping[str, RunLines] = MappingProxyType({})
-    needs: tuple[str, ...] = (SUMMARY,)
+    needs: tuple[str, ...] = SUMMARY
 
 
-def identity(run: FinishedRun) -> Row:
+def _rate_table(measure: Callable[[FinishedRun], Record], name: str, x: str) -> TableKind:
+    """Tokens a second of a kind of step over x."""
+    column = f"{name}_tokens_per_s"
+    return TableKind(measure, {f"{name}_throughput": Plot(x, column)}, Score(column, more_is_better=True), needs=STEPS)
+
+
+TABLES = {
+    "makespan": TableKind(measures.makespan, {"makespan": Plot("backend", "makespan_s")}, Score("makespan_s")),
+    "latency": TableKind(measures.latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}, Score("p50")),
+    "prefill": _rate_table(measures.prefill, "prefill", "context"),
+    "decode": _rate_table(measures.decode, "decode", "batch_size"),
+    "decode_steps": TableKind(
+        measures.decode_steps, needs=STEPS,
+        run_lines={"decode_steps": RunLines(measures.decode_step_line, "decode step", "ms")},
+    ),
+    "between_tokens": TableKind(
+        measures.between_tokens, needs=STEPS,
+        score=Score("tbt_p99", along="scheduler", is_reference=lambda record: record["scheduler"] == "vllm"),
+        run_lines={"between_tokens": RunLines(measures.token_gap_cdf, "seconds between tokens", "CDF")},
+    ),
+}  # fmt: skip
+
+
+def identity(run: FinishedRun) -> Record:
     """What a run was; the number of requests is that of its result, for a trace that is replayed has its own."""
     config = run.config
-    return {
-        "model": config.model.name,
-        "backend": config.model.attention_backend,
-        "scheduler": config.replica_scheduler.provider,
-        "workload": workload_name(config),
-        "qps": rate_of(config),
-        "num_requests": run.summary["num_requests"],
-    }
+    values = (
+        config.model.name, config.model.attention_backend, config.replica_scheduler.provider, workload_name(config),
+        rate_of(config), run.summary["num_requests"],
+    )  # fmt: skip
+    return dict(zip(IDENTITY, values, strict=True))
 
 
 def rate_of(config: BenchmarkConfig) -> float | None:
     """Requests a second that were asked for; None where they come all at once, or at the times of a trace."""
     if config.request_generator.provider == "trace":
         return None
-    rates = {
-        "poisson": config.poisson_request_interval_generator.qps,
-        "gamma": config.gamma_request_interval_generator.qps,
-    }
-    return rates.get(config.synthetic_request_generator.interval_provider)
+    poisson, gamma = config.poisson_request_interval_generator, config.gamma_request_interval_generator
+    return {"poisson": poisson.qps, "gamma": gamma.qps}.get(config.synthetic_request_generator.interval_provider)
 
 
 def workload_name(config: BenchmarkConfig) -> str:
@@ -123,26 +125,26 @@ def workload_name(config: BenchmarkConfig) -> str:
     return f"{span}{lengths.max_tokens} tokens, P:D {lengths.prefill_to_decode_ratio:g}"
 
 
-def make_rows(kind: TableKind, runs: Sequence[FinishedRun]) -> list[Row]:
-    """One row a run, compared with the reference of the same work."""
-    rows = [identity(run) | kind.measure(run) for run in runs]
+def make_records(kind: TableKind, runs: Sequence[FinishedRun]) -> list[Record]:
+    """One record a run, compared with the reference of the same work."""
+    records = [identity(run) | kind.measure(run) for run in runs]
     if kind.score is None:
-        return rows
+        return records
     work_of = WORKS[kind.score.along]
-    return list(compared(rows, [work_of(run.config) for run in runs], kind.score))
+    return list(compared(records, [work_of(run.config) for run in runs], kind.score))
 
 
-def compared(rows: Sequence[Row], works: Sequence[Hashable], score: Score) -> Iterator[Row]:
-    """Rows with `reference`, the best one of the same work, and `ratio`: > 1 is better than that one."""
+def compared(records: Sequence[Record], works: Sequence[Hashable], score: Score) -> Iterator[Record]:
+    """Records with `reference`, the best one of the same work, and `ratio`: > 1 is better than that one."""
     sign = -1 if score.more_is_better else 1
-    best: dict[Hashable, Row] = {}
-    for row, work in zip(rows, works, strict=True):
-        if row[score.column] is not None and score.is_reference(row):
-            best[work] = min(best.get(work, row), row, key=lambda each: sign * each[score.column])
-    for row, work in zip(rows, works, strict=True):
-        other, own = best.get(work), row[score.column]
+    best: dict[Hashable, Record] = {}
+    for record, work in zip(records, works, strict=True):
+        if record[score.column] is not None and score.is_reference(record):
+            best[work] = min(best.get(work, record), record, key=lambda each: sign * each[score.column])
+    for record, work in zip(records, works, strict=True):
+        other, own = best.get(work), record[score.column]
         ratio = None if other is None or not own else (other[score.column] / own) ** sign
-        yield row | {"reference": None if other is None else other[score.along], "ratio": ratio}
+        yield record | {"reference": None if other is None else other[score.along], "ratio": ratio}
 
 
 def _but_backend(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -152,14 +154,13 @@ def _but_backend(config: BenchmarkConfig) -> BenchmarkConfig:
 def _but_scheduler(config: BenchmarkConfig) -> BenchmarkConfig:
     """The size of a batch is part of the work, how it is filled is not."""
     size = ReplicaSchedulerConfig(max_batch_size=config.replica_scheduler.max_batch_size)
-    none: dict[str, Any] = {
-        name: make() for name, make in sections_of(BenchmarkConfig).items() if name.endswith("_scheduler")
-    }
+    sections = sections_of(BenchmarkConfig).items()
+    none: dict[str, Any] = {name: make() for name, make in sections if name.endswith("_scheduler")}
     return replace(_but_folder(config), **{**none, "replica_scheduler": size})
 
 
 def _but_folder(config: BenchmarkConfig) -> BenchmarkConfig:
-    """What was run, without where results go and how much is said."""
+    """What was run, without where results go and how much is logged."""
     return replace(config, output_dir="", log_level="info", show_progress=False)
 
 
@@ -167,52 +168,22 @@ def _but_folder(config: BenchmarkConfig) -> BenchmarkConfig:
 WORKS: Mapping[str, Callable[[BenchmarkConfig], Hashable]] = {"backend": _but_backend, "scheduler": _but_scheduler}
 
 
-TABLES = {
-    "makespan": TableKind(makespan, {"makespan": Plot("backend", "makespan_s")}, Score("makespan_s")),
-    "latency": TableKind(latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}, Score("p50")),
-    "prefill": TableKind(
-        prefill,
-        {"prefill_throughput": Plot("context", "prefill_tokens_per_s")},
-        Score("prefill_tokens_per_s", more_is_better=True),
-        needs=ROWS,
-    ),
-    "decode": TableKind(
-        decode,
-        {"decode_throughput": Plot("batch_size", "decode_tokens_per_s")},
-        Score("decode_tokens_per_s", more_is_better=True),
-        needs=ROWS,
-    ),
-    "decode_steps": TableKind(
-        decode_steps, {}, run_lines={"decode_steps": RunLines(decode_step_line, "decode step", "ms")}, needs=ROWS
-    ),
-    "between_tokens": TableKind(
-        between_tokens,
-        {},
-        Score("tbt_p99", along="scheduler", is_reference=is_vllm),
-        {"between_tokens": RunLines(token_gap_cdf, "seconds between tokens", "CDF")},
-        needs=ROWS,
-    ),
-}
-
-
-def draw(kind: TableKind, runs: Sequence[FinishedRun], rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(kind: TableKind, runs: Sequence[FinishedRun], records: Sequence[Record], folder: Path) -> None:
     """The plots of a kind; one file for each where lines are drawn, one a model and workload where bars are."""
-    paths = [folder / f"{name}.png" for name in kind.run_lines]
-    for path, (line, x_label, y_label) in zip(paths, kind.run_lines.values(), strict=True):
-        labels = _labels(runs, [(_line_name(row), "") for row in rows])
-        plot_lines(path, {label: line(run) for label, run in zip(labels, runs, strict=True)}, x_label, y_label)
+    for name, (line, x_label, y_label) in kind.run_lines.items():
+        labels = _labels(runs, [(_line_name(record), "") for record in records])
+        lines = {label: line(run) for label, run in zip(labels, runs, strict=True)}
+        plot_lines(folder / f"{name}.png", lines, x_label, y_label)
     for name, plot in kind.plots.items():
         if plot.x == "backend":
-            paths += _draw_bars(runs, rows, plot, folder, name)
+            _draw_bars(runs, records, plot, folder, name)
         else:
-            paths.append(folder / f"{name}.png")
-            plot_lines(paths[-1], _lines(runs, rows, plot), plot.x, plot.y, marker="o")
-    return paths
+            plot_lines(folder / f"{name}.png", _lines(runs, records, plot), plot.x, plot.y, marker="o")
 
 
 def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]]) -> list[str]:
-    """A label for each run. places: its name and where it is drawn; after the name stands what runs that share it at
-    one place differ in: in words as far as those tell, then by knobs, and runs of the same knobs by their folders.
+    """A label for each run. places: its name and where it is drawn. Where runs share a name at one place, what they
+    differ in follows: first in words, then by knobs, and last by their folders.
     """
     labels = [name for name, _ in places]
     for tell in (_words, _knobs, _folder):
@@ -234,13 +205,9 @@ def _told_apart(places: Sequence[tuple[str, Hashable]], words: Sequence[Mapping[
 
 def _words(run: FinishedRun) -> dict[str, str]:
     """What runs of one model and backend mostly differ in."""
-    rate = rate_of(run.config)
-    return {
-        "policy": run.config.replica_scheduler.provider,
-        "budget": budget_name(run.config),
-        "workload": workload_name(run.config),
-        "rate": "" if rate is None else f"{rate:g} requests/s",
-    }
+    rate, policy = rate_of(run.config), run.config.replica_scheduler.provider
+    told = {"policy": policy, "budget": measures.budget_name(run.config), "workload": workload_name(run.config)}
+    return told | {"rate": "" if rate is None else f"{rate:g} requests/s"}
 
 
 def _knobs(run: FinishedRun) -> dict[str, str]:
@@ -250,33 +217,30 @@ def _knobs(run: FinishedRun) -> dict[str, str]:
 
 
 def _folder(run: FinishedRun) -> dict[str, str]:
-    """The last two parts: a run's own and what it was written below."""
+    """The last two parts: a run's own and its parent's."""
     return {"folder": "/".join(run.folder.parts[-2:])}
 
 
-def _line_name(row: Row) -> str:
-    return f"{row['model']} {row['backend']}"
+def _line_name(record: Record) -> str:
+    return f"{record['model']} {record['backend']}"
 
 
-def _lines(runs: Sequence[FinishedRun], rows: Sequence[Row], plot: Plot) -> dict[str, Points]:
+def _lines(runs: Sequence[FinishedRun], records: Sequence[Record], plot: Plot) -> dict[str, Points]:
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    labels = _labels(runs, [(_line_name(row), row[plot.x]) for row in rows])
-    for label, row in zip(labels, rows, strict=True):
-        if row[plot.x] is not None and row[plot.y] is not None:
-            points[label].append((row[plot.x], row[plot.y]))
+    labels = _labels(runs, [(_line_name(record), record[plot.x]) for record in records])
+    for label, record in zip(labels, records, strict=True):
+        if record[plot.x] is not None and record[plot.y] is not None:
+            points[label].append((record[plot.x], record[plot.y]))
     return {label: ([x for x, _ in sorted(line)], [y for _, y in sorted(line)]) for label, line in points.items()}
 
 
-def _draw_bars(runs: Sequence[FinishedRun], rows: Sequence[Row], plot: Plot, folder: Path, name: str) -> list[Path]:
+def _draw_bars(runs: Sequence[FinishedRun], records: Sequence[Record], plot: Plot, folder: Path, name: str) -> None:
     groups: dict[str, dict[str, float]] = defaultdict(dict)
-    groups_of = [f"{row['model']} {row['workload']}" for row in rows]
-    labels = _labels(runs, [(row["backend"], group) for row, group in zip(rows, groups_of, strict=True)])
-    for group, label, row in zip(groups_of, labels, rows, strict=True):
-        if row[plot.y] is not None:
-            groups[group][label] = row[plot.y]
-    paths = []
+    groups_of = [f"{record['model']} {record['workload']}" for record in records]
+    labels = _labels(runs, [(record["backend"], group) for record, group in zip(records, groups_of, strict=True)])
+    for group, label, record in zip(groups_of, labels, records, strict=True):
+        if record[plot.y] is not None:
+            groups[group][label] = record[plot.y]
     for group, bars in groups.items():
         word = "".join(letter if letter.isalnum() else "-" for letter in group)
-        paths.append(folder / f"{name}_{word}.png")
-        plot_bars(paths[-1], bars, f"{plot.y}: {group}")
-    return paths
+        plot_bars(folder / f"{name}_{word}.png", bars, f"{plot.y}: {group}")

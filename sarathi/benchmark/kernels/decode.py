@@ -57,12 +57,7 @@ def warm_up_jobs(
 
 
 def measure_decode(
-    table: Table,
-    model: Model,
-    batch: int,
-    context: int,
-    pages: Pages,
-    configs: Sequence[DecodeConfig] = (),
+    table: Table, model: Model, batch: int, context: int, pages: Pages, configs: Sequence[DecodeConfig] = ()
 ) -> None:
     """All kernels at one shape, each checked on a few sequences against float64 first; ratios are to the best paged."""
     inputs = Inputs.create(model, batch, context)

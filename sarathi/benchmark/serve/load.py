@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.serve.client import Endpoint, RequestResult, send
 from sarathi.benchmark.serve.dataset import OutgoingRequest
 
@@ -59,7 +60,8 @@ def run_load(plan: LoadPlan) -> LoadOutcome:
     outcome = LoadOutcome()
     _allow_open_files(plan.max_concurrency or len(plan.requests))
     try:
-        asyncio.run(_run(plan, outcome))
+        with ended_by_signals():
+            asyncio.run(_run(plan, outcome))
     except KeyboardInterrupt:
         outcome.interrupted = True
     return outcome

@@ -45,10 +45,7 @@ def _add_load(group: Any) -> None:
     group.add_argument("--num-prompts", type=_count, default=1000, help="requests")
     group.add_argument("--request-rate", type=_positive, default=math.inf, help="requests a second; inf: all at once")
     group.add_argument(
-        "--burstiness",
-        type=_positive,
-        default=1.0,
-        help="1: Poisson; less: bursts; more: even; inf: wholly even",
+        "--burstiness", type=_positive, default=1.0, help="1: Poisson; less: bursts; more: even; inf: wholly even"
     )
     group.add_argument("--max-concurrency", type=_count, help="requests under way at the same time, at most")
     group.add_argument("--num-warmups", type=_natural, default=0, help="how often the first request is sent before")

@@ -27,12 +27,12 @@ from sarathi.benchmark.experiment.plan import Run, read_experiment
 from sarathi.benchmark.experiment.tables import (
     IDENTITY,
     TABLES,
-    Row,
+    Record,
     Score,
     TableKind,
     compared,
     draw,
-    make_rows,
+    make_records,
     rate_of,
     workload_name,
 )
@@ -223,7 +223,7 @@ def test_tables_read_what_a_run_was_from_its_configuration_not_from_its_folder(t
         "uniform_request_length_generator.max_tokens": 5000,
     }
     write_result(tmp_path / "model_llama_attn_fi", settings, request_e2e_time={"max": 12.0})
-    (row,) = make_rows(TABLES["makespan"], collect(tmp_path)[0])
+    (row,) = make_records(TABLES["makespan"], collect(tmp_path)[0])
     assert (row["model"], row["backend"], row["workload"]) == ("yi", "fa_vattn_sync", "1024-5000 tokens, P:D 20")
     assert (row["makespan_s"], row["requests_per_minute"]) == (12.0, 20.0)
 
@@ -299,7 +299,7 @@ def test_runs_behind_one_that_ended_their_process_get_another(tmp_path: Path, se
 
 
 def test_backends_are_compared_with_the_best_paged_one_of_the_same_work() -> None:
-    def row(backend: str, seconds: float | None, workload: str = "w") -> Row:
+    def row(backend: str, seconds: float | None, workload: str = "w") -> Record:
         return {**dict.fromkeys(IDENTITY), "backend": backend, "workload": workload, "s": seconds, "rate": seconds}
 
     rows = [row("fa_vattn", 8.0), row("fa_paged", 10.0), row("fi_paged_16", 12.0), row("fa_vattn", 5.0, "alone")]
@@ -328,7 +328,7 @@ def test_work_is_the_same_only_where_all_of_it_is(other: dict, tmp_path: Path) -
         write_result(tmp_path / backend, {**both, "attention_backend": backend}, request_e2e_time={"max": seconds})
     settings = {**both, **other, "attention_backend": "sdpa_vattn"}
     write_result(tmp_path / "other", settings, request_e2e_time={"max": 20.0})
-    rows = make_rows(TABLES["makespan"], collect(tmp_path)[0])
+    rows = make_records(TABLES["makespan"], collect(tmp_path)[0])
     assert [row["ratio"] for row in rows] == [None, 1.0, 2.0]
 
 
@@ -339,7 +339,7 @@ def test_policies_are_compared_whatever_their_own_knobs(tmp_path: Path) -> None:
     for number, settings in enumerate(policies):
         write_result(tmp_path / str(number), settings, **{gaps: {"p99": 4.0 / (1 + number)}})
     write_result(tmp_path / "2", {**policies[1], f"{scheduler}.max_batch_size": 3}, **{gaps: {"p99": 9.0}})
-    assert [row["ratio"] for row in make_rows(TABLES["between_tokens"], collect(tmp_path)[0])] == [1.0, 2.0, None]
+    assert [row["ratio"] for row in make_records(TABLES["between_tokens"], collect(tmp_path)[0])] == [1.0, 2.0, None]
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
 
 def draw_all(kind: str, folder: Path) -> None:
     runs, _ = collect(folder)
-    draw(TABLES[kind], runs, make_rows(TABLES[kind], runs), folder)
+    draw(TABLES[kind], runs, make_records(TABLES[kind], runs), folder)
 
 
 def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path, drawn: dict[str, dict]) -> None:
@@ -521,7 +521,7 @@ def test_memory_that_decodes_ask_for_is_told_a_second(tmp_path: Path) -> None:
     samples = [(0, 0.0, 500, 400), (1, 10.0, 1000, 400), (3, 12.0, 3000, 1000), (4, 13.0, 9000, 0)]
     lines = ["Batch Id,Time (sec),kv_mapped_bytes,kv_idle_bytes", *(",".join(map(str, each)) for each in samples)]
     (tmp_path / "run" / "memory_metrics.csv").write_text("\n".join(lines))
-    (row,) = make_rows(TABLES["decode"], collect(tmp_path)[0])
+    (row,) = make_records(TABLES["decode"], collect(tmp_path)[0])
     assert (row["num_steps"], row["decode_tokens_per_s"], row["median_step_ms"]) == (3, 6.0, 250.0)
     assert row["allocated_bytes_per_s"] == (2000 - 600) / 2
 
@@ -539,7 +539,7 @@ def test_workloads_are_named_by_what_they_are() -> None:
 def test_a_replayed_trace_has_the_requests_of_its_file(tmp_path: Path) -> None:
     replay = {"request_generator.provider": "trace", "trace_request_generator.trace_file": "some/day.csv"}
     write_result(tmp_path / "run", {**replay, "interval_provider": "poisson"}, request_e2e_time={"max": 2.0})
-    (row,) = make_rows(TABLES["makespan"], collect(tmp_path)[0])
+    (row,) = make_records(TABLES["makespan"], collect(tmp_path)[0])
     assert (row["workload"], row["qps"], row["num_requests"]) == ("day", None, 4)
 
 

@@ -86,15 +86,17 @@ def test_as_many_of_a_shape_are_drawn_as_it_takes_to_keep_those_asked_for() -> N
         workload(*words, 40_000, count=5)
 
 
-def test_long_requests_are_cut_in_proportion() -> None:
-    words = ["--length_provider", "trace", "--trace_request_length_generator.max_tokens", 6000]
-    free = {spec.num_prefill_tokens: spec for spec in workload(*words[:2])}
-    cut = workload(*words)
-    assert max(spec.num_tokens for spec in cut) <= 6000
-    untouched = [spec for spec in cut if spec.num_tokens < 5990]
-    assert untouched and all(
-        free[spec.num_prefill_tokens].num_decode_tokens == spec.num_decode_tokens for spec in untouched
-    )
+@pytest.mark.parametrize(
+    "seed", [957685268, SEED], ids=["known", "new"]
+)  # the first one draws two prompts of one length
+def test_long_requests_are_cut_in_proportion(seed: int) -> None:
+    words = ["--length_provider", "trace", "--trace_request_length_generator.max_tokens"]
+    free, cut = workload(*words, 32768, seed=seed), workload(*words, 6000, seed=seed)
+    assert max(spec.num_tokens for spec in cut) == 6000 and min(spec.num_tokens for spec in cut) < 5990
+    for whole, part in zip(free, cut, strict=True):
+        kept = min(1, 6000 / whole.num_tokens)
+        assert abs(part.num_prefill_tokens - kept * whole.num_prefill_tokens) <= 1
+        assert abs(part.num_decode_tokens - kept * whole.num_decode_tokens) <= 1
 
 
 def test_uniform_totals_and_ratio() -> None:

@@ -1,0 +1,82 @@
+"""How processes end: by signals, with their parent, and one at a time for a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sarathi.benchmark.processes import ENDING, Terminated, ended_by_signals, locked
+
+PARENT = """
+import os, subprocess, sys, time
+from functools import partial
+from sarathi.benchmark.processes import end_with_parent
+child = subprocess.Popen(["sleep", "60"], preexec_fn=partial(end_with_parent, os.getpid()))
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sarathi.benchmark.processes import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def started(source: str, *words: object) -> tuple[subprocess.Popen[str], str]:
+    """A process and the first line that it prints."""
+    process = subprocess.Popen([sys.executable, "-c", source, *map(str, words)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline()
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_once_and_its_handler_is_put_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Terminated, match=number.name), ended_by_signals():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), number)  # while files are written: ignored
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_child_ends_with_a_parent_that_is_killed() -> None:
+    parent, line = started(PARENT)
+    stat = Path(f"/proc/{int(line)}/stat")
+    assert stat.exists()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_folder_has_one_writer_and_none_once_that_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    holder, line = started(HOLDER, folder)
+    assert line == "held\n"
+    with pytest.raises(ValueError, match=f"{folder} is in use by process {holder.pid}"), locked(folder):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(folder):
+        pass
