@@ -94,8 +94,10 @@ def read_sharegpt(
         raise ValueError(f"{str(path)!r} holds text: counting its tokens needs a model with a tokenizer")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{str(path)!r} holds a {type(entries).__name__}: it must hold a list of conversations")
     talks = _make_all(path, entries, _turns)
     order = range(len(talks)) if rng is None else rng.permutation(len(talks))
     for turns in (talks[place] for place in order):
@@ -106,7 +108,10 @@ def read_sharegpt(
 
 
 def _turns(entry: Mapping[str, Any]) -> list[str]:
-    return [turn["value"] for turn in entry.get("conversations") or entry.get("conversation") or ()][:2]
+    turns = [turn["value"] for turn in entry.get("conversations") or entry.get("conversation") or ()][:2]
+    if not all(isinstance(turn, str) for turn in turns):
+        raise ValueError("a turn's value must be text")
+    return turns
 
 
 def _make_all(path: Path, rows: Iterable[Row], make: Callable[[Row], Made]) -> list[Made]:
@@ -117,7 +122,7 @@ def _make_all(path: Path, rows: Iterable[Row], make: Callable[[Row], Made]) -> l
 def _make(path: Path, number: int, row: Row, make: Callable[[Row], Made]) -> Made:
     try:
         return make(row)
-    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{str(path)!r}, row {number}, {row!r:.200}: {told}") from None
 

@@ -53,14 +53,17 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, after the beginning-of-sequence token where the model wants one.
 
-        UnencodableTextError for a lone surrogate, as `json.loads` and file names can bring.
+        UnencodableTextError for a lone surrogate, as `json.loads` and file names can bring; ValueError where the
+        tokenizer's own rules fail, which those of a broken file may do on some texts alone.
         """
         _check_encodable(text)
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with reading("the model", "tokenizer"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all `token_ids` at once."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        with reading("the model", "tokenizer"):
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What this token adds to a text that has already begun; empty for special tokens and ids without a piece.
@@ -68,7 +71,8 @@ class Tokenizer:
         Bytes of successive tokens joined and read as UTF-8 are the text; a single token may hold half a character.
         """
         if token_id not in self._bytes:
-            self._bytes[token_id] = self._find_bytes(token_id)
+            with reading("the model", "tokenizer"):
+                self._bytes[token_id] = self._find_bytes(token_id)
         return self._bytes[token_id]
 
     def special_bytes(self, token_id: int) -> bytes:
@@ -194,7 +198,7 @@ def _from_gguf(path: Path) -> Tokenizer:
         special = {key.removesuffix("_id"): pieces[ids[key]] for key in ids if key != "unknown_token_id"}
         template = metadata.get("tokenizer.chat_template")
         render_chat = jinja_renderer(template, special) if template else None
-        return Tokenizer(build_tokenizer(metadata), end_token_ids(metadata), render_chat)
+        return _tried(Tokenizer(build_tokenizer(metadata), end_token_ids(metadata), render_chat))
 
 
 def _from_hugging_face(folder: Path, ends: frozenset[int], trust_remote_code: bool) -> Tokenizer:
@@ -207,7 +211,13 @@ def _from_hugging_face(folder: Path, ends: frozenset[int], trust_remote_code: bo
             raise ValueError("there is no tokenizer.json, and none can be made of the other files")
         own = {tokenizer.eos_token_id} - {None}
         render_chat = tokenizer_renderer(tokenizer) if tokenizer.chat_template else None
-        return Tokenizer(tokenizer.backend_tokenizer, ends | own, render_chat)
+        return _tried(Tokenizer(tokenizer.backend_tokenizer, ends | own, render_chat))
+
+
+def _tried(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that has encoded and decoded something: rules that name what is not there fail only then."""
+    tokenizer.decode(tokenizer.encode("a"))
+    return tokenizer
 
 
 def _check_convertible(folder: Path) -> None:
