@@ -221,6 +221,15 @@ class VirtualKVCache:
         """
         return self._native.share(source, target, tokens)
 
+    def trim(self, slot: int, tokens: int) -> int:
+        """Shortens a slot's prepared length, for tokens that were rejected; returns the length from here on.
+
+        The pages behind it become idle: no kernel in flight may touch them. On CUDA the length may stay up to 63 rows
+        longer, to the end of an extent. A longer length than the present one changes nothing. Raises ValueError below
+        tokens that another slot shares.
+        """
+        return self._native.trim(slot, tokens)
+
     def map_ahead(self, tokens: int) -> None:
         """Keeps one idle slot mapped for `tokens` tokens from now on, so that the next prompt need not wait; 0: stop.
 

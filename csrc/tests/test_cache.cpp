@@ -267,6 +267,44 @@ TEST(a_share_without_room_for_its_copy_is_out_of_memory_and_changes_nothing) {
   cache->check_integrity();
 }
 
+TEST(a_trimmed_slot_gives_its_rows_to_others) {
+  for (const bool cuts : {false, true}) {
+    const auto device = std::make_shared<BookDevice>();
+    device->cuts = cuts;
+    const auto cache = make_cache(device, small_geometry(), 80);
+    const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
+    cache->prepare({{at(a), 303}});                            // 64 + 4 x 3 rows = 256 + 47 tokens
+    CHECK_EQUAL(cache->trim(at(a), 265), cuts ? 265U : 272U);  // 67 rows end inside of the extent of rows 64 to 68
+    CHECK_EQUAL(cache->trim(at(a), 101), cuts ? 101U : 256U);  // 26 rows end inside of the first one
+    CHECK_EQUAL(cache->trim(at(a), 300), cuts ? 101U : 256U);  // a longer length asks for nothing
+    CHECK_EQUAL(rows_of(*cache, a), 76U);
+    cache->check_integrity();
+    const std::int64_t rest = cuts ? 54 : 16;
+    cache->prepare({{at(b), rest * 4}});
+    CHECK_THROWS(OutOfMemory, cache->prepare({{at(b), rest * 4 + 1}}));
+    cache->check_integrity();
+    CHECK_EQUAL(cache->trim(at(b), 0), 0U);
+    cache->prepare({{at(a), 303}});
+    cache->check_integrity();
+  }
+}
+
+TEST(a_slot_is_not_trimmed_below_what_another_one_shares) {
+  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 200);
+  const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
+  cache->prepare({{at(source), 300}});
+  CHECK_EQUAL(cache->share(at(source), at(target), 256), 256U);
+  cache->prepare({{at(target), 290}});
+  for (const std::uint64_t slot : {source, target}) {
+    CHECK_THROWS(std::invalid_argument, cache->trim(at(slot), 255));
+    CHECK_EQUAL(cache->trim(at(slot), 256), 256U);
+  }
+  cache->free(at(source));
+  cache->reclaim_idle();
+  CHECK_EQUAL(cache->trim(at(target), 0), 0U);
+  cache->check_integrity();
+}
+
 // 256 tokens are one extent of 64 rows. A device that cannot cut it maps the 57 rows of the next request anew.
 TEST(pages_of_a_freed_slot_serve_a_shorter_request) {
   for (const bool cuts : {false, true}) {

@@ -32,6 +32,7 @@ class History {
     const std::uint64_t c = cache_.alloc(0);
     step([&] { cache_.share(at(a), at(c), std::min<std::int64_t>(50, at(std::get<1>(cache_.slot_state(at(a)))))); });
     step([&] { cache_.prepare({{at(c), 90}}); });
+    step([&] { cache_.trim(at(c), 63); });
     cache_.free(at(a));
     const std::uint64_t d = cache_.alloc(50);
     step([&] { cache_.prepare({{at(d), 50}, {at(b), 60}}); });

@@ -47,6 +47,7 @@ class History {
     step([&] { c = cache_.alloc(0); });
     step([&] { cache_.share(at(a), at(c), std::min<std::int64_t>(50, at(tokens_of(a)))); });
     step([&] { cache_.prepare({{at(c), 90}}); });
+    step([&] { cache_.trim(at(c), 63); });
     step([&] { cache_.free(at(a)); });
     step([&] { cache_.map_ahead(10); });
     step([&] { d = cache_.alloc(50); });

@@ -36,7 +36,7 @@ class Simulation {
   std::uint64_t pick(std::uint64_t bound) { return random_() % bound; }
 
   void step() {
-    switch (pick(9)) {
+    switch (pick(10)) {
       case 0:
       case 1:
         return alloc();
@@ -49,6 +49,8 @@ class Simulation {
       case 5:
         return share();
       case 6:
+        return trim();
+      case 7:
         return cache_->map_ahead(at(pick(geometry_.max_tokens() + 1)));
       default:
         return prepare();
@@ -98,6 +100,17 @@ class Simulation {
       if (pick(2) == 0) targets.push_back({at(slot), at(tokens + pick(pick(3) == 0 ? 200 : 3))});
     }
     cache_->prefetch(targets, at(pick(6)));
+  }
+
+  void trim() {
+    if (tokens_.empty()) return;
+    const std::uint64_t slot = any(), before = tokens_[slot], tokens = pick(before + 1);
+    try {
+      tokens_[slot] = cache_->trim(at(slot), at(tokens));
+      CHECK(tokens_[slot] >= tokens && tokens_[slot] <= before);
+      CHECK(tokens_[slot] == tokens || !device_->cuts);
+    } catch (const std::invalid_argument&) {  // shared with another slot
+    }
   }
 
   void resize() {

@@ -196,6 +196,7 @@ void define_cache(py::module_& m) {
       .def("prefetch", prefetch, py::arg("slots"), py::arg("tokens"), py::arg("lead_tokens"))
       .def("wait", &KVCache::wait, NoGil())
       .def("share", &KVCache::share, py::arg("source"), py::arg("target"), py::arg("tokens"), NoGil())
+      .def("trim", &KVCache::trim, py::arg("slot"), py::arg("tokens"), NoGil())
       .def("map_ahead", &KVCache::map_ahead, py::arg("tokens"), NoGil())
       .def("set_deferred_reclamation", &KVCache::set_deferred_reclamation, py::arg("deferred"), NoGil())
       .def("reclaim_idle", &KVCache::reclaim_idle, NoGil())

@@ -139,14 +139,9 @@ bool KVCache::make_room(std::uint64_t rows, bool idle_only) {
 // The target has nothing mapped. Rows past the source's last extent that ends within the share are the target's own
 // copies, which the budget must have room for.
 void KVCache::share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows) {
+  const std::uint64_t shared_rows = cut_at(source, rows);
   const Slot& from = slots_[source];
-  std::size_t count = extents_within(from, rows);
-  std::uint64_t shared_rows = 0;
-  for (std::size_t i = 0; i < count; ++i) shared_rows += from.extents[i]->rows;
-  if (shared_rows < rows && device_->can_cut()) {
-    slots_.cut(source, count, rows - shared_rows);
-    count = extents_within(from, shared_rows = rows);
-  }
+  const std::size_t count = extents_within(from, shared_rows);
   const std::uint64_t needed = slots_.used_rows() + rows - shared_rows;
   if (needed > pool_.budget_rows()) throw OutOfMemory(needed, pool_.budget_rows(), "the budget");
   Goals goals(*this);
@@ -154,6 +149,24 @@ void KVCache::share_rows(std::uint64_t source, std::uint64_t target, std::uint64
   if (count > 0)
     slots_.append(target, Extents(from.extents.begin(), from.extents.begin() + static_cast<std::ptrdiff_t>(count)));
   if (map_up_to(target, rows)) copy_rows(source, target, shared_rows, rows);
+}
+
+// Makes one of the slot's used extents end with so many rows, if the device can; the rows of those that end within.
+std::uint64_t KVCache::cut_at(std::uint64_t index, std::uint64_t rows) {
+  const Slot& slot = slots_[index];
+  const std::size_t count = extents_within(slot, rows);
+  std::uint64_t end = 0;
+  for (std::size_t i = 0; i < count; ++i) end += slot.extents[i]->rows;
+  if (end == rows || !device_->can_cut()) return end;
+  slots_.cut(index, count, rows - end);
+  return rows;
+}
+
+// Those that end within the extents, which are shared from the first on, that other slots hold too.
+std::uint64_t KVCache::shared_tokens(const Slot& slot) const noexcept {
+  std::uint64_t rows = 0;
+  for (std::size_t i = 0; i < slot.used_extents && slot.extents[i]->mappings > 1; ++i) rows += slot.extents[i]->rows;
+  return rows * geometry_.page_bytes() / geometry_.token_bytes();
 }
 
 // How many of the leading extents end within so many rows.

@@ -137,6 +137,21 @@ std::uint64_t KVCache::share(std::int64_t source, std::int64_t target, std::int6
   return shared;
 }
 
+std::uint64_t KVCache::trim(std::int64_t slot, std::int64_t tokens) {
+  const Worker::Lock lock = own();
+  const std::uint64_t index = active_slot(slot), length = tokens_in_range("tokens", tokens);
+  const Slot& state = slots_[index];
+  if (length >= state.tokens) return state.tokens;
+  if (length < shared_tokens(state)) {
+    throw std::invalid_argument("tokens is " + std::to_string(tokens) + ", but slot " + std::to_string(slot) +
+                                " shares its first " + std::to_string(shared_tokens(state)) +
+                                " tokens with another slot, which would see them overwritten");
+  }
+  const std::uint64_t rows = geometry_.rows_for(length), whole = cut_at(index, rows);
+  slots_.shrink(index, extents_within(state, rows) + (whole < rows ? 1 : 0), length);
+  return state.tokens;
+}
+
 void KVCache::map_ahead(std::int64_t tokens) {
   const Worker::Lock lock = own();
   ahead_rows_ = geometry_.rows_for(tokens_in_range("tokens", tokens));

@@ -75,6 +75,9 @@ class KVCache {
   // Gives `target` the first tokens of `source`, as many of `tokens` as end together with a page, and returns how many.
   // Pages are shared; where a page handle straddles the end of the share it is cut, or its rows are copied.
   std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
+  // Shortens the prepared length and returns it; the rows behind become idle. Where an extent that straddles the new
+  // length cannot be cut, the length ends with the extent.
+  std::uint64_t trim(std::int64_t slot, std::int64_t tokens);
   void map_ahead(std::int64_t tokens);
   void set_deferred_reclamation(bool deferred);
   void reclaim_idle();
@@ -107,6 +110,8 @@ class KVCache {
   bool lacks(const Target& target) const;
 
   void share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows);
+  std::uint64_t cut_at(std::uint64_t slot, std::uint64_t rows);
+  std::uint64_t shared_tokens(const Slot& slot) const noexcept;
   std::size_t extents_within(const Slot& slot, std::uint64_t rows) const noexcept;
   void copy_rows(std::uint64_t source, std::uint64_t target, std::uint64_t begin, std::uint64_t end);
   Fit fit(const Slot& slot, std::uint64_t rows) const noexcept;

@@ -109,15 +109,22 @@ void SlotMap::use(std::uint64_t index, std::uint64_t tokens) {
   slot.tokens = tokens;
 }
 
-void SlotMap::retire(std::uint64_t index) noexcept {
+void SlotMap::shrink(std::uint64_t index, std::size_t count, std::uint64_t tokens) noexcept {
   Slot& slot = slots_[index];
-  for (std::size_t i = 0; i < slot.used_extents; ++i) {
-    if (--slot.extents[i]->users == 0) used_rows_ -= slot.extents[i]->rows;
+  while (slot.used_extents > count) {
+    Extent& extent = *slot.extents[--slot.used_extents];
+    slot.used_rows -= extent.rows;
+    if (--extent.users == 0) used_rows_ -= extent.rows;
   }
-  slot.used_extents = 0;
-  slot.used_rows = slot.tokens = 0;
-  slot.active = false;
-  slot.freed_at = ++clock_;
+  const bool is_exact = slot.used_rows == geometry_.rows_for(tokens);
+  const std::uint64_t room = slot.used_rows * geometry_.page_bytes() / geometry_.token_bytes();
+  slot.tokens = is_exact ? tokens : std::min(slot.tokens, room);
+}
+
+void SlotMap::retire(std::uint64_t index) noexcept {
+  shrink(index, 0, 0);
+  slots_[index].active = false;
+  slots_[index].freed_at = ++clock_;
 }
 
 void SlotMap::adopt(Slot& slot, Extents extents) noexcept {

@@ -56,6 +56,9 @@ class SlotMap {
   void activate(std::uint64_t slot) noexcept { slots_[slot].active = true; }
   // The prepared length is `tokens` from here on; an extent of the slot ends at exactly that many rows.
   void use(std::uint64_t slot, std::uint64_t tokens);
+  // Only the first `count` extents are used from here on, for `tokens` tokens or, where the device could not cut the
+  // last extent at their end, for as many as it has room for.
+  void shrink(std::uint64_t slot, std::size_t count, std::uint64_t tokens) noexcept;
   // The slot is idle from here on; everything stays mapped.
   void retire(std::uint64_t slot) noexcept;
 

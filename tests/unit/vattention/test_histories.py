@@ -1,5 +1,7 @@
 """Random histories against a model that is a sum: whatever fits the budget can be prepared, and stays as written."""
 
+import math
+
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -77,9 +79,23 @@ class History(RuleBasedStateMachine):
         target = next(slot for slot, length in self.lengths.items() if length == 0)
         source = data.draw(st.sampled_from(sorted(slot for slot in self.lengths if slot != target)))
         tokens = data.draw(st.integers(0, self.lengths[source]))
+        period = PAGE // math.gcd(PAGE, self.cache.token_bytes)
         shared = self.cache.share(source, target, tokens)
-        assert shared <= tokens
+        assert shared == tokens - tokens % period
         self.lengths[target], self.contents[target] = shared, self.contents[source][:shared]
+
+    @precondition(lambda self: self.lengths)
+    @rule(data=st.data())
+    def trim(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.lengths)))
+        tokens = data.draw(st.integers(0, self.lengths[slot]))
+        try:
+            assert self.cache.trim(slot, tokens) == tokens
+        except ValueError as error:
+            assert "shares its first" in str(error)
+            return
+        self.lengths[slot] = tokens
+        del self.contents[slot][tokens:]
 
     @rule(rows=st.integers(1, 120))
     def resize(self, rows: int) -> None:

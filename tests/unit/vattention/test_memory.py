@@ -122,6 +122,23 @@ def test_share_refuses_what_would_corrupt():
         assert cache.share(source, other, 31) == 0
 
 
+def test_a_trimmed_slot_keeps_its_first_tokens_and_frees_the_rest():
+    with make(rows=32) as cache:
+        slot, other = cache.alloc(), cache.alloc()
+        cache.prepare([slot], [1000])
+        k, _ = cache.view(slot, 1)
+        k.copy_(torch.arange(1000).view(-1, 1, 1).expand(1000, 2, 32))
+        assert cache.trim(slot, 333) == 333 == cache.slot_state(slot)[1]
+        cache.prepare([other], [21 * 32])
+        cache.view(other, 1)[0].fill_(-1)
+        assert torch.equal(cache.view(slot, 1)[0][:, 0, 0], torch.arange(333).half())
+        with pytest.raises(OutOfMemoryError):
+            cache.prepare([slot], [11 * 32 + 1])
+        with pytest.raises(ValueError, match="not allocated"):
+            cache.trim(3, 0)
+        cache.check_integrity()
+
+
 def test_resize_down_and_up():
     with make(rows=64) as cache:
         a, b = cache.alloc(), cache.alloc()
