@@ -84,7 +84,9 @@ class TransformersModel:
         source = Path(resolve_model(model).path)
         place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
         arguments = place if source.suffix == ".gguf" else {"pretrained_model_name_or_path": source}
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            **arguments, dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
     @torch.inference_mode()
     def generate(self, work: Work) -> None:

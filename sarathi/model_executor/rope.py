@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021): which frequencies a model turns its queries and keys by.
+"""Rotary position embedding (Su et al., 2021): the frequencies by which queries and keys are rotated.
 
 The arithmetic follows transformers 5 operation by operation in float32: at position 100,000 a frequency that differs in
 its last bit is an angle that differs by 6e-3.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Frequencies theta^(-2i/D), then scaled. A position is turned by position x frequency; D is the head size.
+    """Frequencies theta^(-2i/D), then scaled. At a position the angle is position x frequency; D is the head size.
 
     kind: "default"; "linear" divides all by `factor`; "llama3" divides those that make fewer than `low_freq_factor`
         turns in `original_max_positions`, keeps those with more than `high_freq_factor`, and blends between; "yarn"
@@ -55,11 +55,9 @@ class RopeFrequencies:
     """Radians per position: [D/2] float32 for texts up to the original length, and beyond it by length.
 
     What length: where frequencies depend on it, a token's are those of max(tokens of its prompt, its position + 1),
-    its `rope length`. So a prompt is turned as transformers turns it in one forward call, each output token as
-    transformers' `generate` with a cache turns it, and a cached key is never turned again. It follows from the request
-    alone: chunks, batches, preemption and recomputation do not change it. (A transformers model that has seen a longer
-    text keeps the frequencies of that one: equality is with a model that has not. A second call with prompt and output
-    as one prompt is another prompt, with another length.)
+    its `rope length`. So a prompt has the angles of one forward call of transformers, each output token those of
+    transformers' `generate` with a cache, and a cached key is never rotated again. The rule follows from the request
+    alone: chunks, batches, preemption and recomputation do not change it. Where it differs: docs/models.md.
     """
 
     def __init__(self, rope: Rope, head_size: int, device: torch.device | str = "cpu") -> None:

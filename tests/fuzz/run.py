@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -69,7 +70,8 @@ def _run_apart(name: str, seconds: float, seed: int, output: Path) -> int:
 
 def fuzz(name: str, seconds: float, seed: int, output: Path) -> None:
     """Reads every seed as it is, then broken ones until the time is up."""
-    sys.stderr = open(output / f"{name}.log", "w")  # noqa: SIM115 (until the process ends)
+    with open(output / f"{name}.log", "w") as log:  # what libraries say of broken files, panics in Rust among it
+        os.dup2(log.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGALRM, _on_alarm)
     rng, seeds, end_s = random.Random(f"{name} {seed}"), seeds_of(name), time.monotonic() + seconds

@@ -129,7 +129,10 @@ def _make(path: Path, number: int, row: Row, make: Callable[[Row], Made]) -> Mad
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
-        return list(csv.DictReader(file))
+        try:
+            return list(csv.DictReader(file))
+        except csv.Error as error:
+            raise ValueError(f"{str(path)!r} is not CSV: {error}") from None
 
 
 def _check_columns(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...]) -> None:
