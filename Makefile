@@ -41,7 +41,7 @@ test-python: setup
 	$(BIN)/python -m pytest -m "not bench and not slow"
 
 test-slow: setup
-	$(MAKE) --no-print-directory -C csrc/tests HISTORIES=1000
+	$(MAKE) --no-print-directory -C csrc/tests HISTORIES=3000
 	$(BIN)/python -m pytest -m slow
 
 # Broken model files, configurations and traces: a minute here, FUZZ_SECONDS=1800 by hand.

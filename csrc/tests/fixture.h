@@ -38,7 +38,7 @@ inline std::uint64_t fresh_seed() {
 // How many random histories to try. More than a build can wait for are a run of their own: make HISTORIES=5000.
 inline std::uint64_t num_histories() {
   const char* given = std::getenv("HISTORIES");
-  return given ? std::strtoull(given, nullptr, 10) : 60;
+  return given ? std::strtoull(given, nullptr, 10) : 300;
 }
 
 inline std::int64_t at(std::uint64_t slot) {
