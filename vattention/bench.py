@@ -1,4 +1,4 @@
-"""What page mapping costs on this machine: `python -m vattention.bench`. Knows nothing of serving or models.
+"""What page mapping costs on this machine: `python -m vattention.bench`.
 
 Prints a table and saves it as CSV and JSON with the environment and the command that made it.
 """

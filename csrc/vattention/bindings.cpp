@@ -57,26 +57,34 @@ std::int64_t to_int(PyObject* item, const char* name) {
   throw py::type_error(std::string(name) + " must be a sequence of integers, found " + type);
 }
 
-// The items of a sequence as they are now: reading an item may run an __index__ that changes a list.
-py::tuple snapshot(const py::object& object, const char* name) {
-  PyObject* items = PyList_Check(object.ptr()) ? PyList_AsTuple(object.ptr()) : PySequence_Tuple(object.ptr());
-  if (items != nullptr) return py::reinterpret_steal<py::tuple>(items);
-  if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
-  PyErr_Clear();
-  throw py::type_error(std::string(name) + " must be a sequence of integers, got " + Py_TYPE(object.ptr())->tp_name);
+py::object sequence(const py::object& object, const char* error_text) {
+  PyObject* items = PySequence_Fast(object.ptr(), error_text);
+  if (items == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(items);
 }
 
-// Reads the two sequences without a converter in between: at 512 slots converting was most of a prepare.
+py::object snapshot(const py::object& items) {
+  return py::reinterpret_steal<py::object>(PySequence_Tuple(items.ptr()));
+}
+
+// Reads the two sequences without a converter in between: at 512 slots converting was most of a prepare. Only an item
+// that is no plain int runs Python code, which may change the lists: from there on copies are read.
 Targets to_targets(const py::object& slots, const py::object& tokens) {
-  const py::tuple s = snapshot(slots, "slots"), t = snapshot(tokens, "tokens");
-  if (s.size() != t.size()) {
-    throw py::value_error("slots and tokens must be of one length, got " + std::to_string(s.size()) + " and " +
-                          std::to_string(t.size()));
+  const py::object s = sequence(slots, "slots must be a sequence of integers");
+  const py::object t = sequence(tokens, "tokens must be a sequence of integers");
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(s.ptr());
+  if (size != PySequence_Fast_GET_SIZE(t.ptr())) {
+    throw py::value_error("slots and tokens must be of one length, got " + std::to_string(size) + " and " +
+                          std::to_string(PySequence_Fast_GET_SIZE(t.ptr())));
   }
-  Targets targets(s.size());
-  for (std::size_t i = 0; i < targets.size(); ++i) {
-    const auto at = static_cast<Py_ssize_t>(i);
-    targets[i] = {to_int(PyTuple_GET_ITEM(s.ptr(), at), "slots"), to_int(PyTuple_GET_ITEM(t.ptr(), at), "tokens")};
+  const bool may_change = PyList_Check(s.ptr()) || PyList_Check(t.ptr());
+  Targets targets(static_cast<std::size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject *slot = PySequence_Fast_GET_ITEM(s.ptr(), i), *token = PySequence_Fast_GET_ITEM(t.ptr(), i);
+    if (may_change && !(PyLong_CheckExact(slot) && PyLong_CheckExact(token))) {
+      return to_targets(snapshot(s), snapshot(t));
+    }
+    targets[static_cast<std::size_t>(i)] = {to_int(slot, "slots"), to_int(token, "tokens")};
   }
   return targets;
 }

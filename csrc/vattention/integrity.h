@@ -1,4 +1,4 @@
-// The invariants of the books as code. Knows no policy and changes nothing.
+// The invariants of the books as code.
 #pragma once
 
 #include "vattention/page_pool.h"
