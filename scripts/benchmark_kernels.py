@@ -102,7 +102,7 @@ def _decode_shapes(options: argparse.Namespace) -> list[tuple[Model, int, int]]:
 
 
 def _elementwise(table: Table, tokens: int) -> None:
-    from sarathi.model_executor.ops.native.ops import NativeOps
+    from sarathi.model_executor.ops.native import NativeOps
     from sarathi.model_executor.ops.triton.ops import TritonOps
 
     measure_elementwise(table, LLAMA, tokens, TritonOps(torch.device("cuda")), NativeOps())

@@ -1,17 +1,16 @@
-"""Times of single operations: one layer of the decoder, and what stands before and after all layers. Knows no engine.
+"""Times of single operations: of one layer of the decoder, and of what comes before and after all layers.
 
-An operation is a callable held by the decoder's parts; the probe puts a timed one in its place, on one layer only, so
-that the cost stays small. The fused decoder calls the same kernels in every layer: there the weight that a call is
-given tells which operation it is. Names are those of Sarathi-Serve's metrics store; README.md tells which of them hold
-others, and which are absent. Multiply a layer's by the number of layers.
+The probe hooks methods of the decoder's parts, on one layer only, which keeps the cost small. Names are those of
+Sarathi-Serve's metrics store; README.md tells which of them contain others, and which are absent. Multiply the times of
+a layer by the number of layers.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -20,168 +19,136 @@ from sarathi.executor.base import Executor
 from sarathi.messages import Chunk, CompletedStep, MemoryStats, SchedulerOutput
 from sarathi.metrics import MetricsStore
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.models.fused import FusedDecoder
-from sarathi.model_executor.ops import Ops
 
-ATTENTION, BEFORE_ATTENTION = "attn", "attn_pre_proj"
-ROTATION, SAVE = "attn_rope", "attn_kv_cache_save"
-LAYER_OPERATIONS = {  # name: (path from the layer to the object, method; "" where the object itself is called)
-    "input_layernorm": ("input_norm", "add"),
-    BEFORE_ATTENTION: ("attention.qkv", ""),
-    ROTATION: ("attention.rotate", ""),
-    ATTENTION: ("attention.backend", "forward"),
-    "attn_post_proj": ("attention.output", ""),
-    "post_attention_layernorm": ("post_norm", "add"),
-    "mlp_up_proj": ("feed_forward.gate_up", ""),
-    "mlp_activation": ("feed_forward.activate", ""),
-    "mlp_down_proj": ("feed_forward.down", ""),
+ATTENTION, ROPE, SAVE, ACTIVATION = "attn", "attn_rope", "attn_kv_cache_save", "mlp_activation"
+LAYER_OPERATIONS = {  # name: (path from the layer to a part, method of the part)
+    "input_layernorm": ("input_norm", "__call__"),
+    "attn_pre_proj": ("attention.qkv", "__call__"),
+    ROPE: ("attention.backend", "rope_and_store"),
+    SAVE: ("attention.backend", "store"),
+    ATTENTION: ("attention.backend", "append_and_attend"),
+    "attn_post_proj": ("attention.output", "add_to"),
+    "post_attention_layernorm": ("post_norm", "__call__"),
+    ACTIVATION: ("mlp.gate_up.ops", "silu_and_mul"),
+    "mlp_up_proj": ("mlp.gate_up", "gated"),
+    "mlp_down_proj": ("mlp.down", "add_to"),
 }
-EMBEDDING = "embed_linear"
-WHOLE_OPERATIONS = {EMBEDDING: ("embedding", ""), "norm": ("norm", "add"), "lm_head_linear": ("head", "")}
-Timer = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+WHOLE_OPERATIONS = {
+    "embed_linear": ("embedding", "__call__"),
+    "norm": ("norm", "__call__"),
+    "lm_head_linear": ("head", "__call__"),
+}
 
 
-class _Mark(NamedTuple):
-    """One call: host seconds at its start, and what its end less its beginning is on the device."""
+class Mark(NamedTuple):
+    """One call: host time at its start in seconds, and its own duration, without the hooked calls within it."""
 
     name: str
     start_s: float
     duration_s: Callable[[], float]
 
 
+class _Span(NamedTuple):
+    """A part of a call in which no hooked call runs. duration_s: on the device, once it is synchronized."""
+
+    start_s: float
+    host_s: float
+    duration_s: Callable[[], float]
+
+
 class OperationProbe:
-    """Collects marks of one step; made before the first step."""
+    """Collects marks of one step. Create it before the first step."""
 
-    def __init__(self, model: Decoder | FusedDecoder) -> None:
-        self._marks: list[_Mark] = []
-        decoder = model.decoder if isinstance(model, FusedDecoder) else model
-        self._on_cuda = decoder.embedding.weight.is_cuda
-        self._begin()
-        if isinstance(model, FusedDecoder):
-            self._attach_fused(model)
-        else:
-            self._attach(decoder)
+    def __init__(self, model: Decoder) -> None:
+        self._marks: list[Mark] = []
+        self._running: list[list[_Span]] = []  # spans so far of each hooked call that is running, the innermost last
+        self._stop: Callable[[], _Span]
+        self._on_cuda = model.place.device.type == "cuda"
+        self._hook_parts(model.layers[len(model.layers) // 2], LAYER_OPERATIONS)
+        self._hook_parts(model, WHOLE_OPERATIONS)
 
-    def take(self) -> list[_Mark]:
-        """Marks since the last call; the device is waited for."""
+    def take(self) -> list[Mark]:
+        """Marks since the last call, in order; waits for the device."""
         marks, self._marks = self._marks, []
         if marks and self._on_cuda:
             torch.cuda.synchronize()
-        return marks
+        return sorted(marks, key=lambda mark: mark.start_s)
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, with a mark for each time. Where it begins with another timed call, its own time starts behind it."""
+        """`call`, leaving a mark each time."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
-            self._begin()
+            self._pause()
+            self._running.append([])
+            self._resume()
             result = call(*args, **kwargs)
-            start_s, stop = self._begun
-            self._marks.append(_Mark(name, start_s, stop()))
-            self._begin()
+            self._pause()
+            spans = self._running.pop()
+            main = max(spans, key=lambda span: span.host_s)
+            self._marks.append(Mark(name, main.start_s, lambda: sum(span.duration_s() for span in spans)))
+            self._resume()
             return result
 
         return measured
 
-    def _begin(self) -> None:
-        self._begun = time.monotonic(), self._clock()
+    def _pause(self) -> None:
+        if self._running:
+            self._running[-1].append(self._stop())
 
-    def _clock(self) -> Callable[[], Callable[[], float]]:
-        """Starts; the result stops, and gives a function that reads the seconds between once they are known."""
-        if not self._on_cuda:
-            start_s = time.perf_counter()
-            return lambda: _constant(time.perf_counter() - start_s)
-        event: Any = torch.cuda.Event
-        first, last = event(enable_timing=True), event(enable_timing=True)
-        first.record()
+    def _resume(self) -> None:
+        if self._running:
+            self._stop = _start_event_span() if self._on_cuda else _start_host_span()
 
-        def stop() -> Callable[[], float]:
-            last.record()
-            return lambda: float(first.elapsed_time(last)) / 1e3
-
-        return stop
-
-    def _attach(self, decoder: Decoder) -> None:
-        for name, owner, leaf, method in _parts(decoder):
-            part = getattr(owner, leaf)
-            if name == ATTENTION:
-                part = _with_timed(part, "store", self.timed, SAVE)
-            call = getattr(part, method) if method else part
-            setattr(owner, leaf, _Stand(part, self.timed(name, call), method))
-
-    def _attach_fused(self, model: FusedDecoder) -> None:
-        parts = {name: getattr(owner, leaf) for name, owner, leaf, _ in _parts(model.decoder)}
-        weights = {name: part.weight for name, part in parts.items() if name != EMBEDDING and hasattr(part, "weight")}
-        kernels = _NamedKernels(model.kernels, weights, self.timed)
-        timed = partial(kernels.after, BEFORE_ATTENTION)
-        part = _with_timed(model.backend, "rope_and_store", timed, ROTATION)
-        backend = _Stand(part, timed(ATTENTION, part.append_and_attend), "append_and_attend")
-        for name, stand in (("kernels", kernels), ("backend", backend)):
-            setattr(model, name, stand)
-
-
-def _parts(decoder: Decoder) -> Iterator[tuple[str, Any, str, str]]:
-    """Name, the object that holds the part, under which attribute, and the method that is called."""
-    layer = decoder.layers[len(decoder.layers) // 2]
-    for whole, operations in ((layer, LAYER_OPERATIONS), (decoder, WHOLE_OPERATIONS)):
+    def _hook_parts(self, whole: Any, operations: Mapping[str, tuple[str, str]]) -> None:
+        """Replace the parts by copies with timed methods: other layers share the backend and the operations."""
+        copies: dict[str, Any] = {}
         for name, (path, method) in operations.items():
-            owner: Any = whole
             *parents, leaf = path.split(".")
-            for parent in parents:
-                owner = getattr(owner, parent)
-            yield name, owner, leaf, method
+            owner = reduce(getattr, parents, whole)
+            if path not in copies:
+                copies[path] = copy.copy(getattr(owner, leaf))
+                setattr(owner, leaf, copies[path])
+            part, call = copies[path], self.timed(name, getattr(copies[path], method))
+            if method == "__call__":
+                setattr(owner, leaf, _Callable(part, call))
+            else:
+                setattr(part, method, call)
 
 
-def _with_timed(part: Any, method: str, timed: Timer, name: str) -> Any:
-    """A copy of the part that times its calls of a method of its own, where it has one: all layers share the part."""
-    held = copy.copy(part)
-    if hasattr(held, method):
-        setattr(held, method, timed(name, getattr(held, method)))
-    return held
+class _Callable:
+    """A part whose own call is replaced."""
 
-
-class _NamedKernels:
-    """In place of the kernels: a call that is given a weight with a name is timed under it."""
-
-    def __init__(self, kernels: Ops, weights: Mapping[str, torch.Tensor], timed: Timer) -> None:
-        self._kernels, self._weights, self._timed = kernels, weights, timed
-        self._last = ""  # name of the newest call that had one
-
-    def after(self, before: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, timed as `name` where the newest named call was `before`: the layer that is looked at has begun."""
-        measured = self._timed(name, call)
-        return lambda *args, **kwargs: (measured if self._last == before else call)(*args, **kwargs)
-
-    def __getattr__(self, method: str) -> Any:
-        call = getattr(self._kernels, method)
-        if method == "embed":  # not by its weight, which may be the head's too
-            return self._timed(EMBEDDING, call)
-
-        def named(*args: Any, **kwargs: Any) -> Any:
-            name = self._name_of((*args, *kwargs.values()))
-            if name is None:
-                return call(*args, **kwargs)
-            self._last = name
-            return self._timed(name, call)(*args, **kwargs)
-
-        return named
-
-    def _name_of(self, values: Sequence[Any]) -> str | None:
-        return next((name for name, weight in self._weights.items() if any(each is weight for each in values)), None)
-
-
-class _Stand:
-    """In place of a part: the timed call instead of its own, everything else as it was."""
-
-    def __init__(self, part: Any, call: Callable[..., Any], method: str) -> None:
+    def __init__(self, part: Any, call: Callable[..., Any]) -> None:
         self._part, self._call = part, call
-        if method:
-            setattr(self, method, call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
+
+
+def _start_host_span() -> Callable[[], _Span]:
+    start_s, began_s = time.monotonic(), time.perf_counter()
+
+    def stop() -> _Span:
+        duration_s = time.perf_counter() - began_s
+        return _Span(start_s, duration_s, lambda: duration_s)
+
+    return stop
+
+
+def _start_event_span() -> Callable[[], _Span]:
+    event: Any = torch.cuda.Event
+    first, last = event(enable_timing=True), event(enable_timing=True)
+    start_s = time.monotonic()
+    first.record()
+
+    def stop() -> _Span:
+        last.record()
+        return _Span(start_s, time.monotonic() - start_s, lambda: float(first.elapsed_time(last)) / 1e3)
+
+    return stop
 
 
 class ProbedExecutor(Executor):
@@ -222,7 +189,3 @@ def attention_name(chunks: Sequence[Chunk]) -> str:
     if len(single) > 1:
         return ATTENTION
     return "attn_decode" if True in single else "attn_prefill"
-
-
-def _constant(value: float) -> Callable[[], float]:
-    return lambda: value

@@ -11,7 +11,6 @@ from sarathi.config.schema import EngineConfig
 from sarathi.executor.base import Executor
 from sarathi.messages import CompletedStep, MemoryStats, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.models.fused import FusedDecoder
 from sarathi.worker.worker import Worker
 
 
@@ -90,7 +89,7 @@ class UniprocExecutor(Executor):
         self._available_rows = 0
 
     @property
-    def model(self) -> Decoder | FusedDecoder:
+    def model(self) -> Decoder:
         """The model, for timing its parts."""
         return self._worker.model
 

@@ -6,10 +6,11 @@ its last bit is an angle that differs by 6e-3.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sarathi.model_executor.ops.types import RopeTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,6 @@ class Rope:
         return self.kind in ("dynamic", "longrope")
 
 
-class CosSin(NamedTuple):
-    """Cosines and sines of T tokens, each [T, D/2] float32, the attention factor included."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 class RopeFrequencies:
     """Radians per position: [D/2] float32 for texts up to the original length, and beyond it by length.
 
@@ -66,15 +60,18 @@ class RopeFrequencies:
         self.base = _scaled(periods, rope, head_size).to(device)
         self._long = 1.0 / (torch.tensor(rope.long_divisors or 1.0) * periods).to(device)
 
-    def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> CosSin:
-        """positions, lengths: [T] integers; rope lengths are needed only where `rope.depends_on_length`."""
+    def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> RopeTable:
+        """Factors of T tokens, the attention factor included, [T, D/2] float32 each.
+
+        positions, lengths: [T] integers; rope lengths are needed only where `rope.depends_on_length`.
+        """
         if self.rope.depends_on_length and lengths is not None:
             angles = positions.float()[:, None] * self._of_lengths(lengths)
         else:
             angles = torch.outer(positions.float(), self.base)
-        return CosSin(angles.cos() * self.rope.attention_factor, angles.sin() * self.rope.attention_factor)
+        return RopeTable(angles.cos() * self.rope.attention_factor, angles.sin() * self.rope.attention_factor)
 
-    def table(self, max_positions: int) -> CosSin:
+    def table(self, max_positions: int) -> RopeTable:
         """[max_positions, D/2] by position, for kernels that look angles up.
 
         ValueError where texts of that length would need frequencies of their own.

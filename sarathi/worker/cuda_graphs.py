@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs, one for each of a ladder of batch sizes; knows no requests and no memory policy.
+"""Decode steps as CUDA graphs, one for each of a ladder of batch sizes.
 
 A graph is captured over the virtual tensor, whose addresses never move: it survives growth, reclaim and reuse of slots.
 """
@@ -13,73 +13,74 @@ from sarathi.messages import Chunk
 from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.attention.metadata import DeviceStep, StaticStep
-from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.batch import Batch
+from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops import Ops
 
-# Above 512 sequences a step is long beside its launches, and a graph of it gains nothing.
+# A step of more than 512 sequences takes much longer than its launches: a graph of it gains nothing.
 _SIZES = (1, 2, 4, 8, *range(16, 257, 8), *range(288, 513, 32))
 
 
 def ladder(max_num_seqs: int) -> list[int]:
-    """Batch sizes worth a graph, up to max_num_seqs."""
+    """Batch sizes that get a graph, up to max_num_seqs."""
     return [*(size for size in _SIZES if size < max_num_seqs), *([max_num_seqs] if max_num_seqs <= _SIZES[-1] else [])]
 
 
 class Limits(NamedTuple):
-    """What a step's tensors are made for."""
+    """The sizes that a step's tensors are allocated for."""
 
     max_num_seqs: int
     max_length: int  # tokens of the longest sequence
-    blocks: int  # and its blocks; 0 where it lies in a contiguous slot
+    blocks: int  # of the longest sequence; 0 for contiguous slots
 
 
 Compute = Callable[[Tensor, DeviceStep], Tensor]
-"""From token ids [B], stand-ins among them, and a step to logits [B, vocab_size], the same memory every time."""
+"""From token ids [B], placeholder tokens among them, and a step to logits [B, vocab_size], always at one address."""
 
 
 class Replayed(NamedTuple):
-    """A step's results, of its sequences without padding; they hold until the next replay of any graph."""
+    """Results of a step's B sequences, without padding. Valid until the next replay of any graph."""
 
-    tokens: Tensor  # [B] int64, the likeliest ones, which are the newest of their homes already
+    tokens: Tensor  # [B] int64, the argmax; already the last tokens of their slots
     logits: Tensor  # [B, vocab_size]
-    homes: Tensor  # [B] int32
+    slots: Tensor  # [B] int32
 
 
 class DecodeGraph:
-    """One batch size. Padded rows have length 0: they attend to nothing, are stored nowhere and leave no token."""
+    """One batch size. Padding has length 0: it attends to nothing, is not stored, and changes no last token."""
 
     def __init__(self, batch_size: int, limits: Limits, last_tokens: Tensor) -> None:
-        """last_tokens: [homes + 1] int64, each resident request's newest token; the last entry takes the padding's."""
+        """last_tokens: [slots + 1] int64, the last token of each slot's request; the last entry is for padding."""
         self._batch_size, self._last_tokens = batch_size, last_tokens
         self._static = StaticStep(batch_size, limits.max_length, limits.blocks, last_tokens.device, extras=2)
-        self._token_ids, self._homes = self._static.extras
+        self._token_ids, self._slots = self._static.extras
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, compute: Compute, kernels: Ops, pool: Any) -> None:
-        """Runs the step once as it is, to compile and size what it needs, and once into the graph."""
-        self._run(compute, kernels)
+    def capture(self, compute: Compute, ops: Ops, pool: Any) -> None:
+        """Run the step once eagerly, to compile kernels and size buffers, and once into the graph."""
+        self._run(compute, ops)
         torch.cuda.synchronize()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._tokens, self._logits = self._run(compute, kernels)
+            self._tokens, self._logits = self._run(compute, ops)
 
     def replay(
-        self, chunks: Sequence[Chunk], address: Address, token_ids: Sequence[int], homes: Sequence[int]
+        self, chunks: Sequence[Chunk], address: Address, token_ids: Sequence[int], slots: Sequence[int]
     ) -> Replayed:
-        """One step for chunks of one token each; token_ids may be stand-ins; homes: where the results go."""
+        """One step of chunks of one token each; token_ids may be placeholders; slots: where the tokens are written."""
         size = len(token_ids)
         padding = self._batch_size - size
-        extras = [*token_ids, *[0] * padding, *homes, *[self._last_tokens.shape[0] - 1] * padding]
+        extras = [*token_ids, *[0] * padding, *slots, *[self._last_tokens.shape[0] - 1] * padding]
         self._static.fill(chunks, address, extras)
         self._graph.replay()
-        return Replayed(self._tokens[:size], self._logits[:size], self._homes[:size])
+        return Replayed(self._tokens[:size], self._logits[:size], self._slots[:size])
 
-    def _run(self, compute: Compute, kernels: Ops) -> tuple[Tensor, Tensor]:
+    def _run(self, compute: Compute, ops: Ops) -> tuple[Tensor, Tensor]:
         logits = compute(self._token_ids, self._static.step)
-        return kernels.argmax_into(logits, self._homes, self._last_tokens), logits
+        return ops.argmax_into(logits, self._slots, self._last_tokens), logits
 
 
 class DecodeGraphs:
-    """The ladder, captured largest first so that all share one pool of memory, and one tensor of logits."""
+    """The ladder, captured largest first so that all share one memory pool, and one tensor of logits."""
 
     def __init__(self, sizes: Sequence[int], limits: Limits, last_tokens: Tensor) -> None:
         """last_tokens: see DecodeGraph."""
@@ -87,19 +88,17 @@ class DecodeGraphs:
         self._last_tokens = last_tokens
         self._captured: dict[int, DecodeGraph] = {}
 
-    def capture(self, model: FusedDecoder, backend: AttentionBackend, layers: Sequence[CacheLayer]) -> None:
+    def capture(self, model: Decoder, backend: AttentionBackend, layers: Sequence[CacheLayer]) -> None:
         """All graphs."""
         pool = torch.cuda.graph_pool_handle()
-        weight = model.decoder.head.weight
-        logits = weight.new_empty((max(self._made), weight.shape[0]))
+        logits = model.head.weight.new_empty((max(self._made), model.vocab_size))
 
         def compute(token_ids: Tensor, step: DeviceStep) -> Tensor:
-            stream = model.embed(token_ids, self._last_tokens)
-            model(stream, step.cached, layers, backend.plan_static(step))
-            return model.logits(stream, out=logits[: len(token_ids)])
+            batch = Batch((), token_ids, step.cached, None)
+            return model(batch, layers, backend.plan_static(step), self._last_tokens, logits[: len(token_ids)])
 
         for graph in reversed(self._made.values()):
-            graph.capture(compute, model.kernels, pool)
+            graph.capture(compute, model.ops, pool)
         self._captured = self._made
 
     def for_batch(self, batch_size: int) -> DecodeGraph | None:

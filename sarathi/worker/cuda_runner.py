@@ -1,12 +1,11 @@
-"""Steps on a GPU that are on their way while the next ones are made; knows no queues and not how memory is managed.
+"""Asynchronous model runner of CUDA devices: launches step N + 1 while step N is running.
 
-A sampled token stays on the device, where the next step reads it, and comes to the host when its future is asked.
+A sampled token stays on the device, where the next step reads it, and is copied to the host for the step's future.
 """
 
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 
 from sarathi.messages import Chunk, HostTimes, SchedulerOutput, StepResult
-from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
+from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.models.fused import FusedDecoder
+from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cuda_graphs import DecodeGraph, DecodeGraphs, Limits, ladder
-from sarathi.worker.model_runner import KVCache, read_sampled
+from sarathi.worker.model_runner import KVCache, ModelRunner, int32, make_batch, read_sampled, slots_of, tokens_of
 from sarathi.worker.sequences import Sequence, SequenceTable, token_array
 from sarathi.worker.transfer import to_device, to_host
 
@@ -44,8 +43,7 @@ class LaunchedStep:
         if self._outcome is None:
             self._done.synchronize()
             ended_s = time.perf_counter()
-            names = [chunk.request_id for chunk in self._out.chunks if chunk.samples]
-            tokens = () if self._sampled is None else tuple(read_sampled(names, self._sampled, self._plan))
+            tokens = () if self._sampled is None else tuple(read_sampled(self._out.chunks, self._sampled, self._plan))
             self._sequences.append(tokens)
             host = HostTimes(self._prepare_inputs_s, time.perf_counter() - ended_s)
             model_s = self._started.elapsed_time(self._done) / 1e3
@@ -55,135 +53,119 @@ class LaunchedStep:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """What a step needs beside the attention's metadata, int32 on the device."""
+    """An eager step's tokens, and the slots of those requests that sample, [S] int32; on the device."""
 
-    token_ids: Tensor  # [T], stand-ins among them
-    positions: Tensor  # [T]
-    sampled_rows: Tensor  # [S]
-    sampled_homes: Tensor  # [S]
+    batch: Batch
+    sample_slots: Tensor
 
 
-class CudaModelRunner:
-    """Decode steps as graphs where the backend allows it, others eager; one step may be in flight behind another."""
+class CudaModelRunner(ModelRunner):
+    """Decode steps replay CUDA graphs where the backend allows it, others are eager; two steps may be in flight."""
 
     max_in_flight = 2
 
     def __init__(
-        self, model: FusedDecoder, backend: AttentionBackend, cache: KVCache, layers: Many[CacheLayer],
-        limits: Limits,
-    ) -> None:  # fmt: skip
-        self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
-        self._device = model.decoder.embedding.weight.device
-        self._vocab_size = model.decoder.embedding.weight.shape[0]
+        self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Many[CacheLayer], limits: Limits
+    ) -> None:
+        super().__init__(model, backend, cache, layers)
         self._max_num_seqs = limits.max_num_seqs
-        homes = layers[0].k.shape[0]
-        self._last_tokens = torch.zeros(homes + 1, dtype=torch.int64, device=self._device)
+        num_slots = layers[0].k.shape[0]
+        self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
         sizes = ladder(limits.max_num_seqs) if backend.can_capture(layers[0]) else []
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
+        self._newest: LaunchedStep | None = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compiles what a step may need that no graph holds; touches no memory in the cache."""
+        """Compile what a step may need that no graph contains. Touches no memory of the cache."""
         for layer in {layer.window: layer for layer in self._layers}.values():
-            self.model.backend.warm_up(layer, self._max_num_seqs)
+            self._backend.warm_up(layer, self._max_num_seqs)
         self._warm_up_sampling()
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Makes the graphs; needs no memory in the cache, since padded rows touch none."""
+        """Capture the graphs. Needs no memory of the cache: padding is not stored."""
         if self._backend.can_capture(self._layers[0]):
             self._graphs.capture(self.model, self._backend, self._layers)
 
     def _warm_up_sampling(self) -> None:
-        """For as many rows as a step can have: to compile what it needs, and to take the memory before a cache does."""
+        """For as many samples as a step can have: compiles kernels, and takes the memory before the cache does."""
         drawn = Sequence(token_array([0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
-        plan = plan_sampling([drawn.next_token(1)] * self._max_num_seqs, self._vocab_size)
-        logits = self.model.decoder.head.weight.new_zeros((self._max_num_seqs, self._vocab_size))
-        sample(logits, to_device(plan, self._device), self.model.kernels)
+        plan = plan_sampling([drawn.next_token(1)] * self._max_num_seqs, self.model.vocab_size)
+        logits = self.model.head.weight.new_zeros((self._max_num_seqs, self.model.vocab_size))
+        sample(logits, to_device(plan, self._device), self.model.ops)
 
     @torch.inference_mode()
     def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> LaunchedStep:
-        """Starts a step, whose memory is prepared; returns before the device is done, and waits for no earlier step."""
+        """Start a step, whose memory is mapped. Returns before the device is done.
+
+        Waits for the step before it only where sampling reads tokens on the host (bad words, logits processors).
+        """
         began_s, chunks = time.perf_counter(), out.chunks
+        self._wait_for_host_tokens(chunks, sequences)
         address = self._cache.address(chunks)
-        plan = self._plan(chunks, address, sequences)
+        plan = self._plan_sampling(chunks, slots_of(address), sequences)
         started = _mark()
         compute = self._prepare(chunks, address, sequences, plan)
         prepare_inputs_s = time.perf_counter() - began_s
         launched = LaunchedStep(out, compute(), plan, sequences, started, prepare_inputs_s)
         self._cache.prefetch(chunks)
+        self._newest = launched
         return launched
 
     def wait(self) -> None:
-        """Waits for all that was started, also where launch() raised before it returned a future."""
+        """Wait for every launched step, also where launch() raised before it returned a future."""
         torch.cuda.synchronize(self._device)
 
-    def _plan(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> SamplingPlan | None:
-        """None where all is greedy."""
-        if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):
-            return None
-        rows = [
-            sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens, home)
-            for chunk, home in zip(chunks, _homes(address), strict=True)
-            if chunk.samples
-        ]
-        plan = to_device(plan_sampling(rows, self._vocab_size), self._device)
-        return with_last_tokens(plan, self._last_tokens)
+    def _wait_for_host_tokens(self, chunks: Many[Chunk], sequences: SequenceTable) -> None:
+        is_needed = any(sequences[chunk.request_id].params.needs_host_tokens for chunk in chunks if chunk.samples)
+        if is_needed and self._newest is not None:
+            self._newest.result()
+
+    def _plan_sampling(self, chunks: Many[Chunk], slots: Many[int], sequences: SequenceTable) -> SamplingPlan | None:
+        plan = super()._plan_sampling(chunks, slots, sequences)
+        return None if plan is None else with_last_tokens(plan, self._last_tokens)
 
     def _prepare(
         self, chunks: Many[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None
     ) -> Callable[[], Sampled | None]:
         """The step, ready to be started."""
-        graph = self._graph_for(chunks)
+        slots, graph = slots_of(address), self._graph_for(chunks)
         if graph is not None:
-            token_ids = _tokens(chunks, address, sequences)
+            token_ids = tokens_of(chunks, slots, sequences)
             return lambda: self._replay(graph, chunks, address, token_ids, plan)
-        inputs = self._inputs(chunks, address, sequences)
-        metadata = self._backend.plan(Batch(tuple(chunks), inputs.token_ids, inputs.positions, None), address)
+        inputs = self._inputs(chunks, slots, sequences)
+        metadata = self._backend.plan(inputs.batch, address)
         return lambda: self._compute(inputs, metadata, plan)
 
     def _replay(
-        self, graph: DecodeGraph, chunks: Many[Chunk], address: Address, token_ids: array[int],
+        self, graph: DecodeGraph, chunks: Many[Chunk], address: Address, token_ids: Many[int],
         plan: SamplingPlan | None,
     ) -> Sampled:  # fmt: skip
-        """What a plan draws takes the place of the likeliest tokens, behind the graph."""
-        replayed = graph.replay(chunks, address, token_ids, _homes(address))
+        """Where there is a plan, what it samples after the graph replaces the graph's argmax."""
+        replayed = graph.replay(chunks, address, token_ids, slots_of(address))
         if plan is None:
             return Sampled(replayed.tokens, None)
-        return self._sample(replayed.logits, replayed.homes, plan)
+        return self._sample_into(replayed.logits, replayed.slots, plan)
 
     def _compute(self, inputs: _Inputs, metadata: Metadata, plan: SamplingPlan | None) -> Sampled | None:
-        stream = self.model.embed(inputs.token_ids, self._last_tokens)
-        stream = self.model(stream, inputs.positions, self._layers, metadata)
-        if not len(inputs.sampled_rows):
-            return None
-        if len(inputs.sampled_rows) < len(stream):
-            stream = stream[inputs.sampled_rows]
-        return self._sample(self.model.logits(stream), inputs.sampled_homes, plan)
+        logits = self.model(inputs.batch, self._layers, metadata, self._last_tokens)
+        return self._sample_into(logits, inputs.sample_slots, plan) if len(inputs.sample_slots) else None
 
-    def _sample(self, logits: Tensor, homes: Tensor, plan: SamplingPlan | None) -> Sampled:
-        """logits: [S, vocab_size]; homes: [S], which have the tokens from then on."""
-        kernels = self.model.kernels
+    def _sample_into(self, logits: Tensor, slots: Tensor, plan: SamplingPlan | None) -> Sampled:
+        """logits: [S, vocab_size]; slots: [S], whose last tokens become the sampled ones."""
         if plan is None:
-            return Sampled(kernels.argmax_into(logits, homes, self._last_tokens), None)
-        sampled = sample(logits, plan, kernels)
-        self._last_tokens[homes] = sampled.token_ids
+            return Sampled(self.model.ops.argmax_into(logits, slots, self._last_tokens), None)
+        sampled = self._sample(logits, plan)
+        self._last_tokens[slots] = sampled.token_ids
         return sampled
 
     def _graph_for(self, chunks: Many[Chunk]) -> DecodeGraph | None:
         return self._graphs.for_batch(len(chunks)) if all(_is_decode(chunk) for chunk in chunks) else None
 
-    def _inputs(self, chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> _Inputs:
-        positions: list[int] = []
-        rows: list[int] = []
-        for chunk in chunks:
-            positions.extend(range(chunk.start, chunk.start + chunk.num_tokens))
-            if chunk.samples:
-                rows.append(len(positions) - 1)
-        token_ids = _tokens(chunks, address, sequences)
-        homes = [home for chunk, home in zip(chunks, _homes(address), strict=True) if chunk.samples]
-        inputs = (torch.tensor(part, dtype=torch.int32) for part in (token_ids, positions, rows, homes))
-        return to_device(_Inputs(*inputs), self._device)
+    def _inputs(self, chunks: Many[Chunk], slots: Many[int], sequences: SequenceTable) -> _Inputs:
+        sample_slots = [slot for chunk, slot in zip(chunks, slots, strict=True) if chunk.samples]
+        return to_device(_Inputs(make_batch(chunks, slots, sequences), int32(sample_slots)), self._device)
 
 
 def _mark() -> torch.cuda.Event:
@@ -194,16 +176,3 @@ def _mark() -> torch.cuda.Event:
 
 def _is_decode(chunk: Chunk) -> bool:
     return chunk.num_tokens == 1 and chunk.samples
-
-
-def _tokens(chunks: Many[Chunk], address: Address, sequences: SequenceTable) -> array[int]:
-    """All chunks' tokens, one chunk after the other, with stand-ins for those that the host does not know."""
-    tokens = token_array()
-    for chunk, home in zip(chunks, _homes(address), strict=True):
-        tokens += sequences[chunk.request_id].tokens(chunk.start, chunk.start + chunk.num_tokens, home)
-    return tokens
-
-
-def _homes(address: Address) -> Many[int]:
-    """A number for each request that no other resident one has: its slot, or its first block."""
-    return [table[0] for table in address.block_tables] if isinstance(address, BlockAddress) else address.slots

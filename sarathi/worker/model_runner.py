@@ -1,85 +1,118 @@
-"""One step on one device: chunks to tensors, the model, the sampler; knows no queues and not how memory is managed."""
+"""Model runner of the CPU, and what it shares with the CUDA runner: inputs, sampling, results."""
+
+from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, CompletedStep, HostTimes, SampledToken, SchedulerOutput, StepResult
-from sarathi.model_executor.attention.address import Address, CacheLayer
+from sarathi.messages import Chunk, CompletedStep, HostTimes, SampledToken, SchedulerOutput, StepFuture, StepResult
+from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.ops import create_ops
 from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling
 from sarathi.model_executor.sampling.sampler import Sampled, sample
-from sarathi.worker.sequences import SequenceTable
+from sarathi.worker.sequences import SequenceTable, token_array
 from sarathi.worker.transfer import to_device
 
 
 class KVCache(Protocol):
-    """The cache as a step sees it: memory for the chunks is there already."""
+    """The cache of a step: memory for its chunks is mapped."""
 
     def address(self, chunks: Sequence[Chunk]) -> Address:
-        """Where the chunks' tokens lie, in the order of the chunks."""
+        """Where the chunks' tokens are, in the order of the chunks."""
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
-        """Starts to map what the next step will need; returns at once."""
+        """Start to map what the next step will need. Returns at once."""
 
 
 class ModelRunner:
-    """Eager steps, each complete when launch() returns."""
+    """Runs each step to its end before launch() returns."""
 
     max_in_flight = 1
 
     def __init__(self, model: Decoder, backend: AttentionBackend, cache: KVCache, layers: Sequence[CacheLayer]) -> None:
         self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
-        self._device = model.embedding.weight.device
-        self._vocab_size = model.embedding.weight.shape[0]
-        self._kernels = create_ops(self._device)
+        self._device = model.place.device
 
     @torch.inference_mode()
-    def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> CompletedStep:
-        """Computes the chunks, whose memory is prepared, and appends what is sampled to `sequences`."""
+    def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> StepFuture:
+        """Compute the chunks, whose memory is mapped, and append what is sampled to `sequences`."""
         began_s, chunks = time.perf_counter(), out.chunks
-        batch = make_batch(chunks, sequences, self._device, self.model.rotary.frequencies.rope.depends_on_length)
-        sampling = [chunk.request_id for chunk in chunks if chunk.samples]
-        next_tokens = [
-            sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens) for chunk in chunks if chunk.samples
-        ]
-        plan = to_device(plan_sampling(next_tokens, self._vocab_size), self._device)
-        metadata = self._backend.plan(batch, self._cache.address(chunks))
+        address = self._cache.address(chunks)
+        slots = slots_of(address)
+        plan = self._plan_sampling(chunks, slots, sequences)
+        batch = make_batch(chunks, slots, sequences, with_rope_lengths=self.model.needs_rope_lengths)
+        metadata = self._backend.plan(batch, address)
         self._cache.prefetch(chunks)
         started_s = time.perf_counter()
         logits = self.model(batch, self._layers, metadata)
         done_s = time.perf_counter()
-        tokens = tuple(read_sampled(sampling, sample(logits, plan, self._kernels), plan)) if sampling else ()
+        tokens = tuple(read_sampled(chunks, self._sample(logits, plan), plan))
         sequences.append(tokens)
         host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
         return CompletedStep(StepResult(out.step_id, tokens, done_s - started_s, host=host))
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """No step is running."""
+
+    def _plan_sampling(
+        self, chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable
+    ) -> SamplingPlan | None:
+        """On the device; None where every sampled token is an argmax and nothing else is asked for."""
+        if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):
+            return None
+        tokens = [
+            sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens, slot)
+            for chunk, slot in zip(chunks, slots, strict=True)
+            if chunk.samples
+        ]
+        return to_device(plan_sampling(tokens, self.model.vocab_size), self._device)
+
+    def _sample(self, logits: Tensor, plan: SamplingPlan | None) -> Sampled:
+        """logits: [S, vocab_size]."""
+        return Sampled(self.model.ops.argmax(logits), None) if plan is None else sample(logits, plan, self.model.ops)
+
+
+def slots_of(address: Address) -> Sequence[int]:
+    """The slot (or first block) of each request: unique among running requests."""
+    return [table[0] for table in address.block_tables] if isinstance(address, BlockAddress) else address.slots
 
 
 def make_batch(
-    chunks: Sequence[Chunk], sequences: SequenceTable, device: torch.device, with_rope_lengths: bool = False
+    chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable, *, with_rope_lengths: bool = False
 ) -> Batch:
-    """Tensors of the chunks' tokens, in order."""
-    token_ids: list[int] = []
+    """Tensors of the chunks' tokens, in order: int32, on the CPU."""
     positions: list[int] = []
-    rows: list[int] = []
+    sample_indices: list[int] = []
     for chunk in chunks:
-        end = chunk.start + chunk.num_tokens
-        token_ids.extend(sequences[chunk.request_id].token_ids[chunk.start : end])
-        positions.extend(range(chunk.start, end))
+        positions.extend(range(chunk.start, chunk.start + chunk.num_tokens))
         if chunk.samples:
-            rows.append(len(token_ids) - 1)
-    sampled_rows = None if len(rows) == len(token_ids) else _indices(rows, device)
-    lengths = _indices(_rope_lengths(chunks, sequences), device) if with_rope_lengths else None
-    return Batch(tuple(chunks), _indices(token_ids, device), _indices(positions, device), sampled_rows, lengths)
+            sample_indices.append(len(positions) - 1)
+    return Batch(
+        tuple(chunks),
+        int32(tokens_of(chunks, slots, sequences)),
+        int32(positions),
+        None if len(sample_indices) == len(positions) else int32(sample_indices),
+        int32(_rope_lengths(chunks, sequences)) if with_rope_lengths else None,
+    )
+
+
+def tokens_of(chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable) -> array[int]:
+    """The chunks' tokens, concatenated, with placeholder tokens for those that the host does not know yet."""
+    tokens = token_array()
+    for chunk, slot in zip(chunks, slots, strict=True):
+        tokens += sequences[chunk.request_id].tokens(chunk.start, chunk.start + chunk.num_tokens, slot)
+    return tokens
+
+
+def int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def _rope_lengths(chunks: Sequence[Chunk], sequences: SequenceTable) -> list[int]:
@@ -90,12 +123,9 @@ def _rope_lengths(chunks: Sequence[Chunk], sequences: SequenceTable) -> list[int
     ]
 
 
-def _indices(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def read_sampled(request_ids: Sequence[str], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
-    """One token for each request; waits for tensors on a device. plan: None where no more was asked for."""
+def read_sampled(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
+    """One token for each chunk that samples; waits for tensors on a device. plan: see `_plan_sampling`."""
+    request_ids = [chunk.request_id for chunk in chunks if chunk.samples]
     token_ids = sampled.token_ids.tolist()
     if plan is None or plan.logprobs is None or sampled.logprobs is None:
         yield from map(SampledToken, request_ids, token_ids)

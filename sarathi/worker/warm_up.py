@@ -11,8 +11,6 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.models.fused import FusedDecoder
-from sarathi.model_executor.ops import create_ops
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cache_engine.base import CacheEngine, KVCacheSpec
 from sarathi.worker.cuda_graphs import Limits
@@ -20,27 +18,24 @@ from sarathi.worker.cuda_runner import CudaModelRunner
 from sarathi.worker.model_runner import ModelRunner
 from sarathi.worker.sequences import SequenceTable
 
-Runner = ModelRunner | CudaModelRunner
-_STEP_TOKENS = (*range(64, 1025, 64), 1536, 2048, 3072, 4096, 8192)  # by which products differ in their kernels
-_PROMPTS = 16  # in one step: so many that attention shares none of them out over the device
+_STEP_TOKENS = (*range(64, 1025, 64), 1536, 2048, 3072, 4096, 8192)  # sizes between which cuBLAS changes its kernels
+_PROMPTS = 16  # in one step: so many that attention does not split any of them over the device
 _SHORT_PROMPT = 16  # tokens
 
 
 def create_runner(
     model: Decoder, backend: AttentionBackend, cache: CacheEngine, arch: ModelArchitecture, spec: KVCacheSpec
-) -> Runner:
-    """Fused kernels, graphs and overlap on a GPU, where kernel and architecture allow; else the plain steps."""
-    device = model.embedding.weight.device
+) -> ModelRunner:
+    """CUDA graphs and overlapping steps on a GPU, eager steps elsewhere."""
     layers = [CacheLayer(*cache.layer(index), arch.window_of(index)) for index in range(arch.num_layers)]
-    if device.type != "cuda" or not FusedDecoder.supports(arch):
+    if model.place.device.type != "cuda":
         return ModelRunner(model, backend, cache, layers)
-    fused = FusedDecoder(model, arch, create_ops(device), backend, spec.max_model_len)
     blocks = -(-spec.max_model_len // cache.block_size) if cache.block_size else 0
     limits = Limits(spec.max_num_seqs, spec.max_model_len, blocks)
-    return CudaModelRunner(fused, backend, cache, layers, limits)
+    return CudaModelRunner(model, backend, cache, layers, limits)
 
 
-def warm_up(runner: Runner, cache: CacheEngine, config: EngineConfig, spec: KVCacheSpec) -> None:
+def warm_up(runner: ModelRunner, cache: CacheEngine, config: EngineConfig, spec: KVCacheSpec) -> None:
     """Run steps of many sizes and capture CUDA graphs; the memory that is free afterwards stays free.
 
     The largest step allocates as much as any step can. The others make the libraries load their kernels, which would
@@ -59,14 +54,14 @@ def warm_up(runner: Runner, cache: CacheEngine, config: EngineConfig, spec: KVCa
 
 
 def largest_step(max_tokens: int, spec: KVCacheSpec) -> list[int]:
-    """Tokens of the prompts that fill a step: each as long as a prompt can be, and the rest."""
+    """Lengths of the prompts that fill a step: as many of the longest as fit, and the rest."""
     longest = spec.max_model_len - 1
     rest = max_tokens % longest
     return ([longest] * (max_tokens // longest) + ([rest] if rest else []))[: spec.max_num_seqs]
 
 
 def _run(runner: CudaModelRunner, cache: CacheEngine, prompts: Sequence[int], spec: KVCacheSpec) -> None:
-    """A step of prompts of so many tokens each, or of as many as fit, on memory that goes back at once."""
+    """Run a step of prompts of these lengths, as far as they fit, on memory that is released at once."""
     capacity, rows = cache.capacity, 0
     sequences, chunks = SequenceTable(0), []
     for number, tokens in enumerate(prompts):

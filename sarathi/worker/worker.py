@@ -8,6 +8,7 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import create_backend
 from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.ops import create_ops
 from sarathi.worker.cache_engine.base import KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
@@ -41,7 +42,7 @@ class Worker:
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
         attention = create_backend(backend, arch, place)
-        model = Decoder(arch, place, attention)
+        model = Decoder(arch, place, create_ops(place.device), attention, self.max_model_len)
         load_weights(model, checkpoint, config.model.seed)
         spec = KVCacheSpec(
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),

@@ -23,7 +23,7 @@ from sarathi import LLM, SamplingParams
 from sarathi.messages import NewRequest, SampledToken
 from sarathi.model_executor.attention.base import KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend
-from sarathi.model_executor.ops.native.ops import NativeOps
+from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.sampling.plan import plan_sampling
 from sarathi.model_executor.sampling.sampler import filtered
 from sarathi.worker.cuda_graphs import DecodeGraph

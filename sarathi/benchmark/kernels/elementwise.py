@@ -10,7 +10,7 @@ from sarathi.benchmark.kernels.shapes import Model
 from sarathi.benchmark.kernels.timing import copies_for, graph_us
 from sarathi.benchmark.records import Record, Table
 from sarathi.model_executor.ops import Ops
-from sarathi.model_executor.ops.types import CacheTarget, RotationTable
+from sarathi.model_executor.ops.types import CacheTarget, RopeTable
 
 
 class Work(NamedTuple):
@@ -61,7 +61,7 @@ def _rope(model: Model, tokens: int, copies: int) -> Work:
     cache = [random_tensor(2, tokens, model.num_kv_heads, model.head_size) for _ in range(2)]
     rows = torch.ones(tokens, dtype=torch.int32, device="cuda")
     target = CacheTarget(*cache, rows, positions.int())
-    turned = RotationTable(angles.cos(), angles.sin())
+    turned = RopeTable(angles.cos(), angles.sin())
 
     def launch(kernels: Ops, i: int) -> None:
         q, k, v = packed[i].split((model.num_heads, model.num_kv_heads, model.num_kv_heads), dim=1)

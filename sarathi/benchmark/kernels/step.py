@@ -18,7 +18,7 @@ from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
 from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, VarlenStep, scheduled
 from sarathi.model_executor.ops.triton.decode_attention import DecodeWorkspace, decode_attention
 from sarathi.model_executor.ops.triton.ops import TritonOps
-from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, RotationTable
+from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, RopeTable
 
 _EPS = 1e-5
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, keys, values
@@ -51,7 +51,7 @@ class Step:
         self.slots = torch.arange(batch, dtype=torch.int32, device="cuda")
         self.positions = self.lengths - 1
         angles = torch.rand(context, model.head_size // 2, device="cuda")
-        self.turns = RotationTable(angles.cos(), angles.sin())
+        self.turns = RopeTable(angles.cos(), angles.sin())
         self.x = random_tensor(batch, model.hidden)
 
     def run(self, kernels: TritonOps, attend: Attend) -> Tensor:

@@ -1,1 +1,1 @@
-"""The parts of a decoder: weights and the few operations on them; knows no requests, no cache and no files."""
+"""The parts of a decoder: objects that own weights and call the operations they were built with."""

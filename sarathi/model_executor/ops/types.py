@@ -1,4 +1,4 @@
-"""Arguments of operations beside activations: RoPE tables, places in the cache, placeholder tokens."""
+"""Arguments of operations other than activations: RoPE tables, places in the KV cache, placeholder tokens."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-class RotationTable(NamedTuple):
-    """Rotation angles by position, for rotations that pair element i with element i + rotary_dim / 2."""
+class RopeTable(NamedTuple):
+    """Cosines and sines by position; element i of a head is paired with element i + rotary_dim / 2."""
 
-    cos: Tensor  # [max_positions, rotary_dim / 2], float32 or the model's dtype
-    sin: Tensor  # [max_positions, rotary_dim / 2]
+    cos: Tensor  # [positions, rotary_dim / 2], float32 or the model's dtype
+    sin: Tensor  # [positions, rotary_dim / 2]
 
 
 class CacheTarget(NamedTuple):
@@ -18,24 +18,24 @@ class CacheTarget(NamedTuple):
 
     keys: Tensor  # [num_rows, row_tokens, kv_heads, head_size], any strides with the last one 1
     values: Tensor  # [num_rows, row_tokens, kv_heads, head_size]
-    rows: Tensor  # [num_tokens] int32: slot or block; negative: the token is padding and is stored nowhere
-    cols: Tensor  # [num_tokens] int32: token within the slot or block
+    rows: Tensor  # [num_tokens] integers: slot or block; negative: the token is padding and is not stored
+    cols: Tensor  # [num_tokens] integers: token within the slot or block
 
 
 class DecodeBatch(NamedTuple):
     """One query token for each of several sequences over contiguous slots."""
 
-    slots: Tensor  # [num_seqs] int32: row of the cache
+    slots: Tensor  # [num_seqs] int32
     lengths: Tensor  # [num_seqs] int32: tokens in the slot, the query's own included; 0: padding
     window: int | None = None  # how many tokens a query sees, its own included; None: all
 
 
 class NewTokens(NamedTuple):
-    """What a decode batch adds to the cache: the keys are not turned yet, and neither are the queries."""
+    """Keys and values that a step adds to the cache. RoPE is not applied to the keys yet, nor to the queries."""
 
-    keys: Tensor  # [num_seqs, kv_heads, head_size], last stride 1
-    values: Tensor  # [num_seqs, kv_heads, head_size], last stride 1
-    table: RotationTable  # of the whole head: rotary_dim = head_size; a sequence's position is its length - 1
+    keys: Tensor  # [num_tokens, kv_heads, head_size], last stride 1
+    values: Tensor  # [num_tokens, kv_heads, head_size], last stride 1
+    table: RopeTable
 
 
 def placeholder_token(slot: int) -> int:

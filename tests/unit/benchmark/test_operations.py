@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sarathi.benchmark.operations import (
+    ACTIVATION,
     ATTENTION,
     LAYER_OPERATIONS,
-    ROTATION,
+    ROPE,
     SAVE,
     WHOLE_OPERATIONS,
     OperationProbe,
@@ -24,9 +25,9 @@ from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
+from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.models.fused import FusedDecoder
-from sarathi.model_executor.ops import create_ops
+from sarathi.model_executor.ops.native import NativeOps, apply_rope
 from sarathi.model_executor.ops.types import CacheTarget
 from sarathi.model_executor.placement import Placement
 
@@ -35,7 +36,7 @@ TOKENS = 5
 
 
 class Part:
-    """Adds one, slowly; is called as itself or by a method."""
+    """Adds one, slowly."""
 
     weight = torch.zeros(1)
 
@@ -43,20 +44,32 @@ class Part:
         time.sleep(SLEEP_S)
         return x + 1
 
-    add = forward = __call__
+    add_to = silu_and_mul = store = __call__
 
 
 class FakeBackend(Part):
-    """Stores before it attends, by a method of its own."""
+    """Stores at the end of one method, which another one calls at its beginning."""
 
-    def forward(self, x: float) -> float:
-        return self(self.store(x))
+    def append_and_attend(self, x: float) -> float:
+        return self(self.rope_and_store(x))
 
-    store = Part.__call__
+    def rope_and_store(self, x: float) -> float:
+        return self.store(self(x))
+
+
+class GateUp(Part):
+    """Its activation is an operation of its own."""
+
+    ops = Part()
+
+    def gated(self, x: float) -> float:
+        return self.ops.silu_and_mul(self(x))
 
 
 class FakeDecoder:
     """Parts where the real decoder has them."""
+
+    place = Placement(torch.float32, torch.device("cpu"))
 
     def __init__(self, num_layers: int = 3) -> None:
         self.embedding, self.norm, self.head = Part(), Part(), Part()
@@ -65,8 +78,8 @@ class FakeDecoder:
             SimpleNamespace(
                 input_norm=Part(),
                 post_norm=Part(),
-                attention=SimpleNamespace(qkv=Part(), rotate=Part(), backend=backend, output=Part()),
-                feed_forward=SimpleNamespace(gate_up=Part(), activate=Part(), down=Part()),
+                attention=SimpleNamespace(qkv=Part(), backend=backend, output=Part()),
+                mlp=SimpleNamespace(gate_up=GateUp(), down=Part()),
             )
             for _ in range(num_layers)
         ]
@@ -74,10 +87,10 @@ class FakeDecoder:
     def __call__(self, x: float) -> float:
         x = self.embedding(x)
         for layer in self.layers:
-            x = layer.attention.rotate(layer.attention.qkv(layer.input_norm.add(x)))
-            x = layer.attention.output(layer.attention.backend.forward(x))
-            x = layer.feed_forward.down(layer.feed_forward.activate(layer.feed_forward.gate_up(layer.post_norm.add(x))))
-        return self.head(self.norm.add(x))
+            x = layer.attention.backend.append_and_attend(layer.attention.qkv(layer.input_norm(x)))
+            x = layer.post_norm(layer.attention.output.add_to(x))
+            x = layer.mlp.down.add_to(layer.mlp.gate_up.gated(x))
+        return self.head(self.norm(x))
 
 
 class FakeExecutor:
@@ -112,11 +125,11 @@ def test_each_operation_is_timed_once_a_step() -> None:
         ((chunk("a", 1), chunk("b", 1)), (chunk("a", 5),), (chunk("a", 1), chunk("b", 3)))
     ):
         probed.launch(SchedulerOutput(step_id, chunks=chunks))
-    assert executor.value == 3 * len({*LAYER_OPERATIONS, SAVE}) + len(WHOLE_OPERATIONS)
+    assert executor.value == 3 * len(LAYER_OPERATIONS) + len(WHOLE_OPERATIONS)
     operations = store.records().operations
     names = {row.name for row in operations}
-    assert names == {*LAYER_OPERATIONS, SAVE, *WHOLE_OPERATIONS, "attn_prefill", "attn_decode"}
-    assert len(operations) == 3 * len({*LAYER_OPERATIONS, SAVE, *WHOLE_OPERATIONS})
+    assert names == {*LAYER_OPERATIONS, *WHOLE_OPERATIONS, "attn_prefill", "attn_decode"}
+    assert len(operations) == 3 * len({*LAYER_OPERATIONS, *WHOLE_OPERATIONS})
     assert all(SLEEP_S <= row.duration_s < 1 for row in operations)
     spans = [(row.start_s, row.start_s + row.duration_s) for row in operations]
     assert all(end <= start + SLEEP_S / 2 for (_, end), (start, _) in pairwise(spans))  # none lies within another
@@ -132,8 +145,14 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
     return torch.einsum("hqk,khd->qhd", weights, values).contiguous()
 
 
-class OneCallBackend:
-    """Attention of a fused step by one kernel. No cache."""
+class OneCallBackend(AttentionBackend):
+    """Everything in one kernel, as in decode steps on a GPU. No cache."""
+
+    def plan(self, batch, address):
+        pass
+
+    def attend(self, query, layer, metadata):
+        raise AssertionError("append_and_attend does all of it")
 
     def append_and_attend(self, query, new, positions, layer, metadata):
         return attention(query, new.keys, new.values)
@@ -147,7 +166,7 @@ class StoringBackend(AttentionBackend):
 
     def rope_and_store(self, query, new, positions, layer, metadata):
         target = CacheTarget(layer.k, layer.v, torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS))
-        create_ops(torch.device("cpu")).rope_and_store(query, new.keys, new.values, positions, new.table, target)
+        NativeOps().rope_and_store(query, new.keys, new.values, positions, new.table, target)
 
     def attend(self, query, layer, metadata):
         return attention(query, layer.k[0, :TOKENS], layer.v[0, :TOKENS])
@@ -159,28 +178,51 @@ ARCH = ModelArchitecture(
 )  # fmt: skip
 
 
+class SeparateStore(StoringBackend):
+    """Stores by a method of its own, as on the CPU."""
+
+    def rope_and_store(self, query, new, positions, layer, metadata):
+        apply_rope(query, new.keys, positions, new.table)
+        self.store(new.keys, new.values, layer, metadata)
+
+    def store(self, key, value, layer, metadata):
+        layer.k[0, :TOKENS], layer.v[0, :TOKENS] = key, value
+
+
+class FusedOps(NativeOps):
+    """The activation is a part of the product, as on a GPU."""
+
+    def gated_linear(self, x, weight, bias=None):
+        return NativeOps().silu_and_mul(self.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(
-    ("backend", "attends"), [(OneCallBackend(), [ATTENTION]), (StoringBackend(), [ROTATION, ATTENTION])]
+    ("backend", "attends"),
+    [
+        (OneCallBackend(), [ATTENTION]),
+        (StoringBackend(), [ROPE, ATTENTION]),
+        (SeparateStore(), [ROPE, SAVE, ATTENTION]),
+    ],
 )
-def test_operations_of_the_fused_decoder_are_told_by_their_weights(qk_norm: bool, backend, attends) -> None:
+@pytest.mark.parametrize(("ops", "activates"), [(NativeOps(), [ACTIVATION]), (FusedOps(), [])])
+def test_operations_of_the_decoder_are_timed_where_they_are_calls_of_their_own(
+    qk_norm: bool, backend, attends, ops, activates
+) -> None:
     arch = replace(ARCH, qk_norm=qk_norm)
-    decoder = Decoder(arch, Placement(torch.float32, torch.device("cpu")), backend=None)
+    decoder = Decoder(arch, Placement(torch.float32, torch.device("cpu")), ops, backend, max_positions=16)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
-    fused = FusedDecoder(decoder, arch, create_ops(torch.device("cpu")), backend, max_positions=16)
     cache = [CacheLayer(*torch.zeros(2, 1, 16, arch.num_kv_heads, arch.head_size), None) for _ in range(3)]
+    batch = Batch((), torch.arange(TOKENS), torch.arange(TOKENS), None)
 
-    def logits() -> torch.Tensor:
-        stream = fused.embed(torch.arange(TOKENS), torch.zeros(1, dtype=torch.int64))
-        return fused.logits(fused(stream, torch.arange(TOKENS), cache, None))
-
-    expected, probe = logits(), OperationProbe(fused)
-    torch.testing.assert_close(logits(), expected)
+    expected, probe = decoder(batch, cache, None), OperationProbe(decoder)
+    torch.testing.assert_close(decoder(batch, cache, None), expected)
     names = [mark.name for mark in probe.take()]
-    fused_away = {ROTATION, ATTENTION, "mlp_activation"}
-    assert sorted(names) == sorted([*LAYER_OPERATIONS.keys() - fused_away, *WHOLE_OPERATIONS, *attends])
+    everywhere = LAYER_OPERATIONS.keys() - {ROPE, SAVE, ATTENTION, ACTIVATION}
+    assert sorted(names) == sorted([*everywhere, *WHOLE_OPERATIONS, *attends, *activates])
     assert names[names.index("attn_pre_proj") + 1 : names.index("attn_post_proj")] == attends
+    assert names[names.index("mlp_up_proj") + 1 : names.index("mlp_down_proj")] == activates
     assert probe.take() == []
 
 

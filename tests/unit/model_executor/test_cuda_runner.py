@@ -17,9 +17,7 @@ from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
 from sarathi.model_executor.attention.metadata import DeviceStep, make_step, slot_mapping
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.models.fused import FusedDecoder
-from sarathi.model_executor.ops.native.ops import NativeOps
-from sarathi.model_executor.ops.native.rope import apply_rope
+from sarathi.model_executor.ops.native import NativeOps, apply_rope
 from sarathi.model_executor.placement import Placement
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker import cuda_runner
@@ -96,20 +94,20 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
     capture = DecodeGraph.capture
 
-    def capture_as_function(graph: DecodeGraph, compute, kernels, pool) -> None:
-        capture(graph, compute, kernels, pool)
-        graph._graph.replay = lambda: graph._tokens.copy_(graph._run(compute, kernels)[0])  # where they always are
+    def capture_as_function(graph: DecodeGraph, compute, ops, pool) -> None:
+        capture(graph, compute, ops, pool)
+        graph._graph.replay = lambda: graph._tokens.copy_(graph._run(compute, ops)[0])  # where they always are
 
     monkeypatch.setattr(DecodeGraph, "capture", capture_as_function)
 
 
 @pytest.fixture(scope="module")
-def model() -> FusedDecoder:
+def model() -> Decoder:
     torch.manual_seed(3)
-    decoder = Decoder(ARCH, Placement(torch.float32, CPU), backend=None)
+    decoder = Decoder(ARCH, Placement(torch.float32, CPU), NativeOps(), LoopBackend(), max_positions=LENGTH)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return FusedDecoder(decoder, ARCH, NativeOps(), LoopBackend(), max_positions=LENGTH)
+    return decoder
 
 
 def params_of(rng: random.Random) -> SamplingParams:
@@ -142,7 +140,7 @@ def steps(prompts: dict[str, list[int]], num_outputs: int) -> Iterator[list[Chun
 
 
 def run(
-    model: FusedDecoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int]
+    model: Decoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int]
 ) -> list[list[SampledToken]]:
     shape = (SLOTS, LENGTH, ARCH.num_kv_heads, ARCH.head_size)
     layers = [CacheLayer(torch.zeros(shape), torch.zeros(shape), None) for _ in range(ARCH.num_layers)]
@@ -162,7 +160,7 @@ def run(
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("attempt", range(5))
-def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: FusedDecoder, graphs: bool, attempt: int) -> None:
+def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: Decoder, graphs: bool, attempt: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)

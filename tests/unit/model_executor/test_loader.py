@@ -25,6 +25,7 @@ from sarathi.model_executor.loader.reading import CheckpointError
 from sarathi.model_executor.loader.source import ModelSource
 from sarathi.model_executor.models import read_architecture
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.placement import Placement
 from sarathi.model_executor.rope import Rope
 
@@ -46,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make_decoder(arch: ModelArchitecture) -> Decoder:
-    return Decoder(arch, PLACE, create_backend(BackendSpec.parse("sdpa_paged"), arch, PLACE))
+    backend = create_backend(BackendSpec.parse("sdpa_paged"), arch, PLACE)
+    return Decoder(arch, PLACE, NativeOps(), backend, arch.max_positions)
 
 
 def load(model: str | Path, load_format: str = "auto", seed: int = 0, packed: bool = True) -> Decoder:
@@ -266,7 +268,7 @@ def test_rope_divisors_of_a_gguf_file_become_frequencies(tmp_path: Path) -> None
     checkpoint = GGUFCheckpoint(file)
     arch = checkpoint.architecture()
     assert arch.rope.kind == "divided"
-    found = make_decoder(arch).rotary.frequencies.base
+    found = make_decoder(arch).frequencies.base
     expected = torch.tensor([1.0, 0.1, 0.01, 0.001]) / torch.from_numpy(divisors)
     torch.testing.assert_close(found, expected)
     assert [named.name for named in checkpoint.tensors()] == ["model.embed_tokens.weight"]

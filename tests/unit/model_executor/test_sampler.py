@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from sarathi.messages import NewRequest
-from sarathi.model_executor.ops.native.ops import NativeOps
+from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import filtered, sample
 from sarathi.sampling_params import SamplingParams

@@ -31,8 +31,8 @@ from sarathi.model_executor.attention.sdpa.backend import SdpaBackend
 from sarathi.model_executor.attention.sdpa.view import Lengths, write_index
 from sarathi.model_executor.attention.slot_pages import as_pages, one_slot, page_table
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.ops.native.rope import rope_and_store
-from sarathi.model_executor.ops.types import CacheTarget, NewTokens, RotationTable
+from sarathi.model_executor.ops.native import NativeOps
+from sarathi.model_executor.ops.types import CacheTarget, NewTokens, RopeTable
 from sarathi.model_executor.placement import Placement
 from vattention import VirtualKVCache
 
@@ -346,14 +346,14 @@ def test_new_tokens_are_rotated_stored_and_attended_to(name: str, packed: bool) 
     backend = SdpaBackend(ARCH, PLACE) if name == "sdpa" else FlashAttentionBackend(library, ARCH, PLACE)
     positions = torch.cat([torch.arange(c.start, c.start + c.num_tokens) for c in batch.chunks])
     angles = torch.outer(torch.arange(200.0), torch.rand(4))
-    table = RotationTable(angles.cos(), angles.sin())
+    table = RopeTable(angles.cos(), angles.sin())
     query, key, value = torch.randn(count, 8, 8).split((4, 2, 2), dim=1)
     if not packed:
         query, key = query.contiguous(), key.contiguous()
     caches = torch.randn(2, 6, 128, 2, 8)
     expected_caches, rotated, rotated_key = caches.clone(), query.clone(), key.clone()
     rows, cols = slot_mapping(make_step(batch.chunks, address, CPU), 128)
-    rope_and_store(rotated, rotated_key, value, positions, table, CacheTarget(*expected_caches, rows, cols))
+    NativeOps().rope_and_store(rotated, rotated_key, value, positions, table, CacheTarget(*expected_caches, rows, cols))
     metadata, layer = backend.plan(batch, address), CacheLayer(*caches, None)
     found = backend.append_and_attend(query, NewTokens(key, value, table), positions, layer, metadata)
     torch.testing.assert_close(caches, expected_caches)

@@ -13,7 +13,7 @@ first and last), and the program that is done with its part last joins them, in 
 do not depend on timing. The grid depends on the device and the number of sequences alone, and lengths are read on the
 device: a captured graph serves any lengths.
 
-Where the step's keys and values are handed over too, the program that has a run's last tile turns and stores them.
+Where the step's keys and values are handed over too, the program that has a run's last tile rotates and stores them.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from sarathi.model_executor.ops.triton.decode_attention_kernel import attention_kernel
-from sarathi.model_executor.ops.types import DecodeBatch, NewTokens, RotationTable
+from sarathi.model_executor.ops.types import DecodeBatch, NewTokens, RopeTable
 
 _LOG2_E = 1.4426950408889634
 # Said so that ptxas does not spill a few registers to let a third program fit on a multiprocessor where the grid has
@@ -94,7 +94,7 @@ def decode_attention(
 ) -> Tensor:
     """See ``native.decode_attention``. Any slot, token and head strides; at most 16 query heads to a kv head.
 
-    head_size: a power of two. new: None where q is turned and the cache holds the step's keys and values already.
+    head_size: a power of two. new: None where q is rotated and the cache holds the step's keys and values already.
     Returns a contiguous tensor like q: `out` where it is given.
     """
     if out is None:
@@ -103,7 +103,7 @@ def decode_attention(
     if num_seqs == 0:
         return out
     config, kv_heads = workspace.config or config_for(num_seqs, head_size), keys.shape[2]
-    fresh = new or NewTokens(q, q, RotationTable(q, q))
+    fresh = new or NewTokens(q, q, RopeTable(q, q))
     attention_kernel[(workspace.num_sms * config.programs_per_sm,)](
         *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], scale * _LOG2_E, num_seqs),
         *(fresh.keys, fresh.values, *fresh.table),

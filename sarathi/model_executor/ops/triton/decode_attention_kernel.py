@@ -43,8 +43,8 @@ def _ask_for(row_ptrs, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _turned(own, other, cos, sin):
-    """Dimensions of a head, turned with those of its other half; rounded as a store between would have."""
+def _rotated(own, other, cos, sin):
+    """Dimensions of a head, rotated with those of its other half; rounded as a store between would have."""
     return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
 
 
@@ -59,8 +59,8 @@ def _angle(cos_ptr, sin_ptr, position, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _turned_queries(q_ptr, heads, stride_head, present, cos, sin, HEAD_SIZE: tl.constexpr):
-    """Query heads [PADDED, HEAD_SIZE], turned.
+def _rotated_queries(q_ptr, heads, stride_head, present, cos, sin, HEAD_SIZE: tl.constexpr):
+    """Query heads [PADDED, HEAD_SIZE], rotated.
 
     Read twice, since halves put together by tl.join would have the product's operands laid out four elements at a time,
     as ldmatrix cannot read them.
@@ -69,21 +69,21 @@ def _turned_queries(q_ptr, heads, stride_head, present, cos, sin, HEAD_SIZE: tl.
     rows_ptr, read = q_ptr + heads[:, None] * stride_head, present[:, None]
     own = tl.load(rows_ptr + dims[None, :], mask=read, other=0.0)
     other = tl.load(rows_ptr + _partner(dims, HEAD_SIZE)[None, :], mask=read, other=0.0)
-    return _turned(own, other, cos[None, :], sin[None, :])
+    return _rotated(own, other, cos[None, :], sin[None, :])
 
 
 @triton.jit
 def _store_new(new_key_ptr, new_value_ptr, key_ptr, value_ptr, cos, sin, HEAD_SIZE: tl.constexpr):
-    """One head of the step's key, turned, and of its value go to their place in the cache."""
+    """One head of the step's key, rotated, and of its value go to their place in the cache."""
     dims = tl.arange(0, HEAD_SIZE)
-    key = _turned(tl.load(new_key_ptr + dims), tl.load(new_key_ptr + _partner(dims, HEAD_SIZE)), cos, sin)
+    key = _rotated(tl.load(new_key_ptr + dims), tl.load(new_key_ptr + _partner(dims, HEAD_SIZE)), cos, sin)
     tl.store(key_ptr + dims, key)
     tl.store(value_ptr + dims, tl.load(new_value_ptr + dims))
 
 
 @triton.jit
 def _partner(dims, HEAD_SIZE: tl.constexpr):
-    """The dimension of the other half that each is turned with."""
+    """The dimension of the other half that each is rotated with."""
     return (dims + HEAD_SIZE // 2) % HEAD_SIZE
 
 
@@ -186,7 +186,7 @@ def attention_kernel(
                 head_keys_ptr = seq_keys_ptr + head * keys_stride_head
                 head_values_ptr = seq_values_ptr + head * values_stride_head
                 if NEW:
-                    q = _turned_queries(
+                    q = _rotated_queries(
                         q_ptr + wide_seq * q_stride_seq, heads, q_stride_head, present, cos, sin, HEAD_SIZE
                     )
                     if stop == head_begin + tiles:

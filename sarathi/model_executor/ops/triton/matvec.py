@@ -22,8 +22,8 @@ class MatvecConfig(NamedTuple):
     warps: int = 8
 
 
-class Around(NamedTuple):
-    """What is fused around the product; None where there is nothing."""
+class Epilogue(NamedTuple):
+    """What a product kernel does to its result before it stores it; None: nothing."""
 
     bias: Tensor | None = None  # [out]
     residual: Tensor | None = None  # [1, out]: added to the result
@@ -39,19 +39,21 @@ class Around(NamedTuple):
         return {"BIAS": self.bias is not None, "ADD": self.residual is not None, "GATED": self.gated}
 
 
-def matvec(x: Tensor, weight: Tensor, out: Tensor, around: Around, config: MatvecConfig, *, pdl: bool = False) -> None:
-    """``out = around(x @ weight.T)``. x: [1, in], contiguous; weight: [out or 2 * out, in]; out: [1, out]."""
+def matvec(
+    x: Tensor, weight: Tensor, out: Tensor, epilogue: Epilogue, config: MatvecConfig, *, pdl: bool = False
+) -> None:
+    """``out = epilogue(x @ weight.T)``. x: [1, in], contiguous; weight: [out or 2 * out, in]; out: [1, out]."""
     size = x.shape[1]
     outputs = out.shape[1]
     block_k = min(config.block_k, triton.next_power_of_2(size))
     options = {"num_warps": config.warps, **({"launch_pdl": True} if pdl else {})}
     _matvec_kernel[(triton.cdiv(outputs, config.rows),)](
-        *(x, weight, out, *around.pointers(x), outputs, weight.stride(0)),
+        *(x, weight, out, *epilogue.pointers(x), outputs, weight.stride(0)),
         SIZE=size,
         ROWS=config.rows,
         BLOCK_K=block_k,
         PDL=pdl,
-        **around.flags,
+        **epilogue.flags,
         **options,
     )
 

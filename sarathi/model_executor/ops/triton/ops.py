@@ -1,12 +1,12 @@
-"""All Triton kernels behind one interface. Safe in CUDA graphs: nothing here waits for the device or reads from it."""
+"""The set of Triton operations. Safe in CUDA graphs: nothing here waits for the device or reads from it."""
 
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.ops.triton import activation, embedding, norm, rope, sampling
+from sarathi.model_executor.ops.triton import elementwise, rope, sampling
 from sarathi.model_executor.ops.triton.linear import LinearKernels
 from sarathi.model_executor.ops.triton.skinny import MAX_TOKENS
-from sarathi.model_executor.ops.types import CacheTarget, RotationTable
+from sarathi.model_executor.ops.types import CacheTarget, RopeTable
 
 
 class TritonOps(LinearKernels):
@@ -17,44 +17,29 @@ class TritonOps(LinearKernels):
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         super().__init__(num_sms, device, max_skinny_tokens=max_skinny_tokens, pdl=pdl)
 
-    def embed(self, token_ids: Tensor, newest: Tensor, weight: Tensor) -> Tensor:
-        """See ``native.embedding.embed``."""
-        return embedding.embed(token_ids, newest, weight)
+    def embed(self, token_ids: Tensor, weight: Tensor, last_tokens: Tensor | None = None) -> Tensor:
+        """See ``NativeOps.embed``."""
+        return elementwise.embed(token_ids, weight, last_tokens)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See ``native.norm.rms_norm``."""
-        return norm.rms_norm(x, weight, eps, pdl=self._pdl)
+        """See ``NativeOps.rms_norm``."""
+        return elementwise.rms_norm(x, weight, eps, pdl=self._pdl)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See ``native.norm.add_rms_norm``."""
-        return norm.add_rms_norm(x, residual, weight, eps, pdl=self._pdl)
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See ``NativeOps.silu_and_mul``."""
+        return elementwise.silu_and_mul(gate_up, pdl=self._pdl)
 
     def rope_and_store(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RotationTable, target: CacheTarget
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RopeTable, target: CacheTarget
     ) -> None:
-        """See ``native.rope.rope_and_store``."""
+        """See ``NativeOps.rope_and_store``."""
         rope.rope_and_store(q, k, v, positions, table, target, pdl=self._pdl)
 
     def store(self, k: Tensor, v: Tensor, target: CacheTarget) -> None:
-        """See ``native.rope.store``."""
+        """See ``NativeOps.store``."""
         rope.store(k, v, target, pdl=self._pdl)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """See ``native.activation.silu_and_mul``."""
-        return activation.silu_and_mul(gate_up, pdl=self._pdl)
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """See ``native.sampling.argmax``."""
-        return sampling.argmax(logits)
-
-    def argmax_into(self, logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
-        """See ``native.sampling.argmax_into``."""
-        return sampling.argmax_into(logits, homes, newest)
-
-    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """See ``native.sampling.draw``."""
-        return sampling.draw(logits, uniform)
-
-    def top_p_threshold(self, logits: Tensor, top_p: Tensor) -> Tensor:
-        """See ``native.sampling.top_p_threshold``."""
-        return sampling.top_p_threshold(logits, top_p)
+    argmax = staticmethod(sampling.argmax)
+    argmax_into = staticmethod(sampling.argmax_into)
+    draw = staticmethod(sampling.draw)
+    top_p_threshold = staticmethod(sampling.top_p_threshold)

@@ -1,7 +1,4 @@
-"""Rotary embedding of queries and keys, and the store of keys and values into a strided cache, in one launch.
-
-Knows nothing of layers, schedulers or cache layouts: a place in the cache is a row and a column.
-"""
+"""Rotary embedding of queries and keys, and the store of keys and values into a strided cache, in one launch."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import triton
@@ -9,15 +6,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sarathi.model_executor.ops.types import CacheTarget, RotationTable
+from sarathi.model_executor.ops.types import CacheTarget, RopeTable
 
 _HEADS = 8  # heads of one program: 2 KiB of bf16, enough that the launch of programs is not what takes the time
 
 
 def rope_and_store(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RotationTable, target: CacheTarget, *, pdl: bool = False
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: RopeTable, target: CacheTarget, *, pdl: bool = False
 ) -> None:
-    """See ``native.rope.rope_and_store``."""
+    """See ``NativeOps.rope_and_store``."""
     tokens, q_heads, head_size = q.shape
     if tokens == 0:
         return
@@ -41,7 +38,7 @@ def rope_and_store(
 
 
 def store(k: Tensor, v: Tensor, target: CacheTarget, *, pdl: bool = False) -> None:
-    """See ``native.rope.store``."""
+    """See ``NativeOps.store``."""
     tokens, kv_heads, head_size = k.shape
     if tokens == 0:
         return
@@ -107,11 +104,11 @@ def _rope_kernel(
         x_ptr = q_ptr + token * q_stride_token + heads[:, None] * q_stride_head
         present = heads < Q_HEADS
     half = tl.arange(0, BLOCK_HALF)
-    turned = half < HALF
-    inside = present[:, None] & turned[None, :]
+    rotated = half < HALF
+    inside = present[:, None] & rotated[None, :]
     position = tl.load(positions_ptr + token).to(tl.int64)
-    cos = tl.load(cos_ptr + position * HALF + half, mask=turned, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + half, mask=turned, other=0.0).to(tl.float32)[None, :]
+    cos = tl.load(cos_ptr + position * HALF + half, mask=rotated, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + position * HALF + half, mask=rotated, other=0.0).to(tl.float32)[None, :]
     left = tl.load(x_ptr + half[None, :], mask=inside, other=0.0).to(tl.float32)
     right = tl.load(x_ptr + HALF + half[None, :], mask=inside, other=0.0).to(tl.float32)
     new_left = (left * cos - right * sin).to(q_ptr.dtype.element_ty)
@@ -128,8 +125,8 @@ def _rope_kernel(
         dims = tl.arange(0, BLOCK)[None, :]
         whole = present[:, None] & (dims < HEAD_SIZE)
         if 2 * HALF < HEAD_SIZE:
-            unturned = whole & (dims >= 2 * HALF)
-            tl.store(key_ptr + dims, tl.load(x_ptr + dims, mask=unturned), mask=unturned)
+            unrotated = whole & (dims >= 2 * HALF)
+            tl.store(key_ptr + dims, tl.load(x_ptr + dims, mask=unrotated), mask=unrotated)
         value_ptr = values_ptr + row * values_stride_row + col * values_stride_col
         value = tl.load(v_ptr + token * v_stride_token + heads[:, None] * v_stride_head + dims, mask=whole)
         tl.store(value_ptr + heads[:, None] * values_stride_head + dims, value, mask=whole)

@@ -1,4 +1,4 @@
-"""Argmax, draws and the nucleus of a vocabulary, without a word to the host. Knows no requests."""
+"""Argmax, draws and top-p over a vocabulary. Nothing waits for the device."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import Any, NamedTuple
@@ -9,36 +9,38 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
-_WALK_BLOCK = 8192  # of a program that has a row to itself
+_WALK_BLOCK = 8192  # for a program that handles all logits of one sample
 
 
-class _Keep(NamedTuple):
-    homes: Tensor
-    newest: Tensor
+class _Into(NamedTuple):
+    slots: Tensor
+    last_tokens: Tensor
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """See ``native.sampling.argmax``. logits: [num_rows, vocab_size], last stride 1."""
+    """See ``NativeOps.argmax``. logits: [num_samples, vocab_size], last stride 1."""
     return _argmax(logits)
 
 
-def argmax_into(logits: Tensor, homes: Tensor, newest: Tensor) -> Tensor:
-    """See ``native.sampling.argmax_into``. logits: last stride 1; homes, newest: contiguous."""
-    return _argmax(logits, _Keep(homes, newest))
+def argmax_into(logits: Tensor, slots: Tensor, last_tokens: Tensor) -> Tensor:
+    """See ``NativeOps.argmax_into``. logits: last stride 1; slots, last_tokens: contiguous."""
+    return _argmax(logits, _Into(slots, last_tokens))
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """See ``native.sampling.draw``; sums are in another order. logits: last stride 1; uniform: contiguous."""
+    """See ``NativeOps.draw``; sums are in another order. logits: last stride 1; uniform: contiguous."""
     return _walk(_draw_kernel, logits, uniform, torch.empty(len(logits), dtype=torch.int64, device=logits.device))
 
 
 def top_p_threshold(logits: Tensor, top_p: Tensor) -> Tensor:
-    """See ``native.sampling.top_p_threshold``; ties and the rounding of sums apart. logits: last stride 1."""
-    return _walk(_floor_kernel, logits, top_p, torch.empty((len(logits), 1), dtype=torch.float32, device=logits.device))
+    """See ``NativeOps.top_p_threshold``; ties and the rounding of sums apart. logits: last stride 1."""
+    return _walk(
+        _threshold_kernel, logits, top_p, torch.empty((len(logits), 1), dtype=torch.float32, device=logits.device)
+    )
 
 
 def _walk(kernel: Any, logits: Tensor, parameters: Tensor, results: Tensor) -> Tensor:
-    """results, filled by one program a row, which walks over the row a block at a time."""
+    """Fill `results` by one program per sample, which walks over its logits a block at a time."""
     rows, vocab_size = logits.shape
     if rows:
         block = min(_WALK_BLOCK, triton.next_power_of_2(vocab_size))
@@ -48,7 +50,7 @@ def _walk(kernel: Any, logits: Tensor, parameters: Tensor, results: Tensor) -> T
     return results
 
 
-def _argmax(logits: Tensor, keep: _Keep | None = None) -> Tensor:
+def _argmax(logits: Tensor, into: _Into | None = None) -> Tensor:
     rows, vocab_size = logits.shape
     blocks = triton.cdiv(vocab_size, _BLOCK)
     best = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
@@ -60,10 +62,10 @@ def _argmax(logits: Tensor, keep: _Keep | None = None) -> Tensor:
         *(logits, best, where, logits.stride(0)), VOCAB_SIZE=vocab_size, BLOCK=_BLOCK, num_warps=8
     )
     _row_kernel[(rows,)](
-        *(best, where, tokens, *(keep or _Keep(tokens, tokens))),
+        *(best, where, tokens, *(into or _Into(tokens, tokens))),
         BLOCKS=blocks,
         PADDED=triton.next_power_of_2(blocks),
-        KEEP=keep is not None,
+        INTO=into is not None,
         num_warps=1,
     )
     return tokens
@@ -76,9 +78,9 @@ def _block_kernel(logits_ptr, best_ptr, where_ptr, stride_row, VOCAB_SIZE: tl.co
     inside = tokens < VOCAB_SIZE
     scores = tl.load(logits_ptr + row * stride_row + tokens, mask=inside, other=float("-inf")).to(tl.float32)
     best, where = tl.max(scores, axis=0, return_indices=True)
-    slot = row * tl.num_programs(0) + block
-    tl.store(best_ptr + slot, best)
-    tl.store(where_ptr + slot, block * BLOCK + where)
+    index = row * tl.num_programs(0) + block
+    tl.store(best_ptr + index, best)
+    tl.store(where_ptr + index, block * BLOCK + where)
 
 
 @triton.jit
@@ -86,11 +88,11 @@ def _row_kernel(
     best_ptr,
     where_ptr,
     tokens_ptr,
-    homes_ptr,
-    newest_ptr,
+    slots_ptr,
+    last_tokens_ptr,
     BLOCKS: tl.constexpr,
     PADDED: tl.constexpr,
-    KEEP: tl.constexpr,
+    INTO: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, PADDED)
@@ -98,19 +100,19 @@ def _row_kernel(
     _, winner = tl.max(best, axis=0, return_indices=True)
     token = tl.load(where_ptr + row * BLOCKS + winner).to(tl.int64)
     tl.store(tokens_ptr + row, token)
-    if KEEP:
-        tl.store(newest_ptr + tl.load(homes_ptr + row), token)
+    if INTO:
+        tl.store(last_tokens_ptr + tl.load(slots_ptr + row), token)
 
 
 @triton.jit
-def _floor_kernel(logits_ptr, top_p_ptr, floors_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Bisection between a bound below the floor and the largest logit; both ends move to logits that are there.
+def _threshold_kernel(logits_ptr, top_p_ptr, thresholds_ptr, stride_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Bisection between a bound below the threshold and the largest logit; both ends move to logits that are there.
 
     So it takes as many passes as the distinct logits within reach have binary digits: about ten for bf16.
     """
     row = tl.program_id(0).to(tl.int64)
     top_p = tl.load(top_p_ptr + row)
-    floor = float("-inf")
+    threshold = float("-inf")
     if top_p < 1.0:
         row_ptr = logits_ptr + row * stride_row
         most = _largest(row_ptr, VOCAB_SIZE, BLOCK)
@@ -126,8 +128,8 @@ def _floor_kernel(logits_ptr, top_p_ptr, floors_ptr, stride_row, VOCAB_SIZE: tl.
             reached = mass >= target
             lower = tl.where(reached, above, lower)
             upper = tl.where(reached, upper, below)
-        floor = upper
-    tl.store(floors_ptr + row, floor)
+        threshold = upper
+    tl.store(thresholds_ptr + row, threshold)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sarathi.model_executor.ops.triton.matvec import Around
+from sarathi.model_executor.ops.triton.matvec import Epilogue
 
 MAX_TOKENS = 16
 MAX_TILES = 8192  # counters a workspace must hold: one for each tile of output rows
@@ -32,16 +32,23 @@ class SkinnyConfig(NamedTuple):
 
 
 def skinny(
-    x: Tensor, weight: Tensor, out: Tensor, around: Around, config: SkinnyConfig, counters: Tensor, *, pdl: bool = False
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    epilogue: Epilogue,
+    config: SkinnyConfig,
+    counters: Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """``out = around(x @ weight.T)`` for up to 16 tokens.
+    """``out = epilogue(x @ weight.T)`` for up to 16 tokens.
 
     x: [num_tokens, in], last stride 1; weight: [out or 2 * out, in], last stride 1, ``in`` a multiple of
     config.block_k; out: [num_tokens, out], contiguous; counters: [MAX_TILES] int32, zero, and zero again afterwards.
     """
     tokens, size = x.shape
     tiles = triton.cdiv(out.shape[1], config.block_n)
-    parts = 2 if around.gated else 1
+    parts = 2 if epilogue.gated else 1
     partial = torch.empty(
         (tiles * config.splits * parts, config.block_n, MAX_TOKENS) if config.splits > 1 else (1,),
         dtype=torch.float32,
@@ -49,14 +56,14 @@ def skinny(
     )
     options = {"num_warps": config.warps, "num_stages": config.stages, **({"launch_pdl": True} if pdl else {})}
     _skinny_kernel[(tiles, config.splits)](
-        *(x, weight, out, *around.pointers(x), partial, counters),
+        *(x, weight, out, *epilogue.pointers(x), partial, counters),
         *(tokens, out.shape[1], size, x.stride(0), weight.stride(0)),
         BLOCK_M=MAX_TOKENS,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SPLITS=config.splits,
         PDL=pdl,
-        **around.flags,
+        **epilogue.flags,
         **options,
     )
 

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against their torch twins, over random shapes."""
+"""The Triton operations in Triton's interpreter against the torch ones, over random shapes."""
 
 import importlib.util
 import inspect
@@ -19,9 +19,9 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported before it could be told to interpret", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before the imports below
 
-from sarathi.model_executor.ops.native import decode_attention as attention_twin
-from sarathi.model_executor.ops.native.ops import NativeOps
-from sarathi.model_executor.ops.triton import activation, embedding, norm, rope, sampling
+from sarathi.model_executor.ops import Ops, native
+from sarathi.model_executor.ops.native import NativeOps
+from sarathi.model_executor.ops.triton import elementwise, rope, sampling
 from sarathi.model_executor.ops.triton.decode_attention import (
     DecodeConfig,
     DecodeWorkspace,
@@ -29,12 +29,12 @@ from sarathi.model_executor.ops.triton.decode_attention import (
     distinct_sizes,
 )
 from sarathi.model_executor.ops.triton.linear import LinearKernels
-from sarathi.model_executor.ops.triton.matvec import Around, MatvecConfig, matvec
+from sarathi.model_executor.ops.triton.matvec import Epilogue, MatvecConfig, matvec
 from sarathi.model_executor.ops.triton.ops import TritonOps
 from sarathi.model_executor.ops.triton.skinny import MAX_TILES, SkinnyConfig, skinny
-from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RotationTable, placeholder_token
+from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RopeTable, placeholder_token
 
-TWINS = NativeOps()
+NATIVE = NativeOps()
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 # The interpreter turns loop bounds into integers in a way that numpy 2.4 no longer takes.
@@ -53,44 +53,43 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def test_interfaces_are_the_same() -> None:
-    names = [name for name, _ in inspect.getmembers(NativeOps, callable) if not name.startswith("_")]
-    assert names
+    names = [name for name in vars(Ops) if not name.startswith("_")]
+    assert {"linear", "embed", "draw"} < set(names)
     for name in names:
-        ours = list(inspect.signature(getattr(TritonOps, name)).parameters.values())[1:]
-        twin = list(inspect.signature(getattr(NativeOps, name)).parameters.values())
-        assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in twin], name
+        expected, *found = (_parameters(getattr(each, name)) for each in (Ops, NativeOps, TritonOps))
+        assert found == [expected, expected], name
+
+
+def _parameters(call: object) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in inspect.signature(call).parameters.values() if p.name != "self"]
 
 
 def test_rms_norm() -> None:
     size = random.choice((48, 128, 320))
-    x, residual, weight = torch.randn(5, size), torch.randn(5, size), torch.randn(size)
-    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-5), TWINS.rms_norm(x, weight, 1e-5), **CLOSE)
-    twin_residual = residual.clone()
-    normed = norm.add_rms_norm(x, residual, weight, 1e-5)
-    torch.testing.assert_close(normed, TWINS.add_rms_norm(x, twin_residual, weight, 1e-5), **CLOSE)
-    torch.testing.assert_close(residual, twin_residual)
+    x, weight = torch.randn(5, size), torch.randn(size)
+    torch.testing.assert_close(elementwise.rms_norm(x, weight, 1e-5), NATIVE.rms_norm(x, weight, 1e-5), **CLOSE)
 
 
 def test_rms_norm_of_heads_within_a_wider_tensor() -> None:
     packed, weight = torch.randn(4, 7 * 32), torch.randn(32)
     heads = packed[:, 32 : 32 * 5].unflatten(1, (4, 32))
-    torch.testing.assert_close(norm.rms_norm(heads, weight, 1e-6), TWINS.rms_norm(heads, weight, 1e-6), **CLOSE)
+    torch.testing.assert_close(elementwise.rms_norm(heads, weight, 1e-6), NATIVE.rms_norm(heads, weight, 1e-6), **CLOSE)
 
 
 def test_silu_and_mul() -> None:
     gate_up = torch.randn(random.randint(1, 5), 2 * random.choice((24, 2048, 2500)))
-    torch.testing.assert_close(activation.silu_and_mul(gate_up), TWINS.silu_and_mul(gate_up), **CLOSE)
+    torch.testing.assert_close(elementwise.silu_and_mul(gate_up), NATIVE.silu_and_mul(gate_up), **CLOSE)
 
 
 def test_rope_and_store_into_a_strided_cache() -> None:
     q_heads, kv_heads, half = random.choice(((9, 3, 16), (16, 8, 12), (4, 1, 16)))
-    tokens, table = random.randint(1, 6), RotationTable(torch.randn(50, half), torch.randn(50, half))
+    tokens, table = random.randint(1, 6), RopeTable(torch.randn(50, half), torch.randn(50, half))
     packed = torch.randn(tokens, (q_heads + 2 * kv_heads) * 32)
     places = torch.randperm(3 * 10)[:tokens].int()
     rows, positions = places // 10, torch.randint(0, 50, (tokens,))
     rows[random.randrange(tokens)] = -1
     results = []
-    for kernels in (rope, TWINS):
+    for kernels in (rope, NATIVE):
         heads = packed.clone().unflatten(1, (-1, 32))
         cache = torch.full((3, 10, 5, kv_heads, 32), 7.0)  # five layers side by side, as in a megacache
         target = CacheTarget(cache[:, :, 1], cache[:, :, 4], rows, places % 10)
@@ -102,17 +101,17 @@ def test_rope_and_store_into_a_strided_cache() -> None:
 def test_store_alone_skips_padding() -> None:
     k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     results = []
-    for kernels in (rope, TWINS):
+    for kernels in (rope, NATIVE):
         keys, values = torch.zeros(2, 4, 2, 16), torch.zeros(2, 4, 2, 16)
         kernels.store(k, v, CacheTarget(keys, values, torch.tensor([1, -1, 0]).int(), torch.tensor([3, 0, 2]).int()))
         results.append((keys, values))
     assert all(map(torch.equal, *results))
 
 
-def test_argmax_is_the_twins() -> None:
+def test_argmax_is_the_native_one() -> None:
     logits = torch.randn(4, random.choice((100, 4096, 9000))) * 3
     logits[:, ::7] = float("-inf")
-    assert sampling.argmax(logits).tolist() == TWINS.argmax(logits).tolist()
+    assert sampling.argmax(logits).tolist() == NATIVE.argmax(logits).tolist()
 
 
 def test_argmax_takes_the_first_of_equals() -> None:
@@ -121,35 +120,36 @@ def test_argmax_takes_the_first_of_equals() -> None:
     assert sampling.argmax(logits).tolist() == [300, 0]
 
 
-def test_argmax_is_kept_at_its_home() -> None:
-    logits, homes = torch.randn(5, 9000), torch.randperm(12)[:5].int()
-    newest, twin_newest = torch.full((12,), 77), torch.full((12,), 77)
-    tokens = sampling.argmax_into(logits, homes, newest)
-    assert tokens.tolist() == TWINS.argmax_into(logits, homes, twin_newest).tolist() == logits.argmax(1).tolist()
-    assert newest.tolist() == twin_newest.tolist()
+def test_argmax_is_written_to_its_slot() -> None:
+    logits, slots = torch.randn(5, 9000), torch.randperm(12)[:5].int()
+    last_tokens, expected = torch.full((12,), 77), torch.full((12,), 77)
+    tokens = sampling.argmax_into(logits, slots, last_tokens)
+    assert tokens.tolist() == NATIVE.argmax_into(logits, slots, expected).tolist() == logits.argmax(1).tolist()
+    assert last_tokens.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_embed_reads_stand_ins_from_where_they_point(dtype: torch.dtype) -> None:
-    weight, newest = torch.randn(30, random.choice((48, 64))), torch.randint(0, 30, (9,))
-    token_ids, homes = torch.randint(0, 30, (12,)), torch.randint(0, 9, (12,))
+def test_embed_resolves_placeholder_tokens(dtype: torch.dtype) -> None:
+    weight, last_tokens = torch.randn(30, random.choice((48, 64))), torch.randint(0, 30, (9,))
+    token_ids, slots = torch.randint(0, 30, (12,)), torch.randint(0, 9, (12,))
     late = torch.rand(12) < 0.5
-    given = torch.where(late, torch.tensor([placeholder_token(home) for home in homes.tolist()]), token_ids).to(dtype)
-    expected = weight[torch.where(late, newest[homes], token_ids)]
-    assert torch.equal(embedding.embed(given, newest, weight), expected)
-    assert torch.equal(TWINS.embed(given, newest, weight), expected)
+    given = torch.where(late, torch.tensor([placeholder_token(slot) for slot in slots.tolist()]), token_ids).to(dtype)
+    expected = weight[torch.where(late, last_tokens[slots], token_ids)]
+    for ops in (elementwise, NATIVE):
+        assert torch.equal(ops.embed(given, weight, last_tokens), expected)
+        assert torch.equal(ops.embed(token_ids.to(dtype), weight), weight[token_ids])
 
 
 @loops
-def test_draws_are_the_twins() -> None:
+def test_draws_are_the_native_ones() -> None:
     logits = torch.randn(40, random.choice((50, 8192, 9000, 20000))) * 3
     logits[torch.rand(logits.shape) < 0.9] = float("-inf")
     logits[:, 17] = 0.0
     logits[0, 18:] = float("-inf")
     uniform = torch.rand(40, 1, dtype=torch.float64)
     uniform[1], uniform[2], uniform[3] = 0.0, 1.0 - 2.0**-53, 1.0 - 2.0**-53
-    found, twin = sampling.draw(logits, uniform), TWINS.draw(logits, uniform)
-    assert (found != twin).sum() <= 2, (found, twin)  # a number may fall on the border of two tokens
+    found, expected = sampling.draw(logits, uniform), NATIVE.draw(logits, uniform)
+    assert (found != expected).sum() <= 2, (found, expected)  # a number may fall on the border of two tokens
     assert logits.gather(1, found[:, None]).isfinite().all()
 
 
@@ -160,7 +160,7 @@ def test_draws_from_logits_that_are_no_numbers_are_tokens() -> None:
 
 
 @loops
-def test_nucleus_floor() -> None:
+def test_top_p_threshold() -> None:
     """Over several blocks and less than one; of bf16, where many logits are equal; with most tokens cut before."""
     vocab_size = random.choice((50, 8192, 9000, 20000))
     logits = torch.randn(9, vocab_size) * torch.tensor([0.01, 1.0, 1.0, 5.0, 3.0, 2.0, 1.0, 1.0, 1.0])[:, None]
@@ -170,23 +170,23 @@ def test_nucleus_floor() -> None:
     logits[6, :9] = 20.0  # equal, and together all that counts
     top_p = torch.tensor([0.9, 0.5, 0.95, 0.999, 1e-6, 0.7, 0.3, 1e-40, 1e-50])[:, None]  # float32 has no 1e-50
     top_p[random.randrange(7)] = 1.0
-    floors = sampling.top_p_threshold(logits, top_p)
-    _assert_nucleus(logits, top_p, floors)
-    _assert_nucleus(logits, top_p, TWINS.top_p_threshold(logits, top_p))
+    thresholds = sampling.top_p_threshold(logits, top_p)
+    _assert_nucleus(logits, top_p, thresholds)
+    _assert_nucleus(logits, top_p, NATIVE.top_p_threshold(logits, top_p))
 
 
-def _assert_nucleus(logits: Tensor, top_p: Tensor, floors: Tensor) -> None:
-    """By definition: from the floor on they reach top_p, above it they do not. Sums of float32 are rounded."""
+def _assert_nucleus(logits: Tensor, top_p: Tensor, thresholds: Tensor) -> None:
+    """By definition: from the threshold on they reach top_p, above it they do not. Sums of float32 are rounded."""
     cut = (top_p < 1.0)[:, 0]
-    assert (floors[~cut] == float("-inf")).all()
-    probabilities, limits = logits[cut].double().softmax(-1), floors[cut]
+    assert (thresholds[~cut] == float("-inf")).all()
+    probabilities, limits = logits[cut].double().softmax(-1), thresholds[cut]
     assert (logits[cut] == limits).any(1).all()
     assert (torch.where(logits[cut] >= limits, probabilities, 0.0).sum(1) > top_p[cut, 0] - 1e-5).all()
     assert (torch.where(logits[cut] > limits, probabilities, 0.0).sum(1) < top_p[cut, 0] + 1e-5).all()
 
 
 @loops
-def test_nucleus_floor_ends_whatever_the_logits() -> None:
+def test_top_p_threshold_ends_whatever_the_logits() -> None:
     logits = torch.randn(4, 100)
     logits[0], logits[1], logits[2, 50], logits[3, 7] = float("nan"), float("-inf"), float("nan"), float("inf")
     assert sampling.top_p_threshold(logits, torch.full((4, 1), 0.9)).shape == (4, 1)
@@ -194,58 +194,62 @@ def test_nucleus_floor_ends_whatever_the_logits() -> None:
 
 def test_products_go_where_they_are_told() -> None:
     x, weight = torch.randn(1, 128), torch.randn(24, 128)
-    for kernels in (LinearKernels(2, CPU), LinearKernels(2, CPU, max_skinny_tokens=0), TWINS):
+    for kernels in (LinearKernels(2, CPU), LinearKernels(2, CPU, max_skinny_tokens=0), NATIVE):
         out = torch.empty(3, 24)[1:2]
         assert kernels.linear(x, weight, out=out) is out
         assert_near(out, x @ weight.t())
 
 
-def test_matvec_with_everything_around_it() -> None:
+def test_matvec_with_every_epilogue() -> None:
     outputs, size = random.choice(((37, 320), (64, 384)))
     x, weight, gated_weight = torch.randn(1, size), torch.randn(outputs, size), torch.randn(2 * outputs, size)
     bias, residual = torch.randn(outputs), torch.randn(1, outputs)
     config, out = MatvecConfig(random.choice((1, 2, 4)), 128, 4), torch.empty(1, outputs)
-    matvec(x, weight, out, Around(bias=bias), config)
-    assert_near(out, TWINS.linear(x, weight, bias))
-    matvec(x, gated_weight, out, Around(gated=True), config)
-    assert_near(out, TWINS.gated_linear(x, gated_weight))
-    expected = residual.clone()
-    TWINS.linear_add(x, weight, expected)
-    matvec(x, weight, residual, Around(residual=residual), config)
-    assert_near(residual, expected)
+    matvec(x, weight, out, Epilogue(bias=bias), config)
+    assert_near(out, NATIVE.linear(x, weight, bias))
+    matvec(x, gated_weight, out, Epilogue(gated=True), config)
+    assert_near(out, NATIVE.gated_linear(x, gated_weight))
+    for added in (None, bias):
+        expected = residual.clone()
+        NATIVE.linear_add(x, weight, expected, added)
+        matvec(x, weight, residual, Epilogue(bias=added, residual=residual), config)
+        assert_near(residual, expected)
 
 
 @loops
 @pytest.mark.parametrize("splits", [1, 3])
-def test_skinny_with_everything_around_it(splits: int) -> None:
+def test_skinny_with_every_epilogue(splits: int) -> None:
     tokens, outputs, size = random.randint(1, 16), random.choice((37, 128)), 256
     x, weight, gated_weight = torch.randn(tokens, size), torch.randn(outputs, size), torch.randn(2 * outputs, size)
     bias, residual, out = torch.randn(outputs), torch.randn(tokens, outputs), torch.empty(tokens, outputs)
     config, counters = SkinnyConfig(32, 64, splits), torch.zeros(MAX_TILES, dtype=torch.int32)
-    skinny(x, weight, out, Around(bias=bias), config, counters)
-    assert_near(out, TWINS.linear(x, weight, bias))
-    skinny(x, gated_weight, out, Around(gated=True), config, counters)
-    assert_near(out, TWINS.gated_linear(x, gated_weight))
-    expected = residual.clone()
-    TWINS.linear_add(x, weight, expected)
-    skinny(x, weight, residual, Around(residual=residual), config, counters)
-    assert_near(residual, expected)
+    skinny(x, weight, out, Epilogue(bias=bias), config, counters)
+    assert_near(out, NATIVE.linear(x, weight, bias))
+    skinny(x, gated_weight, out, Epilogue(gated=True), config, counters)
+    assert_near(out, NATIVE.gated_linear(x, gated_weight))
+    for added in (None, bias):
+        expected = residual.clone()
+        NATIVE.linear_add(x, weight, expected, added)
+        skinny(x, weight, residual, Epilogue(bias=added, residual=residual), config, counters)
+        assert_near(residual, expected)
     assert not counters.any()
 
 
 @loops
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 17])
-def test_linear_kernels_choose_by_shape(tokens: int) -> None:
+def test_linear_kernels_choose_by_shape(tokens: int, biased: bool) -> None:
     ours = LinearKernels(2, CPU)
     x, weight = torch.randn(tokens, 256).half(), torch.randn(160, 256).half() / 16
     residual = torch.randn(tokens, 160).half()
+    bias = torch.randn(160).half() if biased else None
     close = {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(ours.linear(x, weight), TWINS.linear(x, weight), **close)
-    torch.testing.assert_close(ours.gated_linear(x, weight), TWINS.gated_linear(x, weight), **close)
-    twin_residual = residual.clone()
-    ours.linear_add(x, weight, residual)
-    TWINS.linear_add(x, weight, twin_residual)
-    torch.testing.assert_close(residual, twin_residual, **close)
+    torch.testing.assert_close(ours.linear(x, weight, bias), NATIVE.linear(x, weight, bias), **close)
+    torch.testing.assert_close(ours.gated_linear(x, weight, bias), NATIVE.gated_linear(x, weight, bias), **close)
+    expected = residual.clone()
+    ours.linear_add(x, weight, residual, bias)
+    NATIVE.linear_add(x, weight, expected, bias)
+    torch.testing.assert_close(residual, expected, **close)
 
 
 @loops
@@ -263,7 +267,7 @@ def test_decode_attention(window: int | None) -> None:
     workspace = DecodeWorkspace.create(
         random.choice((1, 4, 9)), 32, CPU, DecodeConfig(16, run_cost=random.randrange(4), parts=random.randint(1, 9))
     )
-    expected = attention_twin.decode_attention(q, keys, values, batch, 0.2)
+    expected = native.decode_attention(q, keys, values, batch, 0.2)
     torch.testing.assert_close(decode_attention(q, keys, values, batch, 0.2, workspace), expected, **CLOSE)
     assert not workspace.arrivals.any()
 
@@ -277,22 +281,22 @@ def test_every_kernel_of_decode_attention_has_one_size(fewest: int, most: int, s
 
 
 @loops
-def test_decode_attention_turns_and_stores_the_new_tokens() -> None:
+def test_decode_attention_rotates_and_stores_the_new_tokens() -> None:
     num_seqs, kv_heads, group = random.randint(1, 5), random.choice((1, 2, 3)), random.choice((1, 3, 4, 8))
     cache = torch.randn(2, num_seqs, 90, kv_heads, 32)
     lengths = torch.tensor([random.choice((0, 1, 16, 17, 90)) for _ in range(num_seqs)]).int()
     batch = DecodeBatch(torch.randperm(num_seqs).int(), lengths)
     packed = torch.randn(num_seqs, kv_heads * (group + 2), 32)
     q, key, value = packed.split((kv_heads * group, kv_heads, kv_heads), dim=1)
-    new = NewTokens(key, value, RotationTable(torch.randn(90, 16), torch.randn(90, 16)))
+    new = NewTokens(key, value, RopeTable(torch.randn(90, 16), torch.randn(90, 16)))
     workspace = DecodeWorkspace.create(
         random.choice((1, 4, 9)), 32, CPU, DecodeConfig(16, run_cost=random.randrange(4), parts=random.randint(1, 9))
     )
-    twin_cache = cache.clone()
-    expected = attention_twin.decode_attention(q, *twin_cache, batch, 0.2, new)
+    expected_cache = cache.clone()
+    expected = native.decode_attention(q, *expected_cache, batch, 0.2, new)
     torch.testing.assert_close(decode_attention(q, *cache, batch, 0.2, workspace, new), expected, **CLOSE)
-    torch.testing.assert_close(cache, twin_cache, **CLOSE)
+    torch.testing.assert_close(cache, expected_cache, **CLOSE)
 
 
-def assert_near(ours: Tensor, twin: Tensor) -> None:
-    assert (ours - twin).norm() <= 1e-5 * twin.norm()
+def assert_near(ours: Tensor, expected: Tensor) -> None:
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()

@@ -1,4 +1,4 @@
-"""The torch twins against formulas written another way."""
+"""The torch operations against formulas written another way."""
 
 import random
 
@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.ops import create_ops
-from sarathi.model_executor.ops.native.decode_attention import decode_attention
-from sarathi.model_executor.ops.native.rope import apply_rope
-from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, RotationTable
+from sarathi.model_executor.ops.native import apply_rope, decode_attention
+from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, RopeTable
 
-KERNELS = create_ops(torch.device("cpu"))
+OPS = create_ops(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -24,39 +23,59 @@ def seed() -> int:
 
 def test_rms_norm_is_a_projection_to_the_sphere() -> None:
     x, weight = torch.randn(7, 48, dtype=torch.float64), torch.rand(48, dtype=torch.float64)
-    normed = KERNELS.rms_norm(x, weight, 0.0)
+    normed = OPS.rms_norm(x, weight, 0.0)
     expected = x / x.norm(dim=-1, keepdim=True) * 48**0.5 * weight
     torch.testing.assert_close(normed, expected, rtol=1e-6, atol=1e-6)  # the mean is float32 by contract
 
 
-def test_add_rms_norm_updates_the_residual() -> None:
-    x, residual, weight = torch.randn(3, 32), torch.randn(3, 32), torch.rand(32)
-    total = x + residual
-    normed = KERNELS.add_rms_norm(x, residual, weight, 1e-6)
-    torch.testing.assert_close(residual, total)
-    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(total, (32,), weight, 1e-6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_torchs_also_of_heads_within_a_wider_tensor(dtype: torch.dtype) -> None:
+    heads, weight = torch.randn(3, 7, 32, dtype=dtype)[:, 2:5], torch.rand(32, dtype=dtype)
+    normed = OPS.rms_norm(heads, weight, 1e-6)
+    assert normed.is_contiguous()
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(heads, (32,), weight, 1e-6))
 
 
-def test_rope_turns_pairs_as_complex_numbers() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_with_a_packed_weight_equal_plain_ones(dtype: torch.dtype, biased: bool) -> None:
+    x, weight, residual = torch.randn(5, 24, dtype=dtype), torch.randn(16, 24, dtype=dtype), torch.randn(5, 16)
+    bias = torch.randn(16, dtype=dtype) if biased else None
+    product = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for stored in (weight, OPS.pack(weight)):
+        torch.testing.assert_close(OPS.linear(x, stored, bias).double(), product, **close)
+        out = torch.empty(7, 16, dtype=dtype)[1:6]
+        assert OPS.linear(x, stored, bias, out=out) is out
+        torch.testing.assert_close(out.double(), product, **close)
+        gate, up = product.chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(OPS.gated_linear(x, stored, bias).double(), expected, rtol=5e-2, atol=5e-2)
+        total = residual.to(dtype, copy=True)
+        OPS.linear_add(x, stored, total, bias)
+        torch.testing.assert_close(total.double(), residual.to(dtype).double() + product, rtol=5e-2, atol=5e-2)
+
+
+def test_rope_rotates_pairs_as_complex_numbers() -> None:
     angles = torch.rand(20, 12) * 6.28
     q, k = torch.randn(5, 3, 32), torch.randn(5, 2, 32)
     positions = torch.randint(0, 20, (5,))
-    expected = [turn(x, angles[positions]) for x in (q, k)]
-    apply_rope(q, k, positions, RotationTable(angles.cos(), angles.sin()))
+    expected = [rotated(x, angles[positions]) for x in (q, k)]
+    apply_rope(q, k, positions, RopeTable(angles.cos(), angles.sin()))
     torch.testing.assert_close([q, k], expected)
 
 
-def turn(x: Tensor, angles: Tensor) -> Tensor:
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
     half = angles.shape[1]
     pairs = torch.complex(x[..., :half], x[..., half : 2 * half])
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
+    product = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((product.real, product.imag, x[..., 2 * half :]), dim=-1)
 
 
 def test_store_skips_padding() -> None:
     k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
     keys, values = torch.full((3, 6, 2, 8), -1.0), torch.full((3, 6, 2, 8), -1.0)
-    KERNELS.store(k, v, CacheTarget(keys, values, torch.tensor([2, -1, 0, 2]), torch.tensor([5, 0, 1, 4])))
+    OPS.store(k, v, CacheTarget(keys, values, torch.tensor([2, -1, 0, 2]), torch.tensor([5, 0, 1, 4])))
     torch.testing.assert_close(keys[[2, 0, 2], [5, 1, 4]], k[[0, 2, 3]])
     torch.testing.assert_close(values[[2, 0, 2], [5, 1, 4]], v[[0, 2, 3]])
     assert (keys == -1.0).sum() == keys.numel() - 3 * 16
@@ -90,6 +109,6 @@ def test_argmax_is_torchs(dtype: torch.dtype) -> None:
     logits = torch.randn(5, 2000).to(dtype)[:, ::2]
     logits[0, 7], logits[0, 700], logits[1, 9], logits[2] = 90.0, 90.0, float("nan"), float("-inf")
     for rows in (logits, logits[:0]):
-        found = KERNELS.argmax(rows)
+        found = OPS.argmax(rows)
         assert found.dtype == torch.int64 and torch.equal(found, rows.argmax(-1))
-    assert KERNELS.argmax(logits)[:3].tolist() == [7, 9, 0]
+    assert OPS.argmax(logits)[:3].tolist() == [7, 9, 0]
