@@ -46,12 +46,14 @@ def element_bytes(dtype: Any) -> int:
 
 
 def require_positive(**values: object) -> None:
-    """Raises TypeError for what is no int, and ValueError below 1."""
+    """Raises TypeError for what is no int, and ValueError below 1 or beyond 2^62."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if value > _MAX_BYTES:
+            raise ValueError(f"{name} must be at most 2^62, or its address space cannot be, got {value}")
 
 
 def require_bytes(name: str, value: object) -> None:

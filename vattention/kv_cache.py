@@ -73,6 +73,7 @@ class VirtualKVCache:
         self.num_slots, self.max_tokens, self.dtype, self.megacache = num_slots, max_tokens, dtype, megacache
         self.num_regions = 2 if megacache else 2 * num_layers
         self.token_bytes = num_kv_heads * head_size * item_bytes * (num_layers if megacache else 1)
+        require_bytes("bytes of a token in a region", self.token_bytes)
         self.page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
         require_bytes("page_bytes", self.page_bytes)
         require_positive(page_bytes=int(self.page_bytes))

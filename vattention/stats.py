@@ -19,7 +19,7 @@ class CacheStats:
     created_bytes: int  # physical memory held: mapped + ready in the pool + given up by the device only in part
     mapped_bytes: int  # physical memory that stands at a slot
     idle_bytes: int  # of the mapped: not under any active slot's prepared length, can be taken back at once
-    wasted_bytes: int  # of the mapped: behind the last token of an active slot, in its last row
+    wasted_bytes: int  # of the mapped: in use behind the last token of an active slot
     peak_mapped_bytes: int
     prepares: int
     prepares_waited: int  # had to map something before returning

@@ -16,7 +16,7 @@ class Simulation {
   explicit Simulation(std::uint64_t seed)
       : random_(seed),
         geometry_(1 + pick(4), 1 + pick(kPage), 2 + pick(6), 1 + pick(700), kPage),
-        rows_(1 + pick(300)),
+        rows_(pick(4) == 0 ? geometry_.num_slots() * geometry_.slot_rows() : 1 + pick(300)),
         device_(std::make_shared<BookDevice>()),
         cache_(make_cache(device_, geometry_, rows_, {pick(2) == 0, 0.25 * static_cast<double>(pick(4))})) {
     device_->cuts = pick(2) == 0;
@@ -114,7 +114,8 @@ class Simulation {
   }
 
   void resize() {
-    const std::uint64_t rows = 1 + pick(300);
+    const std::uint64_t all = geometry_.num_slots() * geometry_.slot_rows();  // extents may be used past a length
+    const std::uint64_t rows = pick(3) == 0 ? all + pick(5) : 1 + pick(300);
     try {
       cache_->resize(budget(geometry_, rows));
       rows_ = rows;

@@ -54,7 +54,7 @@ std::int64_t to_int(PyObject* item, const char* name) {
   PyErr_Clear();
   if (is_too_large) throw py::value_error(std::string(name) + " holds a number of more than 64 bits");
   const std::string type = Py_TYPE(item)->tp_name;
-  throw py::type_error(std::string(name) + " must be a sequence of integers, found " + type);
+  throw py::type_error(std::string(name) + " must be an integer, or a sequence of them, found " + type);
 }
 
 py::object sequence(const py::object& object, const char* error_text) {
@@ -87,6 +87,16 @@ Targets to_targets(const py::object& slots, const py::object& tokens) {
     targets[static_cast<std::size_t>(i)] = {to_int(slot, "slots"), to_int(token, "tokens")};
   }
   return targets;
+}
+
+// A method of one integer: numbers beyond 64 bits are a ValueError that names the argument, as those out of range are.
+template <auto kMethod>
+auto with_int(const char* name) {
+  return [name](KVCache& cache, const py::object& value) {
+    const std::int64_t number = to_int(value.ptr(), name);
+    const py::gil_scoped_release no_gil;
+    return (cache.*kMethod)(number);
+  };
 }
 
 // A tensor of bytes over one region, which keeps the address space (not the pages) alive.
@@ -188,6 +198,17 @@ void define_cache(py::module_& m) {
     const py::gil_scoped_release no_gil;
     cache.prefetch(targets, lead);
   };
+  const auto share = [](KVCache& cache, const py::object& source, const py::object& target, const py::object& tokens) {
+    const std::int64_t from = to_int(source.ptr(), "source"), to = to_int(target.ptr(), "target");
+    const std::int64_t count = to_int(tokens.ptr(), "tokens");
+    const py::gil_scoped_release no_gil;
+    return cache.share(from, to, count);
+  };
+  const auto trim = [](KVCache& cache, const py::object& slot, const py::object& tokens) {
+    const std::int64_t index = to_int(slot.ptr(), "slot"), length = to_int(tokens.ptr(), "tokens");
+    const py::gil_scoped_release no_gil;
+    return cache.trim(index, length);
+  };
   py::class_<KVCache>(m, "KVCache")
       .def(py::init(&make_cache), py::kw_only(), py::arg("device"), py::arg("num_regions"), py::arg("token_bytes"),
            py::arg("num_slots"), py::arg("max_tokens"), py::arg("page_bytes"), py::arg("budget_bytes"),
@@ -197,20 +218,20 @@ void define_cache(py::module_& m) {
       .def("rows_for", [](const KVCache& cache, std::uint64_t tokens) { return cache.geometry().rows_for(tokens); })
       .def("capacity_rows", &KVCache::capacity_rows, NoGil())
       .def("region_capsule", &region_capsule, py::arg("region"))
-      .def("alloc", &KVCache::alloc, py::arg("tokens"), NoGil())
-      .def("claim", &KVCache::claim, py::arg("slot"), NoGil())
-      .def("free", &KVCache::free, py::arg("slot"), NoGil())
+      .def("alloc", with_int<&KVCache::alloc>("tokens"), py::arg("tokens"))
+      .def("claim", with_int<&KVCache::claim>("slot"), py::arg("slot"))
+      .def("free", with_int<&KVCache::free>("slot"), py::arg("slot"))
       .def("prepare", prepare, py::arg("slots"), py::arg("tokens"))
       .def("prefetch", prefetch, py::arg("slots"), py::arg("tokens"), py::arg("lead_tokens"))
       .def("wait", &KVCache::wait, NoGil())
-      .def("share", &KVCache::share, py::arg("source"), py::arg("target"), py::arg("tokens"), NoGil())
-      .def("trim", &KVCache::trim, py::arg("slot"), py::arg("tokens"), NoGil())
-      .def("map_ahead", &KVCache::map_ahead, py::arg("tokens"), NoGil())
+      .def("share", share, py::arg("source"), py::arg("target"), py::arg("tokens"))
+      .def("trim", trim, py::arg("slot"), py::arg("tokens"))
+      .def("map_ahead", with_int<&KVCache::map_ahead>("tokens"), py::arg("tokens"))
       .def("set_deferred_reclamation", &KVCache::set_deferred_reclamation, py::arg("deferred"), NoGil())
       .def("reclaim_idle", &KVCache::reclaim_idle, NoGil())
-      .def("resize", &KVCache::resize, py::arg("budget_bytes"), NoGil())
-      .def("fill_pool", &KVCache::fill_pool, py::arg("bytes"), NoGil())
-      .def("slot_state", &KVCache::slot_state, py::arg("slot"), NoGil())
+      .def("resize", with_int<&KVCache::resize>("budget_bytes"), py::arg("budget_bytes"))
+      .def("fill_pool", with_int<&KVCache::fill_pool>("bytes"), py::arg("bytes"))
+      .def("slot_state", with_int<&KVCache::slot_state>("slot"), py::arg("slot"))
       .def("stats",
            [](KVCache& cache) {
              return to_dict([&] {

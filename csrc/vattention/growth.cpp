@@ -39,10 +39,10 @@ class KVCache::Goals {
   std::uint64_t growth_ = 0;
 };
 
-// A handle cannot be mapped in part, so an extent that straddles a length would charge rows that the length does not
-// need, and no set of lengths that fills the budget could be promised: it is cut, where the device can, or may not
-// serve. A shared extent may be written through one slot only and may not serve either. What does not serve stays
-// mapped until its place is needed, because idle rows cost nothing.
+// A handle cannot be mapped in part, so an extent that straddles a length charges rows that the length does not need.
+// Where the device can, it is cut. Else it may serve only if the budget holds every slot at its full length: otherwise
+// no set of lengths that fills the budget could be promised. A shared extent may be written through one slot only and
+// may not serve either. What does not serve stays mapped until its place is needed, because idle rows cost nothing.
 KVCache::Fit KVCache::fit(const Slot& slot, std::uint64_t rows) const noexcept {
   Fit fit{slot.used_extents, slot.used_rows, 0};
   for (; fit.extents < slot.whole && fit.whole_rows < rows; ++fit.extents) {
@@ -50,11 +50,15 @@ KVCache::Fit KVCache::fit(const Slot& slot, std::uint64_t rows) const noexcept {
     if (extent.mappings > 1) break;
     if (fit.whole_rows + extent.rows > rows) {
       if (device_->can_cut()) fit.cut_rows = rows - fit.whole_rows;
-      break;
+      if (device_->can_cut() || !holds_every_slot(pool_.budget_rows())) break;
     }
     fit.whole_rows += extent.rows;
   }
   return fit;
+}
+
+bool KVCache::holds_every_slot(std::uint64_t budget_rows) const noexcept {
+  return budget_rows / geometry_.num_slots() >= geometry_.slot_rows();
 }
 
 // The slot that saves most mapping; among equals the one that gives least away, so that an empty slot is preferred to
@@ -63,7 +67,7 @@ std::uint64_t KVCache::best_idle_slot(std::uint64_t rows) const {
   std::uint64_t best = slots_.size(), best_kept = 0, best_waste = 0;
   for (std::uint64_t s = 0; s < slots_.size(); ++s) {
     if (slots_[s].active) continue;
-    const std::uint64_t kept = fit(slots_[s], rows).rows(), waste = slots_[s].rows - kept;
+    const std::uint64_t kept = std::min(rows, fit(slots_[s], rows).rows()), waste = slots_[s].rows - kept;
     if (best < slots_.size() && (kept < best_kept || (kept == best_kept && waste >= best_waste))) continue;
     best = s;
     best_kept = kept;

@@ -171,10 +171,19 @@ void KVCache::reclaim_idle() {
 void KVCache::resize(std::int64_t budget_bytes) {
   const Worker::Lock lock = own();
   const std::uint64_t rows = budget_rows_for(budget_bytes), before = pool_.budget_rows();
-  if (rows < slots_.used_rows()) throw OutOfMemory(slots_.used_rows(), rows, "under the new budget");
+  if (rows < needed_rows()) throw OutOfMemory(needed_rows(), rows, "under the new budget");
   if (rows < before && !make_room(before - rows, false))
     throw Error("internal error: idle rows could not be taken back");
   pool_.set_budget(rows);
+}
+
+// The budget below which the promise breaks: rows that extents use past a length are there only for a budget that holds
+// every slot.
+std::uint64_t KVCache::needed_rows() const noexcept {
+  for (std::uint64_t s = 0; s < slots_.size(); ++s) {
+    if (slots_[s].used_rows > geometry_.rows_for(slots_[s].tokens)) return slots_.size() * geometry_.slot_rows();
+  }
+  return slots_.used_rows();
 }
 
 void KVCache::fill_pool(std::int64_t bytes) {

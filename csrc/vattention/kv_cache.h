@@ -89,8 +89,8 @@ class KVCache {
   void close();
 
  private:
-  // The leading part of a slot that may serve a length: private extents that end within it, and `cut_rows` rows of the
-  // next one, which has to be cut.
+  // The leading part of a slot that may serve a length: private extents, and `cut_rows` rows of the next one, which has
+  // to be cut.
   struct Fit {
     std::size_t extents;
     std::uint64_t whole_rows, cut_rows;
@@ -115,6 +115,8 @@ class KVCache {
   std::size_t extents_within(const Slot& slot, std::uint64_t rows) const noexcept;
   void copy_rows(std::uint64_t source, std::uint64_t target, std::uint64_t begin, std::uint64_t end);
   Fit fit(const Slot& slot, std::uint64_t rows) const noexcept;
+  bool holds_every_slot(std::uint64_t budget_rows) const noexcept;
+  std::uint64_t needed_rows() const noexcept;
   bool grow(const Targets& targets);
   void clear_way(std::uint64_t slot, std::uint64_t rows);
   bool map_up_to(std::uint64_t slot, std::uint64_t rows);

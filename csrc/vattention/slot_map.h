@@ -19,7 +19,7 @@ struct Slot {
   std::size_t whole = 0;         // extents mapped in every region
   std::size_t used_extents = 0;  // extents under the prepared length; 0 while idle
   std::uint64_t rows = 0;        // rows of the whole extents
-  std::uint64_t used_rows = 0;   // rows of the used extents = rows_for(tokens)
+  std::uint64_t used_rows = 0;   // rows of the used extents: rows_for(tokens), or up to the end of an extent
   std::uint64_t tokens = 0;      // prepared length
   bool active = false;
   std::uint64_t freed_at = 0;  // a counter, for taking from the longest idle first
@@ -54,7 +54,7 @@ class SlotMap {
   void cut(std::uint64_t slot, std::size_t position, std::uint64_t rows);
 
   void activate(std::uint64_t slot) noexcept { slots_[slot].active = true; }
-  // The prepared length is `tokens` from here on; an extent of the slot ends at exactly that many rows.
+  // The prepared length is `tokens` from here on, and the extents up to there are used.
   void use(std::uint64_t slot, std::uint64_t tokens);
   // Only the first `count` extents are used from here on, for `tokens` tokens or, where the device could not cut the
   // last extent at their end, for as many as it has room for.

@@ -137,6 +137,22 @@ def test_best_fit_reuse_maps_nothing():
         assert cache.stats().calls == calls
 
 
+def test_pages_of_a_freed_slot_serve_a_shorter_request_where_memory_is_plentiful():
+    """96 rows hold all 6 slots. The first request has one extent of 16 rows, of which the second needs 15."""
+    with make(96) as cache:
+        slot = cache.alloc(8192)
+        cache.prepare([slot], [8192])
+        cache.free(slot)
+        calls = cache.stats().calls
+        assert cache.alloc(15 * 512) == slot
+        for tokens in range(15 * 512, 8193, 64):
+            cache.prepare([slot], [tokens])
+            cache.layer(1)[1][slot, :tokens].fill_(1)
+        torch.cuda.synchronize()
+        assert cache.stats().calls == calls
+        cache.check_integrity()
+
+
 def test_prefetch_makes_the_next_step_free():
     with make() as cache:
         slot = cache.alloc()

@@ -94,6 +94,8 @@ def test_cuda_without_a_driver_is_a_clear_error():
         ({"device": "meta"}, ValueError, "'cpu', 'cuda'.*meta"),
         ({"device": "cuda:x"}, ValueError, "'cpu', 'cuda'.*cuda:x"),
         ({"device": None}, ValueError, "'cpu', 'cuda'.*None"),
+        ({"num_slots": 1 << 70}, ValueError, r"num_slots must be at most 2\^62"),
+        ({"head_size": 1 << 60, "num_kv_heads": 1 << 60}, ValueError, "bytes of a token"),
         ({"dtype": "float33"}, ValueError, "dtype is 'float33'.*bfloat16"),
         ({"dtype": float}, TypeError, "torch.bfloat16.*<class 'float'>"),
         ({"page_bytes": "64kb"}, TypeError, "page_bytes must be a number of bytes.*'64kb'"),
@@ -223,9 +225,15 @@ def test_wrong_calls_change_nothing():
         ]:
             with pytest.raises(error):
                 cache.prepare(slots, tokens)
-        for verb in (cache.free, cache.claim):
+        for verb in (cache.free, cache.claim, cache.slot_state):
+            for number in (17, -1, 1 << 70):
+                with pytest.raises(ValueError, match="slot"):
+                    verb(number)
+            with pytest.raises(TypeError, match=r"slot must be an integer.*float"):
+                verb(1.5)
+        for call in (cache.alloc, cache.map_ahead, lambda tokens: cache.share(slot, 3, tokens)):
             with pytest.raises(ValueError):
-                verb(17)
+                call(1 << 70)
         with pytest.raises(ValueError, match="already in use"):
             cache.claim(slot)
         for tokens in (-1, 1025, 1 << 57):  # the last times the bytes of a token is 0 in 64 bits
