@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sarathi.model_executor.loader.reading import reading
+
 _WORD = re.compile("[Ġ▁]?([a-z]+)")  # in byte-level vocabularies, in those of SentencePiece
 
 
@@ -40,8 +42,9 @@ def load_vocabulary(name: str) -> Vocabulary:
     from transformers import AutoTokenizer
 
     try:
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-    except Exception as error:  # a broken tokenizer raises whatever its parsing runs into
+        with reading(name, "tokenizer"):
+            vocabulary = Vocabulary(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    except ValueError as error:
         reason, *_ = str(error).split("\n")
         raise ValueError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
     if not vocabulary.words:
