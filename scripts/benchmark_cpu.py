@@ -7,23 +7,23 @@ Writes engine_cpu.csv, where a ratio above 1 means that ours is better, and envi
 """
 
 import argparse
-import csv
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import transformers
 from tqdm import tqdm
 
 from sarathi import LLM, SamplingParams
+from sarathi.benchmark.records import Record
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.entrypoints.script import run_script
@@ -32,10 +32,11 @@ from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
 from sarathi.model_executor.loader.source import resolve_model
 
-COLUMNS = ("model", "work", "backend", "batch", "context", "value", "unit", "reference", "ratio")
 VOCAB_SIZE = 49_000  # token ids below it are words of the default model
-PAIR = ("sdpa_vattn", "sdpa_paged_16")
+OURS, PAGED = "sdpa_vattn", "sdpa_paged_16"
 SHORT = ("--repeats", "1", "--output", "results/test/cpu")
+Prompts = list[list[int]]
+Generate = Callable[[Prompts, int], object]  # prompts, new tokens of each
 
 
 class Sizes(NamedTuple):
@@ -53,28 +54,7 @@ FULL = Sizes(
     generate=((64,), MIXED_LENGTHS), new_tokens=48, prefill=((4, 512, 1), (2, 2048, 1)), decode=(16, 16, 96),
     steps=((16, 32, 64), (64, 32, 64)),
 )  # fmt: skip
-SMALL = Sizes(
-    generate=((8,), (6, 12)), new_tokens=4, prefill=((2, 32, 1),), decode=(2, 8, 4), steps=((2, 8, 4),)
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """Prompts as token ids and how many tokens each request must produce."""
-
-    prompts: list[list[int]]
-    new_tokens: int
-
-    def sampling_params(self) -> SamplingParams:
-        return SamplingParams(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)
-
-
-class Comparison(NamedTuple):
-    """Median seconds of both, and the median of their ratios, pair by pair."""
-
-    ours_s: float
-    other_s: float
-    ratio: float
+SMALL = Sizes(((8,), (6, 12)), 4, ((2, 32, 1),), (2, 8, 4), ((2, 8, 4),))
 
 
 class TransformersModel:
@@ -89,41 +69,23 @@ class TransformersModel:
         ).eval()
 
     @torch.inference_mode()
-    def generate(self, work: Work) -> None:
-        longest = max(map(len, work.prompts))
-        padded = torch.tensor([[0] * (longest - len(p)) + p for p in work.prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in work.prompts])
-        count = work.new_tokens
-        self.model.generate(
-            padded, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0
-        )
-
-
-class ExecutorClock:
-    """An executor that adds up the time inside the model; all else of a step is the engine's own."""
-
-    def __init__(self, executor) -> None:
-        self._executor = executor
-        self.model_s = 0.0
-
-    def __getattr__(self, name: str):
-        return getattr(self._executor, name)
-
-    def launch(self, output: SchedulerOutput) -> CompletedStep:
-        result = self._executor.launch(output).result()
-        self.model_s += result.model_s
-        return CompletedStep(result)
+    def generate(self, prompts: Prompts, count: int) -> None:
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        lengths = {"min_new_tokens": count, "max_new_tokens": count}
+        self.model.generate(padded, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
 
 
 class CallClock:
     """Another object, and the seconds that calls of it take."""
 
     def __init__(self, inner: object) -> None:
-        self._inner = inner
-        self.spent_s = 0.0
+        self._inner, self.spent_s = inner, 0.0
 
-    def __getattr__(self, name: str) -> Callable[..., object]:
-        return partial(self._timed, getattr(self._inner, name))
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return partial(self._timed, found) if callable(found) else found
 
     def _timed(self, call: Callable[..., object], *arguments: object) -> object:
         start_s = time.perf_counter()
@@ -133,123 +95,107 @@ class CallClock:
             self.spent_s += time.perf_counter() - start_s
 
 
-@contextmanager
-def engine(model: str, backend: str, max_num_seqs: int = 16) -> Iterator[LLM]:
-    llm = LLM(model=model, attention_backend=backend, dtype="float32", max_num_seqs=max_num_seqs, chunk_size=512)
-    try:
-        yield llm
-    finally:
-        llm.close()
+class ExecutorClock(CallClock):
+    """An executor that adds up the time inside the model; all else of a step is the engine's own."""
+
+    def launch(self, output: SchedulerOutput) -> CompletedStep:
+        result = self._inner.launch(output).result()
+        self.model_s += result.model_s
+        return CompletedStep(result)
+
+    model_s = 0.0
+
+
+def engine(model: str, backend: str, max_num_seqs: int = 16) -> LLM:
+    return LLM(model=model, attention_backend=backend, dtype="float32", max_num_seqs=max_num_seqs, chunk_size=512)
+
+
+def greedy(new_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+
+
+def generate(llm: LLM, prompts: Prompts, new_tokens: int) -> None:
+    llm.generate(prompts, greedy(new_tokens), use_tqdm=False)
 
 
 def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start_s
 
 
-def alternate(ours: Callable[[], object], other: Callable[[], object], repeats: int, label: str) -> Comparison:
-    """Both in turn, the first pair discarded."""
-    pairs = [(seconds(ours), seconds(other)) for _ in tqdm(range(repeats + 1), desc=label)][1:]
-    mine, theirs = zip(*pairs, strict=True)
-    ratio = statistics.median(other_s / our_s for our_s, other_s in pairs)
-    return Comparison(statistics.median(mine), statistics.median(theirs), ratio)
-
-
-def random_prompts(lengths: tuple[int, ...], vocab_size: int) -> list[list[int]]:
+def random_prompts(lengths: tuple[int, ...], vocab_size: int = VOCAB_SIZE) -> Prompts:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def generate(llm: LLM, work: Work) -> None:
-    llm.generate(work.prompts, work.sampling_params(), use_tqdm=False)
+def alternate(ours: Generate, other: Generate, prompts: Prompts, new_tokens: int, repeats: int) -> tuple[float, ...]:
+    """Both in turn, the first pair discarded: median seconds of ours, of the other, and the median of their ratios."""
+    runs = [partial(each, prompts, new_tokens) for each in (ours, other)]
+    found = pd.DataFrame([map(seconds, runs) for _ in tqdm(range(repeats + 1))][1:], columns=["ours", "other"])
+    return (*found.median(), (found.other / found.ours).median())
 
 
-def against_transformers(model: str, sizes: Sizes, repeats: int) -> Iterator[dict]:
+def against_transformers(model: str, sizes: Sizes, repeats: int) -> Iterator[Record]:
     """Generation of one request and of a batch of mixed lengths."""
     reference = TransformersModel(model)
-    vocab_size = reference.model.config.vocab_size
-    with engine(model, PAIR[0]) as llm:
+    with engine(model, OURS) as llm:
         for lengths in sizes.generate:
-            work = Work(random_prompts(lengths, vocab_size), sizes.new_tokens)
-            label = f"generate x{len(lengths)}"
-            times = alternate(partial(generate, llm, work), partial(reference.generate, work), repeats, label)
+            prompts = random_prompts(lengths, reference.model.config.vocab_size)
+            ours = partial(generate, llm)
+            ours_s, other_s, ratio = alternate(ours, reference.generate, prompts, sizes.new_tokens, repeats)
             tokens, shape = len(lengths) * sizes.new_tokens, (len(lengths), max(lengths))
-            yield row(
-                model, "generate", PAIR[0], *shape, tokens / times.ours_s, "tokens/s", "transformers", times.ratio
-            )
-            yield row(model, "generate", "transformers", *shape, tokens / times.other_s, "tokens/s", "", "")
+            other = Record(model, "generate", "transformers", *shape, tokens / other_s, "tokens/s")
+            yield replace(other, backend=OURS, value=tokens / ours_s, reference="transformers", ratio=ratio)
+            yield other
 
 
-def equal_requests(count: int, prompt: int, output: int) -> Work:
-    return Work(random_prompts((prompt,) * count, VOCAB_SIZE), output)
-
-
-def against_paged(model: str, sizes: Sizes, repeats: int) -> Iterator[dict]:
+def against_paged(model: str, sizes: Sizes, repeats: int) -> Iterator[Record]:
     """The same engine on virtual and on paged memory: mostly prefill, then mostly decode."""
-    works = [("prefill", equal_requests(*shape)) for shape in sizes.prefill]
-    works.append(("decode", equal_requests(*sizes.decode)))
-    with engine(model, PAIR[0]) as virtual, engine(model, PAIR[1]) as paged:
-        for name, work in works:
-            times = alternate(partial(generate, virtual, work), partial(generate, paged, work), repeats, name)
-            tokens = sum(map(len, work.prompts)) if name == "prefill" else len(work.prompts) * work.new_tokens
-            shape = (len(work.prompts), max(map(len, work.prompts)) + work.new_tokens)
-            yield row(model, name, PAIR[0], *shape, tokens / times.ours_s, "tokens/s", PAIR[1], times.ratio)
+    works = [*(("prefill", shape) for shape in sizes.prefill), ("decode", sizes.decode)]
+    with engine(model, OURS) as virtual, engine(model, PAGED) as paged:
+        for name, (count, prompt, output) in works:
+            runs = partial(generate, virtual), partial(generate, paged)
+            ours_s, _, ratio = alternate(*runs, random_prompts((prompt,) * count), output, repeats)
+            tokens = count * (prompt if name == "prefill" else output)
+            yield Record(model, name, OURS, count, prompt + output, tokens / ours_s, "tokens/s", PAGED, ratio)
 
 
-def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Iterator[dict]:
+def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Iterator[Record]:
     """Shares of engine.step() that are not the model, and that are the metrics store, decode, medians over steps."""
-    work = equal_requests(batch, prompt, output)
-    with engine(model, PAIR[0], batch) as llm:
+    with engine(model, OURS, batch) as llm:
         executor, metrics = ExecutorClock(llm.engine.core.executor), CallClock(MetricsStore())
         measured = LLMEngine(EngineCore(llm.engine.core.scheduler, executor), llm.engine.tokenizer, metrics=metrics)
-        for index, token_ids in enumerate(work.prompts):
-            measured.add_request(str(index), token_ids, work.sampling_params())
+        for index, token_ids in enumerate(random_prompts((prompt,) * batch)):
+            measured.add_request(str(index), token_ids, greedy(output))
         shares = []
         while measured.has_work:
-            shares.append(_shares(measured, executor, metrics))
+            model_s, metrics_s = executor.model_s, metrics.spent_s
+            step_s = seconds(measured.step)
+            shares.append((1 - (executor.model_s - model_s) / step_s, (metrics.spent_s - metrics_s) / step_s))
     names = ("time outside the model, metrics on", "time in the metrics store")
     for name, values in zip(names, zip(*shares, strict=True), strict=True):
-        yield row(model, name, PAIR[0], batch, prompt + output, 100 * statistics.median(values), "% of a step", "", "")
+        yield Record(model, name, OURS, batch, prompt + output, 100 * statistics.median(values), "% of a step")
 
 
-def _shares(measured: LLMEngine, executor: ExecutorClock, metrics: CallClock) -> tuple[float, float]:
-    """Of one step: outside the model, in the store."""
-    model_s, metrics_s = executor.model_s, metrics.spent_s
-    step_s = seconds(measured.step)
-    return 1 - (executor.model_s - model_s) / step_s, (metrics.spent_s - metrics_s) / step_s
-
-
-def row(*values: object) -> dict:
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("experiments/cpu"))
     parser.add_argument("--test", action="store_true", help="a short form: few tokens, once")
     options = parser.parse_args()
-    return parser.parse_args([*SHORT, *sys.argv[1:]]) if options.test else options
-
-
-def main() -> None:
-    options = parse()
+    options = parser.parse_args([*SHORT, *sys.argv[1:]]) if options.test else options
     sizes = SMALL if options.test else FULL
-    rows = [
+    found = pd.DataFrame([
         *against_transformers(options.model, sizes, options.repeats),
         *against_paged(options.model, sizes, options.repeats),
-        *(entry for shape in sizes.steps for entry in outside_the_model(options.model, *shape)),
-    ]
+        *(record for shape in sizes.steps for record in outside_the_model(options.model, *shape)),
+    ])  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
-    with open(options.output / "engine_cpu.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    found.to_csv(options.output / "engine_cpu.csv", index=False)
     (options.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    for entry in rows:
-        print(" ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in entry.values()))
+    print(found.to_string(index=False, header=False, float_format="%.3f"))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ from a CSV: `--trace FILE.csv`.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sarathi.benchmark.config.program import parse_with_file, positive, size_bytes
@@ -31,13 +30,12 @@ from sarathi.entrypoints.script import run_script
 from sarathi.metrics.environment import environment
 from vattention import OutOfMemoryError, VirtualKVCache
 
-KIB = 1 << 10
+KIB, BF16_BYTES = 1 << 10, 2
 DRAWN = 2895  # requests from a shape: as many as the arXiv trace has
 LAYOUTS = ("per layer", "megacache")
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     name: str
     layers: int
     kv_heads: int
@@ -53,24 +51,12 @@ _ALL = (
 MODELS = {model.name: model for model in _ALL}
 
 
-@dataclass(frozen=True)
-class Record:
-    model: str
-    tensor_parallel: int
-    budget_gb: float  # KV bytes of one GPU, 1e9
-    page_kib: int
-    layout: str
-    max_batch: float  # mean over the samples
-    wasted_percent: float  # of the mapped bytes, behind the last token of each sequence
-    against_2mib_per_layer: float
-
-
 def final_lengths(trace: str, seed: int) -> list[int]:
     """Tokens of each request at its end, when it holds most. trace: a shape's name or a file's."""
     if trace in SHAPES:
         prompts, outputs = SHAPES[trace].sample(DRAWN, np.random.default_rng(seed))
         return [int(total) for total in prompts + outputs]
-    return [spec.num_prefill_tokens + spec.num_decode_tokens for spec in read_lengths(trace)]
+    return [spec.num_tokens for spec in read_lengths(trace)]
 
 
 def max_batch(cache: VirtualKVCache, lengths: Sequence[int]) -> tuple[int, float]:
@@ -96,70 +82,57 @@ def samples(lengths: Sequence[int], count: int) -> Iterator[list[int]]:
         yield [*lengths[start:], *lengths[:start]]
 
 
-def measure(
-    model: Model, tensor_parallel: int, lengths: Sequence[int], options: argparse.Namespace
-) -> Iterator[Record]:
-    """One row for each page size and layout in which a page holds a token; ratios are to the first."""
-    baseline, budget_bytes = 0.0, kv_budget(model, options, tensor_parallel)
-    kv_heads = max(1, model.kv_heads // tensor_parallel)
-    token_bytes = 2 * kv_heads * model.head_size  # bf16, one layer
+def measure(name: str, tensor_parallel: int, lengths: Sequence[int], options: argparse.Namespace) -> pd.DataFrame:
+    """A record for each layout and page size in which a page holds a token; ratios are to the first.
+
+    max_batch: mean over the samples. wasted_percent: of the mapped bytes, behind the last token of each sequence.
+    """
+    model, found = MODELS[name], []
+    budget_bytes = kv_budget(model, options, tensor_parallel)
     for layout, page_bytes in itertools.product(options.layouts, options.pages):
-        megacache = layout == "megacache"
-        if token_bytes * (model.layers if megacache else 1) > page_bytes:
+        kv_heads, megacache = max(1, model.kv_heads // tensor_parallel), layout == "megacache"
+        if BF16_BYTES * kv_heads * model.head_size * (model.layers if megacache else 1) > page_bytes:
             continue
         results = []
         for order in samples(lengths, options.samples):
             with VirtualKVCache(
-                num_layers=model.layers,
-                num_kv_heads=kv_heads,
-                head_size=model.head_size,
-                num_slots=1024,
-                max_tokens=max(lengths),
-                dtype=torch.bfloat16,
-                budget_bytes=int(budget_bytes),
-                page_bytes=page_bytes,
-                megacache=megacache,
-                deferred_reclamation=False,
-            ) as cache:
+                num_layers=model.layers, num_kv_heads=kv_heads, head_size=model.head_size, num_slots=1024,
+                max_tokens=max(lengths), dtype=torch.bfloat16, budget_bytes=int(budget_bytes), page_bytes=page_bytes,
+                megacache=megacache, deferred_reclamation=False,
+            ) as cache:  # fmt: skip
                 results.append(max_batch(cache, order))
-        batch = statistics.mean(batch for batch, _ in results)
-        baseline = baseline or batch
-        yield Record(
-            model=model.name,
-            tensor_parallel=tensor_parallel,
-            budget_gb=round(budget_bytes / 1e9, 1),
-            page_kib=page_bytes // KIB,
-            layout=layout,
-            max_batch=round(batch, 1),
-            wasted_percent=round(100 * statistics.mean(wasted for _, wasted in results), 1),
-            against_2mib_per_layer=round(batch / baseline, 3),
-        )
+        batch, wasted = np.mean(results, axis=0)
+        found.append((page_bytes // KIB, layout, batch, 100 * wasted))
+    records = pd.DataFrame(found, columns=["page_kib", "layout", "max_batch", "wasted_percent"])
+    records["against_2mib_per_layer"] = (records.max_batch / records.max_batch.iloc[0]).round(3)
+    for column, value in enumerate((model.name, tensor_parallel, round(budget_bytes / 1e9, 1))):
+        records.insert(column, ("model", "tensor_parallel", "budget_gb")[column], value)
+    records = records.round({"max_batch": 1, "wasted_percent": 1})
+    print(records.to_string(index=False), flush=True)
+    return records
 
 
 def kv_budget(model: Model, options: argparse.Namespace, tensor_parallel: int) -> float:
-    weights_bytes = 2 * model.parameters / tensor_parallel  # bf16
+    weights_bytes = BF16_BYTES * model.parameters / tensor_parallel
     return options.budget_bytes - (weights_bytes if options.minus_weights else 0)
 
 
-def save(rows: Sequence[Record], path: Path) -> None:
-    """The rows, what they were made with, and a picture of them."""
+def save(records: pd.DataFrame, path: Path) -> None:
+    """The records, what they were made with, and a picture of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Record)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    records.to_csv(path, index=False, lineterminator="\n")
     path.with_suffix(".environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    draw_bars(panels(rows), path.with_suffix(".png"), "requests that fit", len({row.tensor_parallel for row in rows}))
+    draw_bars(panels(records), path.with_suffix(".png"), "requests that fit", records.tensor_parallel.nunique())
     print(f"saved {path}")
 
 
-def panels(rows: Iterable[Record]) -> dict[str, dict[str, float]]:
+def panels(records: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Model and GPUs -> page and layout -> the largest batch."""
     found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        page = f"{row.page_kib} KiB" if row.page_kib < KIB else f"{row.page_kib // KIB} MiB"
-        panel = f"{row.model}, {row.tensor_parallel} GPU{'s' * (row.tensor_parallel > 1)}"
-        found.setdefault(panel, {})[f"{page}\n{row.layout}"] = row.max_batch
+    for record in records.itertuples():
+        page = f"{record.page_kib} KiB" if record.page_kib < KIB else f"{record.page_kib // KIB} MiB"
+        panel = f"{record.model}, {record.tensor_parallel} GPU{'s' * (record.tensor_parallel > 1)}"
+        found.setdefault(panel, {})[f"{page}\n{record.layout}"] = record.max_batch
     return found
 
 
@@ -186,25 +159,17 @@ def parse() -> argparse.Namespace:
     return parse_with_file(parser, "page_size")
 
 
-def add_rows(
-    rows: list[Record], model: Model, parallel: int, lengths: Sequence[int], options: argparse.Namespace
-) -> None:
-    """Adds the rows of one model on so many GPUs as they come."""
-    for row in measure(model, parallel, lengths, options):
-        rows.append(row)
-        print("| " + " | ".join(str(value) for value in asdict(row).values()) + " |", flush=True)
-
-
 def main() -> int:
     options = parse()
     lengths = final_lengths(options.trace, options.seed)
-    print(f"{len(lengths)} requests, mean {statistics.mean(lengths):.0f} tokens, longest {max(lengths)}")
-    rows: list[Record] = []
+    print(f"{len(lengths)} requests, mean {np.mean(lengths):.0f} tokens, longest {max(lengths)}")
     attempts = Attempts()
-    for name, parallel in itertools.product(options.models, options.tensor_parallel):
-        attempts.run(f"{name} on {parallel} GPUs", partial(add_rows, rows, MODELS[name], parallel, lengths, options))
-    if rows:
-        save(rows, options.output / file_name(options))
+    found = [
+        attempts.run(f"{name} on {count} GPUs", partial(measure, name, count, lengths, options))
+        for name, count in itertools.product(options.models, options.tensor_parallel)
+    ]
+    if records := [each for each in found if each is not None]:
+        save(pd.concat(records), options.output / file_name(options))
     return attempts.exit_code()
 
 

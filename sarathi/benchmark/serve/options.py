@@ -28,66 +28,63 @@ def base_url(args: argparse.Namespace) -> str:
 
 
 def _add_server(group: Any) -> None:
-    group.add_argument("--backend", choices=tuple(ENDPOINTS), default="openai", help="completions or chat completions")
-    group.add_argument("--base-url", help="address of the server; default: from --host and --port")
-    group.add_argument("--host", default="127.0.0.1")
-    group.add_argument("--port", type=int, default=8000)
-    group.add_argument("--endpoint", help="path of the requests; default: the backend's usual one")
-    group.add_argument("--model", help="model to ask for; default: the first that the server lists")
-    group.add_argument("--api-key", help="sent as a bearer token")
-    group.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
-    group.add_argument(
-        "--request-timeout", type=_positive, default=21600.0, metavar="S", help="seconds for one request"
-    )
+    add = group.add_argument
+    add("--backend", choices=tuple(ENDPOINTS), default="openai", help="completions or chat completions")
+    add("--base-url", help="address of the server; default: from --host and --port")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--endpoint", help="path of the requests; default: the backend's usual one")
+    add("--model", help="model to ask for; default: the first that the server lists")
+    add("--api-key", help="sent as a bearer token")
+    add("--header", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+    add("--request-timeout", type=_positive, default=21600.0, metavar="S", help="seconds for one request")
 
 
 def _add_load(group: Any) -> None:
-    group.add_argument("--num-prompts", type=_count, default=1000, help="requests")
-    group.add_argument("--request-rate", type=_positive, default=math.inf, help="requests a second; inf: all at once")
-    group.add_argument(
-        "--burstiness", type=_positive, default=1.0, help="1: Poisson; less: bursts; more: even; inf: wholly even"
-    )
-    group.add_argument("--max-concurrency", type=_count, help="requests under way at the same time, at most")
-    group.add_argument("--num-warmups", type=_natural, default=0, help="how often the first request is sent before")
-    group.add_argument("--seed", type=_natural, default=0, help="the same seed: the same requests at the same times")
-    group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
+    add = group.add_argument
+    add("--num-prompts", type=_count, default=1000, help="requests")
+    add("--request-rate", type=_positive, default=math.inf, help="requests a second; inf: all at once")
+    add("--burstiness", type=_positive, default=1.0, help="1: Poisson; less: bursts; more: even; inf: wholly even")
+    add("--max-concurrency", type=_count, help="requests under way at the same time, at most")
+    add("--num-warmups", type=_natural, default=0, help="how often the first request is sent before")
+    add("--seed", type=_natural, default=0, help="the same seed: the same requests at the same times")
+    add("--disable-tqdm", action="store_true", help="no progress bar")
 
 
 def _add_dataset(group: Any) -> None:
-    group.add_argument("--dataset-name", choices=DATASETS, default="random")
-    group.add_argument(
-        "--dataset-path", help="file of the data set; mooncake replays its timestamps if no rate is given"
-    )
-    group.add_argument("--sharegpt-output-len", type=_count, help="output tokens; default: as many as the answer has")
-    group.add_argument("--disable-shuffle", action="store_true", help="ShareGPT in the file's order, not the seed's")
-    group.add_argument("--random-input-len", type=_count, default=1024, help="prompt tokens")
-    group.add_argument("--random-output-len", type=_count, default=128, help="output tokens")
-    group.add_argument("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
-    group.add_argument("--random-prefix-len", type=_natural, default=0, help="tokens that all prompts begin with")
-    group.add_argument(
-        "--tokenizer", metavar="NAME", help="the server's, a folder or hub id: prompts are text of exact lengths by it"
-    )
-    group.add_argument(
-        "--vocab-size", type=_count, default=32000, help="without --tokenizer, prompts of completions are ids below it"
-    )
+    add = group.add_argument
+    add("--dataset-name", choices=DATASETS, default="random")
+    add("--dataset-path", help="file of the data set; mooncake replays its timestamps if no rate is given")
+    add("--sharegpt-output-len", type=_count, help="output tokens; default: as many as the answer has")
+    add("--disable-shuffle", action="store_true", help="ShareGPT in the file's order, not the seed's")
+    add("--random-input-len", type=_count, default=1024, help="prompt tokens")
+    add("--random-output-len", type=_count, default=128, help="output tokens")
+    add("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
+    add("--random-prefix-len", type=_natural, default=0, help="tokens that all prompts begin with")
+    exact = "the server's, a folder or hub id: prompts are text of exact lengths by it"
+    add("--tokenizer", metavar="NAME", help=exact)
+    ids = "without --tokenizer, prompts of completions are ids below it"
+    add("--vocab-size", type=_count, default=32000, help=ids)
 
 
 def _add_sampling(group: Any) -> None:
-    group.add_argument("--ignore-eos", action="store_true", help="every answer has its full length")
-    group.add_argument("--temperature", type=float, default=0.0)
-    group.add_argument("--top-p", type=float)
-    group.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of a request")
+    add = group.add_argument
+    add("--ignore-eos", action="store_true", help="every answer has its full length")
+    add("--temperature", type=float, default=0.0)
+    add("--top-p", type=float)
+    add("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of a request")
 
 
 def _add_results(group: Any) -> None:
-    group.add_argument("--percentile-metrics", default=",".join(METRICS), help=f"which of {','.join(METRICS)}")
-    group.add_argument("--metric-percentiles", default="99", help="percentiles, as 50,90,99")
-    group.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="targets a good request meets")
-    group.add_argument("--save-result", action="store_true", help="write the result as JSON")
-    group.add_argument("--save-detailed", action="store_true", help="with each request's lengths, times and text")
-    group.add_argument("--result-dir", default=".", help="folder of the JSON file")
-    group.add_argument("--result-filename", help="its name; default: from backend, rate, model and time")
-    group.add_argument("--metadata", nargs="*", default=[], metavar="NAME=VALUE", help="more keys of the JSON file")
+    add = group.add_argument
+    add("--percentile-metrics", default=",".join(METRICS), help=f"which of {','.join(METRICS)}")
+    add("--metric-percentiles", default="99", help="percentiles, as 50,90,99")
+    add("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="targets a good request meets")
+    add("--save-result", action="store_true", help="write the result as JSON")
+    add("--save-detailed", action="store_true", help="with each request's lengths, times and text")
+    add("--result-dir", default=".", help="folder of the JSON file")
+    add("--result-filename", help="its name; default: from backend, rate, model and time")
+    add("--metadata", nargs="*", default=[], metavar="NAME=VALUE", help="more keys of the JSON file")
 
 
 def parse_goodput(words: Sequence[str]) -> dict[str, float]:

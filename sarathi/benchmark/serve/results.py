@@ -1,4 +1,4 @@
-"""Results of a load to the numbers and the block that `vllm bench serve` gives, by its keys. Knows no HTTP.
+"""Results of a load to the numbers and the block that `vllm bench serve` gives, by its keys.
 
 ttft: to the first token. tpot: (e2el - ttft) / (n - 1), of answers with two tokens or more. itl: every gap between two
 chunks. e2el: to the last token. Goodput: requests a second that meet every target given.
@@ -6,7 +6,6 @@ chunks. e2el: to the last token. Goodput: requests a second that meet every targ
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,13 +20,29 @@ TITLES = {
     "e2el": "End-to-end Latency",
 }
 WIDTH = 50
+HEAD = (
+    ("Successful requests:", "completed"),
+    ("Failed requests:", "failed"),
+    ("Maximum request concurrency:", "max_concurrency"),
+    ("Request rate configured (RPS):", "request_rate"),
+    ("Benchmark duration (s):", "duration"),
+    ("Total input tokens:", "total_input_tokens"),
+    ("Total generated tokens:", "total_output_tokens"),
+    ("Request throughput (req/s):", "request_throughput"),
+    ("Request goodput (req/s):", "request_goodput"),
+    ("Output token throughput (tok/s):", "output_throughput"),
+    ("Peak output token throughput (tok/s):", "max_output_tokens_per_s"),
+    ("Peak concurrent requests:", "max_concurrent_requests"),
+    ("Total token throughput (tok/s):", "total_token_throughput"),
+)
 
 
 def compute(results: Sequence[RequestResult], duration_s: float, goodput_ms: Mapping[str, float]) -> dict[str, Any]:
     """Counts and rates. Failed requests count in `failed` alone."""
     good = [result for result in results if not result.error]
-    input_tokens, output_tokens = (sum(values) for values in (_prompts(good), _outputs(good)))
+    input_tokens, output_tokens = sum(each.prompt_tokens for each in good), sum(each.output_tokens for each in good)
     duration = max(duration_s, 1e-9)
+    met = sum(all(_value_ms(each, name) <= limit for name, limit in goodput_ms.items()) for each in good)
     return {
         "duration": duration_s,
         "completed": len(good),
@@ -35,7 +50,7 @@ def compute(results: Sequence[RequestResult], duration_s: float, goodput_ms: Map
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
         "request_throughput": len(good) / duration,
-        "request_goodput": _num_meeting(good, goodput_ms) / duration if goodput_ms else None,
+        "request_goodput": met / duration if goodput_ms else None,
         "output_throughput": output_tokens / duration,
         "total_token_throughput": (input_tokens + output_tokens) / duration,
         "max_output_tokens_per_s": peak_output_rate(good),
@@ -61,9 +76,9 @@ def statistics(
     found: dict[str, Any] = {}
     for name in metrics:
         data = np.asarray(values[name] if values[name] else [0.0])
-        found |= {f"mean_{name}_ms": float(data.mean()), f"median_{name}_ms": float(np.median(data))}
-        found[f"std_{name}_ms"] = float(data.std())
-        found |= {f"p{p:g}_{name}_ms": float(np.percentile(data, p)) for p in percentiles}
+        numbers = {"mean": data.mean(), "median": np.median(data), "std": data.std()}
+        numbers |= {f"p{p:g}": np.percentile(data, p) for p in percentiles}
+        found |= {f"{key}_{name}_ms": float(value) for key, value in numbers.items()}
     return found
 
 
@@ -91,68 +106,31 @@ def peak_output_rate(results: Sequence[RequestResult]) -> float:
     if not results:
         return 0.0
     origin_s = min(result.sent_at_s for result in results)
-    seconds: defaultdict[int, float] = defaultdict(float)
-    for result in results:
-        tokens_a_chunk = result.output_tokens / len(result.chunk_times_s)
-        for at_s in result.chunk_times_s:
-            seconds[int(at_s - origin_s)] += tokens_a_chunk
-    return float(max(seconds.values(), default=0))
+    seconds = [int(at_s - origin_s) for result in results for at_s in result.chunk_times_s]
+    tokens = [each.output_tokens / len(each.chunk_times_s) for each in results for _ in each.chunk_times_s]
+    return float(np.bincount(seconds, tokens).max(initial=0))
 
 
 def peak_concurrency(results: Sequence[RequestResult]) -> int:
     """The most requests that were under way at one time; one that ends as another begins is not."""
     edges = [(result.sent_at_s, 1) for result in results] + [(result.ended_at_s, -1) for result in results]
-    running, peak = 0, 0
-    for _, change in sorted(edges):
-        running += change
-        peak = max(peak, running)
-    return peak
+    return int(np.cumsum([change for _, change in sorted(edges)], dtype=int).max(initial=0))
 
 
 def block(result: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]) -> str:
     """What people paste."""
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
     lines += [_line(title, result[key]) for title, key in HEAD if result.get(key) is not None]
+    keys = [("Mean", "mean"), ("Median", "median"), *((f"P{p:g}", f"p{p:g}") for p in percentiles)]
     for name in metrics:
         lines.append(f"{TITLES[name]:-^{WIDTH}}")
-        label = name.upper() if name != "e2el" else "E2EL"
-        keys = [("Mean", "mean"), ("Median", "median"), *((f"P{p:g}", f"p{p:g}") for p in percentiles)]
-        lines += [_line(f"{word} {label} (ms):", result[f"{key}_{name}_ms"]) for word, key in keys]
+        lines += [_line(f"{word} {name.upper()} (ms):", result[f"{key}_{name}_ms"]) for word, key in keys]
     return "\n".join([*lines, "=" * WIDTH])
-
-
-HEAD = (
-    ("Successful requests:", "completed"),
-    ("Failed requests:", "failed"),
-    ("Maximum request concurrency:", "max_concurrency"),
-    ("Request rate configured (RPS):", "request_rate"),
-    ("Benchmark duration (s):", "duration"),
-    ("Total input tokens:", "total_input_tokens"),
-    ("Total generated tokens:", "total_output_tokens"),
-    ("Request throughput (req/s):", "request_throughput"),
-    ("Request goodput (req/s):", "request_goodput"),
-    ("Output token throughput (tok/s):", "output_throughput"),
-    ("Peak output token throughput (tok/s):", "max_output_tokens_per_s"),
-    ("Peak concurrent requests:", "max_concurrent_requests"),
-    ("Total token throughput (tok/s):", "total_token_throughput"),
-)
 
 
 def _line(title: str, value: Any) -> str:
     shown = f"{value:.2f}" if isinstance(value, float) else str(value)
     return f"{title:<40}{shown:<10}"
-
-
-def _prompts(results: Sequence[RequestResult]) -> list[int]:
-    return [result.prompt_tokens for result in results]
-
-
-def _outputs(results: Sequence[RequestResult]) -> list[int]:
-    return [result.output_tokens for result in results]
-
-
-def _num_meeting(results: Sequence[RequestResult], targets_ms: Mapping[str, float]) -> int:
-    return sum(all(_value_ms(result, name) <= limit for name, limit in targets_ms.items()) for result in results)
 
 
 def _value_ms(result: RequestResult, name: str) -> float:
