@@ -92,11 +92,12 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is the likeliest of the model's own logits, and nothing more is asked of them."""
+        """Whether every token is the likeliest of the model's own logits, and nothing more is asked of any."""
         penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
-        changed = penalised or self.logit_bias or self.min_tokens or self.logprobs is not None
-        limited = self.bad_words or self.allowed_token_ids is not None or self.logits_processors
-        return self.is_greedy and not changed and not limited
+        changed = penalised or self.logit_bias or self.min_tokens or self.logits_processors
+        limited = self.bad_words or self.allowed_token_ids is not None
+        told = self.logprobs is not None or self.prompt_logprobs is not None
+        return self.is_greedy and not changed and not limited and not told
 
     @property
     def needs_host_tokens(self) -> bool:

@@ -47,8 +47,6 @@ class InputProcessor:
         """The parameters, checked against the model; bad words are token ids then."""
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}: this model has no tokenizer, use stop_token_ids")
-        if params.prompt_logprobs is not None:
-            raise ValueError(f"prompt_logprobs is {params.prompt_logprobs}: it must be None")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self._vocab_size:
                 raise ValueError(f"{name} is {getattr(params, name)}: the vocabulary has {self._vocab_size} tokens")

@@ -14,7 +14,8 @@ class Batch:
 
     token_ids: [T], placeholder tokens among them where steps overlap.
     positions: [T], of each token in its sequence.
-    sample_indices: [S], the last token of each chunk that samples; None where every token is one.
+    sample_indices: [S + N], the tokens whose logits are wanted: the last of each chunk that samples, then those before
+        prompt tokens whose log probabilities are asked for; None where every token is the last of its chunk.
     rope_lengths: [T], max(tokens of the request's prompt, position + 1), see RopeFrequencies; None where a
         model's frequencies do not depend on it.
     """

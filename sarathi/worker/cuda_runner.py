@@ -22,7 +22,16 @@ from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, wi
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cuda_graphs import DecodeGraph, DecodeGraphs, Limits, ladder
-from sarathi.worker.model_runner import KVCache, ModelRunner, int32, make_batch, read_sampled, slots_of, tokens_of
+from sarathi.worker.model_runner import (
+    KVCache,
+    ModelRunner,
+    int32,
+    make_batch,
+    read_prompts,
+    read_sampled,
+    slots_of,
+    tokens_of,
+)
 from sarathi.worker.sequences import Sequence, SequenceTable, token_array
 from sarathi.worker.transfer import to_device, to_host
 
@@ -47,7 +56,8 @@ class LaunchedStep:
             self._sequences.append(tokens)
             host = HostTimes(self._prepare_inputs_s, time.perf_counter() - ended_s)
             model_s = self._started.elapsed_time(self._done) / 1e3
-            self._outcome = StepResult(self._out.step_id, tokens, model_s, host=host)
+            prompts = read_prompts(self._sampled, self._plan)
+            self._outcome = StepResult(self._out.step_id, tokens, model_s, host=host, prompt_logprobs=prompts)
         return self._outcome
 
 
@@ -150,10 +160,10 @@ class CudaModelRunner(ModelRunner):
 
     def _compute(self, inputs: _Inputs, metadata: Metadata, plan: SamplingPlan | None) -> Sampled | None:
         logits = self.model(inputs.batch, self._layers, metadata, self._last_tokens)
-        return self._sample_into(logits, inputs.sample_slots, plan) if len(inputs.sample_slots) else None
+        return self._sample_into(logits, inputs.sample_slots, plan) if len(logits) else None
 
     def _sample_into(self, logits: Tensor, slots: Tensor, plan: SamplingPlan | None) -> Sampled:
-        """logits: [S, vocab_size]; slots: [S], whose last tokens become the sampled ones."""
+        """logits: [S, vocab_size], then of prompt tokens; slots: [S], whose last tokens become the sampled ones."""
         if plan is None:
             return Sampled(self.model.ops.argmax_into(logits, slots, self._last_tokens), None)
         sampled = self._sample(logits, plan)

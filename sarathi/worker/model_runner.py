@@ -10,11 +10,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, CompletedStep, HostTimes, SampledToken, SchedulerOutput, StepFuture, StepResult
+from sarathi.messages import (
+    Chunk,
+    CompletedStep,
+    HostTimes,
+    PromptLogprobs,
+    SampledToken,
+    SchedulerOutput,
+    StepFuture,
+    StepResult,
+)
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.sampling.logprobs import read_logprobs, read_prompt_logprobs
 from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.worker.sequences import SequenceTable, token_array
@@ -53,10 +63,14 @@ class ModelRunner:
         started_s = time.perf_counter()
         logits = self.model(batch, self._layers, metadata)
         done_s = time.perf_counter()
-        tokens = tuple(read_sampled(chunks, self._sample(logits, plan), plan))
+        sampled = self._sample(logits, plan)
+        tokens = tuple(read_sampled(chunks, sampled, plan))
+        prompts = read_prompts(sampled, plan)
         sequences.append(tokens)
         host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
-        return CompletedStep(StepResult(out.step_id, tokens, done_s - started_s, host=host))
+        return CompletedStep(
+            StepResult(out.step_id, tokens, done_s - started_s, host=host, prompt_logprobs=prompts)
+        )  # fmt: skip
 
     def wait(self) -> None:
         """No step is running."""
@@ -65,17 +79,19 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable
     ) -> SamplingPlan | None:
         """On the device; None where every sampled token is an argmax and nothing else is asked for."""
-        if all(sequences[chunk.request_id].params.is_plain for chunk in chunks if chunk.samples):
+        if all(sequences[chunk.request_id].params.is_plain for chunk in chunks):
             return None
         tokens = [
             sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens, slot)
             for chunk, slot in zip(chunks, slots, strict=True)
             if chunk.samples
         ]
-        return to_device(plan_sampling(tokens, self.model.vocab_size), self._device)
+        spans = [sequences[chunk.request_id].prompt_span(chunk) for chunk in chunks]
+        asked = [span for span in spans if span is not None]
+        return to_device(plan_sampling(tokens, self.model.vocab_size, asked), self._device)
 
     def _sample(self, logits: Tensor, plan: SamplingPlan | None) -> Sampled:
-        """logits: [S, vocab_size]."""
+        """logits: [S, vocab_size], then those of the plan's prompt tokens."""
         return Sampled(self.model.ops.argmax(logits), None) if plan is None else sample(logits, plan, self.model.ops)
 
 
@@ -90,15 +106,20 @@ def make_batch(
     """Tensors of the chunks' tokens, in order: int32, on the CPU."""
     positions: list[int] = []
     sample_indices: list[int] = []
+    prompt_indices: list[int] = []
     for chunk in chunks:
+        first = len(positions)
         positions.extend(range(chunk.start, chunk.start + chunk.num_tokens))
         if chunk.samples:
             sample_indices.append(len(positions) - 1)
+        if (span := sequences[chunk.request_id].prompt_span(chunk)) is not None:
+            prompt_indices.extend(range(first, first + len(span.token_ids)))
+    is_every_token = len(sample_indices) == len(positions) and not prompt_indices
     return Batch(
         tuple(chunks),
         int32(tokens_of(chunks, slots, sequences)),
         int32(positions),
-        None if len(sample_indices) == len(positions) else int32(sample_indices),
+        None if is_every_token else int32([*sample_indices, *prompt_indices]),
         int32(_rope_lengths(chunks, sequences)) if with_rope_lengths else None,
     )
 
@@ -130,12 +151,17 @@ def read_sampled(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan |
     if plan is None or plan.logprobs is None or sampled.logprobs is None:
         yield from map(SampledToken, request_ids, token_ids)
         return
-    chosen, top = sampled.logprobs.chosen.tolist(), sampled.logprobs.top.tolist()
-    top_token_ids = sampled.logprobs.top_token_ids.tolist()
-    of_row = iter(zip(chosen, top_token_ids, top, strict=True))
+    of_row = read_logprobs(sampled.logprobs)
     for request_id, token_id, count in zip(request_ids, token_ids, plan.logprobs.counts, strict=True):
         if count is None:
             yield SampledToken(request_id, token_id)
         else:
             logprob, ids, values = next(of_row)
             yield SampledToken(request_id, token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+
+
+def read_prompts(sampled: Sampled | None, plan: SamplingPlan | None) -> tuple[PromptLogprobs, ...]:
+    """Log probabilities of prompt tokens, where the plan asks for them."""
+    if sampled is None or plan is None or sampled.prompt is None or plan.prompt is None:
+        return ()
+    return tuple(read_prompt_logprobs(sampled.prompt, plan.prompt))

@@ -7,8 +7,9 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sarathi.messages import NewRequest, SampledToken
+from sarathi.messages import Chunk, NewRequest, SampledToken
 from sarathi.model_executor.ops.types import placeholder_token
+from sarathi.model_executor.sampling.logprobs import PromptSpan
 from sarathi.model_executor.sampling.plan import NextToken, counts_all, counts_output
 from sarathi.sampling_params import SamplingParams
 
@@ -55,6 +56,16 @@ class Sequence:
         if counts_all(self.params) or self.params.needs_host_tokens:
             return self.tokens(0, position, slot)
         return self.tokens(self.num_prompt_tokens, position, slot) if counts_output(self.params) else _NO_TOKENS
+
+    def prompt_span(self, chunk: Chunk) -> PromptSpan | None:
+        """The prompt tokens that the chunk's logits are about, where their log probabilities are wanted.
+
+        The logits at a position are about the token behind it: none of them are about the first token.
+        """
+        num_top, end = self.params.prompt_logprobs, min(chunk.start + chunk.num_tokens + 1, self.num_prompt_tokens)
+        if num_top is None or end <= chunk.start + 1:
+            return None
+        return PromptSpan(chunk.request_id, chunk.start + 1, self.token_ids[chunk.start + 1 : end], num_top)
 
     def uniform(self, position: int) -> float:
         """The random number in [0, 1) of the token at `position`: a function of seed and position alone.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.ops.types import resolve
+from sarathi.model_executor.sampling.logprobs import PromptRows, PromptSpan, plan_prompt_rows
 from sarathi.sampling_params import SamplingParams
 
 
@@ -116,10 +117,12 @@ class SamplingPlan:
     penalties: Penalties | None
     draws: Draws | None
     logprobs: Logprobs | None
+    prompt: PromptRows | None = None
 
 
-def plan_sampling(rows: Sequence[NextToken], vocab_size: int) -> SamplingPlan:
-    """The plan for S rows of logits, in CPU tensors; `with_last_tokens` completes it on the device."""
+def plan_sampling(rows: Sequence[NextToken], vocab_size: int, prompt_spans: Sequence[PromptSpan] = ()) -> SamplingPlan:
+    """The plan for S rows of logits and those of the prompts' tokens, in CPU tensors; `with_last_tokens` completes it
+    on the device."""
     return SamplingPlan(
         tuple(_processing(index, row) for index, row in enumerate(rows) if row.params.logits_processors),
         _allowed(rows),
@@ -127,6 +130,7 @@ def plan_sampling(rows: Sequence[NextToken], vocab_size: int) -> SamplingPlan:
         _penalties(rows),
         _draws(rows, vocab_size),
         _logprobs(rows, vocab_size),
+        plan_prompt_rows(prompt_spans),
     )
 
 

@@ -8,12 +8,13 @@ temperature, top-k, top-p, min-p. Logprobs are of the logits given.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sarathi.model_executor.ops import Ops
+from sarathi.model_executor.sampling.logprobs import TopLogprobs, prompt_logprobs, top_logprobs
 from sarathi.model_executor.sampling.plan import (
     Additions,
     Allowed,
@@ -29,24 +30,28 @@ _PARAMETERS_WITH_PROMPT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class SampledLogprobs:
-    """Of L rows: the chosen token's [L], and the likeliest k tokens and theirs [L, k], best first."""
-
-    chosen: Tensor
-    top_token_ids: Tensor
-    top: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_ids: [S] int64 on the logits' device; logprobs: of the plan's rows, None where no row asked."""
+    """token_ids: [S] int64 on the logits' device. logprobs: of the plan's rows, None where no row asked.
+
+    prompt: log probabilities of the plan's prompt tokens, None where it has none.
+    """
 
     token_ids: Tensor
-    logprobs: SampledLogprobs | None
+    logprobs: TopLogprobs | None = None
+    prompt: TopLogprobs | None = None
 
 
 def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
-    """logits: [S, vocab_size], contiguous, left as they are. Without anything planned this is a single argmax."""
+    """logits: [S, vocab_size], contiguous, left as they are; [N, vocab_size] of the plan's prompt tokens follow.
+
+    Without anything planned this is a single argmax.
+    """
+    if plan.prompt is not None:
+        num_samples = len(logits) - len(plan.prompt.token_ids)
+        prompt = prompt_logprobs(logits[num_samples:], plan.prompt)
+        return replace(sample(logits[:num_samples], replace(plan, prompt=None), kernels), prompt=prompt)
+    if not len(logits):
+        return Sampled(torch.empty(0, dtype=torch.int64, device=logits.device))
     processed = logits
     if plan.processing or plan.allowed or plan.additions or plan.penalties:
         processed = logits.to(torch.float32, copy=True)
@@ -140,11 +145,8 @@ def _kth_largest(logits: Tensor, k: Tensor, max_k: int) -> Tensor:
     return kth.masked_fill_(off, float("-inf"))
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, plan: SamplingPlan) -> SampledLogprobs | None:
+def _logprobs(logits: Tensor, token_ids: Tensor, plan: SamplingPlan) -> TopLogprobs | None:
     if plan.logprobs is None:
         return None
-    rows = logits[plan.logprobs.chosen].float().log_softmax(dim=-1)
-    chosen = rows.gather(1, token_ids[plan.logprobs.chosen].unsqueeze(1)).squeeze(1)
-    most = max(count for count in plan.logprobs.counts if count is not None)
-    top = rows.topk(most, dim=-1)
-    return SampledLogprobs(chosen, top.indices, top.values)
+    chosen, most = plan.logprobs.chosen, max(count for count in plan.logprobs.counts if count is not None)
+    return top_logprobs(logits[chosen], token_ids[chosen], most)

@@ -4,14 +4,14 @@ Steps that overlap must give what steps one after the other give, although their
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput
+from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
@@ -110,6 +110,11 @@ def model() -> Decoder:
     return decoder
 
 
+def bar_the_last_token(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+    logits[output[-1:]] = -torch.inf
+    return logits
+
+
 def params_of(rng: random.Random) -> SamplingParams:
     if rng.random() < 0.3:
         return SamplingParams(temperature=0.0)
@@ -118,6 +123,9 @@ def params_of(rng: random.Random) -> SamplingParams:
         min_p=rng.choice([0.0, 0.05]), repetition_penalty=rng.choice([1.0, 1.5]), seed=rng.randrange(99),
         presence_penalty=rng.choice([0.0, 0.9]), frequency_penalty=rng.choice([0.0, 0.7]), min_tokens=3,
         stop_token_ids=(1, 2), logprobs=rng.choice([None, 2]), logit_bias=rng.choice([None, {4: 2.0}]),
+        prompt_logprobs=rng.choice([None, 0, 3]), allowed_token_ids=rng.choice([None, range(3, 40)]),
+        bad_words=rng.choice([(), [(7,), *((first, 9) for first in range(50))]]),
+        logits_processors=rng.choice([(), [bar_the_last_token]]),
     )  # fmt: skip
 
 
@@ -141,7 +149,7 @@ def steps(prompts: dict[str, list[int]], num_outputs: int) -> Iterator[list[Chun
 
 def run(
     model: Decoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int]
-) -> list[list[SampledToken]]:
+) -> list[StepResult]:
     shape = (SLOTS, LENGTH, ARCH.num_kv_heads, ARCH.head_size)
     layers = [CacheLayer(torch.zeros(shape), torch.zeros(shape), None) for _ in range(ARCH.num_layers)]
     cache = Slots({each.request_id: slot for each, slot in zip(requests, slots, strict=False)})
@@ -154,8 +162,8 @@ def run(
     for chunks in steps({each.request_id: list(each.token_ids) for each in requests}, 9):
         flights.append(runner.launch(SchedulerOutput(0, chunks=tuple(chunks)), sequences))
         if not overlap or len(flights) > 1:
-            results.append(flights.pop(0).result().tokens)
-    return [*results, *(flight.result().tokens for flight in flights)]
+            results.append(flights.pop(0).result())
+    return [*results, *(flight.result() for flight in flights)]
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -171,9 +179,27 @@ def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: Decoder, gr
     slots = rng.sample(range(SLOTS), 5)
     expected = run(model, requests, overlap=False, graphs=False, slots=slots)
     found = run(model, requests, overlap=True, graphs=graphs, slots=slots)
-    assert sum(map(len, expected)) > 30
+    assert sum(len(step.tokens) for step in expected) > 30
     for ours, theirs in zip(found, expected, strict=True):
-        assert [token[:2] for token in ours] == [token[:2] for token in theirs]
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-            assert [token for token, _ in one.top_logprobs] == [token for token, _ in other.top_logprobs]
+        check_equal(ours.tokens, theirs.tokens)
+        assert [span[:2] for span in ours.prompt_logprobs] == [span[:2] for span in theirs.prompt_logprobs]
+        for span, other in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
+            check_equal(span.tokens, other.tokens)
+    check_prompts(requests, found)
+
+
+def check_equal(ours: Sequence[SampledToken], theirs: Sequence[SampledToken]) -> None:
+    assert [token[:2] for token in ours] == [token[:2] for token in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [token for token, _ in one.top_logprobs] == [token for token, _ in other.top_logprobs]
+
+
+def check_prompts(requests: list[NewRequest], found: list[StepResult]) -> None:
+    """Every token of a prompt but the first, once, where that was asked for."""
+    spans = [span for step in found for span in step.prompt_logprobs]
+    for request in requests:
+        own = [token for span in spans if span.request_id == request.request_id for token in span.tokens]
+        is_asked = request.sampling_params.prompt_logprobs is not None
+        assert [token.token_id for token in own] == (list(request.token_ids[1:]) if is_asked else [])
+        assert all(len(token.top_logprobs) == request.sampling_params.prompt_logprobs for token in own)
