@@ -189,10 +189,12 @@ def _tokenizer_metadata(path: Path) -> dict[str, Any]:
     return {key: file[key] for key in file if key.startswith("tokenizer.")}
 
 
-def _from_gguf(path: Path) -> Tokenizer:
+def _from_gguf(path: Path) -> Tokenizer | None:
     from sarathi.engine.tokenizer.gguf_tokenizer import build_tokenizer, end_token_ids, special_ids
 
     metadata = _tokenizer_metadata(path)
+    if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+        return None
     with reading(path, "GGUF tokenizer"):
         pieces, ids = metadata["tokenizer.ggml.tokens"], special_ids(metadata)
         special = {key.removesuffix("_id"): pieces[ids[key]] for key in ids if key != "unknown_token_id"}
