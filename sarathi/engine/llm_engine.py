@@ -10,7 +10,7 @@ from sarathi.engine.input_processor import InputProcessor, Prompt
 from sarathi.engine.output_processor import OutputProcessor
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import MemoryStats, StepReport
+from sarathi.messages import MemoryStats
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.sampling_params import SamplingParams
 
@@ -100,7 +100,9 @@ class LLMEngine:
             for request_id, stop in stops:
                 self.core.finish(request_id, "stop", stop)
             if message.step is not None:
-                self._report(message.step)
+                out, result, started_s, scheduled_s, executed_s = message.step
+                times = StepTimes(started_s, scheduled_s, executed_s, self._clock())
+                self._metrics.on_step(out, result, times)
         except BaseException:
             try:
                 self.core.reset()
@@ -120,7 +122,7 @@ class LLMEngine:
 
     def release_ended(self) -> None:
         """Free the memory of ended requests where no other is left, so that no step would tell the executor of them."""
-        while not self._outputs.states and self.has_work:
+        while not self._outputs.states and not self._is_shut_down and self.core.has_work:
             self.step()
 
     def memory_stats(self) -> MemoryStats:
@@ -135,7 +137,3 @@ class LLMEngine:
             self.core.shutdown()
         finally:
             self._outputs.end_all("error")
-
-    def _report(self, step: StepReport) -> None:
-        times = StepTimes(step.started_at_s, step.scheduled_at_s, step.executed_at_s, self._clock())
-        self._metrics.on_step(step.out, step.result, times)

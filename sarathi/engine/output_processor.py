@@ -78,6 +78,7 @@ class RequestState:
         self.request_id = request_id
         self.metrics = RequestMetrics(arrived_at_s)
         self.completions = [Completion(self, request, index, tokenizer) for index, request in enumerate(requests)]
+        self.num_open = len(self.completions)  # of them, how many have not ended
         self.prompt_token_ids = requests[0].token_ids
         self._prompt = prompt
         with_logprobs = requests[0].sampling_params.prompt_logprobs is not None
@@ -92,7 +93,7 @@ class RequestState:
     def output(self, now_s: float) -> RequestOutput:
         """The request as of now; its first output, and its last, set the times."""
         outputs = [completion.output() for completion in self.completions]
-        finished = None not in [output.finish_reason for output in outputs]
+        finished = not self.num_open
         if self.metrics.first_token_time_s is None and any(output.num_tokens for output in outputs):
             self.metrics.first_token_time_s = now_s
         if finished:
@@ -140,7 +141,7 @@ class OutputProcessor:
         """
         touched: dict[str, RequestState] = {}
         found = []
-        if message.step is not None:
+        if message.step is not None and message.step.out.new_requests:
             self._note_scheduled(message.step)
         for update in message.updates:
             completion = self._completions.get(update.request_id)
@@ -156,36 +157,34 @@ class OutputProcessor:
             elif update.finish_reason is not None:
                 self._end(completion, update.finish_reason, update.stop_reason)
         now_s = self._clock()
-        return [self._output(state, now_s) for state in touched.values()], found
+        return [state.output(now_s) for state in touched.values()], found
 
     def end(self, state: RequestState, reason: str) -> RequestOutput:
         """The last output of a request whose open completions all end now, for one reason."""
         for completion in state.completions:
             if completion.finish_reason is None:
-                self._end(completion, reason, None)
-        return self._output(state, self._clock())
+                self._end(completion, reason)
+        return state.output(self._clock())
 
     def end_all(self, reason: str) -> None:
         """End every request without a last output, also where an exception left them half updated."""
         try:
-            for completion in self._completions.values():
+            for completion in list(self._completions.values()):
                 if completion.finish_reason is None:
-                    self._end(completion, reason, None)
+                    self._end(completion, reason)
         finally:
             self.states.clear()
             self._completions.clear()
 
-    def _end(self, completion: Completion, reason: str, stop_reason: int | str | None) -> None:
+    def _end(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
         completion.finish_reason, completion.stop_reason = reason, stop_reason
         self._metrics.on_request_finished(completion.request_id, reason)
-
-    def _output(self, state: RequestState, now_s: float) -> RequestOutput:
-        output = state.output(now_s)
-        if output.finished:
+        state = completion.state
+        state.num_open -= 1
+        if not state.num_open:
             del self.states[state.request_id]
-            for completion in state.completions:
-                del self._completions[completion.request_id]
-        return output
+            for each in state.completions:
+                del self._completions[each.request_id]
 
     def _note_scheduled(self, step: StepReport) -> None:
         for new in step.out.new_requests:

@@ -7,12 +7,13 @@ with LLM("smollm2-135m") as llm:
 
 import itertools
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
@@ -22,7 +23,6 @@ from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation, check_template_names
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.entrypoints.engine_lock import EngineLock
 from sarathi.entrypoints.progress import show_progress
 from sarathi.messages import MemoryStats
 from sarathi.sampling_params import SamplingParams
@@ -31,6 +31,7 @@ from sarathi.wording import short_repr
 AnyPrompt = Prompt | Mapping[str, Any]
 Prompts = AnyPrompt | Sequence[AnyPrompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
+_Lock = Any  # an RLock, which alone knows its owner: _is_owned() is what threading.Condition asks too
 
 
 class LLM:
@@ -138,7 +139,8 @@ class LLM:
 
         Waits for a step that another thread has under way.
         """
-        self._lock.check_reentry()
+        if os.getpid() == self._process_id and self._lock._is_owned():
+            self._refuse_use()
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -152,8 +154,10 @@ class LLM:
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._left: deque[set[str]] = deque()  # of each stream that is over, its requests that had not ended
-        self._lock = EngineLock()
-        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, os.getpid())
+        self._lock: _Lock = threading.RLock()  # held by the thread that uses the engine, which never takes it twice
+        self._next = threading.Lock()  # held by the thread that gets it next: the one that had it last comes later
+        self._process_id = os.getpid()
+        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, self._process_id)
 
     def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
         each_params = _for_each(params, len(prompts))
@@ -212,38 +216,46 @@ class LLM:
 
     @contextmanager
     def _using_engine(self) -> Iterator[None]:
-        """Streams that end meanwhile, because they are collected as garbage at some allocation, end afterwards."""
-        self._lock.check()
+        """The engine for this thread alone. Streams that end meanwhile, because they are collected as garbage at some
+        allocation, end afterwards."""
+        if os.getpid() != self._process_id or self._lock._is_owned():
+            self._refuse_use()
         try:
-            self._lock.acquire()
+            with self._next:
+                self._lock.acquire()
             yield
         finally:
-            self._lock.release()
+            if self._lock._is_owned():  # not where Ctrl-C came before
+                self._lock.release()
             self._end_left()
+
+    def _refuse_use(self) -> NoReturn:
+        """A forked process has none of the engine's threads, and its parent owns the memory and the GPU context."""
+        if os.getpid() == self._process_id:
+            raise RuntimeError("this LLM is in the middle of a step of the same thread: it cannot be used from there")
+        raise RuntimeError(
+            f"this LLM belongs to process {self._process_id}, and process {os.getpid()} was forked from it: create "
+            "an LLM in each process, or start processes with multiprocessing's 'spawn' method"
+        )
 
     def _end_left(self) -> None:
         """End the streams that are over, unless some thread uses the engine: that thread ends them afterwards."""
-        while self._left and self._lock.acquire_if_free():
+        is_usable = os.getpid() == self._process_id and not self._lock._is_owned()
+        while self._left and is_usable and self._lock.acquire(blocking=False):
             try:
-                self._abort(self._left.popleft())
+                for request_id in self._left.popleft():
+                    self.engine.abort(request_id)
+                    self._inboxes.pop(request_id, None)
+                self.engine.release_ended()
             finally:
                 self._lock.release()
 
-    def _abort(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            self.engine.abort(request_id)
-            self._inboxes.pop(request_id, None)
-        self.engine.release_ended()
 
-
-def _shut_down(engine: LLMEngine, lock: EngineLock, process_id: int) -> None:
+def _shut_down(engine: LLMEngine, lock: _Lock, process_id: int) -> None:
     """Once no thread is in a step. A forked process leaves the engine to the one that made it."""
     if os.getpid() == process_id:
-        try:
-            lock.acquire()
+        with lock:
             engine.shutdown()
-        finally:
-            lock.release()
 
 
 def _as_list(prompts: Prompts) -> Sequence[Any]:

@@ -96,17 +96,17 @@ class Detokenizer:
         self._skip_special = skip_special
         self._spaces_between_special = spaces_between_special
         self._after_special = False
-
-    @property
-    def matched_stop(self) -> str | None:
+        self.matched_stop: str | None = None
         """The stop string that ended the text; nothing after it is part of the text."""
-        return None if self._stops is None else self._stops.matched
 
     def push(self, token_id: int, may_stop: bool = True) -> str:
         """Text that is certain after this token. may_stop: whether a stop string may end in it (min_tokens)."""
         new = self._tokenizer.token_bytes(token_id) if self._skip_special else self._with_special(token_id)
         text = self._utf8.decode(new)
-        return text if self._stops is None else self._stops.push(text, may_stop)
+        if self._stops is not None:
+            text = self._stops.push(text, may_stop)
+            self.matched_stop = self._stops.matched
+        return text
 
     def flush(self) -> str:
         """The rest, when no more tokens come: none after a stop string; else an unfinished character becomes U+FFFD, as

@@ -56,7 +56,8 @@ class Tokenizer:
         UnencodableTextError for a lone surrogate, as `json.loads` and file names can bring; ValueError where the
         tokenizer's own rules fail, which those of a broken file may do on some texts alone.
         """
-        _check_encodable(text)
+        if not text.isascii():
+            _check_encodable(text)
         with reading("the model", "tokenizer"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
