@@ -25,7 +25,7 @@ from sarathi.benchmark.kernels import decode, products
 from sarathi.benchmark.kernels.elementwise import measure_elementwise
 from sarathi.benchmark.kernels.prefill import measure_prefill
 from sarathi.benchmark.kernels.ragged import Mixed, measure_chats, measure_mixed
-from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_unlike
+from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_ragged
 from sarathi.benchmark.kernels.shapes import LLAMA, MODELS, YI, Model, Pages
 from sarathi.benchmark.kernels.step import measure_steps
 from sarathi.benchmark.kernels.warm_up import processes_at_hand, warm_up
@@ -116,15 +116,15 @@ def _compile_attention(options: argparse.Namespace) -> Iterator[Callable[[], obj
     return decode.warm_up_jobs(_decode_shapes(options), [None])
 
 
-def _compile_unlike(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
+def _compile_ragged(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
     counts = [*options.chats, *(mixed.decodes for mixed in options.mixed)]
-    return warm_up_unlike([MODELS[name] for name in options.models], counts)
+    return warm_up_ragged([MODELS[name] for name in options.models], counts)
 
 
 PARTS = {
     "small": Part(small, _compile_small, draw_times, "kernels"),
     "attention": Part(attention, _compile_attention, draw_times, "kernels"),
-    "ragged": Part(ragged, _compile_unlike, draw_ratios, "ragged"),
+    "ragged": Part(ragged, _compile_ragged, draw_ratios, "ragged"),
 }
 
 

@@ -40,10 +40,10 @@ class Failure:
 def execute(runs: Sequence[Run], folder: Path, resume: bool) -> list[Failure]:
     """Run all; what failed. resume: leave out those whose folder holds a complete result of the same configuration.
 
-    ValueError where another process runs an experiment into the same folder.
+    Several processes may run into one folder, but a run that another one has is a ValueError.
     """
     configs = [parse_options(as_words({**run.settings, "output_dir": str(folder / run.name)})) for run in runs]
-    with locked(folder):
+    with locked(_place(config) for config in configs):
         done = [config for config in configs if resume and is_complete(config)]
         for config in done:
             print(f"{_place(config).name}: done before", flush=True)

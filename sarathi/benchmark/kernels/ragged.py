@@ -1,4 +1,4 @@
-"""Attention over sequences of unlike lengths: decodes alone, and decodes that stand before chunks. Knows no engine."""
+"""Attention over sequences of ragged lengths: decodes alone, and decodes before the chunks of new prompts."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -99,9 +99,14 @@ async def _send_all(
         jobs = [  # tasks start in this order; coroutines handed to as_completed would in any
             asyncio.ensure_future(_job(session, endpoint, request, gate, start_s)) for request in plan.requests
         ]
-        for job in asyncio.as_completed(jobs):
-            results.append(await job)
-            bar.update()
+        try:
+            for job in asyncio.as_completed(jobs):
+                results.append(await job)
+                bar.update()
+        finally:  # after an interrupt no job may go on with a session that is closed
+            for unfinished in jobs:
+                unfinished.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
 
 
 async def _job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -72,5 +73,5 @@ def _seconds(text: str) -> float:
 
 
 def _seconds_of_date(text: str) -> float:
-    at = datetime.fromisoformat(text)
+    at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))  # Python 3.10 takes no more than microseconds
     return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp()

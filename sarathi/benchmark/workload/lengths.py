@@ -120,8 +120,8 @@ def _scale(spec: RequestSpec, config: TraceRequestLengthGeneratorConfig) -> Requ
         )
     excess = max(prompt + output - config.max_tokens, 0)
     if excess and spec.text is None:
-        cut = -(-excess * prompt // (prompt + output))
-        prompt, output = prompt - cut, output - (excess - cut)
+        prompt = max(prompt - -(-excess * prompt // (prompt + output)), 1)
+        output = config.max_tokens - prompt
     return replace(spec, num_prefill_tokens=max(prompt, 1), num_decode_tokens=max(output, 1))
 
 

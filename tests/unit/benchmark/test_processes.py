@@ -23,7 +23,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from sarathi.benchmark.processes import locked
-with locked(Path(sys.argv[1])):
+with locked([Path(sys.argv[1])]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -74,9 +74,11 @@ def test_a_folder_has_one_writer_and_none_once_that_is_killed(tmp_path: Path) ->
     folder = tmp_path / "out"
     holder, line = started(HOLDER, folder)
     assert line == "held\n"
-    with pytest.raises(ValueError, match=f"{folder} is in use by process {holder.pid}"), locked(folder):
+    with locked([tmp_path / "other"]):
+        pass
+    with pytest.raises(ValueError, match=f"{folder} is in use"), locked([tmp_path / "other", folder]):
         pass
     holder.kill()
     holder.wait()
-    with locked(folder):
+    with locked([folder]):
         pass

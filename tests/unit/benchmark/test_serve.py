@@ -38,8 +38,8 @@ def test_latencies_are_those_of_the_server(tmp_path: Path, capsys: pytest.Captur
     assert (result["completed"], result["failed"], result["model_id"]) == (4, 0, "fake-model")
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (120, 24)
     assert 100 <= result["median_ttft_ms"] < 220
-    assert 30 <= result["median_itl_ms"] < 60
-    assert 30 <= result["median_tpot_ms"] < 60
+    assert 28 <= result["median_itl_ms"] < 60  # a chunk that comes late shortens the next gap
+    assert 28 <= result["median_tpot_ms"] < 60
     assert result["median_e2el_ms"] == pytest.approx(result["median_ttft_ms"] + 5 * result["median_tpot_ms"], rel=0.15)
     assert result["output_throughput"] == pytest.approx(24 / result["duration"])
     assert result["generated_texts"] == ["t0 t1 t2 t3 t4 t5 "] * 4

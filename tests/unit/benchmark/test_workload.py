@@ -99,6 +99,23 @@ def test_long_requests_are_cut_in_proportion(seed: int) -> None:
         assert abs(part.num_decode_tokens - kept * whole.num_decode_tokens) <= 1
 
 
+def test_a_request_cut_to_the_limit_has_exactly_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n1,1000\n1,5000\n2,9000\n")
+    section = "--trace_request_length_generator"
+    words = ["--length_provider", "trace", f"{section}.trace_file", path, f"{section}.max_tokens", 1000]
+    cut = workload(*words, count=3)
+    assert [(spec.num_prefill_tokens, spec.num_decode_tokens) for spec in cut] == [(1, 999)] * 3
+
+
+def test_times_may_have_more_digits_than_microseconds(tmp_path: Path) -> None:
+    path = tmp_path / "times.csv"
+    path.write_text("arrival_time\n2023-11-16 18:15:46.6805900\n2023-11-16 18:15:50.9951690\n")
+    section = "--trace_request_interval_generator"
+    specs = workload("--interval_provider", "trace", f"{section}.trace_file", path, count=2)
+    assert [spec.arrived_at_s for spec in specs] == [0.0, pytest.approx(4.314579, abs=1e-6)]
+
+
 def test_uniform_totals_and_ratio() -> None:
     words = ["--length_provider", "uniform"]
     words += [
