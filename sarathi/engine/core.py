@@ -20,8 +20,6 @@ from sarathi.messages import (
 )
 from sarathi.request import Request
 
-_NOTHING = CoreOutput()
-
 
 class InFlightStep(NamedTuple):
     """A launched step whose result has not been taken, and when its scheduling began and ended (clock seconds)."""
@@ -46,10 +44,11 @@ class EngineCore:
         )
         self._clock = clock
         self._steps: deque[InFlightStep] = deque()
+        self._untold: list[RequestUpdate] = []  # of requests that ended between steps
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._steps)
+        return self.scheduler.has_work or bool(self._steps or self._untold)
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
         for new in requests:
@@ -66,14 +65,15 @@ class EngineCore:
             out = self.scheduler.schedule()
             scheduled_at_s = self._clock()
             self._steps.append(InFlightStep(out, self.executor.launch(out), started_at_s, scheduled_at_s))
+        untold, self._untold = self._untold, []
         if not self._steps or self._may_launch_more():
-            return _NOTHING
+            return CoreOutput(tuple(untold))
         step = self._steps[0]
         result = step.future.result()
         self._steps.popleft()
         executed_at_s = self._clock()
         prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]
-        updates = (*prompts, *self.scheduler.update(step.out, result))
+        updates = (*untold, *prompts, *self.scheduler.update(step.out, result))
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
         return CoreOutput(updates, report)
 
@@ -83,7 +83,12 @@ class EngineCore:
             self._wait_for_steps()
         finally:
             self._steps.clear()
+            self._untold.clear()
             self.scheduler.reset()
+
+    def resize(self, rows: int) -> None:
+        """Let requests hold this many rows from now on. The next step tells of those that this ended."""
+        self._untold += self.scheduler.resize(rows)
 
     def memory_stats(self) -> MemoryStats:
         return self.executor.memory_stats()

@@ -65,13 +65,16 @@ class _JsonLines:
             print(json.dumps(self._object(number, output), ensure_ascii=False), flush=True)
 
     def _object(self, number: int, output: RequestOutput) -> dict[str, Any]:
-        return {
+        shown: dict[str, Any] = {
             "index": number,
             "prompt": self._prompts[number],
             "prompt_tokens": len(output.prompt_token_ids),
             "outputs": [_answer(each) for each in output.outputs],
             "metrics": asdict(output.metrics),
         }
+        if output.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = [_logprobs((entry or {}).items()) for entry in output.prompt_logprobs]
+        return shown
 
 
 def _answer(output: CompletionOutput) -> dict[str, Any]:

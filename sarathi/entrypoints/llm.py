@@ -157,7 +157,7 @@ class LLM:
         self._lock: _Lock = threading.RLock()  # held by the thread that uses the engine, which never takes it twice
         self._next = threading.Lock()  # held by the thread that gets it next: the one that had it last comes later
         self._process_id = os.getpid()
-        self._finalizer = weakref.finalize(self, _shut_down, engine, self._lock, self._process_id)
+        self._finalizer = weakref.finalize(self, _shut_down, engine, self._next, self._lock, self._process_id)
 
     def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
         each_params = _for_each(params, len(prompts))
@@ -251,10 +251,10 @@ class LLM:
                 self._lock.release()
 
 
-def _shut_down(engine: LLMEngine, lock: _Lock, process_id: int) -> None:
+def _shut_down(engine: LLMEngine, queue: threading.Lock, lock: _Lock, process_id: int) -> None:
     """Once no thread is in a step. A forked process leaves the engine to the one that made it."""
     if os.getpid() == process_id:
-        with lock:
+        with queue, lock:
             engine.shutdown()
 
 

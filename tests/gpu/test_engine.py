@@ -77,6 +77,11 @@ def penalise(row: torch.Tensor, prompt: list[int], output: list[int], params: Sa
         row[token] += bias
     if len(output) < params.min_tokens:
         row[list(params.stop_token_ids)] = float("-inf")
+    for *beginning, last in params.bad_words:
+        if output[len(output) - len(beginning) :] == beginning:
+            row[last] = float("-inf")
+    if params.allowed_token_ids is not None:
+        row[sorted({*range(len(row))} - {*params.allowed_token_ids})] = float("-inf")
     for token in {*prompt, *output}:
         row[token] *= params.repetition_penalty if row[token] < 0 else 1 / params.repetition_penalty
     for token, count in Counter(output).items():
@@ -244,6 +249,44 @@ def test_logprobs_are_the_references_but_for_rounding(model: Model, llm: LLM) ->
             expected = row.log_softmax(-1)
             errors = [abs(each.logprob - float(expected[other])) for other, each in found.items()]
             assert max(errors) < LOGPROB_ERROR * float(row.std()), (token, found)
+
+
+def test_logprobs_of_prompts_in_chunks_are_the_references_but_for_rounding(model: Model, llm: LLM) -> None:
+    prompts = [*random_prompts(4, 60), [random.randrange(1000) for _ in range(500)], [7]]
+    params = [greedy(6, prompt_logprobs=count) for count in (0, 3, 1, 0, 2, 2)]
+    outputs = llm.generate([*prompts, prompts[0]], [*params, greedy(6)], use_tqdm=False)
+    assert outputs[-1].prompt_logprobs is None
+    for prompt, each, output in zip(prompts, params, outputs, strict=False):
+        first, *found = output.prompt_logprobs
+        assert first is None and len(found) == len(prompt) - 1
+        for row, token, entry in zip(model.logits(prompt[:1], prompt[1:]), prompt[1:], found, strict=True):
+            assert next(iter(entry)) == token and each.prompt_logprobs <= len(entry) <= each.prompt_logprobs + 1
+            expected = row.log_softmax(-1)
+            errors = [abs(each.logprob - float(expected[other])) for other, each in entry.items()]
+            assert max(errors) < LOGPROB_ERROR * float(row.std()), (token, entry)
+        assert model.shortfall(prompt, output.outputs[0].token_ids) < 1
+
+
+def test_constraints_hold_although_steps_are_launched_ahead(model: Model, llm: LLM) -> None:
+    def bar_repeats(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        logits[output] = float("-inf")
+        return logits
+
+    pairs = [(first, last) for first in range(1000) for last in (3, 500)]  # of which no output has one
+    kinds = [{"allowed_token_ids": range(100, 400)}, {"bad_words": [[token] for token in range(500)]}]
+    params = [greedy(20, **kind) for kind in kinds]
+    params += [
+        greedy(20, allowed_token_ids=[3, 500, 501], bad_words=pairs),
+        greedy(20, logits_processors=[bar_repeats]),
+    ]
+    prompts = random_prompts(len(params) + 1, 60)
+    outputs = llm.generate(prompts, [*params, greedy(20)], use_tqdm=False)
+    found = [list(output.outputs[0].token_ids) for output in outputs]
+    assert set(found[0]) <= set(range(100, 400)) and min(found[1]) >= 500
+    assert set(found[2][1:]) == {501} and len(set(found[3])) == 20
+    for prompt, each, output in zip(prompts[:3], params, found, strict=False):
+        assert model.shortfall(prompt, output, each) < 1
+    assert model.shortfall(prompts[-1], found[-1]) < 1
 
 
 def test_sampled_decodes_run_by_graph_and_wait_for_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

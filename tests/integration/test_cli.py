@@ -57,10 +57,12 @@ def test_a_prompt_is_completed_and_repeats_with_its_seed(model: str, capsys: pyt
 
 
 def test_json_holds_everything(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate(model, "hello", "wörld", "--json", "--n", "2", "--seed", "1", "--logprobs", "1") == 0
+    words = ["--n", "2", "--seed", "1", "--logprobs", "1", "--prompt-logprobs", "0"]
+    assert generate(model, "hello", "wörld", "--json", *words) == 0
     objects = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda each: each["index"])
     assert [each["prompt"] for each in objects] == ["hello", "wörld"]
     assert [each["prompt_tokens"] for each in objects] == [5, 6]
+    assert [[len(entry) for entry in each["prompt_logprobs"]] for each in objects] == [[0, *[1] * 4], [0, *[1] * 5]]
     for answer in (answer for each in objects for answer in each["outputs"]):
         assert len(answer["token_ids"]) == len(answer["logprobs"]) <= 6
         assert answer["finish_reason"] in ("length", "stop")

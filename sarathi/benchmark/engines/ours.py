@@ -102,7 +102,7 @@ class OurEngine:
 
     def resize(self, memory_bytes: int) -> None:
         """Limit the KV memory of requests to this from now on."""
-        self._built.scheduler.resize(memory_bytes // self._row_bytes)
+        self._built.resize(memory_bytes // self._row_bytes)
 
     @property
     def budget_bytes(self) -> int:

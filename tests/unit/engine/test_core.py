@@ -163,6 +163,24 @@ def test_an_abort_an_error_and_a_refusal_are_told_once_too() -> None:
     assert set(metrics.arrivals.values()) == {1}
 
 
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_requests_that_less_memory_ends_are_told_once_too(overlapping: bool) -> None:
+    metrics = EndCounter()
+    engine = make_engine(echo, metrics=metrics)
+    if overlapping:
+        overlap(engine)
+    engine.add_request("long", [1] * 60, SamplingParams(max_tokens=50))
+    engine.add_request("short", [2] * 5, SamplingParams(max_tokens=5))
+    for _ in range(4):
+        engine.step()
+    engine.core.resize(20)
+    outputs = drain(engine)
+    assert [each.outputs[0].finish_reason for each in outputs.values()] == ["length", "length"]
+    assert outputs["long"].outputs[0].num_tokens < 5 == outputs["short"].outputs[0].num_tokens
+    assert sorted(metrics.ends) == [("long", "length"), ("short", "length")]
+    assert engine.num_unfinished == 0 and engine.core.executor.tokens == {}
+
+
 def test_tokens_of_steps_in_flight_behind_a_stop_string_reach_nobody() -> None:
     metrics = MetricsStore()
     engine = overlap(make_engine(says("abcdefgh"), metrics=metrics))
