@@ -275,7 +275,7 @@ def test_times_may_name_their_zone(zone: str, tmp_path: Path) -> None:
         ("a.jsonl", '{"timestamp": 1, "input_length": 4}', "it has no 'output_length'"),
         ("a.jsonl", '{"timest', "row 1"),
         ("a.json", '[{"conversations": [{"from": "human"}]}]', "row 1.*it has no 'value'"),
-        ("a.json", '{"a": 1}', "row 1"),
+        ("a.json", '{"a": 1}', "holds a dict: it must hold a list of conversations"),
         ("a.json", "x", "is not JSON"),
     ],
 )
