@@ -1,8 +1,8 @@
-"""What passes between scheduler and worker, across processes if need be. Immutable; knows no queues and no torch.
+"""Messages between front end, core and workers: immutable and serialisable, so that each may be a process.
 
-A worker treats one SchedulerOutput in this order: release `preempted` and `finished`, take in `new_requests` and every
-chunk's `block_ids`, prepare memory, compute. Only the last two can run out of memory, so all bookkeeping before them
-holds even for a step that answers with `available_rows`.
+A worker processes a SchedulerOutput in this order: release `preempted` and `finished`, add `new_requests` and every
+chunk's `block_ids`, prepare memory, compute. Only the last two can run out of memory, so the bookkeeping before them is
+valid even for a step whose result has `available_rows`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from sarathi.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """Sent once, before a request's first chunk; the worker keeps the tokens and appends what it samples.
+    """A request, from the front end to the core; and from the core to the workers, before its first chunk.
 
-    token_ids: the prompt, and any output it already had.
-    eos_token_ids: what a sampler holds back until sampling_params.min_tokens are out.
+    A worker keeps the tokens and appends those that it samples.
+    token_ids: the prompt.
+    eos_token_ids: the model's end tokens, which are not sampled before sampling_params.min_tokens tokens.
     """
 
     request_id: str
@@ -49,10 +50,10 @@ class Chunk(NamedTuple):
 class SchedulerOutput:
     """One step's work. The order of chunks is the order of the batch.
 
-    preempted: release the memory, keep the tokens: they will be computed again.
-    finished: forget the request. Both are released before the chunks of this step are prepared.
-    num_recoveries: failed steps that the scheduler knew of. A worker that has seen more of them fails this step too,
-        for it was sent behind a failed one and counts on what that should have computed.
+    preempted: release the memory and keep the tokens, which are computed again later.
+    finished: drop the request. Both are released before the memory of this step's chunks is prepared.
+    num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
+        it was sent after a failed one, and depends on what that should have computed.
     """
 
     step_id: int
@@ -93,7 +94,7 @@ class PromptLogprobs(NamedTuple):
 
 
 class HostTimes(NamedTuple):
-    """Seconds that a step took on the processor: until its inputs were ready, and to draw or read its tokens."""
+    """Seconds of a step on the CPU: to prepare its inputs, and to sample or read its tokens."""
 
     prepare_inputs_s: float
     sample_s: float
@@ -101,7 +102,7 @@ class HostTimes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a step: one token for every chunk that samples, in any order.
+    """The result of a step: one token for every chunk that samples, in any order.
 
     model_s: seconds that the step took on the device.
     available_rows: set if the cache had less memory than the block space manager counts on: nothing was computed,
@@ -208,7 +209,7 @@ class CacheCapacity:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """The cache's memory, in bytes of all layers together, and what managing it cost so far.
+    """The cache's memory in bytes, over all layers, and the cost of managing it so far.
 
     reserved: addresses. created: physical memory held. mapped: the part of it at some address. idle: mapped for nobody
     now. wasted: mapped for a request but past its last token. steps_waited: steps that had to wait for a page.

@@ -1,6 +1,6 @@
-r"""One request: its tokens and one counter of progress. Knows no blocks, no slots, no clock and no torch.
+r"""One request: its tokens and one counter of progress. Memory and times are kept elsewhere.
 
-There is no prefill and no decode: num_computed_tokens catches up with num_tokens, in chunks of any size.
+Prefill and decode are not phases: num_computed_tokens catches up with num_tokens, in chunks of any size.
 
     prompt_token_ids          output_token_ids   pending
     |------------------------|------------------|-------|   num_tokens

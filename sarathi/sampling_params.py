@@ -27,17 +27,17 @@ class SamplingParams:
     Raises ValueError naming the field, the value and what is allowed.
 
     n: completions of the prompt, at most 16384.
-    temperature: 0, and all below 1e-5, takes the most likely token (true argmax); larger is flatter.
+    temperature: 0, and all below 1e-5, takes the most likely token (argmax); larger values flatten the distribution.
     top_p, top_k, min_p: limit the tokens to draw from; 1.0, -1 (or 0) and 0.0 switch each off.
     presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, in [-2, 2].
     repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt and output; in [1e-10, 1e10].
-    seed: of 64 bits with a sign; no two give the same stream. None draws a new one.
+    seed: a signed 64-bit integer; no two give the same stream. None: a new one from the engine's seed.
     stop: strings that end the output and are cut from it; a lone string is one of them. Found only where they end
         behind the first min_tokens tokens.
     stop_token_ids: tokens that end the output.
     include_stop_str_in_output: keep the stop string, or the text of the stop token, in the output.
     max_tokens: output tokens at most; None goes to the model's limit.
-    min_tokens: output tokens before which nothing but max_tokens ends the output.
+    min_tokens: output tokens before which only max_tokens ends the output.
     ignore_eos: go on past the model's own end token.
     logprobs: None for none, k for the chosen token's and the k most likely ones'.
     prompt_logprobs: the same for each token of the prompt but the first.

@@ -1,4 +1,4 @@
-"""`sarathi bench run | capacity | serve`: the benchmarks' own commands under one name; knows no engine."""
+"""`sarathi bench run | capacity | serve`: the benchmarks' own commands under one name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sarathi chat`: a conversation on a terminal; knows no engine internals."""
+"""`sarathi chat`: a conversation on a terminal."""
 
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """Messages so far, and what to do with the next line."""
+    """The messages so far. Answers are printed as they come."""
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
         self._llm = llm
@@ -38,7 +38,7 @@ class Conversation:
         self._reset()
 
     def hear(self, line: str) -> None:
-        """Obey a command, or answer; a message that is refused is forgotten and the conversation goes on."""
+        """Run a command, or answer. A refused message is dropped from the conversation."""
         if line == "/reset":
             self._reset()
         elif line.startswith("/system"):

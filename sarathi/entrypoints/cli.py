@@ -1,4 +1,4 @@
-"""The `sarathi` command: options, dispatch, and errors as one line; knows no model.
+"""The `sarathi` command: options, dispatch, and errors as one line.
 
 Commands live in modules of their own, imported when called, so that --help needs neither torch nor a model.
 """

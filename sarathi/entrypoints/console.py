@@ -1,4 +1,4 @@
-"""Text on a terminal: streams in order, sizes and tables for people; knows no engine."""
+"""Text on a terminal: streams in order, readable sizes, tables."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class OrderedPrinter:
-    """Prints answers one after another although they grow at the same time: the first that is not done is live."""
+    """Prints concurrent answers one after another: the first that is not finished is printed as it grows."""
 
     def __init__(self, header: Callable[[int], str], out: TextIO | None = None) -> None:
         self._header = header
@@ -40,7 +40,7 @@ class OrderedPrinter:
 
 
 def shown_text(output: RequestOutput) -> str:
-    """The answer; several answers, each under its index, once all are done."""
+    """The answer as text; of several answers, each behind its index once all have ended."""
     if len(output.outputs) == 1:
         return output.outputs[0].text
     if not output.finished:
@@ -55,7 +55,7 @@ def format_size(num_bytes: int) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first to the left, numbers to the right."""
+    """Columns as wide as their widest cell; the first is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(_format_row(row, widths) for row in (header, rule, *rows))

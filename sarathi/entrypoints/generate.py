@@ -1,4 +1,4 @@
-"""`sarathi generate`: completes prompts from arguments, a file or standard input; knows no engine internals."""
+"""`sarathi generate`: completes prompts from arguments, a file or standard input."""
 
 import argparse
 import json

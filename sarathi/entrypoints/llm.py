@@ -137,7 +137,7 @@ class LLM:
     def close(self) -> None:
         """Free all memory, of the cache and of the model; open streams end with an error. May be called again.
 
-        Waits for a step that another thread has under way.
+        Waits for a step that runs in another thread.
         """
         if os.getpid() == self._process_id and self._lock._is_owned():
             self._refuse_use()

@@ -1,4 +1,4 @@
-"""Command-line options of every knob of the configuration and of sampling; knows no command.
+"""Command-line options for every knob of the configuration and every field of SamplingParams.
 
 Configuration options come from the schema itself: a new knob is a new option.
 """

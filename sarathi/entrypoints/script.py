@@ -1,4 +1,4 @@
-"""How a script ends: its exit code, and one line about what its user can put right. Knows no script."""
+"""How a script ends: its exit code, and one line about an error that its user can correct."""
 
 import sys
 from collections.abc import Callable
