@@ -27,7 +27,6 @@ from sarathi.benchmark.kernels.prefill import measure_prefill
 from sarathi.benchmark.kernels.ragged import Mixed, measure_chats, measure_mixed
 from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_ragged
 from sarathi.benchmark.kernels.shapes import LLAMA, MODELS, YI, Model, Pages
-from sarathi.benchmark.kernels.step import measure_steps
 from sarathi.benchmark.kernels.warm_up import processes_at_hand, warm_up
 from sarathi.benchmark.plots import draw_ratios, draw_times
 from sarathi.benchmark.records import Attempts, Budget, Record, Table, Work
@@ -38,9 +37,8 @@ SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measure
 
 
 def small(table: Table, options: argparse.Namespace) -> Work:
-    """What one short call should tell: steps, decode attention, products, small kernels."""
-    shapes, pages = [(1, 1024), (16, 1024), (64, 1024), (256, 1024)], Pages(tuple(options.pages), ())
-    yield "steps llama", partial(measure_steps, table, LLAMA, shapes)
+    """What one short call should tell: decode attention, products, small kernels."""
+    pages = Pages(tuple(options.pages), ())
     for batch, context in options.decode[: SMALL_SHAPES[LLAMA]]:
         measure = partial(decode.measure_decode, table, LLAMA, batch, context, pages, decode.CONFIGS)
         yield f"decode llama {batch} x {context}", measure

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from attention_calls import store_and_attend
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -139,7 +140,7 @@ def run_steps(backend: AttentionBackend, sequences: Sequences, bounds: Sequence[
         batch, key, value = sequences.step(starts, ends)
         query = random_tensor(len(key), heads, key.shape[-1])
         metadata = backend.plan(batch, sequences.address)
-        out = backend.forward(query, key, value, sequences.layer, metadata)
+        out = store_and_attend(backend, query, key, value, sequences.layer, metadata)
         assert_near(out.view_as(query), sequences.expected(query, starts, ends))
     for index, length in enumerate(bounds[-1]):
         keys, values = sequences.stored(index, length)
@@ -254,7 +255,7 @@ def test_a_step_is_planned_while_the_one_before_waits_for_the_device(name: str) 
         some, starts, ends = sequences.first(count), before[:count], after[:count]
         batch, key, value = some.step(starts, ends)
         query = random_tensor(count, arch.num_heads, arch.head_size)
-        out = backend.forward(query, key, value, some.layer, backend.plan(batch, some.address))
+        out = store_and_attend(backend, query, key, value, some.layer, backend.plan(batch, some.address))
         planned.append((out.view_as(query), query, starts, ends))
     for out, *step in planned:
         assert_near(out, sequences.expected(*step))
@@ -274,7 +275,7 @@ def test_one_graph_decodes_batches_that_grow_and_shrink(name: str) -> None:
 
     def work() -> None:
         metadata = backend.plan_static(static.step)
-        out.copy_(backend.forward(query, key, value, sequences.layer, metadata).view_as(out))
+        out.copy_(store_and_attend(backend, query, key, value, sequences.layer, metadata).view_as(out))
 
     graph = capture(work)
     for step in range(5):

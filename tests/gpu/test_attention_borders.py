@@ -45,7 +45,9 @@ with VirtualKVCache(num_layers=1, num_kv_heads=8, head_size=128, num_slots=4, ma
         tokens = torch.zeros(2 * (last - first), dtype=torch.int64, device="cuda")
         query, key, value = (torch.randn(len(tokens), n, 128, dtype=torch.bfloat16, device="cuda") for n in (32, 8, 8))
         batch = Batch(chunks, tokens, tokens, None)
-        out = backend.forward(query, key, value, layer, backend.plan(batch, SlotAddress(tuple(slots))))
+        metadata = backend.plan(batch, SlotAddress(tuple(slots)))
+    backend.store(key, value, layer, metadata)
+    out = backend.attend(query, layer, metadata)
         torch.cuda.synchronize()
         assert out.isfinite().all()
 """

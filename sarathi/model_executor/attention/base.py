@@ -80,11 +80,6 @@ class AttentionBackend(ABC):
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:  # noqa: B027
         """Compile what steps on such a layer need and no CUDA graph contains. Touches no memory of the cache."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
-        """`store`, then `attend`, of queries and keys that are rotated already."""
-        self.store(key, value, layer, metadata)
-        return self.attend(query, layer, metadata)
-
 
 class KernelUnavailableError(ValueError):
     """The kernel cannot run here. The message names what is missing, and the kernels that can run."""

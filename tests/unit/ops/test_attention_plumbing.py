@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_calls import store_and_attend
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
@@ -233,7 +234,7 @@ def test_a_mixed_batch_equals_the_reference(paged: bool, contiguous: bool, windo
         cache = rows.clone()
         layer = CacheLayer(cache[0], cache[1], window)
         metadata = backend.plan(batch, address)
-        results.append((backend.forward(query, key, value, layer, metadata), cache))
+        results.append((store_and_attend(backend, query, key, value, layer, metadata), cache))
         if isinstance(backend, FlashAttentionBackend):
             again = backend.attend(query, layer, metadata)
             torch.testing.assert_close(again, results[0][0])
@@ -261,7 +262,7 @@ def test_slots_that_one_call_cannot_address_are_attended_one_by_one(
             monkeypatch.setattr(slot_pages, "_MAX_PAGES", 5)
         backend, layer = FlashAttentionBackend(library, ARCH, PLACE, decode), CacheLayer(*cache, None)
         metadata = backend.plan(batch, address)
-        results.append((backend.forward(query, key, value, layer, metadata), cache))
+        results.append((store_and_attend(backend, query, key, value, layer, metadata), cache))
         assert library.calls == (1 if not limited else 2 if many_decodes else count)
         assert backend.can_capture(layer) == (many_decodes or not limited)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
@@ -330,8 +331,8 @@ def test_slots_at_both_ends_of_a_region_of_terabytes(name: str) -> None:
         library = FakeLibrary(contiguous=name == "contiguous", paged=name == "pages")
         backend = SdpaBackend(arch, PLACE) if name == "sdpa" else FlashAttentionBackend(library, arch, PLACE)
         tokens, reference = random_tokens(batch.token_ids.shape[0]), SdpaBackend(arch, PLACE)
-        expected = reference.forward(*tokens, small, reference.plan(batch, SlotAddress(tuple(range(count)))))
-        found = backend.forward(*tokens, layer, backend.plan(batch, SlotAddress(tuple(slots))))
+        expected = store_and_attend(reference, *tokens, small, reference.plan(batch, SlotAddress(tuple(range(count)))))
+        found = store_and_attend(backend, *tokens, layer, backend.plan(batch, SlotAddress(tuple(slots))))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for index, slot in enumerate(slots):
             assert torch.equal(layer.k[slot, :60], small.k[index, :60])
@@ -377,7 +378,9 @@ class FakeDecode:
         # The reference stores before it attends: what lies there already.
         last = [(step.slots[i].long(), length - 1) for i, length in enumerate(step.lengths.tolist())]
         new = [torch.stack([x[place] for place in last]) for x in layer[:2]]
-        found = backend.forward(query, *new, layer, backend.plan(batch, SlotAddress(tuple(step.slots.tolist()))))
+        found = store_and_attend(
+            backend, query, *new, layer, backend.plan(batch, SlotAddress(tuple(step.slots.tolist())))
+        )
         return found if out is None else out.copy_(found.view_as(out))
 
 
@@ -392,7 +395,7 @@ def test_many_decodes_before_chunks_are_a_call_of_their_own(monkeypatch: pytest.
         for backend in (FlashAttentionBackend(library, ARCH, PLACE, decode), SdpaBackend(ARCH, PLACE)):
             cache = rows.clone()
             layer = CacheLayer(cache[0], cache[1], None)
-            out = backend.forward(query, key, value, layer, backend.plan(batch, address))
+            out = store_and_attend(backend, query, key, value, layer, backend.plan(batch, address))
             results.append((out.view_as(query), cache))
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
         assert decode.decodes == (decodes if decodes >= 3 else 0)

@@ -98,7 +98,7 @@ def _embed_kernel(
     index = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids_ptr + index).to(tl.int64)
     if token < 0:
-        token = tl.load(last_tokens_ptr + (-1 - token))  # a placeholder token
+        token = tl.load(last_tokens_ptr + (-1 - token)).to(tl.int64)  # a placeholder token
     cols = tl.arange(0, BLOCK)
     inside = cols < SIZE
     values = tl.load(weight_ptr + token * stride_weight + cols, mask=inside)
