@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sarathi.wording import short_repr
@@ -84,13 +85,14 @@ class SamplingParams:
         self._check_stops()
         self._check_tokens()
         self._check_switches()
+        _ = self.is_plain, self.needs_host_tokens  # cached from here on: each step asks them of each request
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken, without a draw."""
         return self.temperature < _LEAST_TEMPERATURE
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether every token is the likeliest of the model's own logits, and nothing more is asked of any."""
         penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
@@ -99,7 +101,7 @@ class SamplingParams:
         told = self.logprobs is not None or self.prompt_logprobs is not None
         return self.is_greedy and not changed and not limited and not told
 
-    @property
+    @cached_property
     def needs_host_tokens(self) -> bool:
         """Whether sampling needs the values of all earlier tokens in Python, not just on the device."""
         return bool(self.bad_words or self.logits_processors)

@@ -58,8 +58,11 @@ class Tokenizer:
         """
         if not text.isascii():
             _check_encodable(text)
-        with reading("the model", "tokenizer"):
+        try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException:
+            with reading("the model", "tokenizer"):
+                raise
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of all `token_ids` at once."""
@@ -72,8 +75,7 @@ class Tokenizer:
         Bytes of successive tokens joined and read as UTF-8 are the text; a single token may hold half a character.
         """
         if token_id not in self._bytes:
-            with reading("the model", "tokenizer"):
-                self._bytes[token_id] = self._find_bytes(token_id)
+            self._bytes[token_id] = self._find_bytes(token_id)
         return self._bytes[token_id]
 
     def special_bytes(self, token_id: int) -> bytes:
@@ -118,8 +120,12 @@ class Tokenizer:
         if token_id in self._added:
             token = self._added[token_id]
             return b"" if token.special else token.content.encode()
-        piece = self._backend.id_to_token(token_id)
-        return b"" if piece is None else self._to_bytes(token_id, piece)
+        try:
+            piece = self._backend.id_to_token(token_id)
+            return b"" if piece is None else self._to_bytes(token_id, piece)
+        except BaseException:
+            with reading("the model", "tokenizer"):
+                raise
 
 
 def _check_encodable(text: str) -> None:
