@@ -1,1 +1,1 @@
-"""Ways in: the Python class, the command line. Nothing below imports from here."""
+"""The Python class `LLM`, and above it the command line. The engine imports nothing from here."""
