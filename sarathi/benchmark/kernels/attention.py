@@ -78,8 +78,8 @@ def _plain(shape: Equal) -> Attend:
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         queries = q.unflatten(0, (batch, -1)).transpose(1, 2)
-        seen = (x[:, :length].transpose(1, 2) for x in (keys, values))
-        out = functional.scaled_dot_product_attention(queries, *seen, attn_mask=mask, enable_gqa=True)
+        keys, values = (x[:, :length].transpose(1, 2) for x in (keys, values))
+        out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
     return attend

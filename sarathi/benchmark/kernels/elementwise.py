@@ -1,4 +1,4 @@
-"""The small kernels of a step, fused and as torch does them, against the bytes that they must move. Knows no engine."""
+"""The small operations of a step, by Triton and by torch, beside the bytes that they must move."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,16 +19,16 @@ class Work(NamedTuple):
     name: str
     bytes_moved: int
     launch: Callable[[Ops, int], object]
-    has_twin: bool = True  # False: the twin asks the device something, which a graph cannot hold
+    has_native: bool = True  # False: torch's waits for the device, which a CUDA graph cannot contain
 
 
-def measure_elementwise(table: Table, model: Model, tokens: int, ours: Ops, twin: Ops) -> None:
-    """Each small kernel and its torch twin at `tokens` tokens."""
+def measure_elementwise(table: Table, model: Model, tokens: int, ours: Ops, native: Ops) -> None:
+    """Each small operation at `tokens` tokens, of both sets."""
     copies = copies_for(tokens * model.hidden * 2)
     for work in _work(model, tokens, copies):
         rows = []
-        for kind, kernels in (("torch", twin), ("fused", ours)):
-            if kind == "fused" or work.has_twin:
+        for kind, kernels in (("torch", native), ("fused", ours)):
+            if kind == "fused" or work.has_native:
                 value = graph_us(lambda i, k=kernels, w=work: w.launch(k, i), copies)
                 rows.append(Record(model.name, work.name, kind, tokens, 0, value, "us"))
         table.add_compared(rows, "torch")
@@ -36,7 +36,7 @@ def measure_elementwise(table: Table, model: Model, tokens: int, ours: Ops, twin
 
 
 def _work(model: Model, tokens: int, copies: int) -> Iterator[Work]:
-    yield from _norms(model, tokens, copies)
+    yield _norm(model, tokens, copies)
     yield _rope(model, tokens, copies)
     gate_up = [random_tensor(tokens, 2 * model.intermediate) for _ in range(copies)]
     yield Work("silu_and_mul", tokens * model.intermediate * 6, lambda k, i: k.silu_and_mul(gate_up[i]))
@@ -44,13 +44,10 @@ def _work(model: Model, tokens: int, copies: int) -> Iterator[Work]:
         yield from _sampling(model, tokens)
 
 
-def _norms(model: Model, tokens: int, copies: int) -> Iterator[Work]:
+def _norm(model: Model, tokens: int, copies: int) -> Work:
     x = [random_tensor(tokens, model.hidden) for _ in range(copies)]
-    residual = [random_tensor(tokens, model.hidden) for _ in range(copies)]
     weight = random_tensor(model.hidden)
-    moved = tokens * model.hidden * 2
-    yield Work("rms_norm", 2 * moved, lambda k, i: k.rms_norm(x[i], weight, 1e-5))
-    yield Work("add_rms_norm", 4 * moved, lambda k, i: k.add_rms_norm(x[i], residual[i], weight, 1e-5))
+    return Work("rms_norm", tokens * model.hidden * 4, lambda k, i: k.rms_norm(x[i], weight, 1e-5))
 
 
 def _rope(model: Model, tokens: int, copies: int) -> Work:
@@ -58,17 +55,17 @@ def _rope(model: Model, tokens: int, copies: int) -> Work:
     packed = [random_tensor(tokens, heads, model.head_size) for _ in range(copies)]
     angles = torch.rand(tokens, model.head_size // 2, device="cuda")
     positions = torch.arange(tokens, device="cuda")
-    cache = [random_tensor(2, tokens, model.num_kv_heads, model.head_size) for _ in range(2)]
+    keys, values = (random_tensor(2, tokens, model.num_kv_heads, model.head_size) for _ in range(2))
     rows = torch.ones(tokens, dtype=torch.int32, device="cuda")
-    target = CacheTarget(*cache, rows, positions.int())
-    turned = RopeTable(angles.cos(), angles.sin())
+    target = CacheTarget(keys, values, rows, positions.int())
+    rope = RopeTable(angles.cos(), angles.sin())
 
     def launch(kernels: Ops, i: int) -> None:
         q, k, v = packed[i].split((model.num_heads, model.num_kv_heads, model.num_kv_heads), dim=1)
-        kernels.rope_and_store(q, k, v, positions, turned, target)
+        kernels.rope_and_store(q, k, v, positions, rope, target)
 
     moved = tokens * model.head_size * 2 * (2 * model.num_heads + 5 * model.num_kv_heads)
-    return Work("rope_and_store", moved, launch, has_twin=False)
+    return Work("rope_and_store", moved, launch, has_native=False)
 
 
 def _sampling(model: Model, rows: int) -> Iterator[Work]:
@@ -78,4 +75,4 @@ def _sampling(model: Model, rows: int) -> Iterator[Work]:
     top_p = torch.full((rows, 1), 0.9, device="cuda")
     yield Work("argmax", moved // 2, lambda k, i: k.argmax(logits[i % 2]))
     yield Work("draw", moved, lambda k, i: k.draw(wide[i % 2], uniform))
-    yield Work("top_p_threshold", moved, lambda k, i: k.top_p_threshold(wide[i % 2], top_p), has_twin=False)
+    yield Work("top_p_threshold", moved, lambda k, i: k.top_p_threshold(wide[i % 2], top_p), has_native=False)

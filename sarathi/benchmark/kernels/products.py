@@ -10,7 +10,7 @@ from sarathi.benchmark.kernels.inputs import random_tensor
 from sarathi.benchmark.kernels.shapes import Model
 from sarathi.benchmark.kernels.timing import copies_for, graph_us
 from sarathi.benchmark.records import Record, Table
-from sarathi.model_executor.ops.triton.matvec import Around, MatvecConfig, matvec
+from sarathi.model_executor.ops.triton.matvec import Epilogue, MatvecConfig, matvec
 from sarathi.model_executor.ops.triton.skinny import MAX_TILES, SkinnyConfig, skinny
 
 MATVEC = [MatvecConfig(rows, block, warps) for rows, block, warps in (
@@ -70,13 +70,13 @@ def _candidates(batch: int, inputs: int, outputs: int, *, gated: bool) -> dict[s
 
 def _matvec(x: Tensor, weight: Tensor, config: MatvecConfig, *, gated: bool) -> Tensor:
     out = _out(x, weight, gated=gated)
-    matvec(x, weight, out, Around(gated=gated), config)
+    matvec(x, weight, out, Epilogue(gated=gated), config)
     return out
 
 
 def _skinny(x: Tensor, weight: Tensor, config: SkinnyConfig, counters: Tensor, *, gated: bool) -> Tensor:
     out = _out(x, weight, gated=gated)
-    skinny(x, weight, out, Around(gated=gated), config, counters)
+    skinny(x, weight, out, Epilogue(gated=gated), config, counters)
     return out
 
 

@@ -1,7 +1,7 @@
 """Attention over sequences of ragged lengths: decodes alone, and decodes before the chunks of new prompts."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from sarathi.benchmark.kernels.timing import copies_for
 from sarathi.benchmark.records import Record, Table
 from sarathi.benchmark.workload.sizes import chat_lengths
 from sarathi.messages import Chunk
-from sarathi.model_executor.architecture import ModelArchitecture, Rope
+from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend, FlashMetadata
 from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
@@ -24,6 +24,7 @@ from sarathi.model_executor.attention.metadata import make_step
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, config_for, distinct_sizes
 from sarathi.model_executor.placement import Placement
+from sarathi.model_executor.rope import Rope
 
 _PACKAGE = "fa3-fwd"
 _FA3 = f"fa3 contiguous ({_PACKAGE})"  # one call
@@ -72,7 +73,7 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
     _measure(table, mixed.work, model, step, launches)
 
 
-def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[str, Callable[[], Launch]]) -> None:
+def _measure(table: Table, work: str, model: Model, step: _Step, launches: Mapping[str, Callable[[], Launch]]) -> None:
     """The first is what the others are compared with, their results too."""
     expected = next(iter(launches.values()))()(0).double()
     found = compare_us(table.attempts, launches.items(), expected, over_copies(len(step.layers)))
@@ -83,8 +84,10 @@ def _measure(table: Table, work: str, model: Model, step: _Step, launches: dict[
 
 
 def _attend(backend: FlashAttentionBackend, step: _Step, *, in_two: bool) -> Launch:
-    made = make_step(step.batch, step.address, _PLACE.device)
-    metadata = FlashMetadata.in_two(made, step.batch.leading_decodes) if in_two else FlashMetadata(made)
+    made = make_step(step.batch.chunks, step.address, _PLACE.device)
+    metadata = FlashMetadata(made, step.batch.chunks, step.address.slots)
+    if in_two:
+        metadata = metadata.divided(step.batch.leading_decodes)
     return lambda i: backend.attend(step.query, step.layers[i], metadata)
 
 
@@ -123,6 +126,7 @@ def warm_up_jobs(models: Sequence[Model], decodes: Sequence[int]) -> Iterator[Ca
 
 
 def _compile(model: Model, decodes: int, config: DecodeConfig) -> None:
-    layer = CacheLayer(*(random_tensor(1, 16, model.num_kv_heads, model.head_size) for _ in range(2)), None)
+    keys, values = (random_tensor(1, 16, model.num_kv_heads, model.head_size) for _ in range(2))
+    layer = CacheLayer(keys, values, None)
     decode = TritonDecode(model.head_size, _PLACE.device, pdl=True, config=config)
     decode.warm_up(model.num_heads, layer, decodes, decodes)

@@ -53,7 +53,8 @@ class Roofline:
         cache = (self._random(*shape), self._random(*shape))
         steps = [Equal(1, at, min(at + chunk, context), context) for at in range(0, context, chunk)]
         sizes = {step.new for step in steps}
-        queries, inputs = ({size: make(size) for size in sizes} for make in (self._queries, self._inputs))
+        queries = {size: self._queries(size) for size in sizes}
+        inputs = {size: self._inputs(size) for size in sizes}
         kernels = [(step.new, self._fastest_attention(queries[step.new], step, [cache])) for step in steps]
         best, last = dict.fromkeys(LAYER, functional.linear), self._random(1, model.hidden)
 
