@@ -69,9 +69,13 @@ class SchedulerOutput:
         return sum([chunk.num_tokens for chunk in self.chunks])
 
 
+NOT_FINITE = -1
+
+
 class SampledToken(NamedTuple):
     """A token drawn for one request.
 
+    token_id: NOT_FINITE where its logits were NaN or infinite, so that no token could be drawn.
     logprob: natural logarithm of its probability; None unless asked for.
     top_logprobs: (token id, logprob) of the most likely tokens, best first.
     """
@@ -139,7 +143,7 @@ class RequestUpdate(NamedTuple):
 
     tokens: the new tokens, in order.
     finish_reason: "stop", "length" or "error" where the request ended in this step; None while it goes on.
-    stop_reason: the stop token that ended it; None for the model's end token.
+    stop_reason: the stop token that ended it; None for the model's end token; what went wrong, for "error".
     prompt_logprobs: of the part of its prompt that the step computed, where the request asked for them.
     """
 

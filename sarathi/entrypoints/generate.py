@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class _JsonLines:
 
     def take(self, number: int, output: RequestOutput) -> None:
         if output.finished:
-            print(json.dumps(self._object(number, output), ensure_ascii=False), flush=True)
+            print(json.dumps(self._object(number, output), ensure_ascii=False, allow_nan=False), flush=True)
 
     def _object(self, number: int, output: RequestOutput) -> dict[str, Any]:
         shown: dict[str, Any] = {
@@ -90,4 +91,8 @@ def _answer(output: CompletionOutput) -> dict[str, Any]:
 
 
 def _logprobs(entries: Iterable[tuple[int, Any]]) -> list[dict[str, Any]]:
-    return [{"token_id": token_id, "token": each.decoded_token, "logprob": each.logprob} for token_id, each in entries]
+    """A logprob that is NaN or infinite is null: JSON has neither."""
+    return [
+        {"token_id": token_id, "token": each.decoded_token, "logprob": each.logprob if isfinite(each.logprob) else None}
+        for token_id, each in entries
+    ]

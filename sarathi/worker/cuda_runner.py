@@ -167,7 +167,7 @@ class CudaModelRunner(ModelRunner):
         if plan is None:
             return Sampled(self.model.ops.argmax_into(logits, slots, self._last_tokens), None)
         sampled = self._sample(logits, plan)
-        self._last_tokens[slots] = sampled.token_ids
+        self._last_tokens[slots] = sampled.token_ids.clamp(min=0)
         return sampled
 
     def _graph_for(self, chunks: Many[Chunk]) -> DecodeGraph | None:

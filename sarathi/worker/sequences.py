@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sarathi.messages import Chunk, NewRequest, SampledToken
+from sarathi.messages import NOT_FINITE, Chunk, NewRequest, SampledToken
 from sarathi.model_executor.ops.types import placeholder_token
 from sarathi.model_executor.sampling.logprobs import PromptSpan
 from sarathi.model_executor.sampling.plan import NextToken, counts_all, counts_output
@@ -33,6 +33,7 @@ class Sequence:
     params: SamplingParams
     eos_token_ids: frozenset[int]
     seed: int
+    is_finite: bool = True  # no logits of it were NaN or infinite
 
     def tokens(self, first: int, end: int, slot: int = 0) -> array[int]:
         """Tokens [first, end), with a placeholder of `slot` for the last one where the host does not know it yet."""
@@ -105,9 +106,15 @@ class SequenceTable:
             self._sequences.pop(request_id, None)
 
     def append(self, tokens: Iterable[SampledToken]) -> None:
-        """Append sampled tokens to their requests."""
+        """Append sampled tokens to their requests; 0 for NOT_FINITE, with which a request ends."""
         for token in tokens:
-            self._sequences[token.request_id].token_ids.append(token.token_id)
+            sequence = self._sequences[token.request_id]
+            sequence.token_ids.append(max(token.token_id, 0))
+            sequence.is_finite &= token.token_id != NOT_FINITE
+
+    def not_finite(self, request_ids: Iterable[str]) -> list[str]:
+        """Those of the requests whose keys and values may be NaN."""
+        return [each for each in request_ids if each in self._sequences and not self._sequences[each].is_finite]
 
 
 def _scrambled(seed: int) -> int:

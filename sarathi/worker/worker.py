@@ -71,8 +71,10 @@ class Worker:
 
         Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
         """
-        self._cache.release((*out.preempted, *out.finished))
-        self._sequences.drop(out.finished)
+        if released := (*out.preempted, *out.finished):
+            self._cache.clear(self._sequences.not_finite(released))
+            self._cache.release(released)
+            self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
             self._cache.prepare(out.chunks)

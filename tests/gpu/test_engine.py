@@ -333,6 +333,30 @@ def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypat
     assert in_two, "decodes before chunks were never so many that they had a call of their own"
 
 
+@pytest.mark.parametrize("backend", ["fa_vattn", "fa_vattn_megacache", "fa_paged", "fi_vattn", "sdpa_vattn"])
+def test_a_request_whose_logits_are_not_finite_ends_alone(tmp_path: Path, backend: str) -> None:
+    """One token has an embedding of NaN. Its requests end, others in the batch and later ones are as without it."""
+    model = make_model(tmp_path, **SHAPES[next(iter(SHAPES))])
+    with torch.no_grad():
+        model.rounded.model.embed_tokens.weight[999] = float("nan")
+        for each in (model.reference, model.rounded):
+            each.lm_head.weight[999] = 0.0  # never the largest
+    model.rounded.save_pretrained(tmp_path)
+    prompts = [[token % 999 for token in prompt] for prompt in random_prompts(12, 300)]
+    params = [greedy(20), SamplingParams(max_tokens=20, seed=1, logit_bias={999: -100.0}, ignore_eos=True)] * 6
+    with open_llm(model, backend) as llm:
+        broken = [[5, 999, 7], *prompts, [999] * 250]
+        found = llm.generate(broken, [greedy(20), *params, params[1]], use_tqdm=False)
+        again = llm.generate(prompts, params, use_tqdm=False)
+    for output in (found.pop(0), found.pop()):
+        assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("error", [])
+        assert "not finite" in output.outputs[0].stop_reason
+    for outputs in (found, again):
+        assert all(len(output.outputs[0].token_ids) == 20 for output in outputs)
+        for prompt, output in list(zip(prompts, outputs, strict=True))[::2]:
+            assert model.shortfall(prompt, output.outputs[0].token_ids) < 1
+
+
 def test_kernels_start_while_nothing_is_mapped_for_any_request(model: Model, llm: LLM) -> None:
     """A launcher looks up the address of the whole cache, whichever slots have memory."""
     if llm.engine.core.executor._worker._cache.block_size is not None:

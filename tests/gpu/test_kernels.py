@@ -92,6 +92,20 @@ def test_argmax(ops: TritonOps, dtype: torch.dtype) -> None:
     assert torch.equal(chosen, logits.amax(dim=1))
 
 
+def test_argmax_of_logits_that_are_not_finite(ops: TritonOps, dtype: torch.dtype) -> None:
+    """NaN, infinity and excluded rows give -1, and 0 for the next step; rows beside them are as ever."""
+    vocab, num_slots = random.choice((49152, 128256)), 70
+    logits = torch.randn(64, vocab, device=CUDA).to(dtype)
+    at = random.randrange(vocab)
+    logits[0, at], logits[1, at], logits[2], logits[3, ::3] = float("nan"), float("inf"), float("-inf"), float("-inf")
+    slots = torch.randperm(num_slots, device=CUDA)[:64].int()
+    last_tokens = torch.full((num_slots,), 7, device=CUDA)
+    found = ops.argmax_into(logits, slots, last_tokens)
+    assert torch.equal(found, ops.argmax(logits)) and torch.equal(found, NATIVE.argmax(logits))
+    assert found[:3].tolist() == [-1] * 3 and found[3:].min() >= 0
+    assert torch.equal(last_tokens[slots.long()], found.clamp(min=0))
+
+
 def test_draws(ops: TritonOps, dtype: torch.dtype) -> None:
     rows, vocab = random.choice((1, 5, 300)), random.choice((1000, 49152, 128256, 151936))
     logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * random.choice((0.1, 3.0))

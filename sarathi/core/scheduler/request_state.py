@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sarathi.core.block_space_manager.base import BlockSpaceManager
-from sarathi.messages import Chunk, NewRequest, RequestUpdate, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import NOT_FINITE, Chunk, NewRequest, RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
+_NOT_FINITE_MESSAGE = "the model's logits are not finite (NaN or infinite): weights or dtype do not fit this input"
 _new = tuple.__new__  # of a named tuple, in half the time of its class: a step has hundreds
 
 
@@ -43,9 +44,10 @@ class RequestState:
 
     def append(self, token: SampledToken) -> RequestUpdate:
         """Append an output token that was pending, and decide whether the request ends with it."""
-        request, token_id = self.request, token.token_id
+        request, token_id, output = self.request, token.token_id, self.request.output_token_ids
         request.num_pending_tokens -= 1
-        output = request.output_token_ids
+        if token_id == NOT_FINITE:
+            return RequestUpdate(request.request_id, (), "error", _NOT_FINITE_MESSAGE)
         output.append(token_id)
         reason, stop_reason = "length" if len(output) >= self.max_output_tokens else None, None
         if token_id in self.stop_token_ids and len(output) > request.sampling_params.min_tokens:

@@ -89,15 +89,21 @@ class NativeOps:
         return functional.silu(gate).mul_(up)
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The lowest index of the largest logit. logits: [num_samples, vocab_size]. Returns [num_samples] int64."""
+        """The lowest index of the largest logit; -1 where a logit is NaN, or the largest one is infinite.
+
+        logits: [num_samples, vocab_size]. Returns [num_samples] int64.
+        """
         if logits.device.type == "cpu" and logits.dtype == torch.float32:
-            return torch.from_numpy(logits.numpy().argmax(axis=-1))  # 6 times as fast as torch's for 64 x 49,152
-        return logits.argmax(dim=-1)
+            tokens = torch.from_numpy(logits.numpy().argmax(axis=-1))  # 6 times as fast as torch's for 64 x 49,152
+        else:
+            tokens = logits.argmax(dim=-1)
+        largest = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)  # both find NaN largest
+        return torch.where(largest.isfinite(), tokens, -1)
 
     def argmax_into(self, logits: Tensor, slots: Tensor, last_tokens: Tensor) -> Tensor:
-        """``argmax``, also stored in ``last_tokens[slots]``. slots: [num_samples] int32; last_tokens: [slots] int64."""
+        """``argmax``, stored in ``last_tokens[slots]`` (-1 as 0). slots: [num_samples] int32; last_tokens: int64."""
         tokens = self.argmax(logits)
-        last_tokens[slots.long()] = tokens
+        last_tokens[slots.long()] = tokens.clamp(min=0)
         return tokens
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:

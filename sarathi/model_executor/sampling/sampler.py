@@ -31,8 +31,9 @@ _PARAMETERS_WITH_PROMPT = 3
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_ids: [S] int64 on the logits' device. logprobs: of the plan's rows, None where no row asked.
+    """token_ids: [S] int64 on the logits' device, -1 where logits are not finite.
 
+    logprobs: of the plan's rows, None where no row asked.
     prompt: log probabilities of the plan's prompt tokens, None where it has none.
     """
 
@@ -62,7 +63,9 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
         _penalise(processed, plan.penalties)
     token_ids = kernels.argmax(processed)
     if plan.draws is not None:
-        token_ids[plan.draws.chosen] = draw(processed[plan.draws.chosen].float(), plan.draws, kernels)
+        chosen = plan.draws.chosen
+        drawn = draw(processed[chosen].float(), plan.draws, kernels)
+        token_ids[chosen] = torch.where(token_ids[chosen] < 0, -1, drawn)
     return Sampled(token_ids, _logprobs(logits, token_ids, plan))
 
 
@@ -149,4 +152,4 @@ def _logprobs(logits: Tensor, token_ids: Tensor, plan: SamplingPlan) -> TopLogpr
     if plan.logprobs is None:
         return None
     chosen, most = plan.logprobs.chosen, max(count for count in plan.logprobs.counts if count is not None)
-    return top_logprobs(logits[chosen], token_ids[chosen], most)
+    return top_logprobs(logits[chosen], token_ids[chosen].clamp(min=0), most)

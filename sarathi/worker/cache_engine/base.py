@@ -51,6 +51,12 @@ class CacheEngine(Protocol):
     def resize(self, budget_bytes: int) -> None:
         """Change the budget, where the cache can be resized."""
 
+    def clear(self, request_ids: Iterable[str]) -> None:
+        """Zero the memory of requests, which NaN would outlive: kernels multiply what is past a length by 0.
+
+        To be called before release.
+        """
+
     def release(self, request_ids: Iterable[str]) -> None:
         """Free the memory of requests that no step in flight uses. Requests without memory are ignored."""
 

@@ -45,6 +45,11 @@ class PagedCacheEngine:
     def resize(self, budget_bytes: int) -> None:
         """Nothing changes: tensors cannot grow in place."""
 
+    def clear(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            blocks = self._tables.get(request_id, [])
+            self._keys[:, blocks] = self._values[:, blocks] = 0
+
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._tables.pop(request_id, None)

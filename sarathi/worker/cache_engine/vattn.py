@@ -54,6 +54,13 @@ class vATTNCacheEngine:
     def resize(self, budget_bytes: int) -> None:
         self._cache.resize(budget_bytes)
 
+    def clear(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self._slots:
+                for layer in range(self._cache.num_layers):
+                    for tensor in self._cache.view(self._slots[request_id], layer):
+                        tensor.zero_()
+
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             slot = self._slots.pop(request_id, None)

@@ -6,6 +6,7 @@ Steps that overlap must give what steps one after the other give, although their
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,10 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
+    return make_model()
+
+
+def make_model() -> Decoder:
     torch.manual_seed(3)
     decoder = Decoder(ARCH, Placement(torch.float32, CPU), NativeOps(), LoopBackend(), max_positions=LENGTH)
     for _, parameter in decoder.parameters():
@@ -186,6 +191,29 @@ def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: Decoder, gr
         for span, other in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
             check_equal(span.tokens, other.tokens)
     check_prompts(requests, found)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_request_whose_logits_are_not_finite_leaves_the_others_as_they_are(graphs: bool, overlap: bool) -> None:
+    """Steps behind it, launched before that is known, compute on token 0."""
+    rng = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    decoder, last = make_model(), VOCAB_SIZE - 1
+    decoder.head.weight[last] = 0.0  # never the largest, and no other request may draw it
+    prompts = [rng.choices(range(last), k=rng.randint(2, 12)) for _ in range(5)]
+    params = [each if each.is_plain else replace(each, logit_bias={last: -100.0}) for each in map(params_of, [rng] * 5)]
+    requests = [NewRequest(f"r{i}", tuple(prompts[i]), params[i]) for i in range(5)]
+    slots, broken = rng.sample(range(SLOTS), 5), f"r{rng.randrange(5)}"
+    expected = run(decoder, requests, overlap=False, graphs=False, slots=slots)
+    decoder.embedding.weight[last] = float("nan")
+    requests = [
+        replace(each, token_ids=(last, *each.token_ids[1:])) if each.request_id == broken else each for each in requests
+    ]
+    found = run(decoder, requests, overlap=overlap, graphs=graphs, slots=slots)
+    for ours, theirs in zip(found, expected, strict=True):
+        check_equal(*([token for token in step.tokens if token.request_id != broken] for step in (ours, theirs)))
+    assert {token.token_id for step in found for token in step.tokens if token.request_id == broken} == {-1}
 
 
 def check_equal(ours: Sequence[SampledToken], theirs: Sequence[SampledToken]) -> None:

@@ -133,6 +133,21 @@ def test_greedy_is_argmax_with_the_lowest_of_equals() -> None:
     assert tokens_of(logits, [sequence(SamplingParams(temperature=0.0), [1])] * 2) == [20, 0]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_are_not_finite_have_no_token_and_rows_beside_them_are_as_ever(seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, logprobs=2)]
+    kinds += [random_params(rng) for _ in range(6)]
+    kinds += [SamplingParams(repetition_penalty=1.3, logprobs=1), SamplingParams(logit_bias={3: 2.0}, min_tokens=4)]
+    logits = torch.randn(len(kinds), 300, generator=torch.Generator().manual_seed(seed))
+    sequences = [sequence(params, [1, 2], [3], seed=index) for index, params in enumerate(kinds)]
+    expected = tokens_of(logits, sequences)
+    broken = rng.sample(range(len(kinds)), 4)
+    for row, value in zip(broken, (float("nan"), float("inf"), float("nan"), float("inf")), strict=True):
+        logits[row, rng.randrange(300)] = value
+    assert tokens_of(logits, sequences) == [-1 if row in broken else token for row, token in enumerate(expected)]
+
+
 def test_top_k_1_draws_the_best() -> None:
     logits = torch.randn(4, VOCAB_SIZE)
     found = tokens_of(logits, [sequence(SamplingParams(top_k=1), [1], seed=seed) for seed in range(4)])
@@ -300,12 +315,12 @@ def test_mixed_rows_keep_their_own_parameters() -> None:
     assert tokens_of(logits, rows) == [tokens_of(logits[i : i + 1], [rows[i]])[0] for i in range(3)]
 
 
-def test_nan_logits_still_give_tokens_of_the_vocabulary() -> None:
+def test_rows_of_nan_have_no_token() -> None:
     logits = torch.full((2, 64), float("nan"))
     found = tokens_of(
         logits, [sequence(SamplingParams(temperature=0.0), [1]), sequence(SamplingParams(top_p=0.5), [1])]
     )
-    assert all(0 <= token < 64 for token in found)
+    assert found == [-1, -1]
 
 
 def any_params(rng: random.Random) -> SamplingParams:

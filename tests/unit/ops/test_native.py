@@ -104,11 +104,16 @@ def test_decode_attention_of_padding_is_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_argmax_is_torchs(dtype: torch.dtype) -> None:
-    """The lowest of equals, NaN as the largest, whatever the strides."""
-    logits = torch.randn(5, 2000).to(dtype)[:, ::2]
+def test_argmax_is_torchs_where_logits_are_finite(dtype: torch.dtype) -> None:
+    """The lowest of equals, whatever the strides; -1 for a NaN, for infinity and where all is excluded."""
+    logits = torch.randn(8, 2000).to(dtype)[:, ::2]
     logits[0, 7], logits[0, 700], logits[1, 9], logits[2] = 90.0, 90.0, float("nan"), float("-inf")
+    logits[3, 8], logits[4, ::3] = float("inf"), float("-inf")
+    expected = logits.argmax(-1)
+    expected[[1, 2, 3]] = -1
     for rows in (logits, logits[:0]):
         found = OPS.argmax(rows)
-        assert found.dtype == torch.int64 and torch.equal(found, rows.argmax(-1))
-    assert OPS.argmax(logits)[:3].tolist() == [7, 9, 0]
+        assert found.dtype == torch.int64 and torch.equal(found, expected[: len(rows)])
+    last_tokens, slots = torch.full((9,), 5), torch.arange(8).int()
+    assert torch.equal(OPS.argmax_into(logits, slots, last_tokens), expected)
+    assert torch.equal(last_tokens[:8], expected.clamp(min=0)) and last_tokens[8] == 5

@@ -114,6 +114,21 @@ def test_argmax_is_the_native_one() -> None:
     assert sampling.argmax(logits).tolist() == NATIVE.argmax(logits).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_of_logits_that_are_not_finite_is_the_native_one(dtype: torch.dtype) -> None:
+    vocab_size = random.choice((100, 4096, 9000))
+    logits, slots = torch.randn(8, vocab_size).to(dtype), torch.randperm(9)[:8].int()
+    at = random.randrange(vocab_size)
+    logits[0, at], logits[1, at], logits[2], logits[3, ::3] = float("nan"), float("inf"), float("-inf"), float("-inf")
+    logits[4, [0, -1]] = torch.tensor([float("inf"), float("nan")], dtype=dtype)
+    logits[5, [0, -1]] = torch.tensor([float("nan"), float("-inf")], dtype=dtype)
+    last_tokens, expected = torch.full((9,), 77), torch.full((9,), 77)
+    tokens = sampling.argmax_into(logits, slots, last_tokens)
+    assert tokens.tolist() == NATIVE.argmax_into(logits, slots, expected).tolist() == sampling.argmax(logits).tolist()
+    assert [index for index, token in enumerate(tokens.tolist()) if token == -1] == [0, 1, 2, 4, 5]
+    assert last_tokens.tolist() == expected.tolist() and min(last_tokens.tolist()) >= 0
+
+
 def test_argmax_takes_the_first_of_equals() -> None:
     logits = torch.zeros(2, 9000)
     logits[0, [8500, 300, 4100]] = 5.0

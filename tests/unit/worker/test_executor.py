@@ -1,8 +1,10 @@
 """The executor's promises to a scheduler: memory that runs out, requests that come back, order, settings."""
 
 import gc
+import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tiny_models import TinyModel, build, random_prompts
 
 from sarathi import LLM
 from sarathi.config.load import make_config
+from sarathi.entrypoints.cli import main
 from sarathi.executor.uniproc import UniprocExecutor, UnsupportedParallelismError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.sampling_params import SamplingParams
@@ -134,6 +137,53 @@ def test_wasted_is_what_is_mapped_past_the_last_token_whole_rows_being_granted(t
     stats, token_bytes = executor.memory_stats(), executor.token_bytes * sum(lengths)
     assert 0 < stats.wasted_bytes == stats.mapped_bytes - stats.idle_bytes - token_bytes
     llm.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_request_whose_logits_are_not_finite_ends_alone(tmp_path: Path, backend: str) -> None:
+    """One token of the vocabulary has an embedding of NaN. The reference: the other requests without that one."""
+    seed = torch.seed() % 1000
+    print(f"seed {seed}")
+    tiny = build("llama2", tmp_path)
+    embedding = tiny.reference.model.embed_tokens.weight
+    with torch.no_grad():
+        embedding[96] = float("nan")
+    tiny.reference.save_pretrained(tmp_path)
+    prompts = [[token % 96 for token in prompt] for _, prompt in random_prompts(seed, 5, 30)]
+    common = {"seed": seed, "max_tokens": 9, "ignore_eos": True, "logprobs": 2, "logit_bias": {96: -100.0}}
+    params = [SamplingParams(temperature=index % 2, **common) for index in range(5)]
+    settings = {"device": "cpu", "memory_bytes": 2**21, "max_num_seqs": 8, "chunk_size": 16}
+    with LLM(model=str(tmp_path), attention_backend=backend, **settings) as llm:
+        cache = llm.engine.core.executor._worker._cache
+        if "paged" in backend:
+            cache._keys.zero_(), cache._values.zero_()  # a CPU's memory is whatever was there
+        expected = llm.generate(prompts, params, use_tqdm=False)
+        broken = [[5, 96, 7], *prompts[:3], [96] * 40, *prompts[3:]]
+        asked = [replace(params[0], prompt_logprobs=1), *params[:3], params[1], *params[3:]]
+        found = llm.generate(broken, asked, use_tqdm=False)
+        again = llm.generate(prompts, params, use_tqdm=False)  # in memory that held NaN
+        if "paged" in backend:
+            assert all(tensor.isfinite().all() for index in range(3) for tensor in cache.layer(index))
+        llm.engine.core.executor.check_integrity()
+    ended = [found.pop(4), found.pop(0)]
+    for outputs in (found, again):
+        assert [output.outputs[0].token_ids for output in outputs] == [each.outputs[0].token_ids for each in expected]
+    for output in ended:
+        [completion] = output.outputs
+        assert (completion.finish_reason, completion.token_ids) == ("error", [])
+        assert "logits are not finite" in str(completion.stop_reason)
+
+
+def test_json_has_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = build("llama2", tmp_path)
+    with torch.no_grad():
+        tiny.reference.model.embed_tokens.weight[96] = float("nan")
+    tiny.reference.save_pretrained(tmp_path)
+    words = ["generate", "--prompt-token-ids", "5,96,7", "--json", "--model", str(tmp_path), "--device", "cpu"]
+    assert main([*words, "--prompt-logprobs", "1", "--memory-bytes", "2mb"]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert shown["outputs"][0]["finish_reason"] == "error"
+    assert [entry[0]["logprob"] for entry in shown["prompt_logprobs"][1:]][1:] == [None]
 
 
 def test_a_preempted_request_comes_back_with_its_output(tiny: TinyModel) -> None:

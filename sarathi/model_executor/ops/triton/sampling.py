@@ -77,6 +77,7 @@ def _block_kernel(logits_ptr, best_ptr, where_ptr, stride_row, VOCAB_SIZE: tl.co
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     inside = tokens < VOCAB_SIZE
     scores = tl.load(logits_ptr + row * stride_row + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+    scores = tl.where(scores != scores, float("inf"), scores)  # NaN: found as an infinite logit is
     best, where = tl.max(scores, axis=0, return_indices=True)
     index = row * tl.num_programs(0) + block
     tl.store(best_ptr + index, best)
@@ -97,11 +98,12 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, PADDED)
     best = tl.load(best_ptr + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf"))
-    _, winner = tl.max(best, axis=0, return_indices=True)
+    largest, winner = tl.max(best, axis=0, return_indices=True)
     token = tl.load(where_ptr + row * BLOCKS + winner).to(tl.int64)
+    token = tl.where(tl.abs(largest) == float("inf"), -1, token)
     tl.store(tokens_ptr + row, token)
     if INTO:
-        tl.store(last_tokens_ptr + tl.load(slots_ptr + row), token)
+        tl.store(last_tokens_ptr + tl.load(slots_ptr + row), tl.maximum(token, 0))
 
 
 @triton.jit
