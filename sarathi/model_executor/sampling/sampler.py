@@ -62,6 +62,8 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
         _add(processed, plan.additions)
         _penalise(processed, plan.penalties)
     token_ids = kernels.argmax(processed)
+    if plan.allowed:  # which hides NaN and infinity of the other tokens
+        token_ids.masked_fill_(kernels.argmax(logits) < 0, -1)
     if plan.draws is not None:
         chosen = plan.draws.chosen
         drawn = draw(processed[chosen].float(), plan.draws, kernels)

@@ -1,11 +1,13 @@
 """Conversations through Jinja templates, as models bring them."""
 
+import time
 from pathlib import Path
 
 import pytest
 from fake_engine import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from sarathi.engine.tokenizer import chat_template
 from sarathi.engine.tokenizer.chat_template import ChatTemplateError, jinja_renderer, normalize
 from sarathi.engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from sarathi.model_executor.loader.source import ModelSource
@@ -32,6 +34,17 @@ def test_what_else_templates_written_against_transformers_expect() -> None:
     layout = "ensure_ascii=false, indent=1, separators=(';', '='), sort_keys=true"
     assert jinja_renderer(f"{{{{ {{'b': 'é', 'a': 1}} | tojson({layout}) }}}}", {})(HELLO) == '{\n "a"=1;\n "b"="é"\n}'
     assert jinja_renderer("{{ tools is none }}", {})(HELLO) == "True"
+
+
+def test_a_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_TIME_LIMIT_S", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    started_s = time.monotonic()
+    with pytest.raises(ChatTemplateError, match=r"TemplateTimeoutError: it ran longer than 0.2 s"):
+        jinja_renderer(loops, {})(HELLO)
+    assert time.monotonic() - started_s < 5
+    assert jinja_renderer("{{ messages | length }}", {})(HELLO) == "1"
+    time.sleep(0.3)  # the limit of a rendering that has ended interrupts nothing
 
 
 FAILING_TEMPLATES = [

@@ -148,6 +148,13 @@ def test_rows_that_are_not_finite_have_no_token_and_rows_beside_them_are_as_ever
     assert tokens_of(logits, sequences) == [-1 if row in broken else token for row, token in enumerate(expected)]
 
 
+def test_logits_of_tokens_that_are_not_allowed_are_looked_at_too() -> None:
+    logits = torch.zeros(3, 9)
+    logits[0, 5], logits[1, 5] = float("nan"), float("inf")
+    params = SamplingParams(temperature=0.0, allowed_token_ids=(1, 2), logprobs=1)
+    assert tokens_of(logits, [sequence(params, [1])] * 3) == [-1, -1, 1]
+
+
 def test_top_k_1_draws_the_best() -> None:
     logits = torch.randn(4, VOCAB_SIZE)
     found = tokens_of(logits, [sequence(SamplingParams(top_k=1), [1], seed=seed) for seed in range(4)])
