@@ -1,11 +1,11 @@
-"""docs/structure.md tells the truth: what it names exists, and it names every package."""
+"""docs/architecture.md tells the truth: what it names exists, and it names every package."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
-NAMED = set(re.findall(r"^\| `([^`]+)` \|", STRUCTURE, re.MULTILINE))
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+NAMED = set(re.findall(r"^\| `([^`]+)` \|", ARCHITECTURE, re.MULTILINE))
 
 
 def packages() -> set[str]:
