@@ -1,10 +1,17 @@
 """The operations of a decoder in torch: the reference that kernels are tested against, and the CPU's path."""
 
+import os
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RopeTable, resolve
+
+# A packed product compiles code for every number of tokens: 0.3 MB each. oneDNN, and torch's own cache above it, keep
+# 1,024 by default and read these variables at the first product.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "256")
 
 _TOP_TOKENS = 1024  # how many of the likeliest tokens are sorted before all of them are
 _PACKED_TOKENS = 64  # the batch size that a packed layout is chosen for; layouts chosen for 16 and more serve all well
