@@ -19,8 +19,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.wording import short_repr
 
 S = TypeVar("S", bound=Section)
-_MOST_KEYS = 10_000  # of one mapping
-_MOST_YAML_CHARACTERS = 10_000_000
+_MOST_CHARACTERS = _MOST_VALUES = 1_000_000  # of a YAML file, and what it means with every alias written out
 
 
 def make_config(**settings: object) -> EngineConfig:
@@ -79,21 +78,32 @@ def _nearest_path(wanted: str, knobs: tuple[Knob, ...]) -> str | None:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Safe YAML in time linear in the file: nested `<<` of anchors would otherwise grow exponentially."""
+    """Safe YAML of bounded size: nested anchors make a kilobyte mean billions of values."""
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > _MOST_KEYS:
-            raise yaml.YAMLError(f"a mapping of more than {_MOST_KEYS} keys")
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _num_values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values")
+        return node
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """Values of a node with every alias written out; too many for one that contains itself."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1
+        children = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = () if isinstance(node, yaml.ScalarNode) else children
+        known[id(node)] = 1 + sum(_num_values(each, known) for each in inner)
+    return known[id(node)]
 
 
 def read_yaml(path: str | Path) -> object:
-    """The content of a YAML file, of at most 10 million characters; ConfigError that names the file."""
+    """The content of a YAML file, of at most a million characters; ConfigError that names the file."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(_MOST_YAML_CHARACTERS + 1)
-        if len(text) > _MOST_YAML_CHARACTERS:
-            raise ValueError(f"it has more than {_MOST_YAML_CHARACTERS} characters")
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(f"it has more than {_MOST_CHARACTERS} characters")
         return yaml.load(text, _BoundedLoader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None

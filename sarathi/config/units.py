@@ -1,4 +1,4 @@
-"""Words to numbers and words to known words. Knows no configuration."""
+"""Sizes in bytes as text, and the nearest of known words."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Executes steps: owns the cache, the model and each request's tokens; knows no queues and no text."""
+"""One rank of an engine: cache, model, and the tokens of running requests."""

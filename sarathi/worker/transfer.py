@@ -1,4 +1,4 @@
-"""Dataclasses of tensors between host and device without a wait; knows not what the tensors mean."""
+"""Asynchronous copies of dataclasses of tensors between host and device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 Tree = TypeVar("Tree")  # a tensor, or a dataclass whose fields are trees; anything else stays as it is
-_ALIGNMENT_BYTES = 16  # kernels are compiled once for tensors that begin so, and once more, in mid-step, for others
+_ALIGNMENT_BYTES = 16  # Triton compiles a kernel a second time for tensors that are aligned to less
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
-    """CPU tensors to `device`, all in one copy, which is not waited for."""
+    """Copy CPU tensors to `device`, all in one copy. Does not wait for it."""
     parts = list(_tensors(tree))
     sizes = [-(-part.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for part in parts]
     packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -23,7 +23,7 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
 
 
 def to_host(tree: Tree) -> Tree:
-    """Copies that hold their values once the device has come to this point of its stream."""
+    """Copies on the host, valid once the device has reached this point of its stream."""
     return cast(Tree, _mapped(tree, _to_host))
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from sarathi.config.knobs import ConfigError
+from sarathi.config.load import read_yaml
 from sarathi.config.units import nearest, parse_bytes
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -96,7 +95,7 @@ def parse_with_file(
     parser.exit_on_error = False  # while the file is read
     try:
         words = _words(parser, given, _read(shipped, name), _read(given.figure, name), short)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         parser.error(f"{given.figure}: {error}")
     parser.exit_on_error = True
     return parser.parse_args([*words, *sys.argv[1:]])
@@ -124,7 +123,7 @@ def size_bytes(text: str) -> int:
 
 def _read(path: Path, program: str) -> dict[str, Mapping[Any, Any]]:
     """The options of a file by section, base and test.base."""
-    content = _mapping(yaml.safe_load(path.read_text(encoding="utf-8")), "it")
+    content = _mapping(read_yaml(path), "it")
     if unknown := set(content) - {"program", "base", "test"}:
         raise ConfigError(f"{unknown.pop()!r} is unknown; a program's file has program, base and test")
     if content.get("program") != program:

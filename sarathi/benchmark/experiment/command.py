@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sarathi.benchmark.config.options import read_settings
 from sarathi.benchmark.config.program import EXPERIMENTS as EXPERIMENTS
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
@@ -23,6 +21,7 @@ from sarathi.benchmark.experiment.measures import Record
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_records
 from sarathi.benchmark.processes import ended_by_signals
+from sarathi.config.load import read_yaml
 from sarathi.metrics.files import write_table
 from sarathi.metrics.plots import is_available
 from sarathi.metrics.tables import Table
@@ -104,7 +103,7 @@ def _with_named(
 
 def script_of(path: Path) -> Path | None:
     """The script that a file gives options to (its key `program`); None for a grid of runs."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     name = content.get("program") if isinstance(content, Mapping) else None
     return path.parents[1] / "scripts" / f"benchmark_{name}.py" if name else None
 

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sarathi.benchmark.config.options import canonical
 from sarathi.benchmark.experiment.tables import TABLES
 from sarathi.config.knobs import ConfigError
+from sarathi.config.load import read_yaml
 from sarathi.config.units import nearest
 from sarathi.metrics.files import is_file_name
 from sarathi.wording import short_repr
@@ -95,10 +94,9 @@ class Experiment:
 
 def read_experiment(path: Path, test: bool = False) -> Experiment:
     """The experiment of a file, or its short form. ConfigError names what is wrong in it."""
+    content = read_yaml(path)
     try:
-        return _experiment(path, test, _checked(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        return _experiment(path, test, _checked(content))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -1,1 +1,1 @@
-"""Memory for K and V behind one protocol, virtual or paged; knows requests by name only."""
+"""KV caches behind one protocol: virtual memory or blocks."""
