@@ -20,6 +20,7 @@ from sarathi.benchmark.progress import ProgressBar
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
+from sarathi.config.knobs import ConfigError
 from sarathi.config.schema import EngineConfig
 from sarathi.engine.build import build_parts, build_scheduler
 from sarathi.engine.core import EngineCore
@@ -133,16 +134,16 @@ def _tell_all(listeners: Sequence[Listener]) -> Listener:
     return tell
 
 
-def _timed(config: BenchmarkConfig, executor: UniprocExecutor, store: MetricsStore | None) -> Executor:
+def _timed(config: BenchmarkConfig, executor: Executor, store: MetricsStore | None) -> Executor:
     """The executor, with its operations timed where that is asked for."""
     if store is None or not config.metrics_store.enable_op_level_metrics:
         return executor
+    if not isinstance(executor, UniprocExecutor):
+        raise ConfigError("metrics_store.enable_op_level_metrics is true: it needs one rank, in this process")
     return ProbedExecutor(executor, OperationProbe(executor.model), store)
 
 
-def _make_store(
-    config: BenchmarkConfig, replica: int, settings: EngineConfig, executor: UniprocExecutor
-) -> MetricsStore:
+def _make_store(config: BenchmarkConfig, replica: int, settings: EngineConfig, executor: Executor) -> MetricsStore:
     page_bytes = None if settings.model.attention_backend.is_paged else executor.capacity.page_bytes
     return MetricsStore(
         replica=replica, capacity=executor.capacity, page_bytes=page_bytes, keep_schedule=config.write_json_trace

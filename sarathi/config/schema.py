@@ -12,6 +12,7 @@ from sarathi.config.knobs import ConfigError, Section, knob
 
 SCHEDULERS = ("sarathi", "vllm", "orca", "faster_transformer", "simple_chunking")
 CHUNKED_SCHEDULERS = ("sarathi", "simple_chunking")
+EXECUTORS = (AUTO, "uniproc", "multiproc", "ray")
 
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
@@ -55,7 +56,7 @@ class CacheConfig(Section):
 
     memory_bytes: int | None = knob(
         None,
-        "budget of the KV cache, as 8gb or in bytes; none: a share of what is free",
+        "budget of the KV cache on each device, as 8gb or in bytes; none: a share of what is free",
         low=1,
         high=_MOST_BYTES,
         unit="bytes",
@@ -133,6 +134,10 @@ class SchedulerConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over devices."""
 
+    executor: str = knob(
+        AUTO, "uniproc: one rank, in this process; multiproc: a process for each; auto: multiproc for several ranks",
+        choices=EXECUTORS,
+    )  # fmt: skip
     tensor_parallel_size: int = knob(1, "devices that share each layer", low=1, high=_INT32_MAX)
     pipeline_parallel_size: int = knob(1, "devices that take the layers in turn", low=1, high=_INT32_MAX)
 

@@ -6,20 +6,21 @@ from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_end_token_ids, load_tokenizer
-from sarathi.executor.uniproc import UniprocExecutor
+from sarathi.executor.base import Executor
+from sarathi.executor.factory import create_executor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 
-def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int], UniprocExecutor]:
+def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int], Executor]:
     """The tokenizer, the end tokens of it and of the model's own files, and the executor with the model."""
     tokenizer = load_tokenizer(_tokenizer_source(config.model), config.model.trust_remote_code)
     end_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
     if tokenizer is None or config.model.tokenizer is not None:
         end_token_ids |= load_end_token_ids(resolve_model(config.model.model, weights=False))
-    return tokenizer, end_token_ids, UniprocExecutor(config)
+    return tokenizer, end_token_ids, create_executor(config)
 
 
-def build_scheduler(config: EngineConfig, executor: UniprocExecutor) -> Scheduler:
+def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:
     """The scheduler that the configuration asks for, over the block space manager of its backend."""
     block_space_manager = make_block_space_manager(config.model.attention_backend, executor.capacity)
     return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len)

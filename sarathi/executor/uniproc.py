@@ -2,15 +2,16 @@
 
 import gc
 import weakref
-from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.base import Executor
-from sarathi.messages import CompletedStep, MemoryStats, SchedulerOutput, StepFuture, StepResult
+from sarathi.executor.steps import Steps
+from sarathi.messages import MemoryStats, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.parallel.ranks import OneRank
 from sarathi.worker.worker import Worker
 
 
@@ -53,7 +54,7 @@ class _ClosedWorker:
     def prepare(self, out: SchedulerOutput) -> NoReturn:
         raise RuntimeError(f"the executor is shut down: it cannot run step {out.step_id}")
 
-    run = prepare
+    run = cancel = prepare
 
     def wait(self) -> None:
         """Nothing is running."""
@@ -78,15 +79,14 @@ class UniprocExecutor(Executor):
                 f"tensor_parallel_size={parallel.tensor_parallel_size} and "
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
-        worker = Worker(config, rank=0)
+        worker = Worker(config, OneRank())
         self._worker: Worker | _ClosedWorker = worker
+        self._steps = Steps(worker)
         self._thaw = weakref.finalize(self, _FROZEN.leave)
         _FROZEN.enter()
         self.capacity, self.max_model_len, self.vocab_size = worker.capacity, worker.max_model_len, worker.vocab_size
         self.token_bytes, self.dtype_eps = worker.token_bytes, worker.dtype_eps
         self.max_in_flight = worker.max_in_flight
-        self._num_shortages = 0  # steps for which memory was missing
-        self._available_rows = 0
 
     @property
     def model(self) -> Decoder:
@@ -94,16 +94,7 @@ class UniprocExecutor(Executor):
         return self._worker.model
 
     def launch(self, out: SchedulerOutput) -> StepFuture:
-        """A step launched before the scheduler knew of a shortage fails too: it builds on what was not computed."""
-        if self._num_shortages > out.num_recoveries:
-            self._worker.prepare(replace(out, chunks=()))
-            return CompletedStep(StepResult(out.step_id, available_rows=self._available_rows))
-        available_rows = self._worker.prepare(out)
-        if available_rows is None:
-            return self._worker.run(out)
-        self._num_shortages += 1
-        self._available_rows = available_rows
-        return CompletedStep(StepResult(out.step_id, available_rows=available_rows))
+        return self._steps.launch(out)
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Launch one step and wait for its result."""
@@ -124,4 +115,5 @@ class UniprocExecutor(Executor):
             self._worker.close()
         finally:
             self._worker = _ClosedWorker()
+            self._steps = Steps(self._worker)
             torch.cuda.empty_cache()  # torch keeps freed memory for later tensors

@@ -9,6 +9,9 @@ from sarathi.model_executor.attention.base import create_backend
 from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops import create_ops
+from sarathi.model_executor.parallel.layers import split_over_ranks
+from sarathi.model_executor.parallel.ranks import Ranks
+from sarathi.model_executor.parallel.sharding import TensorShare
 from sarathi.worker.cache_engine.base import KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
@@ -31,30 +34,34 @@ class Worker:
     checkpoint, missing kernel, too little memory.
     """
 
-    def __init__(self, config: EngineConfig, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
+        self._rank = ranks.rank
         checkpoint = open_checkpoint(config.model)
-        arch = checkpoint.architecture
+        share = TensorShare(checkpoint.architecture, ranks.rank, ranks.size)
+        arch = share.architecture if ranks.size > 1 else checkpoint.architecture
         place = choose_placement(config.model, arch)
         check_budget(config.cache, place.device)
         check_weights(arch.num_parameters, place.dtype, place.device)
-        self.vocab_size, self.dtype_eps = arch.vocab_size, place.dtype_eps
+        self.vocab_size, self.dtype_eps = share.arch.vocab_size, place.dtype_eps
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
         attention = create_backend(backend, arch, place)
         model = Decoder(arch, place, create_ops(place.device), attention, self.max_model_len)
-        load_weights(model, checkpoint, config.model.seed)
+        split_over_ranks(model, share, ranks)
+        load_weights(model, checkpoint, config.model.seed + ranks.rank, share.shards() if ranks.size > 1 else {})
         spec = KVCacheSpec(
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
             config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
         )  # fmt: skip
         self.token_bytes = spec.token_bytes
-        budget = initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
+        budget = ranks.least(
+            initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
+        )
         self._cache = create_cache_engine(backend, spec, place.device, budget)
         self._runner = create_runner(model, attention, self._cache, arch, spec)
         self.model = self._runner.model
         warm_up(self._runner, self._cache, config, spec)
-        self._cache.resize(final_budget_bytes(config.cache, place.device, budget))
+        self._cache.resize(ranks.least(final_budget_bytes(config.cache, place.device, budget)))
         self._sequences = SequenceTable(config.model.seed)
 
     @property
@@ -82,6 +89,10 @@ class Worker:
             logger.warning("rank %d has no memory for step %d: %s", self._rank, out.step_id, error)
             return error.available
         return None
+
+    def cancel(self, out: SchedulerOutput) -> None:
+        """Undo the memory that `prepare` mapped, where another rank has too little for the step."""
+        self._cache.cancel(out.chunks)
 
     def run(self, out: SchedulerOutput) -> StepFuture:
         """Compute a step for which `prepare` returned None."""

@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": "llama-3-70b", "dtype": "float32"},
         r"70553706496 parameters x 4 bytes \(float32\) are 262\.8 GiB, cpu has \d+\.\d GiB free",
     ),
-    "too many ranks": ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2.*one rank"),
+    "too many ranks": ({"tensor_parallel_size": 2, "executor": "uniproc"}, r"tensor_parallel_size=2.*one rank"),
     "length beyond the model": (
         {"load_format": "auto", "model": "smollm2-135m", "max_model_len": 10**6},
         r"1000000.*8192",

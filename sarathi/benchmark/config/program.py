@@ -34,6 +34,7 @@ def engine_parser(description: str | None, output: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--backend", default="fa_vattn")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
+    parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="devices that share each layer")
     parser.add_argument("--max-model-len", type=int, default=132_096)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--chunk-size", type=int, default=16384, help="tokens of a step")

@@ -143,5 +143,6 @@ def open_engine(options: Namespace, backend: str) -> OurEngine:
         "chunk_size": options.chunk_size,
         "max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs,
         "memory_bytes": options.memory_bytes, "device": options.device,
+        "tensor_parallel_size": options.tensor_parallel_size,
     }  # fmt: skip
     return OurEngine(LLM(**chosen), backend)

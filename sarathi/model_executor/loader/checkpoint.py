@@ -1,8 +1,9 @@
 """Reads the tensors of a safetensors checkpoint one by one, under their Hugging Face names."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -10,17 +11,24 @@ from torch import Tensor
 
 from sarathi.model_executor.loader.reading import CheckpointError, read_json, reading
 from sarathi.model_executor.loader.source import INDEX_FILE, WEIGHTS_FILE
+from sarathi.model_executor.parallel.sharding import Shard
 from sarathi.wording import short_repr
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class NamedTensor(NamedTuple):
-    """One tensor of a checkpoint and the file that it came from."""
+    """One tensor of a checkpoint: the file that holds it, its whole shape, and what reads it or a part of it."""
 
     file: Path
     name: str
-    tensor: Tensor
+    shape: tuple[int, ...]
+    read: Callable[[Shard | None], Tensor]
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of it."""
+        return self.read(None)
 
 
 class SafetensorsCheckpoint:
@@ -64,7 +72,19 @@ class SafetensorsCheckpoint:
 def _read_file(file: Path) -> Iterator[NamedTensor]:
     with reading(file, "safetensors file"), safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 (a handle, not a dict)
-            yield NamedTensor(file, name, opened.get_tensor(name))
+            stored = opened.get_slice(name)
+            yield NamedTensor(file, name, tuple(stored.get_shape()), partial(_read_part, file, opened, name))
+
+
+def _read_part(file: Path, opened: Any, name: str, shard: Shard | None) -> Tensor:
+    """Reads from the file no more than the part."""
+    with reading(file, "safetensors file"):
+        if shard is None:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+        part = slice(shard.start, shard.stop)
+        tensor = opened.get_slice(name)[(slice(None),) * shard.dim + (part,)]
+        return tensor
 
 
 def _names(file: Path) -> list[str]:

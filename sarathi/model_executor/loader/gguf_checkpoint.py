@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sarathi.model_executor.loader.gguf_config import read_gguf_config
 from sarathi.model_executor.loader.gguf_file import GGUFFile, StoredTensor
 from sarathi.model_executor.loader.reading import CheckpointError, reading
 from sarathi.model_executor.models import read_architecture
+from sarathi.model_executor.parallel.sharding import Shard
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -72,9 +74,10 @@ class GGUFCheckpoint:
 
     def tensors(self) -> Iterator[NamedTensor]:
         """Every weight in float32, in the files' order."""
-        for name, (file, _) in self._tensors.items():
+        for name, (file, stored) in self._tensors.items():
             if name != _ROPE_DIVISORS:
-                yield NamedTensor(file.path, _hub_name(file.path, name), self._restored(name))
+                read = partial(self._restored, name)
+                yield NamedTensor(file.path, _hub_name(file.path, name), stored.shape, read)
 
     def _add_tensors(self, file: GGUFFile) -> None:
         for name, stored in file.tensors.items():
@@ -84,22 +87,27 @@ class GGUFCheckpoint:
                 _check_extent(file, stored)
             self._tensors[name] = (file, stored)
 
-    def _restored(self, name: str) -> Tensor:
-        tensor = self._dequantized(name)
+    def _restored(self, name: str, shard: Shard | None) -> Tensor:
+        """A shard of query or key holds whole heads."""
+        tensor = self._dequantized(name, shard)
         heads = {".attn_q.": "attention.head_count", ".attn_k.": "attention.head_count_kv"}
         key = next((heads[part] for part in heads if part in name), None)
         if key is None or self._first["general.architecture"] != _INTERLEAVED:
             return tensor
         num_heads = self._first.get(f"{_INTERLEAVED}.{key}", self._first[f"{_INTERLEAVED}.attention.head_count"])
-        if tensor.shape[0] % (2 * num_heads):
-            raise CheckpointError(f"{self.path}: tensor {name!r} has {tensor.shape[0]} rows for {num_heads} heads")
-        return _half_split(tensor, num_heads)
+        num_rows = self._tensors[name][1].shape[0]
+        if num_rows % (2 * num_heads):
+            raise CheckpointError(f"{self.path}: tensor {name!r} has {num_rows} rows for {num_heads} heads")
+        return _half_split(tensor, len(tensor) * num_heads // num_rows)
 
-    def _dequantized(self, name: str) -> Tensor:
+    def _dequantized(self, name: str, shard: Shard | None = None) -> Tensor:
         file, stored = self._tensors[name]
         kind = gguf.GGMLQuantizationType(stored.kind)
+        raw = _raw(file, stored)
+        if shard is not None and shard.dim == 0:
+            raw = raw[shard.start : shard.stop]
         try:
-            values = gguf.dequantize(_joined(_raw(file, stored)), kind).reshape(stored.shape)
+            values = _columns(raw, kind, stored.shape[-1], shard if shard is not None and shard.dim == 1 else None)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{file.path}: tensor {name!r} cannot be dequantised: {error}") from error
         return torch.from_numpy(numpy.require(values, requirements="W"))  # a stored float is a read-only view
@@ -148,6 +156,20 @@ def _raw(file: GGUFFile, stored: StoredTensor) -> numpy.ndarray:
 def _joined(rows: numpy.ndarray) -> numpy.ndarray:
     """Up to _JOINED_ROWS rows in one: `gguf` dequantises 16 at a time, and short ones cost it more than values do."""
     return rows.reshape(-1, math.gcd(len(rows), _JOINED_ROWS) * rows.shape[-1]) if rows.ndim == 2 else rows
+
+
+def _columns(
+    raw: numpy.ndarray, kind: gguf.GGMLQuantizationType, num_columns: int, shard: Shard | None
+) -> numpy.ndarray:
+    """Float32 values of raw rows, those of the shard's columns alone; whole blocks are dequantised."""
+    if shard is None:
+        return gguf.dequantize(_joined(raw), kind).reshape(*raw.shape[:-1], num_columns)
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    units = raw.shape[-1] // (num_columns // block)  # of a block: bytes, or a number
+    first, end = shard.start // block, -(-shard.stop // block)
+    covering = numpy.ascontiguousarray(raw[:, first * units : end * units])
+    values = gguf.dequantize(_joined(covering), kind).reshape(len(raw), -1)
+    return values[:, shard.start - first * block : shard.stop - first * block]
 
 
 def _half_split(rows: Tensor, num_heads: int) -> Tensor:

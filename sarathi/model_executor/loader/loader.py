@@ -1,6 +1,6 @@
 """Fills a decoder with weights: from safetensors, GGUF, or a random generator."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from sarathi.model_executor.loader.reading import CheckpointError, read_json
 from sarathi.model_executor.loader.source import CONFIG_FOLDER, ModelSource, missing_weights, resolve_model
 from sarathi.model_executor.models import read_architecture
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.parallel.sharding import Shard, shard_of
 
+_WHOLE: Mapping[str, Shard] = {}  # a model that is not split
 _DUMMY_SCALE = 0.02  # keeps activations finite through any number of layers
 _STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNUSED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -46,12 +48,15 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     return Checkpoint(checkpoint.architecture, None) if dummy else checkpoint
 
 
-def load_weights(model: Decoder, checkpoint: Checkpoint, seed: int) -> None:
-    """Fills `model` in place and packs it for its device; `seed` is for weights that are drawn."""
+def load_weights(model: Decoder, checkpoint: Checkpoint, seed: int, shards: Mapping[str, Shard] = _WHOLE) -> None:
+    """Fills `model` in place and packs it for its device; `seed` is for weights that are drawn.
+
+    shards: the parts of tensors that the model holds, by the end of their names; of the others it holds all.
+    """
     if checkpoint.tensors is None:
         _fill_randomly(model, seed)
     else:
-        _fill(model, checkpoint.tensors)
+        _fill(model, checkpoint.tensors, shards)
     model.pack()
 
 
@@ -93,7 +98,7 @@ def _check_format(config: ModelConfig, source: ModelSource) -> None:
         )
 
 
-def _fill(model: Decoder, tensors: Iterable[NamedTensor]) -> None:
+def _fill(model: Decoder, tensors: Iterable[NamedTensor], shards: Mapping[str, Shard]) -> None:
     wanted = dict(model.parameters())
     missing = set(wanted)
     last = None
@@ -101,22 +106,29 @@ def _fill(model: Decoder, tensors: Iterable[NamedTensor]) -> None:
         target = wanted.get(last.name)
         if target is None:
             raise CheckpointError(f"{last.file}: tensor {last.name!r} has no place in this architecture")
-        _copy(last, target)
+        _copy(last, target, shard_of(last.name, shards))
         missing.discard(last.name)
     if missing:
         files = last.file if last is not None else "the checkpoint"
         raise CheckpointError(f"{files}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}")
 
 
-def _copy(named: NamedTensor, target: Tensor) -> None:
-    tensor = named.tensor
+def _copy(named: NamedTensor, target: Tensor, shard: Shard | None) -> None:
+    """Rows of the target past the end of its shard are zero."""
+    expected = list(target.shape)
+    if shard is not None:
+        expected[shard.dim] = shard.size
+    if list(named.shape) != expected:
+        raise CheckpointError(f"{named.file}: tensor {named.name!r} has shape {list(named.shape)}, expected {expected}")
+    if shard is not None and shard.stop - shard.start < target.shape[shard.dim]:
+        target.zero_()
+        target = target.narrow(shard.dim, 0, shard.stop - shard.start)
+    if not target.numel():
+        return
+    tensor = named.read(shard)
     if tensor.dtype not in _STORED_DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORED_DTYPES)
         raise CheckpointError(f"{named.file}: tensor {named.name!r} has type {tensor.dtype}; read are {allowed}")
-    if target.shape != tensor.shape:
-        raise CheckpointError(
-            f"{named.file}: tensor {named.name!r} has shape {list(tensor.shape)}, expected {list(target.shape)}"
-        )
     target.copy_(tensor)
 
 

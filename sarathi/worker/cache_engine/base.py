@@ -66,6 +66,9 @@ class CacheEngine(Protocol):
         Raises vattention.OutOfMemoryError, with nothing changed.
         """
 
+    def cancel(self, chunks: Sequence[Chunk]) -> None:
+        """Undo the last `prepare`, which succeeded here and not on another rank. Keeps the tokens before the chunks."""
+
     def address(self, chunks: Sequence[Chunk]) -> Address:
         """Slots or block tables of the chunks, in order."""
 

@@ -61,6 +61,12 @@ class PagedCacheEngine:
             self._tokens[chunk.request_id] = chunk.start + chunk.num_tokens
         self._peak_blocks = max(self._peak_blocks, self._used_blocks())
 
+    def cancel(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            table = self._tables[chunk.request_id]
+            del table[len(table) - len(chunk.block_ids) :]
+            self._tokens[chunk.request_id] = chunk.start
+
     def address(self, chunks: Sequence[Chunk]) -> BlockAddress:
         return BlockAddress(tuple(self._tables[chunk.request_id] for chunk in chunks), self.block_size)
 

@@ -40,6 +40,7 @@ class vATTNCacheEngine:
             raise CacheSettingsError(f"{memory}, {lengths}: {error}") from error
         self._slots: dict[str, int] = {}
         self._tokens: dict[str, int] = {}  # computed tokens of each request that has a slot
+        self._started: list[str] = []  # requests that got a slot in the last `prepare`
         self._over_read_tokens, self._token_bytes = spec.over_read_tokens, spec.token_bytes
         self._maps_ahead = not backend.sync
         self._anchor_rows = self._anchor() if anchored else 0
@@ -81,7 +82,15 @@ class vATTNCacheEngine:
         except Exception:
             self.release([chunk.request_id for chunk in new])
             raise
+        self._started = [chunk.request_id for chunk in new]
         self._tokens.update((chunk.request_id, chunk.start + chunk.num_tokens) for chunk in chunks)
+
+    def cancel(self, chunks: Sequence[Chunk]) -> None:
+        self.release(self._started)
+        for chunk in chunks:
+            if (slot := self._slots.get(chunk.request_id)) is not None:
+                self._cache.trim(slot, self._mapped(chunk.start))
+                self._tokens[chunk.request_id] = chunk.start
 
     def address(self, chunks: Sequence[Chunk]) -> SlotAddress:
         return SlotAddress(tuple(self._slots_of(chunks)))

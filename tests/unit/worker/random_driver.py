@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
+from sarathi.executor.multiproc import MultiprocExecutor
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.sampling_params import SamplingParams
@@ -29,7 +30,7 @@ class Driven:
 class RandomDriver:
     """Runs requests to their end; every step is random, but a seed repeats it."""
 
-    def __init__(self, executor: UniprocExecutor, seed: int) -> None:
+    def __init__(self, executor: UniprocExecutor | MultiprocExecutor, seed: int) -> None:
         self.executor, self.rng = executor, random.Random(seed)
         self.is_paged = executor.capacity.token_bytes == 1
         self.free = list(range(executor.capacity.rows)) if self.is_paged else []

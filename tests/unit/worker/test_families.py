@@ -3,15 +3,12 @@
 import pytest
 import torch
 from random_driver import RandomDriver
-from tiny_models import CONFIGS, VOCAB_SIZE, TinyModel, build, random_prompts
+from tiny_models import CONFIGS, EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
 from sarathi.config.load import make_config
 from sarathi.executor.uniproc import UniprocExecutor
-from sarathi.messages import SampledToken
-from sarathi.sampling_params import SamplingParams
 
 BACKENDS = ("sdpa_paged_16", "sdpa_paged_3", "sdpa_vattn", "sdpa_vattn_sync_4kb", "sdpa_vattn_megacache_8kb")
-EVERYTHING = SamplingParams(temperature=0.0, logprobs=VOCAB_SIZE, max_tokens=64)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -30,17 +27,6 @@ def executor_for(tiny: TinyModel, backend: str, **settings) -> UniprocExecutor:
             **settings,
         )
     )
-
-
-def largest_difference(tiny: TinyModel, prompt: list[int], tokens: list[SampledToken]) -> float:
-    outputs = [token.token_id for token in tokens]
-    expected = tiny.logprobs(prompt + outputs[:-1])[len(prompt) - 1 :]
-    found = torch.empty_like(expected)
-    for row, token in zip(found, tokens, strict=True):
-        ids, values = zip(*token.top_logprobs, strict=True)
-        row[list(ids)] = torch.tensor(values)
-        assert token.logprob == values[0] and token.token_id == ids[0]
-    return float((found - expected).abs().max())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

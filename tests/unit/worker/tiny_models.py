@@ -3,11 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from sarathi.messages import SampledToken
+from sarathi.sampling_params import SamplingParams
+
 VOCAB_SIZE = 97
+EVERYTHING = SamplingParams(temperature=0.0, logprobs=VOCAB_SIZE, max_tokens=64)
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
@@ -61,10 +66,11 @@ class TinyModel:
         return self.reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
 
 
-def build(name: str, folder: Path) -> TinyModel:
-    """Weights large enough that every part of the model matters, in several shards."""
+def build(name: str, folder: Path, **changes: Any) -> TinyModel:
+    """Weights large enough that every part of the model matters, in several shards. changes: of the configuration."""
     torch.manual_seed(sum(name.encode()))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter_name, parameter in model.named_parameters():
         centre = 1.0 if "norm" in parameter_name else 0.0
         torch.nn.init.normal_(parameter, mean=centre, std=0.25)
@@ -78,3 +84,15 @@ def random_prompts(seed: int, count: int, longest: int) -> Iterator[tuple[str, l
     for index in range(count):
         length = int(torch.randint(1, longest + 1, (1,), generator=generator))
         yield f"r{index}", torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+def largest_difference(tiny: TinyModel, prompt: list[int], tokens: list[SampledToken]) -> float:
+    """Of log probabilities of all tokens at the positions of an output; the request's parameters are EVERYTHING."""
+    outputs = [token.token_id for token in tokens]
+    expected = tiny.logprobs(prompt + outputs[:-1])[len(prompt) - 1 :]
+    found = torch.empty_like(expected)
+    for row, token in zip(found, tokens, strict=True):
+        ids, values = zip(*token.top_logprobs, strict=True)
+        row[list(ids)] = torch.tensor(values)
+        assert token.logprob == values[0] and token.token_id == ids[0]
+    return float((found - expected).abs().max())

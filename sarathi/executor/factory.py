@@ -1,0 +1,18 @@
+"""Creates the executor that a configuration asks for."""
+
+from sarathi.config.schema import EngineConfig
+from sarathi.executor.base import Executor
+from sarathi.executor.uniproc import UniprocExecutor, UnsupportedParallelismError
+
+
+def create_executor(config: EngineConfig) -> Executor:
+    """parallel.executor; "auto" is a process for each rank where there are several. ValueErrors name the setting."""
+    parallel = config.parallel
+    num_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if parallel.executor == "ray":
+        raise UnsupportedParallelismError("executor=ray is not implemented: use multiproc, or auto")
+    if parallel.executor == "uniproc" or (parallel.executor == "auto" and num_ranks == 1):
+        return UniprocExecutor(config)
+    from sarathi.executor.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
+
+    return MultiprocExecutor(config)

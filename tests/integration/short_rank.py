@@ -1,0 +1,28 @@
+"""The process of a rank, with steps in which rank 1 alone has too little memory."""
+
+from itertools import count
+
+from sarathi.executor import rank_process
+from sarathi.messages import SchedulerOutput
+from sarathi.worker.worker import Worker
+
+SHORT_STEPS = (3, 9, 10)
+
+
+class ShortWorker(Worker):
+    """Refuses some steps after it has mapped their memory."""
+
+    _numbers = count()
+
+    def prepare(self, out: SchedulerOutput) -> int | None:
+        rows = super().prepare(out)
+        if self._rank != 1 or rows is not None or not out.chunks or next(self._numbers) not in SHORT_STEPS:
+            return rows
+        self.cancel(out)
+        return self.capacity.rows - 1
+
+
+def main(connection: int, board: int) -> None:
+    """See sarathi.executor.rank_process.main."""
+    rank_process.Worker = ShortWorker  # type: ignore[misc]
+    rank_process.main(connection, board)
