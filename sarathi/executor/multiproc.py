@@ -5,6 +5,7 @@ and exchange tensors among themselves. A rank that dies, or that shows no sign o
 with an error that names it, and every rank with it.
 """
 
+import math
 import os
 import pickle
 import signal
@@ -31,11 +32,12 @@ from sarathi.executor.uniproc import UnsupportedParallelismError
 from sarathi.messages import MemoryStats, SchedulerOutput, StepResult
 from sarathi.worker.device import DeviceUnavailableError, choose_device
 
-_SILENCE_S = 5.0  # after which a rank counts as hung; its process shows life ten times a second
+_SILENCE_S = 8.0  # after which a rank counts as hung; its process shows life ten times a second
 _START_SILENCE_S = 60.0  # the same while libraries are loaded, which may stop all threads of a process
 _LOOK_S = 0.25  # between looks at the ranks while a reply is waited for
 _GRACE_S = 1.0  # after a first failure, for the one that caused it to show: the others lose their connections
 _SEND_S = 30
+_CLOSE_S = 20.0
 # NVLink multicast is off: where the driver refuses it, NCCL fails at its first collective.
 _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from sarathi.executor.rank_process import main; main({pipe}, {board})"
@@ -112,10 +114,11 @@ class _Ranks:
     def are_running(self) -> bool:
         return self._stop.alive
 
-    def ask(self, method: str, *arguments: Any, silence_s: float = _SILENCE_S) -> list[Any]:
+    def ask(self, method: str, *arguments: Any, silence_s: float = _SILENCE_S, limit_s: float = math.inf) -> list[Any]:
         """Send a command to every rank; returns the replies of those that answer it, in order of rank.
 
         Raises RankError, or the ValueError of a rank. silence_s: without a sign of life until a rank counts as hung.
+        limit_s: until all must have answered.
         """
         if not self.are_running:
             raise RankError(f"the ranks have ended: {method} cannot be run")
@@ -125,7 +128,7 @@ class _Ranks:
             self._check_life(silence_s)
             self._send(message)
             answering = [each for each in self._processes if is_answered(method, each.rank)]
-            return self._replies(answering, silence_s)
+            return self._replies(answering, silence_s, time.monotonic() + limit_s)
         except (RankError, ValueError):
             self.kill()
             raise
@@ -144,7 +147,7 @@ class _Ranks:
             self.kill()
             raise
 
-    def _replies(self, answering: Sequence[_RankProcess], silence_s: float) -> list[Any]:
+    def _replies(self, answering: Sequence[_RankProcess], silence_s: float, deadline_s: float) -> list[Any]:
         replies: dict[int, Any] = {}
         while len(replies) < len(answering):
             by_pipe: dict[Any, _RankProcess] = {each.pipe: each for each in self._processes}
@@ -155,6 +158,10 @@ class _Ranks:
                 if reply.number == self._number:  # not one that was no longer waited for
                     replies[by_pipe[pipe].rank] = reply.value
             self._check_life(silence_s)
+            if time.monotonic() > deadline_s and len(replies) < len(answering):
+                raise RankError(
+                    f"ranks that did not answer: {sorted({each.rank for each in answering} - set(replies))}"
+                )
         return [replies[each.rank] for each in answering]
 
     def _check_life(self, silence_s: float) -> None:
@@ -234,6 +241,10 @@ class MultiprocExecutor(Executor):
         return self._ranks.ask(method, *arguments)
 
     def launch(self, out: SchedulerOutput) -> LaunchedStep:
+        if any(new.sampling_params.logits_processors for new in out.new_requests):
+            raise ValueError(
+                "logits_processors must be empty where executor is multiproc: they are functions of one process"
+            )
         number, self._num_launched = self._num_launched, self._num_launched + 1
         self.ask("launch", number, out)
         return LaunchedStep(self, number)
@@ -261,7 +272,7 @@ class MultiprocExecutor(Executor):
         """Kills ranks that do not close within some seconds."""
         try:
             if self._ranks.are_running:
-                self._ranks.ask("close", silence_s=_SILENCE_S)
+                self._ranks.ask("close", limit_s=_CLOSE_S)
         except RankError:
             pass  # it is gone, as it should be
         finally:

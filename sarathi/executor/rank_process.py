@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs lack it
 
 from sarathi.config.schema import EngineConfig
@@ -103,9 +102,8 @@ class RankService:
         self._worker.check_integrity()
 
     def close(self) -> None:
+        """The process ends next, and the process group with it: to destroy NCCL's waits for graphs that hold it."""
         self._worker.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 _ANSWERED = frozenset(("facts", "wait", "memory_stats", "check_integrity", "close"))  # by every rank

@@ -1,0 +1,76 @@
+"""Tensor parallelism on several GPUs: outputs against transformers in float32, graphs against eager steps, failures."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+if torch.cuda.device_count() < 2:
+    pytest.skip("needs two CUDA devices", allow_module_level=True)
+pytest.importorskip("vattention._native", reason="the native module is not built")
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sarathi import LLM, SamplingParams
+from sarathi.executor.multiproc import RankError
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ("fa_vattn", "fa_vattn_megacache", "fi_paged_16", "sdpa_vattn")
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+CLOSE = 0.05  # of the spread of the logits: bf16 sums in another order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=64, vocab_size=1001, max_position_embeddings=2048,
+    )  # fmt: skip
+    path: Path = tmp_path_factory.mktemp("llama")
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(path)
+    return path
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 1001, (length,), generator=generator).tolist() for length in (1, 7, 64, 300, 900)]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_gpus_choose_what_transformers_finds_likely(folder: Path, backend: str, enforce_eager: bool) -> None:
+    with LLM(
+        str(folder), attention_backend=backend, tensor_parallel_size=2, memory_bytes="1gb", chunk_size=256,
+        enforce_eager=enforce_eager,
+    ) as llm:  # fmt: skip
+        outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *output]], device="cuda")).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(output, device="cuda").unsqueeze(1)).squeeze(1)
+        behind = (logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))
+        assert behind.max() < CLOSE, (backend, behind)
+
+
+def test_a_dummy_llama_runs() -> None:
+    with LLM("llama-3-8b", load_format="dummy", tensor_parallel_size=2, max_model_len=4096, max_num_seqs=64) as llm:
+        outputs = llm.generate([[5] * 2000, *[[7] * 10] * 40], PARAMS, use_tqdm=False)
+        assert all(len(each.outputs[0].token_ids) == 24 for each in outputs)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_frees_the_gpus(folder: Path, rank: int, how: signal.Signals) -> None:
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(2)]
+    llm = LLM(str(folder), tensor_parallel_size=2, memory_bytes="1gb")
+    pid = llm.engine.core.executor._ranks._processes[rank].process.pid
+    threading.Timer(0.5, os.kill, (pid, how)).start()
+    with pytest.raises(RankError, match=f"rank {rank} of 2"):
+        while True:
+            llm.generate(prompts(), PARAMS, use_tqdm=False)
+    llm.close()
+    assert all(torch.cuda.mem_get_info(index)[0] > free[index] - (64 << 20) for index in range(2))
