@@ -43,6 +43,16 @@ def test_replicas_share_the_requests_and_merge(tmp_path: Path) -> None:
     assert summary["num_completed"] == 5
 
 
+def test_a_tensor_parallel_degree_makes_ranks_of_each_replica(tmp_path: Path) -> None:
+    command(*RUN, "--model_tensor_parallel_degree", 3, "--num_requests", 3, "--output_dir", tmp_path / "3")
+    assert check_run(tmp_path / "3")["num_completed"] == 3
+    done = command(*RUN, "--model_tensor_parallel_degree", 2, "--output_dir", tmp_path / "2", code=1)
+    assert "possible are 1, 3" in done.stderr
+    timed = ("--model_tensor_parallel_degree", 3, "--enable_op_level_metrics")
+    done = command(*RUN, *timed, "--output_dir", tmp_path / "timed", code=1)
+    assert "enable_op_level_metrics is true: it needs one rank" in done.stderr
+
+
 def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     words = ["--enable_profiling", "--profiling.start_step=2", "--profiling.num_steps=2", "--num_requests=3"]
     words += [

@@ -1,6 +1,7 @@
 """Tensor parallelism over processes, on the CPU: outputs, shortage on one rank, ranks that die or hang, refusals."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from sarathi.executor import multiproc
 from sarathi.executor.factory import create_executor
 from sarathi.executor.multiproc import MultiprocExecutor, RankError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
+from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
+from sarathi.model_executor.loader.source import resolve_model
+from sarathi.model_executor.parallel.sharding import Shard
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn_4kb", "sdpa_vattn_megacache_sync_4kb")
 # Two KV heads on two ranks; yi has one, which both ranks hold.
@@ -150,6 +154,21 @@ def test_smollm2_on_three_ranks() -> None:
     refusal = "num_attention_heads=9, num_key_value_heads=3; possible are 1, 3$"
     with pytest.raises(ValueError, match=rf"tensor_parallel_size=2: .* do not divide {refusal}"):
         LLM(**settings, tensor_parallel_size=2)
+
+
+def test_any_part_of_a_quantised_tensor_is_that_of_the_whole() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for named in GGUFCheckpoint(resolve_model("smollm2-135m").path).tensors():
+        if len(named.shape) == 2 and named.name.startswith("model.layers.7."):
+            whole = named.tensor
+            first, last = sorted(rng.sample(range(1, named.shape[1]), 2))  # anywhere in a quantised block
+            assert torch.equal(named.read(Shard(1, first, last, named.shape[1])), whole[:, first:last]), named.name
+            heads = named.shape[0] // 64  # rows of query and key are parts of heads
+            first, last = sorted(rng.sample(range(heads + 1), 2))
+            part = Shard(0, first * 64, last * 64, named.shape[0])
+            assert torch.equal(named.read(part), whole[first * 64 : last * 64]), named.name
 
 
 def pids_of(executor: MultiprocExecutor) -> list[int]:
