@@ -26,7 +26,10 @@ def test_the_code_of_the_docs_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "example, said",
-    [("allocator_decode", "same tokens"), ("allocator_share", "shared"), ("allocator_classic", "rows free")],
-)
+    [
+        ("allocator_decode", "same tokens"), ("allocator_share", "shared"), ("allocator_classic", "rows free"),
+        ("allocator_transformers", "same tokens"),
+    ],
+)  # fmt: skip
 def test_the_examples_run(example: str, said: str) -> None:
     assert said in run(f"examples/{example}.py")

@@ -1,0 +1,222 @@
+"""A cache for `generate` of the transformers library whose K and V are in on-demand contiguous memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from vattention.arguments import require_bytes, require_positive
+from vattention.kv_cache import VirtualKVCache
+from vattention.stats import CacheStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class VirtualCache(Cache):
+    """A transformers `Cache` that grows without copying: sequence i of the batch is slot i of a `VirtualKVCache`.
+
+    Pass it to `model.generate(..., past_key_values=cache)` or to the model itself, under `torch.no_grad()`. Number of
+    KV heads, head size, dtype and device are those of the first keys it gets; memory exists from then on. Sliding
+    window layers keep all tokens and show the window. Beam search reorders in place; assisted generation crops.
+
+    Args:
+        config: the model's; each layer must be full or sliding window attention, with K and V of one size.
+        max_tokens: longest length of a sequence, padding included. It costs address space, not memory.
+        budget_bytes: physical memory for K and V together; OutOfMemoryError when the sequences need more.
+        max_batch_size: sequences at once, which is batch size times num_beams in beam search.
+        page_bytes: as for VirtualKVCache.
+
+    Raises ValueError for a model it cannot serve, and in use for another batch size, size of a head, dtype or device.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        max_tokens: int,
+        budget_bytes: int,
+        max_batch_size: int = 64,
+        page_bytes: int | None = None,
+    ) -> None:
+        require_positive(max_tokens=max_tokens, max_batch_size=max_batch_size)
+        require_bytes("budget_bytes", budget_bytes)
+        self._reserve = partial(
+            VirtualKVCache,
+            num_slots=max_batch_size,
+            max_tokens=max_tokens,
+            budget_bytes=budget_bytes,
+            page_bytes=page_bytes,
+        )
+        self._memory: VirtualKVCache | None = None
+        self._is_closed = False
+        self._batch_size = 0  # slots in use: 0 to _batch_size - 1
+        self._attention = [_VirtualLayer(self, *each) for each in enumerate(_windows(config))]
+        super().__init__(layers=[*self._attention])
+
+    def __repr__(self) -> str:
+        memory = "closed" if self._is_closed else self._memory or "no memory yet"
+        return f"VirtualCache({self._batch_size} sequences of {self.get_seq_length()} tokens, {memory})"
+
+    def stats(self) -> CacheStats:
+        """Memory mapped, used and wasted. Raises ValueError before the first token."""
+        if self._memory is None:
+            raise ValueError("the cache has no memory before the first token")
+        return self._memory.stats()
+
+    def write(
+        self, index: int, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores tokens of layer `index` from position `start` on; returns all of its K and V up to their end.
+
+        All are [batch, num_kv_heads, tokens, head size]; what is returned are views.
+        """
+        memory, (batch, _, tokens, _) = self._open(keys), keys.shape
+        self._check(memory, keys, values)
+        end = start + tokens
+        memory.prepare(range(batch), [end] * batch)
+        k, v = (each[:batch, :end].transpose(1, 2) for each in memory.layer(index))
+        k[:, :, start:].copy_(keys)
+        v[:, :, start:].copy_(values)
+        return k, v
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Sequence i becomes a copy of sequence beam_idx[i]; beam_idx: [batch] integers."""
+        if self._memory is None:
+            return
+        for index, layer in enumerate(self._attention):
+            for each in self._memory.layer(index):
+                held = each[: self._batch_size, : layer.length]
+                held.copy_(held.index_select(0, beam_idx.to(held.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -tokens_to_remove tokens of every sequence; transformers passes 0 or a negative number."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}: it must be 0 or negative, -n to remove n tokens")
+        if tokens_to_remove == 0 or self._memory is None:
+            return
+        for layer in self._attention:
+            layer.length = max(0, layer.length + tokens_to_remove)
+        self._wait_for_kernels()
+        for slot in range(self._batch_size):
+            self._memory.trim(slot, self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forgets every sequence. Their pages stay mapped for the next batch, which may have another size."""
+        if self._memory is not None:
+            self._wait_for_kernels()
+            for slot in range(self._batch_size):
+                self._memory.free(slot)
+        self._batch_size = 0
+        for layer in self._attention:
+            layer.length = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("VirtualCache cannot repeat sequences: repeat the inputs before the first forward")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise NotImplementedError(
+            "VirtualCache cannot drop sequences of a batch: reset() it, or use one cache for each"
+        )
+
+    def close(self) -> None:
+        """Releases all memory; a `with` block does it too. Idempotent."""
+        self.reset()
+        self._is_closed = True
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def __enter__(self) -> VirtualCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, keys: torch.Tensor) -> VirtualKVCache:
+        """The memory, made for keys like these, with a slot for each sequence."""
+        if self._is_closed:
+            raise ValueError("the cache is closed")
+        batch, heads, _, head_size = keys.shape
+        if self._memory is None:
+            self._memory = self._reserve(
+                num_layers=len(self), num_kv_heads=heads, head_size=head_size, dtype=keys.dtype, device=keys.device
+            )
+            self._device = keys.device
+        if self._batch_size == 0:
+            if batch > self._memory.num_slots:
+                raise ValueError(f"max_batch_size is {self._memory.num_slots}: the batch (with beams) has {batch}")
+            for slot in range(batch):
+                self._memory.claim(slot)
+            self._batch_size = batch
+        return self._memory
+
+    def _check(self, memory: VirtualKVCache, *states: torch.Tensor) -> None:
+        expected = (self._batch_size, memory.num_kv_heads, memory.head_size)
+        for each in states:
+            got = (each.shape[0], each.shape[1], each.shape[3])
+            if got != expected or each.dtype != memory.dtype or each.device != self._device:
+                raise ValueError(
+                    f"keys and values must be of (batch, KV heads, head size) {expected}, {memory.dtype} and "
+                    f"{self._device}, as the first ones were; got {got}, {each.dtype} and {each.device}"
+                )
+            if each.requires_grad:
+                raise ValueError("VirtualCache is for inference: call the model under torch.no_grad()")
+
+    def _wait_for_kernels(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class _VirtualLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer of a VirtualCache; `window` is its sliding window in tokens, or None."""
+
+    def __init__(self, cache: VirtualCache, index: int, window: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._cache, self._index, self._window = cache, index, window
+        self.is_sliding = window is not None
+        self.length = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens; returns what their queries may see: [batch, num_kv_heads, tokens, head size] each."""
+        first = self._first_visible()
+        keys, values = self._cache.write(self._index, self.length, key_states, value_states)
+        self.length += key_states.shape[-2]
+        return keys[:, :, first:], values[:, :, first:]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self._first_visible()
+        return self.length + query_length - first, first
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def _first_visible(self) -> int:
+        """Of the next token; the window counts that token."""
+        return 0 if self._window is None else max(0, self.length - self._window + 1)
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Sliding window of each layer in tokens, or None. Raises ValueError for layers without K and V of their own."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"VirtualCache serves decoder-only models; {config.model_type} has an encoder")
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(f"VirtualCache needs K and V in every layer; layers of {config.model_type} share them")
+    window = getattr(config, "sliding_window", None)
+    default = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or default
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"layer_types of {config.model_type} has {', '.join(sorted(unknown))}: "
+            "VirtualCache serves full_attention and sliding_attention"
+        )
+    return [window if each == "sliding_attention" else None for each in types]
