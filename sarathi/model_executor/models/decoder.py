@@ -50,11 +50,11 @@ class Decoder:
     ) -> None:
         """max_positions: tokens of the longest sequence."""
         self.place, self.ops, self.vocab_size = place, ops, arch.vocab_size
-        self.tie_embeddings = arch.tie_embeddings
+        self.tie_embeddings, self._max_positions = arch.tie_embeddings, max_positions
         self.frequencies = RopeFrequencies(arch.rope, arch.head_size, place.device)
         exceeds = arch.rope.depends_on_length and max_positions > arch.rope.original_max_positions
         self.needs_rope_lengths = exceeds and place.device.type == "cpu"
-        self._rope_table = None if self.needs_rope_lengths else self.frequencies.table(max_positions)
+        self._rope_table = self.frequencies.table(0 if place.device.type == "cpu" else max_positions)
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size, place, ops)
         self.layers = [DecoderLayer(arch, place, ops, backend) for _ in range(arch.num_layers)]
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps, place, ops)
@@ -94,10 +94,18 @@ class Decoder:
 
     def _attention_step(self, batch: Batch, metadata: Metadata) -> AttentionStep:
         """RoPE factors come from a table by position, or where they depend on lengths from one made for this step."""
-        if self._rope_table is not None:
-            return AttentionStep(self._rope_table, batch.positions, metadata)
-        table = self.frequencies.cos_sin(batch.positions, batch.rope_lengths)
-        return AttentionStep(table, torch.arange(len(batch.positions), device=self.place.device), metadata)
+        if self.needs_rope_lengths:
+            table = self.frequencies.cos_sin(batch.positions, batch.rope_lengths)
+            return AttentionStep(table, torch.arange(len(batch.positions), device=self.place.device), metadata)
+        if self.place.device.type == "cpu":
+            self._grow_rope_table(int(batch.positions.max()) + 1)
+        return AttentionStep(self._rope_table, batch.positions, metadata)
+
+    def _grow_rope_table(self, num_positions: int) -> None:
+        """On a CPU by need, since max_positions may be any number; on a GPU graphs contain the table's address."""
+        rows = len(self._rope_table.cos)
+        if num_positions > rows:
+            self._rope_table = self.frequencies.table(max(num_positions, min(2 * rows, self._max_positions)))
 
     def _make_head(self, arch: ModelArchitecture) -> Linear:
         if arch.tie_embeddings:
