@@ -319,9 +319,9 @@ def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypat
     params = [greedy(random.randint(20, 60)) for _ in prompts]
     compiled: list[str] = []
     in_two: list[int] = []
-    attend = FlashAttentionBackend._attend_in_two
+    attend = FlashAttentionBackend._attend_split
     monkeypatch.setattr(
-        FlashAttentionBackend, "_attend_in_two", lambda *given: in_two.append(len(given[2])) or attend(*given)
+        FlashAttentionBackend, "_attend_split", lambda *given: in_two.append(len(given[2])) or attend(*given)
     )
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **made: compiled.append(made["repr"]))
     with open_llm(model, "fa_vattn", max_num_seqs=130, memory_bytes=1200 * MIB) as llm:
