@@ -252,7 +252,7 @@ def test_chat_takes_one_conversation_or_many_and_parts_of_text() -> None:
     assert bytes(many[1].prompt_token_ids).count(b"hello") == 2
 
 
-@pytest.mark.parametrize("conversation", ["hello", {"role": "user", "content": "x"}, [], 5, {5}, iter([[]])])
+@pytest.mark.parametrize("conversation", ["hello", {"content": "x", "role": "user"}, [], 5, {5}, iter([[]])])
 def test_what_is_no_conversation_is_shown_whole(conversation: object) -> None:
     with pytest.raises(ValueError, match="a conversation is a non-empty list of messages, got ") as caught:
         make_llm().chat(conversation)  # type: ignore[arg-type]
