@@ -57,7 +57,7 @@ class Decodes:
         engine.close()
 
     def _decode(self, load: Load, engine: OurEngine, name: str) -> None:
-        produced = load.size_cache(self.prompts, self._options.steps + WARM_UP_STEPS)
+        produced = load.start_decoding(self.prompts, self._options.steps + WARM_UP_STEPS)
         load.timed(produced, WARM_UP_STEPS)
         before = engine.memory_stats()
         steps = load.timed(produced, self._options.steps)

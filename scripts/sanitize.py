@@ -36,9 +36,9 @@ def exercise(engine: OurEngine, seed: int) -> None:
     for _ in range(6):
         advance(engine, due)
     engine.abort([aborted])
-    size_cache(engine, due)
+    drain(engine, due)
     due = {add(2 * page + source.randint(1, 99), 4): 4, add(5, 30): 30, add(page // 2, 12): 12}
-    size_cache(engine, due)
+    drain(engine, due)
     if any(due.values()):
         raise RuntimeError(f"requests ended with tokens missing: {due}")
 
@@ -49,7 +49,7 @@ def advance(engine: OurEngine, due: dict[str, int]) -> None:
             due[request_id] -= tokens
 
 
-def size_cache(engine: OurEngine, due: dict[str, int]) -> None:
+def drain(engine: OurEngine, due: dict[str, int]) -> None:
     while engine.has_work:
         advance(engine, due)
     engine.check_integrity()

@@ -46,7 +46,7 @@ def device_work(load: Load) -> Work:
 
 def measure_device(load: Load, batch: int, context: int) -> None:
     """Rows of one shape: milliseconds of each operation, per cent in which no kernel and no copy runs, clock, power."""
-    produced = load.size_cache([context] * batch, _MOST_STEPS)
+    produced = load.start_decoding([context] * batch, _MOST_STEPS)
     step = partial(load.advance, produced)
     record = partial(load.record, batch=batch, context=context)
     measure_clock(record, step)  # first: while a trace is read the device rests

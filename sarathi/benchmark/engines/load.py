@@ -118,7 +118,7 @@ class Load:
         """Every path once: several prompts in a step, decodes."""
         self.serve([(self.sizes.prefill[-2] // 2, WARM_UP_TOKENS)] + [(16, WARM_UP_TOKENS)] * 7)
 
-    def size_cache(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
+    def start_decoding(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
         """Requests with these prompts that all decode, with tokens for `steps` steps more; tokens so far by id."""
         slack = 2 * WARM_UP_TOKENS + 64 + sum(prompts) // 1024  # steps in which not all of them decode yet
         produced = {self.engine.add(self.prompt(tokens), steps + slack): 0 for tokens in prompts}
@@ -147,7 +147,7 @@ class Load:
 
     def decoding(self, prompts: Sequence[int], steps: int) -> Decoding:
         """All of these prompts decode together, for `steps` tokens of each."""
-        produced = self.size_cache(prompts, steps)
+        produced = self.start_decoding(prompts, steps)
         before = sum(produced.values())
         steps_ms = self.timed(produced, steps)
         tokens = sum(produced.values()) - before

@@ -170,7 +170,7 @@ def test_a_scheduled_budget_shrinks_as_the_prompt_grows() -> None:
 
 @pytest.mark.parametrize("target_s", [0.003, 0.006, 0.012])
 def test_a_learned_budget_meets_its_target(target_s: float) -> None:
-    """The scheduler is told nothing of the law; its steps size_cache below the target, and not far below."""
+    """The scheduler is told nothing of the law; its steps settle below the target, and not far below."""
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
     knobs = ChunkBudgetConfig(policy="latency", low_chunk_size=16, high_chunk_size=4096, target_step_s=target_s)
