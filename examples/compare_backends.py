@@ -2,7 +2,7 @@
 
     python examples/compare_backends.py [--model NAME] [--backends NAME ...] [--output FOLDER]
 
-KNOBS below are those of the command line; the rows of each run stay in memory and can be looked at in any way.
+KNOBS below are those of the command line; the records of each run stay in memory and can be looked at in any way.
 """
 
 import argparse
@@ -31,11 +31,11 @@ TBT = "decode_token_execution_plus_preemption_time"
 
 
 def measure(backend: str, model: str):
-    """Rows of one run: every request, step and token."""
+    """The records of one run: every request, step and token."""
     words = [f"--{name}={value}" for name, value in KNOBS.items()]
     config = parse_options([*words, f"--attention_backend={backend}", f"--model.name={model}"])
     with BenchmarkRunner(config) as runner:
-        return runner.run(runner.workload()).rows
+        return runner.run(runner.workload()).records
 
 
 def main() -> None:
@@ -49,13 +49,13 @@ def main() -> None:
     lines = {}
     print(f"{'backend':24} {'tokens/s':>9} {'P50 TTFT ms':>12} {'P99 TBT ms':>11} {'peak KV MB':>11}")
     for backend in options.backends:
-        rows = measure(backend, options.model)
-        summary = summarize(rows)
+        records = measure(backend, options.model)
+        summary = summarize(records)
         rate, metrics = summary["throughput"]["decode_tokens_per_s"], summary["metrics"]
         ttft_ms, tbt_ms = 1e3 * metrics["prefill_e2e_time"]["p50"], 1e3 * metrics[TBT]["p99"]
         peak_mb = summary["memory"]["peak_mapped_bytes"] / 2**20
         print(f"{backend:24} {rate:9.1f} {ttft_ms:12.1f} {tbt_ms:11.1f} {peak_mb:11.1f}")
-        lines[backend] = cdf(distributions(rows)[TBT])
+        lines[backend] = cdf(distributions(records)[TBT])
     plot_lines(options.output / "time_between_tokens.png", lines, "seconds between tokens", "CDF")
     print(f"plot: {options.output / 'time_between_tokens.png'}")
 
