@@ -165,10 +165,17 @@ class StepReport(NamedTuple):
 
 
 class CoreOutput(NamedTuple):
-    """The core's one message of a step. step: the step that completed; None where it is still running."""
+    """The core's one message of a step.
+
+    step: the step that completed, for the metrics; None where it is still running, and from a core in another process.
+    first_scheduled: requests that were computed for the first time in that step, which was scheduled from
+        scheduled_at_s on, by the core's clock.
+    """
 
     updates: tuple[RequestUpdate, ...] = ()
     step: StepReport | None = None
+    first_scheduled: tuple[str, ...] = ()
+    scheduled_at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +192,11 @@ class EngineFacts:
     capacity: CacheCapacity
     token_bytes: int
     dtype_eps: float
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that can run: an output token must follow, which need not be in the cache."""
+        return min(self.max_model_len - 1, self.capacity.tokens_in(self.capacity.rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.config.knobs import ConfigError
 from sarathi.config.schema import EngineConfig
-from sarathi.engine.build import build_parts, build_scheduler
+from sarathi.engine.build import build_scheduler, build_tokenizer
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.executor.base import Executor
+from sarathi.executor.factory import create_executor
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.metrics import MetricsStore, NullMetricsStore
 
@@ -39,7 +40,8 @@ class BenchmarkRunner:
     def __init__(self, config: BenchmarkConfig, replica: int = 0, device: str | None = None) -> None:
         self._config, self._replica = config, replica
         settings = engine_config(config, device)
-        tokenizer, end_token_ids, executor = build_parts(settings)
+        tokenizer, end_token_ids = build_tokenizer(settings)
+        executor = create_executor(settings)
         self._store = _make_store(config, replica, settings, executor) if config.write_metrics else None
         core = EngineCore(build_scheduler(settings, executor), _timed(config, executor, self._store))
         metrics = self._store or NullMetricsStore()

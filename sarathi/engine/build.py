@@ -5,19 +5,27 @@ from pathlib import Path
 from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
+from sarathi.engine.core import EngineCore
 from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_end_token_ids, load_tokenizer
 from sarathi.executor.base import Executor
-from sarathi.executor.factory import create_executor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 
-def build_parts(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int], Executor]:
-    """The tokenizer, the end tokens of it and of the model's own files, and the executor with the model."""
+def build_tokenizer(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The tokenizer, and the end tokens of it and of the model's own files."""
     tokenizer = load_tokenizer(_tokenizer_source(config.model), config.model.trust_remote_code)
     end_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
     if tokenizer is None or config.model.tokenizer is not None:
         end_token_ids |= load_end_token_ids(resolve_model(config.model.model, weights=False))
-    return tokenizer, end_token_ids, create_executor(config)
+    return tokenizer, end_token_ids
+
+
+def build_core(config: EngineConfig) -> EngineCore:
+    """The core over a new executor, its model loaded."""
+    from sarathi.executor.factory import create_executor  # imports torch, which a tokenizer does not need
+
+    executor = create_executor(config)
+    return EngineCore(build_scheduler(config, executor), executor)
 
 
 def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:

@@ -75,7 +75,8 @@ class EngineCore:
         prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]
         updates = (*untold, *prompts, *self.scheduler.update(step.out, result))
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
-        return CoreOutput(updates, report)
+        first_scheduled = tuple([new.request_id for new in step.out.new_requests])
+        return CoreOutput(updates, report, first_scheduled, step.started_at_s)
 
     def reset(self) -> None:
         """The memory of a request must not be released under a running step, so all steps are waited for first."""

@@ -5,10 +5,12 @@ A request that passes here and the scheduler's own length check can harm no othe
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sarathi.containers import is_integer, is_list
+from sarathi.engine.tokenizer.chat_template import Conversation, check_template_names
 from sarathi.engine.tokenizer.tokenizer import Tokenizer, UnencodableTextError
 from sarathi.messages import NewRequest
 from sarathi.sampling_params import SamplingParams
@@ -91,6 +93,33 @@ class InputProcessor:
                 raise ValueError(
                     f"{field} holds token id {short_repr(token_id)}: it must be from 0 to {self._vocab_size - 1}"
                 )
+
+
+def encode_chat(
+    tokenizer: Tokenizer | None, conversation: Conversation, *, chat_template: str | None = None,
+    add_generation_prompt: bool = True, continue_final_message: bool = False, tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:  # fmt: skip
+    """Token ids of a conversation up to where the assistant's answer begins.
+
+    Messages are dicts with `role` and `content`, which is text or a list of text parts; an assistant's message with
+    `tool_calls` needs no content, and messages of role `tool` bring results.
+
+    chat_template: a Jinja template in place of the model's own.
+    add_generation_prompt: whether the prompt ends with the beginning of the assistant's answer.
+    continue_final_message: leave the last message open, for the model to go on with it; not with the former.
+    tools: functions that the model may call, as JSON schemas or as Python functions with docstrings.
+    chat_template_kwargs: more variables of the template, as `enable_thinking`.
+    """
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer, so it cannot chat: use generate() with token ids")
+    if add_generation_prompt and continue_final_message:
+        raise ValueError("continue_final_message is True: it needs add_generation_prompt=False")
+    names = chat_template_kwargs or {}
+    check_template_names(names)
+    return tokenizer.encode_chat(
+        conversation, chat_template, add_generation_prompt, continue_final_message, tools, **names
+    )  # fmt: skip
 
 
 def _completion(first: NewRequest, index: int) -> NewRequest:

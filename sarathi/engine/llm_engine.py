@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 
 from sarathi.config.schema import EngineConfig
-from sarathi.engine.core import EngineCore
 from sarathi.engine.core_client import CoreClient
 from sarathi.engine.input_processor import InputProcessor, Prompt
 from sarathi.engine.output_processor import OutputProcessor
@@ -46,11 +45,10 @@ class LLMEngine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLMEngine":
         """The engine that `config` describes, its model loaded. Raises ValueErrors that name the setting at fault."""
-        from sarathi.engine.build import build_parts, build_scheduler  # imports torch
+        from sarathi.engine.build import build_core, build_tokenizer  # import readers of checkpoints
 
-        tokenizer, end_token_ids, executor = build_parts(config)
-        core = EngineCore(build_scheduler(config, executor), executor)
-        return cls(core, tokenizer, end_token_ids=end_token_ids)
+        tokenizer, end_token_ids = build_tokenizer(config)
+        return cls(build_core(config), tokenizer, end_token_ids=end_token_ids)
 
     @property
     def has_work(self) -> bool:

@@ -3,13 +3,13 @@
 The only place where a request ends for its caller and for the metrics, whatever ended it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from sarathi.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from sarathi.engine.tokenizer.detokenizer import Detokenizer, SilentDetokenizer
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import CoreOutput, NewRequest, PromptLogprobs, RequestUpdate, SampledToken, StepReport
+from sarathi.messages import CoreOutput, NewRequest, PromptLogprobs, RequestUpdate, SampledToken
 from sarathi.metrics import MetricsSink
 
 
@@ -141,8 +141,7 @@ class OutputProcessor:
         """
         touched: dict[str, RequestState] = {}
         found = []
-        if message.step is not None and message.step.out.new_requests:
-            self._note_scheduled(message.step)
+        self._note_scheduled(message.first_scheduled, message.scheduled_at_s)
         for update in message.updates:
             completion = self._completions.get(update.request_id)
             if completion is None:
@@ -186,8 +185,8 @@ class OutputProcessor:
             for each in state.completions:
                 del self._completions[each.request_id]
 
-    def _note_scheduled(self, step: StepReport) -> None:
-        for new in step.out.new_requests:
-            completion = self._completions.get(new.request_id)
+    def _note_scheduled(self, request_ids: Iterable[str], scheduled_at_s: float) -> None:
+        for request_id in request_ids:
+            completion = self._completions.get(request_id)
             if completion is not None and completion.state.metrics.first_scheduled_time_s is None:
-                completion.state.metrics.first_scheduled_time_s = step.started_at_s
+                completion.state.metrics.first_scheduled_time_s = scheduled_at_s

@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
 from sarathi.containers import is_integer, is_list
-from sarathi.engine.input_processor import Prompt
+from sarathi.engine.input_processor import Prompt, encode_chat
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
-from sarathi.engine.tokenizer.chat_template import Conversation, check_template_names
+from sarathi.engine.tokenizer.chat_template import Conversation
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.entrypoints.progress import show_progress
 from sarathi.messages import MemoryStats
@@ -103,31 +103,10 @@ class LLM:
             raise ValueError(f"prompts is {short_repr(prompts)}: it must be a list of prompts")
         return self._stream(prompts, sampling_params)
 
-    def encode_chat(
-        self, conversation: Conversation, *, chat_template: str | None = None, add_generation_prompt: bool = True,
-        continue_final_message: bool = False, tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:  # fmt: skip
-        """Token ids of a conversation up to where the assistant's answer begins.
-
-        Messages are dicts with `role` and `content`, which is text or a list of text parts; an assistant's message with
-        `tool_calls` needs no content, and messages of role `tool` bring results.
-
-        chat_template: a Jinja template in place of the model's own.
-        add_generation_prompt: whether the prompt ends with the beginning of the assistant's answer.
-        continue_final_message: leave the last message open, for the model to go on with it; not with the former.
-        tools: functions that the model may call, as JSON schemas or as Python functions with docstrings.
-        chat_template_kwargs: more variables of the template, as `enable_thinking`.
-        """
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer, so it cannot chat: use generate() with token ids")
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message is True: it needs add_generation_prompt=False")
-        names = chat_template_kwargs or {}
-        check_template_names(names)
-        return self.tokenizer.encode_chat(
-            conversation, chat_template, add_generation_prompt, continue_final_message, tools, **names
-        )  # fmt: skip
+    def encode_chat(self, conversation: Conversation, **options: Any) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins; for the options see
+        `sarathi.engine.input_processor.encode_chat`."""
+        return encode_chat(self.tokenizer, conversation, **options)
 
     def memory_stats(self) -> MemoryStats:
         """What the KV cache holds now, and at its peak, in bytes."""

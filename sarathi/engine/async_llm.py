@@ -1,0 +1,266 @@
+"""The engine for asyncio: one asynchronous generator a request, over a core in a process of its own.
+
+llm = await AsyncLLM.start(make_config(model="smollm2-135m"))
+async for output in llm.generate("The capital of France is", SamplingParams(temperature=0)):
+    print(output.outputs[0].delta, end="")
+await llm.shutdown()
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from sarathi.config.schema import EngineConfig
+from sarathi.core.scheduler import RequestTooLongError
+from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
+from sarathi.engine.build import build_core, build_tokenizer
+from sarathi.engine.core_process.client import CoreDiedError, CoreProcess
+from sarathi.engine.core_process.wire import CoreStats
+from sarathi.engine.input_processor import InputProcessor, Prompt, encode_chat
+from sarathi.engine.output_processor import OutputProcessor, RequestState
+from sarathi.engine.outputs import RequestOutput
+from sarathi.engine.tokenizer.chat_template import Conversation
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.messages import CoreOutput, EngineFacts, NewRequest
+from sarathi.metrics import NullMetricsStore
+from sarathi.sampling_params import SamplingParams
+
+T = TypeVar("T")
+Outputs = AsyncGenerator[RequestOutput, None]
+_TOKENIZER_THREADS = 2
+_FAREWELL_S = 1.0  # for callers to take the error that ends their request
+
+
+class EngineUnavailableError(RuntimeError):
+    """The engine takes no requests any more, or has ended this one."""
+
+
+class StepFailedError(RuntimeError):
+    """A step failed with all requests that were in the engine; it takes new ones."""
+
+
+class AsyncLLM:
+    """An engine that belongs to one event loop. Prompts are tokenized in threads.
+
+    observe: called with every output of every request, the last one of an aborted request included.
+    """
+
+    def __init__(
+        self, core: CoreProcess, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
+        limits: QueueLimits = UNLIMITED, observe: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> None:  # fmt: skip
+        self.tokenizer = tokenizer
+        self._core = core
+        self._observe = observe
+        self._inputs = InputProcessor(tokenizer, core.facts.vocab_size, end_token_ids)
+        self._outputs = OutputProcessor(tokenizer, time.monotonic, NullMetricsStore())
+        self._admission = Admission(limits)
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._ids = map(str, itertools.count())
+        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._refusal: str | None = None
+        self._died = asyncio.Event()
+        core.listen(self)
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, *, heartbeat_timeout_s: float = 10.0, limits: QueueLimits = UNLIMITED,
+        observe: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> "AsyncLLM":  # fmt: skip
+        """Load the model in a new process. Raises ValueErrors that name the setting at fault.
+
+        heartbeat_timeout_s: silence of that process after which the engine counts as dead.
+        """
+        tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)
+        core = await CoreProcess.start(partial(build_core, config), heartbeat_timeout_s)
+        try:
+            return cls(core, tokenizer, end_token_ids, limits, observe)
+        except BaseException:
+            core.kill()
+            raise
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the core told when it had started."""
+        return self._core.facts
+
+    @property
+    def error(self) -> CoreDiedError | None:
+        """What the core died of; None while it lives."""
+        return self._core.error
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests under way, those that are being tokenized included."""
+        return len(self._mailboxes)
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> Outputs:
+        """Complete one prompt, with an output whenever it got a token or ended; outputs that are not taken in time are
+        merged. Closing the generator, or cancelling its task, aborts the request.
+
+        request_id: unique among requests under way; None: a number.
+
+        Raises ValueError where a prompt or parameter is wrong (RequestTooLongError where it is too long),
+        OverloadedError, EngineUnavailableError, StepFailedError, CoreDiedError.
+        """
+        async with aclosing(await self.submit(prompt, sampling_params, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def submit(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> Outputs:
+        """As `generate`, but what is wrong with the request is raised here: it is queued when this returns."""
+        outputs = self._run(next(self._ids) if request_id is None else request_id, prompt, sampling_params)
+        await anext(outputs)
+        return outputs  # type: ignore[return-value]  # only the first is None
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Run what takes long, as tokenizing does, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
+
+    async def encode_chat(self, conversation: Conversation, **options: Any) -> list[int]:
+        """Token ids of a conversation; for the options see `encode_chat` of the input processor."""
+        return await self.in_thread(encode_chat, self.tokenizer, conversation, **options)
+
+    async def stats(self) -> CoreStats:
+        """Queues and memory of the core between two steps. Raises CoreDiedError."""
+        return await self._core.stats()
+
+    async def wait_until_dead(self) -> None:
+        """Return when the core has died."""
+        await self._died.wait()
+
+    def refuse_requests(self, reason: str) -> None:
+        """Take no new requests from now on; those under way go on."""
+        self._refusal = reason
+
+    async def shutdown(self) -> None:
+        """End every request with EngineUnavailableError, and the core process. May be called again."""
+        self.refuse_requests("the engine is shut down")
+        self._fail_all(EngineUnavailableError("the engine was shut down before the request had ended"))
+        deadline_s = time.monotonic() + _FAREWELL_S
+        while self._mailboxes and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)  # their generators run
+        await self._core.close()
+        self._threads.shutdown(wait=False)
+
+    async def _run(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None
+    ) -> AsyncGenerator[RequestOutput | None, None]:
+        """None once the request is queued, then its outputs. The one place where a request that has not ended is ended
+        for its caller, whatever is the reason."""
+        mailbox = self._enter(request_id)
+        try:
+            await self._add(request_id, prompt, params or SamplingParams())
+            yield None
+            while True:
+                output = await mailbox.take()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._leave(request_id)
+
+    def _enter(self, request_id: str) -> "_Mailbox":
+        if self._core.error is not None:
+            raise self._core.error
+        if self._refusal is not None:
+            raise EngineUnavailableError(self._refusal)
+        if request_id in self._mailboxes:
+            raise ValueError(f"request id {request_id!r} belongs to a request that has not ended")
+        self._admission.enter(request_id)
+        return self._mailboxes.setdefault(request_id, _Mailbox())
+
+    async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        arrived_at_s = time.monotonic()
+        requests = await self.in_thread(self._inputs.process, request_id, prompt, params)
+        self._check_length(requests[0])
+        self._admission.set_length(request_id, len(requests[0].token_ids))
+        if self._core.error is not None:
+            raise self._core.error
+        self._outputs.add(request_id, prompt if isinstance(prompt, str) else None, requests, arrived_at_s)
+        self._core.add_requests(requests)
+
+    def _check_length(self, request: NewRequest) -> None:
+        num_tokens, most = len(request.token_ids), self.facts.max_prompt_tokens
+        if num_tokens > most:
+            raise RequestTooLongError(f"the prompt has {num_tokens} tokens: the longest that can run has {most}")
+
+    def _leave(self, request_id: str) -> None:
+        del self._mailboxes[request_id]
+        self._admission.leave(request_id)
+        state = self._outputs.states.get(request_id)
+        if state is not None:
+            self._core.finish([each.request_id for each in state.completions], "abort")
+            self._end(state, "abort")
+
+    def _end(self, state: RequestState, reason: str) -> None:
+        self._observe(self._outputs.end(state, reason))
+
+    def _fail_all(self, error: Exception) -> None:
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(error)
+
+    # What the core tells, on the event loop.
+
+    def on_outputs(self, output: CoreOutput) -> None:
+        for request_id in output.first_scheduled:
+            self._admission.start(request_id)
+        outputs, stops = self._outputs.process(output)
+        for request_id, stop in stops:
+            self._core.finish([request_id], "stop", stop)
+        for each in outputs:
+            self._observe(each)
+            self._mailboxes[each.request_id].put(each)
+
+    def on_refused(self, request_ids: Sequence[str], message: str) -> None:
+        if request_ids[0] in self._mailboxes:
+            self._mailboxes[request_ids[0]].fail(ValueError(message))
+
+    def on_step_failed(self, message: str) -> None:
+        self._fail_all(StepFailedError(f"a step failed, and the request with it: {message}"))
+
+    def on_death(self, error: CoreDiedError) -> None:
+        self._fail_all(error)
+        self._died.set()
+
+
+class _Mailbox:
+    """The newest output of a request, until its caller takes it: a caller that is slow needs no more memory."""
+
+    def __init__(self) -> None:
+        self._output: RequestOutput | None = None
+        self._error: Exception | None = None
+        self._is_filled = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        self._output = output if self._output is None else _merged(self._output, output)
+        self._is_filled.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._is_filled.set()
+
+    async def take(self) -> RequestOutput:
+        await self._is_filled.wait()
+        output, self._output = self._output, None
+        if self._error is not None and not (output and output.finished):
+            raise self._error
+        self._is_filled.clear()
+        assert output is not None
+        return output
+
+
+def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """The later output, with what both of them added to the texts."""
+    pairs = zip(earlier.outputs, later.outputs, strict=True)
+    return replace(later, outputs=[replace(after, delta=before.delta + after.delta) for before, after in pairs])

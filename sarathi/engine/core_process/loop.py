@@ -1,0 +1,99 @@
+"""The loop of a core process: takes commands, runs a step, tells its outputs; waits for commands without work."""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from sarathi.engine.core import EngineCore
+from sarathi.engine.core_process.wire import (
+    AddRequests,
+    Command,
+    CoreStats,
+    Finish,
+    GetStats,
+    Refused,
+    Report,
+    Shutdown,
+    Started,
+    StepFailed,
+    StepOutputs,
+)
+
+logger = logging.getLogger(__name__)
+_MAX_FAILED_STEPS = 3
+
+
+class Channel(Protocol):
+    """Where commands come from and reports go to."""
+
+    def receive(self, wait: bool) -> Sequence[Command]:
+        """All commands that have arrived, in order. wait: until there is one."""
+
+    def send(self, report: Report) -> None: ...
+
+
+class CoreLoop:
+    """Serves one client. A step that raises ends its requests and not the loop, unless nothing can run any more."""
+
+    def __init__(self, core: EngineCore, channel: Channel) -> None:
+        self._core = core
+        self._channel = channel
+        self._num_failed = 0  # steps in a row
+
+    def run(self) -> None:
+        """Until Shutdown. Raises what the last step raised where the device is lost, or three steps in a row failed."""
+        self._channel.send(Started(self._core.facts))
+        while True:
+            for command in self._channel.receive(wait=not self._core.has_work):
+                if isinstance(command, Shutdown):
+                    return
+                self._obey(command)
+            if self._core.has_work:
+                self._step()
+
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, AddRequests):
+            self._add(command)
+        elif isinstance(command, Finish):
+            for request_id in command.request_ids:
+                self._core.finish(request_id, command.reason, command.stop_reason)
+        elif isinstance(command, GetStats):
+            self._channel.send(self._stats())
+
+    def _add(self, command: AddRequests) -> None:
+        try:
+            self._core.add_requests(command.requests)
+        except ValueError as error:
+            request_ids = tuple(request.request_id for request in command.requests)
+            for request_id in request_ids:
+                self._core.finish(request_id, "error")
+            self._channel.send(Refused(request_ids, str(error)))
+
+    def _step(self) -> None:
+        try:
+            output = self._core.step()
+        except Exception as error:
+            self._recover(error)
+            return
+        if output.step is not None:
+            self._num_failed = 0
+        if output.updates or output.first_scheduled:
+            self._channel.send(StepOutputs(output.updates, output.first_scheduled, output.scheduled_at_s))
+
+    def _recover(self, error: Exception) -> None:
+        """End every request; raise the error again where no later step can succeed."""
+        logger.exception("a step failed: all requests end with an error")
+        self._core.reset()
+        self._channel.send(StepFailed(f"{type(error).__name__}: {error}"))
+        self._num_failed += 1
+        if self._num_failed >= _MAX_FAILED_STEPS:
+            raise error
+        self._core.executor.wait()  # raises where the device is lost
+
+    def _stats(self) -> CoreStats:
+        scheduler = self._core.scheduler
+        rows = scheduler.block_space_manager
+        return CoreStats(
+            scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, rows.num_used_rows,
+            rows.capacity.rows, self._core.memory_stats(),
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+"""What passes between a core process and its client, as MessagePack. Needs the `server` extra."""
+
+import msgspec
+
+from sarathi.messages import EngineFacts, MemoryStats, NewRequest, RequestUpdate
+
+
+class AddRequests(msgspec.Struct, frozen=True, tag=True):
+    """Queue requests, all or none of them."""
+
+    requests: tuple[NewRequest, ...]
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """End requests for a reason found outside; for the fields see `CoreClient.finish`."""
+
+    request_ids: tuple[str, ...]
+    reason: str
+    stop_reason: str | None = None
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """Ask for one CoreStats."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End every request and the process."""
+
+
+Command = AddRequests | Finish | GetStats | Shutdown
+"""Client to core."""
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded. The first report, unless it is StartFailed."""
+
+    facts: EngineFacts
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The process ends. is_user_error: whether the message names something that the user can put right."""
+
+    message: str
+    is_user_error: bool
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    """What one step brought; for the fields see `CoreOutput`."""
+
+    updates: tuple[RequestUpdate, ...]
+    first_scheduled: tuple[str, ...] = ()
+    scheduled_at_s: float = 0.0
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """These requests of one AddRequests are not queued."""
+
+    request_ids: tuple[str, ...]
+    message: str
+
+
+class StepFailed(msgspec.Struct, frozen=True, tag=True):
+    """A step raised: every request queued before it has ended, without another update. The core takes new ones."""
+
+    message: str
+
+
+class CoreStats(msgspec.Struct, frozen=True, tag=True):
+    """The core between two steps. Rows are those of the block space manager."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    used_rows: int
+    total_rows: int
+    memory: MemoryStats
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The process runs, whatever its step is doing."""
+
+
+Report = Started | StartFailed | StepOutputs | Refused | StepFailed | CoreStats | Heartbeat
+"""Core to client."""
+
+encode = msgspec.msgpack.encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_report = msgspec.msgpack.Decoder(Report).decode

@@ -1,0 +1,322 @@
+"""The core in a process of its own: its loop, its death and its parent's, over a model of a few lines."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeExecutor, echo, make_engine
+
+from sarathi.engine.core import EngineCore
+from sarathi.engine.core_process import wire
+from sarathi.engine.core_process.client import CoreDiedError, CoreProcess, CoreStartError
+from sarathi.engine.core_process.loop import CoreLoop
+from sarathi.messages import CoreOutput, NewRequest
+from sarathi.sampling_params import SamplingParams
+
+PARAMS = SamplingParams(max_tokens=3)
+
+
+def make_core() -> EngineCore:
+    return make_engine(echo).core
+
+
+class SlowExecutor(FakeExecutor):
+    """A step takes as long as a person waits."""
+
+    def launch(self, out):
+        time.sleep(0.2)
+        return super().launch(out)
+
+
+def make_slow_core() -> EngineCore:
+    core = make_core()
+    core.executor = SlowExecutor(echo)
+    return core
+
+
+def fail(error: Exception) -> EngineCore:
+    raise error
+
+
+def die() -> EngineCore:
+    os._exit(7)
+
+
+# The loop.
+
+
+class ScriptedChannel:
+    """Gives one list of commands a call, then Shutdown; notes where the loop waited."""
+
+    def __init__(self, *script: Sequence[wire.Command]) -> None:
+        self.script = deque(script)
+        self.reports: list[wire.Report] = []
+        self.waits: list[bool] = []
+
+    def receive(self, wait: bool) -> Sequence[wire.Command]:
+        self.waits.append(wait)
+        if self.script:
+            return self.script.popleft()
+        return [wire.Shutdown()] if wait else []
+
+    def send(self, report: wire.Report) -> None:
+        self.reports.append(wire.decode_report(wire.encode(report)))
+
+
+def add(*names: str) -> wire.AddRequests:
+    return wire.AddRequests(tuple(NewRequest(name, (1, 2), PARAMS) for name in names))
+
+
+def test_the_loop_waits_only_without_work_and_drains_its_inbox_between_steps() -> None:
+    channel = ScriptedChannel([add("a")], [add("b"), wire.Finish(("a",), "abort")])
+    CoreLoop(make_core(), channel).run()
+    started, *reports = channel.reports
+    assert isinstance(started, wire.Started) and started.facts.vocab_size == 257
+    assert channel.waits[0] and not channel.waits[1] and channel.waits[-1]
+    assert sum(channel.waits) == 2
+    tokens = {"a": 0, "b": 0}
+    for report in reports:
+        assert isinstance(report, wire.StepOutputs)
+        for update in report.updates:
+            tokens[update.request_id] += len(update.tokens)
+    assert tokens == {"a": 1, "b": 3}
+    assert [name for report in reports for name in report.first_scheduled] == ["a", "b"]
+
+
+def test_a_refused_request_is_told_and_nothing_of_it_stays() -> None:
+    core = make_core()
+    too_long = NewRequest("long", tuple(range(250)), PARAMS)
+    channel = ScriptedChannel([wire.AddRequests((NewRequest("first", (1,), PARAMS), too_long))], [add("a")])
+    CoreLoop(core, channel).run()
+    refused = channel.reports[1]
+    assert isinstance(refused, wire.Refused) and refused.request_ids == ("first", "long")
+    assert "has 250 tokens" in refused.message and not core.has_work
+
+
+def test_a_failed_step_ends_its_requests_and_the_loop_goes_on() -> None:
+    core = make_core()
+    core.executor.fail_next = RuntimeError("no luck")
+    channel = ScriptedChannel([add("a")], [add("b")])
+    CoreLoop(core, channel).run()
+    assert channel.reports[1] == wire.StepFailed("RuntimeError: no luck")
+    ended = channel.reports[-1]
+    assert isinstance(ended, wire.StepOutputs) and ended.updates[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("lost", ["steps", "device"])
+def test_the_loop_ends_where_no_step_can_succeed(lost: str) -> None:
+    core = make_core()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    core.executor.launch = broken
+    if lost == "device":
+        core.executor.wait = broken
+    channel = ScriptedChannel(*([add(name)] for name in "abcdef"))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        CoreLoop(core, channel).run()
+    assert len(channel.reports) == 1 + (3 if lost == "steps" else 1)
+
+
+def test_stats_are_those_between_two_steps() -> None:
+    channel = ScriptedChannel([add("a"), wire.GetStats()])
+    CoreLoop(make_core(), channel).run()
+    stats = channel.reports[1]
+    assert isinstance(stats, wire.CoreStats) and (stats.num_running, stats.num_waiting) == (0, 1)
+    assert (stats.used_rows, stats.total_rows) == (0, 1000)
+
+
+# The process.
+
+
+class Listener:
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.outputs: asyncio.Queue[CoreOutput] = asyncio.Queue()
+        self.refused: list[str] = []
+        self.death = asyncio.Event()
+        self.on_outputs = self.outputs.put_nowait
+
+    def on_refused(self, request_ids: Sequence[str], message: str) -> None:
+        self.refused += request_ids
+
+    def on_step_failed(self, message: str) -> None:
+        raise AssertionError(message)
+
+    def on_death(self, error: CoreDiedError) -> None:
+        assert not self.death.is_set()
+        self.death.set()
+
+
+def with_core(
+    use: Callable[[CoreProcess, Listener], Awaitable[None]],
+    make: Callable[[], EngineCore] = make_core,
+    **options: float,
+) -> None:
+    async def run() -> None:
+        core = await CoreProcess.start(make, **options)
+        listener = Listener()
+        core.listen(listener)
+        try:
+            await use(core, listener)
+        finally:
+            await core.close()
+            assert not core._folder.exists()
+            assert core._process.returncode is not None
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def tokens_of(listener: Listener, name: str) -> list[int]:
+    tokens: list[int] = []
+    while True:
+        for update in (await listener.outputs.get()).updates:
+            if update.request_id == name:
+                tokens += [token.token_id for token in update.tokens]
+                if update.finish_reason is not None:
+                    return tokens
+
+
+def test_tokens_come_back_and_the_process_ends_in_order() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        core.add_requests([NewRequest("a", (5, 6, 7), PARAMS)])
+        tokens = [5, 6, 7]
+        for _ in range(3):
+            tokens.append(echo(tokens, PARAMS))
+        assert await tokens_of(listener, "a") == tokens[3:]
+        assert (await core.stats()).num_running == 0
+        await core.close()
+        assert core._process.returncode == 0 and not listener.death.is_set()
+
+    with_core(use)
+
+
+def test_parameters_that_no_process_can_get_are_refused() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        params = SamplingParams(logits_processors=[lambda tokens, logits: logits])
+        with pytest.raises(ValueError, match="cannot be sent to the core process"):
+            core.add_requests([NewRequest("a", (1,), params)])
+
+    with_core(use)
+
+
+def test_the_folder_of_the_sockets_is_private() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        assert core._folder.stat().st_mode & 0o777 == 0o700
+
+    with_core(use)
+
+
+def test_an_idle_core_takes_no_processor_time() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        stat = Path(f"/proc/{core._process.pid}/stat")
+
+        def ticks() -> int:
+            return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+
+        await asyncio.sleep(0.3)
+        before = ticks()
+        await asyncio.sleep(1.0)
+        assert ticks() - before <= 3  # hundredths of a second
+
+    with_core(use)
+
+
+def test_a_killed_core_is_told_at_once() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        stats = asyncio.create_task(core.stats())
+        await asyncio.sleep(0)
+        start_s = time.monotonic()
+        os.kill(core._process.pid, signal.SIGKILL)
+        await asyncio.wait_for(listener.death.wait(), 5)
+        assert time.monotonic() - start_s < 2
+        with pytest.raises(CoreDiedError, match="exit code -9"):
+            await core.stats()
+        await asyncio.wait([stats])
+        core.add_requests([NewRequest("late", (1,), PARAMS)])  # harmless
+        stats.exception()
+
+    with_core(use, make_slow_core)
+
+
+def test_a_stopped_core_is_told_after_the_timeout_and_killed() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        os.kill(core._process.pid, signal.SIGSTOP)
+        await asyncio.wait_for(listener.death.wait(), 10)
+        assert "no sign of life" in str(core.error)
+        assert await asyncio.wait_for(core._process.wait(), 5) == -9
+
+    with_core(use, heartbeat_timeout_s=1.5)
+
+
+def test_a_step_longer_than_the_timeout_is_no_death() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        core.add_requests([NewRequest("a", (1,), SamplingParams(max_tokens=10))])
+        assert len(await tokens_of(listener, "a")) == 10
+        assert core.error is None
+
+    with_core(use, make_slow_core, heartbeat_timeout_s=1.1)
+
+
+def test_signals_of_a_service_manager_leave_the_core_to_its_parent() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        os.kill(core._process.pid, signal.SIGTERM)
+        os.kill(core._process.pid, signal.SIGINT)
+        core.add_requests([NewRequest("a", (1,), PARAMS)])
+        assert len(await tokens_of(listener, "a")) == 3
+
+    with_core(use)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (partial(fail, ValueError("max_num_seqs is -1")), ValueError, "^max_num_seqs is -1$"),
+        (partial(fail, RuntimeError("out of memory")), CoreStartError, "^RuntimeError: out of memory$"),
+        (die, CoreStartError, "exit code 7 while it started"),
+    ],
+)
+def test_a_core_that_cannot_start_says_why_and_leaves_nothing(make, kind, message: str) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("sarathi-*"))
+    with pytest.raises(kind, match=message):
+        with_core(None, make)
+    assert set(Path(tempfile.gettempdir()).glob("sarathi-*")) <= before
+
+
+def test_no_core_outlives_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import asyncio, os, signal\n"
+        "from test_core_process import make_core\n"
+        "from sarathi.engine.core_process.client import CoreProcess\n"
+        "async def run():\n"
+        "    core = await CoreProcess.start(make_core)\n"
+        "    print(core._process.pid, core._folder, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(run())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60)
+    pid, folder = done.stdout.split()
+    deadline_s = time.monotonic() + 10
+    while is_alive(int(pid)) or Path(folder).exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
