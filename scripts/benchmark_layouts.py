@@ -2,24 +2,32 @@
 
     python scripts/benchmark_layouts.py --model llama-3-8b --output DIR
 
-Speed of both where memory is plentiful, then many short requests in the same little memory: a page of one layer holds
-1,024 tokens of Llama-3-8B and a page of all layers 32, so that fewer bytes lie behind the last token of each request.
+Both layouts in turn, each with an engine of its own and all of the free memory, the other one first in every second
+round: prefill, decode, short requests and the static traces of the vAttention paper. Then many short requests in the
+same little memory: a page of one layer holds 1,024 tokens of Llama-3-8B and a page of all layers 32, so that fewer
+bytes lie behind the last token of each request. layouts_samples.csv has the records of every round, layouts.csv their
+medians.
 """
 
 import argparse
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from statistics import median
 
-from sarathi.benchmark.config.program import engine_parser, parse
+from sarathi.benchmark.config.program import add_stages, engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Load
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
 from sarathi.benchmark.plots import draw_ratios
-from sarathi.benchmark.records import Budget, Table
+from sarathi.benchmark.records import Budget, Record, Table
 from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes
 from sarathi.config.units import parse_bytes
 from sarathi.entrypoints.script import run_script
 
-LITTLE = FULL._replace(prefill=(8192, 32768), decode=((1, 1024), (16, 1024), (64, 1024), (16, 8192), (8, 32768)))
+STAGES = ("prefill", "decode", "requests", "trace", "little")
+COMPARED = FULL._replace(prefill=(8192, 32768), decode=((1, 1024), (16, 1024), (64, 1024), (256, 1024)))
 REQUESTS = (512, 200, 128)  # count, prompt and output tokens
 FEW_REQUESTS = (12, 20, 8)
 
@@ -40,40 +48,60 @@ def crowd(load: Load, engine: OurEngine, memory_bytes: int, requests: tuple[int,
     load.record(f"{count} requests in {memory}", count, prompt + output, count * output / seconds, "output tokens/s")
 
 
-def measure(options: argparse.Namespace, table: Table, sizes: Sizes, backend: str) -> None:
-    """One layout."""
+def measure(options: argparse.Namespace, table: Table, sizes: Sizes, budget: Budget, backend: str) -> None:
+    """One layout in one round."""
     engine = open_engine(options, backend)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.warm_up()
-    requests = FEW_REQUESTS if options.test else REQUESTS
-    squeeze = partial(crowd, load, engine, parse_bytes(options.little_bytes), requests)
-    budget = Budget(options.budget / 2, table.attempts)
-    budget.run([*load.plan(("decode", "prefill")), ("short requests in little memory", squeeze)])
+    budget.run(load.plan([stage for stage in options.stages if stage != "little"]))
+    if "little" in options.stages:
+        requests = FEW_REQUESTS if options.test else REQUESTS
+        squeeze = partial(crowd, load, engine, parse_bytes(options.little_bytes), requests)
+        budget.run([("short requests in little memory", squeeze)])
     engine.close()
 
 
-def compare(table: Table, ours: str, other: str) -> None:
-    """Each row of one layout beside the other's."""
-    others = {(row.model, row.work, row.batch, row.context): row for row in table.records if row.backend == other}
-    for row in [row for row in table.records if row.backend == ours]:
-        reference = others.get((row.model, row.work, row.batch, row.context))
-        if reference is not None:
-            table.compare(row, reference)
+def medians(samples: Sequence[Record]) -> Iterator[Record]:
+    """A record for each task and backend, with the median of its values."""
+
+    def key(record: Record) -> tuple[str, ...]:
+        return tuple(map(str, (*record.task, record.backend)))
+
+    for _, group in groupby(sorted(samples, key=key), key):
+        found = list(group)
+        yield replace(found[0], value=median(record.value for record in found))
+
+
+def compare(table: Table, samples: Sequence[Record], ours: str) -> None:
+    """The medians of every record, those of `ours` beside the other layout's."""
+    found = list(medians(samples))
+    others = {record.task: record for record in found if record.backend != ours}
+    for record in found:
+        is_compared = record.backend == ours and record.task in others
+        table.add(record.beside(others[record.task]) if is_compared else record)
 
 
 def main() -> int:
     parser = engine_parser(__doc__, "results/layouts")
-    parser.set_defaults(max_num_seqs=512, max_model_len=36864)
+    parser.set_defaults(max_num_seqs=1024, max_model_len=36864)
+    add_stages(parser, STAGES)
+    parser.add_argument("--rounds", type=positive, default=2, help="engines of each layout")
+    parser.add_argument("--trace-requests", type=positive, default=12, help="requests of a static trace")
     parser.add_argument("--little-bytes", default="8gb", help="of KV cache for the short requests, as 8gb")
-    options = parse(parser, {"little_bytes": "2mb", "max_num_seqs": 16})
-    sizes, table = SMALL if options.test else LITTLE, Table(options.output / "layouts.csv")
-    megacache = f"{options.backend}_megacache"
-    for backend in (options.backend, megacache):
-        print(f"# {backend}", flush=True)
-        measure(options, table, sizes, backend)
-    compare(table, megacache, options.backend)
+    options = parse(parser, {"little_bytes": "2mb", "max_num_seqs": 16, "trace_requests": 3})
+    sizes = SMALL if options.test else COMPARED
+    sizes = sizes._replace(traces=tuple((options.trace_requests, *trace[1:]) for trace in sizes.traces))
+    samples = Table(options.output / "layouts_samples.csv")
+    budget = Budget(options.budget, samples.attempts)
+    layouts = [options.backend, f"{options.backend}_megacache"]
+    for number in range(options.rounds):
+        for backend in layouts[:: -1 if number % 2 else 1]:
+            print(f"# {backend}, round {number}", flush=True)
+            measure(options, samples, sizes, budget, backend)
+    table = Table(options.output / "layouts.csv", samples.attempts)
+    compare(table, samples.records, layouts[1])
     draw_ratios(table.records, options.output / "layouts.png")
-    return table.attempts.exit_code()
+    return samples.attempts.exit_code()
 
 
 if __name__ == "__main__":
