@@ -21,9 +21,8 @@ from typing import NamedTuple
 import torch
 
 from sarathi.benchmark.config.program import parse_with_file, positive
-from sarathi.benchmark.kernels import decode, products
+from sarathi.benchmark.kernels import paging, products
 from sarathi.benchmark.kernels.elementwise import measure_elementwise
-from sarathi.benchmark.kernels.prefill import measure_prefill
 from sarathi.benchmark.kernels.ragged import Mixed, measure_chats, measure_mixed
 from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_ragged
 from sarathi.benchmark.kernels.shapes import LLAMA, MODELS, YI, Model, Pages
@@ -40,7 +39,7 @@ def small(table: Table, options: argparse.Namespace) -> Work:
     """What one short call should tell: decode attention, products, small kernels."""
     pages = Pages(tuple(options.pages), ())
     for batch, context in options.decode[: SMALL_SHAPES[LLAMA]]:
-        measure = partial(decode.measure_decode, table, LLAMA, batch, context, pages, decode.CONFIGS)
+        measure = partial(paging.measure_decode, table, LLAMA, batch, context, pages, paging.CONFIGS)
         yield f"decode llama {batch} x {context}", measure
     for batch, model in ((1, LLAMA), (16, LLAMA), (1, YI), (16, YI), (8, LLAMA), (4, LLAMA), (2, LLAMA)):
         for name in model.weights:
@@ -48,7 +47,7 @@ def small(table: Table, options: argparse.Namespace) -> Work:
     for tokens in (1, 16, 256, 2048):
         yield f"small kernels {tokens}", partial(_elementwise, table, tokens)
     for batch, context in options.decode[: SMALL_SHAPES[YI]]:
-        measure = partial(decode.measure_decode, table, YI, batch, context, pages, decode.CONFIGS)
+        measure = partial(paging.measure_decode, table, YI, batch, context, pages, paging.CONFIGS)
         yield f"decode yi {batch} x {context}", measure
 
 
@@ -83,7 +82,7 @@ def _pages(options: argparse.Namespace, kind: str) -> Pages:
 def _decodes(table: Table, options: argparse.Namespace) -> Work:
     pages = _pages(options, "decode")
     for model, batch, context in _decode_shapes(options):
-        measure = partial(decode.measure_decode, table, model, batch, context, pages)
+        measure = partial(paging.measure_decode, table, model, batch, context, pages)
         yield f"decode {model.name} {batch} x {context}", measure
 
 
@@ -91,7 +90,7 @@ def _prefills(table: Table, options: argparse.Namespace) -> Work:
     pages = _pages(options, "prefill")
     for context, name in product(options.prefill, options.models):
         for chunk in sorted({context, min(options.chunk, context)}):
-            measure = partial(measure_prefill, table, MODELS[name], chunk, context, pages)
+            measure = partial(paging.measure_prefill, table, MODELS[name], chunk, context, pages)
             yield f"prefill {name} {chunk} at {context}", measure
 
 
@@ -107,11 +106,11 @@ def _elementwise(table: Table, tokens: int) -> None:
 
 
 def _compile_small(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
-    return chain(decode.warm_up_jobs(_decode_shapes(options), [None, *decode.CONFIGS]), products.warm_up_jobs())
+    return chain(paging.warm_up_jobs(_decode_shapes(options), [None, *paging.CONFIGS]), products.warm_up_jobs())
 
 
 def _compile_attention(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
-    return decode.warm_up_jobs(_decode_shapes(options), [None])
+    return paging.warm_up_jobs(_decode_shapes(options), [None])
 
 
 def _compile_ragged(options: argparse.Namespace) -> Iterator[Callable[[], object]]:

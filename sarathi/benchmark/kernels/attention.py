@@ -1,8 +1,8 @@
-"""Every attention kernel at hand for equal sequences on contiguous memory, as a function. Knows no engine."""
+"""Attention kernels for sequences of one length, as functions of queries and a layer's cache."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +13,20 @@ from sarathi.model_executor.attention.flash_attn.fa3 import PACKAGES, FlashAtten
 from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, VarlenStep, scheduled
 from sarathi.model_executor.attention.metadata import SlotTokens
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [tokens, heads, head_size], keys, values -> as q
+if TYPE_CHECKING:
+    from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig
+
+Layer = tuple[Tensor, Tensor]  # keys and values, [slots or blocks, columns, kv_heads, head_size] each
+Attend = Callable[[Tensor, Layer], Tensor]  # q [tokens, heads, head_size], cache -> as q
 
 
 class Equal(NamedTuple):
-    """Sequences of one length over a cache [batch, columns, kv_heads, head_size]."""
+    """Sequences of one length. The keys and values of the new tokens are in the cache."""
 
     batch: int
-    cached: int  # tokens that are there before the step
-    length: int  # and after it
-    columns: int
-
-    @property
-    def new(self) -> int:
-        """Tokens of each sequence that the step adds."""
-        return self.length - self.cached
+    new: int  # tokens of each sequence that the step adds
+    length: int  # tokens of each sequence after it
+    columns: int  # tokens of a slot or block
 
 
 def installed_packages() -> list[str]:
@@ -35,50 +34,57 @@ def installed_packages() -> list[str]:
     return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.module.split(".")[0])]
 
 
-def attention_at_hand(model: Model, shape: Equal) -> Iterator[Attend]:
-    """Functions for the `new` tokens of each sequence, whose keys and values are stored already."""
+def available_attention(model: Model, shape: Equal) -> Iterator[Attend]:
+    """Every kernel for sequence i in slot i that runs on this machine."""
     if not torch.cuda.is_available():
-        yield _plain(shape)
+        yield _sdpa(shape)
         return
-    for package in installed_packages():
-        yield flash_attention(model, package, shape)
-    if shape.new == 1:
-        yield triton_decode(model, shape)
-
-
-def flash_attention(model: Model, package: str, shape: Equal) -> Attend:
-    """FlashAttention 3 of this package."""
-    provider, new = FlashAttention3(package), shape.new
-    params = AttentionParams(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
-    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * new
     slots = torch.arange(shape.batch, dtype=torch.int32, device="cuda")
-    lengths, only = torch.full_like(slots, shape.length), SlotTokens(0, shape.length) if shape.batch == 1 else None
-    step = VarlenStep(starts, lengths, slots, None, new, shape.length, causal=new > 1, only=only)
+    for package in installed_packages():
+        yield flash_attention(model, package, shape, slots, single=shape.batch == 1)
+    if shape.new == 1:
+        from sarathi.model_executor.ops import overlaps_launches
+
+        yield triton_decode(model, shape, slots, pdl=overlaps_launches(torch.device("cuda")))
+
+
+def flash_attention(
+    model: Model, package: str, shape: Equal, slots: Tensor | None, block_table: Tensor | None = None,
+    *, single: bool = False,
+) -> Attend:  # fmt: skip
+    """FlashAttention 3 of a package, on `slots` or on the blocks of `block_table`.
+
+    single: let the provider take its kernel for one sequence, which lies in slot 0.
+    """
+    provider = FlashAttention3(package)
+    params = AttentionParams(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
+    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * shape.new
+    lengths = torch.full((shape.batch,), shape.length, dtype=torch.int32, device="cuda")
+    only = SlotTokens(0, shape.length) if single else None
+    step = VarlenStep(starts, lengths, slots, block_table, shape.new, shape.length, causal=shape.new > 1, only=only)
     step = scheduled(step, provider, params, shape.columns)
-    return lambda q, keys, values: provider.attend(q, (keys, values), step, params)
+    return lambda q, layer: provider.attend(q, layer, step, params)
 
 
-def triton_decode(model: Model, shape: Equal) -> Attend:
-    """Our split-KV kernel."""
-    from sarathi.model_executor.ops import overlaps_launches
+def triton_decode(
+    model: Model, shape: Equal, slots: Tensor, config: "DecodeConfig | None" = None, *, pdl: bool = False
+) -> Attend:
+    """The split-KV decode kernel. config: tile sizes and warps; None: its own choice for the shape."""
     from sarathi.model_executor.ops.triton.decode_attention import DecodeWorkspace, decode_attention
     from sarathi.model_executor.ops.types import DecodeBatch
 
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-    device = torch.device("cuda")
-    workspace, pdl = DecodeWorkspace.create(sms, model.head_size, device), overlaps_launches(device)
-    slots = torch.arange(shape.batch, dtype=torch.int32, device="cuda")
-    full = DecodeBatch(slots, torch.full_like(slots, shape.length))
-    return lambda q, keys, values: decode_attention(q, keys, values, full, model.scale, workspace, pdl=pdl)
+    workspace = DecodeWorkspace.create(sms, model.head_size, torch.device("cuda"), config)
+    batch = DecodeBatch(slots, torch.full_like(slots, shape.length))
+    return lambda q, layer: decode_attention(q, *layer, batch, model.scale, workspace, pdl=pdl)
 
 
-def _plain(shape: Equal) -> Attend:
-    batch, cached, length, _ = shape
-    mask = torch.ones(length - cached, length, dtype=torch.bool).tril(cached)
+def _sdpa(shape: Equal) -> Attend:
+    mask = torch.ones(shape.new, shape.length, dtype=torch.bool).tril(shape.length - shape.new)
 
-    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        queries = q.unflatten(0, (batch, -1)).transpose(1, 2)
-        keys, values = (x[:, :length].transpose(1, 2) for x in (keys, values))
+    def attend(q: Tensor, layer: Layer) -> Tensor:
+        queries = q.unflatten(0, (shape.batch, -1)).transpose(1, 2)
+        keys, values = (x[:, : shape.length].transpose(1, 2) for x in layer)
         out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from sarathi.benchmark.kernels.inputs import random_tensor
-from sarathi.benchmark.kernels.shapes import Model
+from sarathi.benchmark.kernels.shapes import Model, random_tensor
 from sarathi.benchmark.kernels.timing import copies_for, graph_us
 from sarathi.benchmark.records import Record, Table
 from sarathi.model_executor.ops import Ops

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sarathi.benchmark.kernels.inputs import random_tensor
-from sarathi.benchmark.kernels.shapes import Model
+from sarathi.benchmark.kernels.shapes import Model, random_tensor
 from sarathi.benchmark.kernels.timing import copies_for, graph_us
 from sarathi.benchmark.records import Record, Table
 from sarathi.model_executor.ops.triton.matvec import Epilogue, MatvecConfig, matvec

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sarathi.benchmark.kernels.compare import Launch, compare_us, over_copies
-from sarathi.benchmark.kernels.inputs import random_tensor
-from sarathi.benchmark.kernels.shapes import Model
-from sarathi.benchmark.kernels.timing import copies_for
+from sarathi.benchmark.kernels.shapes import Model, random_tensor
+from sarathi.benchmark.kernels.timing import Launch, compare_us, copies_for, graph_sample
 from sarathi.benchmark.records import Record, Table
 from sarathi.benchmark.workload.sizes import chat_lengths
 from sarathi.messages import Chunk
@@ -76,7 +74,7 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
 def _measure(table: Table, work: str, model: Model, step: _Step, launches: Mapping[str, Callable[[], Launch]]) -> None:
     """The first is what the others are compared with, their results too."""
     expected = next(iter(launches.values()))()(0).double()
-    found = compare_us(table.attempts, launches.items(), expected, over_copies(len(step.layers)))
+    found = compare_us(table.attempts, launches.items(), expected, partial(graph_sample, copies=len(step.layers)))
     sequences, length = len(step.batch.chunks), step.mean_length
     table.add_compared(
         [Record(model.name, work, name, sequences, length, us, "us") for name, us in found.items()], _FA3

@@ -5,12 +5,13 @@ kernel runs, found by measuring at the step's own shapes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sarathi.benchmark.kernels.attention import Attend, Equal, attention_at_hand
+from sarathi.benchmark.kernels.attention import Attend, Equal, Layer, available_attention
 from sarathi.benchmark.kernels.shapes import Model
 from sarathi.benchmark.kernels.timing import Sample, eager_sample, eager_us, graph_sample, graph_us
 
@@ -34,14 +35,13 @@ class Roofline:
         model = self.model
         inputs = self._inputs(batch)
         best = {name: self._fastest(name, inputs[name]) for name in model.weights}
-        shape = (batch, context, model.num_kv_heads, model.head_size)
-        caches = [(self._random(*shape), self._random(*shape)) for _ in range(model.layers)]
+        caches = [self._cache(batch, context) for _ in range(model.layers)]
         q = self._queries(batch)
-        attend = self._fastest_attention(q, Equal(batch, context - 1, context, context), caches)
+        attend = self._fastest_attention(q, Equal(batch, 1, context, context), caches)
 
         def run(_: int) -> None:
             for weights, cache in zip(self.layers, caches, strict=True):
-                self._layer(weights, best, inputs, lambda cache=cache: attend(q, *cache))
+                self._layer(weights, best, inputs, lambda cache=cache: attend(q, cache))
             best["lm_head"](inputs["lm_head"], self.head)
 
         return graph_sample(run, 1, min_launches=1)
@@ -49,9 +49,9 @@ class Roofline:
     def prefill(self, context: int, chunk: int) -> Sample:
         """The kernels of one prompt, `chunk` tokens a step, one after the other as in a run."""
         model = self.model
-        shape = (1, context, model.num_kv_heads, model.head_size)
-        cache = (self._random(*shape), self._random(*shape))
-        steps = [Equal(1, at, min(at + chunk, context), context) for at in range(0, context, chunk)]
+        cache = self._cache(1, context)
+        ends = [*range(chunk, context, chunk), context]
+        steps = [Equal(1, end - start, end, context) for start, end in pairwise([0, *ends])]
         sizes = {step.new for step in steps}
         queries = {size: self._queries(size) for size in sizes}
         inputs = {size: self._inputs(size) for size in sizes}
@@ -61,7 +61,7 @@ class Roofline:
         def run(_: int) -> None:
             for size, attend in kernels:
                 for weights in self.layers:
-                    self._layer(weights, best, inputs[size], lambda q=queries[size], a=attend: a(q, *cache))
+                    self._layer(weights, best, inputs[size], lambda q=queries[size], a=attend: a(q, cache))
             functional.linear(last, self.head)
 
         return eager_sample(run, 1)
@@ -78,30 +78,33 @@ class Roofline:
     def _fastest(self, name: str, x: Tensor) -> Product:
         """The fastest product for this matrix, measured over the layers' own weights."""
         weights = [self.head] if name == "lm_head" else [layer[name] for layer in self.layers]
-        times = {
-            product: graph_us(lambda i, p=product: p(x, weights[i]), len(weights), replays=3)
-            for product in self._products
-        }
-        return min(times, key=times.__getitem__)
 
-    def _fastest_attention(self, q: Tensor, shape: Equal, caches: Sequence[tuple[Tensor, Tensor]]) -> Attend:
-        first, *others = kernels = list(attention_at_hand(self.model, shape))
-        if not others:
-            return first
-        times = {attend: self._attention_us(attend, q, caches) for attend in kernels}
-        return min(times, key=times.__getitem__)
+        def microseconds(product: Product) -> float:
+            return graph_us(lambda i: product(x, weights[i]), len(weights), replays=3)
+
+        return min(self._products, key=microseconds)
+
+    def _fastest_attention(self, q: Tensor, shape: Equal, caches: Sequence[Layer]) -> Attend:
+        kernels = list(available_attention(self.model, shape))
+        if len(kernels) == 1:
+            return kernels[0]
+        return min(kernels, key=lambda attend: self._attention_us(attend, q, caches))
 
     @staticmethod
-    def _attention_us(attend: Attend, q: Tensor, caches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    def _attention_us(attend: Attend, q: Tensor, caches: Sequence[Layer]) -> float:
         if len(caches) == 1:
-            return eager_us(lambda _: attend(q, *caches[0]), 1, replays=1)
-        return graph_us(lambda i: attend(q, *caches[i]), len(caches), replays=3)
+            return eager_us(lambda _: attend(q, caches[0]), 1, replays=1)
+        return graph_us(lambda i: attend(q, caches[i]), len(caches), replays=3)
 
     def _inputs(self, tokens: int) -> dict[str, Tensor]:
         return {name: self._random(tokens, shape[1]) for name, shape in self.model.weights.items()}
 
     def _queries(self, tokens: int) -> Tensor:
         return self._random(tokens, self.model.num_heads, self.model.head_size)
+
+    def _cache(self, batch: int, context: int) -> Layer:
+        shape = (batch, context, self.model.num_kv_heads, self.model.head_size)
+        return self._random(*shape), self._random(*shape)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, 0.02)

@@ -1,6 +1,9 @@
-"""The shapes of the models that are measured. Knows numbers only."""
+"""The shapes of the models that are measured, and random tensors."""
 
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Model(NamedTuple):
@@ -47,3 +50,8 @@ LLAMA = Model("llama-3-8b", 32, 8, 4096, 14336, 128256)
 YI = Model("yi-6b-200k", 32, 4, 4096, 11008, 64000)
 TINY = Model("tiny", 4, 2, 256, 512, 1000, layers=2, head_size=64)  # for trying a script
 MODELS = {model.name: model for model in (LLAMA, YI, TINY)}
+
+
+def random_tensor(*shape: int) -> Tensor:
+    """bf16, on the GPU."""
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")

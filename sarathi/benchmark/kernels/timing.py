@@ -1,24 +1,29 @@
-"""How long a kernel takes on the device. Knows nothing of kernels.
+"""Timing of kernels on the device, alone and in turn.
 
-Launches are captured in a CUDA graph that walks over enough copies of the inputs that none is found in L2, and the
-graph is timed with events: what is measured is what a decode step inside a graph pays, launch gaps included. Without a
-GPU the same calls take the time of the CPU, for trying things out.
+A CUDA graph holds launches over so many copies of the inputs that L2 holds none of them; CUDA events time its replay.
+The result is what a decode step in a graph pays, launch gaps included. Without a GPU the same calls measure the CPU.
 """
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from sarathi.benchmark.records import Attempts
+
+Launch = Callable[[int], Tensor]  # index of the copy of the inputs -> result
 Sample = Callable[[], float]  # microseconds of a launch, measured once
+_ALL = slice(None)
 L2_BYTES_TO_EXCEED = 256 * 2**20
 
 
 def copies_for(bytes_each: int, limit: int = 64) -> int:
-    """How many copies of an input it takes to defeat the cache; at least 2."""
+    """How many copies of an input exceed L2; at least 2."""
     return max(2, min(limit, -(-L2_BYTES_TO_EXCEED // max(bytes_each, 1))))
 
 
@@ -32,10 +37,35 @@ def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5) 
     return _median_us(eager_sample(launch, copies), replays)
 
 
-def in_turn_us(samples: Mapping[str, Sample], rounds: int) -> dict[str, float]:
-    """Medians of several kernels, each measured once in every round.
+def compare_us(
+    attempts: Attempts,
+    launches: Iterable[tuple[str, Callable[[], Launch]]],
+    expected: Tensor,
+    sample: Callable[[Launch], Sample],
+    *,
+    checked: Tensor | slice = _ALL,
+    rounds: int = 7,
+) -> dict[str, float]:
+    """Microseconds by name, measured in turn. A kernel that fails, or whose rows `checked` differ from `expected`, is
+    reported and left out."""
+    ready = {name: attempts.run(name, partial(_ready, make, expected, checked, sample)) for name, make in launches}
+    return in_turn_us({name: each for name, each in ready.items() if each is not None}, rounds)
 
-    A card at its power limit slows down under load: of kernels measured one after the other the first look faster.
+
+def _ready(
+    make: Callable[[], Launch], expected: Tensor, checked: Tensor | slice, sample: Callable[[Launch], Sample]
+) -> Sample:
+    launch = make()
+    error = ((launch(0)[checked].double() - expected).norm() / expected.norm()).item()
+    if not error < 1e-2:
+        raise ValueError(f"wrong result, error {error:.1e}")
+    return sample(launch)
+
+
+def in_turn_us(samples: Mapping[str, Sample], rounds: int) -> dict[str, float]:
+    """Medians of several kernels, each measured once a round.
+
+    At its power limit a GPU slows down under load: of kernels measured one after the other the first look faster.
     """
     taken = [{name: sample() for name, sample in samples.items()} for _ in range(rounds + 1)]
     return {name: statistics.median(each[name] for each in taken[1:]) for name in samples}
@@ -102,9 +132,9 @@ def _host_us(work: Callable[[], object]) -> float:
 
 
 def steady(sample: Callable[[], float], seconds: float) -> float:
-    """Median of the later half of the samples that so many seconds give, of at least one.
+    """Median of the later half of the samples that `seconds` give, of at least one.
 
-    A card at its power limit slows down under load: kernels that ran for milliseconds between pauses would look faster
+    At its power limit a GPU slows down under load: kernels that run for milliseconds between pauses would look faster
     than the same kernels in an engine.
     """
     end = time.perf_counter() + seconds

@@ -1,12 +1,12 @@
 """How kernels are compared: checked first, measured in turn. On the CPU, with kernels of a line."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from sarathi.benchmark.kernels.compare import compare_us, over_copies
-from sarathi.benchmark.kernels.timing import eager_sample, graph_sample, in_turn_us
+from sarathi.benchmark.kernels.timing import compare_us, eager_sample, graph_sample, in_turn_us
 from sarathi.benchmark.records import Attempts
 
 
@@ -30,11 +30,11 @@ def test_a_kernel_that_fails_or_is_wrong_is_told_and_left_out(capsys: pytest.Cap
         raise RuntimeError("no such kernel")
 
     launches = {"right": lambda: lambda _: x, "wrong": lambda: lambda _: wrong, "absent": fails}
-    attempts = Attempts()
-    assert list(compare_us(attempts, launches.items(), x.double(), over_copies(1))) == ["right"]
+    attempts, one_copy = Attempts(), partial(graph_sample, copies=1)
+    assert list(compare_us(attempts, launches.items(), x.double(), one_copy)) == ["right"]
     said = capsys.readouterr().out
     assert "wrong result" in said and "no such kernel" in said and attempts.failed == ["wrong", "absent"]
-    found = compare_us(attempts, list(launches.items())[:2], x[:4].double(), over_copies(1), checked=slice(4))
+    found = compare_us(attempts, list(launches.items())[:2], x[:4].double(), one_copy, checked=slice(4))
     assert list(found) == ["right", "wrong"] and min(found.values()) > 0
 
 
