@@ -1,9 +1,12 @@
 # Two commands do everything on a fresh machine with Python >= 3.10 and a C++ compiler:  make demo   make test
+# JOBS: how many tests run at a time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native-built
 READY  := $(VENV)/.installed
+JOBS   ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
 BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integration/test_*.py))
 
 # Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
@@ -35,22 +38,22 @@ test: setup test-native test-python
 test-all: test test-slow fuzz bench-test
 
 test-native:
-	$(MAKE) --no-print-directory -C csrc/tests
+	$(MAKE) --no-print-directory -j$(JOBS) -C csrc/tests
 
 test-python: setup
-	$(BIN)/python -m pytest -m "not bench and not slow"
+	$(PYTEST) -m "not bench and not slow"
 
 test-slow: setup
-	$(MAKE) --no-print-directory -C csrc/tests HISTORIES=3000
-	$(BIN)/python -m pytest -m slow
+	$(MAKE) --no-print-directory -j$(JOBS) -C csrc/tests HISTORIES=3000
+	$(PYTEST) -m slow
 
 # Broken model files, configurations and traces: a minute here, FUZZ_SECONDS=1800 by hand.
 fuzz: setup
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(FUZZ_SECONDS),60)
 
-# Two files at a time, since each process of a test has one thread; what a file prints is kept together where make can.
+# JOBS files at a time, since each process of a test has one thread; make keeps the output of a file together if it can.
 bench-test: setup
-	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(BENCH_TESTS)
+	$(MAKE) --no-print-directory -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(BENCH_TESTS)
 
 $(BENCH_TESTS): bench/%:
 	$(BIN)/python -m pytest -m bench $*
