@@ -14,7 +14,7 @@ pytest.importorskip("vattention._native", reason="the native module is not built
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sarathi import LLM, SamplingParams
-from sarathi.executor.multiproc import RankError
+from sarathi.executor.ranks.group import RankError
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("fa_vattn", "fa_vattn_megacache", "fi_paged_16", "sdpa_vattn")
@@ -67,7 +67,7 @@ def test_a_dummy_llama_runs() -> None:
 def test_a_rank_that_dies_or_hangs_frees_the_gpus(folder: Path, rank: int, how: signal.Signals) -> None:
     free = [torch.cuda.mem_get_info(index)[0] for index in range(2)]
     llm = LLM(str(folder), tensor_parallel_size=2, memory_bytes="1gb")
-    pid = llm.engine.core.executor._ranks._processes[rank].process.pid
+    pid = llm.engine.core.executor._ranks._transport.processes[rank].process.pid
     threading.Timer(0.5, os.kill, (pid, how)).start()
     with pytest.raises(RankError, match=f"rank {rank} of 2"):
         while True:

@@ -2,7 +2,7 @@
 
 from itertools import count
 
-from sarathi.executor import rank_process
+from sarathi.executor.ranks import process, service
 from sarathi.messages import SchedulerOutput
 from sarathi.worker.worker import Worker
 
@@ -23,6 +23,6 @@ class ShortWorker(Worker):
 
 
 def main(connection: int, board: int) -> None:
-    """See sarathi.executor.rank_process.main."""
-    rank_process.Worker = ShortWorker  # type: ignore[misc]
-    rank_process.main(connection, board)
+    """See sarathi.executor.ranks.process.main."""
+    service.Worker = ShortWorker  # type: ignore[misc]
+    process.main(connection, board)

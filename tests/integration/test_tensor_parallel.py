@@ -21,7 +21,8 @@ from sarathi import LLM, SamplingParams
 from sarathi.config.load import make_config
 from sarathi.executor import multiproc
 from sarathi.executor.factory import create_executor
-from sarathi.executor.multiproc import MultiprocExecutor, RankError
+from sarathi.executor.multiproc import MultiprocExecutor
+from sarathi.executor.ranks.group import RankError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
 from sarathi.model_executor.loader.source import resolve_model
@@ -120,7 +121,7 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
     tiny: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        multiproc, "_PROGRAM", multiproc._PROGRAM.replace("sarathi.executor.rank_process", "short_rank")
+        multiproc, "_PROGRAM", multiproc._PROGRAM.replace("sarathi.executor.ranks.process", "short_rank")
     )
     prompts = [prompt for _, prompt in random_prompts(8, 8, 40)]
     outputs, _ = generate(settings_for(tiny, attention_backend=backend, chunk_size=64), prompts, GREEDY)
@@ -172,7 +173,7 @@ def test_any_part_of_a_quantised_tensor_is_that_of_the_whole() -> None:
 
 
 def pids_of(executor: MultiprocExecutor) -> list[int]:
-    return [each.process.pid for each in executor._ranks._processes]
+    return [each.process.pid for each in executor._ranks._transport.processes]
 
 
 def is_running(pid: int) -> bool:
@@ -241,7 +242,7 @@ import os, signal, sys, time
 from sarathi.config.load import make_config
 from sarathi.executor.multiproc import MultiprocExecutor
 executor = MultiprocExecutor(make_config(**{settings!r}))
-print(*[each.process.pid for each in executor._ranks._processes], flush=True)
+print(*[each.process.pid for each in executor._ranks._transport.processes], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -1,0 +1,105 @@
+"""All ranks as one: a command to each, and their replies. After a failure no rank is left."""
+
+import math
+import pickle
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from sarathi.executor.ranks.protocol import Command, RankEnd, Reply, Transport, is_answered
+
+SILENCE_S = 8.0  # after which a rank counts as hung; it shows life several times a second
+START_SILENCE_S = 60.0  # the same while libraries are loaded, which may stop all threads of a process
+_LOOK_S = 0.25  # between looks at the ranks while a reply is waited for
+_GRACE_S = 1.0  # after a first failure, for the one that caused it to show: the others lose their connections
+
+
+class RankError(RuntimeError):
+    """A rank died, hung or failed; the message names it."""
+
+
+class RankGroup:
+    """The ranks behind a transport. They end with this object, at the latest."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._number = 0
+        self._stop = weakref.finalize(self, transport.kill)
+
+    @property
+    def are_running(self) -> bool:
+        return self._stop.alive
+
+    def ask(self, method: str, *arguments: Any, silence_s: float = SILENCE_S, limit_s: float = math.inf) -> list[Any]:
+        """Send a command to every rank; returns the replies of those that answer it, in order of rank.
+
+        Raises RankError, or the ValueError of a rank. silence_s: without a sign of life until a rank counts as hung.
+        limit_s: until all must have answered.
+        """
+        if not self.are_running:
+            raise RankError(f"the ranks have ended: {method} cannot be run")
+        self._number += 1
+        message = pickle.dumps(Command(self._number, method, arguments))
+        try:
+            self._check_life(silence_s)
+            self._send(message)
+            answering = [rank for rank in range(self._transport.size) if is_answered(method, rank)]
+            return self._replies(answering, silence_s, time.monotonic() + limit_s)
+        except (RankError, ValueError):
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End every rank. Idempotent."""
+        self._stop()
+
+    def _send(self, message: bytes) -> None:
+        try:
+            self._transport.send(message)
+        except OSError:
+            self._fail()
+        except BaseException:  # some ranks have the message and others have not
+            self.kill()
+            raise
+
+    def _replies(self, answering: Sequence[int], silence_s: float, deadline_s: float) -> list[Any]:
+        replies: dict[int, Any] = {}
+        while len(replies) < len(answering):
+            for rank, reply in self._transport.receive(_LOOK_S):
+                if reply is None or reply.error is not None:
+                    self._fail(rank, reply)
+                if reply.number == self._number:  # not one that was no longer waited for
+                    replies[rank] = reply.value
+            self._check_life(silence_s)
+            if time.monotonic() > deadline_s and len(replies) < len(answering):
+                raise RankError(f"ranks that did not answer: {sorted(set(answering) - set(replies))}")
+        return [replies[rank] for rank in answering]
+
+    def _check_life(self, silence_s: float) -> None:
+        for rank in range(self._transport.size):
+            silent_s = self._transport.silence_s(rank)
+            if silent_s > silence_s:
+                raise RankError(f"{self._name(rank)} hangs: no sign of life for {silent_s:.1f} s")
+
+    def _fail(self, first: int | None = None, reply: Reply | None = None) -> NoReturn:
+        """Raise what ended the ranks: a user's error, else a death by signal, else what the first one said."""
+        if reply is not None and isinstance(reply.error, ValueError):
+            raise reply.error
+        deadline = time.monotonic() + _GRACE_S
+        while not any(end.is_cause for _, end in self._ends()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ends = self._ends()
+        causes = [(rank, end) for rank, end in ends if end.is_cause]
+        if not causes and first is not None and reply is not None:
+            raise RankError(f"rank {first} of {self._transport.size} failed: {reply.error}")
+        for rank, end in causes or ends:
+            raise RankError(f"{self._name(rank)} {end.text}")
+        raise RankError(f"a rank of {self._transport.size} closed its connection")
+
+    def _ends(self) -> list[tuple[int, RankEnd]]:
+        ends = [(rank, self._transport.end(rank)) for rank in range(self._transport.size)]
+        return [(rank, end) for rank, end in ends if end is not None]
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} of {self._transport.size} ({self._transport.place(rank)})"

@@ -1,0 +1,103 @@
+"""One rank: receives messages, the same as every other rank, and runs its share of each step."""
+
+import gc
+import pickle
+import traceback
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs lack it
+
+from sarathi.config.schema import EngineConfig
+from sarathi.executor.ranks.protocol import Channel, RankFacts, RankSetup, Reply, is_answered
+from sarathi.executor.steps import Agree, Steps
+from sarathi.messages import SchedulerOutput, StepFuture, StepResult
+from sarathi.model_executor.parallel.ranks import OneRank, ProcessRanks, Ranks
+from sarathi.worker.worker import Worker
+
+_KEPT_STEPS = 8  # whose results may be asked for again
+
+
+class RankService:
+    """The commands of a rank."""
+
+    def __init__(self, setup: RankSetup, agree: Agree) -> None:
+        config, ranks = _connect(setup)
+        self._rank, self._worker = setup.rank, Worker(config, ranks)
+        self._steps = Steps(self._worker, agree)
+        self._futures: dict[int, StepFuture] = {}
+        gc.collect()
+        gc.freeze()
+
+    def facts(self) -> RankFacts:
+        worker = self._worker
+        return RankFacts(
+            worker.capacity, worker.vocab_size, worker.max_model_len, worker.token_bytes, worker.dtype_eps,
+            worker.max_in_flight,
+        )  # fmt: skip
+
+    def launch(self, number: int, out: SchedulerOutput) -> None:
+        """number: counts launches from 0."""
+        self._futures[number] = self._steps.launch(out)
+        self._futures.pop(number - _KEPT_STEPS, None)
+
+    def result(self, number: int) -> StepResult | None:
+        """Every rank takes the result at the same place among the messages; rank 0 tells it."""
+        result = self._futures[number].result()
+        return result if self._rank == 0 else None
+
+    def wait(self) -> None:
+        self._worker.wait()
+
+    def memory_stats(self) -> Any:
+        return self._worker.memory_stats()
+
+    def check_integrity(self) -> None:
+        self._worker.check_integrity()
+
+    def close(self) -> None:
+        """The process ends next, and the process group with it: to destroy NCCL's waits for graphs that hold it."""
+        self._worker.close()
+
+
+def serve(channel: Channel, setup: RankSetup, agree: Agree) -> None:
+    """Build the rank and obey commands until "close". What goes wrong is told as a reply, and ends the rank."""
+    number, method = 0, "facts"
+    try:
+        service = RankService(setup, agree)
+        while method != "close":
+            number, method, arguments = pickle.loads(channel.receive())
+            value = getattr(service, method)(*arguments)
+            if is_answered(method, setup.rank):
+                channel.send(pickle.dumps(Reply(number, value)))
+    except (EOFError, ConnectionError):
+        raise
+    except Exception as error:
+        channel.send(_failure(number, error))
+
+
+def _failure(number: int, error: Exception) -> bytes:
+    """The error itself where the user can act on it (ValueError), else its text."""
+    if not isinstance(error, ValueError):
+        traceback.print_exc()
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    try:
+        message = pickle.dumps(Reply(number, error=error))
+        pickle.loads(message)
+    except Exception:
+        message = pickle.dumps(Reply(number, error=ValueError(str(error))))
+    return message
+
+
+def _connect(setup: RankSetup) -> tuple[EngineConfig, Ranks]:
+    """Join the process group; the configuration with this rank's device."""
+    torch.set_num_threads(setup.num_threads)
+    config, device = setup.config, torch.device(setup.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    config = replace(config, model=replace(config.model, device=str(device)))
+    if setup.size == 1:
+        return config, OneRank()
+    store = TCPStore(*setup.store, is_master=False)
+    return config, ProcessRanks(setup.rank, setup.size, store, device)
