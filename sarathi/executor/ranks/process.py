@@ -10,14 +10,22 @@ from multiprocessing.connection import Connection
 
 from sarathi.executor.ranks import service
 from sarathi.executor.ranks.board import Board
-from sarathi.executor.ranks.protocol import Channel, RankSetup
+from sarathi.executor.ranks.protocol import RankSetup
 
 _BEAT_S = 0.1
 
 
-class _Pipe(Channel):
+class _Pipe:
+    """The channel of a rank on this machine."""
+
     def __init__(self, connection: Connection) -> None:
-        self.receive, self.send = connection.recv_bytes, connection.send_bytes
+        self._connection = connection
+
+    def receive(self) -> bytes:
+        return self._connection.recv_bytes()
+
+    def send(self, reply: bytes) -> None:
+        self._connection.send_bytes(reply)
 
 
 def main(connection: int, board: int) -> None:
