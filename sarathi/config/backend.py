@@ -83,7 +83,7 @@ class BackendSpec:
         """This backend on a device of this kind, "cpu" or "cuda": "auto" becomes the fastest common one."""
         if self.kernel != AUTO:
             return self
-        return BackendSpec("sdpa" if device_kind == "cpu" else "fa", "vattn")
+        return BackendSpec("sdpa") if device_kind == "cpu" else BackendSpec("fa", megacache=True)
 
     def __str__(self) -> str:
         if self.kernel == AUTO:

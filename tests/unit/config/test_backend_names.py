@@ -68,7 +68,7 @@ def test_auto_depends_on_the_device_and_nothing_else_does() -> None:
     assert BackendSpec.parse("auto") == BackendSpec.parse(" AUTO ") == BackendSpec()
     assert str(BackendSpec()) == "auto"
     assert str(BackendSpec().on("cpu")) == "sdpa_vattn"
-    assert str(BackendSpec().on("cuda")) == "fa_vattn"
+    assert str(BackendSpec().on("cuda")) == "fa_vattn_megacache"
     for device_kind in ("cpu", "cuda"):
         assert BackendSpec().on(device_kind).memory == BackendSpec().memory  # chosen before the device is known
         assert str(BackendSpec.parse("FI_PAGED_16").on(device_kind)) == "fi_paged_16"
