@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from sarathi import __version__
 from sarathi.entrypoints import bench
-from sarathi.entrypoints.options import add_config_options, add_sampling_options, token_ids
+from sarathi.entrypoints.options import add_config_options, add_sampling_options, add_server_options, token_ids
 
 _INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_demo(commands)
+    _add_serve(commands)
     _add_command(commands, "env", "versions of packages and devices of this machine")
     bench.add_arguments(_add_command(commands, "bench", "measure the engine on a workload, or a server under load"))
     return parser
@@ -104,6 +105,13 @@ def _add_chat(commands: "argparse._SubParsersAction") -> None:  # type: ignore[t
 def _add_demo(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
     command = _add_command(commands, "demo", "answer a dozen prompts, then compare three kinds of KV cache on them")
     command.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of an answer (default: 64)")
+    add_config_options(command)
+
+
+def _add_serve(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
+    command = _add_command(commands, "serve", "answer requests over HTTP, as OpenAI's API does")
+    command.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
+    add_server_options(command)
     add_config_options(command)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from sarathi.config.knobs import Knob, knobs_of
 from sarathi.config.load import load_config
 from sarathi.config.schema import EngineConfig
+from sarathi.config.server import ServerConfig
 from sarathi.sampling_params import SamplingParams
 
-_CONFIG_PREFIX = "config:"  # destinations in the namespace, apart from a command's own options
+_CONFIG_PREFIX, _SERVER_PREFIX = "config:", "server:"  # destinations in the namespace, apart from a command's options
 
 
 def _optional_int(text: str) -> int | None:
@@ -58,22 +59,24 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--config", metavar="FILE", help="YAML file with sections model, cache, scheduler, parallel")
     for name, knob in _named_knobs():
-        help_text = f"{knob.help} (default: {knob.default}; {knob.allowed})".replace("%", "%%")
-        flag, target = "--" + name.replace("_", "-"), _CONFIG_PREFIX + knob.path
-        if knob.value_type is bool:
-            group.add_argument(flag, dest=target, action=argparse.BooleanOptionalAction, help=help_text)
-        else:
-            group.add_argument(flag, dest=target, metavar="VALUE", help=help_text)
+        _add_knob(group, name, _CONFIG_PREFIX, knob)
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each knob of the HTTP server."""
+    group = parser.add_argument_group("server")
+    for knob in knobs_of(ServerConfig):
+        _add_knob(group, knob.leaf, _SERVER_PREFIX, knob)
 
 
 def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
     """The configuration that the options ask for; `forced` knobs win. ConfigError names what is wrong."""
-    given = {
-        name.removeprefix(_CONFIG_PREFIX): value
-        for name, value in vars(args).items()
-        if name.startswith(_CONFIG_PREFIX) and value is not None
-    }
-    return load_config(EngineConfig, args.config, {**given, **forced})
+    return load_config(EngineConfig, args.config, {**_given(args, _CONFIG_PREFIX), **forced})
+
+
+def server_config_from(args: argparse.Namespace) -> ServerConfig:
+    """The server that the options ask for. ConfigError names what is wrong."""
+    return load_config(ServerConfig, overrides=_given(args, _SERVER_PREFIX))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
@@ -103,6 +106,23 @@ def token_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids, as 1,2,3") from None
+
+
+def _add_knob(group: Any, name: str, prefix: str, knob: Knob) -> None:
+    help_text = f"{knob.help} (default: {knob.default}; {knob.allowed})".replace("%", "%%")
+    flag, target = "--" + name.replace("_", "-"), prefix + knob.path
+    if knob.value_type is bool:
+        group.add_argument(flag, dest=target, action=argparse.BooleanOptionalAction, help=help_text)
+    else:
+        group.add_argument(flag, dest=target, metavar="VALUE", help=help_text)
+
+
+def _given(args: argparse.Namespace, prefix: str) -> dict[str, object]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in vars(args).items()
+        if name.startswith(prefix) and value is not None
+    }
 
 
 def _named_knobs() -> Iterator[tuple[str, Knob]]:

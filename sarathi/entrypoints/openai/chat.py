@@ -1,0 +1,92 @@
+"""POST /v1/chat/completions."""
+
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+
+from sarathi.engine.async_llm import Outputs
+from sarathi.engine.outputs import CompletionOutput
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.entrypoints.openai import objects
+from sarathi.entrypoints.openai.generation import Changes, Header, UsageCount, last_outputs, numbered, submit
+from sarathi.entrypoints.openai.logprobs import chat_logprobs, new_logprobs, prompt_logprobs
+from sarathi.entrypoints.openai.protocol import ChatRequest
+from sarathi.entrypoints.server.context import context_of
+from sarathi.entrypoints.server.errors import user_errors
+from sarathi.entrypoints.server.streaming import DONE, Events, EventStream, event, json_response, until_disconnected
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    context = context_of(request)
+    header = Header("chatcmpl", context.check_model(body.model))
+    with user_errors("messages", context.max_model_len):
+        prompt = await context.llm.encode_chat(body.messages, **body.template_options())
+        submitted = await submit(context.llm, header, [prompt], body.sampling_params())
+    answer = _Answer(body, header, context.tokenizer)
+    if body.stream:
+        return EventStream(answer.chunks(submitted[0]))
+    return json_response(await until_disconnected(request.receive, answer.whole(submitted[0])))
+
+
+class _Answer:
+    """The answer to one request, in one piece or in chunks."""
+
+    def __init__(self, body: ChatRequest, header: Header, tokenizer: Tokenizer) -> None:
+        self._body = body
+        self._header = header
+        self._tokenizer = tokenizer
+
+    async def whole(self, outputs: Outputs) -> objects.ChatCompletion:
+        [output] = await last_outputs([outputs])
+        count = UsageCount()
+        count.take(0, output)
+        choices = [self._choice(each) for each in output.outputs]
+        header, in_prompt = self._header, prompt_logprobs(output)
+        return objects.ChatCompletion(
+            header.id, header.created, header.model, choices, count.usage(),
+            prompt_logprobs=UNSET if in_prompt is None else in_prompt,
+        )  # fmt: skip
+
+    async def chunks(self, outputs: Outputs) -> Events:
+        """The role comes with the first token of each choice, the finish reason with the last."""
+        usage, count, changes = self._body.usage, UsageCount(), Changes(self._body.n or 1)
+        async with aclosing(numbered([outputs])) as all_outputs:
+            async for number, output in all_outputs:
+                count.take(number, output)
+                for each, num_old in changes.of(output):
+                    chunk = self._chunk([self._chunk_choice(each, num_old)])
+                    if usage.continuous_usage_stats:
+                        chunk.usage = count.usage()
+                    yield event(chunk)
+        if usage.include_usage:
+            last = self._chunk([])
+            last.usage = count.usage()
+            yield event(last)
+        yield DONE
+
+    def _choice(self, output: CompletionOutput) -> objects.ChatChoice:
+        message = objects.Message(output.text)
+        return objects.ChatChoice(
+            output.index, message, output.finish_reason, self._logprobs(output, 0), output.stop_reason
+        )  # fmt: skip
+
+    def _chunk(self, choices: list[objects.ChatChunkChoice]) -> objects.ChatChunk:
+        header, usage = self._header, None if self._body.usage.include_usage else UNSET
+        return objects.ChatChunk(header.id, header.created, header.model, choices, usage)
+
+    def _chunk_choice(self, output: CompletionOutput, num_old: int) -> objects.ChatChunkChoice:
+        delta = objects.Delta(None if num_old else "assistant", output.delta)
+        choice = objects.ChatChunkChoice(output.index, delta, self._logprobs(output, num_old), output.finish_reason)
+        if output.finished:
+            choice.stop_reason = output.stop_reason
+        return choice
+
+    def _logprobs(self, output: CompletionOutput, num_old: int) -> objects.ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(new_logprobs(output, num_old), self._body.top_logprobs or 0, self._tokenizer)

@@ -1,0 +1,117 @@
+"""From the prompts of one HTTP request to their outputs, and what each output adds for the client."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+
+from sarathi.engine.async_llm import AsyncLLM, Outputs
+from sarathi.engine.input_processor import Prompt
+from sarathi.engine.outputs import CompletionOutput, RequestOutput
+from sarathi.entrypoints.openai.objects import Usage
+from sarathi.entrypoints.server.errors import check_not_failed
+from sarathi.sampling_params import SamplingParams
+
+NumberedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
+
+
+class Header:
+    """What all chunks of an answer begin with."""
+
+    def __init__(self, prefix: str, model: str) -> None:
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
+
+
+async def submit(llm: AsyncLLM, header: Header, prompts: Sequence[Prompt], params: SamplingParams) -> list[Outputs]:
+    """Queue all prompts, or none where one of them is refused."""
+    submitted: list[Outputs] = []
+    try:
+        for number, prompt in enumerate(prompts):
+            submitted.append(await llm.submit(prompt, params, f"{header.id}-{number}"))
+    except BaseException:
+        await _close(submitted)
+        raise
+    return submitted
+
+
+async def numbered(submitted: Sequence[Outputs]) -> NumberedOutputs:
+    """Outputs of all prompts as they come, with the number of the prompt. Raises RequestFailedError for one that
+    failed. Closing it aborts those that have not ended."""
+    try:
+        merged = _of_one(submitted[0]) if len(submitted) == 1 else _of_many(submitted)
+        async with aclosing(merged):
+            async for number, output in merged:
+                check_not_failed(output)
+                yield number, output
+    finally:
+        await _close(submitted)
+
+
+async def last_outputs(submitted: Sequence[Outputs]) -> list[RequestOutput]:
+    """The finished output of each prompt."""
+    async with aclosing(numbered(submitted)) as outputs:
+        finished = {number: output async for number, output in outputs}
+    return [finished[number] for number in range(len(submitted))]
+
+
+class Changes:
+    """Which of a prompt's completions got something since they were last looked at."""
+
+    def __init__(self, n: int) -> None:
+        self._num_tokens = [0] * n
+        self._is_finished = [False] * n
+
+    def of(self, output: RequestOutput) -> Iterator[tuple[CompletionOutput, int]]:
+        """Completions with something new, and how many of their tokens are old."""
+        for each in output.outputs:
+            num_old = self._num_tokens[each.index]
+            if each.num_tokens > num_old or each.finished > self._is_finished[each.index]:
+                self._num_tokens[each.index], self._is_finished[each.index] = each.num_tokens, each.finished
+                yield each, num_old
+
+
+class UsageCount:
+    """Tokens of the prompts of a request so far."""
+
+    def __init__(self) -> None:
+        self._of_prompts: dict[int, tuple[int, int]] = {}
+
+    def take(self, number: int, output: RequestOutput) -> None:
+        """The newest output of a prompt."""
+        num_tokens = sum([each.num_tokens for each in output.outputs])
+        self._of_prompts[number] = len(output.prompt_token_ids), num_tokens
+
+    def usage(self) -> Usage:
+        prompt, completion = map(sum, zip(*self._of_prompts.values(), strict=True))
+        return Usage(prompt, completion, prompt + completion)
+
+
+async def _of_one(outputs: Outputs) -> NumberedOutputs:
+    async for output in outputs:
+        yield 0, output
+
+
+async def _of_many(submitted: Sequence[Outputs]) -> NumberedOutputs:
+    """One pending `anext` for each prompt; its next output is asked for once the last has been taken."""
+    pending = {asyncio.ensure_future(anext(outputs)): number for number, outputs in enumerate(submitted)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = pending.pop(task)
+                output = task.result()
+                if not output.finished:
+                    pending[asyncio.ensure_future(anext(submitted[number]))] = number
+                yield number, output
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _close(submitted: Sequence[Outputs]) -> None:
+    for outputs in submitted:
+        await outputs.aclose()

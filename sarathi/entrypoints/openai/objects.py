@@ -1,0 +1,122 @@
+"""Answers as clients read them: objects of OpenAI's API, encoded by msgspec."""
+
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class PromptTokensDetails(Struct):
+    """cached_tokens: of the prompt, those whose keys and values were in the cache."""
+
+    cached_tokens: int = 0
+
+
+class Usage(Struct):
+    """Tokens of all prompts and completions of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class TokenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Struct):
+    """One entry a token."""
+
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+
+class Message(Struct):
+    content: str | None
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    index: int
+    message: Message
+    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+    service_tier: str | None = None
+    system_fingerprint: str | None = None
+    prompt_logprobs: list[Any] | UnsetType | None = UNSET
+
+
+class Delta(Struct, omit_defaults=True):
+    """What a chunk adds to a message."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+
+
+class ChatChunk(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "chat.completion.chunk"
+    service_tier: str | None = None
+    system_fingerprint: str | None = None
+
+
+class TextLogprobs(Struct):
+    """One entry a token in each list; text_offset counts characters from the beginning of the choice's text."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class TextChoice(Struct):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[Any] | UnsetType | None = UNSET
+
+
+class TextCompletion(Struct):
+    """A whole completion, and each chunk of one."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "text_completion"
+    system_fingerprint: str | None = None

@@ -1,0 +1,175 @@
+"""Requests as clients send them. Unknown fields are left out; null stands for the default; types are strict."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sarathi.sampling_params import SamplingParams
+
+_FIRST_ERROR = Field(fail_fast=True)  # a body can hold a million of them
+TokenIds = Annotated[list[int], _FIRST_ERROR]
+Prompts = str | TokenIds | Annotated[list[str], _FIRST_ERROR] | Annotated[list[TokenIds], _FIRST_ERROR]
+_MOST_LOGPROBS = 20
+Logprobs = Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)]
+_SAME_NAMES = (
+    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "logit_bias", "prompt_logprobs", "bad_words",
+    "allowed_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
+)  # fmt: skip
+
+
+class Body(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    """include_usage: a last chunk with the token counts. continuous_usage_stats: in every chunk too."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingBody(Body):
+    """What chat and text completions share; for the fields of sampling see SamplingParams."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: Logprobs | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "SamplingBody":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is given: it needs stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError(f"prompt_logprobs is {self.prompt_logprobs}: it needs stream=false")
+        return self
+
+    @property
+    def usage(self) -> StreamOptions:
+        """Which token counts the stream holds."""
+        return self.stream_options or StreamOptions()
+
+    def _params(self, **others: Any) -> SamplingParams:
+        """ValueError where a value is not allowed."""
+        given = {name: getattr(self, name) for name in _SAME_NAMES}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None}, **others)
+
+
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class TemplateBody(Body):
+    """How a conversation becomes a prompt; for the fields see `encode_chat` of the input processor."""
+
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_options(self) -> Mapping[str, Any]:
+        """Options of `AsyncLLM.encode_chat`."""
+        names = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        return {name: getattr(self, name) for name in names}
+
+
+class ChatRequest(SamplingBody, TemplateBody):
+    """POST /v1/chat/completions. max_completion_tokens is the newer name of max_tokens, and wins."""
+
+    messages: Messages
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}: it needs logprobs=true")
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        """ValueError where a value is not allowed."""
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._params(max_tokens=most, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+class CompletionRequest(SamplingBody):
+    """POST /v1/completions. With echo, max_tokens may be 0: the answer is the prompt, with its logprobs."""
+
+    prompt: Prompts
+    logprobs: Logprobs | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_refused(self) -> "CompletionRequest":
+        if self.suffix:
+            raise ValueError("suffix is given: this server does not insert text")
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError(f"best_of is {self.best_of}: this server returns all completions, so it must equal n")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or more prompts; a list of integers is one of them."""
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the answer holds no new token: one is generated and left out."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def sampling_params(self) -> SamplingParams:
+        """ValueError where a value is not allowed."""
+        most = {} if self.max_tokens is None else {"max_tokens": 1 if self.is_prompt_only else self.max_tokens}
+        echoed = {"prompt_logprobs": self.logprobs} if self.echo and self.prompt_logprobs is None else {}
+        return self._params(**most, logprobs=self.logprobs, **echoed)
+
+
+class TokenizeRequest(TemplateBody):
+    """POST /tokenize of text, or of a conversation where `messages` are given."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt or messages must be given, and not both")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds

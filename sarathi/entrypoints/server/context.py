@@ -1,0 +1,55 @@
+"""What every route needs: the engine and the names of its model."""
+
+import time
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from sarathi.engine.async_llm import AsyncLLM
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.entrypoints.server.errors import APIError
+from sarathi.entrypoints.server.metrics import ServerMetrics
+
+
+@dataclass
+class ServerContext:
+    """One for each application.
+
+    model_names: what clients may call the model, the main name first. root: the model as it was loaded.
+    is_draining: whether new requests are refused because the server ends.
+    """
+
+    llm: AsyncLLM
+    model_names: tuple[str, ...]
+    root: str
+    metrics: ServerMetrics
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
+
+    @property
+    def max_model_len(self) -> int:
+        return self.llm.facts.max_model_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """APIError where the model has none."""
+        if self.llm.tokenizer is None:
+            raise APIError(400, "this model has no tokenizer: send prompts as token ids to /v1/completions")
+        return self.llm.tokenizer
+
+    def check_model(self, name: str | None) -> str:
+        """The name that the answer has. APIError with status 404 where it is another model's."""
+        if name is not None and name not in self.model_names:
+            message = f"The model {name!r} does not exist: this server has {', '.join(self.model_names)}"
+            raise APIError(404, message, param="model", code="model_not_found")
+        return name or self.model_name
+
+
+def context_of(request: Request) -> ServerContext:
+    """The context of the application that serves this request."""
+    context: ServerContext = request.app.state.context
+    return context

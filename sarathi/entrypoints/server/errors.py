@@ -1,0 +1,114 @@
+"""Errors as clients see them: a status and a JSON object in OpenAI's form."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from sarathi.core.scheduler import RequestTooLongError
+from sarathi.engine.admission import OverloadedError
+from sarathi.engine.async_llm import EngineUnavailableError, StepFailedError
+from sarathi.engine.core_process.client import CoreDiedError
+from sarathi.engine.outputs import RequestOutput
+from sarathi.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+_INVALID, _SERVER = "invalid_request_error", "server_error"
+_SAMPLING_FIELDS = frozenset(each.name for each in fields(SamplingParams))
+
+
+@dataclass
+class APIError(Exception):
+    """status: of HTTP. type, param, code: as OpenAI's errors have them."""
+
+    status: int
+    message: str
+    type: str = _INVALID
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        content = msgspec.json.encode(self.body())
+        return Response(content, self.status, self.headers, media_type="application/json")
+
+
+class RequestFailedError(RuntimeError):
+    """The engine ended one request alone, for what its message says."""
+
+
+@contextmanager
+def user_errors(prompt_field: str, max_model_len: int) -> Iterator[None]:
+    """ValueErrors become answers with status 400. prompt_field: the name of what may be too long."""
+    try:
+        yield
+    except RequestTooLongError as error:
+        message = f"This model's maximum context length is {max_model_len} tokens. However, {error}."
+        raise APIError(400, message, param=prompt_field, code="context_length_exceeded") from None
+    except ValueError as error:
+        field = str(error).partition(" ")[0]
+        raise APIError(400, str(error), param=field if field in _SAMPLING_FIELDS else None) from None
+
+
+def check_not_failed(output: RequestOutput) -> None:
+    """RequestFailedError where a completion ended with finish reason "error"."""
+    for each in output.outputs:
+        if each.finish_reason == "error":
+            raise RequestFailedError(f"the request failed: {each.stop_reason}")
+
+
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told about any exception. One that nobody expected is logged, and only its type is told."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, OverloadedError):
+        retry = {"Retry-After": str(error.retry_after_s)}
+        return APIError(429, str(error), "rate_limit_error", code="overloaded", headers=retry)
+    if isinstance(error, (EngineUnavailableError, CoreDiedError)):
+        return APIError(503, str(error), "service_unavailable_error", code="unavailable")
+    if isinstance(error, (StepFailedError, RequestFailedError)):
+        return APIError(500, str(error), _SERVER)
+    logger.error("an unexpected error ended a request", exc_info=error)
+    return APIError(500, f"an unexpected {type(error).__name__} ended the request", _SERVER)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Errors of every route, of the router and of validation in one form."""
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    for kind in (APIError, OverloadedError, EngineUnavailableError, CoreDiedError, StepFailedError, RequestFailedError):
+        app.add_exception_handler(kind, _on_known)
+    app.add_exception_handler(Exception, _on_known)
+
+
+async def _on_known(request: Request, error: Exception) -> Response:
+    return as_api_error(error).response()
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    reasons = {404: f"there is no route {path}", 405: f"{path} does not take {request.method}"}
+    message = reasons.get(error.status_code, str(error.detail))
+    return APIError(error.status_code, message, headers=error.headers).response()
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """The first problem in words, with the field that has it. The values themselves are not repeated."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at {where[0]}").response()
+    message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
+    return APIError(400, message, param=where[0] if where else None).response()

@@ -1,0 +1,46 @@
+"""Routes about the server itself: /health, /ping, /ready, /version, /load, /metrics."""
+
+from fastapi import APIRouter, Request, Response
+
+from sarathi import __version__
+from sarathi.entrypoints.server.context import context_of
+from sarathi.entrypoints.server.errors import APIError, as_api_error
+
+router = APIRouter(tags=["server"])
+
+
+@router.get("/health")
+@router.get("/ping")
+@router.post("/ping")
+async def get_health(request: Request) -> Response:
+    """200 while the engine's process lives, 503 after that."""
+    error = context_of(request).llm.error
+    return Response() if error is None else as_api_error(error).response()
+
+
+@router.get("/ready")
+async def get_ready(request: Request) -> Response:
+    """200 while new requests are taken; 503 where the engine is dead or the server is draining."""
+    if context_of(request).is_draining:
+        return APIError(503, "the server is draining", "service_unavailable_error", code="draining").response()
+    return await get_health(request)
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/load")
+async def get_load(request: Request) -> dict[str, int]:
+    """Requests under way, as vLLM names them."""
+    return {"server_load": context_of(request).llm.num_unfinished}
+
+
+@router.get("/metrics")
+async def get_metrics(request: Request) -> Response:
+    """Metrics in the format of Prometheus. Those of the engine's process are left as they were where it is silent."""
+    context = context_of(request)
+    await context.metrics.refresh(context.llm)
+    content, media_type = context.metrics.expose()
+    return Response(content, headers={"Content-Type": media_type})

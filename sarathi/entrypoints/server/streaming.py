@@ -1,0 +1,77 @@
+"""Answers that end with their client: server-sent events, and work that a closed connection cancels."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from sarathi.entrypoints.server.errors import as_api_error
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+Events = AsyncGenerator[bytes, None]
+
+
+class ClientDisconnectedError(ConnectionError):
+    """Nobody reads the answer any more."""
+
+
+def event(content: Any) -> bytes:
+    """A server-sent event with `content` as JSON."""
+    return b"data: %b\n\n" % msgspec.json.encode(content)
+
+
+def json_response(content: Any) -> Response:
+    """`content` as JSON, encoded by msgspec."""
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled where the client closes its connection first."""
+    task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnectedError
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they come. An exception becomes the last event; a closed connection closes the generator."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: Events, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(ClientDisconnectedError):
+            await until_disconnected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for each in events:
+                    await send({"type": "http.response.body", "body": each, "more_body": True})
+            except Exception as error:
+                body = event(as_api_error(error).body())
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

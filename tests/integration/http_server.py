@@ -1,0 +1,61 @@
+"""A real `sarathi serve` in a process of its own, over a small model on the CPU."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_SMALL = ("--device", "cpu", "--memory-bytes", "64mb")
+
+
+@dataclass
+class RunningServer:
+    """url: without a slash at its end. lines: what the process printed."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    lines: list[str] = field(default_factory=list)
+
+    def end(self, signal_number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+        """Send a signal and wait; the exit code."""
+        self.process.send_signal(signal_number)
+        return self.process.wait(timeout_s)
+
+
+@contextmanager
+def running_server(model: str, *options: str, env: dict[str, str] | None = None) -> Iterator[RunningServer]:
+    """A server of `model` on a free port, ready for requests; killed at the end if it still runs."""
+    words = (sys.executable, "-m", "sarathi", "serve", model, "--port", "0", *_SMALL, *options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | (env or {}), cwd=ROOT
+    )
+    try:
+        lines: list[str] = []
+        server = RunningServer(process, _wait_for_url(process, lines), lines)
+        threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True).start()
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_for_url(process: "subprocess.Popen[str]", lines: list[str]) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"is served on (http://\S+)", line):
+            return found.group(1)
+    raise RuntimeError(f"the server ended with exit code {process.wait()}: {''.join(lines)}")
+
+
+def options(**values: object) -> Sequence[str]:
+    """Command line options of names and values."""
+    return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), str(value))]
