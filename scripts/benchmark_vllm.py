@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from sarathi.benchmark.config.program import add_ratios, add_stages
+from sarathi.benchmark.config.program import add_ratios, add_stages, positive
 from sarathi.benchmark.engines.device import device_work
 from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
 from sarathi.benchmark.kernels.roofline import ROOFLINE
@@ -25,7 +25,7 @@ def measure(options: argparse.Namespace) -> int:
     """Measure all stages of vLLM; the exit code."""
     from sarathi.benchmark.engines.vllm import VllmEngine
 
-    engine = VllmEngine(options.model, options.max_model_len, options.seed)
+    engine = VllmEngine(options.model, options.max_model_len, options.seed, options.tensor_parallel_size)
     table = Table(options.output / "vllm_alone.csv", vllm=engine.backend)
     load = Load(engine, table, options.model, FULL.with_ratios(options.ratios), options.seed)
     budget = Budget(options.budget, table.attempts)
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3-8b", help="a shipped name")
     add_stages(parser, (*STAGES, "device"))
     add_ratios(parser)
+    parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="devices that share each layer")
     parser.add_argument("--max-model-len", type=int, default=132_096)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds; nothing starts after them")
     parser.add_argument("--seed", type=int, default=0)

@@ -35,7 +35,7 @@ SETTINGS = {
 class VllmEngine:
     """One vLLM engine with its defaults, random weights, no prefix caching."""
 
-    def __init__(self, model: str, max_model_len: int, seed: int) -> None:
+    def __init__(self, model: str, max_model_len: int, seed: int, tensor_parallel_size: int = 1) -> None:
         """model: a shipped configuration's name. Sets the environment that vLLM reads when it is imported."""
         if importlib.util.find_spec("vllm") is None:
             raise ImportError("vLLM cannot be imported here: pip install vllm")
@@ -46,7 +46,7 @@ class VllmEngine:
         folder = save_config(model, max_model_len, Path(tempfile.mkdtemp(prefix="vllm-model-")))
         llm = vllm.LLM(
             model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len,
-            enable_prefix_caching=False, disable_log_stats=True, seed=seed,
+            enable_prefix_caching=False, disable_log_stats=True, seed=seed, tensor_parallel_size=tensor_parallel_size,
         )  # fmt: skip
         self._engine = llm.llm_engine
         config = self._engine.vllm_config
