@@ -50,5 +50,5 @@ class PagedBlockSpaceManager(VirtualBlockSpaceManager):
         held = [block for blocks in self._blocks.values() for block in blocks]
         if sorted(held + self._free) != list(range(self._num_blocks)):
             raise BlockSpaceError(f"of {self._num_blocks} blocks {len(held)} are held and {len(self._free)} free")
-        if len(held) != self._num_used_rows:
-            raise BlockSpaceError(f"{self._num_used_rows} rows are counted, but {len(held)} blocks are held")
+        if len(held) != self.num_used_rows:
+            raise BlockSpaceError(f"{self.num_used_rows} rows are counted, but {len(held)} blocks are held")

@@ -13,42 +13,34 @@ class VirtualBlockSpaceManager:
     """Keeps the sum of rows_for(length) over all requests within the capacity."""
 
     def __init__(self, capacity: CacheCapacity) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
+        self.num_used_rows = 0
         self._rows: dict[str, int] = {}
-        self._num_used_rows = 0
-
-    @property
-    def capacity(self) -> CacheCapacity:
-        return self._capacity
-
-    @property
-    def num_used_rows(self) -> int:
-        return self._num_used_rows
 
     @property
     def is_overcommitted(self) -> bool:
-        return self._num_used_rows > self._capacity.rows
+        return self.num_used_rows > self.capacity.rows
 
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         held = self._rows.get(request.request_id, 0)
-        rows = max(held, self._capacity.rows_for(num_tokens))
-        if self._num_used_rows + rows - held + spare_rows > self._capacity.rows:
+        rows = max(held, self.capacity.rows_for(num_tokens))
+        if self.num_used_rows + rows - held + spare_rows > self.capacity.rows:
             return None
         self._rows[request.request_id] = rows
-        self._num_used_rows += rows - held
-        return Grant(self._capacity.tokens_in(rows))
+        self.num_used_rows += rows - held
+        return Grant(self.capacity.tokens_in(rows))
 
     def free(self, request: Request) -> None:
-        self._num_used_rows -= self._rows.pop(request.request_id, 0)
+        self.num_used_rows -= self._rows.pop(request.request_id, 0)
 
     def clear(self) -> None:
         self._rows.clear()
-        self._num_used_rows = 0
+        self.num_used_rows = 0
 
     def resize(self, rows: int) -> None:
-        self._capacity = replace(self._capacity, rows=max(0, rows))
+        self.capacity = replace(self.capacity, rows=max(0, rows))
 
     def check_integrity(self) -> None:
         total = sum(self._rows.values())
-        if total != self._num_used_rows or any(rows < 1 for rows in self._rows.values()):
-            raise BlockSpaceError(f"{self._num_used_rows} rows are counted, but requests hold {total}: {self._rows}")
+        if total != self.num_used_rows or any(rows < 1 for rows in self._rows.values()):
+            raise BlockSpaceError(f"{self.num_used_rows} rows are counted, but requests hold {total}: {self._rows}")

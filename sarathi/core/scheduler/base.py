@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
@@ -72,7 +73,7 @@ class Scheduler(ABC):
         if request.request_id in self._states or request.request_id in self._running.finishing:
             raise ValueError(f"request id {request.request_id!r} belongs to a request that has not ended")
         if not self._states:
-            self.block_space_manager.resize(self._memory.full_rows)
+            self.block_space_manager.resize(self._memory.full_capacity.rows)
         self._memory.check_length(request)
         state = RequestState(request, self._num_added, self._memory.max_output_tokens(request))
         self._num_added += 1
@@ -107,7 +108,7 @@ class Scheduler(ABC):
 
     def resize(self, rows: int) -> list[RequestUpdate]:
         """Change the size of the cache permanently; returns the ends of requests that are too long for it."""
-        self._memory.set_full_rows(rows)
+        self._memory.full_capacity = replace(self._memory.full_capacity, rows=rows)
         return self._fit(rows)
 
     def schedule(self) -> SchedulerOutput:
@@ -117,7 +118,7 @@ class Scheduler(ABC):
         if self._memory.fit_capacity(step):
             self._fill(step)
             if self._states and self._memory.is_stuck(step):
-                self._fit(self._memory.full_rows)
+                self._fit(self._memory.full_capacity.rows)
                 self._fill(step)
         for state in step.preempted:
             self._waiting.push(state)
@@ -129,7 +130,10 @@ class Scheduler(ABC):
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
         """Process the result of the oldest step in flight; returns what requests got a token or ended."""
-        step = self._pop_oldest(output, result)
+        oldest = next(iter(self._in_flight), None)
+        if output.step_id != oldest or result.step_id != oldest:
+            raise ValueError(f"step {output.step_id} with result {result.step_id}: the oldest in flight is {oldest}")
+        step = self._in_flight.pop(oldest)
         if step.is_void:
             self._running.release_ended(step)
             return []
@@ -140,7 +144,7 @@ class Scheduler(ABC):
         tokens = step.tokens_by_request(result)
         self._prefill_policy.observe(step.num_tokens, result.model_s)
         if self._memory.may_retry(step):
-            self._fit(self._memory.full_rows)
+            self._fit(self._memory.full_capacity.rows)
         return self._append_tokens(step, tokens)
 
     def check_integrity(self) -> None:
@@ -161,7 +165,7 @@ class Scheduler(ABC):
     def _add_prefills(self, states: Iterable[RequestState], step: Step) -> None:
         """Add the next chunk of each of these running requests, in this order, as far as the step has room."""
         for state in states:
-            length = self._prefill_policy.chunk_length(state.request, step, self.num_running)
+            length = self._prefill_policy.chunk_length(state.request, step, len(self._running.running))
             if length and state.last_step_id != step.step_id:
                 self._add_chunk(state, length, length == state.request.num_remaining_tokens, step)
 
@@ -174,19 +178,17 @@ class Scheduler(ABC):
 
     def _admit_waiting(self, step: Step) -> None:
         """Start waiting requests in order of arrival until one does not fit; none if memory has just run out."""
-        while self._may_admit(step):
+        max_running = self._prefill_policy.max_running
+        while not (step.preempted or step.is_starved) and len(self._running) < self.config.max_num_seqs:
+            if max_running is not None and len(self._running.running) >= max_running:
+                return
             state = self._waiting.first()
             if state is None or not self._start(state, step):
                 return
 
-    def _may_admit(self, step: Step) -> bool:
-        if step.preempted or step.is_starved or len(self._running) >= self.config.max_num_seqs:
-            return False
-        return self._prefill_policy.max_running is None or self.num_running < self._prefill_policy.max_running
-
     def _start(self, state: RequestState, step: Step) -> bool:
         remaining = state.request.num_remaining_tokens
-        length = self._prefill_policy.chunk_length(state.request, step, self.num_running + 1)
+        length = self._prefill_policy.chunk_length(state.request, step, len(self._running.running) + 1)
         if length < remaining and (length == 0 or step.num_partial >= self.config.max_num_partial_prefills):
             return False
         grant = self._first_grant(state)
@@ -203,12 +205,6 @@ class Scheduler(ABC):
         return self._memory.start(state, state.request.num_tokens, spare_rows)
 
     # The end of a step, and of a request.
-
-    def _pop_oldest(self, output: SchedulerOutput, result: StepResult) -> Step:
-        oldest = next(iter(self._in_flight), None)
-        if output.step_id != oldest or result.step_id != oldest:
-            raise ValueError(f"step {output.step_id} with result {result.step_id}: the oldest in flight is {oldest}")
-        return self._in_flight.pop(oldest)
 
     def _append_tokens(self, step: Step, tokens: Mapping[str, SampledToken]) -> list[RequestUpdate]:
         updates = []

@@ -9,8 +9,9 @@ request can run without it, and when a request arrives while there is no other.
 from __future__ import annotations
 
 import logging
+from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from operator import attrgetter
 
 from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
 from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step
@@ -27,7 +28,7 @@ class RequestTooLongError(ValueError):
 class MemoryRecovery:
     """Preemption, the full and the current capacity, and the lengths that they allow.
 
-    num_recoveries: failed steps that the scheduler knows of.
+    num_recoveries: failed steps that the scheduler knows of. full_capacity: without a shortage.
 
     The oldest running request is preempted only if there is no other, so it always finishes and the next becomes the
     oldest: no request starves. Otherwise the victim is the request with the fewest computed tokens, which loses least.
@@ -38,28 +39,20 @@ class MemoryRecovery:
     def __init__(self, block_space_manager: BlockSpaceManager, running: RunningRequests, max_model_len: int) -> None:
         self.num_recoveries = 0
         self.num_preemptions = 0
+        self.full_capacity = block_space_manager.capacity
         self._block_space_manager = block_space_manager
         self._running = running
         self._max_model_len = max_model_len
-        self._full_capacity = block_space_manager.capacity
         self._retry_step_id = 0
 
     # Lengths.
-
-    @property
-    def full_rows(self) -> int:
-        return self._full_capacity.rows
-
-    def set_full_rows(self, rows: int) -> None:
-        """Change the full capacity."""
-        self._full_capacity = replace(self._full_capacity, rows=rows)
 
     def check_length(self, request: Request) -> None:
         """Raise RequestTooLongError if the model or the full cache has no room for the prompt and an output token.
 
         The last output token need not be in the cache.
         """
-        num_tokens, capacity = request.num_tokens, self._full_capacity
+        num_tokens, capacity = request.num_tokens, self.full_capacity
         if num_tokens >= self._max_model_len:
             raise RequestTooLongError(
                 f"request {request.request_id!r} has {num_tokens} tokens: the longest sequence is "
@@ -79,7 +72,7 @@ class MemoryRecovery:
         time it runs.
         """
         is_running = request.status is RequestStatus.RUNNING
-        capacity = self._block_space_manager.capacity if is_running else self._full_capacity
+        capacity = self._block_space_manager.capacity if is_running else self.full_capacity
         longest = min(self._max_model_len, capacity.tokens_in(capacity.rows) + 1)
         room = longest - request.num_prompt_tokens
         wanted = request.sampling_params.max_tokens
@@ -91,7 +84,8 @@ class MemoryRecovery:
         """Start a request with memory for num_tokens; None if that would leave fewer than spare_rows free."""
         grant = self._block_space_manager.allocate(state.request, num_tokens, spare_rows)
         if grant is not None:
-            self._running.start(state)
+            state.request.status = RequestStatus.RUNNING
+            insort(self._running.running, state, key=attrgetter("arrival"))
             self._set_granted(state, grant)
             state.max_output_tokens = self.max_output_tokens(state.request)
         return grant
@@ -158,7 +152,7 @@ class MemoryRecovery:
     @property
     def is_short(self) -> bool:
         """Whether the current capacity is smaller than the full one."""
-        return self._block_space_manager.capacity.rows < self._full_capacity.rows
+        return self._block_space_manager.capacity.rows < self.full_capacity.rows
 
     def may_retry(self, step: Step) -> bool:
         """Whether to try the full capacity again, after a step that succeeded."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from bisect import insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sarathi.core.block_space_manager.base import BlockSpaceManager
 from sarathi.messages import NOT_FINITE, Chunk, NewRequest, RequestUpdate, SampledToken, SchedulerOutput, StepResult
-from sarathi.request import Request, RequestStatus
+from sarathi.request import Request
 
 _NOT_FINITE_MESSAGE = "the model's logits are not finite (NaN or infinite): weights or dtype do not fit this input"
 _new = tuple.__new__  # of a named tuple, in half the time of its class: a step has hundreds
@@ -173,11 +172,6 @@ class RunningRequests:
         """Requests that hold memory; each occupies a slot of the cache."""
         return len(self.running) + len(self.finishing)
 
-    def start(self, state: RequestState) -> None:
-        """Add a request that was given memory."""
-        state.request.status = RequestStatus.RUNNING
-        insort(self.running, state, key=_arrival)
-
     def split(self) -> tuple[list[RequestState], list[RequestState]]:
         """Running requests with one token left to compute, and those with more; each in order of arrival."""
         decodes: list[RequestState] = []
@@ -226,7 +220,3 @@ class RunningRequests:
             raise RuntimeError(f"a request runs twice or after its end: {running}")
         if not len(self) and self._block_space_manager.num_used_rows:
             raise RuntimeError(f"{self._block_space_manager.num_used_rows} rows are held by no request")
-
-
-def _arrival(state: RequestState) -> int:
-    return state.arrival

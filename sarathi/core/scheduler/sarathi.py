@@ -6,7 +6,7 @@ Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with Sarath
 from __future__ import annotations
 
 from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.prefill_policy import ChunkedPrefill, PrefillPolicy
+from sarathi.core.scheduler.prefill_policy import PrefillPolicy, make_chunked_prefill
 from sarathi.core.scheduler.request_state import Step
 
 
@@ -14,7 +14,7 @@ class SarathiScheduler(Scheduler):
     """Decodes never wait for a prompt: no more requests run than a step has tokens."""
 
     def _make_prefill_policy(self) -> PrefillPolicy:
-        return ChunkedPrefill(self.config)
+        return make_chunked_prefill(self.config)
 
     def _fill(self, step: Step) -> None:
         decodes, prefills = self._running.split()

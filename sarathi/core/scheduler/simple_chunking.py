@@ -5,7 +5,7 @@ from __future__ import annotations
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.base import BlockSpaceManager
 from sarathi.core.scheduler.base import Scheduler
-from sarathi.core.scheduler.prefill_policy import ChunkedPrefill, PrefillPolicy
+from sarathi.core.scheduler.prefill_policy import PrefillPolicy, make_chunked_prefill
 from sarathi.core.scheduler.request_state import Step
 
 
@@ -17,7 +17,7 @@ class SimpleChunkingScheduler(Scheduler):
         self._is_decodes_turn = False
 
     def _make_prefill_policy(self) -> PrefillPolicy:
-        return ChunkedPrefill(self.config)
+        return make_chunked_prefill(self.config)
 
     def _fill(self, step: Step) -> None:
         decodes, prefills = self._running.split()

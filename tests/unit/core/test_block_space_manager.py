@@ -87,6 +87,6 @@ def test_inconsistent_accounting_is_noticed() -> None:
         manager.check_integrity()
     virtual = VirtualBlockSpaceManager(CacheCapacity(6, 1, 4))
     virtual.allocate(make_request("a", 1), 9)
-    virtual._num_used_rows -= 1
+    virtual.num_used_rows -= 1
     with pytest.raises(BlockSpaceError, match="2 rows are counted, but requests hold 3"):
         virtual.check_integrity()

@@ -8,7 +8,7 @@ import pytest
 from scheduler_simulation import Timeline, make_pair, make_request, run_to_end, simulate, step
 
 from sarathi.config.schema import SCHEDULERS, ChunkBudgetConfig, SchedulerConfig
-from sarathi.core.scheduler.prefill_policy import LatencyBudget
+from sarathi.core.scheduler.prefill_policy import LatencyPrefill
 from sarathi.messages import CacheCapacity
 
 WIDE = CacheCapacity(100_000, 1, 16)
@@ -184,20 +184,21 @@ def test_a_learned_budget_meets_its_target(target_s: float) -> None:
 
 
 def test_a_learned_budget_gives_way_at_once_when_steps_become_slower() -> None:
-    budget = LatencyBudget(16, 4096, target_step_s=0.02)
+    knobs = ChunkBudgetConfig(policy="latency", low_chunk_size=16, high_chunk_size=4096, target_step_s=0.02)
+    policy = LatencyPrefill(SchedulerConfig(chunk_budget=knobs))
     token_s = 1e-5
     for _ in range(60):
-        tokens = budget.tokens(0)
-        budget.observe(tokens, 1e-3 + token_s * tokens)
-    assert budget.tokens(0) == pytest.approx(1900, rel=0.01)
+        tokens = policy.budget(0)
+        policy.observe(tokens, 1e-3 + token_s * tokens)
+    assert policy.budget(0) == pytest.approx(1900, rel=0.01)
     token_s *= 4
     for _ in range(2):
-        tokens = budget.tokens(0)
-        budget.observe(tokens, 1e-3 + token_s * tokens)
-    assert 1e-3 + token_s * budget.tokens(0) < 1.05 * 0.02
-    idle = budget.tokens(0)
-    budget.observe(idle // 3, 1e-3)
-    assert budget.tokens(0) == idle, "a step that was not full says nothing about larger ones"
+        tokens = policy.budget(0)
+        policy.observe(tokens, 1e-3 + token_s * tokens)
+    assert 1e-3 + token_s * policy.budget(0) < 1.05 * 0.02
+    idle = policy.budget(0)
+    policy.observe(idle // 3, 1e-3)
+    assert policy.budget(0) == idle, "a step that was not full says nothing about larger ones"
 
 
 def test_a_target_that_cannot_be_met_still_makes_progress() -> None:
