@@ -135,8 +135,12 @@ class ParallelConfig(Section):
     """How the model is spread over devices."""
 
     executor: str = knob(
-        AUTO, "uniproc: one rank, in this process; multiproc: a process for each; auto: multiproc for several ranks",
-        choices=EXECUTORS,
+        AUTO, "uniproc: one rank, in this process; multiproc: a process of this machine for each rank; "
+        "ray: an actor for each, on any machines; auto: multiproc for several ranks", choices=EXECUTORS,
+    )  # fmt: skip
+    ray_placement: str = knob(
+        "pack", "pack: ranks on as few machines of the Ray cluster as have room; strict_pack: on one",
+        choices=("pack", "strict_pack"),
     )  # fmt: skip
     tensor_parallel_size: int = knob(1, "devices that share each layer", low=1, high=_INT32_MAX)
     pipeline_parallel_size: int = knob(1, "devices that take the layers in turn", low=1, high=_INT32_MAX)

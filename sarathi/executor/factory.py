@@ -2,7 +2,11 @@
 
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.base import Executor
-from sarathi.executor.uniproc import UniprocExecutor, UnsupportedParallelismError
+from sarathi.executor.uniproc import UniprocExecutor
+
+
+class MissingPackageError(ValueError):
+    """An executor needs a package that is not installed; the message names it."""
 
 
 def create_executor(config: EngineConfig) -> Executor:
@@ -10,9 +14,17 @@ def create_executor(config: EngineConfig) -> Executor:
     parallel = config.parallel
     num_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     if parallel.executor == "ray":
-        raise UnsupportedParallelismError("executor=ray is not implemented: use multiproc, or auto")
+        return _create_ray_executor(config)
     if parallel.executor == "uniproc" or (parallel.executor == "auto" and num_ranks == 1):
         return UniprocExecutor(config)
     from sarathi.executor.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
 
     return MultiprocExecutor(config)
+
+
+def _create_ray_executor(config: EngineConfig) -> Executor:
+    try:
+        from sarathi.executor.ray.executor import RayExecutor
+    except ImportError as error:
+        raise MissingPackageError(f"executor=ray: {error}; pip install 'sarathi-vattention[ray]'") from error
+    return RayExecutor(config)

@@ -271,7 +271,6 @@ def no_process_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("settings", "message"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: pipeline parallelism is not implemented"),
-        ({"executor": "ray"}, "executor=ray is not implemented"),
         ({"executor": "uniproc"}, "tensor_parallel_size=2 .* the in-process executor has one rank"),
         ({"device": "tpu"}, "device='tpu'"),
     ],

@@ -1,0 +1,1 @@
+"""Executor whose ranks are Ray actors, on any number of machines."""

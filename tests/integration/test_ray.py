@@ -1,0 +1,190 @@
+"""Ranks as Ray actors in a real cluster of two raylets on this machine: outputs, failures, and what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from random_driver import RandomDriver
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
+from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
+
+from sarathi import LLM, SamplingParams
+from sarathi.config.load import make_config
+from sarathi.executor.factory import create_executor
+from sarathi.executor.ranks.group import RankError
+from sarathi.executor.ray import placement
+from sarathi.executor.ray.executor import RayExecutor
+from sarathi.messages import Chunk, NewRequest, SchedulerOutput
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+STORE_BYTES = 80 * 2**20
+GONE_S = 20  # Ray kills a stopped process after 5
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two machines, as far as Ray knows: one CPU and two."""
+    found = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+    )
+    found.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    ray.init(address=found.address, log_to_driver=False, logging_level="error")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return build("llama2", tmp_path_factory.mktemp("llama2"))
+
+
+def settings_for(model: TinyModel, **settings: object) -> dict:
+    defaults = {
+        "model": str(model.folder), "device": "cpu", "attention_backend": "sdpa_vattn_4kb", "memory_bytes": 2**21,
+        "max_num_seqs": 8, "tensor_parallel_size": 2, "executor": "ray",
+    }  # fmt: skip
+    return {**defaults, **settings}
+
+
+def make_executor(model: TinyModel, **settings: object) -> RayExecutor:
+    executor = create_executor(make_config(**settings_for(model, **settings)))
+    assert isinstance(executor, RayExecutor)
+    return executor
+
+
+def pids_of(executor: RayExecutor) -> list[int]:
+    return [place.pid for place in executor._ranks._transport.places]  # type: ignore[attr-defined]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + GONE_S
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+
+
+def check_nothing_is_left(pids: list[int]) -> None:
+    wait_until_gone(pids)
+    assert {each["state"] for each in placement_group_table().values()} <= {"REMOVED"}
+    deadline = time.monotonic() + GONE_S
+    while (free := ray.available_resources().get("CPU")) != 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert free == 3
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_compute_what_transformers_computes(cluster: Cluster, size: int, tmp_path: Path) -> None:
+    """Two fit on one machine, three do not."""
+    model = build("yi", tmp_path, intermediate_size=84)
+    executor = make_executor(model, tensor_parallel_size=size)
+    pids = pids_of(executor)
+    nodes = {each["NodeID"] for each in ray.nodes()}
+    used = {
+        node
+        for group in placement_group_table().values() if group["state"] == "CREATED"
+        for node in group["bundles_to_node_id"].values()
+    }  # fmt: skip
+    assert len(nodes) == 2 and len(used) == size - 1
+    prompts = dict(random_prompts(size, 4, 30))
+    tokens = RandomDriver(executor, size).run(prompts, EVERYTHING, 4)
+    assert executor.memory_stats().mapped_bytes > 0
+    executor.shutdown()
+    assert max(largest_difference(model, prompt, tokens[name]) for name, prompt in prompts.items()) < 1e-4
+    check_nothing_is_left(pids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["sdpa_paged_4", "sdpa_vattn_4kb"])
+def test_preemption_changes_nothing(cluster: Cluster, tiny: TinyModel, backend: str) -> None:
+    prompts = [[prompt[0]] * 110 + prompt for _, prompt in random_prompts(7, 6, 16)]  # a page holds 128 tokens
+    params = replace(GREEDY, max_tokens=25)
+    outputs = []
+    for executor in ("ray", "multiproc"):
+        settings = settings_for(
+            tiny, executor=executor, attention_backend=backend, memory_bytes=5 * 6 * 4096, chunk_size=100
+        )
+        with LLM(**settings) as llm:
+            done = llm.generate(prompts, params, use_tqdm=False)
+            assert llm.engine.core.scheduler.num_preemptions  # type: ignore[attr-defined]
+            llm.engine.core.executor.check_integrity()  # type: ignore[attr-defined]
+        outputs.append([list(each.outputs[0].token_ids) for each in done])
+    assert outputs[0] == outputs[1]
+
+
+def step_until_it_fails(executor: RayExecutor) -> None:
+    for step_id in range(10**6):
+        new = NewRequest(str(step_id), (3,) * 64, GREEDY)
+        executor.execute(SchedulerOutput(step_id, (new,), (Chunk(str(step_id), 0, 64, True, 64),)))
+        executor.execute(SchedulerOutput(step_id, finished=(str(step_id),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("how", "message"), [(signal.SIGKILL, "died: "), (signal.SIGSTOP, "hangs: no sign of life")])
+def test_a_rank_that_dies_or_hangs_is_named(
+    cluster: Cluster, rank: int, how: signal.Signals, message: str, tmp_path: Path
+) -> None:
+    executor = make_executor(build("yi", tmp_path, intermediate_size=84), tensor_parallel_size=3)
+    pids = pids_of(executor)
+    timer = threading.Timer(0.5, os.kill, (pids[rank], how))
+    timer.start()
+    began_s = time.monotonic()
+    with pytest.raises(RankError, match=rf"rank {rank} of 3 \(process {pids[rank]} on [\d.]+\) {message}"):
+        step_until_it_fails(executor)
+    assert time.monotonic() - began_s < 20
+    with pytest.raises(RankError, match="the ranks have ended"):
+        executor.launch(SchedulerOutput(0))
+    executor.shutdown()
+    check_nothing_is_left(pids)
+
+
+_KILLED = """
+import os, ray, signal
+ray.init(address={address!r}, log_to_driver=False, logging_level="error")
+from sarathi.config.load import make_config
+from sarathi.executor.ray.executor import RayExecutor
+executor = RayExecutor(make_config(**{settings!r}))
+print(*[place.pid for place in executor._ranks._transport.places], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_with_an_executor_that_is_killed(cluster: Cluster, tiny: TinyModel) -> None:
+    program = _KILLED.format(address=cluster.address, settings=settings_for(tiny))
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+    pids = list(map(int, done.stdout.split()))
+    assert done.returncode == -signal.SIGKILL and len(pids) == 2
+    check_nothing_is_left(pids)
+
+
+def test_what_cannot_be_placed_is_refused(cluster: Cluster, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_WAIT_S", 1.0)
+    for settings, message in [
+        ({"tensor_parallel_size": 4}, "4 ranks need 4 CPUs, and the Ray cluster has 3"),
+        ({"tensor_parallel_size": 3, "ray_placement": "strict_pack"}, "ray_placement=strict_pack: .* 2 machines"),
+        ({"device": "cuda"}, "2 ranks need 2 GPUs, and the Ray cluster has 0"),
+        ({"device": "cuda:1"}, "device='cuda:1': with executor=ray"),
+        ({"max_model_len": 257}, "max_model_len=257: the model has positions for at most 256"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_executor(tiny, **settings)
+    check_nothing_is_left([])
