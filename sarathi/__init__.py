@@ -1,6 +1,6 @@
 """A language-model serving engine whose KV cache is contiguous in virtual memory and mapped to pages on demand.
 
-`LLM` and `SamplingParams` are found on first use: importing the package alone imports neither torch nor a model.
+What `__all__` names is found on first use: importing the package alone imports neither torch nor a model.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sarathi.entrypoints.llm import LLM
     from sarathi.sampling_params import SamplingParams
+    from sarathi.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 __version__ = "0.1.0"
 
-_HOMES = {"LLM": "sarathi.entrypoints.llm", "SamplingParams": "sarathi.sampling_params"}
+_HOMES = {
+    "LLM": "sarathi.entrypoints.llm",
+    "SamplingParams": "sarathi.sampling_params",
+    "StructuredOutputsParams": "sarathi.structured_outputs",
+}
 
 
 def __getattr__(name: str) -> Any:

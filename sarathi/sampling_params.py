@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from sarathi.structured_outputs import StructuredOutputsParams
 from sarathi.wording import short_repr
 
 _INT64 = (-(2**63), 2**63 - 1)
@@ -47,6 +48,8 @@ class SamplingParams:
     allowed_token_ids: the only tokens that may be chosen; None for all.
     logits_processors: functions of (output token ids, logits) or (prompt token ids, output token ids, logits) that
         return the logits to use, [vocab_size] float32. They run one by one in Python, and no step is launched ahead.
+    structured_outputs: what the output must look like, a StructuredOutputsParams or a mapping of its fields. The output
+        ends where it is complete, at an end token: not with ignore_eos or min_tokens.
     detokenize: False for token ids without text.
     skip_special_tokens: leave special tokens out of the text.
     spaces_between_special_tokens: keep the spaces that some tokenizers put between special tokens.
@@ -72,6 +75,7 @@ class SamplingParams:
     bad_words: Sequence[str | Sequence[int]] = ()
     allowed_token_ids: Sequence[int] | None = None
     logits_processors: Sequence[Callable[..., Any]] = ()
+    structured_outputs: StructuredOutputsParams | None = None
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -85,6 +89,7 @@ class SamplingParams:
         self._check_stops()
         self._check_tokens()
         self._check_switches()
+        self._check_structure()
         _ = self.is_plain, self.needs_host_tokens  # cached from here on: each step asks them of each request
 
     @cached_property
@@ -97,7 +102,7 @@ class SamplingParams:
         """Whether every token is the likeliest of the model's own logits, and nothing more is asked of any."""
         penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         changed = penalised or self.logit_bias or self.min_tokens or self.logits_processors
-        limited = self.bad_words or self.allowed_token_ids is not None
+        limited = self.bad_words or self.allowed_token_ids is not None or self.structured_outputs is not None
         told = self.logprobs is not None or self.prompt_logprobs is not None
         return self.is_greedy and not changed and not limited and not told
 
@@ -116,6 +121,7 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", allowed)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _integer_keys(self.logit_bias))
+        object.__setattr__(self, "structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
     def _check_counts(self) -> None:
         _check_int("n", self.n, 1, _MOST_COMPLETIONS)
@@ -172,6 +178,16 @@ class SamplingParams:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {short_repr(getattr(self, name))}: it must be true or false")
+
+    def _check_structure(self) -> None:
+        if self.structured_outputs is None:
+            return
+        for name, off in (("ignore_eos", False), ("min_tokens", 0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: it must be {off} with structured_outputs, which says where the "
+                    "output ends"
+                )
 
 
 def _entries(name: str, value: object, kind: str) -> tuple[object, ...]:

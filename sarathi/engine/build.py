@@ -1,12 +1,15 @@
 """From a configuration to the parts of an engine."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.vocabulary import make_vocabulary
 from sarathi.executor.base import Executor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
@@ -24,8 +27,16 @@ def build_core(config: EngineConfig) -> EngineCore:
     """The core over a new executor, its model loaded."""
     from sarathi.executor.factory import create_executor  # imports torch, which a tokenizer does not need
 
-    executor = create_executor(config)
+    executor = create_executor(config, partial(load_vocabulary, config))
     return EngineCore(build_scheduler(config, executor), executor)
+
+
+def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:
+    """The tokenizer as llguidance reads it, an LLTokenizer. ValueError where the model has none."""
+    tokenizer, end_token_ids = build_tokenizer(config)
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer: a grammar has no text to limit")
+    return make_vocabulary(tokenizer, vocab_size, end_token_ids)
 
 
 def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:

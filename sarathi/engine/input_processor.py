@@ -7,16 +7,20 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, lru_cache
 from typing import Any
 
 from sarathi.containers import is_integer, is_list
 from sarathi.engine.tokenizer.chat_template import Conversation, check_template_names
 from sarathi.engine.tokenizer.tokenizer import Tokenizer, UnencodableTextError
+from sarathi.engine.tokenizer.vocabulary import make_vocabulary
 from sarathi.messages import NewRequest
 from sarathi.sampling_params import SamplingParams
+from sarathi.structured_outputs import StructuredOutputsParams, check_grammar
 from sarathi.wording import short_repr
 
 Prompt = str | Sequence[int]
+_KEPT_GRAMMARS = 256
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring seeds and indices never meet
 
 
@@ -29,6 +33,7 @@ class InputProcessor:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: frozenset[int]) -> None:
         self._tokenizer, self._end_token_ids = tokenizer, end_token_ids
         self._vocab_size = vocab_size
+        self._grammars = _GrammarCheck(tokenizer, vocab_size, end_token_ids)
         self._check_ids("eos_token_id", end_token_ids)
 
     def process(self, request_id: str, prompt: Prompt, params: SamplingParams) -> list[NewRequest]:
@@ -49,6 +54,8 @@ class InputProcessor:
         """The parameters, checked against the model; bad words are token ids then."""
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}: this model has no tokenizer, use stop_token_ids")
+        if params.structured_outputs is not None:
+            self._grammars.check(params.structured_outputs)
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self._vocab_size:
                 raise ValueError(f"{name} is {getattr(params, name)}: the vocabulary has {self._vocab_size} tokens")
@@ -93,6 +100,27 @@ class InputProcessor:
                 raise ValueError(
                     f"{field} holds token id {short_repr(token_id)}: it must be from 0 to {self._vocab_size - 1}"
                 )
+
+
+class _GrammarCheck:
+    """Whether the model can follow a limit of its output; what it was asked last is remembered."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, end_token_ids
+        self.check = lru_cache(_KEPT_GRAMMARS)(self._check)
+        self._vocabulary = cache(self._make_vocabulary)
+
+    def _check(self, limit: StructuredOutputsParams) -> None:
+        """ValueError where it cannot. Special tokens can be named by a grammar alone, so that others need no
+        vocabulary, which takes a second to make."""
+        for missing, name in ((self._tokenizer is None, "tokenizer"), (not self._end_token_ids, "end token")):
+            if missing:
+                raise ValueError(f"structured_outputs is given, but this model has no {name}")
+        check_grammar(limit, None if limit.grammar is None else self._vocabulary())
+
+    def _make_vocabulary(self) -> Any:
+        assert self._tokenizer is not None
+        return make_vocabulary(self._tokenizer, self._vocab_size, self._end_token_ids)
 
 
 def encode_chat(

@@ -3,28 +3,32 @@
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.base import Executor
 from sarathi.executor.uniproc import UniprocExecutor
+from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 
 
 class MissingPackageError(ValueError):
     """An executor needs a package that is not installed; the message names it."""
 
 
-def create_executor(config: EngineConfig) -> Executor:
-    """parallel.executor; "auto" is a process for each rank where there are several. ValueErrors name the setting."""
+def create_executor(config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> Executor:
+    """parallel.executor; "auto" is a process for each rank where there are several. ValueErrors name the setting.
+
+    make_vocabulary: for grammars; a function that pickle can send.
+    """
     parallel = config.parallel
     num_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     if parallel.executor == "ray":
-        return _create_ray_executor(config)
+        return _create_ray_executor(config, make_vocabulary)
     if parallel.executor == "uniproc" or (parallel.executor == "auto" and num_ranks == 1):
-        return UniprocExecutor(config)
+        return UniprocExecutor(config, make_vocabulary)
     from sarathi.executor.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
 
-    return MultiprocExecutor(config)
+    return MultiprocExecutor(config, make_vocabulary)
 
 
-def _create_ray_executor(config: EngineConfig) -> Executor:
+def _create_ray_executor(config: EngineConfig, make_vocabulary: MakeVocabulary) -> Executor:
     try:
         from sarathi.executor.ray.executor import RayExecutor
     except ImportError as error:
         raise MissingPackageError(f"executor=ray: {error}; pip install 'sarathi-vattention[ray]'") from error
-    return RayExecutor(config)
+    return RayExecutor(config, make_vocabulary)

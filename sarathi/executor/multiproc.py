@@ -24,6 +24,7 @@ from sarathi.executor.ranks.board import Board
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
 from sarathi.executor.uniproc import UnsupportedParallelismError
+from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 from sarathi.worker.device import DeviceUnavailableError, choose_device
 
 _HOST = "127.0.0.1"
@@ -114,7 +115,7 @@ def _receive(pipe: Any) -> Reply | None:
 class MultiprocExecutor(RanksExecutor):
     """tensor_parallel_size ranks on this machine. Raises ValueErrors that name the setting which cannot work."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         check_parallelism(config)
         size, device = config.parallel.tensor_parallel_size, _device_of_ranks(config)
         self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
@@ -123,7 +124,10 @@ class MultiprocExecutor(RanksExecutor):
         store = (_HOST, self._store.port)
         super().__init__(
             _ProcessTransport(
-                [RankSetup(config, rank, size, devices[rank], num_threads, store) for rank in range(size)]
+                [
+                    RankSetup(config, rank, size, devices[rank], num_threads, store, make_vocabulary)
+                    for rank in range(size)
+                ]
             )
         )
 

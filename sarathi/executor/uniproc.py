@@ -12,6 +12,7 @@ from sarathi.executor.steps import Steps
 from sarathi.messages import MemoryStats, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.parallel.ranks import OneRank
+from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 from sarathi.worker.worker import Worker
 
 
@@ -72,14 +73,14 @@ class _ClosedWorker:
 class UniprocExecutor(Executor):
     """One worker in this process. Raises ValueErrors that name the setting which cannot work."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         parallel = config.parallel
         if parallel.tensor_parallel_size * parallel.pipeline_parallel_size != 1:
             raise UnsupportedParallelismError(
                 f"tensor_parallel_size={parallel.tensor_parallel_size} and "
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
-        worker = Worker(config, OneRank())
+        worker = Worker(config, OneRank(), make_vocabulary)
         self._worker: Worker | _ClosedWorker = worker
         self._steps = Steps(worker)
         self._thaw = weakref.finalize(self, _FROZEN.leave)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
+from sarathi.model_executor.sampling.plan import SamplingPlan, TokenMasks, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker.cuda_graphs import DecodeGraph, DecodeGraphs, Limits, ladder
@@ -102,6 +102,8 @@ class CudaModelRunner(ModelRunner):
         """For as many samples as a step can have: compiles kernels, and takes the memory before the cache does."""
         drawn = Sequence(token_array([0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
         plan = plan_sampling([drawn.next_token(1)] * self._max_num_seqs, self.model.vocab_size)
+        bits = torch.full((self._max_num_seqs, -(-self.model.vocab_size // 32)), -1, dtype=torch.int32)
+        plan = replace(plan, masks=TokenMasks(torch.arange(len(bits)), lambda: to_device(bits, self._device)))
         logits = self.model.head.weight.new_zeros((self._max_num_seqs, self.model.vocab_size))
         sample(logits, to_device(plan, self._device), self.model.ops)
 
@@ -109,7 +111,8 @@ class CudaModelRunner(ModelRunner):
     def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> LaunchedStep:
         """Start a step, whose memory is mapped. Returns before the device is done.
 
-        Waits for the step before it only where sampling reads tokens on the host (bad words, logits processors).
+        Waits for the step before it only where sampling reads tokens on the host: first, for bad words and logits
+        processors; once the model is launched, for grammars, whose masks are computed while it runs.
         """
         began_s, chunks = time.perf_counter(), out.chunks
         self._wait_for_host_tokens(chunks, sequences)
@@ -128,8 +131,11 @@ class CudaModelRunner(ModelRunner):
         torch.cuda.synchronize(self._device)
 
     def _wait_for_host_tokens(self, chunks: Many[Chunk], sequences: SequenceTable) -> None:
-        is_needed = any(sequences[chunk.request_id].params.needs_host_tokens for chunk in chunks if chunk.samples)
-        if is_needed and self._newest is not None:
+        if any(sequences[chunk.request_id].params.needs_host_tokens for chunk in chunks if chunk.samples):
+            self._wait_for_tokens()
+
+    def _wait_for_tokens(self) -> None:
+        if self._newest is not None:
             self._newest.result()
 
     def _plan_sampling(self, chunks: Many[Chunk], slots: Many[int], sequences: SequenceTable) -> SamplingPlan | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -25,7 +26,7 @@ from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sampling.logprobs import read_logprobs, read_prompt_logprobs
-from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling
+from sarathi.model_executor.sampling.plan import SamplingPlan, TokenMasks, plan_sampling
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.worker.sequences import SequenceTable, token_array
 from sarathi.worker.transfer import to_device
@@ -88,7 +89,23 @@ class ModelRunner:
         ]
         spans = [sequences[chunk.request_id].prompt_span(chunk) for chunk in chunks]
         asked = [span for span in spans if span is not None]
-        return to_device(plan_sampling(tokens, self.model.vocab_size, asked), self._device)
+        plan = plan_sampling(tokens, self.model.vocab_size, asked)
+        return to_device(replace(plan, masks=self._token_masks(chunks, sequences)), self._device)
+
+    def _token_masks(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> TokenMasks | None:
+        sampled = [sequences[chunk.request_id] for chunk in chunks if chunk.samples]
+        limited = {row: sequence for row, sequence in enumerate(sampled) if sequence.grammar is not None}
+        if not limited:
+            return None
+
+        def bits() -> Tensor:
+            self._wait_for_tokens()
+            return to_device(sequences.token_masks(limited.values()), self._device)
+
+        return TokenMasks(torch.tensor(list(limited)), bits)
+
+    def _wait_for_tokens(self) -> None:
+        """Return when the tokens of all steps before the one that is being launched are in the sequences."""
 
     def _sample(self, logits: Tensor, plan: SamplingPlan | None) -> Sampled:
         """logits: [S, vocab_size], then those of the plan's prompt tokens."""

@@ -7,8 +7,11 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from sarathi.messages import NOT_FINITE, Chunk, NewRequest, SampledToken
 from sarathi.model_executor.ops.types import placeholder_token
+from sarathi.model_executor.sampling.grammar import GrammarCompiler, GrammarMatcher
 from sarathi.model_executor.sampling.logprobs import PromptSpan
 from sarathi.model_executor.sampling.plan import NextToken, counts_all, counts_output
 from sarathi.sampling_params import SamplingParams
@@ -34,6 +37,11 @@ class Sequence:
     eos_token_ids: frozenset[int]
     seed: int
     is_finite: bool = True  # no logits of it were NaN or infinite
+    grammar: GrammarMatcher | None = None
+
+    @property
+    def output_token_ids(self) -> array[int]:
+        return self.token_ids[self.num_prompt_tokens :]
 
     def tokens(self, first: int, end: int, slot: int = 0) -> array[int]:
         """Tokens [first, end), with a placeholder of `slot` for the last one where the host does not know it yet."""
@@ -82,9 +90,11 @@ class Sequence:
 class SequenceTable:
     """The sequence of every request from its first step until it is dropped."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, grammars: GrammarCompiler | None = None) -> None:
+        """grammars: of the model's vocabulary; None: without one, for which no request may have a grammar."""
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(seed)
+        self._grammars = grammars or GrammarCompiler(0)
 
     def __getitem__(self, request_id: str) -> Sequence:
         return self._sequences[request_id]
@@ -98,7 +108,10 @@ class SequenceTable:
             params = new.sampling_params
             seed = self._seeds.getrandbits(64) if params.seed is None else _scrambled(params.seed)
             tokens = token_array(new.token_ids)
-            self._sequences[new.request_id] = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
+            sequence = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
+            if params.structured_outputs is not None:
+                sequence.grammar = self._grammars.start(params.structured_outputs)
+            self._sequences[new.request_id] = sequence
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Remove requests; unknown ids are ignored."""
@@ -111,6 +124,15 @@ class SequenceTable:
             sequence = self._sequences[token.request_id]
             sequence.token_ids.append(max(token.token_id, 0))
             sequence.is_finite &= token.token_id != NOT_FINITE
+
+    def token_masks(self, limited: Iterable[Sequence]) -> Tensor:
+        """What their grammars allow next, see `GrammarCompiler.masks`; the host knows all tokens so far."""
+        matchers = []
+        for sequence in limited:
+            assert sequence.grammar is not None
+            sequence.grammar.advance(sequence.output_token_ids)
+            matchers.append(sequence.grammar)
+        return self._grammars.masks(matchers)
 
     def not_finite(self, request_ids: Iterable[str]) -> list[str]:
         """Those of the requests whose keys and values may be NaN."""

@@ -12,6 +12,7 @@ from sarathi.model_executor.ops import create_ops
 from sarathi.model_executor.parallel.layers import split_over_ranks
 from sarathi.model_executor.parallel.ranks import Ranks
 from sarathi.model_executor.parallel.sharding import TensorShare
+from sarathi.model_executor.sampling.grammar import GrammarCompiler, MakeVocabulary, no_vocabulary
 from sarathi.worker.cache_engine.base import KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
@@ -34,7 +35,8 @@ class Worker:
     checkpoint, missing kernel, too little memory.
     """
 
-    def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
+    def __init__(self, config: EngineConfig, ranks: Ranks, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
+        """make_vocabulary: called for the first request with a grammar."""
         self._rank = ranks.rank
         checkpoint = open_checkpoint(config.model)
         share = TensorShare(checkpoint.architecture, ranks.rank, ranks.size)
@@ -62,7 +64,7 @@ class Worker:
         self.model = self._runner.model
         warm_up(self._runner, self._cache, config, spec)
         self._cache.resize(ranks.least(final_budget_bytes(config.cache, place.device, budget)))
-        self._sequences = SequenceTable(config.model.seed)
+        self._sequences = SequenceTable(config.model.seed, GrammarCompiler(self.vocab_size, make_vocabulary))
 
     @property
     def capacity(self) -> CacheCapacity:

@@ -106,6 +106,17 @@ def test_argmax_of_logits_that_are_not_finite(ops: TritonOps, dtype: torch.dtype
     assert torch.equal(last_tokens[slots.long()], found.clamp(min=0))
 
 
+def test_masks_of_some_rows(ops: TritonOps, dtype: torch.dtype) -> None:
+    rows, vocab = random.choice((1, 5, 64)), random.choice((49152, 128256, 151936, 151665))
+    logits = torch.randn(rows, vocab, device=CUDA)
+    chosen = torch.randperm(rows, device=CUDA)[: random.randint(1, rows)]
+    bits = torch.randint(-(2**31), 2**31, (len(chosen), -(-vocab // 32)), dtype=torch.int32, device=CUDA)
+    expected = logits.clone()
+    NATIVE.mask_tokens(expected, chosen, bits)
+    ops.mask_tokens(logits, chosen, bits)
+    assert torch.equal(logits, expected) and logits.isinf().any()
+
+
 def test_draws(ops: TritonOps, dtype: torch.dtype) -> None:
     rows, vocab = random.choice((1, 5, 300)), random.choice((1000, 49152, 128256, 151936))
     logits = torch.randn(rows, vocab, device=CUDA).to(dtype).float() * random.choice((0.1, 3.0))

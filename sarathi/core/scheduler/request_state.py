@@ -10,7 +10,10 @@ from sarathi.core.block_space_manager.base import BlockSpaceManager
 from sarathi.messages import NOT_FINITE, Chunk, NewRequest, RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request
 
-_NOT_FINITE_MESSAGE = "the model's logits are not finite (NaN or infinite): weights or dtype do not fit this input"
+_NOT_FINITE_MESSAGE = (
+    "no token can be drawn: the model's logits are not finite (NaN or infinite), as weights or dtype do not fit this "
+    "input; or grammar, bad_words and allowed_token_ids together allow no token"
+)
 _new = tuple.__new__  # of a named tuple, in half the time of its class: a step has hundreds
 
 

@@ -4,13 +4,14 @@ from typing import Any, NamedTuple, Protocol
 
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity
+from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 
 
 class RankSetup(NamedTuple):
     """What a rank is built from.
 
     device: this rank's, as torch names it in the rank's process. store: host and port of the TCPStore where ranks find
-    each other.
+    each other. make_vocabulary: for grammars.
     """
 
     config: EngineConfig
@@ -19,6 +20,7 @@ class RankSetup(NamedTuple):
     device: str
     num_threads: int
     store: tuple[str, int]
+    make_vocabulary: MakeVocabulary = no_vocabulary
 
 
 class RankFacts(NamedTuple):

@@ -24,7 +24,7 @@ class RankService:
 
     def __init__(self, setup: RankSetup, agree: Agree) -> None:
         config, ranks = _connect(setup)
-        self._rank, self._worker = setup.rank, Worker(config, ranks)
+        self._rank, self._worker = setup.rank, Worker(config, ranks, setup.make_vocabulary)
         self._steps = Steps(self._worker, agree)
         self._futures: dict[int, StepFuture] = {}
         gc.collect()

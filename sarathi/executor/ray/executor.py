@@ -27,6 +27,7 @@ from sarathi.executor.ranks.group import RankError
 from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
 from sarathi.executor.ray.channel import Hub, HubAddresses, Link, Votes
 from sarathi.executor.ray.placement import device_of_ranks, reserve
+from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 
 _GET_INTERFACE_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
@@ -129,7 +130,7 @@ class RayExecutor(RanksExecutor):
     Raises ValueErrors that name the setting which cannot work.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         check_parallelism(config)
         if not ray.is_initialized():
             ray.init(logging_level=logging.WARNING)
@@ -138,7 +139,7 @@ class RayExecutor(RanksExecutor):
         self._store = TCPStore(transport.host, 0, is_master=True, wait_for_workers=False)
         store = (transport.host, self._store.port)
         name = "cuda:0" if device == "cuda" else device  # the one GPU that Ray shows the actor
-        transport.start(lambda rank: RankSetup(config, rank, size, name, 1, store))
+        transport.start(lambda rank: RankSetup(config, rank, size, name, 1, store, make_vocabulary))
         super().__init__(transport)
 
 

@@ -113,6 +113,16 @@ class NativeOps:
         last_tokens[slots.long()] = tokens.clamp(min=0)
         return tokens
 
+    def mask_tokens(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        """-inf, in place, for the tokens of some rows whose bit is not set.
+
+        logits: [num_samples, vocab_size] float32; rows: [A] int64; bits: [A, ceil(vocab_size / 32)] int32, bit i of
+        word w for token 32 * w + i.
+        """
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        is_allowed = (bits.unsqueeze(2) >> shifts & 1).flatten(1)[:, : logits.shape[1]].bool()
+        logits[rows] = logits[rows].masked_fill_(~is_allowed, float("-inf"))
+
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """One token per sample by inverting ``softmax(logits)``: the first whose cumulative probability > `uniform`.
 

@@ -61,6 +61,18 @@ class Allowed:
     tokens: Occurrences
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """`chosen` [A] are the rows that a grammar limits.
+
+    bits: their masks, [A, ceil(vocab_size / 32)] int32 on the device of the logits: bit i of word w is set where token
+    32 * w + i may be chosen. Called when the model has been launched: it waits for the tokens of the step before.
+    """
+
+    chosen: Tensor
+    bits: Callable[[], Tensor]
+
+
 class Processing(NamedTuple):
     """Functions of one request that change its row of logits."""
 
@@ -118,6 +130,7 @@ class SamplingPlan:
     draws: Draws | None
     logprobs: Logprobs | None
     prompt: PromptRows | None = None
+    masks: TokenMasks | None = None
 
 
 def plan_sampling(rows: Sequence[NextToken], vocab_size: int, prompt_spans: Sequence[PromptSpan] = ()) -> SamplingPlan:

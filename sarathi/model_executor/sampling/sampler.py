@@ -1,8 +1,8 @@
 """From logits to tokens, for all rows of a step at once.
 
-Nothing here waits for the device, but for logits processors: no value is read, no shape depends on one, and no numbers
-come from the host. Order: logits processors, allowed tokens, bias and bad words, penalties, then as in transformers
-temperature, top-k, top-p, min-p. Logprobs are of the logits given.
+Nothing here waits for the device, but for logits processors and grammars: no value is read, no shape depends on one,
+and no numbers come from the host. Order: logits processors, allowed tokens, grammars, bias and bad words, penalties,
+then as in transformers temperature, top-k, top-p, min-p. Logprobs are of the logits given.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sarathi.model_executor.sampling.plan import (
     Penalties,
     Processing,
     SamplingPlan,
+    TokenMasks,
 )
 from sarathi.wording import short_repr
 
@@ -54,15 +55,16 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
     if not len(logits):
         return Sampled(torch.empty(0, dtype=torch.int64, device=logits.device))
     processed = logits
-    if plan.processing or plan.allowed or plan.additions or plan.penalties:
+    if plan.processing or plan.allowed or plan.masks or plan.additions or plan.penalties:
         processed = logits.to(torch.float32, copy=True)
         for each in plan.processing:
             _process(processed[each.row], each)
         _allow(processed, plan.allowed)
+        _mask(processed, plan.masks, kernels)
         _add(processed, plan.additions)
         _penalise(processed, plan.penalties)
     token_ids = kernels.argmax(processed)
-    if plan.allowed:  # which hides NaN and infinity of the other tokens
+    if plan.allowed or plan.masks:  # which hide NaN and infinity of the other tokens
         token_ids.masked_fill_(kernels.argmax(logits) < 0, -1)
     if plan.draws is not None:
         chosen = plan.draws.chosen
@@ -106,6 +108,11 @@ def _allow(logits: Tensor, allowed: Allowed | None) -> None:
         kept = torch.zeros_like(rows, dtype=torch.bool)
         kept.view(-1).index_fill_(0, _places(rows, allowed.tokens), True)
         logits[allowed.chosen] = rows.masked_fill(~kept, float("-inf"))
+
+
+def _mask(logits: Tensor, masks: TokenMasks | None, kernels: Ops) -> None:
+    if masks is not None:
+        kernels.mask_tokens(logits, masks.chosen, masks.bits())
 
 
 def _add(logits: Tensor, additions: Additions | None) -> None:

@@ -4,6 +4,7 @@ Steps that overlap must give what steps one after the other give, although their
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llguidance import LLTokenizer, TokenizerWrapper
 
 from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
@@ -20,6 +22,7 @@ from sarathi.model_executor.attention.metadata import DeviceStep, make_step, slo
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops.native import NativeOps, apply_rope
 from sarathi.model_executor.placement import Placement
+from sarathi.model_executor.sampling.grammar import GrammarCompiler
 from sarathi.sampling_params import SamplingParams
 from sarathi.worker import cuda_runner
 from sarathi.worker.cuda_graphs import DecodeGraph, Limits
@@ -161,7 +164,7 @@ def run(
     runner = CudaModelRunner(model, LoopBackend(), cache, layers, Limits(8, LENGTH, 0))
     if graphs:
         runner.capture()
-    sequences = SequenceTable(0)
+    sequences = SequenceTable(0, GrammarCompiler(VOCAB_SIZE, letters))
     sequences.add(requests)
     flights, results = [], []
     for chunks in steps({each.request_id: list(each.token_ids) for each in requests}, 9):
@@ -191,6 +194,63 @@ def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: Decoder, gr
         for span, other in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
             check_equal(span.tokens, other.tokens)
     check_prompts(requests, found)
+
+
+LETTERS, LAST = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuv", 49  # token ids 0 to 47, and the end
+PATTERN = "([A-M][a-k]){3}[0a-v]?"
+
+
+class Letters:
+    """A tokenizer of one token a letter, as llguidance wants it."""
+
+    eos_token_id, bos_token_id, special_token_ids = LAST, None, [48, LAST]
+    tokens = [text.encode() for text in (*LETTERS, "<a>", "<end>")]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [LETTERS.index(letter) for letter in text.decode()]
+
+
+def letters(vocab_size: int) -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(Letters()))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("attempt", range(4))
+def test_grammars_hold_and_overlapped_steps_give_the_same(model: Decoder, graphs: bool, attempt: int) -> None:
+    """Some requests of a batch have one; after the end token any number of end tokens may follow."""
+    rng = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    limited = [
+        SamplingParams(temperature=0.0, structured_outputs={"regex": PATTERN}),
+        SamplingParams(temperature=1.5, seed=3, repetition_penalty=1.3, structured_outputs={"regex": PATTERN}),
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.9, logprobs=2, structured_outputs={"regex": PATTERN}),
+    ]
+    params = rng.sample([*limited, *(params_of(rng) for _ in range(2))], 5)
+    requests = [NewRequest(f"r{i}", tuple(rng.choices(range(48), k=rng.randint(1, 12))), params[i]) for i in range(5)]
+    slots = rng.sample(range(SLOTS), 5)
+    expected = run(model, requests, overlap=False, graphs=False, slots=slots)
+    found = run(model, requests, overlap=True, graphs=graphs, slots=slots)
+    for ours, theirs in zip(found, expected, strict=True):
+        check_equal(ours.tokens, theirs.tokens)
+    for request in requests:
+        if request.sampling_params in limited:
+            own = [token for step in found for token in step.tokens if token.request_id == request.request_id]
+            text = "".join(LETTERS[token.token_id] if token.token_id < 48 else "$" for token in own)
+            assert re.fullmatch(PATTERN + r"\$*", text) or (len(text) < 7 and "$" not in text), text
+
+
+def test_a_grammar_that_fails_ends_its_request_alone(model: Decoder) -> None:
+    requests = [
+        NewRequest("good", (1, 2), SamplingParams(temperature=0.0, structured_outputs={"regex": PATTERN})),
+        NewRequest("bad", (1, 2), SamplingParams(temperature=0.0, structured_outputs={"grammar": "start: <|none|>"})),
+        NewRequest("free", (1, 2), SamplingParams(temperature=0.0)),
+    ]
+    alone = run(model, [requests[0], requests[2]], overlap=True, graphs=True, slots=[0, 2])
+    found = run(model, requests, overlap=True, graphs=True, slots=[0, 1, 2])
+    tokens = {name: [t for step in found for t in step.tokens if t.request_id == name] for name in ("good", "bad")}
+    assert {token.token_id for token in tokens["bad"]} == {-1}
+    first = [token for step in alone for token in step.tokens if token.request_id == "good"]
+    assert [t.token_id for t in tokens["good"]][: len(first)] == [t.token_id for t in first][: len(tokens["good"])]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -129,6 +129,21 @@ def test_argmax_of_logits_that_are_not_finite_is_the_native_one(dtype: torch.dty
     assert last_tokens.tolist() == expected.tolist() and min(last_tokens.tolist()) >= 0
 
 
+def test_masks_of_some_rows_are_the_native_ones() -> None:
+    rows, vocab = random.randint(1, 6), random.choice((31, 32, 4096, 9001))
+    logits = torch.randn(rows, vocab)
+    chosen = torch.randperm(rows)[: random.randint(0, rows)]
+    bits = torch.randint(-(2**31), 2**31, (len(chosen), -(-vocab // 32)), dtype=torch.int32)
+    found, expected = logits.clone(), logits.clone()
+    sampling.mask_tokens(found, chosen, bits)
+    for row, words in zip(chosen.tolist(), bits.tolist(), strict=True):
+        barred = [token for token in range(vocab) if not words[token // 32] >> token % 32 & 1]
+        expected[row, barred] = float("-inf")
+    assert torch.equal(found, expected)
+    NATIVE.mask_tokens(logits, chosen, bits)
+    assert torch.equal(logits, expected)
+
+
 def test_argmax_takes_the_first_of_equals() -> None:
     logits = torch.zeros(2, 9000)
     logits[0, [8500, 300, 4100]] = 5.0

@@ -41,5 +41,6 @@ class TritonOps(LinearKernels):
 
     argmax = staticmethod(sampling.argmax)
     argmax_into = staticmethod(sampling.argmax_into)
+    mask_tokens = staticmethod(sampling.mask_tokens)
     draw = staticmethod(sampling.draw)
     top_p_threshold = staticmethod(sampling.top_p_threshold)

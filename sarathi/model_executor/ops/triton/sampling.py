@@ -1,4 +1,4 @@
-"""Argmax, draws and top-p over a vocabulary. Nothing waits for the device."""
+"""Argmax, masks, draws and top-p over a vocabulary. Nothing waits for the device."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import Any, NamedTuple
@@ -25,6 +25,15 @@ def argmax(logits: Tensor) -> Tensor:
 def argmax_into(logits: Tensor, slots: Tensor, last_tokens: Tensor) -> Tensor:
     """See ``NativeOps.argmax_into``. logits: last stride 1; slots, last_tokens: contiguous."""
     return _argmax(logits, _Into(slots, last_tokens))
+
+
+def mask_tokens(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """See ``NativeOps.mask_tokens``. logits: last stride 1; rows, bits: contiguous."""
+    vocab_size = logits.shape[1]
+    if len(rows):
+        _mask_kernel[(triton.cdiv(vocab_size, _BLOCK), len(rows))](
+            *(logits, rows, bits, logits.stride(0), bits.shape[1]), VOCAB_SIZE=vocab_size, BLOCK=_BLOCK, num_warps=8
+        )
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -104,6 +113,17 @@ def _row_kernel(
     tl.store(tokens_ptr + row, token)
     if INTO:
         tl.store(last_tokens_ptr + tl.load(slots_ptr + row), tl.maximum(token, 0))
+
+
+@triton.jit
+def _mask_kernel(logits_ptr, rows_ptr, bits_ptr, stride_row, words, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < VOCAB_SIZE
+    word = tl.load(bits_ptr + index * words + tokens // 32, mask=inside, other=-1)
+    is_barred = ((word >> (tokens % 32)) & 1) == 0
+    row_ptr = logits_ptr + tl.load(rows_ptr + index) * stride_row
+    tl.store(row_ptr + tokens, float("-inf"), mask=inside & is_barred)
 
 
 @triton.jit
