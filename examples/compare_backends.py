@@ -17,7 +17,9 @@ from sarathi.metrics.tables import cdf, distributions
 
 # Knobs of a run, as on the command line; sarathi/benchmark/config/default.yml lists them all.
 KNOBS = {
+    "load_format": "auto",
     "num_requests": 12,
+    "length_provider": "uniform",
     "interval_provider": "poisson",
     "poisson_request_interval_generator.qps": 8,
     "uniform_request_length_generator.min_tokens": 40,

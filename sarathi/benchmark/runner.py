@@ -76,7 +76,7 @@ class BenchmarkRunner:
             self.warm_up(specs)
         numbered = [NumberedSpec(number, spec) for number, spec in enumerate(specs)]
         share = numbered[self._replica :: self._config.cluster.num_replicas]
-        limit_s = math.inf if self._config.time_limit is None else self._config.time_limit
+        limit_s = self._config.time_limit or math.inf
         with ExitStack() as stack:
             listeners = self._listeners(stack, len(share), profile_folder)
             loop = ServingLoop(

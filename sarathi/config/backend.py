@@ -23,6 +23,11 @@ KERNELS = ("sdpa", "fa", "fa2", "fa3", "fa4", "fi", "no_op")
 MEMORIES = ("vattn", "paged")
 _FLAGS = ("megacache", "sync")
 _KNOWN_WORDS = (*KERNELS, *MEMORIES, *_FLAGS)
+_NOT_SUPPORTED = {
+    "pod": "POD-Attention's kernel of prefill and decode together; fa_vattn computes a mixed step in one call",
+    "streams": "prefill and decode on two CUDA streams; fa_vattn computes a mixed step in one call",
+    "unpaged": "a cache that is copied together in each step; fi_vattn gives FlashInfer contiguous memory",
+}
 _NO_CHOICES = (False, False, None, None)
 _SIZE_WORD = re.compile(r"(\d+)([a-z]*)")
 _MOST_PAGE_BYTES, _MOST_BLOCK_TOKENS = 2**40, 2**31 - 1
@@ -139,6 +144,8 @@ def _read_word(name: str, word: str) -> tuple[str, object]:
         return word, True
     if size := _SIZE_WORD.fullmatch(word):
         return "size", _read_size(name, word, unit=size[2])
+    if word in _NOT_SUPPORTED:
+        raise BackendNameError(f"backend {name!r}: {word!r} is not supported: it is {_NOT_SUPPORTED[word]}")
     raise BackendNameError(
         f"backend {name!r}: {word!r} is unknown; the nearest known word is {nearest(word, _KNOWN_WORDS)!r}. "
         f"A name is a kernel ({', '.join(KERNELS)}), a memory ({', '.join(MEMORIES)}), "

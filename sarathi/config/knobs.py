@@ -19,7 +19,8 @@ from sarathi.wording import short_repr
 
 _METADATA_KEY = "knob"
 _WORDS_FOR_NONE = ("none", "null", "")
-_WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_TRUE_WORDS, _FALSE_WORDS = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
+_WORDS_FOR_BOOL = {**dict.fromkeys(_TRUE_WORDS, True), **dict.fromkeys(_FALSE_WORDS, False)}
 
 
 class ConfigError(ValueError):

@@ -111,6 +111,7 @@ class SchedulerConfig(Section):
     max_num_partial_prefills: int = knob(
         4, "prompts that may be in progress at the same time, at most", low=1, high=_INT32_MAX
     )
+    rolling_prefills: bool = knob(True, "several prompts may share a step of a chunked scheduler; false: one a step")
     max_batched_tokens: int | None = knob(
         None, "tokens of a step where prompts go whole (vllm, orca, faster_transformer); a longer prompt goes alone; "
         "none: the model's limit", low=1, high=_INT32_MAX,

@@ -29,6 +29,7 @@ SMALL = [
         "--show_progress=false",
         "--time_limit=120",
     ),
+    "--length_provider=uniform",
     *(f"{LENGTHS}.min_tokens=30", f"{LENGTHS}.max_tokens=90", f"{LENGTHS}.prefill_to_decode_ratio=6"),
     "--metrics_store.write_plots=false",
 ]

@@ -5,6 +5,7 @@ Every knob that says something of the engine is passed on or refused; none is dr
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from sarathi.config.knobs import ConfigError, sections_of
 from sarathi.config.load import load_config
 from sarathi.config.schema import EngineConfig
 from sarathi.config.units import parse_bytes
+
+_LEAST_PAGE_BYTES = 1024  # of virtual memory; a smaller block_size counts tokens, as the original's default of 128
+logger = logging.getLogger(__name__)
 
 
 def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineConfig:
@@ -57,6 +61,9 @@ def sized_backend(name: str, block_size: str | None) -> str:
         raise ConfigError(
             f"model.block_size is {block_size!r}, but {name!r} gives a size already: leave one of them out"
         )
+    if not spec.is_paged and parse_bytes(block_size) < _LEAST_PAGE_BYTES:
+        logger.warning("model.block_size %s has no effect: %r has no blocks of tokens", block_size, name)
+        return name
     word = block_size if spec.is_paged else f"{parse_bytes(block_size)}b"
     return str(BackendSpec.parse(f"{name}_{word}"))
 
@@ -81,6 +88,7 @@ def _sarathi_settings(config: BenchmarkConfig) -> dict[str, object]:
         "scheduler.chunk_size": knobs.chunk_size,
         "scheduler.max_chunk_per_request": knobs.max_chunk_per_request,
         "scheduler.max_num_partial_prefills": knobs.max_num_partial_prefills,
+        "scheduler.rolling_prefills": knobs.enable_rolling_prefills,
     }
     if not knobs.enable_dynamic_chunking_schedule and knobs.target_step_time is None:
         return settings

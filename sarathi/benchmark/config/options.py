@@ -8,20 +8,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.config.selection import without_effect
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import find_knob, load_config
 
 CONFIG_FLAG = "config"
+logger = logging.getLogger(__name__)
 
 
 def parse_options(words: Sequence[str]) -> BenchmarkConfig:
-    """The configuration that `--config FILE` and overrides give. ConfigError names an unknown knob and the nearest."""
+    """The configuration that `--config FILE` and overrides give. ConfigError names an unknown knob and the nearest.
+
+    A knob on the command line that the selected providers do not read is told as a warning.
+    """
     settings = read_settings(words)
     path = settings.pop(CONFIG_FLAG, None)
-    return load_config(BenchmarkConfig, path, settings)
+    config = load_config(BenchmarkConfig, path, settings)
+    for sentence in without_effect(config, canonical(settings)):
+        logger.warning("%s", sentence)
+    return config
 
 
 def read_settings(words: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ LENGTH_PROVIDERS = ("fixed", "uniform", "zipf", "trace")
 INTERVAL_PROVIDERS = ("static", "poisson", "gamma", "trace")
 # Limits that a machine can hold: prompts are lists of ids, requests objects, replicas processes.
 _TOKENS, _REQUESTS, _REPLICAS, _STEPS = 2**24, 2**22, 256, 2**31 - 1
+_SARATHI_SERVE_BACKENDS = {"flash_attention": "fa_paged"}  # its only backend, as its default.yml names it
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -39,8 +40,8 @@ class BenchmarkModelConfig(Section):
         None, "longest prompt plus output, in tokens; none: the model's own limit", low=2, high=_TOKENS
     )
     load_format: str = knob(
-        AUTO,
-        "how weights are stored; dummy: random ones, for speed alone",
+        "dummy",
+        "how weights are stored; dummy: random ones, for speed alone; auto: the model's own",
         choices=(AUTO, "safetensors", "gguf", "dummy"),
     )
     attention_backend: str = knob(AUTO, "kernel x memory, as fa_vattn_megacache_sync_2mb or sdpa_paged_16")
@@ -55,7 +56,8 @@ class BenchmarkModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "attention_backend", str(BackendSpec.parse(self.attention_backend)))
+        name = _SARATHI_SERVE_BACKENDS.get(self.attention_backend.lower(), self.attention_backend)
+        object.__setattr__(self, "attention_backend", str(BackendSpec.parse(name)))
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class RequestGeneratorConfig(Section):
 class SyntheticRequestGeneratorConfig(Section):
     """Requests made of lengths and intervals."""
 
-    length_provider: str = knob("uniform", "where lengths come from", choices=LENGTH_PROVIDERS)
+    length_provider: str = knob("trace", "where lengths come from", choices=LENGTH_PROVIDERS)
     interval_provider: str = knob(
         "static", "when requests arrive; static: all at once, at time zero", choices=INTERVAL_PROVIDERS
     )
-    num_requests: int = knob(64, "how many", low=1, high=_REQUESTS)
+    num_requests: int | None = knob(
+        None, "how many; a longer replay is cut to them; none: 64, or a whole replay", low=1, high=_REQUESTS
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,17 @@ class TraceRequestLengthGeneratorConfig(Section):
     max_tokens: int = knob(
         32768, "a longer request is cut to fit, prompt and output in proportion", low=2, high=_TOKENS
     )
-    min_tokens: int = knob(0, "requests with prompts of no more tokens are left out", low=0, high=_TOKENS)
+    min_tokens: int | None = knob(
+        None, "requests with prompts of no more tokens are left out; none: 8192 where max_tokens is 32768 or more, as "
+        "in vAttention's benchmark, else 0, as in Sarathi-Serve's", low=0, high=_TOKENS,
+    )  # fmt: skip
+
+    @property
+    def least_tokens(self) -> int:
+        """min_tokens as a number."""
+        if self.min_tokens is not None:
+            return self.min_tokens
+        return 8192 if self.max_tokens >= 32768 else 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,7 @@ class SarathiSchedulerConfig(Section):
     """Where provider is sarathi."""
 
     chunk_size: int = knob(512, "token budget of a step", low=1, high=_TOKENS)
+    enable_rolling_prefills: bool = knob(True, "several prompts may share a step; false: one a step")
     enable_dynamic_chunking_schedule: bool = knob(False, "large chunks first, smaller ones as a prompt grows")
     low_chunk_size: int = knob(128, "dynamic, learned: fewest tokens of a step", low=1, high=_TOKENS)
     high_chunk_size: int = knob(2048, "dynamic, learned: most tokens of a step", low=1, high=_TOKENS)
@@ -263,7 +278,9 @@ class BenchmarkConfig(Section):
     gpu_memory_utilization: float = knob(
         0.9, "share of the GPU's memory for weights, activations and cache together", low=0.01, high=1.0
     )
-    time_limit: float | None = knob(1800.0, "seconds after which the run ends with what it has; none: no limit", low=0)
+    time_limit: float | None = knob(
+        10281800.0, "seconds after which the run ends with what it has; 0 or none: no limit", low=0
+    )
     num_warmup_requests: int = knob(
         1, "requests served before time zero, like the first ones of the run", low=0, high=_REQUESTS
     )

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
-from sarathi.benchmark.workload.datasets import CountTokens, read_length_csv, read_mooncake, read_sharegpt
+from sarathi.benchmark.workload.formats.csv_traces import has_times, read_length_csv, read_timed_csv
+from sarathi.benchmark.workload.formats.json_lines import read_json_lines
+from sarathi.benchmark.workload.formats.texts import CountTokens, read_sharegpt
 from sarathi.benchmark.workload.intervals import gamma_arrivals
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.benchmark.workload.spec import RequestSpec
@@ -82,7 +84,9 @@ def _specs(args: argparse.Namespace, vocabulary: Vocabulary | None) -> list[Requ
 def _read(args: argparse.Namespace, path: Path, vocabulary: Vocabulary | None) -> Iterable[RequestSpec]:
     if args.dataset_name == "sharegpt":
         return _chats(args, path, vocabulary.count if vocabulary else _estimate)
-    return read_mooncake(path) if args.dataset_name == "mooncake" else read_length_csv(path)
+    if args.dataset_name == "mooncake":
+        return read_json_lines(path)
+    return read_timed_csv(path) if has_times(path) else read_length_csv(path)
 
 
 def _chats(args: argparse.Namespace, path: Path, count_tokens: CountTokens) -> Iterator[RequestSpec]:

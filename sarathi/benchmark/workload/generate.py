@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from sarathi.benchmark.config.schema import BenchmarkConfig, TraceRequestGeneratorConfig
-from sarathi.benchmark.workload.datasets import CountTokens, read_arrivals
+from sarathi.benchmark.workload.datasets import read_arrivals
+from sarathi.benchmark.workload.formats.texts import CountTokens
 from sarathi.benchmark.workload.intervals import make_arrivals
 from sarathi.benchmark.workload.lengths import make_lengths
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.config.knobs import ConfigError, knobs_of
 
 LENGTHS, ARRIVALS = range(2)
+DEFAULT_REQUESTS = 64  # of a synthetic workload
+logger = logging.getLogger(__name__)
 
 
 def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None = None) -> list[RequestSpec]:
@@ -23,9 +28,10 @@ def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None 
     Lengths and arrivals are drawn from streams of their own: another rate leaves the lengths as they are.
     """
     _check_finite(config)
-    if config.request_generator.provider == "trace":
-        return replay(config.trace_request_generator)
     count = config.synthetic_request_generator.num_requests
+    if config.request_generator.provider == "trace":
+        return replay(config.trace_request_generator, count)
+    count = count or DEFAULT_REQUESTS
     specs = make_lengths(config, count, np.random.default_rng([config.seed, LENGTHS]), count_tokens)
     arrivals = make_arrivals(config, count, np.random.default_rng([config.seed, ARRIVALS]))
     return [replace(spec, arrived_at_s=float(at_s)) for spec, at_s in zip(specs, arrivals, strict=True)]
@@ -40,14 +46,28 @@ def _check_finite(config: BenchmarkConfig) -> None:
             raise ConfigError(f"{each.path} is {value}: it must be finite")
 
 
-def replay(config: TraceRequestGeneratorConfig) -> list[RequestSpec]:
-    """A file's requests at its own times, scaled; one that is too long loses prompt tokens."""
+def replay(config: TraceRequestGeneratorConfig, count: int | None = None) -> list[RequestSpec]:
+    """A file's requests at its own times, scaled; one that is too long loses prompt tokens.
+
+    count: only the first of them. What is cut is told as a warning.
+    """
     if config.trace_file is None:
         raise ValueError("trace_request_generator.trace_file is none: replay needs a file")
     found = sorted(read_arrivals(config.trace_file, config.date), key=lambda spec: spec.arrived_at_s)
     if not found:
         raise ValueError(f"trace_request_generator.trace_file is {config.trace_file!r}: it holds no request")
-    return [_scale(spec, config, found[0].arrived_at_s) for spec in found]
+    if count is not None and count < len(found):
+        logger.warning("num_requests cuts the replay to the first %d of %d requests", count, len(found))
+    taken = found[:count]
+    _tell_cut(taken, config)
+    return [_scale(spec, config, found[0].arrived_at_s) for spec in taken]
+
+
+def _tell_cut(specs: Sequence[RequestSpec], config: TraceRequestGeneratorConfig) -> None:
+    factors = config.prefill_scale_factor, config.decode_scale_factor
+    totals = [int(spec.num_prefill_tokens * factors[0]) + int(spec.num_decode_tokens * factors[1]) for spec in specs]
+    if num_cut := sum(total > config.max_tokens for total in totals):
+        logger.warning("prompts of %d of %d requests are cut to max_tokens %d", num_cut, len(specs), config.max_tokens)
 
 
 def _scale(spec: RequestSpec, config: TraceRequestGeneratorConfig, origin_s: float) -> RequestSpec:

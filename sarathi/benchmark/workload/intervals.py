@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import math
-import re
-from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from sarathi.benchmark.config.schema import BenchmarkConfig, TraceRequestIntervalGeneratorConfig
+from sarathi.benchmark.workload.formats.csv_traces import read_rows
+from sarathi.benchmark.workload.formats.files import make_all
+from sarathi.benchmark.workload.formats.times import seconds_of
 
 Seconds = npt.NDArray[np.float64]
 
@@ -44,8 +42,8 @@ def trace_arrivals(config: TraceRequestIntervalGeneratorConfig, count: int) -> S
     if config.trace_file is None:
         raise ValueError("trace_request_interval_generator.trace_file is none: a trace of intervals needs a file")
     times = sorted(_read_times(Path(config.trace_file)))
-    low = -np.inf if config.start_time is None else _seconds(config.start_time)
-    high = np.inf if config.end_time is None else _seconds(config.end_time)
+    low = -np.inf if config.start_time is None else seconds_of(config.start_time)
+    high = np.inf if config.end_time is None else seconds_of(config.end_time)
     inside = np.array([at_s for at_s in times if low < at_s < high][:count])
     if len(inside) < count:
         raise ValueError(
@@ -56,22 +54,7 @@ def trace_arrivals(config: TraceRequestIntervalGeneratorConfig, count: int) -> S
 
 
 def _read_times(path: Path) -> list[float]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if "arrival_time" not in (rows.fieldnames or ()):
-            raise ValueError(f"{str(path)!r} has the columns {rows.fieldnames}: arrival_time must be one of them")
-        return [_seconds(row["arrival_time"]) for row in rows]
-
-
-def _seconds(text: str) -> float:
-    """Seconds written as a number, or a date with a time as seconds since 1970; without a zone it is UTC's."""
-    for read in (float, _seconds_of_date):
-        with suppress(TypeError, ValueError):
-            if math.isfinite(seconds := read(text)):
-                return seconds
-    raise ValueError(f"{text!r} is no time: write seconds, or as 2024-05-01 12:00:00")
-
-
-def _seconds_of_date(text: str) -> float:
-    at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))  # Python 3.10 takes no more than microseconds
-    return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp()
+    rows = read_rows(path)
+    if rows and "arrival_time" not in rows[0]:
+        raise ValueError(f"{str(path)!r} has the columns {', '.join(rows[0])}: arrival_time must be one of them")
+    return make_all(path, rows, lambda row: seconds_of(row["arrival_time"]))

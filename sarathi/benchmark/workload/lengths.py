@@ -5,6 +5,8 @@ Each provider takes its section, a count and a generator of random numbers, and 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,11 +19,13 @@ from sarathi.benchmark.config.schema import (
     UniformRequestLengthGeneratorConfig,
     ZipfRequestLengthGeneratorConfig,
 )
-from sarathi.benchmark.workload.datasets import CountTokens, read_lengths
+from sarathi.benchmark.workload.datasets import read_lengths
+from sarathi.benchmark.workload.formats.texts import CountTokens
 from sarathi.benchmark.workload.shapes import SHAPES, TraceShape
 from sarathi.benchmark.workload.spec import RequestSpec
 
 MOST_DRAWN_FOR_ONE = 1024  # requests of a shape for one that is kept
+logger = logging.getLogger(__name__)
 
 
 def make_lengths(
@@ -33,7 +37,11 @@ def make_lengths(
     """
     provider = config.synthetic_request_generator.length_provider
     if provider == "trace":
-        return trace_lengths(config.trace_request_length_generator, count, rng, count_tokens)
+        section = config.trace_request_length_generator
+        shape = SHAPES.get(section.trace_file.lower())
+        if shape is not None:
+            return shape_lengths(shape, section, count, rng)
+        return file_lengths(section, count, config.seed, count_tokens)
     if provider == "uniform":
         return uniform_lengths(config.uniform_request_length_generator, count, rng)
     if provider == "zipf":
@@ -66,27 +74,44 @@ def zipf_lengths(config: ZipfRequestLengthGeneratorConfig, count: int, rng: np.r
     return [_split(int(total), config.prefill_to_decode_ratio) for total in drawn]
 
 
-def trace_lengths(
-    config: TraceRequestLengthGeneratorConfig,
-    count: int,
-    rng: np.random.Generator,
-    count_tokens: CountTokens | None = None,
+def file_lengths(
+    config: TraceRequestLengthGeneratorConfig, count: int, seed: int, count_tokens: CountTokens | None = None
 ) -> list[RequestSpec]:
-    """Lengths of a file, shuffled, or of a shipped shape; scaled, cut to max_tokens, without those below min_tokens.
+    """Lengths of a file, scaled, cut to max_tokens, without those below min_tokens, in the original's order.
 
-    ValueError where fewer requests than `count` are left.
+    That is the order of pandas' `sample(frac=1, random_state=seed)`. Where more requests are asked for than there are,
+    they begin again; ValueError where there is none.
     """
-    shape = SHAPES.get(config.trace_file.lower())
-    if shape is None:
-        kept = _kept(read_lengths(config.trace_file, count_tokens), config)
-    else:
-        kept = _draw(shape, config, count, rng)
+    found = read_lengths(config.trace_file, count_tokens, seed)
+    _tell_cut(found, config)
+    kept = _kept(found, config)
+    if not kept:
+        raise ValueError(_too_few(config, len(found), 0, count))
+    if len(kept) < len(found):
+        few = "%d of %d requests have prompts of no more than min_tokens, %d, and are left out"
+        logger.warning(few, len(found) - len(kept), len(found), config.least_tokens)
     if len(kept) < count:
-        raise ValueError(
-            f"trace_request_length_generator: {config.trace_file!r} has {len(kept)} requests of more than "
-            f"{config.min_tokens} prompt tokens, and {count} are asked for"
-        )
+        logger.warning("%r has %d requests: the %d asked for repeat them", config.trace_file, len(kept), count)
+    order = np.random.RandomState(seed % 2**32).permutation(len(kept))
+    return [kept[order[number % len(kept)]] for number in range(count)]
+
+
+def shape_lengths(
+    shape: TraceShape, config: TraceRequestLengthGeneratorConfig, count: int, rng: np.random.Generator
+) -> list[RequestSpec]:
+    """Lengths of a shipped shape, scaled, cut and kept as those of a file. ValueError where hardly any is kept."""
+    kept = _draw(shape, config, count, rng)
+    if len(kept) < count:
+        raise ValueError(_too_few(config, None, len(kept), count))
     return [kept[index] for index in rng.permutation(len(kept))[:count]]
+
+
+def _too_few(config: TraceRequestLengthGeneratorConfig, found: int | None, kept: int, count: int) -> str:
+    of_all = "" if found is None else f" of {found}"
+    return (
+        f"trace_request_length_generator: {config.trace_file!r} has {kept}{of_all} requests of more than min_tokens, "
+        f"{config.least_tokens} prompt tokens, and {count} are asked for"
+    )
 
 
 def _draw(
@@ -107,22 +132,44 @@ def _draw(
 
 def _kept(found: Sequence[RequestSpec], config: TraceRequestLengthGeneratorConfig) -> list[RequestSpec]:
     scaled = [_scale(spec, config) for spec in found]
-    return [spec for spec in scaled if spec.num_prefill_tokens > config.min_tokens]
+    return [spec for spec in scaled if spec.num_prefill_tokens > config.least_tokens]
+
+
+def _tell_cut(found: Sequence[RequestSpec], config: TraceRequestLengthGeneratorConfig) -> None:
+    num_cut = sum(spec.text is None and sum(_scaled(spec, config)) > config.max_tokens for spec in found)
+    if num_cut:
+        logger.warning("%d of %d requests are cut to max_tokens %d", num_cut, len(found), config.max_tokens)
 
 
 def _scale(spec: RequestSpec, config: TraceRequestLengthGeneratorConfig) -> RequestSpec:
     """A text stays whole: only lengths that stand for themselves can be scaled and cut."""
-    prompt = int(spec.num_prefill_tokens * config.prefill_scale_factor)
-    output = int(spec.num_decode_tokens * config.decode_scale_factor)
+    prompt, output = _scaled(spec, config)
     if spec.text is not None and prompt != spec.num_prefill_tokens:
         raise ValueError(
             f"prefill_scale_factor is {config.prefill_scale_factor}: prompts of text can only be taken whole"
         )
-    excess = max(prompt + output - config.max_tokens, 0)
-    if excess and spec.text is None:
-        prompt = max(prompt - -(-excess * prompt // (prompt + output)), 1)
-        output = config.max_tokens - prompt
+    if spec.text is None:
+        prompt, output = cut_to_fit(prompt, output, config.max_tokens)
     return replace(spec, num_prefill_tokens=max(prompt, 1), num_decode_tokens=max(output, 1))
+
+
+def _scaled(spec: RequestSpec, config: TraceRequestLengthGeneratorConfig) -> tuple[int, int]:
+    prompt, output = spec.num_prefill_tokens, spec.num_decode_tokens
+    return int(prompt * config.prefill_scale_factor), int(output * config.decode_scale_factor)
+
+
+def cut_to_fit(prompt: int, output: int, limit: int) -> tuple[int, int]:
+    """Lengths of at most `limit` tokens together, cut in proportion, both at least 1.
+
+    Each part of the excess is rounded up, and computed in floats as the original does, so that lengths are the same;
+    the sum may be one below the limit, never above it.
+    """
+    total = prompt + output
+    excess = max(total - limit, 0)
+    if not excess:
+        return prompt, output
+    kept = max(prompt - math.ceil(excess * (prompt / total)), 1), max(output - math.ceil(excess * (output / total)), 1)
+    return (kept[0], min(kept[1], limit - kept[0])) if kept[0] < limit else (limit - 1, 1)
 
 
 def _split(total: int, ratio: float) -> RequestSpec:

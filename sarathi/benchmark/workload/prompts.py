@@ -8,7 +8,6 @@ import numpy as np
 
 from sarathi.benchmark.workload.spec import RequestSpec
 
-BLOCK_TOKENS = 512
 PROMPT_STREAM, BLOCK_STREAM = 2, 3
 
 
@@ -25,11 +24,9 @@ class PromptMaker:
         """As many ids as the request has prompt tokens."""
         if spec.text is not None and self._encode is not None:
             return self._encode(spec.text)
-        shared = [token for block_id in spec.block_ids for token in self._block(block_id)][: spec.num_prefill_tokens]
+        blocks = (self._draw(spec.block_tokens, BLOCK_STREAM, block_id) for block_id in spec.block_ids)
+        shared = [token for block in blocks for token in block][: spec.num_prefill_tokens]
         return shared + self._draw(spec.num_prefill_tokens - len(shared), PROMPT_STREAM, number)
-
-    def _block(self, block_id: int) -> list[int]:
-        return self._draw(BLOCK_TOKENS, BLOCK_STREAM, block_id)
 
     def _draw(self, count: int, stream: int, number: int) -> list[int]:
         rng = np.random.default_rng([self._seed, stream, number])

@@ -10,7 +10,7 @@ class RequestSpec:
     """What arrives when.
 
     arrived_at_s: seconds after the first request. text: the prompt, where the workload has it as text.
-    block_ids: names of the prompt's blocks, 512 tokens each; prompts that begin with the same names begin alike.
+    block_ids: names of the prompt's blocks, block_tokens each; prompts that begin with the same names begin alike.
     """
 
     arrived_at_s: float
@@ -18,6 +18,7 @@ class RequestSpec:
     num_decode_tokens: int
     text: str | None = None
     block_ids: tuple[int, ...] = ()
+    block_tokens: int = 512
 
     def __post_init__(self) -> None:
         if self.num_prefill_tokens < 1 or self.num_decode_tokens < 1:

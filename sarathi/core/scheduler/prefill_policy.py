@@ -42,6 +42,8 @@ class FullPrefill(PrefillPolicy):
 class ChunkedPrefill(PrefillPolicy):
     """What the step's token budget leaves, up to the limit for one request. The budget is the same for every step.
 
+    Without rolling_prefills a step has chunks of one prompt only.
+
     If the budget has fallen below the number of running requests, each still gets one token, so all decodes and the
     oldest prompt make progress.
     """
@@ -50,12 +52,15 @@ class ChunkedPrefill(PrefillPolicy):
         """max_budget: upper bound of every budget, tokens."""
         self.max_running = self._max_budget = max_budget
         self._max_per_request = config.max_chunk_per_request
+        self._rolling = config.rolling_prefills
 
     def budget(self, num_computed: int) -> int:
         """Token budget of a step that continues a prompt of which num_computed tokens are computed."""
         return self._max_budget
 
     def chunk_length(self, request: Request, step: Step, num_running: int) -> int:
+        if step.num_prompt_tokens and not self._rolling:
+            return 0
         budget = max(self.budget(request.num_computed_tokens), num_running)
         remaining = request.num_remaining_tokens
         return max(0, min(remaining, budget - step.num_tokens, self._max_per_request or remaining))

@@ -220,6 +220,7 @@ def test_tables_read_what_a_run_was_from_its_configuration_not_from_its_folder(t
     settings = {
         "model.name": "yi",
         "attention_backend": "FA_VATTN_SYNC",
+        "length_provider": "uniform",
         "uniform_request_length_generator.max_tokens": 5000,
     }
     write_result(tmp_path / "model_llama_attn_fi", settings, request_e2e_time={"max": 12.0})

@@ -8,10 +8,11 @@ import pytest
 
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.workload import RequestSpec, generate_requests
-from sarathi.benchmark.workload.prompts import BLOCK_TOKENS, PromptMaker
+from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.benchmark.workload.shapes import SHAPES
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
+KEEP_ALL = "--trace_request_length_generator.min_tokens=0"
 WORKLOADS = {
     "fixed": ["--length_provider", "fixed"],
     "uniform": ["--length_provider", "uniform", "--interval_provider", "poisson"],
@@ -22,7 +23,8 @@ WORKLOADS = {
 
 def workload(*words: object, count: int = 200, seed: int = SEED) -> list[RequestSpec]:
     print(f"seed {seed}")
-    return generate_requests(parse_options([*map(str, words), "--num_requests", str(count), "--seed", str(seed)]))
+    words = (KEEP_ALL, *words, "--num_requests", count, "--seed", seed)
+    return generate_requests(parse_options([str(word) for word in words]))
 
 
 def prompts_of(specs: list[RequestSpec]) -> np.ndarray:
@@ -82,7 +84,7 @@ def test_as_many_of_a_shape_are_drawn_as_it_takes_to_keep_those_asked_for() -> N
         assert len(specs) == count and prompts_of(specs).min() > low
         assert specs == workload(*words, low, count=count) != workload(*words, low, count=count, seed=SEED + 1)
     assert np.quantile(prompts_of(workload(*words, 7958, count=2000)), 0.8) == pytest.approx(18490, rel=0.05)
-    with pytest.raises(ValueError, match="'arxiv' has 0 requests of more than 40000 prompt tokens, and 5"):
+    with pytest.raises(ValueError, match="'arxiv' has 0 requests of more than min_tokens, 40000 prompt tokens, and 5"):
         workload(*words, 40_000, count=5)
 
 
@@ -92,7 +94,7 @@ def test_as_many_of_a_shape_are_drawn_as_it_takes_to_keep_those_asked_for() -> N
 def test_long_requests_are_cut_in_proportion(seed: int) -> None:
     words = ["--length_provider", "trace", "--trace_request_length_generator.max_tokens"]
     free, cut = workload(*words, 32768, seed=seed), workload(*words, 6000, seed=seed)
-    assert max(spec.num_tokens for spec in cut) == 6000 and min(spec.num_tokens for spec in cut) < 5990
+    assert max(spec.num_tokens for spec in cut) in (5999, 6000) and min(spec.num_tokens for spec in cut) < 5990
     for whole, part in zip(free, cut, strict=True):
         kept = min(1, 6000 / whole.num_tokens)
         assert abs(part.num_prefill_tokens - kept * whole.num_prefill_tokens) <= 1
@@ -165,8 +167,10 @@ def test_lengths_of_a_csv_file(tmp_path: Path) -> None:
     assert sorted([spec.num_prefill_tokens, spec.num_decode_tokens] for spec in workload(*words, count=30)) == sorted(
         pairs
     )
-    with pytest.raises(ValueError, match="30 requests of more than 0 prompt tokens, and 31 are asked for"):
-        workload(*words, count=31)
+    more = workload(*words, count=65)
+    assert more[30:60] == more[:30] and more[60:] == more[:5], "more requests than rows begin again"
+    with pytest.raises(ValueError, match="has 0 of 30 requests of more than min_tokens, 5000 prompt tokens"):
+        workload(*words, "--trace_request_length_generator.min_tokens=5000")
 
 
 def test_replay_of_mooncake_keeps_times_and_shared_beginnings(tmp_path: Path) -> None:
@@ -192,8 +196,8 @@ def test_replay_of_mooncake_keeps_times_and_shared_beginnings(tmp_path: Path) ->
     ]
     first, second = (PromptMaker(SEED, 1000).token_ids(spec, number) for number, spec in enumerate(specs))
     assert (len(first), len(second)) == (1300, 1200)
-    assert first[: 2 * BLOCK_TOKENS] == second[: 2 * BLOCK_TOKENS]
-    assert first[2 * BLOCK_TOKENS : 1200] != second[2 * BLOCK_TOKENS :]
+    assert first[: 2 * 512] == second[: 2 * 512]
+    assert first[2 * 512 : 1200] != second[2 * 512 :]
 
 
 def test_replay_of_both_csv_forms(tmp_path: Path) -> None:
@@ -218,14 +222,8 @@ def test_sharegpt_counts_tokens_by_the_tokenizer(tmp_path: Path) -> None:
     content = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in turns]
     path = tmp_path / "sharegpt.json"
     path.write_text(json.dumps(content))
-    words = [
-        "--length_provider",
-        "trace",
-        "--trace_request_length_generator.trace_file",
-        str(path),
-        "--num_requests",
-        "1",
-    ]
+    words = [KEEP_ALL, "--length_provider=trace", f"--trace_request_length_generator.trace_file={path}"]
+    words += ["--num_requests=1"]
     config = parse_options(words)
     (spec,) = generate_requests(config, lambda text: len(text.split()))
     assert (spec.text, spec.num_prefill_tokens, spec.num_decode_tokens) == ("a b c d e", 5, 4)

@@ -1,0 +1,65 @@
+"""Text of a trace file, gzip or not, with or without a byte order mark; errors name the file and the row."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+Row = TypeVar("Row")
+Made = TypeVar("Made")
+_GZIP_MAGIC = b"\x1f\x8b"
+_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_text(path: Path) -> str:
+    """The whole file as UTF-8. ValueError names the line of the first byte that is not, or says what is wrong."""
+    data = _read_bytes(path)
+    if data.startswith(_UTF_16_MARKS):
+        raise ValueError(f"{str(path)!r} is UTF-16: it must be UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{str(path)!r}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def format_of(path: Path) -> str:
+    """The ending that says how a file is written, with that of gzip left out: .csv of a.csv.gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def make_all(path: Path, rows: Iterable[Row], make: Callable[[Row], Made]) -> list[Made]:
+    """What is made of each row; ValueError names the first row of which nothing can be made."""
+    return [_make(path, number, row, make) for number, row in enumerate(rows, 1)]
+
+
+def positive(name: str, value: object) -> int:
+    """A count of tokens of at least 1; a number with a fraction of zero counts as whole."""
+    number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    if number is None or number != round(number) or number < 1:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1")
+    return round(number)
+
+
+def _read_bytes(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not data.startswith(_GZIP_MAGIC):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{str(path)!r} cannot be unpacked as gzip: {error}") from None
+
+
+def _make(path: Path, number: int, row: Row, make: Callable[[Row], Made]) -> Made:
+    try:
+        return make(row)
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{str(path)!r}, row {number}, {row!r:.200}: {told}") from None
