@@ -20,7 +20,7 @@ class OverloadedError(RuntimeError):
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """What may wait at the same time; None: any number."""
+    """What may wait at the same time; None: any number. Each of a prompt's n completions is a request."""
 
     max_requests: int | None = None
     max_prompt_tokens: int | None = None
@@ -30,44 +30,52 @@ UNLIMITED = QueueLimits()
 
 
 class Admission:
-    """The requests that have not begun, with their prompt tokens."""
+    """The requests that have not begun, with their prompt tokens. One that waits alone may exceed both limits."""
 
     def __init__(self, limits: QueueLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
-        self._prompt_tokens: dict[str, int] = {}
+        self._waiting: dict[str, _Waiting] = {}
+        self._num_requests = 0
         self._num_tokens = 0
         self._starts_s: deque[float] = deque(maxlen=_RATE_WINDOW)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._prompt_tokens)
+        """Completions that have not begun."""
+        return self._num_requests
 
-    def enter(self, request_id: str) -> None:
-        """A request arrives, its length not known yet. OverloadedError where too many wait."""
+    def enter(self, request_id: str, n: int = 1) -> None:
+        """A prompt for n completions arrives, its length not known yet. OverloadedError where too many wait."""
         most = self._limits.max_requests
-        if most is not None and self.num_waiting >= most:
-            raise self._overloaded(f"{self.num_waiting} requests are waiting: the limit is {most}")
-        self._prompt_tokens[request_id] = 0
+        if most is not None and self._num_requests and self._num_requests + n > most:
+            raise self._overloaded(f"{self._num_requests} requests are waiting: the limit is {most}")
+        self._waiting[request_id] = _Waiting(n)
+        self._num_requests += n
 
     def set_length(self, request_id: str, num_tokens: int) -> None:
-        """OverloadedError where the prompts that wait would have too many tokens; a prompt alone may be longer."""
-        most, total = self._limits.max_prompt_tokens, self._num_tokens + num_tokens
-        if most is not None and self._num_tokens and total > most:
-            raise self._overloaded(f"{total} prompt tokens would be waiting: the limit is {most}")
-        self._prompt_tokens[request_id] = num_tokens
-        self._num_tokens = total
+        """OverloadedError where the prompts that wait would have too many tokens."""
+        waiting, most = self._waiting[request_id], self._limits.max_prompt_tokens
+        num_tokens *= waiting.n
+        if most is not None and self._num_tokens and self._num_tokens + num_tokens > most:
+            message = f"{self._num_tokens + num_tokens} prompt tokens would be waiting: the limit is {most}"
+            raise self._overloaded(message)
+        waiting.num_tokens = num_tokens
+        self._num_tokens += num_tokens
 
     def start(self, request_id: str) -> None:
         """A request is computed for the first time, or for the first time again."""
-        if self.leave(request_id):
-            self._starts_s.append(self._clock())
+        waiting = self.leave(request_id)
+        if waiting is not None:
+            self._starts_s.extend([self._clock()] * waiting.n)
 
-    def leave(self, request_id: str) -> bool:
-        """A request waits no more, for whatever reason; False where it did not wait."""
-        num_tokens = self._prompt_tokens.pop(request_id, None)
-        self._num_tokens -= num_tokens or 0
-        return num_tokens is not None
+    def leave(self, request_id: str) -> "_Waiting | None":
+        """A request waits no more, for whatever reason; None where it did not wait."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is not None:
+            self._num_requests -= waiting.n
+            self._num_tokens -= waiting.num_tokens
+        return waiting
 
     def _overloaded(self, message: str) -> OverloadedError:
         return OverloadedError(message, self._retry_after_s())
@@ -77,3 +85,11 @@ class Admission:
         elapsed_s = self._clock() - self._starts_s[0] if self._starts_s else math.inf
         expected_s = self.num_waiting * elapsed_s / max(len(self._starts_s), 1)
         return _MAX_RETRY_S if expected_s > _MAX_RETRY_S else max(1, math.ceil(expected_s))
+
+
+@dataclass
+class _Waiting:
+    """n: completions of the prompt. num_tokens: of its prompt, for each of them."""
+
+    n: int
+    num_tokens: int = 0

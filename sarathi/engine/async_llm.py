@@ -63,6 +63,7 @@ class AsyncLLM:
         self._admission = Admission(limits)
         self._mailboxes: dict[str, _Mailbox] = {}
         self._ids = map(str, itertools.count())
+        self._core_ids = itertools.count()
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._refusal: str | None = None
         self._died = asyncio.Event()
@@ -82,7 +83,7 @@ class AsyncLLM:
         try:
             return cls(core, tokenizer, end_token_ids, limits, observe)
         except BaseException:
-            core.kill()
+            await core.close()
             raise
 
     @property
@@ -148,7 +149,7 @@ class AsyncLLM:
         self.refuse_requests("the engine is shut down")
         self._fail_all(EngineUnavailableError("the engine was shut down before the request had ended"))
         deadline_s = time.monotonic() + _FAREWELL_S
-        while self._mailboxes and time.monotonic() < deadline_s:
+        while any(each.is_awaited for each in self._mailboxes.values()) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.01)  # their generators run
         await self._core.close()
         self._threads.shutdown(wait=False)
@@ -158,9 +159,10 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput | None, None]:
         """None once the request is queued, then its outputs. The one place where a request that has not ended is ended
         for its caller, whatever is the reason."""
-        mailbox = self._enter(request_id)
+        params = params or SamplingParams()
+        mailbox = self._enter(request_id, params.n)
         try:
-            await self._add(request_id, prompt, params or SamplingParams())
+            await self._add(request_id, prompt, params)
             yield None
             while True:
                 output = await mailbox.take()
@@ -170,19 +172,21 @@ class AsyncLLM:
         finally:
             self._leave(request_id)
 
-    def _enter(self, request_id: str) -> "_Mailbox":
+    def _enter(self, request_id: str, n: int) -> "_Mailbox":
         if self._core.error is not None:
             raise self._core.error
         if self._refusal is not None:
             raise EngineUnavailableError(self._refusal)
         if request_id in self._mailboxes:
             raise ValueError(f"request id {request_id!r} belongs to a request that has not ended")
-        self._admission.enter(request_id)
+        self._admission.enter(request_id, n)
         return self._mailboxes.setdefault(request_id, _Mailbox())
 
     async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        """The core gets an id that no other request ever has: it may still compute one that its caller has left."""
         arrived_at_s = time.monotonic()
-        requests = await self.in_thread(self._inputs.process, request_id, prompt, params)
+        core_id = f"{request_id}.{next(self._core_ids)}"
+        requests = await self.in_thread(self._inputs.process, core_id, prompt, params)
         self._check_length(requests[0])
         self._admission.set_length(request_id, len(requests[0].token_ids))
         if self._core.error is not None:
@@ -206,6 +210,10 @@ class AsyncLLM:
     def _end(self, state: RequestState, reason: str) -> None:
         self._observe(self._outputs.end(state, reason))
 
+    def _fail(self, completion_ids: Sequence[str], error: Exception) -> None:
+        for state in filter(None, map(self._outputs.find, completion_ids)):
+            self._mailboxes[state.request_id].fail(error)
+
     def _fail_all(self, error: Exception) -> None:
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
@@ -213,8 +221,8 @@ class AsyncLLM:
     # What the core tells, on the event loop.
 
     def on_outputs(self, output: CoreOutput) -> None:
-        for request_id in output.first_scheduled:
-            self._admission.start(request_id)
+        for state in filter(None, map(self._outputs.find, output.first_scheduled)):
+            self._admission.start(state.request_id)
         outputs, stops = self._outputs.process(output)
         for request_id, stop in stops:
             self._core.finish([request_id], "stop", stop)
@@ -223,11 +231,10 @@ class AsyncLLM:
             self._mailboxes[each.request_id].put(each)
 
     def on_refused(self, request_ids: Sequence[str], message: str) -> None:
-        if request_ids[0] in self._mailboxes:
-            self._mailboxes[request_ids[0]].fail(ValueError(message))
+        self._fail(request_ids, ValueError(message))
 
-    def on_step_failed(self, message: str) -> None:
-        self._fail_all(StepFailedError(f"a step failed, and the request with it: {message}"))
+    def on_step_failed(self, request_ids: Sequence[str], message: str) -> None:
+        self._fail(request_ids, StepFailedError(f"a step failed, and the request with it: {message}"))
 
     def on_death(self, error: CoreDiedError) -> None:
         self._fail_all(error)
@@ -241,6 +248,7 @@ class _Mailbox:
         self._output: RequestOutput | None = None
         self._error: Exception | None = None
         self._is_filled = asyncio.Event()
+        self.is_awaited = False  # not where the caller does something else between two outputs
 
     def put(self, output: RequestOutput) -> None:
         self._output = output if self._output is None else _merged(self._output, output)
@@ -251,7 +259,11 @@ class _Mailbox:
         self._is_filled.set()
 
     async def take(self) -> RequestOutput:
-        await self._is_filled.wait()
+        self.is_awaited = True
+        try:
+            await self._is_filled.wait()
+        finally:
+            self.is_awaited = False
         output, self._output = self._output, None
         if self._error is not None and not (output and output.finished):
             raise self._error

@@ -134,6 +134,11 @@ class OutputProcessor:
             self._metrics.on_request_arrived(completion.request_id, len(state.prompt_token_ids), arrived_at_s)
         return state
 
+    def find(self, completion_id: str) -> RequestState | None:
+        """The request that a completion belongs to; None where it has ended."""
+        completion = self._completions.get(completion_id)
+        return None if completion is None else completion.state
+
     def process(self, message: CoreOutput) -> tuple[list[RequestOutput], list[StopFound]]:
         """Outputs of the requests that got a token or ended, and the stop strings found.
 

@@ -56,6 +56,11 @@ class Scheduler(ABC):
         return bool(self._states or self._running.finished_ids or self._running.finishing)
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Requests that have not ended."""
+        return tuple(self._states)
+
+    @property
     def num_running(self) -> int:
         return len(self._running.running)
 

@@ -5,10 +5,12 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +22,10 @@ from sarathi.engine.core_process.process import COMMANDS, REPORTS, MakeCore
 from sarathi.messages import CoreOutput, EngineFacts, NewRequest
 
 logger = logging.getLogger(__name__)
+_CLOSED = "the core process was asked to end"
 _RUN = "from sarathi.engine.core_process.process import main; main()"
 _EXIT_S = 10.0  # for a core to end after it was asked to
+_START_SILENCE_S = 60.0  # without a sign of life while libraries are loaded, which may stop all threads of a process
 
 
 class CoreStartError(RuntimeError):
@@ -40,8 +44,8 @@ class CoreListener(Protocol):
     def on_refused(self, request_ids: Sequence[str], message: str) -> None:
         """These requests were not queued."""
 
-    def on_step_failed(self, message: str) -> None:
-        """Every request has ended without another update."""
+    def on_step_failed(self, request_ids: Sequence[str], message: str) -> None:
+        """These requests have ended without another update."""
 
     def on_death(self, error: CoreDiedError) -> None:
         """Called once, and not after `close`."""
@@ -86,8 +90,7 @@ class CoreProcess:
         try:
             await core._wait_until_started(pickle.dumps(make_core))
         except BaseException:
-            core.kill()
-            core._release()
+            await core._end_at_once()
             raise
         return core
 
@@ -109,9 +112,11 @@ class CoreProcess:
         self._send(wire.Finish(tuple(request_ids), reason, stop_reason))
 
     async def stats(self) -> wire.CoreStats:
-        """Queues and memory between two steps. Raises CoreDiedError."""
+        """Queues and memory between two steps. Raises CoreDiedError, also after `close`."""
         if self.error is not None:
             raise self.error
+        if self._commands.closed:
+            raise CoreDiedError(_CLOSED)
         if self._stats is None:
             self._stats = asyncio.get_running_loop().create_future()
             self._send(wire.GetStats())
@@ -121,18 +126,30 @@ class CoreProcess:
         """End the process: it is asked to, and killed where it does not obey. May be called again."""
         for task in self._tasks:
             task.cancel()
+        self._fail_stats(CoreDiedError(_CLOSED))
         self._send(wire.Shutdown())
         try:
             await asyncio.wait_for(self._process.wait(), _EXIT_S)
         except asyncio.TimeoutError:
-            self.kill()
-            await self._process.wait()
-        self._release()
+            logger.warning("the core process did not end within %g s: it is killed", _EXIT_S)
+        finally:
+            await self._end_at_once()
 
     def kill(self) -> None:
-        """End the process at once; its memory is the system's again."""
+        """End the process and its own, as the ranks, at once; their memory is the system's again."""
         if self._process.returncode is None:
+            descendants = _descendants(self._process.pid)
             self._process.kill()
+            for pid in descendants:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    async def _end_at_once(self) -> None:
+        self.kill()
+        try:
+            await self._process.wait()
+        finally:
+            self._release()
 
     async def _wait_until_started(self, make_core: bytes) -> None:
         assert self._process.stdin is not None
@@ -146,25 +163,39 @@ class CoreProcess:
         self.facts = report.facts
 
     async def _first_report(self) -> wire.Report:
+        """The first one that is no heartbeat."""
         exit_code = asyncio.create_task(self._process.wait())
-        while True:
-            message = asyncio.ensure_future(self._reports.recv())
-            await asyncio.wait({message, exit_code}, return_when=asyncio.FIRST_COMPLETED)
-            if not message.done():
-                message.cancel()
-                raise CoreStartError(f"the core process ended with exit code {exit_code.result()} while it started")
-            report = wire.decode_report(message.result())
-            if not isinstance(report, wire.Heartbeat):
-                exit_code.cancel()
-                return report
+        try:
+            while True:
+                report = await self._report_of_start(exit_code)
+                if not isinstance(report, wire.Heartbeat):
+                    return report
+        finally:
+            exit_code.cancel()
+
+    async def _report_of_start(self, exit_code: "asyncio.Task[int]") -> wire.Report:
+        message = asyncio.ensure_future(self._reports.recv())
+        try:
+            await asyncio.wait({message, exit_code}, timeout=_START_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if message.done():
+                return wire.decode_report(message.result())
+        finally:
+            message.cancel()
+        if exit_code.done():
+            raise CoreStartError(f"the core process ended with exit code {exit_code.result()} while it started")
+        raise CoreStartError(f"the core process gave no sign of life for {_START_SILENCE_S:g} s while it started")
 
     def _send(self, command: wire.Command) -> None:
         if not self._commands.closed:
             self._commands.send(wire.encode(command), zmq.NOBLOCK)
 
     async def _read(self) -> None:
-        while True:
-            self._take(wire.decode_report(await self._reports.recv()))
+        try:
+            while True:
+                self._take(wire.decode_report(await self._reports.recv()))
+        except Exception as error:
+            logger.exception("a report of the core process could not be processed")
+            self._die(f"a report of the core process could not be processed: {type(error).__name__}: {error}")
 
     def _take(self, report: wire.Report) -> None:
         self._has_beaten = True
@@ -175,10 +206,10 @@ class CoreProcess:
         elif isinstance(report, wire.Refused):
             self._listener.on_refused(report.request_ids, report.message)
         elif isinstance(report, wire.StepFailed):
-            self._listener.on_step_failed(report.message)
+            self._listener.on_step_failed(report.request_ids, report.message)
         elif isinstance(report, wire.CoreStats) and self._stats is not None:
-            self._stats.set_result(report)
-            self._stats = None
+            waiting, self._stats = self._stats, None
+            waiting.set_result(report)
 
     async def _watch_exit(self) -> None:
         self._die(f"the core process ended with exit code {await self._process.wait()}")
@@ -202,17 +233,32 @@ class CoreProcess:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        if self._stats is not None:
-            self._stats.set_exception(self.error)
+        self._fail_stats(self.error)
         self._release()
         assert self._listener is not None
         self._listener.on_death(self.error)
+
+    def _fail_stats(self, error: CoreDiedError) -> None:
+        if self._stats is not None:
+            self._stats.set_exception(error)
+            self._stats.exception()  # its callers may have gone
+            self._stats = None
 
     def _release(self) -> None:
         self._commands.close(linger=0)
         self._reports.close(linger=0)
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids of the children of a process, and of theirs."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            children = [int(child) for child in path.read_text().split()]
+            found += children + [below for child in children for below in _descendants(child)]
+    return found
 
 
 async def _spawn(folder: Path) -> Process:

@@ -83,8 +83,9 @@ class CoreLoop:
     def _recover(self, error: Exception) -> None:
         """End every request; raise the error again where no later step can succeed."""
         logger.exception("a step failed: all requests end with an error")
+        request_ids = self._core.scheduler.request_ids
         self._core.reset()
-        self._channel.send(StepFailed(f"{type(error).__name__}: {error}"))
+        self._channel.send(StepFailed(request_ids, f"{type(error).__name__}: {error}"))
         self._num_failed += 1
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise error

@@ -60,8 +60,9 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True):
-    """A step raised: every request queued before it has ended, without another update. The core takes new ones."""
+    """A step raised: these requests, all that the core had, have ended without another update. It takes new ones."""
 
+    request_ids: tuple[str, ...]
     message: str
 
 

@@ -56,3 +56,17 @@ def test_retry_after_is_a_minute_where_nothing_has_started() -> None:
     with pytest.raises(OverloadedError) as refused:
         admission.enter("b")
     assert refused.value.retry_after_s == 60
+
+
+def test_each_completion_counts() -> None:
+    admission = Admission(QueueLimits(max_requests=4, max_prompt_tokens=100))
+    admission.enter("a", n=3)
+    admission.set_length("a", 30)
+    with pytest.raises(OverloadedError, match="3 requests are waiting: the limit is 4"):
+        admission.enter("b", n=2)
+    admission.enter("c")
+    with pytest.raises(OverloadedError, match="101 prompt tokens would be waiting: the limit is 100"):
+        admission.set_length("c", 11)
+    admission.set_length("c", 10)
+    admission.start("a")
+    assert admission.num_waiting == 1

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -45,6 +46,22 @@ class SlowExecutor(FakeExecutor):
 def make_slow_core() -> EngineCore:
     core = make_engine(echo, max_num_seqs=2).core
     core.executor = SlowExecutor(echo)
+    return core
+
+
+class AheadExecutor(FakeExecutor):
+    """As on a GPU: a step is launched before the result of the last one is taken, and takes 20 ms."""
+
+    max_in_flight = 2
+
+    def launch(self, out):
+        time.sleep(0.02)
+        return super().launch(out)
+
+
+def make_core_with_steps_ahead() -> EngineCore:
+    core = make_engine(echo, max_num_seqs=8).core
+    core.executor = AheadExecutor(echo)
     return core
 
 
@@ -193,6 +210,79 @@ def test_a_failed_step_fails_its_requests_and_the_next_one_is_served() -> None:
         with pytest.raises(StepFailedError):
             await bystander
         assert (await last(llm, [1], SamplingParams(max_tokens=2))).finished
+
+    with_llm(use, make_slow_core)
+
+
+def test_a_failed_step_spares_requests_that_the_core_did_not_have() -> None:
+    async def use(llm: AsyncLLM) -> None:
+        encoding = threading.Event()
+        process = llm._inputs.process
+
+        def slow(*arguments):
+            encoding.wait(10)
+            return process(*arguments)
+
+        llm._inputs.process = slow
+        spared = asyncio.create_task(last(llm, [1], SamplingParams(max_tokens=2)))
+        await asyncio.sleep(0.05)
+        llm._inputs.process = process
+        with pytest.raises(StepFailedError):
+            await last(llm, [255], LONG)
+        encoding.set()
+        assert (await spared).finished
+
+    with_llm(use, make_slow_core)
+
+
+def test_an_id_may_be_used_again_while_the_core_still_computes_the_aborted_request() -> None:
+    async def use(llm: AsyncLLM) -> None:
+        for _ in range(5):
+            outputs = await llm.submit([1, 2], LONG, "mine")
+            await anext(outputs)
+            await outputs.aclose()
+        [*_, output] = [each async for each in llm.generate([1, 2], SamplingParams(n=2, max_tokens=3), "mine")]
+        assert output.request_id == "mine" and [each.num_tokens for each in output.outputs] == [3, 3]
+        assert [each async for each in llm.generate([1], SamplingParams(max_tokens=1), "mine#1")][-1].finished
+
+    with_llm(use, make_core_with_steps_ahead)
+
+
+def test_an_id_in_use_is_refused_and_the_first_request_goes_on() -> None:
+    async def use(llm: AsyncLLM) -> None:
+        outputs = await llm.submit([1], SamplingParams(max_tokens=5), "mine")
+        with pytest.raises(ValueError, match="'mine' belongs to a request that has not ended"):
+            await llm.submit([1], LONG, "mine")
+        assert [each async for each in outputs][-1].outputs[0].num_tokens == 5
+
+    with_llm(use, make_slow_core)
+
+
+def test_completions_count_as_requests_that_wait() -> None:
+    async def use(llm: AsyncLLM) -> None:
+        many = SamplingParams(n=4, max_tokens=20)
+        first = asyncio.create_task(last(llm, [1], many))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(last(llm, [2], many))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="4 requests are waiting: the limit is 4"):
+            await last(llm, [3], many)
+        assert (await first).finished and (await second).finished
+
+    with_llm(use, make_slow_core, QueueLimits(max_requests=4))
+
+
+def test_shutdown_does_not_wait_for_a_caller_who_does_something_else() -> None:
+    async def use(llm: AsyncLLM) -> None:
+        outputs = await llm.submit([1], LONG)
+        await anext(outputs)
+        start_s = time.monotonic()
+        await llm.shutdown()
+        assert time.monotonic() - start_s < 0.9
+        with pytest.raises(EngineUnavailableError):
+            async for _ in outputs:
+                pass
+        assert llm.num_unfinished == 0
 
     with_llm(use, make_slow_core)
 

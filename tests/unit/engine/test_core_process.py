@@ -51,6 +51,19 @@ def die() -> EngineCore:
     os._exit(7)
 
 
+def stop() -> EngineCore:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    raise AssertionError("never continued")
+
+
+def make_core_with_child(report: Path) -> EngineCore:
+    """Its child is stopped: it notices nobody's end."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    os.kill(child.pid, signal.SIGSTOP)
+    report.write_text(str(child.pid))
+    return make_core()
+
+
 # The loop.
 
 
@@ -107,7 +120,7 @@ def test_a_failed_step_ends_its_requests_and_the_loop_goes_on() -> None:
     core.executor.fail_next = RuntimeError("no luck")
     channel = ScriptedChannel([add("a")], [add("b")])
     CoreLoop(core, channel).run()
-    assert channel.reports[1] == wire.StepFailed("RuntimeError: no luck")
+    assert channel.reports[1] == wire.StepFailed(("a",), "RuntimeError: no luck")
     ended = channel.reports[-1]
     assert isinstance(ended, wire.StepOutputs) and ended.updates[0].finish_reason == "length"
 
@@ -151,7 +164,7 @@ class Listener:
     def on_refused(self, request_ids: Sequence[str], message: str) -> None:
         self.refused += request_ids
 
-    def on_step_failed(self, message: str) -> None:
+    def on_step_failed(self, request_ids: Sequence[str], message: str) -> None:
         raise AssertionError(message)
 
     def on_death(self, error: CoreDiedError) -> None:
@@ -258,6 +271,78 @@ def test_a_stopped_core_is_told_after_the_timeout_and_killed() -> None:
         assert await asyncio.wait_for(core._process.wait(), 5) == -9
 
     with_core(use, heartbeat_timeout_s=1.5)
+
+
+def test_children_of_a_stopped_core_end_with_it(tmp_path: Path) -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        child = int((tmp_path / "child").read_text())
+        assert is_alive(child)
+        os.kill(core._process.pid, signal.SIGSTOP)
+        await asyncio.wait_for(listener.death.wait(), 10)
+        deadline_s = time.monotonic() + 5
+        while is_alive(child):
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.02)
+
+    with_core(use, partial(make_core_with_child, tmp_path / "child"), heartbeat_timeout_s=1.5)
+
+
+def test_stats_fail_where_the_core_is_asked_to_end() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        os.kill(core._process.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(core.stats())
+        await asyncio.sleep(0.1)
+        closing = asyncio.create_task(core.close())
+        with pytest.raises(CoreDiedError, match="asked to end"):
+            await asyncio.wait_for(asked, 5)
+        os.kill(core._process.pid, signal.SIGCONT)
+        await closing
+        with pytest.raises(CoreDiedError, match="asked to end"):
+            await asyncio.wait_for(core.stats(), 5)
+
+    with_core(use)
+
+
+def test_a_report_that_cannot_be_processed_ends_the_core_and_is_told() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        def broken(output: CoreOutput) -> None:
+            raise KeyError("no such request")
+
+        listener.on_outputs = broken
+        core.add_requests([NewRequest("a", (1,), PARAMS)])
+        await asyncio.wait_for(listener.death.wait(), 5)
+        assert "could not be processed: KeyError" in str(core.error)
+
+    with_core(use)
+
+
+def test_a_core_that_hangs_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sarathi.engine.core_process.client._START_SILENCE_S", 1.5)
+    before = set(Path(tempfile.gettempdir()).glob("sarathi-*"))
+    with pytest.raises(CoreStartError, match=r"no sign of life for 1\.5 s while it started"):
+        with_core(None, stop)
+    assert set(Path(tempfile.gettempdir()).glob("sarathi-*")) <= before
+
+
+def test_a_start_that_is_cancelled_leaves_no_process() -> None:
+    async def run() -> None:
+        processes = []
+        start = asyncio.create_task(CoreProcess.start(partial(time.sleep, 60)))
+        spawn = asyncio.create_subprocess_exec
+
+        async def noted(*words: str, **options: object) -> object:
+            processes.append(await spawn(*words, **options))
+            return processes[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncio, "create_subprocess_exec", noted)
+            await asyncio.sleep(1.0)
+            start.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await start
+        assert processes[0].returncode == -signal.SIGKILL
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_a_step_longer_than_the_timeout_is_no_death() -> None:
