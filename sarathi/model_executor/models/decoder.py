@@ -9,12 +9,12 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.layers.attention import Attention, AttentionStep
-from sarathi.model_executor.layers.basic import Embedding, Linear, RMSNorm
-from sarathi.model_executor.layers.mlp import GatedMLP
+from sarathi.model_executor.layers import Attention, AttentionStep, Embedding, GatedMLP, Linear, RMSNorm
 from sarathi.model_executor.ops import Ops
 from sarathi.model_executor.placement import Placement
 from sarathi.model_executor.rope import RopeFrequencies
+
+_CPU_ROPE_POSITIONS = 4096  # in a CPU's table from the start; more by need
 
 
 class DecoderLayer:
@@ -54,7 +54,8 @@ class Decoder:
         self.frequencies = RopeFrequencies(arch.rope, arch.head_size, place.device)
         exceeds = arch.rope.depends_on_length and max_positions > arch.rope.original_max_positions
         self.needs_rope_lengths = exceeds and place.device.type == "cpu"
-        self._rope_table = self.frequencies.table(0 if place.device.type == "cpu" else max_positions)
+        few = 0 if self.needs_rope_lengths else min(max_positions, _CPU_ROPE_POSITIONS)
+        self._rope_table = self.frequencies.table(few if place.device.type == "cpu" else max_positions)
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size, place, ops)
         self.layers = [DecoderLayer(arch, place, ops, backend) for _ in range(arch.num_layers)]
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps, place, ops)
@@ -97,15 +98,14 @@ class Decoder:
         if self.needs_rope_lengths:
             table = self.frequencies.cos_sin(batch.positions, batch.rope_lengths)
             return AttentionStep(table, torch.arange(len(batch.positions), device=self.place.device), metadata)
-        if self.place.device.type == "cpu":
+        if self.place.device.type == "cpu" and int(batch.positions.max()) >= len(self._rope_table.cos):
             self._grow_rope_table(int(batch.positions.max()) + 1)
         return AttentionStep(self._rope_table, batch.positions, metadata)
 
     def _grow_rope_table(self, num_positions: int) -> None:
         """On a CPU by need, since max_positions may be any number; on a GPU graphs contain the table's address."""
-        rows = len(self._rope_table.cos)
-        if num_positions > rows:
-            self._rope_table = self.frequencies.table(max(num_positions, min(2 * rows, self._max_positions)))
+        doubled = min(2 * len(self._rope_table.cos), self._max_positions)
+        self._rope_table = self.frequencies.table(max(num_positions, doubled))
 
     def _make_head(self, arch: ModelArchitecture) -> Linear:
         if arch.tie_embeddings:

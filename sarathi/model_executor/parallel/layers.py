@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.layers.basic import Embedding, Linear
+from sarathi.model_executor.layers import Embedding, Linear
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops.types import resolve
 from sarathi.model_executor.parallel.ranks import Ranks

@@ -1,12 +1,16 @@
 """Every family, on every backend, in random mixed batches: the distributions of all outputs equal transformers' own."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from random_driver import RandomDriver
-from tiny_models import CONFIGS, EVERYTHING, TinyModel, build, largest_difference, random_prompts
+from tiny_models import CONFIGS, EVERYTHING, VOCAB_SIZE, TinyModel, build, largest_difference, random_prompts
 
 from sarathi.config.load import make_config
 from sarathi.executor.uniproc import UniprocExecutor
+from sarathi.model_executor.models import decoder
 
 BACKENDS = ("sdpa_paged_16", "sdpa_paged_3", "sdpa_vattn", "sdpa_vattn_sync_4kb", "sdpa_vattn_megacache_8kb")
 
@@ -40,3 +44,23 @@ def test_logits_equal_transformers(tiny: TinyModel, backend: str) -> None:
     executor.shutdown()
     differences = {name: largest_difference(tiny, prompt, tokens[name]) for name, prompt in prompts.items()}
     assert max(differences.values()) < 1e-4, (seed, differences)
+
+
+def test_a_rope_table_that_grows_by_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To twice its rows or what a step needs, and never past the longest sequence."""
+    monkeypatch.setattr(decoder, "_CPU_ROPE_POSITIONS", 5)
+    tiny, seed = build("llama2", tmp_path), torch.seed() % 1000
+    print(f"seed {seed}")
+    executor = executor_for(tiny, "sdpa_vattn", max_model_len=120)
+    driver = RandomDriver(executor, seed)
+    prompts = {"long": random_tokens(seed, 70), "short": random_tokens(seed + 1, 3)}
+    tokens = driver.run(prompts, replace(EVERYTHING, max_tokens=48), 48)
+    num_rows = len(executor.model._rope_table.cos)
+    executor.shutdown()
+    differences = {name: largest_difference(tiny, prompt, tokens[name]) for name, prompt in prompts.items()}
+    assert max(differences.values()) < 1e-4, (seed, differences)
+    assert num_rows == 120
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
