@@ -2,6 +2,7 @@
 
 import os
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -119,9 +120,10 @@ class NativeOps:
         logits: [num_samples, vocab_size] float32; rows: [A] int64; bits: [A, ceil(vocab_size / 32)] int32, bit i of
         word w for token 32 * w + i.
         """
-        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-        is_allowed = (bits.unsqueeze(2) >> shifts & 1).flatten(1)[:, : logits.shape[1]].bool()
-        logits[rows] = logits[rows].masked_fill_(~is_allowed, float("-inf"))
+        packed = bits.cpu().numpy().view(numpy.uint8)
+        is_allowed = numpy.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little")
+        kept = torch.from_numpy(is_allowed).view(torch.bool).to(logits.device)
+        logits[rows] = torch.where(kept, logits[rows], float("-inf"))
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """One token per sample by inverting ``softmax(logits)``: the first whose cumulative probability > `uniform`.
