@@ -150,7 +150,7 @@ def test_a_rank_that_dies_or_hangs_is_named(
     with pytest.raises(RankError, match=rf"rank {rank} of 3 \(process {pids[rank]} on [\d.]+\) {message}"):
         step_until_it_fails(executor)
     assert time.monotonic() - began_s < 20
-    with pytest.raises(RankError, match="the ranks have ended"):
+    with pytest.raises(RankError, match=f"the ranks have ended: rank {rank} of 3"):
         executor.launch(SchedulerOutput(0))
     executor.shutdown()
     check_nothing_is_left(pids)

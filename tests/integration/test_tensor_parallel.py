@@ -203,7 +203,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     assert time.monotonic() - began_s < 20
     assert not any(map(is_running, pids))
     executor.wait()
-    with pytest.raises(RankError, match="the ranks have ended"):
+    with pytest.raises(RankError, match=f"launch cannot be run, the ranks have ended: rank {rank} of 2"):
         executor.launch(SchedulerOutput(0))
     assert executor.memory_stats().mapped_bytes == 0
     executor.shutdown()

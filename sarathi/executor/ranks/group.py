@@ -25,6 +25,7 @@ class RankGroup:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._number = 0
+        self._failure = "they were closed"
         self._stop = weakref.finalize(self, transport.kill)
 
     @property
@@ -38,7 +39,7 @@ class RankGroup:
         limit_s: until all must have answered.
         """
         if not self.are_running:
-            raise RankError(f"the ranks have ended: {method} cannot be run")
+            raise RankError(f"{method} cannot be run, the ranks have ended: {self._failure}")
         self._number += 1
         message = pickle.dumps(Command(self._number, method, arguments))
         try:
@@ -46,7 +47,8 @@ class RankGroup:
             self._send(message)
             answering = [rank for rank in range(self._transport.size) if is_answered(method, rank)]
             return self._replies(answering, silence_s, time.monotonic() + limit_s)
-        except (RankError, ValueError):
+        except (RankError, ValueError) as error:
+            self._failure = str(error)
             self.kill()
             raise
 
