@@ -69,21 +69,24 @@ class SchedulerOutput:
         return sum([chunk.num_tokens for chunk in self.chunks])
 
 
-NOT_FINITE = -1
+NOT_FINITE, NO_TOKEN_LEFT = -1, -2
 
 
 class SampledToken(NamedTuple):
     """A token drawn for one request.
 
-    token_id: NOT_FINITE where its logits were NaN or infinite, so that no token could be drawn.
+    token_id: NOT_FINITE where the model's logits were NaN or infinite; NO_TOKEN_LEFT where the request's parameters
+        excluded every token. No token could be drawn in either case, and the request ends.
     logprob: natural logarithm of its probability; None unless asked for.
     top_logprobs: (token id, logprob) of the most likely tokens, best first.
+    error: what a logits processor raised, in which case no token is left.
     """
 
     request_id: str
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
 
 
 class PromptLogprobs(NamedTuple):

@@ -48,6 +48,7 @@ class SamplingParams:
     allowed_token_ids: the only tokens that may be chosen; None for all.
     logits_processors: functions of (output token ids, logits) or (prompt token ids, output token ids, logits) that
         return the logits to use, [vocab_size] float32. They run one by one in Python, and no step is launched ahead.
+        One that raises ends its request with finish_reason "error". Refused with tensor parallelism.
     structured_outputs: what the output must look like, a StructuredOutputsParams or a mapping of its fields. The output
         ends where it is complete, at an end token: not with ignore_eos or min_tokens.
     detokenize: False for token ids without text.

@@ -159,7 +159,7 @@ class ProbedExecutor(Executor):
         self.vocab_size, self.max_model_len = executor.vocab_size, executor.max_model_len
         self.capacity = executor.capacity
         self.token_bytes, self.dtype_eps = executor.token_bytes, executor.dtype_eps
-        self.max_in_flight = 1
+        self.max_in_flight, self.takes_functions = 1, executor.takes_functions
 
     def launch(self, out: SchedulerOutput) -> CompletedStep:
         """One step to its end, so that its operations are its own."""

@@ -51,6 +51,11 @@ class EngineCore:
         return self.scheduler.has_work or bool(self._steps or self._untold)
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
+        if not self.executor.takes_functions and any(new.sampling_params.logits_processors for new in requests):
+            raise ValueError(
+                "logits_processors must be empty with tensor_parallel_size > 1 or an executor of other processes: they "
+                "are functions of this process"
+            )
         for new in requests:
             request = Request(new.request_id, new.token_ids, new.sampling_params, new.eos_token_ids)
             self.scheduler.add(request)

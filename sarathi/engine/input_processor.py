@@ -66,7 +66,20 @@ class InputProcessor:
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             if ids := getattr(params, name):
                 self._check_ids(name, ids)
+        self._check_choice(params)
         return params
+
+    def _check_choice(self, params: SamplingParams) -> None:
+        """ValueError where every token is excluded as the first one of the output."""
+        excluded = {word[0] for word in params.bad_words if len(word) == 1}
+        if params.min_tokens:
+            excluded.update(params.stop_token_ids, () if params.ignore_eos else self._end_token_ids)
+        allowed = params.allowed_token_ids
+        if excluded and excluded.issuperset(range(self._vocab_size) if allowed is None else allowed):
+            raise ValueError(
+                f"allowed_token_ids is {short_repr(allowed)}: bad_words and min_tokens, before which no end token may "
+                "be chosen, exclude every allowed token"
+            )
 
     def _ways_to_write(self, word: str | Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Token ids of a bad word at the beginning of a text; and after a space, where only the first of them differs.

@@ -18,6 +18,7 @@ class Executor(Protocol):
     token_bytes: int  # of one token's keys and values, in all layers of all ranks
     dtype_eps: float  # difference between 1 and the next larger number in the model's dtype
     max_in_flight: int  # steps that may be launched before the result of the first of them is taken
+    takes_functions: bool  # whether requests may hold logits processors, which are functions of this process
 
     def launch(self, out: SchedulerOutput) -> StepFuture:
         """Start one step. A step for which memory is missing computes nothing; its result has `available_rows`."""

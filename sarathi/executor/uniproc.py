@@ -73,6 +73,8 @@ class _ClosedWorker:
 class UniprocExecutor(Executor):
     """One worker in this process. Raises ValueErrors that name the setting which cannot work."""
 
+    takes_functions = True
+
     def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         parallel = config.parallel
         if parallel.tensor_parallel_size * parallel.pipeline_parallel_size != 1:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from sarathi.messages import NOT_FINITE, CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats, SchedulerOutput, StepResult
 from sarathi.metrics.records import MemoryRecord, OperationRecord, RunRecords, ScheduleRecord, StepRecord, StepTimes
 from sarathi.metrics.request_record import RequestRecord
 
@@ -150,7 +150,7 @@ class MetricsStore:
         find = self._by_id.get
         for token in result.tokens:
             record = find(token[0])
-            if token[1] == NOT_FINITE:
+            if token[1] < 0:  # none could be drawn
                 continue
             if record is not None and (record.closed_at_s is None or record.closed_at_s >= times.executed_at_s):
                 record.token_times_s.append(times.ended_at_s)

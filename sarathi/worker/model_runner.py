@@ -163,6 +163,13 @@ def _rope_lengths(chunks: Sequence[Chunk], sequences: SequenceTable) -> list[int
 
 def read_sampled(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
     """One token for each chunk that samples; waits for tensors on a device. plan: see `_plan_sampling`."""
+    tokens = _read_tokens(chunks, sampled, plan)
+    if not sampled.errors:
+        return tokens
+    return (token._replace(error=sampled.errors.get(row)) for row, token in enumerate(tokens))
+
+
+def _read_tokens(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
     request_ids = [chunk.request_id for chunk in chunks if chunk.samples]
     token_ids = sampled.token_ids.tolist()
     if plan is None or plan.logprobs is None or sampled.logprobs is None:

@@ -119,7 +119,7 @@ class SequenceTable:
             self._sequences.pop(request_id, None)
 
     def append(self, tokens: Iterable[SampledToken]) -> None:
-        """Append sampled tokens to their requests; 0 for NOT_FINITE, with which a request ends."""
+        """Append sampled tokens to their requests; 0 where no token could be drawn, with which a request ends."""
         for token in tokens:
             sequence = self._sequences[token.request_id]
             sequence.token_ids.append(max(token.token_id, 0))

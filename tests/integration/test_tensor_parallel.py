@@ -209,16 +209,17 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     executor.shutdown()
 
 
-def test_functions_of_this_process_are_refused_and_the_ranks_live(tiny: TinyModel) -> None:
-    executor = make_executor(tiny)
-    params = replace(GREEDY, logits_processors=[lambda output, logits: logits])
-    with pytest.raises(ValueError, match="logits_processors"):
-        executor.launch(SchedulerOutput(0, (NewRequest("a", (1, 2), params),), (Chunk("a", 0, 2, True, 2),)))
-    token = executor.execute(
-        SchedulerOutput(1, (NewRequest("b", (1, 2), GREEDY),), (Chunk("b", 0, 2, True, 2),))
-    ).tokens[0]
-    assert token.token_id == int(tiny.logprobs([1, 2])[-1].argmax())
-    executor.shutdown()
+def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: TinyModel) -> None:
+    with LLM(**settings_for(tiny)) as llm:
+        llm.engine.add_request("b", [1, 2], replace(GREEDY, max_tokens=1))
+        params = replace(GREEDY, logits_processors=[lambda output, logits: logits])
+        with pytest.raises(ValueError, match="logits_processors must be empty with tensor_parallel_size > 1"):
+            llm.engine.add_request("a", [1, 2], params)
+        outputs = []
+        while llm.engine.has_work:
+            outputs += llm.engine.step()
+    assert [output.request_id for output in outputs] == ["b"]
+    assert outputs[0].outputs[0].token_ids == [int(tiny.logprobs([1, 2])[-1].argmax())]
 
 
 def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:

@@ -7,13 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sarathi.core.block_space_manager.base import BlockSpaceManager
-from sarathi.messages import NOT_FINITE, Chunk, NewRequest, RequestUpdate, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import (
+    NO_TOKEN_LEFT,
+    NOT_FINITE,
+    Chunk,
+    NewRequest,
+    RequestUpdate,
+    SampledToken,
+    SchedulerOutput,
+    StepResult,
+)
 from sarathi.request import Request
 
-_NOT_FINITE_MESSAGE = (
-    "no token can be drawn: the model's logits are not finite (NaN or infinite), as weights or dtype do not fit this "
-    "input; or grammar, bad_words and allowed_token_ids together allow no token"
-)
+_MESSAGES = {
+    NOT_FINITE: "the model's logits are not finite (NaN or infinite): weights or dtype do not fit this input",
+    NO_TOKEN_LEFT: "no token can be chosen: structured_outputs, allowed_token_ids, bad_words, min_tokens and "
+    "logits_processors together exclude every one, or a logits processor returned NaN or infinity",
+}
 _new = tuple.__new__  # of a named tuple, in half the time of its class: a step has hundreds
 
 
@@ -48,8 +58,8 @@ class RequestState:
         """Append an output token that was pending, and decide whether the request ends with it."""
         request, token_id, output = self.request, token.token_id, self.request.output_token_ids
         request.num_pending_tokens -= 1
-        if token_id == NOT_FINITE:
-            return RequestUpdate(request.request_id, (), "error", _NOT_FINITE_MESSAGE)
+        if token_id < 0:
+            return RequestUpdate(request.request_id, (), "error", token.error or _MESSAGES[token_id])
         output.append(token_id)
         reason, stop_reason = "length" if len(output) >= self.max_output_tokens else None, None
         if token_id in self.stop_token_ids and len(output) > request.sampling_params.min_tokens:

@@ -27,6 +27,8 @@ class LaunchedStep:
 class RanksExecutor(Executor):
     """Sends each step to every rank, as one message. A subclass starts the ranks."""
 
+    takes_functions = False
+
     def __init__(self, transport: Transport) -> None:
         """transport: to ranks that have started, but may still load their model."""
         self._ranks = RankGroup(transport)
@@ -42,10 +44,6 @@ class RanksExecutor(Executor):
         return self._ranks.ask(method, *arguments)
 
     def launch(self, out: SchedulerOutput) -> LaunchedStep:
-        if any(new.sampling_params.logits_processors for new in out.new_requests):
-            raise ValueError(
-                "logits_processors must be empty where ranks are in other processes: they are functions of one process"
-            )
         number, self._num_launched = self._num_launched, self._num_launched + 1
         self.ask("launch", number, out)
         return LaunchedStep(self, number)

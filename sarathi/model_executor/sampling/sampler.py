@@ -8,11 +8,14 @@ then as in transformers temperature, top-k, top-p, min-p. Logprobs are of the lo
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from sarathi.messages import NO_TOKEN_LEFT, NOT_FINITE
 from sarathi.model_executor.ops import Ops
 from sarathi.model_executor.sampling.logprobs import TopLogprobs, prompt_logprobs, top_logprobs
 from sarathi.model_executor.sampling.plan import (
@@ -28,19 +31,22 @@ from sarathi.model_executor.sampling.plan import (
 from sarathi.wording import short_repr
 
 _PARAMETERS_WITH_PROMPT = 3
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_ids: [S] int64 on the logits' device, -1 where logits are not finite.
+    """token_ids: [S] int64 on the logits' device; NOT_FINITE or NO_TOKEN_LEFT where no token could be drawn.
 
     logprobs: of the plan's rows, None where no row asked.
     prompt: log probabilities of the plan's prompt tokens, None where it has none.
+    errors: what logits processors raised, by row.
     """
 
     token_ids: Tensor
     logprobs: TopLogprobs | None = None
     prompt: TopLogprobs | None = None
+    errors: Mapping[int, str] = field(default_factory=dict)
 
 
 def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
@@ -54,23 +60,16 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
         return replace(sample(logits[:num_samples], replace(plan, prompt=None), kernels), prompt=prompt)
     if not len(logits):
         return Sampled(torch.empty(0, dtype=torch.int64, device=logits.device))
-    processed = logits
-    if plan.processing or plan.allowed or plan.masks or plan.additions or plan.penalties:
-        processed = logits.to(torch.float32, copy=True)
-        for each in plan.processing:
-            _process(processed[each.row], each)
-        _allow(processed, plan.allowed)
-        _mask(processed, plan.masks, kernels)
-        _add(processed, plan.additions)
-        _penalise(processed, plan.penalties)
+    processed, errors = _processed(logits, plan, kernels)
     token_ids = kernels.argmax(processed)
-    if plan.allowed or plan.masks:  # which hide NaN and infinity of the other tokens
-        token_ids.masked_fill_(kernels.argmax(logits) < 0, -1)
+    if plan.processing or plan.allowed or plan.masks or plan.additions:  # may exclude all, or hide a NaN of the model's
+        token_ids.masked_fill_(token_ids < 0, NO_TOKEN_LEFT)
+        token_ids.masked_fill_(kernels.argmax(logits) < 0, NOT_FINITE)
     if plan.draws is not None:
         chosen = plan.draws.chosen
         drawn = draw(processed[chosen].float(), plan.draws, kernels)
-        token_ids[chosen] = torch.where(token_ids[chosen] < 0, -1, drawn)
-    return Sampled(token_ids, _logprobs(logits, token_ids, plan))
+        token_ids[chosen] = torch.where(token_ids[chosen] < 0, token_ids[chosen], drawn)
+    return Sampled(token_ids, _logprobs(logits, token_ids, plan), errors=errors)
 
 
 def draw(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
@@ -90,7 +89,37 @@ def filtered(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
     return logits
 
 
-def _process(row: Tensor, processing: Processing) -> None:
+def _processed(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> tuple[Tensor, dict[int, str]]:
+    """The logits to draw from, a copy in float32 where the plan changes any; and what logits processors raised."""
+    if not (plan.processing or plan.allowed or plan.masks or plan.additions or plan.penalties):
+        return logits, {}
+    logits = logits.to(torch.float32, copy=True)
+    errors = _process(logits, plan.processing)
+    _allow(logits, plan.allowed)
+    _mask(logits, plan.masks, kernels)
+    _add(logits, plan.additions)
+    _penalise(logits, plan.penalties)
+    return logits, errors
+
+
+def _process(logits: Tensor, processing: Sequence[Processing]) -> dict[int, str]:
+    """Call the functions of each row, in place. Returns what they raised, by row."""
+    failures = ((each.row, _process_row(logits[each.row], each)) for each in processing)
+    return {row: failure for row, failure in failures if failure is not None}
+
+
+def _process_row(row: Tensor, processing: Processing) -> str | None:
+    """What the functions raised: such a row becomes NaN, which ends its own request alone. row: see `_apply`."""
+    try:
+        _apply(row, processing)
+    except Exception as error:  # of a user's function: any
+        _logger.warning("a logits processor failed", exc_info=True)
+        row.fill_(float("nan"))
+        return f"a logits processor failed: {type(error).__name__}: {error}"
+    return None
+
+
+def _apply(row: Tensor, processing: Processing) -> None:
     """row: [vocab_size] float32, overwritten. A function may change the logits that it is given, or return others."""
     for function in processing.functions:
         with_prompt = len(inspect.signature(function).parameters) == _PARAMETERS_WITH_PROMPT
@@ -98,7 +127,7 @@ def _process(row: Tensor, processing: Processing) -> None:
         changed = function(*prompt, processing.output_token_ids, row)
         if not isinstance(changed, Tensor) or changed.shape != row.shape:
             found = list(changed.shape) if isinstance(changed, Tensor) else short_repr(changed)
-            raise ValueError(f"a logits processor returned {found}: it must return logits of shape {list(row.shape)}")
+            raise ValueError(f"it returned {found}: it must return logits of shape {list(row.shape)}")
         row.copy_(changed)
 
 

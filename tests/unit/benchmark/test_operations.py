@@ -95,6 +95,7 @@ class FakeDecoder:
 
 class FakeExecutor:
     vocab_size, max_model_len, capacity, token_bytes, dtype_eps = 10, 9, CacheCapacity(1, 1, 1), 1, 2**-23
+    takes_functions = True
 
     def __init__(self, decoder: FakeDecoder) -> None:
         self.decoder, self.value = decoder, 0.0

@@ -28,7 +28,7 @@ class SleepyExecutor:
 
     vocab_size, max_model_len, capacity = 50, MAX_MODEL_LEN, CAPACITY
     token_bytes, dtype_eps = 1, 2.0**-23
-    max_in_flight = 1
+    max_in_flight, takes_functions = 1, True
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s

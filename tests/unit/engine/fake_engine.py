@@ -27,7 +27,7 @@ class FakeExecutor:
     """A model whose next token is `next_token(all tokens so far, parameters)`; checks the messages it gets."""
 
     vocab_size, max_model_len, token_bytes, dtype_eps = VOCAB_SIZE, MAX_MODEL_LEN, 1, 2.0**-23
-    max_in_flight = 1
+    max_in_flight, takes_functions = 1, True
 
     def __init__(
         self, next_token: Callable[[Sequence[int], SamplingParams], int], capacity: CacheCapacity = CAPACITY

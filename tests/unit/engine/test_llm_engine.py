@@ -199,6 +199,9 @@ BAD_REQUESTS = [
     ([1], {"prompt_logprobs": 5000}, "prompt_logprobs is 5000"),
     ([1], {"bad_words": [[1, 300]]}, "bad_words holds token id 300"),
     ([1], {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids holds token id"),
+    ([1], {"allowed_token_ids": [END], "min_tokens": 1}, rf"allowed_token_ids is \({END},\): bad_words and min_tokens"),
+    ([1], {"allowed_token_ids": [7, 8], "stop_token_ids": [7], "min_tokens": 1, "bad_words": [[8]]}, "exclude every"),
+    ([1], {"bad_words": [[each] for each in range(VOCAB_SIZE)]}, "allowed_token_ids is None: bad_words and min_tokens"),
 ]
 
 

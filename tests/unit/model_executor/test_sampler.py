@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sarathi.messages import NewRequest
+from sarathi.messages import NO_TOKEN_LEFT, NOT_FINITE, NewRequest
 from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import filtered, sample
@@ -306,9 +306,53 @@ def test_logits_processors_get_tokens_and_logits_and_may_return_others() -> None
     ]
     assert tokens_of(logits, rows) == [4, 6, int(logits[2].argmax())]
     assert seen == [([3, 4], torch.float32, (50,))] and torch.equal(logits, before)
-    wrong = SamplingParams(logits_processors=[lambda output, logits: logits[:3]])
-    with pytest.raises(ValueError, match=r"a logits processor returned \[3\]: it must return logits of shape \[50\]"):
-        tokens_of(logits[:1], [sequence(wrong, [1])])
+
+
+def processed_by(function: object, **params: object) -> Sequence:
+    return sequence(SamplingParams(logits_processors=[function], seed=3, **params), [1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logits_processor_that_fails_leaves_its_own_row_without_a_token(temperature: float) -> None:
+    def fail(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        logits.fill_(3.0)
+        raise LookupError("no such word")
+
+    wrong = [
+        fail,
+        lambda output, logits: logits[:3],
+        lambda: None,
+        lambda output, logits: logits.fill_(-torch.inf),
+        lambda output, logits: logits / 0,
+        lambda output, logits: None,
+    ]
+    logits = torch.randn(8, 50)
+    plain = sequence(SamplingParams(temperature=temperature, seed=9), [1])
+    rows = [plain, *(processed_by(each, temperature=temperature) for each in wrong), plain]
+    found = sample(logits, plan_of(rows, 50), KERNELS)
+    alone = [tokens_of(logits[row : row + 1], [plain])[0] for row in (0, 7)]
+    assert found.token_ids.tolist() == [alone[0], *[NO_TOKEN_LEFT] * 6, alone[1]]
+    assert found.errors == {
+        1: "a logits processor failed: LookupError: no such word",
+        2: "a logits processor failed: ValueError: it returned [3]: it must return logits of shape [50]",
+        3: found.errors[3],
+        6: "a logits processor failed: ValueError: it returned None: it must return logits of shape [50]",
+    }
+    assert "takes 0 positional arguments but 2 were given" in found.errors[3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_parameters_that_leave_no_token_are_told_from_a_model_that_breaks(temperature: float) -> None:
+    logits = torch.randn(4, 6)
+    logits[1] = float("nan")
+    rules = {"temperature": temperature, "allowed_token_ids": [2, 3], "seed": 1}
+    none_left = SamplingParams(**rules, bad_words=[(5, 2), (5, 3)])
+    hidden = processed_by(lambda output, logits: torch.zeros_like(logits), temperature=temperature)
+    rows = [sequence(none_left, [1], [5]), sequence(none_left, [1], [5]), sequence(none_left, [5], [1])]
+    found = tokens_of(logits, [*rows, hidden])
+    assert found[:2] == [NO_TOKEN_LEFT, NOT_FINITE] and found[2] in (2, 3) and found[3] >= 0
+    logits[3, 4] = float("inf")
+    assert tokens_of(logits[3:], [hidden]) == [NOT_FINITE]
 
 
 def test_mixed_rows_keep_their_own_parameters() -> None:

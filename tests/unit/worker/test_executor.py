@@ -174,6 +174,32 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(tmp_path: Path, backen
         assert "logits are not finite" in str(completion.stop_reason)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_logits_processor_that_raises_ends_its_own_request(tiny: TinyModel, backend: str) -> None:
+    """The reference: the other requests without that one."""
+
+    def fail_at_the_third(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output) == 2:
+            raise LookupError("no such word")
+        return logits
+
+    seed = torch.seed() % 1000
+    print(f"seed {seed}")
+    prompts = [prompt for _, prompt in random_prompts(seed, 4, 30)]
+    params = [SamplingParams(temperature=index % 2, seed=seed, max_tokens=9, ignore_eos=True) for index in range(4)]
+    settings = {"device": "cpu", "memory_bytes": 2**21, "max_num_seqs": 8, "chunk_size": 16}
+    with LLM(model=str(tiny.folder), attention_backend=backend, **settings) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        broken = replace(params[1], logits_processors=[fail_at_the_third])
+        asked = [params[0], broken, *params[1:]]
+        found = llm.generate([prompts[0], prompts[1], *prompts[1:]], asked, use_tqdm=False)
+        llm.engine.core.executor.check_integrity()
+    [failed] = found.pop(1).outputs
+    assert [output.outputs[0].token_ids for output in found] == expected
+    assert (failed.finish_reason, failed.token_ids) == ("error", expected[1][:2])
+    assert failed.stop_reason == "a logits processor failed: LookupError: no such word"
+
+
 def test_json_has_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = build("llama2", tmp_path)
     with torch.no_grad():
