@@ -14,7 +14,7 @@ import pytest
 import torch
 from llguidance import LLTokenizer, TokenizerWrapper
 
-from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import NO_TOKEN_LEFT, Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
@@ -248,7 +248,7 @@ def test_a_grammar_that_fails_ends_its_request_alone(model: Decoder) -> None:
     alone = run(model, [requests[0], requests[2]], overlap=True, graphs=True, slots=[0, 2])
     found = run(model, requests, overlap=True, graphs=True, slots=[0, 1, 2])
     tokens = {name: [t for step in found for t in step.tokens if t.request_id == name] for name in ("good", "bad")}
-    assert {token.token_id for token in tokens["bad"]} == {-1}
+    assert {token.token_id for token in tokens["bad"]} == {NO_TOKEN_LEFT}
     first = [token for step in alone for token in step.tokens if token.request_id == "good"]
     assert [t.token_id for t in tokens["good"]][: len(first)] == [t.token_id for t in first][: len(tokens["good"])]
 
