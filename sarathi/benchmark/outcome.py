@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.metrics import RunRecords
 
 COMPLETED, TIME_LIMIT, INTERRUPTED = "completed", "time limit", "interrupted"
@@ -14,7 +15,8 @@ COMPLETED, TIME_LIMIT, INTERRUPTED = "completed", "time limit", "interrupted"
 class RunOutcome:
     """ended: COMPLETED, TIME_LIMIT or INTERRUPTED. records: None if metrics were off.
 
-    refused: request id -> why the engine would not take it. responses: where they were asked for.
+    refused: request id -> why the engine would not take it. responses: where they were asked for. requests: number and
+    lengths of each that was planned, answered or not.
     """
 
     ended: str
@@ -23,3 +25,4 @@ class RunOutcome:
     refused: dict[str, str]
     responses: list[dict[str, Any]]
     records: RunRecords | None
+    requests: tuple[tuple[int, RequestSpec], ...] = ()

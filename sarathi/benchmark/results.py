@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.original_files import remove_original_files, write_original_files
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
@@ -34,17 +35,20 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
     responses = [each for outcome in outcomes for each in outcome.responses]
     if responses:
         write_json(folder / RESPONSES_FILE, {each["request_id"]: each for each in responses})
-    records = [outcome.records for outcome in outcomes if outcome.records is not None]
-    if not records:
+    found = [outcome.records for outcome in outcomes if outcome.records is not None]
+    records = merge(found) if found else None
+    write_original_files(config, outcomes, records)
+    if records is None:
         summary = status | {"environment": environment(), "config": to_dict(config)}
         write_json(folder / SUMMARY_FILE, summary)
         return summary
-    return write_report(merge(records), folder, _options(config), status)
+    return write_report(records, folder, _options(config), status)
 
 
 def remove_results(folder: Path, keep_profiles: bool) -> None:
     """An older run's files: those that this run does not write would pass for its own. Nothing else is removed."""
     remove_report(folder)
+    remove_original_files(folder)
     (folder / RESPONSES_FILE).unlink(missing_ok=True)
     for path in [] if keep_profiles else folder.glob("profile_*.json"):
         path.unlink()

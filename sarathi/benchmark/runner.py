@@ -89,7 +89,8 @@ class BenchmarkRunner:
         if self._store is not None:
             self._store.on_memory(self._engine.memory_stats())
         records = None if self._store is None else self._store.records()
-        return RunOutcome(records=records, **vars(served))
+        planned = tuple((each.number, replace(each.spec, text=None, block_ids=())) for each in share)
+        return RunOutcome(records=records, requests=planned, **vars(served))
 
     def close(self) -> None:
         """Give the engine's memory back."""

@@ -1,17 +1,23 @@
 """Files of a run beside those of an older one in the same folder, and what ends a run outside its loop."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import yaml
 
 from sarathi.benchmark import main as main_module
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.main import run_configs
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.benchmark.results import write_results
-from sarathi.metrics import RunRecords
+from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.messages import Chunk, SampledToken, SchedulerOutput, StepResult
+from sarathi.metrics import MetricsStore, RunRecords
+from sarathi.metrics.records import StepTimes
 from sarathi.metrics.wandb_log import WandbError
 
 OUTCOME = RunOutcome(COMPLETED, 1.0, 1, {}, [{"request_id": "0", "token_ids": [1]}], RunRecords(0.0, 1.0))
@@ -33,9 +39,45 @@ def test_no_file_of_an_older_run_passes_for_this_ones(tmp_path: Path) -> None:
         *("operation_metrics.csv", "cpu_operation_metrics.csv", "chrome_trace.json", "responses.json", "profile_1.json")
     }
     write_results(plain, [replace(OUTCOME, records=None, responses=[])])
-    assert names(tmp_path) == {"config.yml", "summary.json", "plots"}
+    assert names(tmp_path) == {"config.yml", "summary.json", "plots", "benchmark_config.yml", "replica_0"}
+    assert {path.name for path in (tmp_path / "replica_0").rglob("*")} == {"config.yml", "plots"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"ended", "run_s", "config", "environment"} <= set(summary)
+
+
+def test_files_where_the_originals_notebooks_look(tmp_path: Path) -> None:
+    """Paths, keys and columns are those that their plot scripts read."""
+    clock = itertools.count()
+    store = MetricsStore(lambda: float(next(clock)))
+    store.on_request_arrived("0", 5, 1.0)
+    for step in range(3):
+        chunk = Chunk("0", 5 * (step > 0) + max(step - 1, 0), 1 if step else 5, True, 8, ())
+        times = StepTimes(*(2.0 + step + part / 4 for part in range(4)))
+        token = SampledToken("0", 7)
+        store.on_step(SchedulerOutput(step, (), (chunk,), (), ()), StepResult(step, (token,), 0.1), times)
+    store.on_request_finished("0", "length")
+    requests = ((0, RequestSpec(0.0, 5, 3)), (1, RequestSpec(0.5, 9, 4)))
+    outcome = replace(OUTCOME, records=store.records(), requests=requests)
+    words = ["--replica_scheduler_provider=sarathi", "--sarathi_scheduler_chunk_size=96", "--write_json_trace"]
+    write_results(parse_options([*words, f"--output_dir={tmp_path}"]), [outcome])
+    flat = yaml.safe_load((tmp_path / "benchmark_config.yml").read_text())
+    assert (flat["replica_scheduler_provider"], flat["sarathi_scheduler_chunk_size"]) == ("sarathi", 96)
+    engine = yaml.safe_load((tmp_path / "replica_0" / "config.yml").read_text())
+    assert (engine["scheduler_type"], engine["chunk_size"]) == ("sarathi", 96)
+    plots = tmp_path / "replica_0" / "plots"
+    series = pd.read_csv(plots / "decode_completion_time_series.csv")
+    assert series.columns.tolist() == ["Time (sec)", "decode_completion"] and series.decode_completion.tolist() == [
+        1,
+        2,
+        3,
+    ]
+    name = "decode_token_execution_plus_preemption_time"
+    assert pd.read_csv(plots / f"{name}.csv")[name].tolist() == [1.0, 1.0]
+    assert pd.read_csv(plots / f"{name}_list.csv")[f"{name}_list"].tolist() == [1.0, 1.0]
+    assert "batch_num_prefill_tokens" in pd.read_csv(tmp_path / "replica_0" / "batch_metrics.csv")
+    assert json.loads((tmp_path / "requests.json").read_text())[1] == {
+        "id": 1, "arrived_at": 0.5, "num_prefill_tokens": 9, "num_decode_tokens": 4,
+    }  # fmt: skip
 
 
 def test_an_interrupt_before_there_is_a_result_is_one_line(
