@@ -159,7 +159,8 @@ def test_capacity_search_finds_a_rate_and_resumes(tmp_path: Path) -> None:
         4,
     ]
     words += [
-        "--capacity_search.target_s",
+        "--scheduling-delay-slo-value=60",
+        "--tbt-slo-value",
         60,
         "--capacity_search.start_qps",
         8,

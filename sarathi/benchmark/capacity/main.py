@@ -1,6 +1,7 @@
 """python -m sarathi.benchmark.capacity.main [--config FILE] [--knob value ...]: a search, a table and a plot.
 
-Takes the knobs of a run; section capacity_search says what is looked for. One engine serves all probes.
+Takes the knobs of a run; section capacity_search says what is looked for. One engine serves all probes. With
+--config-path, a grid of searches in Sarathi-Serve's YAML (grid.py).
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from sarathi.benchmark.capacity.grid import CONFIG_PATH, Job, read_jobs, translate
 from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, is_settled, search
+from sarathi.benchmark.capacity.slos import slos_of
 from sarathi.benchmark.config.document import default_yaml
-from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.config.options import as_words, parse_options, read_settings
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.processes import ended_by_signals
@@ -30,9 +31,9 @@ from sarathi.metrics.files import write_table
 from sarathi.metrics.plots import is_available, plot_lines
 from sarathi.metrics.tables import Table
 
-COLUMNS = ("qps", "value_s", "meets", "num_completed")
 RATED = ("poisson", "gamma")
 EXIT_INTERRUPTED = 130
+GRID_COLUMNS = ("models", "traces", "schedulers", "parallel_spec", "capacity_qps", "found")
 USAGE = "python -m sarathi.benchmark.capacity.main [--config FILE] [--knob value ...]\n\nKnobs and defaults:\n"
 
 
@@ -43,26 +44,64 @@ def main(words: Sequence[str] | None = None) -> int:
         print(USAGE + default_yaml())
         return 0
     try:
+        settings = read_settings(words, switches=("debug",))
+        path = settings.pop(CONFIG_PATH, settings.pop(CONFIG_PATH.replace("_", "-"), None))
+        if path is not None:
+            return search_grid(read_jobs(Path(path)), translate(settings))
         config = parse_options(words)
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-        log = open_log(config)
-        try:
-            with ended_by_signals():
-                probes, capacity_qps = find_capacity(config, log)
-        except KeyboardInterrupt:
-            write_capacity(config, log.probes())
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        write_capacity(config, probes)
+        _, capacity_qps = search_one(config)
     except (ValueError, OSError) as error:
         print(f"capacity search: {error}", file=sys.stderr)
         return 1
-    print(describe(config, probes, capacity_qps))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0 if capacity_qps is not None else 1
+
+
+def search_one(config: BenchmarkConfig) -> tuple[str, float | None]:
+    """Search, write and print; what was found, in words and as a rate. ^C leaves a table of what there is."""
+    log = open_log(config)
+    try:
+        with ended_by_signals():
+            probes, capacity_qps = find_capacity(config, log)
+    except KeyboardInterrupt:
+        write_capacity(config, log.probes())
+        raise
+    write_capacity(config, probes)
+    print(describe(config, probes, capacity_qps), flush=True)
+    return _found(config, probes, capacity_qps), capacity_qps
+
+
+def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
+    """One search a job, into a folder of its own, and capacity_grid.csv; 1 where one failed or found no rate."""
+    given = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    folder = Path(parse_options(given).output_dir)
+    lines: list[dict[str, object]] = []
+    for job in jobs:
+        words = [*as_words(job.settings), *given, "--output_dir", str(folder / job.name)]
+        config = parse_options(words)
+        logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        print(f"# {job.name}", flush=True)
+        lines.append({**job.labels, **_searched(config)})
+        write_table(folder / "capacity_grid.csv", Table(GRID_COLUMNS, lines))
+    return int(any(line["capacity_qps"] is None for line in lines))
+
+
+def _searched(config: BenchmarkConfig) -> dict[str, object]:
+    """Columns of one search; one that fails is told and leaves the others."""
+    try:
+        found, capacity_qps = search_one(config)
+    except (ValueError, OSError) as error:
+        print(f"capacity search: {error}", file=sys.stderr)
+        return {"capacity_qps": None, "found": f"failed: {error}"}
+    return {"capacity_qps": capacity_qps, "found": found}
 
 
 def open_log(config: BenchmarkConfig) -> ProbeLog:
     """The probes in output_dir. ConfigError where nothing can be searched with this configuration."""
+    slos_of(config.capacity_search)
     provider = config.synthetic_request_generator.interval_provider
     if provider not in RATED or config.request_generator.provider != "synthetic":
         raise ConfigError(
@@ -88,21 +127,28 @@ def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
     folder = Path(config.output_dir)
     if not probes:
         return
-    write_table(folder / "capacity.csv", Table(COLUMNS, [asdict(probe) for probe in probes]))
-    rates = [probe.qps for probe in probes]
-    measured = (rates, [probe.value_s for probe in probes])
-    target = (rates, [config.capacity_search.target_s] * len(rates))
-    lines = {_measured_name(config): measured, "target": target}
+    slos = slos_of(config.capacity_search)
+    columns = ("qps", *[slo.name for slo in slos], "meets", "num_completed")
+    records = [{**probe.values_s, "qps": probe.qps, "meets": probe.meets, "num_completed": probe.num_completed}
+               for probe in probes]  # fmt: skip
+    write_table(folder / "capacity.csv", Table(columns, records))
     if not is_available():
         return
-    plot_lines(folder / "capacity.png", lines, "requests a second", "seconds", marker="o")
+    rates = [probe.qps for probe in probes]
+    lines = {slo.name: (rates, [probe.values_s[slo.name] / slo.limit_s for probe in probes]) for slo in slos}
+    lines["target"] = (rates, [1.0] * len(rates))
+    plot_lines(folder / "capacity.png", lines, "requests a second", "share of the target", marker="o")
 
 
 def describe(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
     """The table of probes, and the answer."""
-    lines = [f"{'qps':>9} {_measured_name(config) + ', s':>12}  meets"]
-    lines += [f"{probe.qps:9.3f} {probe.value_s:12.4f}  {'yes' if probe.meets else 'no'}" for probe in probes]
-    return "\n".join([*lines, f"target {config.capacity_search.target_s} s: {_found(config, probes, capacity_qps)}"])
+    slos = slos_of(config.capacity_search)
+    lines = [" ".join([f"{'qps':>9}", *[f"{slo.name:>24}" for slo in slos], " meets"])]
+    for probe in probes:
+        values = [f"{probe.values_s[slo.name]:24.4f}" for slo in slos]
+        lines.append(" ".join([f"{probe.qps:9.3f}", *values, "  yes" if probe.meets else "  no"]))
+    targets = ", ".join(f"{slo.name} {slo.limit_s:g}" for slo in slos)
+    return "\n".join([*lines, f"targets {targets}: {_found(config, probes, capacity_qps)}"])
 
 
 def _found(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
@@ -127,12 +173,8 @@ def _files_of_a_run(config: BenchmarkConfig) -> dict[str, object]:
     }
 
 
-def _measured_name(config: BenchmarkConfig) -> str:
-    return f"P{100 * config.capacity_search.quantile:g} {config.capacity_search.metric}"
-
-
 def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Probe:
-    """A probe that did not end in time did not meet the target, whatever its first requests showed."""
+    """A probe that did not end in time met no target, whatever its first requests showed."""
     at_rate = replace(
         config,
         poisson_request_interval_generator=replace(config.poisson_request_interval_generator, qps=qps),
@@ -143,17 +185,11 @@ def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Pr
         raise KeyboardInterrupt
     if outcome.refused:
         raise ConfigError(f"{len(outcome.refused)} requests are refused: {next(iter(outcome.refused.values()))}")
-    values = latencies_s(outcome.records or RunRecords(0.0, 0.0), config.capacity_search.metric)
-    value_s = float(np.quantile(values, config.capacity_search.quantile)) if values else float("inf")
-    meets = outcome.ended == COMPLETED and value_s <= config.capacity_search.target_s
-    return Probe(qps, value_s, meets, outcome.num_finished)
-
-
-def latencies_s(records: RunRecords, metric: str) -> list[float]:
-    """All values of "tbt" or "ttft"."""
-    if metric == "tbt":
-        return [gap for record in records.requests for gap in record.token_gaps_s]
-    return [time for record in records.requests if (time := record.prefill_e2e_time) is not None]
+    records = outcome.records or RunRecords(0.0, 0.0)
+    slos = slos_of(config.capacity_search)
+    values_s = {slo.name: slo.measure(records) for slo in slos}
+    meets = outcome.ended == COMPLETED and all(values_s[slo.name] <= slo.limit_s for slo in slos)
+    return Probe(qps, values_s, meets, outcome.num_finished)
 
 
 def key_of(config: BenchmarkConfig) -> str:

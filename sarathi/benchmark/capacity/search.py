@@ -6,17 +6,17 @@ rate   1 ok   2 ok   4 ok   8 too much   6 ok   7 too much   6.5 ok ...
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One rate that was tried. value_s: the quantile that was measured. meets: whether that is within the target."""
+    """One rate that was tried. values_s: name of each target -> what was measured. meets: whether all are met."""
 
     qps: float
-    value_s: float
+    values_s: Mapping[str, float]
     meets: bool
     num_completed: int
 
@@ -64,7 +64,9 @@ class ProbeLog:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             keys = {line.pop("key") for line in lines}
-            probes = [Probe(**line) for line in lines]
+            probes = [
+                Probe(line["qps"], dict(line["values_s"]), line["meets"], line["num_completed"]) for line in lines
+            ]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path} is no file of probes ({error}); remove it") from None
         if keys - {self._key}:

@@ -33,8 +33,11 @@ def parse_options(words: Sequence[str]) -> BenchmarkConfig:
     return config
 
 
-def read_settings(words: Sequence[str]) -> dict[str, str]:
-    """Names and values as they were written; a name without a value must be a switch, and is true."""
+def read_settings(words: Sequence[str], switches: Sequence[str] = ()) -> dict[str, str]:
+    """Names and values as they were written; a name without a value must be a switch, and is true.
+
+    switches: names that are none of a knob.
+    """
     settings: dict[str, str] = {}
     left = list(words)
     while left:
@@ -43,7 +46,8 @@ def read_settings(words: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{word!r} stands where the name of a knob should: write --name value")
         name, equals, value = word[2:].partition("=")
         if not equals:
-            value = left.pop(0) if left and not left[0].startswith("--") else _alone(name)
+            has_value = left and not left[0].startswith("--")
+            value = left.pop(0) if has_value else "true" if name in switches else _alone(name)
         settings[name] = value
     return settings
 

@@ -252,11 +252,18 @@ class ProfilingConfig(Section):
 
 @dataclass(frozen=True)
 class CapacitySearchConfig(Section):
-    """Where the highest rate of requests that meets a target is looked for."""
+    """Where the highest rate of requests that meets every latency target (SLO) is looked for."""
 
-    metric: str = knob("tbt", "tbt: time between tokens; ttft: time to first token", choices=("tbt", "ttft"))
-    quantile: float = knob(0.99, "the share of values that must meet the target", low=0.01, high=1.0)
-    target_s: float = knob(0.2, "seconds that this quantile may reach", low=1e-6)
+    scheduling_delay_slo_value: float | None = knob(
+        2.0, "seconds from a request's arrival to its first step, at most; none: not a target", low=1e-6
+    )
+    scheduling_delay_slo_quantile: float = knob(0.5, "share of requests that must meet it", low=0.01, high=1.0)
+    tbt_slo_value: float | None = knob(0.2, "seconds between tokens, at most; none: not a target", low=1e-6)
+    tbt_slo_quantile: float = knob(0.99, "share of tokens that must meet it", low=0.01, high=1.0)
+    ttft_slo_value: float | None = knob(None, "seconds to the first token, at most; none: not a target", low=1e-6)
+    ttft_slo_quantile: float = knob(0.99, "share of requests that must meet it", low=0.01, high=1.0)
+    e2e_slo_value: float | None = knob(None, "seconds to the last token, at most; none: not a target", low=1e-6)
+    e2e_slo_quantile: float = knob(0.99, "share of requests that must meet it", low=0.01, high=1.0)
     start_qps: float = knob(1.0, "first rate that is tried", low=1e-6)
     tolerance: float = knob(0.05, "the search ends when the bounds differ by this share", low=1e-3, high=1.0)
     max_probes: int = knob(12, "runs at most", low=1)

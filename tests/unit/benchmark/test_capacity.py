@@ -1,6 +1,8 @@
 """The search against servers whose capacity is known: latency rises with the rate by a rule that tests invent."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +10,14 @@ import pytest
 from sarathi.benchmark.capacity import main as main_module
 from sarathi.benchmark.capacity.main import describe, key_of, write_capacity
 from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, search
+from sarathi.benchmark.capacity.slos import Slo, slos_of
 from sarathi.benchmark.config.options import parse_options
-from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.config.schema import BenchmarkConfig, CapacitySearchConfig
+from sarathi.benchmark.outcome import COMPLETED, RunOutcome
+from sarathi.metrics import RunRecords
+from sarathi.metrics.request_record import RequestRecord
 
+SLOS = slos_of(CapacitySearchConfig())
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
 
@@ -24,7 +31,8 @@ class Server:
         self.num_probes += 1
         if self.num_probes == self.breaks_at:
             raise KeyboardInterrupt
-        return Probe(qps, qps / self.capacity_qps, qps <= self.capacity_qps, 10)
+        values_s = {slo.name: slo.limit_s * qps / self.capacity_qps for slo in SLOS}
+        return Probe(qps, values_s, qps <= self.capacity_qps, 10)
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -79,7 +87,7 @@ def test_a_file_of_something_else_is_named(content: str, tmp_path: Path) -> None
     [
         (["--tolerance=0.5", "--max_probes=3", "--start_qps=9", "--output_dir=x", "--write_plots=false"], True),
         (["--poisson_request_interval_generator.qps=7"], True),
-        (["--capacity_search.target_s=9"], False),
+        (["--tbt-slo-value=9"], False),
         (["--num_requests=3"], False),
         (["--enable_op_level_metrics"], False),
     ],
@@ -140,11 +148,100 @@ def test_gives_up_after_max_probes(tmp_path: Path) -> None:
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
-    config = parse_options(["--output_dir", str(tmp_path), "--capacity_search.metric", "ttft"])
+    config = parse_options(["--output_dir", str(tmp_path), "--ttft-slo-value", "3"])
     probes, found = search(Server(5.0), ProbeLog(tmp_path / "p.jsonl", "k"), SearchLimits(1.0, 0.05, 20))
+    probes = [replace(probe, values_s={**probe.values_s, "p99_ttft_s": 0.5}) for probe in probes]
     write_capacity(config, probes)
     lines = (tmp_path / "capacity.csv").read_text().splitlines()
-    assert lines[0] == "qps,value_s,meets,num_completed" and len(lines) == len(probes) + 1
+    assert lines[0] == "qps,p50_scheduling_delay_s,p99_tbt_s,p99_ttft_s,meets,num_completed"
+    assert len(lines) == len(probes) + 1
     assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
     text = describe(config, probes, found)
-    assert "P99 ttft" in text and f"capacity {found:.3f} requests a second" in text
+    assert "p99_ttft_s" in text and f"capacity {found:.3f} requests a second" in text
+
+
+def record_of(arrived: float, scheduled: float, tokens: list[float]) -> RequestRecord:
+    record = RequestRecord("0_0", 4, arrived, None, scheduled_at_s=scheduled, closed_at_s=tokens[-1])
+    record.token_times_s.extend(tokens)
+    return record
+
+
+def test_slos_are_quantiles_of_all_requests() -> None:
+    records = RunRecords(0.0, 9.0, (record_of(0.0, 1.0, [2.0, 2.5, 3.5]), record_of(0.0, 3.0, [4.0, 4.1])))
+    assert Slo("scheduling_delay", 0.5, 2.0).measure(records) == pytest.approx(2.0)
+    assert Slo("tbt", 1.0, 1.0).measure(records) == pytest.approx(1.0)
+    assert Slo("ttft", 0.5, 1.0).measure(records) == pytest.approx(3.0)
+    assert Slo("tbt", 0.99, 1.0).measure(RunRecords(0.0, 1.0)) == float("inf")
+
+
+def test_a_queue_that_grows_misses_the_delay_though_tokens_come_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine does one request a second: at 32 a second the gaps are short and the queue is long."""
+    delays = [record_of(number / 32, float(number), [number + 0.5, number + 0.51]) for number in range(64)]
+    runner = SimpleNamespace(
+        workload=lambda config: [],
+        run=lambda specs: RunOutcome(COMPLETED, 64.0, 64, {}, [], RunRecords(0.0, 64.0, tuple(delays))),
+    )
+    probe = main_module._measure(runner, parse_options(["--interval_provider=poisson"]), 32.0)
+    assert probe.values_s["p99_tbt_s"] < 0.2 and probe.values_s["p50_scheduling_delay_s"] > 2 and not probe.meets
+    only_tbt = parse_options(["--interval_provider=poisson", "--scheduling-delay-slo-value=none"])
+    assert main_module._measure(runner, only_tbt, 32.0).meets
+
+
+def test_a_search_without_a_target_is_refused() -> None:
+    none = ["--scheduling-delay-slo-value=none", "--tbt-slo-value=none", "--interval_provider=poisson"]
+    assert main_module.main(none) == 1
+
+
+GRID = """
+schedulers:
+  - {name: vllm, scheduler: vllm, batch_size: 128}
+  - {name: orca, scheduler: orca, batch_size: 16}
+  - {name: sarathi_512, scheduler: sarathi, chunk_size: 512, batch_size: 128}
+traces:
+  - {name: chat, trace_file: "./sharegpt.csv", max_seq_len: 8192, num_requests: 2048, start_qps: 2}
+  - {name: arxiv, trace_file: "./arxiv.csv", max_seq_len: 16384, num_requests: 2048, start_qps: 1}
+parallel_spec:
+  - {name: tp_1, tp_dimension: 1, pp_dimension: 1}
+  - {name: tp_2, tp_dimension: 2, pp_dimension: 1}
+models:
+  - {name: yi-34b, identifier: 01-ai/Yi-34B, parallel_specs: ["tp_2"], scheduler_specs: null, traces: null}
+"""
+
+
+def test_a_grid_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Command line and YAML of figures 5 and 6."""
+    asked: list[BenchmarkConfig] = []
+
+    def find(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], float | None]:
+        asked.append(config)
+        return search(Server(3.0), log, SearchLimits(config.capacity_search.start_qps, 0.05, 12))
+
+    monkeypatch.setattr(main_module, "find_capacity", find)
+    (tmp_path / "grid.yml").write_text(GRID)
+    words = ["--tbt-slo-value", "0.2", "--config-path", str(tmp_path / "grid.yml"), "--output-dir", str(tmp_path / "o")]
+    assert main_module.main([*words, "--time-limit", "20", "--model.device=cpu"]) == 0
+    assert [(c.replica_scheduler.provider, c.capacity_search.start_qps) for c in asked] == [
+        (name, qps) for qps in (2, 1) for name in ("vllm", "orca", "sarathi")
+    ]
+    assert {(c.model.tensor_parallel_degree, c.time_limit, c.model.device) for c in asked} == {(2, 1200.0, "cpu")}
+    assert [c.sarathi_scheduler.chunk_size for c in asked][2] == 512
+    assert {c.trace_request_length_generator.least_tokens for c in asked} == {0}
+    lines = (tmp_path / "o" / "capacity_grid.csv").read_text().splitlines()
+    assert lines[0].startswith("models,traces,schedulers,parallel_spec,capacity_qps") and len(lines) == 7
+    assert (tmp_path / "o" / "yi-34b_chat_sarathi_512_tp_2" / "capacity.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[1]", "it must hold models, traces"),
+        (GRID.replace("scheduler: vllm,", ""), "in schedulers lacks 'scheduler'"),
+        (GRID.replace("chunk_size: 512,", ""), "'sarathi_512' lacks 'chunk_size'"),
+        (GRID.replace('["tp_2"]', '["tp_9"]'), "no combination"),
+        ("models: []", "models is "),
+    ],
+)
+def test_a_grid_that_is_wrong_is_named(content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "grid.yml").write_text(content)
+    assert main_module.main([f"--config-path={tmp_path / 'grid.yml'}", f"--output_dir={tmp_path}"]) == 1
+    assert told in capsys.readouterr().err

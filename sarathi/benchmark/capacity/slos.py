@@ -1,0 +1,53 @@
+"""Latency targets (SLOs): quantiles of a run's latencies, each with the seconds that it may reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sarathi.benchmark.config.schema import CapacitySearchConfig
+from sarathi.config.knobs import ConfigError
+from sarathi.metrics import RunRecords
+from sarathi.metrics.request_record import RequestRecord
+
+Latencies = Callable[[RequestRecord], list[float | None]]
+METRICS: Mapping[str, Latencies] = {
+    "scheduling_delay": lambda record: [record.request_scheduling_delay],
+    "tbt": lambda record: [*record.token_gaps_s],
+    "ttft": lambda record: [record.prefill_e2e_time],
+    "e2e": lambda record: [record.request_e2e_time],
+}
+
+
+@dataclass(frozen=True)
+class Slo:
+    """The share `quantile` of a metric's values must be at most limit_s seconds. metric: one of METRICS."""
+
+    metric: str
+    quantile: float
+    limit_s: float
+
+    @property
+    def name(self) -> str:
+        return f"p{100 * self.quantile:g}_{self.metric}_s"
+
+    def measure(self, records: RunRecords) -> float:
+        """The quantile in seconds, over all requests; infinite where nothing was measured."""
+        latencies = METRICS[self.metric]
+        values = [value for record in records.requests for value in latencies(record) if value is not None]
+        return float(np.quantile(values, self.quantile)) if values else float("inf")
+
+
+def slos_of(config: CapacitySearchConfig) -> list[Slo]:
+    """Those that have a value; ConfigError where none has."""
+    found = [
+        Slo(metric, getattr(config, f"{metric}_slo_quantile"), limit_s)
+        for metric in METRICS
+        if (limit_s := getattr(config, f"{metric}_slo_value")) is not None
+    ]
+    if not found:
+        names = ", ".join(f"{metric}_slo_value" for metric in METRICS)
+        raise ConfigError(f"capacity_search sets none of {names}: a search needs a target")
+    return found
