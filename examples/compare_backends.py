@@ -11,9 +11,10 @@ from pathlib import Path
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.entrypoints.script import run_script
-from sarathi.metrics.plots import plot_lines
+from sarathi.metrics.environment import caption, environment
+from sarathi.metrics.plots import plot_tails
 from sarathi.metrics.report import summarize
-from sarathi.metrics.tables import cdf, distributions
+from sarathi.metrics.tables import distributions
 
 # Knobs of a run, as on the command line; sarathi/benchmark/config/default.yml lists them all.
 KNOBS = {
@@ -48,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
-    lines = {}
+    gaps = {}
     print(f"{'backend':24} {'tokens/s':>9} {'P50 TTFT ms':>12} {'P99 TBT ms':>11} {'peak KV MB':>11}")
     for backend in options.backends:
         records = measure(backend, options.model)
@@ -57,8 +58,8 @@ def main() -> None:
         ttft_ms, tbt_ms = 1e3 * metrics["prefill_e2e_time"]["p50"], 1e3 * metrics[TBT]["p99"]
         peak_mb = summary["memory"]["peak_mapped_bytes"] / 2**20
         print(f"{backend:24} {rate:9.1f} {ttft_ms:12.1f} {tbt_ms:11.1f} {peak_mb:11.1f}")
-        lines[backend] = cdf(distributions(records)[TBT])
-    plot_lines(options.output / "time_between_tokens.png", lines, "seconds between tokens", "CDF")
+        gaps[backend] = distributions(records)[TBT]
+    plot_tails(options.output / "time_between_tokens.png", gaps, "time between tokens (s)", caption([environment()]))
     print(f"plot: {options.output / 'time_between_tokens.png'}")
 
 

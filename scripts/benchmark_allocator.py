@@ -9,18 +9,18 @@ allocator_steps.csv. Then come the rows of `python -m vattention.bench`.
 """
 
 import argparse
-import csv
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 import torch
 
 from sarathi.benchmark.config.program import engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Load, percentile
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
-from sarathi.benchmark.plots import draw_steps
+from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import Budget, Record, Table
 from sarathi.benchmark.workload.sizes import FULL, SMALL
 from sarathi.entrypoints.script import run_script
@@ -101,11 +101,10 @@ def library_rows(table: Table, device: torch.device) -> None:
 
 
 def save_steps(steps_ms: Mapping[str, Sequence[float]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["backend", "step", "ms"])
-        for name, steps in steps_ms.items():
-            writer.writerows((name, step, f"{value:.4f}") for step, value in enumerate(steps))
+    """The latency of every step, as a file and as a figure."""
+    steps = [(name, step, ms) for name, times in steps_ms.items() for step, ms in enumerate(times)]
+    pd.DataFrame(steps, columns=["backend", "step", "ms"]).to_csv(path, index=False, float_format="%.4f")
+    draw(path)
 
 
 def read_options() -> argparse.Namespace:
@@ -126,7 +125,6 @@ def main() -> int:
     budget.run((f"decode under {name}", partial(decodes.measure, name)) for name in backends)
     decodes.compare()
     save_steps(decodes.steps_ms, options.output / "allocator_steps.csv")
-    draw_steps(decodes.steps_ms, options.output / "allocator_steps.png")
     if not options.skip_library:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         budget.run([("vattention.bench", partial(library_rows, table, device))])

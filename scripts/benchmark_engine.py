@@ -20,11 +20,11 @@ from sarathi.benchmark.config.program import add_ratios, add_stages, engine_pars
 from sarathi.benchmark.engines.device import NUM_SHAPES, device_work, measure_clock
 from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
 from sarathi.benchmark.engines.ours import GREEDY, OurEngine, open_engine
-from sarathi.benchmark.kernels.roofline import ROOFLINE, Roofline
+from sarathi.benchmark.figures import draw
+from sarathi.benchmark.kernels.roofline import Roofline
 from sarathi.benchmark.kernels.shapes import MODELS
 from sarathi.benchmark.kernels.timing import steady
-from sarathi.benchmark.plots import draw_ratios
-from sarathi.benchmark.records import Budget, Record, Table, Work
+from sarathi.benchmark.records import BOUND, Budget, Record, Table, Work
 from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes
 from sarathi.entrypoints.script import run_script
 
@@ -70,7 +70,7 @@ def measure_roofline(table: Table, row: Record, context: float, roofline: Roofli
         torch.cuda.empty_cache()
     sample = roofline.decode(row.batch, round(context)) if is_decode else roofline.prefill(row.context, chunk)
     microseconds = steady(sample, sizes.steady_s)
-    reference = replace(row, backend=ROOFLINE, value=microseconds / (1e3 if is_decode else 1e6))
+    reference = replace(row, backend=BOUND, value=microseconds / (1e3 if is_decode else 1e6))
     table.add(reference)
     table.compare(row, reference)
     if on_gpu and is_decode and (row.batch, row.context) in sizes.decode[:NUM_SHAPES]:
@@ -126,7 +126,7 @@ def main() -> int:
     contexts = run_engine(options, table, sizes, budget)
     if "roofline" in options.stages:
         run_roofline(options, table, sizes, contexts, budget)
-    draw_ratios(table.records, options.output / "engine.png")
+    draw(table.path)
     return table.attempts.exit_code()
 
 

@@ -12,7 +12,7 @@ Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, fl
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product, zip_longest
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch
 
 from sarathi.benchmark.config.program import parse_with_file, positive
+from sarathi.benchmark.figures import draw
 from sarathi.benchmark.kernels import paging, products
 from sarathi.benchmark.kernels.elementwise import measure_elementwise
 from sarathi.benchmark.kernels.ragged import Mixed, measure_chats, measure_mixed
 from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_ragged
 from sarathi.benchmark.kernels.shapes import LLAMA, MODELS, YI, Model, Pages
 from sarathi.benchmark.kernels.warm_up import processes_at_hand, warm_up
-from sarathi.benchmark.plots import draw_ratios, draw_times
-from sarathi.benchmark.records import Attempts, Budget, Record, Table, Work
+from sarathi.benchmark.records import Attempts, Budget, Table, Work
 from sarathi.entrypoints.script import run_script
 
 ATTENTION = ("decode", "prefill")
@@ -70,7 +70,6 @@ class Part(NamedTuple):
 
     work: Callable[[Table, argparse.Namespace], Work]
     compile: Callable[[argparse.Namespace], Iterator[Callable[[], object]]]  # what Triton will be asked for
-    draw: Callable[[Sequence[Record], Path], None]
     file: str  # of the CSV file and its picture
 
 
@@ -119,9 +118,9 @@ def _compile_ragged(options: argparse.Namespace) -> Iterator[Callable[[], object
 
 
 PARTS = {
-    "small": Part(small, _compile_small, draw_times, "kernels"),
-    "attention": Part(attention, _compile_attention, draw_times, "kernels"),
-    "ragged": Part(ragged, _compile_ragged, draw_ratios, "ragged"),
+    "small": Part(small, _compile_small, "kernels"),
+    "attention": Part(attention, _compile_attention, "kernels"),
+    "ragged": Part(ragged, _compile_ragged, "ragged"),
 }
 
 
@@ -185,8 +184,8 @@ def main() -> int:
     with torch.inference_mode():
         for part in parts:
             budget.run(part.work(tables[part.file], options))
-    for draw, file in dict.fromkeys((part.draw, part.file) for part in parts):
-        draw(tables[file].records, options.output / f"{file}.png")
+    for table in tables.values():
+        draw(table.path)
     return attempts.exit_code()
 
 

@@ -20,7 +20,7 @@ from statistics import median
 from sarathi.benchmark.config.program import add_stages, engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Load
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
-from sarathi.benchmark.plots import draw_ratios
+from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import Budget, Record, Table
 from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes
 from sarathi.config.units import parse_bytes
@@ -100,7 +100,7 @@ def main() -> int:
             measure(options, samples, sizes, budget, backend)
     table = Table(options.output / "layouts.csv", samples.attempts)
     compare(table, samples.records, layouts[1])
-    draw_ratios(table.records, options.output / "layouts.png")
+    draw(table.path)
     return samples.attempts.exit_code()
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from sarathi.benchmark.config.program import parse_with_file, positive, size_bytes
-from sarathi.benchmark.plots import draw_bars
+from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import Attempts
 from sarathi.benchmark.workload.datasets import read_lengths
 from sarathi.benchmark.workload.shapes import SHAPES
@@ -118,22 +118,12 @@ def kv_budget(model: Model, options: argparse.Namespace, tensor_parallel: int) -
 
 
 def save(records: pd.DataFrame, path: Path) -> None:
-    """The records, what they were made with, and a picture of them."""
+    """The records, what they were made with, and their figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records.to_csv(path, index=False, lineterminator="\n")
     path.with_suffix(".environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    draw_bars(panels(records), path.with_suffix(".png"), "requests that fit", records.tensor_parallel.nunique())
+    draw(path)
     print(f"saved {path}")
-
-
-def panels(records: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Model and GPUs -> page and layout -> the largest batch."""
-    found: dict[str, dict[str, float]] = {}
-    for record in records.itertuples():
-        page = f"{record.page_kib} KiB" if record.page_kib < KIB else f"{record.page_kib // KIB} MiB"
-        panel = f"{record.model}, {record.tensor_parallel} GPU{'s' * (record.tensor_parallel > 1)}"
-        found.setdefault(panel, {})[f"{page}\n{record.layout}"] = record.max_batch
-    return found
 
 
 def file_name(options: argparse.Namespace) -> str:

@@ -14,9 +14,8 @@ from pathlib import Path
 from sarathi.benchmark.config.program import add_ratios, add_stages, positive
 from sarathi.benchmark.engines.device import device_work
 from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
-from sarathi.benchmark.kernels.roofline import ROOFLINE
-from sarathi.benchmark.plots import draw_ratios
-from sarathi.benchmark.records import NOT_COMPARED, Budget, Table, read_records
+from sarathi.benchmark.figures import draw
+from sarathi.benchmark.records import BOUND, NOT_COMPARED, Budget, Table, read_records
 from sarathi.benchmark.workload.sizes import FULL
 from sarathi.entrypoints.script import run_script
 
@@ -42,10 +41,10 @@ def join(ours: Path, theirs: Path, output: Path) -> None:
     table = Table(output / "vllm.csv", ours=str(ours), theirs=str(theirs))
     for record in mine:
         other = found.get(record.task)
-        if other is not None and record.backend != ROOFLINE:
+        if other is not None and record.backend != BOUND:
             table.add(record if record.unit in NOT_COMPARED else record.beside(other))
             table.add(other)
-    draw_ratios(table.records, output / "vllm.png")
+    draw(table.path)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from sarathi.metrics.environment import environment
 T = TypeVar("T")
 Work = Iterable[tuple[str, Callable[[], object]]]  # name of a measurement, what measures it
 NOT_COMPARED = ("MHz", "W")  # units of which neither more nor less is better
+BOUND = "products and attention alone"  # the backend of records of roofline.py
 
 
 @dataclass(frozen=True)

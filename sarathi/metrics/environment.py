@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ def environment() -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git": git_revision(),
     }
+
+
+def caption(runs: Iterable[Mapping[str, Any]], models: Iterable[str] = ()) -> str:
+    """A line under a figure: models (or else commands), hardware, torch and revisions of the runs that it shows."""
+    found = list(runs)
+    subjects = list(models) or [str(run.get("command", "")) for run in found]
+    hardware = [str(run.get("device") or run.get("processor", "")) for run in found]
+    torch = [f"torch {run['packages']['torch']}" for run in found if "torch" in run.get("packages", {})]
+    commits = [str(run["git"]["commit"])[:7] for run in found if "commit" in (run.get("git") or {})]
+    parts = [", ".join(dict.fromkeys(part)) for part in (subjects, hardware, torch, commits)]
+    return "; ".join(part for part in [*parts[:3], f"revision {parts[3]}" if commits else ""] if part)
 
 
 def git_revision() -> dict[str, Any] | None:

@@ -1,16 +1,21 @@
-"""Plots of distributions and series as PNG files. matplotlib is imported when a plot is drawn."""
+"""How figures are drawn: panels under one caption, lines, bars and tails. matplotlib is imported when one is drawn."""
 
+import base64
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sarathi.metrics.files import replacing
-from sarathi.metrics.tables import cdf
+import numpy as np
 
-SIZE_INCHES = (6.4, 4.0)
-DOTS_PER_INCH = 90
+from sarathi.metrics.files import replacing
+
+OURS, LIGHT, OTHERS, AGAINST = "tab:blue", "lightsteelblue", "0.7", "tab:orange"
+DOTS_PER_INCH = 100
+_SMALL = 8  # points
 logger = logging.getLogger(__name__)
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -18,51 +23,110 @@ Points = tuple[Sequence[float], Sequence[float]]
 def is_available() -> bool:
     """Whether matplotlib is installed. If it is not, a warning names the package."""
     if find_spec("matplotlib") is None:
-        logger.warning("no plots are drawn: matplotlib is not installed (pip install matplotlib)")
+        logger.warning("no figures are drawn: matplotlib is not installed (pip install 'sarathi-vattention[bench]')")
         return False
     return True
 
 
-def plot_cdf(path: Path, name: str, values: Sequence[float]) -> None:
-    """The cumulative distribution of values, with median and P99 marked."""
-    xs, ys = cdf(values)
-    axes = _axes(name, "CDF")
-    axes.plot(xs, ys, drawstyle="steps-post")
-    for quantile in (0.5, 0.99):
-        axes.axhline(quantile, linewidth=0.5, linestyle=":")
-    axes.set_ylim(0, 1.02)
-    _save(axes, path)
+class Panels:
+    """A grid of axes. It needs no display and is not registered in pyplot.
+
+    width: inches of a column. heights: inches of each row.
+    """
+
+    def __init__(self, columns: int = 1, width: float = 6.4, heights: Sequence[float] = (3.6,)) -> None:
+        from matplotlib.figure import Figure
+
+        size = (width * columns, sum(heights))
+        self.figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+        grid = self.figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+        self.axes = list(grid.flatten())
+
+    def save(self, path: Path, caption: str = "") -> None:
+        """Write a PNG, in place of an older one."""
+        with replacing(path) as part:
+            part.write_bytes(self._png(caption))
+
+    def data_uri(self, caption: str = "") -> str:
+        """The PNG as the source of an <img>."""
+        return f"data:image/png;base64,{base64.b64encode(self._png(caption)).decode()}"
+
+    def legend(self, axis: Any) -> None:
+        """The names of one axis's lines, above all panels."""
+        self.figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=_SMALL)
+
+    def _png(self, caption: str) -> bytes:
+        for axis in self.axes:
+            axis.set_visible(axis.has_data())
+        self.figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="0.4")
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png")
+        return buffer.getvalue()
 
 
-def plot_lines(path: Path, lines: Mapping[str, Points], x_label: str, y_label: str, marker: str = "") -> None:
-    """Lines of points (xs, ys) in one plot, with a legend of their names if there are several."""
-    axes = _axes(x_label, y_label)
+def plot_lines(
+    path: Path, lines: Mapping[str, Points], x_label: str, y_label: str, marker: str = "", caption: str = ""
+) -> None:
+    """Lines of points (xs, ys) on one axis, with a legend if there are several."""
+    panels = Panels()
+    draw_lines(panels.axes[0], lines, x_label, y_label, marker)
+    panels.save(path, caption)
+
+
+def plot_tails(path: Path, samples: Mapping[str, Sequence[float]], label: str, caption: str = "") -> None:
+    """Distributions on one axis: see draw_tails."""
+    panels = Panels()
+    draw_tails(panels.axes[0], samples, label)
+    panels.save(path, caption)
+
+
+def draw_lines(axis: Any, lines: Mapping[str, Points], x_label: str, y_label: str, marker: str = "") -> None:
+    """Lines of points (xs, ys), with a legend if there are several."""
     for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, label=name, marker=marker, linewidth=1)
+        axis.plot(xs, ys, label=name, marker=marker, linewidth=1.2)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(fontsize="small")
-    _save(axes, path)
+        axis.legend(fontsize=_SMALL)
 
 
-def plot_bars(path: Path, bars: Mapping[str, float], y_label: str) -> None:
-    """One bar for each name."""
-    axes = _axes("", y_label)
-    axes.bar(list(bars), list(bars.values()))
-    axes.tick_params(axis="x", labelrotation=30, labelsize="small")
-    _save(axes, path)
+def draw_tails(axis: Any, samples: Mapping[str, Sequence[float]], label: str, colors: Sequence[str] = ()) -> None:
+    """The percentiles of distributions. The axis is logarithmic in the share above, so that each tail has room."""
+    for (name, values), color in zip_longest(samples.items(), colors[: len(samples)]):
+        ordered = np.sort(np.asarray(values, dtype=float))
+        share_from = 1 - np.arange(len(ordered)) / max(len(ordered), 1)  # of the values, this one included
+        axis.plot(ordered, share_from, label=name, color=color, drawstyle="steps-post", linewidth=1.2)
+    shares = {0.5: "P50", 0.1: "P90", 0.01: "P99", 0.001: "P99.9", 0.0001: "P99.99"}
+    lowest = 1 / max((len(values) for values in samples.values()), default=1)
+    shown = {share: name for share, name in shares.items() if share >= lowest} or {0.5: "P50"}
+    axis.set(xlabel=label, ylabel="percentile", yscale="log", ylim=(1, lowest * 0.8))
+    axis.set_yticks(list(shown), list(shown.values()))
+    axis.set_yticks([], minor=True)
+    axis.grid(alpha=0.3)
+    if len(samples) > 1:
+        axis.legend(fontsize=_SMALL)
 
 
-def _axes(x_label: str, y_label: str) -> Any:
-    """Axes of a new figure that needs no display and is not registered in pyplot."""
-    from matplotlib.figure import Figure
+def draw_bars(axis: Any, heights: Mapping[str, float], label: str, bold: Sequence[str] = ()) -> None:
+    """A horizontal bar with its number for each name; those of `bold` in colour, all where none is named."""
+    colors = [OURS if name in bold or not bold else OTHERS for name in heights]
+    bars = axis.barh(range(len(heights)), list(heights.values()), color=colors)
+    axis.bar_label(bars, [f"{value:.4g}" for value in heights.values()], fontsize=_SMALL, padding=2)
+    axis.set_yticks(range(len(heights)), list(heights), fontsize=_SMALL)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel(label, fontsize=_SMALL)
 
-    axes = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained").add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    return axes
 
-
-def _save(axes: Any, path: Path) -> None:
-    with replacing(path) as part:
-        axes.figure.savefig(part, format="png")
+def draw_ratios(axis: Any, ratios: Mapping[str, float], label: str, shown: tuple[float, float] = (0.6, 1.4)) -> None:
+    """A bar from 1 to each ratio, with its number; the ends of the axis cut longer ones off."""
+    low, high = shown
+    lengths = [min(max(ratio, low), high) - 1 for ratio in ratios.values()]
+    colors = [OURS if ratio >= 1 else AGAINST for ratio in ratios.values()]
+    bars = axis.barh(range(len(lengths)), lengths, left=1, color=colors)
+    axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios.values()], fontsize=_SMALL, padding=2)
+    axis.set_yticks(range(len(lengths)), list(ratios), fontsize=_SMALL)
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.invert_yaxis()
+    axis.set_xlim(low - 0.1, high + 0.1)
+    axis.set_xlabel(label, fontsize=_SMALL)

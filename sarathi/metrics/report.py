@@ -1,8 +1,8 @@
-"""Files of a result: CSV tables, a JSON summary, a trace, distributions and series as CSV and PNG.
+"""Files of a result: a page to read, CSV tables, a JSON summary, a trace, distributions and series as CSV.
 
-sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
+report.html  sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
 operation_metrics.csv  cpu_operation_metrics.csv  summary.json  chrome_trace.json  schedule.jsonl
-plots/<metric>.csv  plots/<metric>.png
+plots/<metric>.csv  plots/<series>_time_series.csv
 """
 
 import json
@@ -19,6 +19,7 @@ from sarathi.metrics import plots
 from sarathi.metrics.environment import environment
 from sarathi.metrics.files import PART_SUFFIX, is_file_name, open_replacing, write_columns, write_json, write_table
 from sarathi.metrics.records import RunRecords
+from sarathi.metrics.report_page import report_page
 from sarathi.metrics.tables import (
     REQUEST_ID,
     TIME,
@@ -37,13 +38,14 @@ from sarathi.metrics.tables import (
 from sarathi.metrics.trace import num_trace_events, trace_events
 
 SUMMARY_FILE = "summary.json"
+PAGE_FILE = "report.html"
 TRACE_FILE = "chrome_trace.json"
 MAX_TRACE_EVENTS = 200_000  # about 30 MB
 TABLES = (
     "sequence_metrics", "batch_metrics", "token_metrics", "allocator_metrics", "memory_metrics", "operation_metrics",
     "cpu_operation_metrics",
 )  # fmt: skip
-FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, TRACE_FILE, "schedule.jsonl")
+FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, PAGE_FILE, TRACE_FILE, "schedule.jsonl")
 ALLOCATOR_COLUMNS = (REQUEST_ID, "request_num_prefill_tokens", "kv_blocks_mapped", "kv_fragmentation_percent")
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,9 @@ logger = logging.getLogger(__name__)
 class ReportOptions:
     """What is written.
 
-    chrome_trace: None for runs of at most MAX_TRACE_EVENTS events. individual_batches: one line for each step and each
-    token, in addition to the distributions. operations, cpu_operations: times of operations. config: saved with the
-    summary.
+    plots: report.html. chrome_trace: None for runs of at most MAX_TRACE_EVENTS events. individual_batches: one line for
+    each step and each token, in addition to the distributions. operations, cpu_operations: times of operations.
+    config: saved with the summary.
     """
 
     plots: bool = True
@@ -73,7 +75,7 @@ def remove_report(folder: Path) -> None:
     listing = folder / (SUMMARY_FILE + PART_SUFFIX)
     with suppress(FileNotFoundError):
         os.replace(folder / SUMMARY_FILE, listing)
-    plotted = [folder / "plots" / f"{name}.{kind}" for name in _listed_metrics(listing) for kind in ("csv", "png")]
+    plotted = [folder / "plots" / f"{name}.csv" for name in _listed_metrics(listing)]
     for path in (*plotted, *[folder / name for name in FILES if name != SUMMARY_FILE], listing):
         path.with_name(path.name + PART_SUFFIX).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -84,7 +86,7 @@ def _listed_metrics(summary: Path) -> set[str]:
     names: set[object] = set()
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         names = set(json.loads(summary.read_text(encoding="utf-8"))["metrics"])
-    return {*TIME_SERIES, *[str(name) for name in names if is_file_name(name)]}
+    return {*map(_series_file, TIME_SERIES), *[str(name) for name in names if is_file_name(name)]}
 
 
 def write_report(
@@ -103,9 +105,10 @@ def write_report(
         write_table(folder / f"{name}.csv", table)
     _write_schedule(records, folder)
     _write_trace(records, folder, options.chrome_trace)
-    plot = options.plots and plots.is_available()
-    _write_distributions(records, folder / "plots", plot)
-    _write_series(records, folder / "plots", plot)
+    _write_plotted(records, folder / "plots")
+    if options.plots and plots.is_available():
+        with open_replacing(folder / PAGE_FILE) as file:
+            file.write(report_page(records, summary))
     os.replace(listing, folder / SUMMARY_FILE)
     return summary
 
@@ -160,19 +163,17 @@ def _tables(records: RunRecords, options: ReportOptions) -> Iterable[tuple[str, 
         yield "cpu_operation_metrics", operation_table(records, on_device=False)
 
 
-def _write_distributions(records: RunRecords, folder: Path, plot: bool) -> None:
+def _write_plotted(records: RunRecords, folder: Path) -> None:
+    """Each distribution as a CDF, each series as running totals over time."""
     for name, values in distributions(records).items():
         write_columns(folder / f"{name}.csv", (name, "cdf"), zip(*cdf(values), strict=True))
-        if plot:
-            plots.plot_cdf(folder / f"{name}.png", name, values)
-
-
-def _write_series(records: RunRecords, folder: Path, plot: bool) -> None:
     for name, points in time_series(records).items():
-        write_columns(folder / f"{name}.csv", (TIME, name), points)
-        if plot:
-            xs, ys = zip(*points, strict=True)
-            plots.plot_lines(folder / f"{name}.png", {name: (xs, ys)}, TIME, name)
+        write_columns(folder / f"{_series_file(name)}.csv", (TIME, name), points)
+
+
+def _series_file(name: str) -> str:
+    """The file of a series by its name in Sarathi-Serve."""
+    return f"{name}_time_series"
 
 
 def _write_schedule(records: RunRecords, folder: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sarathi.metrics.report import PAGE_FILE
+
 
 class WandbError(RuntimeError):
     """The result was not sent; the files on disk are complete."""
@@ -22,7 +24,7 @@ class WandbTarget:
 
 
 def log_report(folder: Path, summary: Mapping[str, Any], target: WandbTarget) -> None:
-    """Upload the configuration, every number of the summary, and the plots in `folder`.
+    """Upload the configuration, every number of the summary, and report.html of `folder` where there is one.
 
     WandbError if wandb is not installed or refuses the result.
     """
@@ -49,7 +51,8 @@ def _send(wandb: Any, folder: Path, summary: Mapping[str, Any], target: WandbTar
     )
     try:
         run.summary.update(dict(_numbers(summary)))
-        run.log({path.stem: wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))})
+        if (folder / PAGE_FILE).exists():
+            run.log({"report": wandb.Html(str(folder / PAGE_FILE), inject=False)})
     finally:
         run.finish()
 

@@ -75,7 +75,7 @@ def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     always = ["attn_rope", "attn_kv_cache_save", "attn_post_proj", "mlp_up_proj", "mlp_activation", "lm_head_linear"]
     assert (operations[always] > 0).all().all()
     assert operations[["attn_prefill", "attn_decode"]].notna().any().all()
-    assert (tmp_path / "plots" / "request_e2e_time.png").is_file()
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

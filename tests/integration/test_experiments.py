@@ -32,7 +32,7 @@ def test_static_trace_repeats_its_schedule_and_resumes(tmp_path: Path) -> None:
     assert script("process_experiment.py", "e2e_static", tmp_path / "a").stdout == processed.stdout
     table = pd.read_csv(tmp_path / "a" / "makespan.csv")
     assert list(table["backend"]) == ["sdpa_vattn"] and (table["makespan_s"] > 0).all()
-    assert "makespan_s" in processed.stdout and list((tmp_path / "a").glob("makespan_*.png"))
+    assert "makespan_s" in processed.stdout and (tmp_path / "a" / "makespan.png").is_file()
 
 
 def processes_that_name(text: str) -> list[int]:
@@ -72,7 +72,7 @@ def test_dynamic_trace_has_a_latency_for_each_load(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "latency.csv")
     assert sorted(table["qps"]) == [4, 8]
     assert (table["p50"] <= table["p90"]).all() and (table["p90"] <= table["p99"]).all()
-    assert all((tmp_path / f"{name}.png").is_file() for name in ("p50", "p90", "p99"))
+    assert (tmp_path / "latency.png").is_file()
     for folder in tmp_path.glob("smollm2*"):
         check_run(folder)
 

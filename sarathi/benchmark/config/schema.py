@@ -238,7 +238,7 @@ class MetricsStoreConfig(Section):
     enable_cpu_op_level_metrics: bool = knob(False, "write the times of a step's parts on the processor")
     enable_request_outputs: bool = knob(False, "write the tokens of every request to responses.json")
     keep_individual_batch_metrics: bool = knob(True, "one CSV row for every step and token, beside distributions")
-    write_plots: bool = knob(True, "PNG files beside the CSV files")
+    write_plots: bool = knob(True, "report.html beside the CSV files")
     memory_interval_steps: int = knob(10, "steps between two looks at the cache's memory", low=1, high=_STEPS)
 
 

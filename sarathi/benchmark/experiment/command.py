@@ -17,17 +17,16 @@ from sarathi.benchmark.config.options import read_settings
 from sarathi.benchmark.config.program import EXPERIMENTS as EXPERIMENTS
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
 from sarathi.benchmark.experiment.execute import execute
-from sarathi.benchmark.experiment.measures import Record
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
-from sarathi.benchmark.experiment.tables import IDENTITY, TABLES, draw, make_records
+from sarathi.benchmark.experiment.tables import TABLES, by_name, make_table
+from sarathi.benchmark.figures import ENVIRONMENT_FILE, draw
 from sarathi.benchmark.processes import ended_by_signals
 from sarathi.config.load import read_yaml
-from sarathi.metrics.files import write_table
+from sarathi.metrics.environment import caption
+from sarathi.metrics.files import open_replacing
 from sarathi.metrics.plots import is_available
-from sarathi.metrics.tables import Table
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
-ENVIRONMENT_FILE = "environment.json"
 EXIT_INTERRUPTED = 130
 HELP = ("-h", "--help")
 EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica_scheduler.provider vllm"
@@ -60,7 +59,7 @@ def run_experiment(path: Path, description: str | None, words: Sequence[str] | N
 
 
 def process_experiment(path: Path, description: str | None, words: Sequence[str] | None = None) -> int:
-    """The table and the plots of runs that are there."""
+    """The table and the figure of runs that are there."""
     args = _process_parser(description).parse_args(words)
     try:
         experiment = read_experiment(path, args.test)
@@ -162,30 +161,21 @@ def _process(table: str, folder: Path) -> list[Path] | None:
 
 
 def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
-    """The table, as a file and for people, and the plots."""
-    records = make_records(TABLES[table], runs)
-    columns = (*IDENTITY, *[name for name in records[0] if name not in IDENTITY])
-    write_table(folder / f"{table}.csv", Table(columns, records))
+    """The table, as a file and for people, and the figure."""
+    kind, path = TABLES[table], folder / f"{table}.csv"
+    records = make_table(kind, runs)
+    with open_replacing(path) as file:
+        records.to_csv(file, index=False)
     (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
-    print(as_text(columns, records))
-    if is_available():
-        draw(TABLES[table], runs, records, folder)
+    print(records.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    if kind.draw_runs is None:
+        draw(path)
+    elif is_available():
+        told = caption(environments(runs), records["model"].unique())
+        kind.draw_runs(path.with_suffix(".png"), by_name(records, runs), told)
 
 
 def environments(runs: Sequence[FinishedRun]) -> list[Mapping[str, Any]]:
     """Each environment that a run had, once: --resume goes on with another revision or machine."""
     found = [run.summary.get("environment", {}) for run in runs]
     return [each for index, each in enumerate(found) if each not in found[:index]]
-
-
-def as_text(columns: Sequence[str], records: Sequence[Record]) -> str:
-    """A table for people: columns as wide as their widest cell."""
-    cells = [list(columns), *[[_cell(record.get(name)) for name in columns] for record in records]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

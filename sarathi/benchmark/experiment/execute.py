@@ -1,6 +1,8 @@
-"""The runs of an experiment, those that can share an engine in one process: a crash ends no other run.
+"""Run an experiment: runs that can share an engine in one process of their own, so that a crash ends no other run.
 
-A run's folder is its order and its receipt: config.yml says what to do, summary.json that it was done.
+The folder of a run holds its configuration (config.yml), and its result once it is complete (summary.json).
+
+    python -m sarathi.benchmark.experiment.execute FOLDER ...     # the runs of these folders, on one engine
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ def _run(places: Sequence[Path], log: Path) -> int:
 
     It is waited for after an interrupt, so that it can write what there is, and killed if this process is.
     """
-    command = [sys.executable, "-m", "sarathi.benchmark.experiment.session", *map(str, places)]
+    command = [sys.executable, "-m", "sarathi.benchmark.experiment.execute", *map(str, places)]
     attach = partial(end_with_parent, os.getpid())
     with (
         open(log, "w", encoding="utf-8") as file,
@@ -122,3 +124,9 @@ def _run(places: Sequence[Path], log: Path) -> int:
 
 def _place(config: BenchmarkConfig) -> Path:
     return Path(config.output_dir)
+
+
+if __name__ == "__main__":
+    from sarathi.benchmark.main import run_configs  # imports torch, which the driver does not need
+
+    sys.exit(run_configs(lambda: [read_config(Path(folder)) for folder in sys.argv[1:]]))

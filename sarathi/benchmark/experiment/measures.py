@@ -9,8 +9,7 @@ import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.collect import FinishedRun
-from sarathi.metrics.plots import Points
-from sarathi.metrics.tables import BATCH_ID, TIME, cdf
+from sarathi.metrics.tables import BATCH_ID, TIME
 
 Record = dict[str, Any]
 TOKEN_GAPS, FIRST_TOKEN, SECONDS = (
@@ -85,15 +84,10 @@ def decode_step_times_ms(run: FinishedRun) -> list[float]:
     return [1e3 * seconds for seconds in steps[SECONDS]]
 
 
-def decode_step_line(run: FinishedRun) -> Points:
-    """Every decode step in order, and how long it took in ms."""
-    times = decode_step_times_ms(run)
-    return range(len(times)), times
-
-
-def token_gap_cdf(run: FinishedRun) -> Points:
-    """The share of times between tokens that are not larger than x seconds."""
-    return cdf(run.table("token_metrics").iloc[:, -1].dropna().tolist())
+def token_gaps_s(run: FinishedRun) -> list[float]:
+    """Every time between two tokens of a request."""
+    gaps: list[float] = run.table("token_metrics").iloc[:, -1].dropna().tolist()
+    return gaps
 
 
 def budget(config: BenchmarkConfig) -> int | None:

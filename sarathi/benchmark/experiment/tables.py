@@ -1,17 +1,17 @@
-"""Tables and plots over the runs of an experiment, one kind for each figure.
+"""Tables over the runs of an experiment, one kind for each figure of the paper.
 
 A record begins with what the run was (columns of IDENTITY), all of it from the saved configuration.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig, ReplicaSchedulerConfig
 from sarathi.benchmark.experiment import measures
@@ -19,23 +19,11 @@ from sarathi.benchmark.experiment.collect import FinishedRun
 from sarathi.benchmark.experiment.measures import Record
 from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.knobs import knobs_of, sections_of
-from sarathi.metrics.plots import Points, plot_bars, plot_lines
+from sarathi.metrics.plots import plot_lines, plot_tails
 
 SUMMARY = ("write_metrics",)
 STEPS = (*SUMMARY, "metrics_store.keep_individual_batch_metrics")  # every step and token
 IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
-
-
-def is_paged(record: Record) -> bool:
-    """Whether the record's backend keeps keys and values in blocks."""
-    return bool(BackendSpec.parse(record["backend"]).is_paged)
-
-
-class Plot(NamedTuple):
-    """Lines over column x, one for each model, backend and what else differs; bars where x is the backend itself."""
-
-    x: str
-    y: str
 
 
 class Score(NamedTuple):
@@ -44,49 +32,48 @@ class Score(NamedTuple):
     column: str
     more_is_better: bool = False
     along: str = "backend"
-    is_reference: Callable[[Record], bool] = is_paged
-
-
-class RunLines(NamedTuple):
-    """A line for each run."""
-
-    line: Callable[[FinishedRun], Points]
-    x_label: str
-    y_label: str
+    is_reference: Callable[[str], bool] = lambda backend: bool(BackendSpec.parse(backend).is_paged)
 
 
 class TableKind(NamedTuple):
-    """measure: what a run adds to its record. plots, run_lines (a line for each run): by file name.
+    """measure: what a run adds to its record. place: the column at which runs of one backend are told apart.
 
-    score: what records are compared by; None: not at all. needs: switches, on by default, that write what is read.
+    score: what records are compared by; None: they are not compared. draw_runs: a figure of the runs by their names,
+    in place of one of the table (figures.py). needs: switches, on by default, that write what is read.
     """
 
     measure: Callable[[FinishedRun], Record]
-    plots: Mapping[str, Plot] = MappingProxyType({})
+    place: str | None = None
     score: Score | None = None
-    run_lines: Mapping[str, RunLines] = MappingProxyType({})
+    draw_runs: Callable[[Path, Mapping[str, FinishedRun], str], None] | None = None
     needs: tuple[str, ...] = SUMMARY
 
 
-def _rate_table(measure: Callable[[FinishedRun], Record], name: str, x: str) -> TableKind:
-    """Tokens a second of a kind of step over x."""
-    column = f"{name}_tokens_per_s"
-    return TableKind(measure, {f"{name}_throughput": Plot(x, column)}, Score(column, more_is_better=True), needs=STEPS)
+def _draw_decode_steps(path: Path, runs: Mapping[str, FinishedRun], caption: str) -> None:
+    times = {name: measures.decode_step_times_ms(run) for name, run in runs.items()}
+    lines = {name: (range(len(steps)), steps) for name, steps in times.items()}
+    plot_lines(path, lines, "decode step", "time of the step (ms)", caption=caption)
+
+
+def _draw_token_gaps(path: Path, runs: Mapping[str, FinishedRun], caption: str) -> None:
+    plot_tails(
+        path, {name: measures.token_gaps_s(run) for name, run in runs.items()}, "time between tokens (s)", caption
+    )
 
 
 TABLES = {
-    "makespan": TableKind(measures.makespan, {"makespan": Plot("backend", "makespan_s")}, Score("makespan_s")),
-    "latency": TableKind(measures.latency, {name: Plot("qps", name) for name in ("p50", "p90", "p99")}, Score("p50")),
-    "prefill": _rate_table(measures.prefill, "prefill", "context"),
-    "decode": _rate_table(measures.decode, "decode", "batch_size"),
-    "decode_steps": TableKind(
-        measures.decode_steps, needs=STEPS,
-        run_lines={"decode_steps": RunLines(measures.decode_step_line, "decode step", "ms")},
+    "makespan": TableKind(measures.makespan, "workload", Score("makespan_s")),
+    "latency": TableKind(measures.latency, "qps", Score("p50")),
+    "prefill": TableKind(
+        measures.prefill, "context", Score("prefill_tokens_per_s", more_is_better=True), needs=STEPS
     ),
+    "decode": TableKind(
+        measures.decode, "batch_size", Score("decode_tokens_per_s", more_is_better=True), needs=STEPS
+    ),
+    "decode_steps": TableKind(measures.decode_steps, draw_runs=_draw_decode_steps, needs=STEPS),
     "between_tokens": TableKind(
-        measures.between_tokens, needs=STEPS,
-        score=Score("tbt_p99", along="scheduler", is_reference=lambda record: record["scheduler"] == "vllm"),
-        run_lines={"between_tokens": RunLines(measures.token_gap_cdf, "seconds between tokens", "CDF")},
+        measures.between_tokens, draw_runs=_draw_token_gaps, needs=STEPS,
+        score=Score("tbt_p99", along="scheduler", is_reference=lambda scheduler: scheduler == "vllm"),
     ),
 }  # fmt: skip
 
@@ -125,26 +112,24 @@ def workload_name(config: BenchmarkConfig) -> str:
     return f"{span}{lengths.max_tokens} tokens, P:D {lengths.prefill_to_decode_ratio:g}"
 
 
-def make_records(kind: TableKind, runs: Sequence[FinishedRun]) -> list[Record]:
-    """One record a run, compared with the reference of the same work."""
-    records = [identity(run) | kind.measure(run) for run in runs]
-    if kind.score is None:
-        return records
-    work_of = WORKS[kind.score.along]
-    return list(compared(records, [work_of(run.config) for run in runs], kind.score))
+def make_table(kind: TableKind, runs: Sequence[FinishedRun]) -> pd.DataFrame:
+    """One record a run, with what it differs in from others, compared with the reference of the same work."""
+    records = pd.DataFrame([identity(run) | kind.measure(run) for run in runs])
+    if kind.score is not None:
+        work_of = WORKS[kind.score.along]
+        records = compared(records, [work_of(run.config) for run in runs], kind.score)
+    return records.assign(variant=variants(records, runs, kind.place)).convert_dtypes()
 
 
-def compared(records: Sequence[Record], works: Sequence[Hashable], score: Score) -> Iterator[Record]:
+def compared(records: pd.DataFrame, works: Sequence[Hashable], score: Score) -> pd.DataFrame:
     """Records with `reference`, the best one of the same work, and `ratio`: > 1 is better than that one."""
-    sign = -1 if score.more_is_better else 1
-    best: dict[Hashable, Record] = {}
-    for record, work in zip(records, works, strict=True):
-        if record[score.column] is not None and score.is_reference(record):
-            best[work] = min(best.get(work, record), record, key=lambda each: sign * each[score.column])
-    for record, work in zip(records, works, strict=True):
-        other, own = best.get(work), record[score.column]
-        ratio = None if other is None or not own else (other[score.column] / own) ** sign
-        yield record | {"reference": None if other is None else other[score.along], "ratio": ratio}
+    column, along = score.column, score.along
+    records = records.assign(work=pd.factorize(pd.Series(works, dtype=object))[0])
+    references = records[records[along].map(score.is_reference)].dropna(subset=[column])
+    best = references.sort_values(column, ascending=not score.more_is_better, kind="stable").groupby("work").first()
+    found = records.join(best[[along, column]].set_axis(["reference", "best"], axis=1), on="work")
+    ratio = found[column] / found["best"] if score.more_is_better else found["best"] / found[column]
+    return found.assign(ratio=ratio).drop(columns=["work", "best"])
 
 
 def _but_backend(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -168,39 +153,16 @@ def _but_folder(config: BenchmarkConfig) -> BenchmarkConfig:
 WORKS: Mapping[str, Callable[[BenchmarkConfig], Hashable]] = {"backend": _but_backend, "scheduler": _but_scheduler}
 
 
-def draw(kind: TableKind, runs: Sequence[FinishedRun], records: Sequence[Record], folder: Path) -> None:
-    """The plots of a kind; one file for each where lines are drawn, one a model and workload where bars are."""
-    for name, (line, x_label, y_label) in kind.run_lines.items():
-        labels = _labels(runs, [(_line_name(record), "") for record in records])
-        lines = {label: line(run) for label, run in zip(labels, runs, strict=True)}
-        plot_lines(folder / f"{name}.png", lines, x_label, y_label)
-    for name, plot in kind.plots.items():
-        if plot.x == "backend":
-            _draw_bars(runs, records, plot, folder, name)
-        else:
-            plot_lines(folder / f"{name}.png", _lines(runs, records, plot), plot.x, plot.y, marker="o")
-
-
-def _labels(runs: Sequence[FinishedRun], places: Sequence[tuple[str, Hashable]]) -> list[str]:
-    """A label for each run. places: its name and where it is drawn. Where runs share a name at one place, what they
-    differ in follows: first in words, then by knobs, and last by their folders.
-    """
-    labels = [name for name, _ in places]
+def variants(records: pd.DataFrame, runs: Sequence[FinishedRun], place: str | None) -> pd.Series:
+    """What tells runs of one model and backend at one place apart: words, else knobs, and last their folders."""
+    places = records[place] if place else pd.Series(0, index=records.index)
+    found = pd.Series("", index=records.index)
     for tell in (_words, _knobs, _folder):
-        shared = [(label, place) for label, (_, place) in zip(labels, places, strict=True)]
-        labels = _told_apart(shared, [tell(run) for run in runs])
-    return labels
-
-
-def _told_apart(places: Sequence[tuple[str, Hashable]], words: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names, and after each the words of every kind in which some that share a name at one place differ."""
-    told = {(place, kind, word) for place, own in zip(places, words, strict=True) for kind, word in own.items()}
-    counts = Counter((place, kind) for place, kind, _ in told)
-    differing = {kind for (_, kind), count in counts.items() if count > 1}
-    return [
-        " ".join([name, *(word for kind, word in own.items() if word and kind in differing)])
-        for (name, _), own in zip(places, words, strict=True)
-    ]
+        words = pd.DataFrame([tell(run) for run in runs])
+        alike = words.groupby([records["model"], records["backend"], found, places], dropna=False)
+        for kind in words.columns[alike.nunique().gt(1).any()]:
+            found = found.str.cat(words[kind], sep=" ")
+    return found.str.split().str.join(" ")
 
 
 def _words(run: FinishedRun) -> dict[str, str]:
@@ -221,26 +183,7 @@ def _folder(run: FinishedRun) -> dict[str, str]:
     return {"folder": "/".join(run.folder.parts[-2:])}
 
 
-def _line_name(record: Record) -> str:
-    return f"{record['model']} {record['backend']}"
-
-
-def _lines(runs: Sequence[FinishedRun], records: Sequence[Record], plot: Plot) -> dict[str, Points]:
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    labels = _labels(runs, [(_line_name(record), record[plot.x]) for record in records])
-    for label, record in zip(labels, records, strict=True):
-        if record[plot.x] is not None and record[plot.y] is not None:
-            points[label].append((record[plot.x], record[plot.y]))
-    return {label: ([x for x, _ in sorted(line)], [y for _, y in sorted(line)]) for label, line in points.items()}
-
-
-def _draw_bars(runs: Sequence[FinishedRun], records: Sequence[Record], plot: Plot, folder: Path, name: str) -> None:
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
-    groups_of = [f"{record['model']} {record['workload']}" for record in records]
-    labels = _labels(runs, [(record["backend"], group) for record, group in zip(records, groups_of, strict=True)])
-    for group, label, record in zip(groups_of, labels, records, strict=True):
-        if record[plot.y] is not None:
-            groups[group][label] = record[plot.y]
-    for group, bars in groups.items():
-        word = "".join(letter if letter.isalnum() else "-" for letter in group)
-        plot_bars(folder / f"{name}_{word}.png", bars, f"{plot.y}: {group}")
+def by_name(records: pd.DataFrame, runs: Sequence[FinishedRun]) -> dict[str, FinishedRun]:
+    """Runs by model, backend and variant."""
+    names = (records["model"] + " " + records["backend"] + " " + records["variant"]).str.strip()
+    return dict(zip(names, runs, strict=True))

@@ -16,7 +16,6 @@ from sarathi.benchmark.kernels.shapes import Model
 from sarathi.benchmark.kernels.timing import Sample, eager_sample, eager_us, graph_sample, graph_us
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [tokens, in], weight [out, in] -> [tokens, out]
-ROOFLINE = "products and attention alone"  # as a backend in records
 LAYER = ("qkv", "o", "gate_up", "down")
 
 

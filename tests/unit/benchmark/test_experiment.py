@@ -5,16 +5,16 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from sarathi.benchmark.config.options import as_words, parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment import execute as execute_module
-from sarathi.benchmark.experiment import tables as tables_module
 from sarathi.benchmark.experiment.collect import collect
 from sarathi.benchmark.experiment.command import (
-    as_text,
     process_experiment,
     process_named_experiment,
     run_experiment,
@@ -27,12 +27,11 @@ from sarathi.benchmark.experiment.plan import Run, read_experiment
 from sarathi.benchmark.experiment.tables import (
     IDENTITY,
     TABLES,
-    Record,
     Score,
     TableKind,
+    by_name,
     compared,
-    draw,
-    make_records,
+    make_table,
     rate_of,
     workload_name,
 )
@@ -224,7 +223,7 @@ def test_tables_read_what_a_run_was_from_its_configuration_not_from_its_folder(t
         "uniform_request_length_generator.max_tokens": 5000,
     }
     write_result(tmp_path / "model_llama_attn_fi", settings, request_e2e_time={"max": 12.0})
-    (row,) = make_records(TABLES["makespan"], collect(tmp_path)[0])
+    row = made("makespan", tmp_path).iloc[0]
     assert (row["model"], row["backend"], row["workload"]) == ("yi", "fa_vattn_sync", "1024-5000 tokens, P:D 20")
     assert (row["makespan_s"], row["requests_per_minute"]) == (12.0, 20.0)
 
@@ -300,17 +299,17 @@ def test_runs_behind_one_that_ended_their_process_get_another(tmp_path: Path, se
 
 
 def test_backends_are_compared_with_the_best_paged_one_of_the_same_work() -> None:
-    def row(backend: str, seconds: float | None, workload: str = "w") -> Record:
+    def row(backend: str, seconds: float | None, workload: str = "w") -> dict:
         return {**dict.fromkeys(IDENTITY), "backend": backend, "workload": workload, "s": seconds, "rate": seconds}
 
     rows = [row("fa_vattn", 8.0), row("fa_paged", 10.0), row("fi_paged_16", 12.0), row("fa_vattn", 5.0, "alone")]
     rows.append(row("sdpa_vattn", None))
     works = [row["workload"] for row in rows]
-    times = list(compared(rows, works, Score("s")))
-    assert [each["reference"] for each in times] == ["fa_paged"] * 3 + [None, "fa_paged"]
-    assert [each["ratio"] for each in times] == [1.25, 1.0, pytest.approx(10 / 12), None, None]
-    rates = list(compared(rows, works, Score("rate", more_is_better=True)))
-    assert [each["ratio"] for each in rates[:3]] == [pytest.approx(8 / 12), pytest.approx(10 / 12), 1.0]
+    times = compared(pd.DataFrame(rows), works, Score("s"))
+    assert times["reference"].tolist() == ["fa_paged"] * 3 + [np.nan, "fa_paged"]
+    assert times["ratio"].tolist() == pytest.approx([1.25, 1.0, 10 / 12, np.nan, np.nan], nan_ok=True)
+    rates = compared(pd.DataFrame(rows), works, Score("rate", more_is_better=True))
+    assert rates["ratio"].tolist()[:3] == pytest.approx([8 / 12, 10 / 12, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -329,8 +328,8 @@ def test_work_is_the_same_only_where_all_of_it_is(other: dict, tmp_path: Path) -
         write_result(tmp_path / backend, {**both, "attention_backend": backend}, request_e2e_time={"max": seconds})
     settings = {**both, **other, "attention_backend": "sdpa_vattn"}
     write_result(tmp_path / "other", settings, request_e2e_time={"max": 20.0})
-    rows = make_records(TABLES["makespan"], collect(tmp_path)[0])
-    assert [row["ratio"] for row in rows] == [None, 1.0, 2.0]
+    ratios = made("makespan", tmp_path)["ratio"]
+    assert ratios.isna().tolist() == [True, False, False] and ratios.tolist()[1:] == [1.0, 2.0]
 
 
 def test_policies_are_compared_whatever_their_own_knobs(tmp_path: Path) -> None:
@@ -340,24 +339,16 @@ def test_policies_are_compared_whatever_their_own_knobs(tmp_path: Path) -> None:
     for number, settings in enumerate(policies):
         write_result(tmp_path / str(number), settings, **{gaps: {"p99": 4.0 / (1 + number)}})
     write_result(tmp_path / "2", {**policies[1], f"{scheduler}.max_batch_size": 3}, **{gaps: {"p99": 9.0}})
-    assert [row["ratio"] for row in make_records(TABLES["between_tokens"], collect(tmp_path)[0])] == [1.0, 2.0, None]
+    ratios = made("between_tokens", tmp_path)["ratio"]
+    assert ratios.tolist()[:2] == [1.0, 2.0] and ratios.isna().tolist() == [False, False, True]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
-    """What would be drawn, by file."""
-    found: dict[str, dict] = {}
-    for name in ("plot_lines", "plot_bars"):
-        monkeypatch.setattr(tables_module, name, lambda path, named, *_, **__: found.update({path.stem: named}))
-    return found
+def made(kind: str, folder: Path) -> pd.DataFrame:
+    """The table of the runs in a folder."""
+    return make_table(TABLES[kind], collect(folder)[0])
 
 
-def draw_all(kind: str, folder: Path) -> None:
-    runs, _ = collect(folder)
-    draw(TABLES[kind], runs, make_records(TABLES[kind], runs), folder)
-
-
-def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path, drawn: dict[str, dict]) -> None:
+def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path) -> None:
     both = {"model.name": "m", "attention_backend": "sdpa_vattn", "replica_scheduler.provider": "sarathi"}
     others = [
         {"replica_scheduler.provider": "vllm"},
@@ -368,8 +359,12 @@ def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path, drawn: dict[str
     for number, other in enumerate(others):
         write_result(tmp_path / str(number), {**both, **other})
         (tmp_path / str(number) / "token_metrics.csv").write_text("Request Id,1\na,0.5\n")
-    draw_all("between_tokens", tmp_path)
-    assert list(drawn["between_tokens"]) == [
+    kind, (runs, _) = TABLES["between_tokens"], collect(tmp_path)
+    named = by_name(make_table(kind, runs), runs)
+    assert kind.draw_runs is not None
+    kind.draw_runs(tmp_path / "between_tokens.png", named, "caption")
+    assert (tmp_path / "between_tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert list(named) == [
         "m sdpa_vattn vllm",
         "m sdpa_vattn sarathi 64 tokens a step",
         "m sdpa_vattn sarathi 0.02 s a step",
@@ -377,36 +372,29 @@ def test_lines_of_runs_are_named_by_what_differs(tmp_path: Path, drawn: dict[str
     ]
 
 
-def test_lines_over_a_column_are_named_by_what_differs_at_one_place(tmp_path: Path, drawn: dict[str, dict]) -> None:
+def test_lines_over_a_column_are_named_by_what_differs_at_one_place(tmp_path: Path) -> None:
     both = {"model.name": "m", "attention_backend": "sdpa_vattn", "interval_provider": "poisson"}
     for provider in ("orca", "vllm"):
         for qps in (1, 2):
             settings = {"replica_scheduler.provider": provider, "poisson_request_interval_generator.qps": qps}
             write_result(tmp_path / f"{provider}{qps}", {**both, **settings}, request_e2e_time_normalized={"p50": qps})
-    draw_all("latency", tmp_path)
-    assert drawn["p50"] == {f"m sdpa_vattn {provider}": ([1, 2], [1, 2]) for provider in ("orca", "vllm")}
+    assert made("latency", tmp_path)["variant"].tolist() == ["orca", "orca", "vllm", "vllm"]
 
 
-def test_bars_are_named_by_what_differs_among_them(tmp_path: Path, drawn: dict[str, dict]) -> None:
+def test_bars_are_named_by_what_differs_among_them(tmp_path: Path) -> None:
     for backend, chunk in (("sdpa_vattn", 64), ("sdpa_vattn", 128), ("sdpa_paged_16", 64)):
         settings = {"attention_backend": backend, "sarathi_scheduler.chunk_size": chunk}
         write_result(tmp_path / f"{backend}{chunk}", settings, request_e2e_time={"max": chunk})
-    draw_all("makespan", tmp_path)
-    (bars,) = drawn.values()
-    assert bars == {
-        "sdpa_paged_16 64 tokens a step": 64,
-        "sdpa_vattn 128 tokens a step": 128,
-        "sdpa_vattn 64 tokens a step": 64,
-    }
+    found = made("makespan", tmp_path)
+    assert found.set_index("backend")["variant"].to_list() == [f"{n} tokens a step" for n in (64, 128, 64)]
+    assert found["makespan_s"].tolist() == [64, 128, 64]
 
 
-def test_runs_are_named_by_the_knobs_that_no_word_tells(tmp_path: Path, drawn: dict[str, dict]) -> None:
+def test_runs_are_named_by_the_knobs_that_no_word_tells(tmp_path: Path) -> None:
     others = [{}, {"seed": 7}, {"replica_scheduler.max_batch_size": 3}, {"model.max_model_len": 900}]
     for number, other in enumerate(others):
         settings = {"attention_backend": "sdpa_vattn", **other}
         write_result(tmp_path / str(number), settings, request_e2e_time={"max": number})
-    draw_all("makespan", tmp_path)
-    (bars,) = drawn.values()
     default = parse_options([])
     knobs = [
         (default.model.max_model_len, default.seed, default.replica_scheduler.max_batch_size),
@@ -414,16 +402,15 @@ def test_runs_are_named_by_the_knobs_that_no_word_tells(tmp_path: Path, drawn: d
         (default.model.max_model_len, default.seed, 3),
         (900, default.seed, default.replica_scheduler.max_batch_size),
     ]
-    names = ["sdpa_vattn seed {1} max_model_len {0} max_batch_size {2}".format(*each) for each in knobs]
-    assert bars == dict(zip(names, range(4), strict=True))
+    names = ["seed {1} max_model_len {0} max_batch_size {2}".format(*each) for each in knobs]
+    assert made("makespan", tmp_path)["variant"].tolist() == names
 
 
-def test_repeated_runs_are_named_by_their_folders(tmp_path: Path, drawn: dict[str, dict]) -> None:
+def test_repeated_runs_are_named_by_their_folders(tmp_path: Path) -> None:
     for number in range(2):
         settings = {"attention_backend": "sdpa_vattn"}
         write_result(tmp_path / str(number) / "run", settings, request_e2e_time={"max": number})
-    draw_all("makespan", tmp_path)
-    assert list(drawn.values()) == [{"sdpa_vattn 0/run": 0, "sdpa_vattn 1/run": 1}]
+    assert made("makespan", tmp_path)["variant"].tolist() == ["0/run", "1/run"]
 
 
 def test_a_budget_that_is_not_fixed_is_no_number() -> None:
@@ -522,7 +509,7 @@ def test_memory_that_decodes_ask_for_is_told_a_second(tmp_path: Path) -> None:
     samples = [(0, 0.0, 500, 400), (1, 10.0, 1000, 400), (3, 12.0, 3000, 1000), (4, 13.0, 9000, 0)]
     lines = ["Batch Id,Time (sec),kv_mapped_bytes,kv_idle_bytes", *(",".join(map(str, each)) for each in samples)]
     (tmp_path / "run" / "memory_metrics.csv").write_text("\n".join(lines))
-    (row,) = make_records(TABLES["decode"], collect(tmp_path)[0])
+    row = made("decode", tmp_path).iloc[0]
     assert (row["num_steps"], row["decode_tokens_per_s"], row["median_step_ms"]) == (3, 6.0, 250.0)
     assert row["allocated_bytes_per_s"] == (2000 - 600) / 2
 
@@ -540,10 +527,5 @@ def test_workloads_are_named_by_what_they_are() -> None:
 def test_a_replayed_trace_has_the_requests_of_its_file(tmp_path: Path) -> None:
     replay = {"request_generator.provider": "trace", "trace_request_generator.trace_file": "some/day.csv"}
     write_result(tmp_path / "run", {**replay, "interval_provider": "poisson"}, request_e2e_time={"max": 2.0})
-    (row,) = make_records(TABLES["makespan"], collect(tmp_path)[0])
-    assert (row["workload"], row["qps"], row["num_requests"]) == ("day", None, 4)
-
-
-def test_text_tables_line_up() -> None:
-    text = as_text(("a", "long name"), [{"a": 1.23456789, "long name": None}, {"a": "xyz", "long name": 2}])
-    assert text.splitlines() == ["a      long name", "1.235", "xyz    2"]
+    row = made("makespan", tmp_path).iloc[0]
+    assert (row["workload"], row["num_requests"]) == ("day", 4) and pd.isna(row["qps"])

@@ -1,5 +1,6 @@
 """Files of a report against the records that they were made of, read back with pandas and json."""
 
+import base64
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -21,7 +23,7 @@ from simulated_run import Clock
 from test_store import SEED, run
 
 from sarathi.messages import MemoryStats
-from sarathi.metrics import files, report
+from sarathi.metrics import files, report, report_page
 from sarathi.metrics.environment import git_revision
 from sarathi.metrics.records import OperationRecord, RunRecords, StepRecord, StepTimes, merge
 from sarathi.metrics.report import FILES, ReportOptions, remove_report, summarize, write_report
@@ -119,14 +121,65 @@ def test_cdf_and_series(records: RunRecords, folder: Path) -> None:
     totals |= {"prefill_completion": sum(record.num_prompt_tokens for record in records.requests)}
     totals |= {"decode_completion": sum(len(record.token_times_s) for record in records.requests)}
     for name, total in totals.items():
-        series = pd.read_csv(folder / "plots" / f"{name}.csv")
+        series = pd.read_csv(folder / "plots" / f"{name}_time_series.csv")
         assert series["Time (sec)"].is_monotonic_increasing and series["Time (sec)"].min() >= 0
         assert series[name].iloc[-1] == total
 
 
-def test_plots_are_images(folder: Path) -> None:
-    for csv in (folder / "plots").glob("*.csv"):
-        assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG"), csv
+class Page(HTMLParser):
+    """What a page shows and what it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "data")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_stands_alone_and_shows_every_metric(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text())
+    assert page.open == [] and not list((folder / "plots").glob("*.png"))
+    images = [base64.b64decode(each.removeprefix("data:image/png;base64,")) for each in page.references]
+    assert len(images) == 3 and all(image.startswith(b"\x89PNG") for image in images)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["metrics"]) <= set(page.texts)
+    assert f"{summary['metrics']['request_e2e_time']['p99']:.5g}" in page.texts
+
+
+def test_the_page_opens_with_memory_then_latency(
+    records: RunRecords, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, list[str], list[float]]] = []
+
+    def note(axis: object, lines: dict, x_label: str, y_label: str) -> None:
+        drawn.append((y_label, list(lines), [values[-1] for _, values in lines.values()]))
+
+    monkeypatch.setattr(report_page, "draw_lines", note)
+    monkeypatch.setattr(report_page, "draw_tails", lambda axis, samples, label: drawn.append((label, [], [])))
+    report_page.report_page(records, json.loads((folder / "summary.json").read_text()))
+    stats = records.memory[-1].stats
+    mapped, used, wasted = (each / 2**20 for each in (stats.mapped_bytes, 8192 - stats.idle_bytes, stats.wasted_bytes))
+    assert drawn[0] == ("KV cache (MiB)", ["mapped", "used", "wasted"], [mapped, used, wasted])
+    assert [label for label, *_ in drawn[1:4]] == list(report_page.LATENCIES.values())
+
+
+def test_what_a_page_shows_is_escaped(records: RunRecords) -> None:
+    summary = summarize(records) | {"environment": {}, "config": {"model": {"name": "<script>alert(1)</script>"}}}
+    text = report_page.report_page(records, summary)
+    assert "<script>" not in text and "&lt;script&gt;" in text
 
 
 def test_operations_in_milliseconds(records: RunRecords, folder: Path) -> None:

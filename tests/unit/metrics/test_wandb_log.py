@@ -1,33 +1,29 @@
-"""wandb in its offline mode: a run folder with the summary and plots comes into being, without network."""
+"""wandb in its offline mode: a run folder with the summary and the page comes into being, without network."""
 
 from pathlib import Path
 
 import pytest
 from test_store import SEED, run
 
-from sarathi.metrics.plots import plot_cdf
 from sarathi.metrics.report import ReportOptions, write_report
-from sarathi.metrics.tables import distributions
 from sarathi.metrics.wandb_log import WandbError, WandbTarget, log_report
 
 wandb = pytest.importorskip("wandb", reason="pip install wandb")
 
 
-def test_offline_run_holds_summary_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_run_holds_summary_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     records = run("sarathi", SEED).store.records()
-    options = ReportOptions(individual_batches=False, chrome_trace=False, plots=False, config={"seed": 5})
+    options = ReportOptions(individual_batches=False, chrome_trace=False, config={"seed": 5})
     summary = write_report(records, tmp_path, options)
-    for name in ("request_e2e_time", "batch_size"):
-        plot_cdf(tmp_path / "plots" / f"{name}.png", name, distributions(records)[name])
     log_report(tmp_path, summary, WandbTarget("a-project", group="g", run_name="r"))
     (run_folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (record,) = run_folder.glob("*.wandb")
     content = record.read_bytes()
     assert b"a-project" in content and b"throughput" in content
-    images = {path.name.rsplit("_", 2)[0] for path in run_folder.glob("files/media/images/*.png")}
-    assert len(images) == 2 and images == {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    (page,) = run_folder.glob("files/media/html/*.html")
+    assert page.read_text() == (tmp_path / "report.html").read_text()
 
 
 def test_what_cannot_be_sent_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
