@@ -9,7 +9,7 @@ from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.layers import Attention, AttentionStep, Embedding, GatedMLP, Linear, RMSNorm
+from sarathi.model_executor.models.layers import Attention, AttentionStep, Embedding, GatedMLP, Linear, RMSNorm
 from sarathi.model_executor.ops import Ops
 from sarathi.model_executor.placement import Placement
 from sarathi.model_executor.rope import RopeFrequencies

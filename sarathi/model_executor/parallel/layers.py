@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sarathi.model_executor.layers import Embedding, Linear
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.layers import Embedding, Linear
 from sarathi.model_executor.ops.types import resolve
 from sarathi.model_executor.parallel.ranks import Ranks
 from sarathi.model_executor.parallel.sharding import TensorShare
