@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
     """Tokens [start, start + num_tokens) of one request, computed in one step.
 
     samples: whether the chunk ends at the request's last token, so that the next one is drawn from its logits.
-    granted_tokens: length for which the request holds memory, >= start + num_tokens; the prompt's from admission on.
+    granted_tokens: length for which the request holds memory, in whole rows; the prompt's from admission on.
     block_ids: blocks granted since the request's last chunk, in order (all of them after a resume); () on vattn.
 
     A named tuple, not a dataclass: hundreds are built in every step, and it takes a third of the time.

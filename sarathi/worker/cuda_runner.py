@@ -29,7 +29,6 @@ from sarathi.worker.model_runner import (
     make_batch,
     read_prompts,
     read_sampled,
-    slots_of,
     tokens_of,
 )
 from sarathi.worker.sequences import Sequence, SequenceTable, token_array
@@ -117,7 +116,7 @@ class CudaModelRunner(ModelRunner):
         began_s, chunks = time.perf_counter(), out.chunks
         self._wait_for_host_tokens(chunks, sequences)
         address = self._cache.address(chunks)
-        plan = self._plan_sampling(chunks, slots_of(address), sequences)
+        plan = self._plan_sampling(chunks, address.slots, sequences)
         started = _mark()
         compute = self._prepare(chunks, address, sequences, plan)
         prepare_inputs_s = time.perf_counter() - began_s
@@ -146,7 +145,7 @@ class CudaModelRunner(ModelRunner):
         self, chunks: Many[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None
     ) -> Callable[[], Sampled | None]:
         """The step, ready to be started."""
-        slots, graph = slots_of(address), self._graph_for(chunks)
+        slots, graph = address.slots, self._graph_for(chunks)
         if graph is not None:
             token_ids = tokens_of(chunks, slots, sequences)
             return lambda: self._replay(graph, chunks, address, token_ids, plan)
@@ -159,7 +158,7 @@ class CudaModelRunner(ModelRunner):
         plan: SamplingPlan | None,
     ) -> Sampled:  # fmt: skip
         """Where there is a plan, what it samples after the graph replaces the graph's argmax."""
-        replayed = graph.replay(chunks, address, token_ids, slots_of(address))
+        replayed = graph.replay(chunks, address, token_ids, address.slots)
         if plan is None:
             return Sampled(replayed.tokens, None)
         return self._sample_into(replayed.logits, replayed.slots, plan)

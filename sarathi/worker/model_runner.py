@@ -21,7 +21,7 @@ from sarathi.messages import (
     StepFuture,
     StepResult,
 )
-from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
+from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
@@ -56,9 +56,8 @@ class ModelRunner:
         """Compute the chunks, whose memory is mapped, and append what is sampled to `sequences`."""
         began_s, chunks = time.perf_counter(), out.chunks
         address = self._cache.address(chunks)
-        slots = slots_of(address)
-        plan = self._plan_sampling(chunks, slots, sequences)
-        batch = make_batch(chunks, slots, sequences, with_rope_lengths=self.model.needs_rope_lengths)
+        plan = self._plan_sampling(chunks, address.slots, sequences)
+        batch = make_batch(chunks, address.slots, sequences, with_rope_lengths=self.model.needs_rope_lengths)
         metadata = self._backend.plan(batch, address)
         self._cache.prefetch(chunks)
         started_s = time.perf_counter()
@@ -110,11 +109,6 @@ class ModelRunner:
     def _sample(self, logits: Tensor, plan: SamplingPlan | None) -> Sampled:
         """logits: [S, vocab_size], then those of the plan's prompt tokens."""
         return Sampled(self.model.ops.argmax(logits), None) if plan is None else sample(logits, plan, self.model.ops)
-
-
-def slots_of(address: Address) -> Sequence[int]:
-    """The slot (or first block) of each request: unique among running requests."""
-    return [table[0] for table in address.block_tables] if isinstance(address, BlockAddress) else address.slots
 
 
 def make_batch(

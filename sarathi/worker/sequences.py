@@ -87,20 +87,14 @@ class Sequence:
         return ((bits ^ (bits >> 31)) >> 11) * 2.0**-53
 
 
-class SequenceTable:
+class SequenceTable(dict[str, Sequence]):
     """The sequence of every request from its first step until it is dropped."""
 
     def __init__(self, seed: int, grammars: GrammarCompiler | None = None) -> None:
         """grammars: of the model's vocabulary; None: without one, for which no request may have a grammar."""
-        self._sequences: dict[str, Sequence] = {}
+        super().__init__()
         self._seeds = random.Random(seed)
         self._grammars = grammars or GrammarCompiler(0)
-
-    def __getitem__(self, request_id: str) -> Sequence:
-        return self._sequences[request_id]
-
-    def __len__(self) -> int:
-        return len(self._sequences)
 
     def add(self, requests: Iterable[NewRequest]) -> None:
         """Add requests. Those without a seed get one from the engine's generator, in order of arrival."""
@@ -111,17 +105,17 @@ class SequenceTable:
             sequence = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
             if params.structured_outputs is not None:
                 sequence.grammar = self._grammars.start(params.structured_outputs)
-            self._sequences[new.request_id] = sequence
+            self[new.request_id] = sequence
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Remove requests; unknown ids are ignored."""
         for request_id in request_ids:
-            self._sequences.pop(request_id, None)
+            self.pop(request_id, None)
 
     def append(self, tokens: Iterable[SampledToken]) -> None:
         """Append sampled tokens to their requests; 0 where no token could be drawn, with which a request ends."""
         for token in tokens:
-            sequence = self._sequences[token.request_id]
+            sequence = self[token.request_id]
             sequence.token_ids.append(max(token.token_id, 0))
             sequence.is_finite &= token.token_id != NOT_FINITE
 
@@ -136,7 +130,7 @@ class SequenceTable:
 
     def not_finite(self, request_ids: Iterable[str]) -> list[str]:
         """Those of the requests whose keys and values may be NaN."""
-        return [each for each in request_ids if each in self._sequences and not self._sequences[each].is_finite]
+        return [each for each in request_ids if each in self and not self[each].is_finite]
 
 
 def _scrambled(seed: int) -> int:

@@ -122,7 +122,9 @@ class Scheduler(ABC):
         self._num_steps += 1
         if self._memory.fit_capacity(step):
             self._fill(step)
-            if self._states and self._memory.is_stuck(step):
+            if self._states and self._memory.is_short and not (len(self._running) or step.preempted):
+                # All wait for more memory, and only the oldest is certain to start with the full capacity. If that
+                # fails again, it ends if it does not fit alone, and otherwise starts without another retry.
                 self._fit(self._memory.full_capacity.rows)
                 self._fill(step)
         for state in step.preempted:
@@ -148,7 +150,7 @@ class Scheduler(ABC):
             return self._fit(rows)
         tokens = step.tokens_by_request(result)
         self._prefill_policy.observe(step.num_tokens, result.model_s)
-        if self._memory.may_retry(step):
+        if self._memory.is_short and step.step_id >= self._memory.retry_step_id:
             self._fit(self._memory.full_capacity.rows)
         return self._append_tokens(step, tokens)
 

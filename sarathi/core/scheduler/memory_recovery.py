@@ -29,6 +29,7 @@ class MemoryRecovery:
     """Preemption, the full and the current capacity, and the lengths that they allow.
 
     num_recoveries: failed steps that the scheduler knows of. full_capacity: without a shortage.
+    retry_step_id: after a shortage, the step whose success is the time to try the full capacity again.
 
     The oldest running request is preempted only if there is no other, so it always finishes and the next becomes the
     oldest: no request starves. Otherwise the victim is the request with the fewest computed tokens, which loses least.
@@ -43,7 +44,7 @@ class MemoryRecovery:
         self._block_space_manager = block_space_manager
         self._running = running
         self._max_model_len = max_model_len
-        self._retry_step_id = 0
+        self.retry_step_id = 0
 
     # Lengths.
 
@@ -86,7 +87,7 @@ class MemoryRecovery:
         if grant is not None:
             state.request.status = RequestStatus.RUNNING
             insort(self._running.running, state, key=attrgetter("arrival"))
-            self._set_granted(state, grant)
+            state.granted_tokens = grant.num_tokens
             state.max_output_tokens = self.max_output_tokens(state.request)
         return grant
 
@@ -101,7 +102,7 @@ class MemoryRecovery:
                 return None
             if state.request.status is RequestStatus.PREEMPTED:
                 return None
-        self._set_granted(state, grant)
+        state.granted_tokens = grant.num_tokens
         return grant
 
     def fit_capacity(self, step: Step) -> bool:
@@ -110,10 +111,6 @@ class MemoryRecovery:
             if not self._preempt_one(step, allow_oldest=True):
                 return False
         return True
-
-    def _set_granted(self, state: RequestState, grant: Grant) -> None:
-        """Grants are whole rows, which may reach past the longest sequence."""
-        state.granted_tokens = min(grant.num_tokens, self._max_model_len)
 
     def _preempt_one(self, step: Step, allow_oldest: bool) -> bool:
         """False if there is no victim, or if it is in flight: then it is left out of this step."""
@@ -154,18 +151,6 @@ class MemoryRecovery:
         """Whether the current capacity is smaller than the full one."""
         return self._block_space_manager.capacity.rows < self.full_capacity.rows
 
-    def may_retry(self, step: Step) -> bool:
-        """Whether to try the full capacity again, after a step that succeeded."""
-        return self.is_short and step.step_id >= self._retry_step_id
-
-    def is_stuck(self, step: Step) -> bool:
-        """Whether, after a shortage, no request runs and `step` could start none: all wait for more memory.
-
-        Only the oldest is then certain to start with the full capacity. If that fails again, it ends if it does not fit
-        alone in what is available, and otherwise starts without another retry, so no request retries forever.
-        """
-        return self.is_short and not len(self._running) and not step.preempted
-
     def roll_back(self, steps: Sequence[Step], available_rows: int, next_step_id: int) -> int:
         """Undo `steps`, the first of which found only available_rows; returns the capacity to continue with, in rows.
 
@@ -175,7 +160,7 @@ class MemoryRecovery:
         for step in reversed(steps):
             step.roll_back()
         self.num_recoveries += 1
-        self._retry_step_id = next_step_id + _RETRY_STEPS
+        self.retry_step_id = next_step_id + _RETRY_STEPS
         rows = max(0, min(available_rows, steps[0].num_used_rows - 1))
         logger.warning("memory ran out in step %d: continuing with %d rows", steps[0].step_id, rows)
         return rows

@@ -32,5 +32,10 @@ class BlockAddress:
     block_tables: tuple[list[int], ...]
     block_size: int
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The first block of each sequence, which is unique among running requests as a slot is."""
+        return tuple(table[0] for table in self.block_tables)
+
 
 Address = SlotAddress | BlockAddress

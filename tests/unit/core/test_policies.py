@@ -101,7 +101,7 @@ def test_orca_and_faster_transformer_admit_no_more_than_their_reservation() -> N
         while scheduler.has_work:
             out = step(scheduler, worker)
             peak = max(peak, scheduler.num_running)
-            assert all(chunk.granted_tokens == 300 for chunk in out.chunks)
+            assert all(chunk.granted_tokens == 19 * 16 for chunk in out.chunks)
         assert peak == 64 // -(-300 // 16) == 3 and scheduler.num_preemptions == 0
 
 
