@@ -9,7 +9,7 @@ import torch
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.base import Executor
 from sarathi.executor.steps import Steps
-from sarathi.messages import MemoryStats, SchedulerOutput, StepFuture, StepResult
+from sarathi.messages import MemoryStats, SchedulerOutput, StepResult
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.parallel.ranks import OneRank
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
@@ -70,7 +70,7 @@ class _ClosedWorker:
         """Nothing to release."""
 
 
-class UniprocExecutor(Executor):
+class UniprocExecutor(Steps, Executor):
     """One worker in this process. Raises ValueErrors that name the setting which cannot work."""
 
     takes_functions = True
@@ -83,8 +83,8 @@ class UniprocExecutor(Executor):
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the in-process executor has one rank"
             )
         worker = Worker(config, OneRank(), make_vocabulary)
+        super().__init__(worker)
         self._worker: Worker | _ClosedWorker = worker
-        self._steps = Steps(worker)
         self._thaw = weakref.finalize(self, _FROZEN.leave)
         _FROZEN.enter()
         self.capacity, self.max_model_len, self.vocab_size = worker.capacity, worker.max_model_len, worker.vocab_size
@@ -95,9 +95,6 @@ class UniprocExecutor(Executor):
     def model(self) -> Decoder:
         """The model, for timing its parts."""
         return self._worker.model
-
-    def launch(self, out: SchedulerOutput) -> StepFuture:
-        return self._steps.launch(out)
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Launch one step and wait for its result."""
@@ -118,5 +115,4 @@ class UniprocExecutor(Executor):
             self._worker.close()
         finally:
             self._worker = _ClosedWorker()
-            self._steps = Steps(self._worker)
             torch.cuda.empty_cache()  # torch keeps freed memory for later tensors
