@@ -17,6 +17,16 @@ STREAMING = {"stream": True, "stream_options": {"include_usage": True}}  # of ev
 
 
 @dataclass(frozen=True)
+class OutgoingRequest:
+    """send_at_s: seconds after the first. prompt: token ids, or text. num_prompt_tokens: known or estimated."""
+
+    send_at_s: float
+    prompt: str | list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """Where and how requests are sent. body: fields that all requests share."""
 
@@ -29,8 +39,9 @@ class Endpoint:
 class RequestResult:
     """What came of one request; seconds of one clock. error: empty where it succeeded.
 
-    chunk_times_s: when each chunk that holds a token came; the first is the first token. output_tokens: the server's
-    count, or else the number of chunks. closed_at_s: when a chunk came that only closed the answer.
+    due_at_s: when the schedule had it sent; before sent_at_s where the client itself held it back. chunk_times_s: when
+    each chunk that holds a token came; the first is the first token. output_tokens: the server's count, as is_counted
+    says, or else the number of chunks. closed_at_s: when a chunk came that only closed the answer.
     """
 
     sent_at_s: float
@@ -41,6 +52,13 @@ class RequestResult:
     text: str = ""
     error: str = ""
     closed_at_s: float | None = None
+    due_at_s: float = 0.0
+    is_counted: bool = False
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds in the client's own queue, before it was sent."""
+        return self.sent_at_s - self.due_at_s
 
     @property
     def ttft_s(self) -> float:
@@ -57,12 +75,13 @@ class RequestResult:
 
 
 async def send(
-    session: aiohttp.ClientSession, endpoint: Endpoint, prompt: str | list[int], num_prompt_tokens: int, max_tokens: int
+    session: aiohttp.ClientSession, endpoint: Endpoint, request: OutgoingRequest, due_at_s: float | None = None
 ) -> RequestResult:
-    """Send, read the stream to its end; failures are told in the result, never raised."""
-    result = RequestResult(time.perf_counter(), num_prompt_tokens)
+    """Send, read the stream to its end; failures are told in the result, never raised. due_at_s: None for now."""
+    now_s = time.perf_counter()
+    result = RequestResult(now_s, request.num_prompt_tokens, due_at_s=now_s if due_at_s is None else due_at_s)
     try:
-        async with session.post(endpoint.url, json=_body(endpoint, prompt, max_tokens)) as response:
+        async with session.post(endpoint.url, json=_body(endpoint, request)) as response:
             if response.status != 200:
                 result.error = f"HTTP {response.status}: {(await response.text())[:500]}"
             else:
@@ -75,12 +94,13 @@ async def send(
     return result
 
 
-def _body(endpoint: Endpoint, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
+def _body(endpoint: Endpoint, request: OutgoingRequest) -> dict[str, Any]:
     shared = {**endpoint.body, **STREAMING}
     if endpoint.is_chat:
-        content = [{"type": "text", "text": prompt}]
-        return {"messages": [{"role": "user", "content": content}], "max_completion_tokens": max_tokens} | shared
-    return {"prompt": prompt, "max_tokens": max_tokens} | shared
+        content = [{"type": "text", "text": request.prompt}]
+        messages = [{"role": "user", "content": content}]
+        return {"messages": messages, "max_completion_tokens": request.max_tokens} | shared
+    return {"prompt": request.prompt, "max_tokens": request.max_tokens} | shared
 
 
 async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: RequestResult) -> None:
@@ -145,5 +165,6 @@ def _take_choice(choice: Mapping[str, Any], is_chat: bool, result: RequestResult
 
 def _take_usage(usage: Mapping[str, Any] | None, result: RequestResult) -> None:
     if usage:
+        result.is_counted = True
         result.output_tokens = int(usage.get("completion_tokens") or 0)
         result.prompt_tokens = int(usage.get("prompt_tokens") or result.prompt_tokens)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
+from sarathi.benchmark.serve.client import OutgoingRequest
+from sarathi.benchmark.serve.vocabulary import Vocabulary
 from sarathi.benchmark.workload.formats.csv_traces import has_times, read_length_csv, read_timed_csv
 from sarathi.benchmark.workload.formats.json_lines import read_json_lines
-from sarathi.benchmark.workload.formats.texts import CountTokens, read_sharegpt
+from sarathi.benchmark.workload.formats.texts import CountTokens, SonnetLengths, read_sharegpt, read_sonnet
 from sarathi.benchmark.workload.intervals import gamma_arrivals
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.benchmark.workload.spec import RequestSpec
@@ -29,19 +30,8 @@ CHARACTERS_A_TOKEN = 4  # where only text is known, and no tokenizer; the server
 MAX_CHAT_PROMPT_TOKENS, MAX_CHAT_TOKENS = 1024, 2048  # of ShareGPT's, as vLLM's benchmark takes them
 
 
-@dataclass(frozen=True)
-class OutgoingRequest:
-    """send_at_s: seconds after the first. prompt: token ids, or text. num_prompt_tokens: known or estimated."""
-
-    send_at_s: float
-    prompt: str | list[int]
-    num_prompt_tokens: int
-    max_tokens: int
-
-
-def make_requests(args: argparse.Namespace) -> list[OutgoingRequest]:
-    """`--num-prompts` requests in order of sending; the same options give the same ones."""
-    vocabulary = load_vocabulary(args.tokenizer) if args.tokenizer else None
+def make_requests(args: argparse.Namespace, vocabulary: Vocabulary | None = None) -> list[OutgoingRequest]:
+    """`--num-prompts` requests; the same options give the same ones. vocabulary: of --tokenizer, where one is given."""
     specs = _specs(args, vocabulary)
     times = _times(args, specs)
     prompts = PromptMaker(args.seed, len(vocabulary.words) if vocabulary else args.vocab_size)
@@ -82,8 +72,12 @@ def _specs(args: argparse.Namespace, vocabulary: Vocabulary | None) -> list[Requ
 
 
 def _read(args: argparse.Namespace, path: Path, vocabulary: Vocabulary | None) -> Iterable[RequestSpec]:
+    count_tokens = vocabulary.count if vocabulary else _estimate
     if args.dataset_name == "sharegpt":
-        return _chats(args, path, vocabulary.count if vocabulary else _estimate)
+        return _chats(args, path, count_tokens)
+    if args.dataset_name == "sonnet":
+        lengths = SonnetLengths(args.sonnet_input_len, args.sonnet_output_len, args.sonnet_prefix_len)
+        return read_sonnet(path, count_tokens, np.random.default_rng([args.seed, 0]), lengths)
     if args.dataset_name == "mooncake":
         return read_json_lines(path)
     return read_timed_csv(path) if has_times(path) else read_length_csv(path)

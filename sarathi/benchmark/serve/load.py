@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sarathi.benchmark.processes import ended_by_signals
-from sarathi.benchmark.serve.client import Endpoint, RequestResult, send
-from sarathi.benchmark.serve.dataset import OutgoingRequest
+from sarathi.benchmark.serve.client import Endpoint, OutgoingRequest, RequestResult, send
 
 SPARE_FILES = 64  # what a process has open besides its connections
 
@@ -112,15 +111,16 @@ async def _send_all(
 async def _job(
     session: aiohttp.ClientSession, endpoint: Endpoint, request: OutgoingRequest, gate: Any, start_s: float
 ) -> RequestResult:
-    await asyncio.sleep(max(start_s + request.send_at_s - time.perf_counter(), 0.0))
+    due_at_s = start_s + request.send_at_s
+    await asyncio.sleep(max(due_at_s - time.perf_counter(), 0.0))
     async with gate:
-        return await send(session, endpoint, request.prompt, request.num_prompt_tokens, request.max_tokens)
+        return await send(session, endpoint, request, due_at_s)
 
 
 async def _warm_up(session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan) -> None:
     request = plan.requests[0]
     for _ in range(plan.num_warmups):
-        result = await send(session, endpoint, request.prompt, request.num_prompt_tokens, request.max_tokens)
+        result = await send(session, endpoint, request)
         if result.error:
             raise ServerError(f"the warm-up failed: {result.error}")
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sarathi.benchmark.serve import options, results
-from sarathi.benchmark.serve.client import STREAMING
+from sarathi.benchmark.serve.client import STREAMING, OutgoingRequest
 from sarathi.benchmark.serve.dataset import make_requests
 from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, run_load
+from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
 
 INTERRUPTED = 130
 
@@ -27,16 +28,19 @@ def run(args: argparse.Namespace) -> int:
     )
     goodput_ms = options.parse_goodput(args.goodput)
 
-    def numbers(outcome: LoadOutcome) -> dict[str, Any]:
-        found = _head(args, outcome) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
+    def numbers(outcome: LoadOutcome, planned: Sequence[OutgoingRequest] = ()) -> dict[str, Any]:
+        found = _head(args, outcome, planned) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
         return found | results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
 
     metadata = options.parse_pairs(args.metadata, "--metadata")
     options.check_free("--metadata", metadata, {**numbers(LoadOutcome()), **results.details(())})
-    plan = _plan(args)
+    vocabulary = load_vocabulary(args.tokenizer) if args.tokenizer else None
+    plan = _plan(args, vocabulary)
     _make_folder(args)
     outcome = run_load(plan)
-    result = numbers(outcome) | metadata
+    if vocabulary is not None:
+        results.count_missing(outcome.results, vocabulary.count)
+    result = numbers(outcome, plan.requests) | metadata
     print(results.block(result, metrics, percentiles))
     for error in sorted({each.error for each in outcome.results if each.error})[:5]:
         print(f"error: {error}", file=sys.stderr)
@@ -58,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _plan(args: argparse.Namespace) -> LoadPlan:
+def _plan(args: argparse.Namespace, vocabulary: Vocabulary | None) -> LoadPlan:
     headers = options.parse_pairs(args.header, "--header")
     if args.api_key:
         headers["Authorization"] = f"Bearer {args.api_key}"
@@ -72,7 +76,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         model=args.model,
         body={"temperature": args.temperature, **args.extra_body, **sampling},
         headers=headers,
-        requests=make_requests(args),
+        requests=make_requests(args, vocabulary),
         max_concurrency=args.max_concurrency,
         num_warmups=args.num_warmups,
         timeout_s=args.request_timeout,
@@ -80,7 +84,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
     )
 
 
-def _head(args: argparse.Namespace, outcome: LoadOutcome) -> dict[str, Any]:
+def _head(args: argparse.Namespace, outcome: LoadOutcome, planned: Sequence[OutgoingRequest]) -> dict[str, Any]:
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "backend": args.backend,
@@ -88,6 +92,7 @@ def _head(args: argparse.Namespace, outcome: LoadOutcome) -> dict[str, Any]:
         "tokenizer_id": args.tokenizer,
         "num_prompts": args.num_prompts,
         "request_rate": args.request_rate if args.request_rate < math.inf else "inf",
+        "planned_request_rate": results.planned_rate(planned),
         "burstiness": args.burstiness if args.burstiness < math.inf else "inf",
         "max_concurrency": args.max_concurrency,
         "seed": args.seed,

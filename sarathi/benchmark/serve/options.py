@@ -9,8 +9,8 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
-METRICS = ("ttft", "tpot", "itl", "e2el")
-DATASETS = ("random", "sharegpt", "mooncake", "csv")
+METRICS = ("ttft", "tpot", "itl", "e2el", "scheduled_ttft", "scheduled_e2el")
+DATASETS = ("random", "sharegpt", "sonnet", "mooncake", "csv")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +54,19 @@ def _add_load(group: Any) -> None:
 def _add_dataset(group: Any) -> None:
     add = group.add_argument
     add("--dataset-name", choices=DATASETS, default="random")
-    add("--dataset-path", help="file of the data set; mooncake replays its timestamps if no rate is given")
+    times = "mooncake (Qwen-Bailian, too) and csv with times (Azure, BurstGPT) replay them if no rate is given"
+    add("--dataset-path", help=f"file of the data set, .gz or not; {times}")
+    add("--sonnet-input-len", type=_count, default=550, help="prompt tokens, about")
+    add("--sonnet-output-len", type=_count, default=150, help="output tokens")
+    add("--sonnet-prefix-len", type=_natural, default=200, help="prompt tokens that all share, about")
     add("--sharegpt-output-len", type=_count, help="output tokens; default: as many as the answer has")
     add("--disable-shuffle", action="store_true", help="ShareGPT in the file's order, not the seed's")
     add("--random-input-len", type=_count, default=1024, help="prompt tokens")
     add("--random-output-len", type=_count, default=128, help="output tokens")
     add("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
     add("--random-prefix-len", type=_natural, default=0, help="tokens that all prompts begin with")
-    exact = "the server's, a folder or hub id: prompts are text of exact lengths by it"
+    exact = "the server's, a folder, hub id or smollm2-135m: prompts are text of exact lengths by it, and answers "
+    exact += "are counted by it where the server tells no usage"
     add("--tokenizer", metavar="NAME", help=exact)
     ids = "without --tokenizer, prompts of completions are ids below it"
     add("--vocab-size", type=_count, default=32000, help=ids)

@@ -1,23 +1,27 @@
 """Results of a load to the numbers and the block that `vllm bench serve` gives, by its keys.
 
 ttft: to the first token. tpot: (e2el - ttft) / (n - 1), of answers with two tokens or more. itl: every gap between two
-chunks. e2el: to the last token. Goodput: requests a second that meet every target given.
+chunks. e2el: to the last token. Those count from when a request was sent; scheduled_ttft and scheduled_e2el from when
+the schedule had it sent, with its time in the client's own queue under --max-concurrency. Goodput: requests a second
+that meet every target given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sarathi.benchmark.serve.client import RequestResult
+from sarathi.benchmark.serve.client import OutgoingRequest, RequestResult
 
 TITLES = {
     "ttft": "Time to First Token",
     "tpot": "Time per Output Token (excl. 1st token)",
     "itl": "Inter-token Latency",
     "e2el": "End-to-end Latency",
+    "scheduled_ttft": "Time to First Token from Schedule",
+    "scheduled_e2el": "End-to-end Latency from Schedule",
 }
 WIDTH = 50
 HEAD = (
@@ -25,6 +29,7 @@ HEAD = (
     ("Failed requests:", "failed"),
     ("Maximum request concurrency:", "max_concurrency"),
     ("Request rate configured (RPS):", "request_rate"),
+    ("Request rate planned (RPS):", "planned_request_rate"),
     ("Benchmark duration (s):", "duration"),
     ("Total input tokens:", "total_input_tokens"),
     ("Total generated tokens:", "total_output_tokens"),
@@ -66,6 +71,8 @@ def latencies_ms(results: Sequence[RequestResult]) -> dict[str, list[float]]:
         "tpot": [1e3 * tpot for result in good if (tpot := tpot_s(result)) is not None],
         "itl": [1e3 * gap for result in good for gap in result.itls_s],
         "e2el": [1e3 * result.latency_s for result in good],
+        "scheduled_ttft": [1e3 * (result.queued_s + result.ttft_s) for result in good],
+        "scheduled_e2el": [1e3 * (result.queued_s + result.latency_s) for result in good],
     }
 
 
@@ -88,11 +95,25 @@ def details(results: Sequence[RequestResult]) -> dict[str, Any]:
     return {
         "input_lens": [result.prompt_tokens for result in ordered],
         "output_lens": [result.output_tokens for result in ordered],
+        "queued": [result.queued_s for result in ordered],
         "ttfts": [result.ttft_s if result.chunk_times_s else None for result in ordered],
         "itls": [result.itls_s for result in ordered],
         "generated_texts": [result.text for result in ordered],
         "errors": [result.error for result in ordered],
     }
+
+
+def count_missing(results: Sequence[RequestResult], count_tokens: Callable[[str], int]) -> None:
+    """Count the tokens of answers whose server told no usage: a chunk may hold several of them."""
+    for result in results:
+        if not result.is_counted and not result.error:
+            result.output_tokens = max(count_tokens(result.text), 1)
+
+
+def planned_rate(requests: Sequence[OutgoingRequest]) -> float | None:
+    """Requests a second of the schedule, from its first to its last; None where all come at once."""
+    times = [request.send_at_s for request in requests]
+    return (len(times) - 1) / (max(times) - min(times)) if times and max(times) > min(times) else None
 
 
 def tpot_s(result: RequestResult) -> float | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sarathi.model_executor.loader.reading import reading
+from sarathi.model_executor.loader.source import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _WORD = re.compile("[Ġ▁]?([a-z]+)")  # in byte-level vocabularies, in those of SentencePiece
 
@@ -14,9 +18,9 @@ _WORD = re.compile("[Ġ▁]?([a-z]+)")  # in byte-level vocabularies, in those o
 class Vocabulary:
     """The words that a tokenizer keeps whole wherever they stand: n of them, with spaces between, are n tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.num_special_tokens: int = tokenizer.num_special_tokens_to_add()
+        self.num_special_tokens: int = tokenizer.num_special_tokens_to_add(is_pair=False)
         matches = map(_WORD.fullmatch, tokenizer.get_vocab())
         candidates = sorted({match.group(1) for match in matches if match})
         alone, twice = self._counts(candidates), self._counts([f"{word} {word}" for word in candidates])
@@ -34,19 +38,35 @@ class Vocabulary:
     def _counts(self, texts: list[str]) -> list[int]:
         if not texts:
             return []
-        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """Of a folder or a hub id; ValueError where there is no tokenizer, or none with whole words."""
-    from transformers import AutoTokenizer
-
+    """Of a folder, a hub id, a .gguf file or smollm2-135m; ValueError for no tokenizer, or none with whole words."""
     try:
         with reading(name, "tokenizer"):
-            vocabulary = Vocabulary(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+            vocabulary = Vocabulary(_load(name))
     except ValueError as error:
         reason, *_ = str(error).split("\n")
         raise ValueError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
     if not vocabulary.words:
         raise ValueError(f"--tokenizer {name!r}: it keeps no word whole, as text of a known length needs")
     return vocabulary
+
+
+def _load(name: str) -> Tokenizer:
+    if name.lower() == DEFAULT_MODEL or name.endswith(".gguf"):
+        from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+        from sarathi.model_executor.loader.source import resolve_model
+
+        tokenizer = load_tokenizer(resolve_model(name))
+        if tokenizer is None:
+            raise ValueError("the file holds no tokenizer")
+        return tokenizer.backend
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not loaded.is_fast:
+        raise ValueError("there is no tokenizer.json, and none can be made of the other files")
+    backend: Tokenizer = loaded.backend_tokenizer
+    return backend

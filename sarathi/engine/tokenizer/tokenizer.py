@@ -50,6 +50,11 @@ class Tokenizer:
         self._to_bytes = _piece_to_bytes(backend)
         self._bytes: dict[int, bytes] = {}
 
+    @property
+    def backend(self) -> "Backend":
+        """The object of the tokenizers library that it wraps."""
+        return self._backend
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, after the beginning-of-sequence token where the model wants one.
 

@@ -19,6 +19,7 @@ from sarathi.benchmark.serve.client import RequestResult
 from sarathi.benchmark.serve.dataset import make_requests
 from sarathi.benchmark.serve.main import main
 from sarathi.benchmark.serve.options import add_options
+from sarathi.benchmark.serve.vocabulary import load_vocabulary
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
@@ -414,3 +415,43 @@ def test_formulas_by_hand() -> None:
         np.mean([500, 1000, 200])
     )
     assert set(found) == {"mean_itl_ms", "median_itl_ms", "std_itl_ms", "p50_itl_ms", "p99_itl_ms"}
+
+
+def test_time_in_the_clients_queue_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One at a time of 0.1 s each, all due at once: the last waits for the three before it."""
+    words = ["--num-prompts", 4, "--random-input-len", 20, "--random-output-len", 1, "--max-concurrency", 1]
+    with serving(Behaviour(first_s=0.1)) as server:
+        result = load(server, tmp_path, *words)
+    assert result["median_ttft_ms"] < 190 and result["p99_scheduled_ttft_ms"] > 390
+    assert result["mean_scheduled_e2el_ms"] - result["mean_e2el_ms"] == pytest.approx(1e3 * np.mean(result["queued"]))
+    assert sorted(result["queued"]) == result["queued"] and result["queued"][0] < 0.09
+    assert "Mean SCHEDULED_TTFT (ms)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_without_usage_the_tokenizer_counts_answers(usage: bool, tmp_path: Path) -> None:
+    """The server's chunks, "t0 ", are more than one token each to this tokenizer."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    words = ["--num-prompts", 2, "--random-input-len", 20, "--random-output-len", 5]
+    words += ["--tokenizer", tmp_path / "tokenizer"]
+    with serving(Behaviour(text_only=True, usage=usage)) as server:
+        result = load(server, tmp_path, *words)
+    counted = [len(tokenizer.encode(text, add_special_tokens=False)) for text in result["generated_texts"]]
+    assert result["output_lens"] == ([5, 5] if usage else counted) and min(counted) > 5
+
+
+def test_the_shipped_models_tokenizer_by_its_name() -> None:
+    vocabulary = load_vocabulary("smollm2-135m")
+    assert vocabulary.count(vocabulary.text(range(50))) == 50 and vocabulary.num_special_tokens == 0
+
+
+def test_a_csv_with_times_is_replayed_at_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,8,2\n"
+                                    "2024-05-10 00:00:00.300000,9,3\n2024-05-10 00:00:00.400000,7,1\n")  # fmt: skip
+    words = ["--num-prompts", 3, "--dataset-name", "csv", "--dataset-path", tmp_path / "a.csv"]
+    with serving(Behaviour()) as server:
+        result = load(server, tmp_path, *words)
+    gaps = np.diff(server.arrived_at_s)
+    assert 0.2 < gaps[0] < 0.45 and 0.03 < gaps[1] < 0.25
+    assert result["planned_request_rate"] == pytest.approx(2 / 0.4) and result["request_rate"] == "inf"
+    assert "Request rate planned (RPS):             5.00" in capsys.readouterr().out
