@@ -21,6 +21,14 @@ class ServerConfig(Section):
     api_keys_file: str | None = knob(
         None, f"file with one API key a line; the variable {_API_KEYS_VARIABLE} holds more, with commas"
     )
+    tool_call_parser: str = knob(
+        "auto", "how the model writes tool calls; auto: as its chat template shows it",
+        choices=("auto", "hermes", "llama3_json", "mistral"),
+    )  # fmt: skip
+    reasoning_parser: str = knob(
+        "auto", "whether text in <think> tags is reasoning; auto: where the chat template has them",
+        choices=("auto", "none", "qwen3"),
+    )  # fmt: skip
     heartbeat_timeout_s: float = knob(10.0, "silence of the engine's process after which it counts as dead", low=1.0)
 
     def model_names(self, model: str) -> tuple[str, ...]:

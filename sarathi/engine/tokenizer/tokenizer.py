@@ -39,12 +39,17 @@ class Tokenizer:
     """A thin wrapper: encode, decode, the bytes of one token, and the chat template."""
 
     def __init__(
-        self, backend: "Backend", eos_token_ids: Collection[int] = (), render_chat: ChatRenderer | None = None
+        self,
+        backend: "Backend",
+        eos_token_ids: Collection[int] = (),
+        render_chat: ChatRenderer | None = None,
+        chat_template: str | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.eos_token_ids = frozenset(eos_token_ids)
         self._backend = backend
+        self.chat_template = chat_template
         self._render_chat = render_chat
         self._added = backend.get_added_tokens_decoder()
         self._to_bytes = _piece_to_bytes(backend)
@@ -88,6 +93,11 @@ class Tokenizer:
         empty for any other token."""
         token = self._added.get(token_id)
         return self._to_bytes(token_id, token.content) if token is not None and token.special else b""
+
+    def special_id(self, text: str) -> int | None:
+        """The special token of this text."""
+        ids = (token_id for token_id, token in self._added.items() if token.special and token.content == text)
+        return next(ids, None)
 
     def piece(self, token_id: int) -> str:
         """The token as something to show: special tokens by name, half characters as U+FFFD."""
@@ -212,7 +222,7 @@ def _from_gguf(path: Path) -> Tokenizer | None:
         special = {key.removesuffix("_id"): pieces[ids[key]] for key in ids if key != "unknown_token_id"}
         template = metadata.get("tokenizer.chat_template")
         render_chat = jinja_renderer(template, special) if template else None
-        return _tried(Tokenizer(build_tokenizer(metadata), end_token_ids(metadata), render_chat))
+        return _tried(Tokenizer(build_tokenizer(metadata), end_token_ids(metadata), render_chat, template))
 
 
 def _from_hugging_face(folder: Path, ends: frozenset[int], trust_remote_code: bool) -> Tokenizer:
@@ -224,8 +234,10 @@ def _from_hugging_face(folder: Path, ends: frozenset[int], trust_remote_code: bo
         if not tokenizer.is_fast:
             raise ValueError("there is no tokenizer.json, and none can be made of the other files")
         own = {tokenizer.eos_token_id} - {None}
-        render_chat = tokenizer_renderer(tokenizer) if tokenizer.chat_template else None
-        return _tried(Tokenizer(tokenizer.backend_tokenizer, ends | own, render_chat))
+        template = tokenizer.chat_template
+        render_chat = tokenizer_renderer(tokenizer) if template else None
+        shown = str(template) if template else None  # some models have several by name
+        return _tried(Tokenizer(tokenizer.backend_tokenizer, ends | own, render_chat, shown))
 
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:

@@ -40,10 +40,35 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class CalledFunction(Struct, omit_defaults=True):
+    """arguments: JSON text, or the next piece of it."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(Struct):
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class ToolCallDelta(Struct, omit_defaults=True):
+    """id and type come with the first delta of a call."""
+
+    index: int
+    function: CalledFunction
+    id: str | None = None
+    type: str | None = None
+
+
 class Message(Struct):
     content: str | None
     role: str = "assistant"
     refusal: None = None
+    annotations: list[Any] = []
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -71,6 +96,8 @@ class Delta(Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Struct):

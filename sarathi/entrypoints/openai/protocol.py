@@ -5,7 +5,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sarathi.entrypoints.parsing.tools import read_choice, read_tools
+from sarathi.entrypoints.parsing.turn import ModelFormat, Turn
 from sarathi.sampling_params import SamplingParams
+from sarathi.structured_outputs import StructuredOutputsParams
+from sarathi.wording import short_repr
 
 _FIRST_ERROR = Field(fail_fast=True)  # a body can hold a million of them
 TokenIds = Annotated[list[int], _FIRST_ERROR]
@@ -60,6 +64,12 @@ class SamplingBody(Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     user: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingBody":
@@ -74,10 +84,37 @@ class SamplingBody(Body):
         """Which token counts the stream holds."""
         return self.stream_options or StreamOptions()
 
+    def limit(self) -> StructuredOutputsParams | None:
+        """What the text must look like. ValueError where that is said twice, or cannot be."""
+        given = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+        limits: dict[str, Any] = {f"guided_{name}": {name: value} for name, value in given.items() if value is not None}
+        limits["structured_outputs"] = self.structured_outputs
+        limits["response_format"] = read_response_format(self.response_format)
+        wanted = {name: limit for name, limit in limits.items() if limit is not None}
+        if len(wanted) > 1:
+            raise ValueError(f"{' and '.join(wanted)} are given: only one may say what the output looks like")
+        return StructuredOutputsParams.of(next(iter(wanted.values()), None))
+
     def _params(self, **others: Any) -> SamplingParams:
         """ValueError where a value is not allowed."""
         given = {name: getattr(self, name) for name in _SAME_NAMES}
         return SamplingParams(**{name: value for name, value in given.items() if value is not None}, **others)
+
+
+def read_response_format(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The limit that OpenAI's response_format means, by the fields of StructuredOutputsParams."""
+    kind = None if wanted is None else wanted.get("type")
+    if wanted is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        raise ValueError(f"response_format.type is {short_repr(kind)}: it must be text, json_object or json_schema")
+    inner = wanted.get("json_schema", wanted)  # the Responses API has no inner object
+    schema = inner.get("schema") if isinstance(inner, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"response_format.json_schema.schema is {short_repr(schema)}: it must be a JSON schema")
+    return {"json": schema}
 
 
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -92,8 +129,8 @@ class TemplateBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def template_options(self) -> Mapping[str, Any]:
-        """Options of `AsyncLLM.encode_chat`."""
-        names = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        """Options of `AsyncLLM.encode_chat`, apart from the tools."""
+        names = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
         return {name: getattr(self, name) for name in names}
 
 
@@ -101,6 +138,8 @@ class ChatRequest(SamplingBody, TemplateBody):
     """POST /v1/chat/completions. max_completion_tokens is the newer name of max_tokens, and wins."""
 
     messages: Messages
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
@@ -110,6 +149,12 @@ class ChatRequest(SamplingBody, TemplateBody):
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs is {self.top_logprobs}: it needs logprobs=true")
         return self
+
+    def turn(self, model_format: ModelFormat) -> Turn:
+        """The conversation with its tools. ValueError names what does not fit."""
+        tools = read_tools(self.tools)
+        choice = read_choice(self.tool_choice, tools)
+        return Turn(model_format, self.messages, tools, choice, self.parallel_tool_calls is False, self.limit())
 
     def sampling_params(self) -> SamplingParams:
         """ValueError where a value is not allowed."""
@@ -149,7 +194,7 @@ class CompletionRequest(SamplingBody):
         """ValueError where a value is not allowed."""
         most = {} if self.max_tokens is None else {"max_tokens": 1 if self.is_prompt_only else self.max_tokens}
         echoed = {"prompt_logprobs": self.logprobs} if self.echo and self.prompt_logprobs is None else {}
-        return self._params(**most, logprobs=self.logprobs, **echoed)
+        return self._params(**most, logprobs=self.logprobs, structured_outputs=self.limit(), **echoed)
 
 
 class TokenizeRequest(TemplateBody):

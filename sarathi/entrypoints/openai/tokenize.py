@@ -5,6 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from sarathi.entrypoints.openai.protocol import DetokenizeRequest, TokenizeRequest
+from sarathi.entrypoints.parsing.tools import read_choice, read_tools
+from sarathi.entrypoints.parsing.turn import Turn
 from sarathi.entrypoints.server.context import ServerContext, context_of
 from sarathi.entrypoints.server.errors import APIError, user_errors
 
@@ -42,5 +44,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
 
 async def _token_ids(context: ServerContext, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return await context.llm.encode_chat(body.messages, **body.template_options())
+        tools = read_tools(body.tools)
+        turn = Turn(context.model_format, body.messages, tools, read_choice(None, tools))
+        return await context.llm.encode_chat(**turn.template_arguments(), **body.template_options())
     return await context.llm.in_thread(context.tokenizer.encode, body.prompt, body.add_special_tokens)

@@ -7,6 +7,7 @@ from fastapi import Request
 
 from sarathi.engine.async_llm import AsyncLLM
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.entrypoints.parsing.turn import ModelFormat
 from sarathi.entrypoints.server.errors import APIError
 from sarathi.entrypoints.server.metrics import ServerMetrics
 
@@ -16,6 +17,7 @@ class ServerContext:
     """One for each application.
 
     model_names: what clients may call the model, the main name first. root: the model as it was loaded.
+    model_format: how the model writes tool calls and reasoning.
     is_draining: whether new requests are refused because the server ends.
     """
 
@@ -23,6 +25,7 @@ class ServerContext:
     model_names: tuple[str, ...]
     root: str
     metrics: ServerMetrics
+    model_format: ModelFormat
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI
 from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ServerConfig
 from sarathi.engine.async_llm import AsyncLLM
+from sarathi.entrypoints.parsing.turn import ModelFormat
 from sarathi.entrypoints.server.app import create_app
 from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.metrics import ServerMetrics
@@ -24,7 +25,8 @@ async def serve(engine: EngineConfig, config: ServerConfig, routers: Sequence[AP
     with _bind(config.host, config.port) as listener:
         llm = await AsyncLLM.start(engine, heartbeat_timeout_s=config.heartbeat_timeout_s, observe=metrics.observe)
         try:
-            app = create_app(ServerContext(llm, names, engine.model.model, metrics), routers)
+            model_format = ModelFormat.of(llm.tokenizer, config.tool_call_parser, config.reasoning_parser)
+            app = create_app(ServerContext(llm, names, engine.model.model, metrics, model_format), routers)
             print(f"{names[0]} is served on {_url(listener)}", flush=True)
             await _http_server(app).serve(sockets=[listener])
             return DIED if llm.error else 0

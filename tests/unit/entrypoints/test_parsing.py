@@ -6,9 +6,12 @@ import random
 import pytest
 
 from sarathi.entrypoints.parsing.answer_parser import AnswerParser
+from sarathi.entrypoints.parsing.formats import FORMATS, detect_format
 from sarathi.entrypoints.parsing.parts import Answer, ToolCall
 from sarathi.entrypoints.parsing.reasoning import ReasoningParser
 from sarathi.entrypoints.parsing.tool_parsers import HermesParser, LlamaParser, MistralParser
+from sarathi.entrypoints.parsing.tools import read_tools
+from sarathi.structured_outputs import StructuredOutputsParams, check_grammar
 
 PARSERS = {"hermes": HermesParser, "mistral": MistralParser, "llama": LlamaParser}
 CALL = '{"name": "f", "arguments": {"x": [1, {"y": "}\\""}], "z": "é</tool"}}'
@@ -125,3 +128,22 @@ def test_random_text_never_raises_and_does_not_depend_on_its_cutting(rng: random
         for call in answers[0].calls:
             json.dumps(call.name).encode()
             call.arguments.encode()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_as_a_format_writes_them_are_read_and_its_grammar_is_valid(rng: random.Random, name: str) -> None:
+    style = FORMATS[name]
+    calls = [("f", '{"x": "}"}'), ("g-1", "{}"), ("f", '{"x": "[TOOL_CALLS]"}')]
+    text = style.write(calls)
+    for _ in range(10):
+        answer = parsed(AnswerParser(None, style.make_parser()), pieces(text, rng))
+        assert answer == Answer("", "", [ToolCall(*call) for call in calls])
+    tools = read_tools([{"type": "function", "function": {"name": each}} for each in ("f", "g-1")])
+    for most in (1, 8):
+        assert check_grammar(StructuredOutputsParams(grammar=style.grammar(tools, most))) is None
+
+
+def test_a_template_shows_the_format_of_its_calls() -> None:
+    assert detect_format("...[TOOL_CALLS]...").name == "mistral"
+    assert detect_format("{{ '<|python_tag|>' }}").name == "llama3_json"
+    assert detect_format("<tool_call>").name == detect_format("").name == "hermes"
