@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import transformers
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sarathi import LLM, SamplingParams
 from sarathi.benchmark.records import Record

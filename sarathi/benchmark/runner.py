@@ -16,7 +16,6 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.operations import OperationProbe, ProbedExecutor
 from sarathi.benchmark.outcome import INTERRUPTED, RunOutcome
 from sarathi.benchmark.profiling import profile_window
-from sarathi.benchmark.progress import ProgressBar
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
@@ -26,6 +25,7 @@ from sarathi.engine.build import build_scheduler, build_tokenizer
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
+from sarathi.entrypoints.progress import RequestBar
 from sarathi.executor.base import Executor
 from sarathi.executor.factory import create_executor
 from sarathi.executor.uniproc import UniprocExecutor
@@ -107,7 +107,8 @@ class BenchmarkRunner:
         label = str(config.model.attention_backend)
         if config.cluster.num_replicas > 1:
             label += f", replica {self._replica}"
-        listeners: list[Listener] = [stack.enter_context(ProgressBar(num_requests, label, config.show_progress)).count]
+        bar = stack.enter_context(RequestBar(num_requests, label, config.show_progress))
+        listeners: list[Listener] = [lambda outputs: bar.add(sum([each.finished for each in outputs]), len(outputs))]
         if self._store is not None:
             listeners.append(_MemorySampler(self._engine, self._store, config.metrics_store.memory_interval_steps))
         if config.enable_profiling and profile_folder is not None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from tqdm.auto import tqdm
 
 from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.serve.client import Endpoint, OutgoingRequest, RequestResult, send
+from sarathi.entrypoints.progress import RequestBar
 
 SPARE_FILES = 64  # what a process has open besides its connections
 
@@ -93,7 +93,7 @@ async def _send_all(
     session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan, results: list[RequestResult], start_s: float
 ) -> None:
     """Results are added as they come, so that those before a ^C stay."""
-    with tqdm(total=len(plan.requests), unit="req", disable=not plan.show_progress) as bar:
+    with RequestBar(len(plan.requests), shown=plan.show_progress) as bar:
         gate = asyncio.Semaphore(plan.max_concurrency) if plan.max_concurrency else nullcontext()
         jobs = [  # tasks start in this order; coroutines handed to as_completed would in any
             asyncio.ensure_future(_job(session, endpoint, request, gate, start_s)) for request in plan.requests
@@ -101,7 +101,7 @@ async def _send_all(
         try:
             for job in asyncio.as_completed(jobs):
                 results.append(await job)
-                bar.update()
+                bar.add(1, results[-1].output_tokens)
         finally:  # after an interrupt no job may go on with a session that is closed
             for unfinished in jobs:
                 unfinished.cancel()
