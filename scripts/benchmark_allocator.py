@@ -20,9 +20,9 @@ import torch
 from sarathi.benchmark.config.program import engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Load, percentile
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
+from sarathi.benchmark.engines.sizes import FULL, SMALL
 from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import Budget, Record, Table
-from sarathi.benchmark.workload.sizes import FULL, SMALL
 from sarathi.entrypoints.script import run_script
 from vattention import bench
 

@@ -20,9 +20,9 @@ from statistics import median
 from sarathi.benchmark.config.program import add_stages, engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Load
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
+from sarathi.benchmark.engines.sizes import FULL, SMALL, Sizes
 from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import Budget, Record, Table
-from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes
 from sarathi.config.units import parse_bytes
 from sarathi.entrypoints.script import run_script
 

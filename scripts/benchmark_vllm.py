@@ -14,9 +14,9 @@ from pathlib import Path
 from sarathi.benchmark.config.program import add_ratios, add_stages, positive
 from sarathi.benchmark.engines.device import device_work
 from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
+from sarathi.benchmark.engines.sizes import FULL
 from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import BOUND, NOT_COMPARED, Budget, Table, read_records
-from sarathi.benchmark.workload.sizes import FULL
 from sarathi.entrypoints.script import run_script
 
 

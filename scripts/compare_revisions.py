@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sarathi.benchmark.config.program import add_stages
 from sarathi.benchmark.engines.ours import find_model
+from sarathi.benchmark.engines.sizes import FULL, SMALL, Sizes
 from sarathi.benchmark.revisions.compare import Comparison, Samples, Task
-from sarathi.benchmark.workload.sizes import FULL, SMALL, Sizes, lognormal_requests, uniform_requests
 from sarathi.entrypoints.script import run_script
 
 STAGES = ("start", "prefill", "decode", "requests")
@@ -39,8 +39,8 @@ def make_tasks(sizes: Sizes, stages: list[str], max_model_len: int, seed: int) -
             yield Task("prefill", 1, tokens, "s", {"task": "prefill", "tokens": tokens, "seconds": sizes.steady_s})
     if "requests" in stages:
         workloads = {
-            "lengths uniform": uniform_requests(sizes, seed),
-            "lengths lognormal": lognormal_requests(sizes, seed, max_model_len),
+            "lengths uniform": sizes.uniform_requests(seed),
+            "lengths lognormal": sizes.chat_requests(seed, max_model_len),
         }
         for name, lengths in workloads.items():
             longest = max(map(sum, lengths))

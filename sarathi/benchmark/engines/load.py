@@ -11,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from sarathi.benchmark.engines.sizes import Sizes
 from sarathi.benchmark.kernels.timing import steady
 from sarathi.benchmark.records import Record, Table, Work
-from sarathi.benchmark.workload.sizes import Requests, Sizes, lognormal_requests, trace_requests, uniform_requests
+from sarathi.benchmark.workload.lengths import Requests, trace_requests
 
 WARM_UP_TOKENS = 8
 _STEP_SIZES = (16, 64, 256, 512, 1024, math.inf)
@@ -226,10 +227,10 @@ class Load:
     def _short_requests(self) -> Iterator[tuple[str, Callable[[], None]]]:
         count, low, high = self.sizes.uniform
         work = f"{count} requests, in {low}-{high}, out {low}-{high}"
-        yield work, partial(self.throughput, work, uniform_requests(self.sizes, self.seed))
+        yield work, partial(self.throughput, work, self.sizes.uniform_requests(self.seed))
         work = f"{self.sizes.lognormal_requests} requests, in ~ lognormal 230, out ~ lognormal 190"
         longest = self.engine.max_model_len
-        yield work, partial(self.throughput, work, lognormal_requests(self.sizes, self.seed, longest))
+        yield work, partial(self.throughput, work, self.sizes.chat_requests(self.seed, longest))
 
     def _traces(self) -> Iterator[tuple[str, Callable[[], None]]]:
         for trace in self.sizes.traces:

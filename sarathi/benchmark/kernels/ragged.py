@@ -11,7 +11,7 @@ from torch import Tensor
 from sarathi.benchmark.kernels.shapes import Model, random_tensor
 from sarathi.benchmark.kernels.timing import Launch, compare_us, copies_for, graph_sample
 from sarathi.benchmark.records import Record, Table
-from sarathi.benchmark.workload.sizes import chat_lengths
+from sarathi.benchmark.workload.lengths import chat_lengths
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress

@@ -1,12 +1,13 @@
-"""Prompt and output lengths of a synthetic workload. Knows no arrival times and no prompts.
+"""Prompt and output lengths: of a run, by its configuration, and of the works that engines are compared on.
 
-Each provider takes its section, a count and a generator of random numbers, and gives that many requests' lengths.
+Each provider of a run takes its section, a count and a generator of random numbers, and gives that many requests.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from sarathi.benchmark.workload.shapes import SHAPES, TraceShape
 from sarathi.benchmark.workload.spec import RequestSpec
 
 MOST_DRAWN_FOR_ONE = 1024  # requests of a shape for one that is kept
+Requests = list[tuple[int, int]]  # prompt tokens, output tokens
 logger = logging.getLogger(__name__)
 
 
@@ -181,3 +183,32 @@ def _split(total: int, ratio: float) -> RequestSpec:
 def _check_range(section: str, low: int, high: int) -> None:
     if low > high:
         raise ValueError(f"{section}.min_tokens is {low}: it must not exceed max_tokens, {high}")
+
+
+def uniform_requests(count: int, low: int, high: int, seed: int) -> Requests:
+    """Prompts and outputs uniform between the limits."""
+    source = random.Random(seed)
+    return [(source.randint(low, high), source.randint(low, high)) for _ in range(count)]
+
+
+def lognormal_requests(count: int, seed: int, longest: int) -> Requests:
+    """Lengths like those of chats: a median prompt of 230 tokens and a median output of 190, with long tails."""
+    source = random.Random(seed)
+
+    def draw(median: float, sigma: float, high: int) -> int:
+        drawn = round(source.lognormvariate(math.log(median), sigma))
+        return min(max(4, drawn), high, longest // 2)
+
+    return [(draw(230, 1.1, 4096), draw(190, 0.9, 2048)) for _ in range(count)]
+
+
+def chat_lengths(count: int, seed: int) -> list[int]:
+    """Tokens of requests like those of lognormal_requests, each somewhere in its output."""
+    source = random.Random(seed)
+    return [prompt + 1 + source.randrange(output) for prompt, output in lognormal_requests(count, seed, 2**17)]
+
+
+def trace_requests(count: int, tokens: int, ratio: int) -> Requests:
+    """Equal requests of `tokens` tokens, prompt : output as ratio : 1."""
+    output = max(1, round(tokens / (ratio + 1)))
+    return [(tokens - output, output)] * count

@@ -22,9 +22,10 @@ from sarathi.benchmark.engines.device import (
     time_by_operation,
 )
 from sarathi.benchmark.engines.load import STAGES, Load, percentile
+from sarathi.benchmark.engines.sizes import FULL, SMALL
 from sarathi.benchmark.kernels.timing import steady
 from sarathi.benchmark.records import Attempts, Budget, Record, Table, read_records
-from sarathi.benchmark.workload.sizes import FULL, SMALL, lognormal_requests, trace_requests, uniform_requests
+from sarathi.benchmark.workload.lengths import trace_requests
 
 
 class FakeEngine:
@@ -116,8 +117,8 @@ def test_shapes_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
 def test_lengths_repeat_by_seed_and_keep_their_limits() -> None:
     seed = random.randrange(1000)
     print("seed", seed)
-    uniform, chats = uniform_requests(FULL, seed), lognormal_requests(FULL, seed, 10**6)
-    assert uniform == uniform_requests(FULL, seed) != uniform_requests(FULL, seed + 1)
+    uniform, chats = FULL.uniform_requests(seed), FULL.chat_requests(seed, 10**6)
+    assert uniform == FULL.uniform_requests(seed) != FULL.uniform_requests(seed + 1)
     assert len(uniform) == 256 and all(100 <= n <= 1024 for pair in uniform for n in pair)
     prompts, outputs = zip(*chats, strict=True)
     assert len(chats) == 1000 and 180 < statistics.median(prompts) < 290 and 155 < statistics.median(outputs) < 230
