@@ -20,12 +20,14 @@ class NewRequest:
     A worker keeps the tokens and appends those that it samples.
     token_ids: the prompt.
     eos_token_ids: the model's end tokens, which are not sampled before sampling_params.min_tokens tokens.
+    priority: the lower goes first, before all of a higher one whenever they arrived.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     sampling_params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
 
 
 class Chunk(NamedTuple):

@@ -29,6 +29,7 @@ class RequestStatus(Enum):
 class Request:
     """A prompt on its way to a completion; compared by identity.
 
+    priority: the lower goes first.
     eos_token_ids: the model's own end tokens, which sampling_params.ignore_eos switches off.
     num_computed_tokens: tokens whose K and V are in the cache, or will be once the steps in flight are done.
     num_pending_tokens: tokens being sampled by steps in flight, of which only the count is known.
@@ -42,6 +43,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sarathi.config.knobs import ConfigError, Section, knob
 
-_API_KEYS_VARIABLE = "SARATHI_API_KEYS"
+_API_KEYS_VARIABLE, _ADMIN_KEYS_VARIABLE = "SARATHI_API_KEYS", "SARATHI_ADMIN_KEYS"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ class ServerConfig(Section):
         "auto", "whether text in <think> tags is reasoning; auto: where the chat template has them",
         choices=("auto", "none", "qwen3"),
     )  # fmt: skip
+    max_waiting_requests: int | None = knob(
+        4096, "requests that may wait for their first step; more are refused with status 429", low=1
+    )
+    max_waiting_tokens: int | None = knob(
+        None, "tokens of the prompts that may wait; more are refused with status 429", low=1
+    )
+    max_connections: int = knob(4096, "open connections; more are refused with status 503", low=1)
+    max_body_bytes: int = knob(2**24, "size of a request; more is refused with status 413", low=1, unit="bytes")
+    receive_timeout_s: float = knob(30.0, "seconds that a client may take to send its request", low=0.1)
+    send_timeout_s: float = knob(60.0, "seconds that a client may leave its answer unread", low=1)
+    request_timeout_s: float | None = knob(None, "seconds that a request may take from its arrival to its end", low=0.1)
+    shutdown_timeout_s: float = knob(30.0, "seconds that requests have to end after SIGTERM", low=0.0)
+    allowed_origins: str | None = knob(None, "origins whose web pages may use the server, with commas; *: all")
     heartbeat_timeout_s: float = knob(10.0, "silence of the engine's process after which it counts as dead", low=1.0)
 
     def model_names(self, model: str) -> tuple[str, ...]:
@@ -38,6 +51,10 @@ class ServerConfig(Section):
             raise ConfigError(f"served_model_name is {self.served_model_name!r}: it must hold a name")
         return names
 
+    def origins(self) -> tuple[str, ...]:
+        """Origins of allowed_origins."""
+        return tuple(each.strip() for each in (self.allowed_origins or "").split(",") if each.strip())
+
     def api_keys(self) -> tuple[str, ...]:
         """The keys of the file and of the environment; without any, every client may use the server."""
         keys = os.environ.get(_API_KEYS_VARIABLE, "").split(",")
@@ -46,4 +63,9 @@ class ServerConfig(Section):
                 keys += Path(self.api_keys_file).expanduser().read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"cannot read api_keys_file {self.api_keys_file!r}: {error}") from None
+        return tuple(key.strip() for key in keys if key.strip())
+
+    def admin_keys(self) -> tuple[str, ...]:
+        """The keys of the environment that allow what changes the server; without any, nobody may."""
+        keys = os.environ.get(_ADMIN_KEYS_VARIABLE, "").split(",")
         return tuple(key.strip() for key in keys if key.strip())

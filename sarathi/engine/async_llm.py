@@ -9,9 +9,9 @@ await llm.shutdown()
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from sarathi.sampling_params import SamplingParams
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 _TOKENIZER_THREADS = 2
+_IDLE_LOOK_S = 0.02
 _FAREWELL_S = 1.0  # for callers to take the error that ends their request
 
 
@@ -43,6 +44,10 @@ class EngineUnavailableError(RuntimeError):
 
 class StepFailedError(RuntimeError):
     """A step failed with all requests that were in the engine; it takes new ones."""
+
+
+class RequestTimeoutError(TimeoutError):
+    """A request was not done in the time that it had."""
 
 
 class AsyncLLM:
@@ -102,25 +107,30 @@ class AsyncLLM:
         return len(self._mailboxes)
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
-    ) -> Outputs:
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
+        priority: int = 0, timeout_s: float | None = None,
+    ) -> Outputs:  # fmt: skip
         """Complete one prompt, with an output whenever it got a token or ended; outputs that are not taken in time are
         merged. Closing the generator, or cancelling its task, aborts the request.
 
         request_id: unique among requests under way; None: a number.
+        priority: the lower goes first, whenever it arrived. timeout_s: from now to the end; None: any time.
 
         Raises ValueError where a prompt or parameter is wrong (RequestTooLongError where it is too long),
-        OverloadedError, EngineUnavailableError, StepFailedError, CoreDiedError.
+        OverloadedError, EngineUnavailableError, RequestTimeoutError, StepFailedError, CoreDiedError.
         """
-        async with aclosing(await self.submit(prompt, sampling_params, request_id)) as outputs:
+        submitted = self.submit(prompt, sampling_params, request_id, priority=priority, timeout_s=timeout_s)
+        async with aclosing(await submitted) as outputs:
             async for output in outputs:
                 yield output
 
     async def submit(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
-    ) -> Outputs:
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
+        priority: int = 0, timeout_s: float | None = None,
+    ) -> Outputs:  # fmt: skip
         """As `generate`, but what is wrong with the request is raised here: it is queued when this returns."""
-        outputs = self._run(next(self._ids) if request_id is None else request_id, prompt, sampling_params)
+        request_id = next(self._ids) if request_id is None else request_id
+        outputs = self._run(request_id, prompt, sampling_params or SamplingParams(), priority, timeout_s)
         await anext(outputs)
         return outputs  # type: ignore[return-value]  # only the first is None
 
@@ -135,6 +145,15 @@ class AsyncLLM:
     async def stats(self) -> CoreStats:
         """Queues and memory of the core between two steps. Raises CoreDiedError."""
         return await self._core.stats()
+
+    def kill(self) -> None:
+        """End the core process at once, and with it every request."""
+        self._core.kill()
+
+    async def wait_until_idle(self) -> None:
+        """Return when no request is under way."""
+        while self._mailboxes:
+            await asyncio.sleep(_IDLE_LOOK_S)
 
     async def wait_until_dead(self) -> None:
         """Return when the core has died."""
@@ -155,20 +174,20 @@ class AsyncLLM:
         self._threads.shutdown(wait=False)
 
     async def _run(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None
+        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int, timeout_s: float | None
     ) -> AsyncGenerator[RequestOutput | None, None]:
         """None once the request is queued, then its outputs. The one place where a request that has not ended is ended
         for its caller, whatever is the reason."""
-        params = params or SamplingParams()
         mailbox = self._enter(request_id, params.n)
         try:
-            await self._add(request_id, prompt, params)
-            yield None
-            while True:
-                output = await mailbox.take()
-                yield output
-                if output.finished:
-                    return
+            with _deadline(mailbox, timeout_s):
+                await self._add(request_id, prompt, params, priority)
+                yield None
+                while True:
+                    output = await mailbox.take()
+                    yield output
+                    if output.finished:
+                        return
         finally:
             self._leave(request_id)
 
@@ -182,11 +201,11 @@ class AsyncLLM:
         self._admission.enter(request_id, n)
         return self._mailboxes.setdefault(request_id, _Mailbox())
 
-    async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+    async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         """The core gets an id that no other request ever has: it may still compute one that its caller has left."""
         arrived_at_s = time.monotonic()
         core_id = f"{request_id}.{next(self._core_ids)}"
-        requests = await self.in_thread(self._inputs.process, core_id, prompt, params)
+        requests = await self.in_thread(self._inputs.process, core_id, prompt, params, priority)
         self._check_length(requests[0])
         self._admission.set_length(request_id, len(requests[0].token_ids))
         if self._core.error is not None:
@@ -270,6 +289,20 @@ class _Mailbox:
         self._is_filled.clear()
         assert output is not None
         return output
+
+
+@contextmanager
+def _deadline(mailbox: _Mailbox, timeout_s: float | None) -> Iterator[None]:
+    """Fail the request unless this ends in time."""
+    if timeout_s is None:
+        yield
+        return
+    error = RequestTimeoutError(f"the request was not done within {timeout_s:g} s")
+    timer = asyncio.get_running_loop().call_later(timeout_s, mailbox.fail, error)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:

@@ -57,7 +57,7 @@ class EngineCore:
                 "are functions of this process"
             )
         for new in requests:
-            request = Request(new.request_id, new.token_ids, new.sampling_params, new.eos_token_ids)
+            request = Request(new.request_id, new.token_ids, new.sampling_params, new.eos_token_ids, new.priority)
             self.scheduler.add(request)
 
     def finish(self, request_id: str, reason: str, stop_reason: str | None = None) -> None:

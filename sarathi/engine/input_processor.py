@@ -36,18 +36,22 @@ class InputProcessor:
         self._grammars = _GrammarCheck(tokenizer, vocab_size, end_token_ids)
         self._check_ids("eos_token_id", end_token_ids)
 
-    def process(self, request_id: str, prompt: Prompt, params: SamplingParams) -> list[NewRequest]:
+    def process(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[NewRequest]:
         """One request for each of the params.n completions; the first has the id itself, others `id#1`, `id#2`, ...
 
+        priority: the lower goes first; a signed 32-bit integer.
         Raises ValueError for an empty prompt, one that is neither text nor token ids, text that cannot be encoded, a
         token id outside the vocabulary, and parameters that do not fit the model.
         """
         ids = self._encode(prompt) if isinstance(prompt, str) else _integers(prompt)
+        if not -(2**31) <= priority < 2**31:
+            raise ValueError(f"priority is {short_repr(priority)}: it must be from {-(2**31)} to {2**31 - 1}")
         if not ids:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
         self._check_ids("prompt", ids)
         params = self._fit(params)
-        first = NewRequest(request_id, ids, params if params.n == 1 else replace(params, n=1), self._end_token_ids)
+        single = params if params.n == 1 else replace(params, n=1)
+        first = NewRequest(request_id, ids, single, self._end_token_ids, priority)
         return [first, *(_completion(first, index) for index in range(1, params.n))]
 
     def _fit(self, params: SamplingParams) -> SamplingParams:

@@ -32,7 +32,9 @@ class RunningServer:
 @contextmanager
 def running_server(model: str, *options: str, env: dict[str, str] | None = None) -> Iterator[RunningServer]:
     """A server of `model` on a free port, ready for requests; killed at the end if it still runs."""
-    words = (sys.executable, "-m", "sarathi", "serve", model, "--port", "0", *_SMALL, *options)
+    has_weights = not Path(model).is_dir() or any(Path(model).glob("*.safetensors"))
+    load = () if has_weights else ("--load-format", "dummy")
+    words = (sys.executable, "-m", "sarathi", "serve", model, "--port", "0", *_SMALL, *load, *options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment | (env or {}), cwd=ROOT

@@ -21,6 +21,8 @@ from sarathi.core.scheduler.request_state import RequestState, RunningRequests, 
 from sarathi.messages import RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
+_MOST_REQUESTS = 2**48  # that ever arrive: the order of arrival is within that of priority
+
 
 class Scheduler(ABC):
     """Decides what each step computes, and keeps the memory of all requests within the block space manager's capacity.
@@ -80,7 +82,8 @@ class Scheduler(ABC):
         if not self._states:
             self.block_space_manager.resize(self._memory.full_capacity.rows)
         self._memory.check_length(request)
-        state = RequestState(request, self._num_added, self._memory.max_output_tokens(request))
+        order = request.priority * _MOST_REQUESTS + self._num_added
+        state = RequestState(request, order, self._memory.max_output_tokens(request))
         self._num_added += 1
         self._states[request.request_id] = state
         self._waiting.push(state)

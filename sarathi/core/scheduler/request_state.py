@@ -31,7 +31,7 @@ _new = tuple.__new__  # of a named tuple, in half the time of its class: a step 
 class RequestState:
     """What a scheduler records about a request beyond the request itself.
 
-    arrival: position in the order of arrival; lower goes first.
+    arrival: position in the order of priority, then of arrival; lower goes first.
     max_output_tokens: output length at which the request ends.
     stop_token_ids: tokens that may end it, including the model's end tokens unless ignore_eos is set.
     granted_tokens: length for which it holds memory.

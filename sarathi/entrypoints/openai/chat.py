@@ -31,7 +31,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         turn = body.turn(context.model_format)
         params = turn.limited(body.sampling_params())
         prompt = await context.llm.encode_chat(**turn.template_arguments(), **body.template_options())
-        submitted = await submit(context.llm, header, [prompt], params)
+        submitted = await submit(context, header, [prompt], params, body.priority)
     answer = _Answer(body, header, context.tokenizer, turn, prompt)
     if body.stream:
         return EventStream(answer.chunks(submitted[0]))

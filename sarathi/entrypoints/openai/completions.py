@@ -29,7 +29,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         params, prompts = body.sampling_params(), body.prompts
         if not prompts:
             raise ValueError("prompt is empty: it must hold at least one prompt")
-        submitted = await submit(context.llm, header, prompts, params)
+        submitted = await submit(context, header, prompts, params, body.priority)
     answer = _Answer(body, header, context.llm.tokenizer)
     if body.stream:
         return EventStream(answer.chunks(submitted))

@@ -6,10 +6,11 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
-from sarathi.engine.async_llm import AsyncLLM, Outputs
+from sarathi.engine.async_llm import Outputs
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
 from sarathi.entrypoints.openai.objects import Usage
+from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.errors import check_not_failed
 from sarathi.sampling_params import SamplingParams
 
@@ -25,12 +26,17 @@ class Header:
         self.model = model
 
 
-async def submit(llm: AsyncLLM, header: Header, prompts: Sequence[Prompt], params: SamplingParams) -> list[Outputs]:
+async def submit(
+    context: ServerContext, header: Header, prompts: Sequence[Prompt], params: SamplingParams, priority: int | None
+) -> list[Outputs]:
     """Queue all prompts, or none where one of them is refused."""
     submitted: list[Outputs] = []
     try:
         for number, prompt in enumerate(prompts):
-            submitted.append(await llm.submit(prompt, params, f"{header.id}-{number}"))
+            outputs = await context.llm.submit(
+                prompt, params, f"{header.id}-{number}", priority=priority or 0, timeout_s=context.request_timeout_s
+            )
+            submitted.append(outputs)
     except BaseException:
         await _close(submitted)
         raise

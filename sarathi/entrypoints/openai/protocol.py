@@ -70,6 +70,7 @@ class SamplingBody(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    priority: int | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingBody":

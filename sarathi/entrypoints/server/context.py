@@ -18,6 +18,7 @@ class ServerContext:
 
     model_names: what clients may call the model, the main name first. root: the model as it was loaded.
     model_format: how the model writes tool calls and reasoning.
+    request_timeout_s: that a request may take; None: any time.
     is_draining: whether new requests are refused because the server ends.
     """
 
@@ -26,6 +27,7 @@ class ServerContext:
     root: str
     metrics: ServerMetrics
     model_format: ModelFormat
+    request_timeout_s: float | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
 

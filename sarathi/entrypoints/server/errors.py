@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import OverloadedError
-from sarathi.engine.async_llm import EngineUnavailableError, StepFailedError
+from sarathi.engine.async_llm import EngineUnavailableError, RequestTimeoutError, StepFailedError
 from sarathi.engine.core_process.client import CoreDiedError
 from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams
@@ -76,6 +76,8 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(429, str(error), "rate_limit_error", code="overloaded", headers=retry)
     if isinstance(error, (EngineUnavailableError, CoreDiedError)):
         return APIError(503, str(error), "service_unavailable_error", code="unavailable")
+    if isinstance(error, RequestTimeoutError):
+        return APIError(408, str(error), "timeout_error", code="request_timeout")
     if isinstance(error, (StepFailedError, RequestFailedError)):
         return APIError(500, str(error), _SERVER)
     logger.error("an unexpected error ended a request", exc_info=error)
@@ -86,9 +88,13 @@ def add_error_handlers(app: FastAPI) -> None:
     """Errors of every route, of the router and of validation in one form."""
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    for kind in (APIError, OverloadedError, EngineUnavailableError, CoreDiedError, StepFailedError, RequestFailedError):
+    for kind in (APIError, *_EXPECTED, Exception):
         app.add_exception_handler(kind, _on_known)
-    app.add_exception_handler(Exception, _on_known)
+
+
+_EXPECTED = (
+    OverloadedError, EngineUnavailableError, CoreDiedError, RequestTimeoutError, StepFailedError, RequestFailedError,
+)  # fmt: skip
 
 
 async def _on_known(request: Request, error: Exception) -> Response:

@@ -1,0 +1,1 @@
+"""The server as a process: connections, signals, and its end."""

@@ -1,0 +1,305 @@
+"""A server's ends and limits: clients that leave, signals, a dead engine, full queues, keys, hostile connections."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from http_server import ROOT, RunningServer, options, running_server
+from small_models import save_tiny_model
+
+LONG = {"prompt": [1, 2, 3], "max_tokens": 30000, "ignore_eos": True, "temperature": 0}
+SHORT = {**LONG, "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
+
+
+@pytest.fixture(scope="module")
+def shared(model: str) -> Iterator[RunningServer]:
+    limits = options(
+        max_waiting_requests=4, max_num_seqs=2, max_body_bytes=10_000, receive_timeout_s=1, send_timeout_s=1
+    )
+    with running_server(model, *limits) as server:
+        yield server
+
+
+def metric(server: RunningServer, name: str) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"sarathi:{name}{{"))
+
+
+def until(server: RunningServer, name: str, value: float, timeout_s: float = 5) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while metric(server, name) != value:
+        assert time.monotonic() < deadline_s, f"{name} is {metric(server, name)}, not {value}"
+        time.sleep(0.02)
+
+
+def until_idle(server: RunningServer) -> None:
+    until(server, "num_requests_running", 0)
+    until(server, "num_requests_waiting", 0)
+    until(server, "kv_cache_usage_perc", 0)
+
+
+def raw_request(**body: object) -> bytes:
+    content = json.dumps({**LONG, **body}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1",
+        "Host: x",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+    )
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + content
+
+
+def children(pid: int) -> list[int]:
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for each in lists for child in each]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class OpenStream:
+    """A stream that a thread reads to its end."""
+
+    def __init__(self, server: RunningServer, **body: object) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._begun = self._pool.submit(lambda: None)
+        self.lines: list[str] = []
+        self.done = self._pool.submit(self._read, server.url, {**LONG, "stream": True, **body})
+        deadline_s = time.monotonic() + 20
+        while not self.lines and not self.done.done():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+    def _read(self, url: str, body: dict) -> None:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            self.lines += [f"status {response.status_code}"]
+            self.lines.extend(line for line in response.iter_lines() if line)
+
+    def last(self) -> str:
+        self.done.result(60)
+        return self.lines[-1].removeprefix("data: ")
+
+
+# Clients that leave.
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_memory(shared: RunningServer, stream: bool) -> None:
+    until_idle(shared)
+    aborted = metric(shared, "request_success_total")
+    with socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2]))) as client:
+        client.sendall(raw_request(stream=stream))
+        until(shared, "num_requests_running", 1)
+        assert metric(shared, "kv_cache_usage_perc") > 0
+    until_idle(shared)
+    assert metric(shared, "request_success_total") == aborted + 1
+
+
+def test_a_client_that_does_not_read_is_left(shared: RunningServer) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", int(shared.url.rpartition(":")[2])))
+        client.sendall(raw_request(stream=True, logprobs=20))
+        until(shared, "num_requests_running", 1)
+        until(shared, "num_requests_running", 0, timeout_s=30)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/compl", b"GET /health HTTP/1.1\r\nHost: x\r\n", b"\x00\xff\r\n" * 99])
+def test_a_connection_without_a_request_is_closed(shared: RunningServer, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2])), timeout=10) as client:
+        client.sendall(sent)
+        start_s = time.monotonic()
+        try:
+            while client.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+        assert time.monotonic() - start_s < 5
+    assert httpx.get(f"{shared.url}/health").status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(shared: RunningServer) -> None:
+    with socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2])), timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        assert b"408" in client.recv(4096)
+
+
+# Limits.
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_body_that_is_too_large_is_refused(shared: RunningServer, chunked: bool) -> None:
+    body = json.dumps({**SHORT, "user": "x" * 20_000}).encode()
+    content = (body[at : at + 1000] for at in range(0, len(body), 1000)) if chunked else body
+    answer = httpx.post(f"{shared.url}/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413 and "more than 10000 bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"[" * 9000, b'{"prompt":' * 900, b"{" * 100, b"null", b"\xff\xfe", b"1e999", b""])
+def test_bodies_that_are_no_request_are_refused(shared: RunningServer, body: bytes) -> None:
+    for path in ("completions", "chat/completions"):
+        headers = {"Content-Type": "application/json"}
+        answer = httpx.post(f"{shared.url}/v1/{path}", content=body, headers=headers)
+        assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_full_queue_is_429_with_the_time_to_come_back(shared: RunningServer) -> None:
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(f"{shared.url}/v1/completions", json={**LONG, "max_tokens": 200})
+
+    async def run() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(24)))
+
+    answers = asyncio.run(run())
+    served, refused = ([each for each in answers if each.status_code == status] for status in (200, 429))
+    assert len(served) + len(refused) == 24 and len(served) >= 4 and refused
+    assert all(each.json()["usage"]["completion_tokens"] == 200 for each in served)
+    assert all(1 <= int(each.headers["Retry-After"]) <= 60 for each in refused)
+    until_idle(shared)
+
+
+def test_a_request_id_comes_back(shared: RunningServer) -> None:
+    assert httpx.get(f"{shared.url}/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+    assert httpx.post(f"{shared.url}/v1/nothing").headers["x-request-id"]
+
+
+def test_other_origins_are_refused_by_default(shared: RunningServer) -> None:
+    headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in httpx.options(f"{shared.url}/v1/completions", headers=headers).headers
+
+
+def test_a_lower_priority_value_goes_first(shared: RunningServer) -> None:
+    running = [OpenStream(shared, max_tokens=1500) for _ in range(2)]
+    ends: list[int] = []
+
+    def ask(priority: int) -> None:
+        httpx.post(f"{shared.url}/v1/completions", json={**LONG, "max_tokens": 300, "priority": priority}, timeout=60)
+        ends.append(priority)
+
+    with ThreadPoolExecutor(4) as pool:
+        for priority in (5, 5, -1, 0):
+            pool.submit(ask, priority)
+            time.sleep(0.1)
+        until(shared, "num_requests_waiting", 4)
+    assert set(ends[:2]) == {-1, 0}
+    for each in running:
+        assert each.last() == "[DONE]"
+
+
+def test_keys_deadlines_and_origins(model: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first\nsecond\n")
+    chosen = options(api_keys_file=keys, request_timeout_s=0.5, allowed_origins="http://here")
+    with running_server(model, *chosen, env={"SARATHI_API_KEYS": "third,"}) as server:
+
+        def status(path: str = "/v1/models", **headers: str) -> int:
+            return httpx.get(server.url + path, headers=headers).status_code
+
+        assert status() == status(Authorization="Bearer wrong") == status(Authorization="Bearer") == 401
+        assert [status(Authorization=f"Bearer {key}") for key in ("first", "second", "third")] == [200] * 3
+        assert status(**{"x-api-key": "first"}) == 200
+        assert [status(path) for path in ("/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json")] == [
+            200
+        ] * 6
+        origin = {"Origin": "http://here", "Access-Control-Request-Method": "POST"}
+        preflight = httpx.options(f"{server.url}/v1/completions", headers=origin)
+        assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, "http://here")
+        bearer = {"Authorization": "Bearer first"}
+        late = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=bearer)
+        assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
+        streamed = httpx.post(f"{server.url}/v1/completions", json={**LONG, "stream": True}, headers=bearer)
+        assert streamed.status_code == 200 and "within 0.5 s" in streamed.text.strip().rpartition("\n\n")[2]
+        until_idle(server)
+        assert server.end() == 0
+
+
+# Signals.
+
+
+def test_sigterm_lets_requests_end_and_refuses_new_ones(model: str) -> None:
+    with running_server(model) as server:
+        stream = OpenStream(server, max_tokens=3000)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        refused = httpx.post(f"{server.url}/v1/completions", json=SHORT)
+        assert refused.status_code == 503 and "draining" in refused.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert stream.last() == "[DONE]" and server.process.wait(20) == 0
+
+
+def test_requests_that_do_not_end_in_time_are_told(model: str) -> None:
+    with running_server(model, *options(shutdown_timeout_s=0.3)) as server:
+        stream = OpenStream(server)
+        [core] = children(server.process.pid)
+        assert server.end() == 0
+        assert "shut down before" in json.loads(stream.last())["error"]["message"]
+        assert not is_alive(core)
+
+
+def test_a_second_signal_ends_at_once(model: str) -> None:
+    with running_server(model) as server:
+        stream = OpenStream(server)
+        [core] = children(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        start_s = time.monotonic()
+        assert server.end(signal.SIGINT) == 128 + signal.SIGINT
+        assert time.monotonic() - start_s < 2
+        with pytest.raises(httpx.HTTPError):
+            stream.last()
+        time.sleep(1)
+        assert not is_alive(core)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_death_of_the_engine_is_told_and_ends_the_server(model: str, number: signal.Signals) -> None:
+    with running_server(model, *options(heartbeat_timeout_s=1.5)) as server:
+        stream = OpenStream(server)
+        [core] = children(server.process.pid)
+        os.kill(core, number)
+        start_s = time.monotonic()
+        while httpx.get(f"{server.url}/health").status_code != 503:
+            assert time.monotonic() - start_s < 5
+            time.sleep(0.05)
+        assert "the core process" in json.loads(stream.last())["error"]["message"]
+        assert httpx.post(f"{server.url}/v1/completions", json=SHORT).status_code == 503
+        assert server.process.wait(15) == 1 and not is_alive(core)
+
+
+def test_a_signal_while_the_model_is_loaded_ends_the_start(model: str) -> None:
+    words = (sys.executable, "-m", "sarathi", "serve", model, "--port", "0", "--load-format", "dummy")
+    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline_s = time.monotonic() + 60
+    while not (cores := children(process.pid)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0 and not is_alive(cores[0])
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(shared: RunningServer, model: str) -> None:
+    port = shared.url.rpartition(":")[2]
+    taken = pytest.raises(RuntimeError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use")
+    with taken, running_server(model, "--port", port):
+        pass
