@@ -20,8 +20,8 @@ NumberedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
 class Header:
     """What all chunks of an answer begin with."""
 
-    def __init__(self, prefix: str, model: str) -> None:
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+    def __init__(self, prefix: str, model: str, separator: str = "-") -> None:
+        self.id = f"{prefix}{separator}{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
 

@@ -110,11 +110,15 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """The first problem in words, with the field that has it. The values themselves are not repeated."""
     assert isinstance(error, RequestValidationError)
+    return invalid_request(error).response()
+
+
+def invalid_request(error: RequestValidationError) -> APIError:
+    """The first problem in words, with the field that has it. The values themselves are not repeated."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at {where[0]}").response()
+        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at {where[0]}")
     message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
-    return APIError(400, message, param=where[0] if where else None).response()
+    return APIError(400, message, param=where[0] if where else None)

@@ -1,7 +1,7 @@
 """Answers that end with their client: server-sent events, and work that a closed connection cancels."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -20,9 +20,15 @@ class ClientDisconnectedError(ConnectionError):
     """Nobody reads the answer any more."""
 
 
-def event(content: Any) -> bytes:
+def event(content: Any, name: str | None = None) -> bytes:
     """A server-sent event with `content` as JSON."""
-    return b"data: %b\n\n" % msgspec.json.encode(content)
+    head = b"" if name is None else b"event: %b\n" % name.encode()
+    return b"%bdata: %b\n\n" % (head, msgspec.json.encode(content))
+
+
+def openai_error_event(error: Exception) -> bytes:
+    """The last event of a stream that failed, in OpenAI's form."""
+    return event(as_api_error(error).body())
 
 
 def json_response(content: Any) -> Response:
@@ -56,10 +62,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, error_event: Callable[[Exception], bytes] = openai_error_event) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientDisconnectedError):
@@ -72,6 +79,6 @@ class EventStream(Response):
                 async for each in events:
                     await send({"type": "http.response.body", "body": each, "more_body": True})
             except Exception as error:
-                body = event(as_api_error(error).body())
+                body = self._error_event(error)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
