@@ -1,5 +1,5 @@
-"""Largest batch under a KV budget by page size and layout, counted by the real allocator. Knows no GPU: it runs on the
-host device, where address space is reserved and pages are counted but no memory is touched.
+"""Largest batch under a KV budget by page size and layout, counted by the real allocator. It needs no GPU: on the
+host device address space is reserved and pages are counted, but no memory is touched.
 
     python scripts/benchmark_page_size.py --output DIR
 

@@ -1,4 +1,4 @@
-"""What came of one replica's run. Knows no engine: results can be read and written without one."""
+"""The outcome of one replica's run. No torch: results are read and written without an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's profiler over a window of steps. Knows no engine: it is told when a step is done."""
+"""torch's profiler over a window of steps."""
 
 from __future__ import annotations
 

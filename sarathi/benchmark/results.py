@@ -1,4 +1,4 @@
-"""Files of a run: the report, the configuration that made it, and what was answered. Knows no engine."""
+"""Files of a run: the report, its configuration, and the responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of one replica, built from a benchmark configuration, and its runs. Knows no files but a profile's.
+"""The engine of one replica, built from a benchmark configuration, and its runs.
 
 One runner serves many workloads: a capacity search loads the model once.
 """

@@ -1,4 +1,4 @@
-"""Requests into an engine at their times, until all are answered. Knows no configuration and no files."""
+"""Add requests to an engine at their times, and step it until all are answered."""
 
 from __future__ import annotations
 

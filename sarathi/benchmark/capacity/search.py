@@ -1,4 +1,4 @@
-"""Bracketing and bisection over request rates. Knows no engine: a probe is a function, what it found is kept in a file.
+"""Bracketing and bisection over request rates. A probe is a function; its result is kept in a file.
 
 rate   1 ok   2 ok   4 ok   8 too much   6 ok   7 too much   6.5 ok ...
 """

@@ -1,4 +1,4 @@
-"""default.yml and the README's table, written from the schema. Knows no run.
+"""default.yml and the README's table, written from the schema.
 
 python -m sarathi.benchmark.config.document writes both into this package.
 """

@@ -1,4 +1,4 @@
-"""The engine's share of a benchmark configuration. Knows both schemas and no engine.
+"""The engine's configuration, from that of a benchmark run.
 
 Every knob that says something of the engine is passed on or refused; none is dropped on the way.
 """

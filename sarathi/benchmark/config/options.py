@@ -1,4 +1,4 @@
-"""A command line's words to a configuration. Knows the schema's names, not their meanings.
+"""From the words of a command line to a configuration.
 
 --model.attention_backend fa_vattn    the path
 --model_attention_backend fa_vattn    the path in one word

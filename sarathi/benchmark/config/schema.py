@@ -1,4 +1,4 @@
-"""Every knob of a benchmark run, in Sarathi-Serve's sections and by its names. Knows no engine and no file format.
+"""Every knob of a benchmark run, in Sarathi-Serve's sections and by its names.
 
 default.yml is written from this module (`python -m sarathi.benchmark.config.document`), so that nothing is said twice.
 """

@@ -1,1 +1,1 @@
-"""What the scripts that measure share: rows and files, pictures, time budgets, work. Knows no result."""
+"""Engines under the same load: this one and vLLM behind one interface."""

@@ -1,6 +1,6 @@
 """What the GPU does in decode steps: how long each operation takes, how long it idles, at which clock and power.
 
-Ops are told apart by name, those of this engine and of others alike. Knows no engine.
+Kernels are classified by name, which works for this engine and for others.
 """
 
 import re

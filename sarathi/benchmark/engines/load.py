@@ -1,4 +1,4 @@
-"""Engines under load, ours and others through one narrow door, so that all are measured alike. Knows no engine."""
+"""Load on an engine, ours or another, through one small interface, so that all are measured alike."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A grid of runs, read from YAML. Knows no process and no result.
+"""A grid of runs, read from YAML.
 
 output_dir: experiments/e2e_static_eval
 table: makespan                          # one of tables.TABLES

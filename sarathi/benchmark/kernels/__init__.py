@@ -1,1 +1,1 @@
-"""Parts of scripts/benchmark_kernels.py. Knows kernels and shapes, nothing of engines."""
+"""Kernels alone: attention, matrix products, element-wise operations, and the bound that they set for an engine."""

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels in several processes at once, into the cache that all share. Knows no kernel."""
+"""Compile Triton kernels in several processes, into the cache that they share."""
 
 import multiprocessing
 import os

@@ -1,1 +1,1 @@
-"""An HTTP load generator for OpenAI-compatible servers, and its results. Knows nothing of this engine."""
+"""An HTTP load generator for OpenAI-compatible servers, and its results."""

@@ -1,4 +1,4 @@
-"""One streaming request to an OpenAI-compatible server, timed. Knows no load and no statistics."""
+"""One streaming request to an OpenAI-compatible server, timed."""
 
 from __future__ import annotations
 

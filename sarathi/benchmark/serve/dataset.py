@@ -1,4 +1,4 @@
-"""Requests to send, and when, from the options. Knows no HTTP.
+"""Requests to send, and when, from the options.
 
 With the server's tokenizer, prompts are text of exactly as many tokens as are asked for. Without it, those of
 completions are token ids, of an exact length too, and chat messages are words, about one token each. Results report the

@@ -1,4 +1,4 @@
-"""Requests sent at their times, so many at once at most. Knows no options and no statistics."""
+"""Send requests at their times, with a limit on concurrency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of `sarathi bench serve`, by the names that `vllm bench serve` has. Knows no client."""
+"""Options of `sarathi bench serve`, by the names that `vllm bench serve` has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text whose number of tokens is known, by the server's tokenizer. Knows no requests."""
+"""Text of a known number of tokens, by the server's tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workloads: lengths, arrival times and prompts, repeatable by seed. Knows no engine and no server."""
+"""Workloads: lengths, arrival times and prompts, repeatable by seed."""
 
 from sarathi.benchmark.workload.generate import generate_requests
 from sarathi.benchmark.workload.spec import RequestSpec

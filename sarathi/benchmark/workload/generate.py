@@ -1,4 +1,4 @@
-"""From a configuration to a list of requests. Knows no engine; the same configuration and seed give the same list."""
+"""From a configuration to a list of requests; the same configuration and seed give the same list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrival times of a synthetic workload, in seconds after the first request. Knows no lengths."""
+"""Arrival times of a synthetic workload, in seconds after the first request."""
 
 from __future__ import annotations
 

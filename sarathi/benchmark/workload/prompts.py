@@ -1,4 +1,4 @@
-"""Token ids for a request of a workload. Knows no tokenizer beyond a function that encodes, and no engine."""
+"""Token ids of a workload's requests."""
 
 from __future__ import annotations
 

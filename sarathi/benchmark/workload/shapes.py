@@ -1,4 +1,4 @@
-"""Length distributions with published quantiles, in place of data sets that are not ours to ship. Knows no files.
+"""Length distributions with published quantiles, in place of data sets that are not ours to ship.
 
 The vAttention paper evaluates on prompts made of arXiv papers. Their lengths are published as quantiles only; here each
 distribution is drawn from an inverse CDF that passes through exactly these quantiles, and between two of them rises as

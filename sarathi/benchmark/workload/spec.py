@@ -1,4 +1,4 @@
-"""One request of a workload, before it has tokens or an id. Knows no generator."""
+"""One request of a workload, before it has tokens or an id."""
 
 from __future__ import annotations
 
