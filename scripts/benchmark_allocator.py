@@ -1,11 +1,11 @@
-"""What on-demand memory costs: driver calls, and every step of a long decode: allocator.csv and allocator_steps.png.
+"""Measure the cost of on-demand memory: driver calls and the latency of every step of a long decode.
 
     python scripts/benchmark_allocator.py --output DIR
 
-Requests of staggered lengths decode, mapping beside the step (async) and in it (sync), each as memory is first
-needed, and again over slots whose pages are mapped for the longest of them already, so that the allocator has nothing
-to do. How many, and for how long, is in experiments/allocator.yml. Every step's latency goes to
-allocator_steps.csv. Then come the rows of `python -m vattention.bench`.
+Requests of staggered lengths decode twice under background mapping and twice under synchronous mapping: first on
+fresh memory, then on slots whose pages are all mapped, where the allocator has nothing to do. Their number and the
+number of steps are in experiments/allocator.yml. Writes allocator.csv, which ends with the records of
+`python -m vattention.bench`, and allocator_steps.csv with its figure.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MAPPED = ", mapped before"
 
 
 class Decodes:
-    """The same requests under one backend after the other, and what their steps took."""
+    """Decode the same requests under one backend after the other, and record the latency of each step."""
 
     def __init__(self, options: argparse.Namespace, table: Table) -> None:
         self._options, self._table = options, table
@@ -41,11 +41,11 @@ class Decodes:
 
     @property
     def prompts(self) -> list[int]:
-        """Lengths a stagger apart, so that requests cross the borders of pages one by one as they do in a server."""
+        """Lengths a stagger apart, so that requests cross page boundaries one by one, as in a server."""
         return [self._options.prompt + self._options.stagger * index for index in range(self._options.max_num_seqs)]
 
     def measure(self, backend: str) -> None:
-        """One engine: over fresh memory, then over mapped memory."""
+        """Decode on fresh memory, then on mapped memory, of one engine."""
         engine = open_engine(self._options, backend)
         sizes = SMALL if self._options.test else FULL
         load = Load(engine, self._table, self._options.model, sizes, self._options.seed)
@@ -76,7 +76,7 @@ class Decodes:
         self._rows[work, name] = row
 
     def compare(self) -> None:
-        """Latencies over fresh memory beside those over mapped memory, of each backend."""
+        """Compare the latencies on fresh memory with those on mapped memory, for each backend."""
         for (work, name), row in list(self._rows.items()):
             mapped = self._rows.get((work, name + MAPPED))
             if mapped is not None and row.unit == "ms":
@@ -85,7 +85,7 @@ class Decodes:
 
 
 def summary(steps_ms: Sequence[float]) -> list[tuple[str, float, str]]:
-    """What a row says of a run's steps."""
+    """Statistics of the steps: (name, value, unit)."""
     shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
     named = [(f"decode step {name}", percentile(steps_ms, share), "ms") for name, share in shares.items()]
     return [("decode step mean", fmean(steps_ms), "ms"), *named]

@@ -1,4 +1,4 @@
-"""Our engine beside transformers on this machine's CPU: same weights, prompts and dtype, alternating in one run.
+"""Compare the engine with transformers on this machine's CPU: same weights, prompts and dtype, alternating in one run.
 
     python scripts/benchmark_cpu.py [--model smollm2-135m] [--repeats 5] [--output experiments/cpu]
     python scripts/benchmark_cpu.py --test        # few tokens, once; into results/test/cpu
@@ -40,7 +40,7 @@ Generate = Callable[[Prompts, int], object]  # prompts, new tokens of each
 
 
 class Sizes(NamedTuple):
-    """What a whole measurement takes. A shape: requests, prompt tokens of each, output tokens of each."""
+    """The amount of work. A shape: requests, prompt tokens of each, output tokens of each."""
 
     generate: tuple[tuple[int, ...], ...]  # prompt tokens of the requests of each batch
     new_tokens: int  # of each of those
@@ -58,7 +58,7 @@ SMALL = Sizes(((8,), (6, 12)), 4, ((2, 32, 1),), (2, 8, 4), ((2, 8, 4),))
 
 
 class TransformersModel:
-    """The independent implementation: its own loading of the same file, its own generate, left padding for batches."""
+    """The reference: transformers loads the same file and generates, with left padding for batches."""
 
     def __init__(self, model: str) -> None:
         source = Path(resolve_model(model).path)
@@ -78,7 +78,7 @@ class TransformersModel:
 
 
 class CallClock:
-    """Another object, and the seconds that calls of it take."""
+    """A proxy of an object that adds up the seconds of its calls."""
 
     def __init__(self, inner: object) -> None:
         self._inner, self.spent_s = inner, 0.0
@@ -96,7 +96,7 @@ class CallClock:
 
 
 class ExecutorClock(CallClock):
-    """An executor that adds up the time inside the model; all else of a step is the engine's own."""
+    """A proxy of an executor that adds up the time inside the model."""
 
     def launch(self, output: SchedulerOutput) -> CompletedStep:
         result = self._inner.launch(output).result()
@@ -130,7 +130,7 @@ def random_prompts(lengths: tuple[int, ...], vocab_size: int = VOCAB_SIZE) -> Pr
 
 
 def alternate(ours: Generate, other: Generate, prompts: Prompts, new_tokens: int, repeats: int) -> tuple[float, ...]:
-    """Both in turn, the first pair discarded: median seconds of ours, of the other, and the median of their ratios."""
+    """Run both in turn and discard the first pair: median seconds of ours and of the other, and median ratio."""
     runs = [partial(each, prompts, new_tokens) for each in (ours, other)]
     found = pd.DataFrame([map(seconds, runs) for _ in tqdm(range(repeats + 1))][1:], columns=["ours", "other"])
     return (*found.median(), (found.other / found.ours).median())
@@ -162,7 +162,7 @@ def against_paged(model: str, sizes: Sizes, repeats: int) -> Iterator[Record]:
 
 
 def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Iterator[Record]:
-    """Shares of engine.step() that are not the model, and that are the metrics store, decode, medians over steps."""
+    """Shares of engine.step() outside the model and in the metrics store: medians over decode steps."""
     with engine(model, OURS, batch) as llm:
         executor, metrics = ExecutorClock(llm.engine.core.executor), CallClock(MetricsStore())
         measured = LLMEngine(EngineCore(llm.engine.core.scheduler, executor), llm.engine.tokenizer, metrics=metrics)

@@ -1,11 +1,11 @@
-"""The engine's speed with random weights, beside what its kernels alone would take: engine.csv and engine.png.
+"""Measure the engine with random weights, and its kernels alone as a bound: engine.csv and engine.png.
 
     python scripts/benchmark_engine.py --model llama-3-8b --backend fa_vattn --output DIR [--stages prefill,decode,...]
 
-One engine a run: prefill whole and in small steps, decode, short requests, the static traces of the vAttention paper,
-decode with tokens that are drawn and with a metrics store, what the GPU does in a decode step; then, the engine
-closed, matrix products and attention alone at the same shapes. Rows come in the order of --stages, and what --budget
-leaves out is named. Runs may share a folder.
+One engine is built per run. It measures prefill (whole and chunked), decode, short requests, the static traces of the
+vAttention paper, decode with sampling and with a metrics store, and the GPU's work in a decode step. Then the engine is
+closed, and matrix products and attention run alone at the same shapes. Records come in the order of --stages; what
+--budget leaves out is named. Several runs may write to one folder.
 """
 
 import gc
@@ -33,7 +33,7 @@ SAMPLED, SAMPLING = "decode, temperature 0.8, top-p 0.95", {"temperature": 0.8, 
 
 
 def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> None:
-    """Decode with tokens that are drawn, beside the same with the likeliest ones."""
+    """Compare decode with sampling to greedy decode."""
 
     def row(backend: str, sampling: dict[str, float]) -> Record:
         engine.sampling = sampling
@@ -46,7 +46,7 @@ def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> 
 
 
 def measure_metrics(engine: OurEngine, load: Load, batch: int, context: int) -> None:
-    """Decode with a metrics store, beside the same without one."""
+    """Compare decode with a metrics store to decode without one."""
 
     def row(backend: str, *, on: bool) -> Record:
         engine.record_metrics(on=on)
@@ -64,7 +64,7 @@ def short_work(engine: OurEngine, load: Load, name: str, measure: Callable[..., 
 
 
 def measure_roofline(table: Table, row: Record, context: float, roofline: Roofline, chunk: int, sizes: Sizes) -> None:
-    """The kernels of what a row was measured on, and the row beside them; of the shortest decodes, clock and power."""
+    """Measure the kernels of a record's work and compare the record; for short decodes, clock and power too."""
     on_gpu, is_decode = torch.cuda.is_available(), row.work == "decode"
     if on_gpu:
         torch.cuda.empty_cache()
@@ -80,7 +80,7 @@ def measure_roofline(table: Table, row: Record, context: float, roofline: Roofli
 def roofline_work(
     table: Table, contexts: Mapping[Record, float], sizes: Sizes, chunk_size: int, roofline: Roofline
 ) -> Work:
-    """Every row of prefill and decode that this run has, the quickest first."""
+    """Every record of prefill and decode of this run, the shortest first."""
     chunks = {"prefill": chunk_size, sizes.chunked_work: sizes.chunk}
     for row, context in sorted(contexts.items(), key=lambda item: item[0].batch * item[0].context):
         chunk = min(chunks.get(row.work, 1), row.context)
@@ -89,7 +89,7 @@ def roofline_work(
 
 
 def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -> Mapping[Record, float]:
-    """All that needs the engine, which is gone when this returns; contexts by row, see Load."""
+    """Run every stage that needs the engine, and close it. Returns Load.contexts."""
     engine = open_engine(options, options.backend)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
@@ -108,7 +108,7 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
 def run_roofline(
     options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[Record, float], budget: Budget
 ) -> None:
-    """What the same work's kernels take."""
+    """Measure the kernels of the same work alone."""
     gc.collect()  # the engine's weights
     on_gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""Any experiment of experiments/*.yml by its name: its runs, then its table and plots.
+"""Run an experiment of experiments/*.yml by its name, then make its table and figures.
 
     python scripts/benchmark_experiment.py NAME [--test] [--resume] [--model NAME ...] [--backends NAME ...] [--list]
 

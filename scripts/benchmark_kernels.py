@@ -1,13 +1,13 @@
-"""Measures the kernels on the GPU at hand: attention on contiguous and paged memory, products, small kernels, steps.
+"""Measure kernels on a GPU: attention on contiguous and paged memory, matrix products, element-wise kernels.
 
     python scripts/benchmark_kernels.py --output DIR [--only small|attention|ragged] [--budget SECONDS]
         [--flashinfer [decode] [prefill]]
 
-small: products, elementwise kernels, steps; attention: over sequences of one length, contiguous and paged; ragged: over
-sequences of lengths as in chats, alone and before chunks.
-The shapes of attention are in experiments/kernels.yml. Rows go to DIR/kernels.csv, or DIR/ragged.csv, as they
-are known, most important first; what does not fit the budget is named at the end.
-Needs the package on PYTHONPATH, and on it the libraries to compare (fa3-fwd, flashinfer, vllm).
+small: decode attention, products, element-wise kernels; attention: sequences of one length, contiguous and paged;
+ragged: sequences of lengths as in chats, alone and before chunks. The shapes of attention are in
+experiments/kernels.yml. Records are written to DIR/kernels.csv and DIR/ragged.csv as they come, most important first;
+what does not fit the budget is named at the end. The libraries to compare (fa3-fwd, flashinfer, vllm) must be
+importable.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measure
 
 
 def small(table: Table, options: argparse.Namespace) -> Work:
-    """What one short call should tell: decode attention, products, small kernels."""
+    """The most informative short measurement: decode attention, products, element-wise kernels."""
     pages = Pages(tuple(options.pages), ())
     for batch, context in options.decode[: SMALL_SHAPES[LLAMA]]:
         measure = partial(paging.measure_decode, table, LLAMA, batch, context, pages, paging.CONFIGS)
@@ -66,7 +66,7 @@ def ragged(table: Table, options: argparse.Namespace) -> Work:
 
 
 class Part(NamedTuple):
-    """What one word of --only stands for."""
+    """One choice of --only."""
 
     work: Callable[[Table, argparse.Namespace], Work]
     compile: Callable[[argparse.Namespace], Iterator[Callable[[], object]]]  # what Triton will be asked for

@@ -52,7 +52,7 @@ MODELS = {model.name: model for model in _ALL}
 
 
 def final_lengths(trace: str, seed: int) -> list[int]:
-    """Tokens of each request at its end, when it holds most. trace: a shape's name or a file's."""
+    """Tokens of each request at its end, when it holds the most memory. trace: a shape's name or a file."""
     if trace in SHAPES:
         prompts, outputs = SHAPES[trace].sample(DRAWN, np.random.default_rng(seed))
         return [int(total) for total in prompts + outputs]
@@ -60,7 +60,7 @@ def final_lengths(trace: str, seed: int) -> list[int]:
 
 
 def max_batch(cache: VirtualKVCache, lengths: Sequence[int]) -> tuple[int, float]:
-    """Requests of this order that fit together, and the share of their pages that no token uses."""
+    """Number of requests, in this order, that fit together, and the share of their mapped bytes that no token uses."""
     slots: list[int] = []
     try:
         for length in lengths:
@@ -127,7 +127,7 @@ def save(records: pd.DataFrame, path: Path) -> None:
 
 
 def file_name(options: argparse.Namespace) -> str:
-    """What was counted: tables of a shape and of a file, with the weights and without, lie side by side."""
+    """The table's name: it differs between a shape and a file, and with and without the weights."""
     shape = f"_{options.trace}_shape" if options.trace in SHAPES else ""
     return f"max_batch{shape}{'_minus_weights' if options.minus_weights else ''}.csv"
 

@@ -1,4 +1,4 @@
-"""vLLM on the work of benchmark_engine.py, measured by the same code: vllm_alone.csv; joined with ours: vllm.csv.
+"""Measure vLLM on the work of benchmark_engine.py with the same code: vllm_alone.csv; joined with ours: vllm.csv.
 
     python scripts/benchmark_vllm.py --model llama-3-8b --output DIR            # where vllm can be imported
     python scripts/benchmark_vllm.py --join OURS/engine.csv DIR/vllm_alone.csv --output DIR
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def join(ours: Path, theirs: Path, output: Path) -> None:
-    """Write each record of ours that vLLM has too, beside vLLM's, and vLLM's after it."""
+    """Write each record that both engines have: ours with its ratio to vLLM's, then vLLM's."""
     found, mine = {record.task: record for record in read_records(theirs)}, read_records(ours)
     table = Table(output / "vllm.csv", ours=str(ours), theirs=str(theirs))
     for record in mine:

@@ -1,10 +1,10 @@
-"""The shape of the code, two checkouts side by side: sizes, functions, import cycles, and what a first token touches.
+"""Compare the code of checkouts: sizes, functions, import cycles, and what a first token executes.
 
     python scripts/code_shape.py [REVISION_OR_FOLDER ...] [--no-trace]        # default: 9cc8330 and this folder
 
 A revision is read from git; its native extension is taken from this folder, so that its first token can be traced. The
 trace is of SmolLM2-135M with sdpa_vattn on the CPU, from the call of LLM.generate to the first token; the engine is
-built before. Standard library only.
+built before. networkx comes with torch.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import networkx
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ("sarathi/benchmark/", "scripts/")
@@ -92,18 +94,8 @@ def imported(body: list[ast.stmt]) -> Iterator[str]:
 
 def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
     """Groups of nodes that reach each other."""
-    reached = {node: reach(edges, node) for node in edges}
-    groups = {tuple(sorted(m for m in reached[n] if n in reached.get(m, ()))) for n in edges if n in reached[n]}
-    return [list(group) for group in sorted(groups) if len(group) > 1]
-
-
-def reach(edges: dict[str, set[str]], start: str) -> set[str]:
-    found, left = set(), [start]
-    while left:
-        new = edges.get(left.pop(), set()) - found
-        found |= new
-        left += new
-    return found
+    groups = networkx.strongly_connected_components(networkx.DiGraph(edges))
+    return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
 def import_edges(modules: list[Module]) -> dict[str, set[str]]:
@@ -166,7 +158,7 @@ def figures(root: Path, *, trace: bool) -> dict[str, str]:
 
 
 def first_token(root: Path) -> dict[str, str]:
-    """Files and functions that a first token touches, and how many functions of each file."""
+    """Numbers of files and functions that a first token executes; those of each file go to stderr."""
     environment = {**os.environ, "PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, "-c", TRACE], cwd=root, env=environment, stdout=subprocess.PIPE, check=True)
     functions = json.loads(done.stdout.splitlines()[-1])
@@ -178,7 +170,7 @@ def first_token(root: Path) -> dict[str, str]:
 
 
 def checkout(name: str, scratch: Path) -> Path:
-    """The folder of this name, or a new one with the files of this revision and the extension that is built here."""
+    """The folder of this name, or a new one with the files of this revision and the extension built here."""
     if Path(name).is_dir():
         return Path(name).resolve()
     done = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""Two checkouts of this repository measured in turn on one machine: revisions.csv, with a ratio on every record.
+"""Measure two checkouts of this repository in turn on one machine: revisions.csv, with a ratio for every record.
 
     PYTHONPATH=. python scripts/compare_revisions.py BEFORE AFTER --output DIR [--models llama-3-8b ...]
         [--backends fa_vattn ...] [--stages start,prefill,decode,requests] [--seconds 500]

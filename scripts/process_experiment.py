@@ -1,4 +1,4 @@
-"""Table and plots of an experiment's runs that are there already.
+"""Make the table and figures of an experiment's finished runs.
 
     python scripts/process_experiment.py NAME [FOLDER]
 

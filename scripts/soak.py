@@ -1,4 +1,4 @@
-"""An engine under random arrivals, lengths, aborts and preemptions, with its books and the machine's memory watched.
+"""Run an engine under random arrivals, lengths, aborts and preemptions, and watch its accounting and memory.
 
     python scripts/soak.py --model llama-3-8b --backend fa_vattn --memory-bytes 6gb --seconds 200 --output DIR
     python scripts/soak.py --test        # 10 seconds on the CPU with a tiny model
@@ -34,7 +34,7 @@ HOLD_BYTES = 1 * 2**30  # torch keeps what the largest steps so far took
 
 
 class Violation(Exception):
-    """What must never happen has happened."""
+    """An invariant is violated."""
 
 
 class Soak:
@@ -50,7 +50,7 @@ class Soak:
         self.growth: Counter[str] = Counter()
 
     def run(self, seconds: float) -> None:
-        """Until the time is up and all requests have ended. Raises Violation, or RuntimeError of a broken book."""
+        """Run until the time is up and all requests have ended. Raises Violation, or RuntimeError of a failed check."""
         start_s = time.monotonic()
         next_check_s, next_drain_s = start_s, start_s + DRAIN_S
         while (now_s := time.monotonic()) < start_s + seconds:
@@ -68,7 +68,7 @@ class Soak:
             raise Violation("no request was preempted: give the cache less memory")
 
     def _arrive(self) -> None:
-        """A request now and then, and bursts of more than can run, so that some are preempted."""
+        """Add a request now and then, and bursts of more than can run, so that some are preempted."""
         limit = 2 * self._front.max_num_seqs
         more = 1.0 if self._random.random() < BURSTS else ARRIVALS
         while len(self._asked) < limit and self._random.random() < more:
@@ -80,7 +80,7 @@ class Soak:
             self.counts["requests"] += 1
 
     def _lengths(self) -> tuple[int, int]:
-        """Mostly short, some as long as can be."""
+        """Prompt and output tokens: mostly short, some as long as the cache allows."""
         prompt = min(int(self._random.lognormvariate(4.5, 1.3)) + 1, self._longest // 2)
         output = min(int(self._random.lognormvariate(4.0, 1.0)) + 1, self._longest // 3)
         return prompt, output
@@ -136,7 +136,7 @@ class Soak:
 
 
 def memory_in_use(cache_bytes: int) -> Iterator[tuple[str, int]]:
-    """Bytes that a leak would show in. The host's cache pages are shared memory, which is not counted."""
+    """Bytes in which a leak would show. The host's cache pages are shared memory, which is not counted."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     yield "host memory", int(status["RssAnon"].split()[0]) * 1024
     if torch.cuda.is_available():
@@ -147,7 +147,7 @@ def memory_in_use(cache_bytes: int) -> Iterator[tuple[str, int]]:
 
 
 def save(options: argparse.Namespace, soak: Soak, engine: OurEngine, verdict: str) -> None:
-    """What was done, and by how much memory grew after the warm-up."""
+    """Write the counts of what was done, and the growth of memory after the warm-up."""
     table = Table(options.output / "soak.csv", verdict=verdict)
     stats = engine.memory_stats()
     facts = {"preemptions": engine.num_preemptions, "steps that waited": stats.steps_waited, **soak.counts}

@@ -57,7 +57,7 @@ def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
 
 
 def _finish(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> int:
-    """Write, tell and send one run's result; its exit code. A result that cannot be sent ends no other run."""
+    """Write, print and upload the result of one run; returns its exit code. A failed upload ends no other run."""
     summary = write_results(config, outcomes)
     print(f"{describe_run(summary)}\nresults: {config.output_dir}", flush=True)
     try:

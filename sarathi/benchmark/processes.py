@@ -1,4 +1,4 @@
-"""How processes of a benchmark end: by a signal as by ^C, with their parent, and one at a time for a folder."""
+"""Processes of a benchmark: end on a signal as on ^C, end with the parent, and own their result folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: a run ends as after ^C, with the files of what it has. Children have not got the signal."""
+    """SIGTERM or SIGHUP: the run ends as after ^C and writes what it has. Child processes did not get the signal."""
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise Terminated, once: a second one must not cut off the files."""
+    """Within the block SIGTERM and SIGHUP raise Terminated, once: a second one must not interrupt writing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

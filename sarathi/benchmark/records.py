@@ -1,4 +1,4 @@
-"""Records of measurements, written to a CSV file as they come, and the time that is left for more."""
+"""Records of measurements, written to a CSV file as they come, within a budget of time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Record:
 
     @property
     def task(self) -> tuple[object, ...]:
-        """What was measured, whichever backend did it."""
+        """What was measured, apart from the backend."""
         return self.model, self.work, self.batch, self.context, self.unit
 
 
@@ -49,7 +49,7 @@ COLUMNS = [field.name for field in fields(Record)]
 
 
 def is_rate(unit: str) -> bool:
-    """Whether more is better: a count or a rate, not a time."""
+    """Whether higher is better: counts and rates, not times."""
     return unit.endswith("/s") or unit in ("tokens", "requests")
 
 
@@ -61,7 +61,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 class Attempts:
-    """Measurements that may fail: the others go on, and the failed ones are named at the end."""
+    """Runs measurements that may fail: the others go on, and failed ones are named at the end."""
 
     def __init__(self) -> None:
         self.failed: list[str] = []
@@ -111,7 +111,7 @@ class Table:
         print(f"{what} {record.value:>9.6g} {record.unit}{against}", flush=True)
 
     def compare(self, record: Record, reference: Record) -> None:
-        """Give a record that is there a reference that was measured later."""
+        """Compare a record of this table with a reference that was measured later."""
         compared = record.beside(reference)
         self.records[self.records.index(record)] = compared
         self._write()
@@ -133,7 +133,7 @@ class Table:
 
 
 class Budget:
-    """Seconds left for measuring. Work is a list of thunks, most important first; what does not fit is named."""
+    """Seconds left for measuring. Work comes most important first; what does not fit is named."""
 
     def __init__(self, seconds: float, attempts: Attempts) -> None:
         self._attempts = attempts

@@ -1,4 +1,4 @@
-"""A run on one engine, or on several in processes of their own that start together."""
+"""Run on one engine, or on several replicas, each in a process of its own, that start together."""
 
 from __future__ import annotations
 

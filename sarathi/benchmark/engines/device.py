@@ -1,4 +1,4 @@
-"""What the GPU does in decode steps: how long each operation takes, how long it idles, at which clock and power.
+"""The GPU in decode steps: time of each operation, idle share, clock and power.
 
 Kernels are classified by name, which works for this engine and for others.
 """

@@ -22,7 +22,7 @@ STAGES = ("prefill", "decode", "requests", "trace", "chunked")
 
 
 class Engine(Protocol):
-    """All that is asked of an engine. Requests are greedy and ignore end tokens."""
+    """What a load needs of an engine. Requests are greedy and ignore end tokens."""
 
     backend: str
     vocab_size: int
@@ -55,7 +55,7 @@ class Decoding(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step as its caller sees it: where the next one is launched before it ends, by the tokens that came back."""
+    """A step as its caller sees it, by the tokens that came back; the next one may be running already."""
 
     seconds: float  # since the one before, or since the first request's arrival
     sequences: int  # that got a token
@@ -63,14 +63,14 @@ class Step(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What steps to count together."""
+        """The kind under which steps are added up."""
         if self.has_prompts:
             return "steps with prompts"
         return f"steps of up to {next(bound for bound in _STEP_SIZES if self.sequences <= bound)} sequences"
 
 
 class Load:
-    """Requests of random tokens for one engine, and rows of what they took."""
+    """Runs requests of random tokens on one engine, and records their times."""
 
     def __init__(self, engine: Engine, table: Table, model: str, sizes: Sizes, seed: int = 0) -> None:
         self.engine, self.table, self.model, self.sizes, self.seed = engine, table, model, sizes, seed
@@ -116,7 +116,7 @@ class Load:
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Every path once: several prompts in a step, decodes."""
+        """Run every path once: several prompts in a step, then decodes."""
         self.serve([(self.sizes.prefill[-2] // 2, WARM_UP_TOKENS)] + [(16, WARM_UP_TOKENS)] * 7)
 
     def start_decoding(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
@@ -176,7 +176,7 @@ class Load:
         self.record(f"{count} requests, P:D {ratio}, all at once", count, tokens, seconds, "s")
 
     def throughput(self, work: str, requests: Requests) -> None:
-        """Output tokens a second over requests that are all there at once, and in which steps the time went."""
+        """Output tokens a second over requests that all arrive at once, and the time by kind of step."""
         longest = max(map(sum, requests))
         spent_s: defaultdict[str, float] = defaultdict(float)
         for step in self.steps(requests):
@@ -187,7 +187,7 @@ class Load:
             self.record(f"{work}: {kind}", len(requests), longest, seconds, "s")
 
     def chunked_prefill(self) -> None:
-        """Prefill with few tokens a step; the engine is as it was afterwards."""
+        """Prefill in chunks. The engine's limit on a step is restored afterwards."""
         self.engine.limit_step(self.sizes.chunk)
         self.serve([(self.sizes.chunk * 2, 1)])
         for context in self._prompts():
@@ -197,7 +197,7 @@ class Load:
     # What to measure.
 
     def plan(self, stages: Sequence[str]) -> Work:
-        """Rows as (name, thunk), in the order of the stages, within each the most important first."""
+        """Work in the order of the stages, within each the most important first."""
         makers: dict[str, Callable[[], Iterator[tuple[str, Callable[[], None]]]]] = {
             "prefill": lambda: ((f"prefill {n}", partial(self.prefill, n)) for n in self._prompts()),
             "chunked": lambda: iter([("chunked prefill", self.chunked_prefill)]),

@@ -1,4 +1,4 @@
-"""Our engine as load.py drives it."""
+"""This engine behind the interface of load.py."""
 
 import gc
 import json

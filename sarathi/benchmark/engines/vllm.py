@@ -1,4 +1,4 @@
-"""vLLM as load.py drives it, its engine core in this process. Checked against 0.26.0.
+"""vLLM behind the interface of load.py, its engine core in this process. Checked with 0.26.0.
 
 The core's outputs are read where they arrive: nothing is detokenized or assembled. A lower token budget of a step is
 set in the scheduler, the only place that reads it at run time.

@@ -1,4 +1,4 @@
-"""Finished runs, read back from their folders; what a run was is in its saved configuration, not in a folder's name."""
+"""Finished runs, read from their folders. A run is described by its saved configuration, not by its folder's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two command lines of every experiment: run it, process it. Scripts hold nothing but a call of these.
+"""The two command lines of every experiment: run it, and process its results.
 
 Exit codes: 0 all runs are complete; 1 a run failed or nothing was found; 130 ^C ended it.
 """

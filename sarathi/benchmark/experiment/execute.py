@@ -32,7 +32,7 @@ TAIL_LINES = 6
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that gave no complete result, and the end of what its process said."""
+    """A run without a complete result, and the last lines of its log."""
 
     name: str
     exit_code: int
@@ -40,7 +40,7 @@ class Failure:
 
 
 def execute(runs: Sequence[Run], folder: Path, resume: bool) -> list[Failure]:
-    """Run all; what failed. resume: leave out those whose folder holds a complete result of the same configuration.
+    """Run all; returns the failures. resume: skip runs whose folder holds a complete result of the same configuration.
 
     Several processes may run into one folder, but a run that another one has is a ValueError.
     """
@@ -74,7 +74,7 @@ def is_complete(config: BenchmarkConfig) -> bool:
 
 
 def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
-    """Runs behind one that ended the process get another."""
+    """Runs left over when a run ends the process get another process."""
     left = list(group)
     while left:
         log = _place(left[0]) / LOG_FILE

@@ -1,4 +1,4 @@
-"""What a run adds to its record of a table, and the lines that are drawn of it, figure by figure."""
+"""The measures of a run in each kind of table."""
 
 from __future__ import annotations
 

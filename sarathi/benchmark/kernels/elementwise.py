@@ -1,4 +1,4 @@
-"""The small operations of a step, by Triton and by torch, beside the bytes that they must move."""
+"""Element-wise operations of a step, in Triton and in torch, and the time of the bytes that they must move."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

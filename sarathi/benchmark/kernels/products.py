@@ -1,4 +1,4 @@
-"""Matrix products of a decode step: cuBLAS against the matrix-vector and skinny kernels, over their settings."""
+"""Matrix products of a decode step: cuBLAS, and the matrix-vector and skinny kernels over their settings."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Attention over sequences of ragged lengths: decodes alone, and decodes before the chunks of new prompts."""
+"""Attention over sequences of different lengths: decodes alone, and decodes before the chunks of new prompts."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence

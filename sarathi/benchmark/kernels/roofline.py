@@ -1,4 +1,4 @@
-"""The kernels that every step needs, run back to back: matrix products and attention, an upper bound for the engine.
+"""Matrix products and attention of a step, run back to back: an upper bound on the engine's speed.
 
 Norms, rope, activations, sampling and scheduling are left out. For each matrix and for attention the fastest available
 kernel runs, found by measuring at the step's own shapes.

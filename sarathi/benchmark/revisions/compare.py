@@ -1,5 +1,7 @@
-"""Two checkouts measured in turn: both engines live side by side in processes of their own, and take each task one
-after the other, in swapped order from round to round, so that clocks, heat and neighbours meet both alike.
+"""Two checkouts measured in turn.
+
+Each engine lives in a process of its own. Every round runs each task on both, in swapped order from round to round, so
+that clocks, heat and other load affect both alike.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ FIRST_START, START = "first start to first token", "start to first token"
 
 
 class Task(NamedTuple):
-    """One measurement: what it is called in the table, and what the worker is asked for."""
+    """One measurement: its columns in the table, and the request to the worker."""
 
     work: str
     batch: int
@@ -85,14 +87,14 @@ class Engine:
 
 
 def _other_paths() -> list[str]:
-    """PYTHONPATH without checkouts of this package: packages that are not installed may be named there."""
+    """PYTHONPATH without checkouts of this package; it may name packages that are not installed."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return [path for path in paths if path and not (Path(path) / "sarathi").is_dir()]
 
 
 @dataclass
 class Samples:
-    """All measured values, written to two CSV files after each: the samples, and one record of ratios per task.
+    """All measured values. Two CSV files are rewritten after each: the samples, and the ratios by task.
 
     An existing file of samples is continued.
     """
