@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
+import numpy as np
 import pandas as pd
 import torch
 
 from sarathi.benchmark.config.program import engine_parser, parse, positive
-from sarathi.benchmark.engines.load import Load, percentile
+from sarathi.benchmark.engines.load import Load
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
 from sarathi.benchmark.engines.sizes import FULL, SMALL
 from sarathi.benchmark.figures import draw
@@ -87,8 +87,8 @@ class Decodes:
 def summary(steps_ms: Sequence[float]) -> list[tuple[str, float, str]]:
     """Statistics of the steps: (name, value, unit)."""
     shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    named = [(f"decode step {name}", percentile(steps_ms, share), "ms") for name, share in shares.items()]
-    return [("decode step mean", fmean(steps_ms), "ms"), *named]
+    found = {name: np.quantile(steps_ms, share, method="higher") for name, share in shares.items()}
+    return [(f"decode step {name}", float(ms), "ms") for name, ms in {"mean": np.mean(steps_ms), **found}.items()]
 
 
 def library_rows(table: Table, device: torch.device) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from sarathi.benchmark.config.program import add_ratios, add_stages, engine_parser, parse
 from sarathi.benchmark.engines.device import NUM_SHAPES, device_work, measure_clock
-from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
+from sarathi.benchmark.engines.load import STAGES, Load
 from sarathi.benchmark.engines.ours import GREEDY, OurEngine, open_engine
 from sarathi.benchmark.engines.sizes import FULL, SMALL, Sizes
 from sarathi.benchmark.figures import draw
@@ -26,6 +26,7 @@ from sarathi.benchmark.kernels.roofline import Roofline
 from sarathi.benchmark.kernels.shapes import MODELS
 from sarathi.benchmark.kernels.timing import steady
 from sarathi.benchmark.records import BOUND, Budget, Record, Table, Work
+from sarathi.benchmark.revisions.worker import process_age_s
 from sarathi.entrypoints.script import run_script
 
 OWN_STAGES = ("sampled", "metrics", "device", "roofline")

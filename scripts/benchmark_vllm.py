@@ -13,10 +13,11 @@ from pathlib import Path
 
 from sarathi.benchmark.config.program import add_ratios, add_stages, positive
 from sarathi.benchmark.engines.device import device_work
-from sarathi.benchmark.engines.load import STAGES, Load, process_age_s
+from sarathi.benchmark.engines.load import STAGES, Load
 from sarathi.benchmark.engines.sizes import FULL
 from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import BOUND, NOT_COMPARED, Budget, Table, read_records
+from sarathi.benchmark.revisions.worker import process_age_s
 from sarathi.entrypoints.script import run_script
 
 

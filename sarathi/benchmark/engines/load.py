@@ -1,15 +1,15 @@
 """Load on an engine, ours or another, through one small interface, so that all are measured alike."""
 
 import math
-import os
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from sarathi.benchmark.engines.sizes import Sizes
 from sarathi.benchmark.kernels.timing import steady
@@ -169,7 +169,8 @@ class Load:
         found = self.decoding([context] * batch, self.sizes.decode_steps)
         row = self.record("decode", batch, context, found.ms_per_token, "ms/token")
         self.contexts[row] = found.mean_context
-        self.record("decode p99 step", batch, context, percentile(found.steps_ms, 0.99), "ms")
+        p99_ms = float(np.quantile(found.steps_ms, 0.99, method="higher"))
+        self.record("decode p99 step", batch, context, p99_ms, "ms")
 
     def makespan(self, count: int, tokens: int, ratio: int) -> None:
         seconds = self.serve(trace_requests(count, tokens, ratio))
@@ -236,14 +237,3 @@ class Load:
         for trace in self.sizes.traces:
             if trace[1] <= self.engine.max_model_len:
                 yield f"trace {trace}", partial(self.makespan, *trace)
-
-
-def process_age_s() -> float:
-    """Seconds since this process began, imports included."""
-    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that so large a share of them does not exceed."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from sarathi.benchmark.records import is_rate
 from sarathi.benchmark.revisions import worker
 
 KEY = ["model", "backend", "work", "batch", "context", "unit"]
@@ -121,22 +122,26 @@ class Samples:
 
     def ratios(self) -> pd.DataFrame:
         """Medians of both sides and their ratio, more than 1 where `after` is better, with the extremes of rounds."""
-        if self.values.empty:
-            return pd.DataFrame(columns=[*KEY, *SIDES, "ratio", "lowest_ratio", "highest_ratio", "rounds"])
-        sample = self.values.groupby([*KEY, "revision"]).cumcount()  # rounds of continued runs begin at 0 again
-        pairs = self.values.assign(sample=sample).pivot(index=[*KEY, "sample"], columns="revision", values="value")
-        pairs = pairs.reset_index()
-        pairs["ratio"] = [gain(*pair) for pair in zip(pairs["before"], pairs["after"], pairs["unit"], strict=True)]
-        tasks = pairs.groupby(KEY, sort=False)
-        found = tasks[list(SIDES)].median().reset_index()
-        found["ratio"] = [gain(*pair) for pair in zip(found["before"], found["after"], found["unit"], strict=True)]
-        extremes = tasks["ratio"].agg(lowest_ratio="min", highest_ratio="max", rounds="size").reset_index(drop=True)
-        return pd.concat([found, extremes], axis=1)
+        numbered = self.values.assign(  # rounds of continued runs begin at 0 again
+            sample=self.values.groupby([*KEY, "revision"]).cumcount()
+        )
+        pairs = numbered.pivot(index=[*KEY, "sample"], columns="revision", values="value").reindex(columns=SIDES)
+        pairs = pairs.assign(ratio=_gains(pairs.reset_index()).to_numpy())
+        found = pairs.groupby(KEY, sort=False).agg(
+            before=("before", "median"), after=("after", "median"), lowest_ratio=("ratio", "min"),
+            highest_ratio=("ratio", "max"), rounds=("ratio", "size"),
+        ).reset_index()  # fmt: skip
+        found.insert(len(KEY) + len(SIDES), "ratio", _gains(found))
+        return found
 
 
 def gain(before: float, after: float, unit: str) -> float:
     """More than 1 where `after` is better: after / before of rates, before / after of times."""
-    return after / before if unit.endswith("/s") else before / after
+    return after / before if is_rate(unit) else before / after
+
+
+def _gains(pairs: pd.DataFrame) -> pd.Series:
+    return pd.Series([gain(*pair) for pair in zip(pairs["before"], pairs["after"], pairs["unit"], strict=True)])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sarathi.benchmark.engines.device import (
     operation_of,
     time_by_operation,
 )
-from sarathi.benchmark.engines.load import STAGES, Load, percentile
+from sarathi.benchmark.engines.load import STAGES, Load
 from sarathi.benchmark.engines.sizes import FULL, SMALL
 from sarathi.benchmark.kernels.timing import steady
 from sarathi.benchmark.records import Attempts, Budget, Record, Table, read_records
@@ -237,9 +237,13 @@ def test_clock_and_power_are_asked_for_while_steps_run(tmp_path: Path, monkeypat
     assert len(steps) >= NUM_SAMPLES
 
 
-def test_percentile_of_all_is_the_largest() -> None:
-    values = [random.random() for _ in range(101)]
-    assert percentile(values, 1.0) == max(values) and percentile(values, 0.5) == sorted(values)[50]
+def test_quantiles_of_steps_are_steps(tmp_path: Path) -> None:
+    import benchmark_allocator
+
+    steps = [random.random() for _ in range(101)]
+    found = {name: value for name, value, _ in benchmark_allocator.summary(steps)}
+    assert found["decode step max"] == max(steps) and found["decode step p50"] == sorted(steps)[50]
+    assert found["decode step p99"] == sorted(steps)[99]
 
 
 def test_steady_is_the_median_once_a_device_has_been_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
