@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from sarathi.benchmark.capacity.grid import CONFIG_PATH, Job, read_jobs, translate
 from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, is_settled, search
 from sarathi.benchmark.capacity.slos import slos_of
@@ -27,7 +29,8 @@ from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 from sarathi.metrics import RunRecords
-from sarathi.metrics.files import write_table
+from sarathi.metrics.environment import caption, environment
+from sarathi.metrics.files import open_replacing, write_table
 from sarathi.metrics.plots import is_available, plot_lines
 from sarathi.metrics.tables import Table
 
@@ -122,33 +125,34 @@ def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], 
         return search(lambda qps: _measure(runner, config, qps), log, limits)
 
 
+def table_of(config: BenchmarkConfig, probes: Sequence[Probe]) -> pd.DataFrame:
+    """A record for each probe: its rate, the seconds of each target's quantile, and whether it meets all targets."""
+    columns = ["qps", *[slo.name for slo in slos_of(config.capacity_search)], "meets", "num_completed"]
+    return pd.DataFrame([{**vars(probe), **probe.values_s} for probe in probes], columns=columns)
+
+
 def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
     """capacity.csv and capacity.png in output_dir; nothing where there is no probe."""
-    folder = Path(config.output_dir)
     if not probes:
         return
-    slos = slos_of(config.capacity_search)
-    columns = ("qps", *[slo.name for slo in slos], "meets", "num_completed")
-    records = [{**probe.values_s, "qps": probe.qps, "meets": probe.meets, "num_completed": probe.num_completed}
-               for probe in probes]  # fmt: skip
-    write_table(folder / "capacity.csv", Table(columns, records))
+    folder, table = Path(config.output_dir), table_of(config, probes)
+    with open_replacing(folder / "capacity.csv") as file:
+        table.to_csv(file, index=False)
     if not is_available():
         return
-    rates = [probe.qps for probe in probes]
-    lines = {slo.name: (rates, [probe.values_s[slo.name] / slo.limit_s for probe in probes]) for slo in slos}
+    rates, slos = table["qps"].tolist(), slos_of(config.capacity_search)
+    lines = {slo.name: (rates, (table[slo.name] / slo.limit_s).tolist()) for slo in slos}
     lines["target"] = (rates, [1.0] * len(rates))
-    plot_lines(folder / "capacity.png", lines, "requests a second", "share of the target", marker="o")
+    told = caption([environment()], [config.model.name, config.model.attention_backend])
+    plot_lines(folder / "capacity.png", lines, "request rate (requests/s)", "share of the target", "o", told)
 
 
 def describe(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
     """The table of probes, and the answer."""
-    slos = slos_of(config.capacity_search)
-    lines = [" ".join([f"{'qps':>9}", *[f"{slo.name:>24}" for slo in slos], " meets"])]
-    for probe in probes:
-        values = [f"{probe.values_s[slo.name]:24.4f}" for slo in slos]
-        lines.append(" ".join([f"{probe.qps:9.3f}", *values, "  yes" if probe.meets else "  no"]))
-    targets = ", ".join(f"{slo.name} {slo.limit_s:g}" for slo in slos)
-    return "\n".join([*lines, f"targets {targets}: {_found(config, probes, capacity_qps)}"])
+    table = table_of(config, probes).replace({"meets": {True: "yes", False: "no"}})
+    targets = ", ".join(f"{slo.name} {slo.limit_s:g}" for slo in slos_of(config.capacity_search))
+    lines = table.to_string(index=False, float_format="{:.4f}".format)
+    return f"{lines}\ntargets {targets}: {_found(config, probes, capacity_qps)}"
 
 
 def _found(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
