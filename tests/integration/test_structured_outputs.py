@@ -122,7 +122,7 @@ def test_limits_that_leave_no_token_end_the_request_alone(llm: LLM) -> None:
     assert llm.tokenizer is not None
     barred = limited({"choice": ["yes"]}, allowed_token_ids=llm.tokenizer.encode("no"), temperature=0.0)
     [bad, good] = llm.generate([PROMPT] * 2, [barred, limited({"choice": ["yes"]})], use_tqdm=False)
-    assert bad.outputs[0].finish_reason == "error" and "grammar" in str(bad.outputs[0].stop_reason)
+    assert bad.outputs[0].finish_reason == "error" and "structured_outputs" in str(bad.outputs[0].stop_reason)
     assert (good.outputs[0].text, good.outputs[0].finish_reason) == ("yes", "stop")
 
 
