@@ -6,15 +6,17 @@ What `__all__` names is found on first use: importing the package alone imports 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sarathi.engine.outputs import RequestOutput
     from sarathi.entrypoints.llm import LLM
     from sarathi.sampling_params import SamplingParams
     from sarathi.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "sarathi.entrypoints.llm",
+    "RequestOutput": "sarathi.engine.outputs",
     "SamplingParams": "sarathi.sampling_params",
     "StructuredOutputsParams": "sarathi.structured_outputs",
 }

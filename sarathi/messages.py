@@ -183,25 +183,42 @@ class CoreOutput(NamedTuple):
     scheduled_at_s: float = 0.0
 
 
+class Resolution(NamedTuple):
+    """What "auto" in the configuration became.
+
+    backend: the attention backend's name. device, dtype: of weights and activations, as torch names them.
+    dtype_eps: difference between 1 and the next larger number in dtype.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    dtype_eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What the core tells the front end once, when it has started.
 
     vocab_size: token ids are in [0, vocab_size). max_model_len: tokens of the longest request, prompt and output.
     capacity: of the KV cache. token_bytes: of one token's keys and values in all layers.
-    dtype_eps: difference between 1 and the next larger number in the model's dtype.
     """
 
     vocab_size: int
     max_model_len: int
     capacity: CacheCapacity
     token_bytes: int
-    dtype_eps: float
+    resolution: Resolution
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens of one request that fill the whole cache."""
+        return self.capacity.tokens_in(self.capacity.rows)
 
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt that can run: an output token must follow, which need not be in the cache."""
-        return min(self.max_model_len - 1, self.capacity.tokens_in(self.capacity.rows))
+        return min(self.max_model_len - 1, self.num_cache_tokens)
 
 
 @dataclass(frozen=True, slots=True)

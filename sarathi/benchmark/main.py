@@ -21,14 +21,28 @@ from sarathi.benchmark.results import describe_run, send_results, write_results
 from sarathi.metrics.wandb_log import WandbError
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 2, 130
-USAGE = "python -m sarathi.benchmark.main [--config FILE] [--knob value ...]\n\nKnobs, their defaults and meanings:\n"
+HELP = """One run of a workload on an engine in this process; its files go to output_dir.
+
+usage: sarathi bench run [--config FILE] [--knob VALUE ...]
+
+    sarathi bench run --num_requests 16 --max_model_len 2048 --length_provider fixed \\
+        --fixed_request_length_generator.prefill_tokens 512 --fixed_request_length_generator.decode_tokens 64
+    sarathi bench run --config run.yml --output_dir results/a
+    sarathi bench run --model.name ./folder --load_format auto --request_generator.provider trace \\
+        --trace_request_generator.trace_file AzureLLMInferenceTrace_conv.csv --num_requests 100
+
+--help-knobs lists every knob with its default; sarathi/benchmark/README.md explains them.
+"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """One run; its exit code."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
-        print(USAGE + default_yaml())
+        print(HELP, end="")
+        return 0
+    if "--help-knobs" in words:
+        print(default_yaml(), end="")
         return 0
     return run_configs(lambda: [parse_options(words)])
 

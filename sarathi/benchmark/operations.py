@@ -158,7 +158,7 @@ class ProbedExecutor(Executor):
         self._executor, self._probe, self._store = executor, probe, store
         self.vocab_size, self.max_model_len = executor.vocab_size, executor.max_model_len
         self.capacity = executor.capacity
-        self.token_bytes, self.dtype_eps = executor.token_bytes, executor.dtype_eps
+        self.token_bytes, self.resolution = executor.token_bytes, executor.resolution
         self.max_in_flight, self.takes_functions = 1, executor.takes_functions
 
     def launch(self, out: SchedulerOutput) -> CompletedStep:

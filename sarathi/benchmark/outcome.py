@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sarathi.benchmark.workload.spec import RequestSpec
@@ -16,7 +17,7 @@ class RunOutcome:
     """ended: COMPLETED, TIME_LIMIT or INTERRUPTED. records: None if metrics were off.
 
     refused: request id -> why the engine would not take it. responses: where they were asked for. requests: number and
-    lengths of each that was planned, answered or not.
+    lengths of each that was planned, answered or not. engine: what "auto" became, and the tokens that the cache holds.
     """
 
     ended: str
@@ -26,3 +27,4 @@ class RunOutcome:
     responses: list[dict[str, Any]]
     records: RunRecords | None
     requests: tuple[tuple[int, RequestSpec], ...] = ()
+    engine: Mapping[str, object] = field(default_factory=dict)

@@ -70,6 +70,9 @@ def read_config(folder: Path) -> BenchmarkConfig:
 def describe_run(summary: Mapping[str, Any]) -> str:
     """A few lines for people."""
     lines = [f"{summary['ended']}: {summary['num_finished']} requests in {summary['run_s']:.2f} s"]
+    if engine := summary.get("engine"):
+        shown = "engine: {backend}, {dtype} on {device}, KV cache of {kv_cache_tokens} tokens"
+        lines.append(shown.format(**engine))
     if summary["refused"]:
         lines.append(
             f"refused: {len(summary['refused'])} requests, the first: {next(iter(summary['refused'].values()))}"
@@ -92,6 +95,7 @@ def _status(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
         "run_s": max(outcome.duration_s for outcome in outcomes),
         "num_finished": sum(outcome.num_finished for outcome in outcomes),
         "refused": {name: why for outcome in outcomes for name, why in outcome.refused.items()},
+        "engine": dict(outcomes[0].engine),
     }
 
 

@@ -90,7 +90,9 @@ class BenchmarkRunner:
             self._store.on_memory(self._engine.memory_stats())
         records = None if self._store is None else self._store.records()
         planned = tuple((each.number, replace(each.spec, text=None, block_ids=())) for each in share)
-        return RunOutcome(records=records, requests=planned, **vars(served))
+        facts = self._engine.core.facts
+        engine = {**facts.resolution._asdict(), "kv_cache_tokens": facts.num_cache_tokens}
+        return RunOutcome(records=records, requests=planned, engine=engine, **vars(served))
 
     def close(self) -> None:
         """Give the engine's memory back."""

@@ -57,6 +57,11 @@ class Knob:
         return self.path.replace(".", "_")
 
     @property
+    def tail(self) -> str:
+        """The last two parts in one word: chunk_budget_policy."""
+        return "_".join(self.path.split(".")[-2:])
+
+    @property
     def allowed(self) -> str:
         """What the knob takes, in words."""
         words = _TYPE_WORDS.get(self.value_type, "a name")

@@ -16,9 +16,11 @@ import yaml
 
 from sarathi.config.knobs import ConfigError, Knob, Section, knobs_of, sections_of
 from sarathi.config.schema import EngineConfig
+from sarathi.config.vllm_names import VLLM_NAMES
 from sarathi.wording import short_repr
 
 S = TypeVar("S", bound=Section)
+_NEAR = 0.75  # share of equal letters from which a name is taken for a misspelled one
 _MOST_CHARACTERS = _MOST_VALUES = 1_000_000  # of a YAML file, and what it means with every alias written out
 
 
@@ -44,18 +46,27 @@ def load_config(schema: type[S], path: str | Path | None = None, overrides: Mapp
 
 
 def find_knob(schema: type[Section], name: str) -> Knob:
-    """The knob that a path, a flat name or a unique last part means; ConfigError names the nearest otherwise."""
+    """The knob that a path, a flat name, its last two parts or a unique last part means.
+
+    ConfigError otherwise, with the nearest known name, or what stands for a setting of vLLM here.
+    """
     knobs = knobs_of(schema)
     wanted = name.strip().lower().replace("-", "_")
-    for form in ("path", "flat", "leaf"):
+    for form in ("path", "flat", "tail", "leaf"):
         found = [each for each in knobs if getattr(each, form) == wanted]
         if len(found) == 1:
             return found[0]
         if found:
             raise ConfigError(f"{name!r} could mean {' or '.join(each.path for each in found)}: write the whole path")
+    raise ConfigError(f"unknown setting {short_repr(name)}{_hint(wanted, knobs)}")
+
+
+def _hint(wanted: str, knobs: tuple[Knob, ...]) -> str:
+    """What to write instead: by vLLM's names, or the nearest known name where one is near."""
+    if wanted in VLLM_NAMES:
+        return f": of vLLM's settings, it is {VLLM_NAMES[wanted]}"
     nearest = _nearest_path(wanted, knobs)
-    hint = f"; the nearest known is {nearest!r}" if nearest else ", and no known one is named like it"
-    raise ConfigError(f"unknown setting {short_repr(name)}{hint}")
+    return f"; the nearest known is {nearest!r}" if nearest else ", and no known one is named like it"
 
 
 def to_dict(config: Section) -> dict[str, Any]:
@@ -70,11 +81,12 @@ def _plain(value: object) -> object:
 
 
 def _nearest_path(wanted: str, knobs: tuple[Knob, ...]) -> str | None:
-    """Compare whole paths with a dotted name, last parts with any other."""
+    """Compare whole paths with a dotted name, last parts and sections with any other."""
     if "." in wanted:
-        return next(iter(get_close_matches(wanted, [each.path for each in knobs], 1)), None)
-    by_name = {each.flat: each.path for each in knobs} | {each.leaf: each.path for each in knobs}
-    return next((by_name[name] for name in get_close_matches(wanted, by_name, 1)), None)
+        return next(iter(get_close_matches(wanted, [each.path for each in knobs], 1, _NEAR)), None)
+    sections = {section: section for each in knobs if (section := each.path.rpartition(".")[0])}
+    by_name = sections | {each.flat: each.path for each in knobs} | {each.leaf: each.path for each in knobs}
+    return next((by_name[name] for name in get_close_matches(wanted, by_name, 1, _NEAR)), None)
 
 
 class _BoundedLoader(yaml.SafeLoader):

@@ -40,7 +40,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.executor = executor
         self.facts = EngineFacts(
-            executor.vocab_size, executor.max_model_len, executor.capacity, executor.token_bytes, executor.dtype_eps
+            executor.vocab_size, executor.max_model_len, executor.capacity, executor.token_bytes, executor.resolution
         )
         self._clock = clock
         self._steps: deque[InFlightStep] = deque()

@@ -3,8 +3,10 @@
 Nothing changes an output, but none is frozen: hundreds are built in a step, and frozen ones take three times as long.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, NamedTuple
 
 
 class Logprob(NamedTuple):
@@ -51,6 +53,18 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What it holds, as JSON values; `logprobs` only where asked for, and null where NaN or infinite."""
+        answer: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self.logprobs is not None:
+            answer["logprobs"] = [_logprob_dicts(entry.items()) for entry in self.logprobs]
+        return answer
+
     def __repr__(self) -> str:
         shown = ("index", "text", "num_tokens", "finish_reason", "stop_reason")
         return f"CompletionOutput({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
@@ -68,7 +82,8 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request as of one step. `prompt` is None where token ids came in; `outputs` holds all n completions.
+    """A request as of one step. `prompt` is None where token ids came in; `outputs` holds all n completions. The prompt
+    of a chat is its text in the model's own format.
 
     prompt_logprobs: one entry for each prompt token computed so far, None for the first; None unless asked for.
     """
@@ -80,3 +95,25 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON values; `prompt_logprobs` only where asked for."""
+        shown: dict[str, Any] = {
+            "request_id": self.request_id,
+            "prompt": self.prompt,
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "outputs": [each.to_dict() for each in self.outputs],
+            "finished": self.finished,
+            "metrics": asdict(self.metrics),
+        }
+        if self.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = [_logprob_dicts((entry or {}).items()) for entry in self.prompt_logprobs]
+        return shown
+
+
+def _logprob_dicts(entries: Iterable[tuple[int, Logprob]]) -> list[dict[str, Any]]:
+    """A logprob that is NaN or infinite is None: JSON has neither."""
+    return [
+        {"token_id": token_id, "token": each.decoded_token, "logprob": each.logprob if isfinite(each.logprob) else None}
+        for token_id, each in entries
+    ]

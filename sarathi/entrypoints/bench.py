@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+KINDS = {
+    "run": "run a workload on an engine in this process, and write what each request and step took",
+    "capacity": "search the highest request rate at which an engine in this process meets latency targets",
+}
+SERVE_EXAMPLES = (
+    "sarathi bench serve --base-url http://127.0.0.1:8000 --request-rate 4 --num-prompts 100",
+    "sarathi bench serve --port 8000 --dataset-name sharegpt --dataset-path ShareGPT.json --max-concurrency 16",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The three subcommands; run and capacity take the knobs of a benchmark, as --name value."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     no_prefix = "\0"  # every word is the command's own, those with dashes too
-    for name, help_text in (("run", "one run of the engine on a workload"), ("capacity", "the highest rate in target")):
+    for name, help_text in KINDS.items():
         kind = kinds.add_parser(name, help=help_text, add_help=False, prefix_chars=no_prefix)
         kind.add_argument("words", nargs=argparse.REMAINDER, metavar="--knob value")
     _add_serve(kinds)
@@ -34,5 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def _add_serve(kinds: Any) -> None:
     from sarathi.benchmark.serve.options import add_options
 
-    serve = kinds.add_parser("serve", help="load an OpenAI-compatible server", description="Load and measure a server.")
+    what = "send requests to a server that is running already and measure its answers, as `vllm bench serve` does"
+    more = f"{what}. It starts no server and no engine; any server with OpenAI's API will do."
+    serve = kinds.add_parser("serve", help=what, description=more, examples=SERVE_EXAMPLES)
     add_options(serve)

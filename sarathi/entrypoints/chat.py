@@ -5,6 +5,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from sarathi.engine.outputs import CompletionOutput
 from sarathi.entrypoints.console import format_size
@@ -12,6 +13,7 @@ from sarathi.entrypoints.llm import LLM
 from sarathi.entrypoints.options import config_from, sampling_from
 from sarathi.sampling_params import SamplingParams
 
+_HISTORY, _HISTORY_LINES = "~/.cache/sarathi/chat_history", 1000
 _HELP = "/exit ends, /reset forgets the conversation, /system TEXT begins a new one under that system message"
 
 
@@ -20,11 +22,12 @@ def run(args: argparse.Namespace) -> int:
     params, config = sampling_from(args), config_from(args)  # refused here, before the model is loaded
     with LLM.from_config(config) as llm:
         conversation = Conversation(llm, params, args.system)
-        print(f"{config.model.model}: {_HELP}")
-        for line in _lines():
-            if line == "/exit":
-                break
-            conversation.hear(line)
+        print(f"{llm!r}\n{_HELP}")
+        with _editing():
+            for line in _lines():
+                if line == "/exit":
+                    break
+                conversation.hear(line)
     return 0
 
 
@@ -77,6 +80,28 @@ class Conversation:
         num_tokens = answer.num_tokens if answer else 0
         mapped = format_size(self._llm.memory_stats().mapped_bytes)
         return f"[{num_tokens} tokens, {num_tokens / elapsed_s:.1f} tokens/s, {mapped} of KV cache mapped]"
+
+
+@contextlib.contextmanager
+def _editing() -> Iterator[None]:
+    """Arrow keys edit the line and bring back those of earlier chats, where Python has readline and a person types."""
+    try:
+        import readline
+    except ImportError:
+        readline = None  # type: ignore[assignment]
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    history = Path(_HISTORY).expanduser()
+    readline.set_history_length(_HISTORY_LINES)
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
 
 
 def _lines() -> Iterator[str]:

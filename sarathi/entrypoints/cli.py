@@ -8,11 +8,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any
 
 from sarathi import __version__
 from sarathi.entrypoints import bench
+from sarathi.entrypoints.command_parser import Parser
 from sarathi.entrypoints.options import add_config_options, add_sampling_options, add_server_options, token_ids
+from sarathi.entrypoints.packages import name_extra
 
 _INTERRUPTED = 130  # what shells expect of a program ended by Ctrl-C
 
@@ -43,13 +45,6 @@ def _share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument errors as one line: the list of all options would bury it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     run: Callable[[argparse.Namespace], int] = importlib.import_module(f"sarathi.entrypoints.{name}").run
     return run
@@ -59,14 +54,14 @@ def _describe(error: Exception) -> str:
     """Errors about what the user asked for speak for themselves; others need their type, and a way to learn more."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    message = " ".join(str(error).split())
+    message = name_extra(error) or " ".join(str(error).split())
     if isinstance(error, (ValueError, ImportError)) and message:
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sarathi", description="Run language models with a virtually contiguous KV cache.")
+def _parser() -> Parser:
+    parser = Parser(prog="sarathi", description="Run language models with a virtually contiguous KV cache.")
     parser.add_argument("--version", action="version", version=f"sarathi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
@@ -74,45 +69,58 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_serve(commands)
     _add_command(commands, "env", "versions of packages and devices of this machine")
-    bench.add_arguments(_add_command(commands, "bench", "measure the engine on a workload, or a server under load"))
+    bench.add_arguments(_add_command(commands, "bench", "measure an engine in this process, or a server under load"))
     return parser
 
 
-def _add_command(commands: "argparse._SubParsersAction", name: str, help_text: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=f"{help_text}.")
+def _add_command(commands: Any, name: str, help_text: str, *examples: str) -> Parser:
+    command: Parser = commands.add_parser(name, help=help_text, description=f"{help_text}.", examples=examples)
     command.add_argument("--debug", action="store_true", help="show where an error came from")
     return command
 
 
-def _add_generate(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
-    command = _add_command(commands, "generate", "complete prompts, printing text as it comes")
+def _add_generate(commands: Any) -> None:
+    command = _add_command(
+        commands, "generate", "complete prompts, printing text as it comes",
+        'sarathi generate "The capital of France is" --temperature 0 --max-tokens 16',
+        'sarathi generate --chat "Name three colours" --json',
+        "sarathi generate --prompt-file prompts.txt --model ./folder --attention-backend sdpa_vattn_megacache",
+    )  # fmt: skip
     command.add_argument("prompt", nargs="*", help="text to complete; none: all of standard input is one prompt")
     command.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - is standard input")
     command.add_argument("--prompt-token-ids", type=token_ids, metavar="IDS", help="a prompt as token ids: 1,2,3")
     command.add_argument("--chat", action="store_true", help="put each prompt to the model as a user's message")
     command.add_argument("--json", action="store_true", help="print one JSON object a prompt, when it is done")
-    add_sampling_options(command)
-    add_config_options(command)
+    command.hide([*add_sampling_options(command), *add_config_options(command)])
 
 
-def _add_chat(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
-    command = _add_command(commands, "chat", "talk with a model; /exit, /reset and /system TEXT are commands")
+def _add_chat(commands: Any) -> None:
+    command = _add_command(
+        commands, "chat", "talk with a model; /exit, /reset and /system TEXT are commands",
+        'sarathi chat --system "Answer in one sentence"', "sarathi chat --model ./folder --temperature 0.7",
+    )  # fmt: skip
     command.add_argument("--system", metavar="TEXT", help="system message that the conversation begins with")
-    add_sampling_options(command, max_tokens=512, temperature=0.2, top_p=0.9)
-    add_config_options(command)
+    sampling = add_sampling_options(command, max_tokens=512, temperature=0.2, top_p=0.9)
+    command.hide([*sampling, *add_config_options(command)])
 
 
-def _add_demo(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
-    command = _add_command(commands, "demo", "answer a dozen prompts, then compare three kinds of KV cache on them")
+def _add_demo(commands: Any) -> None:
+    command = _add_command(
+        commands, "demo", "answer a dozen prompts, then compare three kinds of KV cache on them",
+        "sarathi demo", "sarathi demo --max-tokens 32 --model ./folder",
+    )  # fmt: skip
     command.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of an answer (default: 64)")
-    add_config_options(command)
+    command.hide(add_config_options(command))
 
 
-def _add_serve(commands: "argparse._SubParsersAction") -> None:  # type: ignore[type-arg]
-    command = _add_command(commands, "serve", "answer requests over HTTP, as OpenAI's API does")
+def _add_serve(commands: Any) -> None:
+    command = _add_command(
+        commands, "serve", "answer requests over HTTP, as OpenAI's API does",
+        "sarathi serve smollm2-135m --port 8000", "sarathi serve ./folder --memory-bytes 4gb --api-key secret",
+    )  # fmt: skip
     command.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
     add_server_options(command)
-    add_config_options(command)
+    command.hide(add_config_options(command))
 
 
 if __name__ == "__main__":

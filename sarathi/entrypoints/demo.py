@@ -132,7 +132,7 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
             peak_bytes=llm.memory_stats().peak_mapped_bytes,
             own_bytes=sum(map(_cached_tokens, outputs)) * facts.token_bytes,
             pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
-            dtype_eps=facts.dtype_eps,
+            dtype_eps=facts.resolution.dtype_eps,
         )
 
 

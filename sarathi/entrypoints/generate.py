@@ -3,14 +3,12 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from math import isfinite
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sarathi.engine.input_processor import Prompt
-from sarathi.engine.outputs import CompletionOutput, RequestOutput
+from sarathi.engine.outputs import RequestOutput
 from sarathi.entrypoints.console import OrderedPrinter
 from sarathi.entrypoints.llm import LLM
 from sarathi.entrypoints.options import config_from, sampling_from
@@ -66,33 +64,6 @@ class _JsonLines:
             print(json.dumps(self._object(number, output), ensure_ascii=False, allow_nan=False), flush=True)
 
     def _object(self, number: int, output: RequestOutput) -> dict[str, Any]:
-        shown: dict[str, Any] = {
-            "index": number,
-            "prompt": self._prompts[number],
-            "prompt_tokens": len(output.prompt_token_ids),
-            "outputs": [_answer(each) for each in output.outputs],
-            "metrics": asdict(output.metrics),
-        }
-        if output.prompt_logprobs is not None:
-            shown["prompt_logprobs"] = [_logprobs((entry or {}).items()) for entry in output.prompt_logprobs]
-        return shown
-
-
-def _answer(output: CompletionOutput) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        "text": output.text,
-        "token_ids": output.token_ids,
-        "finish_reason": output.finish_reason,
-        "stop_reason": output.stop_reason,
-    }
-    if output.logprobs is not None:
-        answer["logprobs"] = [_logprobs(entry.items()) for entry in output.logprobs]
-    return answer
-
-
-def _logprobs(entries: Iterable[tuple[int, Any]]) -> list[dict[str, Any]]:
-    """A logprob that is NaN or infinite is null: JSON has neither."""
-    return [
-        {"token_id": token_id, "token": each.decoded_token, "logprob": each.logprob if isfinite(each.logprob) else None}
-        for token_id, each in entries
-    ]
+        shown = output.to_dict()
+        head = {"index": number, "prompt": self._prompts[number], "prompt_tokens": len(shown["prompt_token_ids"])}
+        return head | {name: shown[name] for name in ("outputs", "metrics", "prompt_logprobs") if name in shown}

@@ -6,12 +6,14 @@ with LLM("smollm2-135m") as llm:
 """
 
 import itertools
+import logging
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ from sarathi.wording import short_repr
 AnyPrompt = Prompt | Mapping[str, Any]
 Prompts = AnyPrompt | Sequence[AnyPrompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
+logger = logging.getLogger(__name__)
 _Lock = Any  # an RLock, which alone knows its owner: _is_owned() is what threading.Condition asks too
 
 
@@ -43,18 +46,20 @@ class LLM:
     def __init__(self, model: str = "smollm2-135m", **settings: object) -> None:
         """Load `model`: a known name, a folder, a .gguf file or a hub id. `settings` are knobs of the configuration
         by name, as `max_num_seqs=16` or `attention_backend="sdpa_vattn_megacache"`; an unknown one is a ValueError."""
-        self._take(LLMEngine.from_config(make_config(model=model, **settings)))
+        self._take(*_load(make_config(model=model, **settings)))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLM":
         """An LLM as `config` describes it."""
-        return cls.from_engine(LLMEngine.from_config(config))
+        llm = cls.__new__(cls)
+        llm._take(*_load(config))
+        return llm
 
     @classmethod
     def from_engine(cls, engine: LLMEngine) -> "LLM":
         """An LLM over an engine that is there already, which it will shut down."""
         llm = cls.__new__(cls)
-        llm._take(engine)
+        llm._take(engine, "of an engine")
         return llm
 
     @property
@@ -86,7 +91,8 @@ class LLM:
         single = not is_list(messages) or not len(messages) or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
         prompts = [self.encode_chat(each, **options) for each in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        outputs = self.generate(prompts, sampling_params, use_tqdm)
+        return [replace(each, prompt=self._text_of(ids)) for each, ids in zip(outputs, prompts, strict=True)]
 
     def stream(self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, with an output after each of its tokens; leaving the loop early aborts it."""
@@ -128,8 +134,17 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _take(self, engine: LLMEngine) -> None:
-        self.engine = engine
+    def __repr__(self) -> str:
+        facts, found = self.engine.core.facts, self.engine.core.facts.resolution
+        return (
+            f"LLM({self._model!r}, attention_backend={found.backend!r}, dtype={found.dtype!r}, "
+            f"device={found.device!r}, max_model_len={facts.max_model_len}, "
+            f"KV cache of {facts.num_cache_tokens} tokens)"
+        )
+
+    def _take(self, engine: LLMEngine, model: str) -> None:
+        self.engine, self._model = engine, model
+        logger.info("%r is ready", self)
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._left: deque[set[str]] = deque()  # of each stream that is over, its requests that had not ended
@@ -137,6 +152,9 @@ class LLM:
         self._next = threading.Lock()  # held by the thread that gets it next: the one that had it last comes later
         self._process_id = os.getpid()
         self._finalizer = weakref.finalize(self, _shut_down, engine, self._next, self._lock, self._process_id)
+
+    def _text_of(self, prompt: list[int]) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode(prompt, skip_special_tokens=False)
 
     def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
         each_params = _for_each(params, len(prompts))
@@ -228,6 +246,11 @@ class LLM:
                 self.engine.release_ended()
             finally:
                 self._lock.release()
+
+
+def _load(config: EngineConfig) -> tuple[LLMEngine, str]:
+    """The engine that `config` describes, and its model's name."""
+    return LLMEngine.from_config(config), config.model.model
 
 
 def _shut_down(engine: LLMEngine, queue: threading.Lock, lock: _Lock, process_id: int) -> None:

@@ -54,12 +54,13 @@ _SAMPLING_SWITCHES = {
 }
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each knob, and --config for a YAML file that they win over."""
+def add_config_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """One option for each knob, and --config for a YAML file that they win over. The options but for --model."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--config", metavar="FILE", help="YAML file with sections model, cache, scheduler, parallel")
-    for name, knob in _named_knobs():
-        _add_knob(group, name, _CONFIG_PREFIX, knob)
+    file_help = "YAML file with sections model, cache, scheduler, parallel"
+    options = [group.add_argument("--config", metavar="FILE", help=file_help)]
+    options += [_add_knob(group, name, _CONFIG_PREFIX, knob) for name, knob in _named_knobs()]
+    return [option for option in options if "--model" not in option.option_strings]
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -79,19 +80,24 @@ def server_config_from(args: argparse.Namespace) -> ServerConfig:
     return load_config(ServerConfig, overrides=_given(args, _SERVER_PREFIX))
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """One option for each field of SamplingParams; `defaults` are a command's own."""
+def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> list[argparse.Action]:
+    """One option for each field of SamplingParams, which are returned; `defaults` are a command's own."""
+    options: list[argparse.Action] = []
     group = parser.add_argument_group("sampling")
     standard = {field.name: field.default for field in fields(SamplingParams)} | defaults
     for name, (kind, help_text) in _SAMPLING.items():
         flag, default = "--" + name.replace("_", "-"), standard[name]
-        group.add_argument(flag, type=kind, default=default, metavar="VALUE", help=f"{help_text} (default: {default})")
+        shown = f"{help_text} (default: {default})"
+        options.append(group.add_argument(flag, type=kind, default=default, metavar="VALUE", help=shown))
     for name, (metavar, help_text) in _SAMPLING_LISTS.items():
         reading: dict[str, Any] = {"action": "append"} if metavar == "TEXT" else {"type": token_ids}
-        group.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=help_text, **reading)
+        flag = "--" + name.replace("_", "-")
+        options.append(group.add_argument(flag, metavar=metavar, help=help_text, **reading))
     for name, help_text in _SAMPLING_SWITCHES.items():
         flag, default = "--" + name.replace("_", "-"), standard[name]
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+        yes_or_no = argparse.BooleanOptionalAction
+        options.append(group.add_argument(flag, action=yes_or_no, default=default, help=help_text))
+    return options
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
@@ -108,13 +114,12 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids, as 1,2,3") from None
 
 
-def _add_knob(group: Any, name: str, prefix: str, knob: Knob) -> None:
+def _add_knob(group: Any, name: str, prefix: str, knob: Knob) -> argparse.Action:
     help_text = f"{knob.help} (default: {knob.default}; {knob.allowed})".replace("%", "%%")
     flag, target = "--" + name.replace("_", "-"), prefix + knob.path
-    if knob.value_type is bool:
-        group.add_argument(flag, dest=target, action=argparse.BooleanOptionalAction, help=help_text)
-    else:
-        group.add_argument(flag, dest=target, metavar="VALUE", help=help_text)
+    more = {"action": argparse.BooleanOptionalAction} if knob.value_type is bool else {"metavar": "VALUE"}
+    option: argparse.Action = group.add_argument(flag, dest=target, help=help_text, **more)
+    return option
 
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, object]:
@@ -126,9 +131,9 @@ def _given(args: argparse.Namespace, prefix: str) -> dict[str, object]:
 
 
 def _named_knobs() -> Iterator[tuple[str, Knob]]:
-    """The last part of a knob's path names its option, unless another knob or a sampling option is called that."""
+    """The last part of a knob's path names its option; the last two where that alone says too little, or means two."""
     knobs = knobs_of(EngineConfig)
     leaves = [knob.leaf for knob in knobs]
     for knob in knobs:
-        ambiguous = knob.leaf in _SAMPLING or knob.leaf == "type" or leaves.count(knob.leaf) > 1
-        yield (knob.flat if ambiguous else knob.leaf), knob
+        ambiguous = knob.leaf in _SAMPLING or knob.leaf in ("type", "policy") or leaves.count(knob.leaf) > 1
+        yield (knob.tail if ambiguous else knob.leaf), knob

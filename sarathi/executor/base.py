@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from sarathi.messages import CacheCapacity, MemoryStats, SchedulerOutput, StepFuture
+from sarathi.messages import CacheCapacity, MemoryStats, Resolution, SchedulerOutput, StepFuture
 
 
 class Executor(Protocol):
@@ -16,7 +16,7 @@ class Executor(Protocol):
     vocab_size: int  # token ids are in [0, vocab_size)
     max_model_len: int  # tokens of the longest request, prompt and output together
     token_bytes: int  # of one token's keys and values, in all layers of all ranks
-    dtype_eps: float  # difference between 1 and the next larger number in the model's dtype
+    resolution: Resolution  # backend, device and dtype
     max_in_flight: int  # steps that may be launched before the result of the first of them is taken
     takes_functions: bool  # whether requests may hold logits processors, which are functions of this process
 

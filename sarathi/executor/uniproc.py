@@ -88,7 +88,7 @@ class UniprocExecutor(Steps, Executor):
         self._thaw = weakref.finalize(self, _FROZEN.leave)
         _FROZEN.enter()
         self.capacity, self.max_model_len, self.vocab_size = worker.capacity, worker.max_model_len, worker.vocab_size
-        self.token_bytes, self.dtype_eps = worker.token_bytes, worker.dtype_eps
+        self.token_bytes, self.resolution = worker.token_bytes, worker.resolution
         self.max_in_flight = worker.max_in_flight
 
     @property

@@ -13,6 +13,11 @@ class Placement:
     device: torch.device
 
     @property
+    def dtype_name(self) -> str:
+        """As "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def dtype_eps(self) -> float:
         """The step from 1 to the next number."""
         return torch.finfo(self.dtype).eps

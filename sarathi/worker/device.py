@@ -49,7 +49,7 @@ def choose_cache_dtype(config: CacheConfig, place: Placement) -> torch.dtype:
     """ "auto" is the dtype of weights and activations."""
     dtype: torch.dtype = place.dtype if config.kv_cache_dtype == AUTO else getattr(torch, config.kv_cache_dtype)
     if dtype != place.dtype:
-        name = str(place.dtype).removeprefix("torch.")
+        name = place.dtype_name
         raise CacheDtypeError(
             f"kv_cache_dtype={config.kv_cache_dtype}: no attention kernel reads a cache of a dtype other than the "
             f"activations', {name}; use auto or {name}"

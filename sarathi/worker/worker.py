@@ -3,7 +3,15 @@
 import logging
 
 from sarathi.config.schema import EngineConfig
-from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SchedulerOutput, StepFuture, StepResult
+from sarathi.messages import (
+    CacheCapacity,
+    CompletedStep,
+    MemoryStats,
+    Resolution,
+    SchedulerOutput,
+    StepFuture,
+    StepResult,
+)
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import create_backend
 from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
@@ -44,9 +52,10 @@ class Worker:
         place = choose_placement(config.model, arch)
         check_budget(config.cache, place.device)
         check_weights(arch.num_parameters, place.dtype, place.device)
-        self.vocab_size, self.dtype_eps = share.arch.vocab_size, place.dtype_eps
+        self.vocab_size = share.arch.vocab_size
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
+        self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps)
         attention = create_backend(backend, arch, place)
         model = Decoder(arch, place, create_ops(place.device), attention, self.max_model_len)
         split_over_ranks(model, share, ranks)

@@ -45,7 +45,46 @@ def test_help_is_instant_and_imports_neither_torch_nor_transformers() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "--attention-backend" in result.stdout and "--temperature" in result.stdout
+    assert "examples:" in result.stdout and "--help-knobs" in result.stdout and len(result.stdout.splitlines()) < 40
+    assert "--watermark" not in result.stdout and "--temperature 0" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "serve"])
+def test_help_knobs_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help-knobs"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "--chunk-budget-policy" in shown and "--enforce-eager" in shown
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--chunk-budget-policy" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--max-num-batched-tokens=5", "it is called chunk_size here"),
+        ("--chunk-sise=5", "the nearest known is 'scheduler.chunk_size'"),
+        ("--colour=red", "no known one is named like it"),
+    ],
+)
+def test_an_unknown_option_says_what_to_write(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "hi", word])
+    assert end.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_switches_and_inner_knobs_stand_alone(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "hi", "--enforce-eager", "--chunk-budget-policy", "latency") == 0
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(command: str) -> None:
+        raise ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp")
+
+    monkeypatch.setattr("sarathi.entrypoints.cli._command", fail)
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == "sarathi env: aiohttp is not installed: pip install 'sarathi-vattention[bench]'\n"
 
 
 def test_a_prompt_is_completed_and_repeats_with_its_seed(model: str, capsys: pytest.CaptureFixture[str]) -> None:

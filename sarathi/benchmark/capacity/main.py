@@ -37,14 +37,28 @@ from sarathi.metrics.tables import Table
 RATED = ("poisson", "gamma")
 EXIT_INTERRUPTED = 130
 GRID_COLUMNS = ("models", "traces", "schedulers", "parallel_spec", "capacity_qps", "found")
-USAGE = "python -m sarathi.benchmark.capacity.main [--config FILE] [--knob value ...]\n\nKnobs and defaults:\n"
+HELP = """Search the highest request rate at which an engine in this process meets latency targets.
+
+The engine's probes, a table and a plot go to output_dir.
+
+usage: sarathi bench capacity [--config FILE] [--knob VALUE ...]
+
+    sarathi bench capacity --interval_provider poisson --tbt-slo-value 0.3 --max_model_len 2048 \\
+        --trace_request_length_generator.max_tokens 2048
+    sarathi bench capacity --config-path mistral7b_strict.yml --tbt-slo-value 0.1 --output-dir capacity
+
+--help-knobs lists every knob with its default; sarathi/benchmark/README.md explains them.
+"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Search, write, print; the exit code: 0 a rate was found, 1 an error or none was, 130 on ^C."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
-        print(USAGE + default_yaml())
+        print(HELP, end="")
+        return 0
+    if "--help-knobs" in words:
+        print(default_yaml(), end="")
         return 0
     try:
         settings = read_settings(words, switches=("debug",))

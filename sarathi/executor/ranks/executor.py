@@ -36,7 +36,7 @@ class RanksExecutor(Executor):
         self.capacity = min((each.capacity for each in facts), key=lambda capacity: capacity.rows)
         self.token_bytes = sum(each.token_bytes for each in facts)
         self.vocab_size, self.max_model_len = facts[0].vocab_size, facts[0].max_model_len
-        self.dtype_eps, self.max_in_flight = facts[0].dtype_eps, facts[0].max_in_flight
+        self.resolution, self.max_in_flight = facts[0].resolution, facts[0].max_in_flight
         self._num_launched = 0
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, Protocol
 
 from sarathi.config.schema import EngineConfig
-from sarathi.messages import CacheCapacity
+from sarathi.messages import CacheCapacity, Resolution
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 
 
@@ -30,7 +30,7 @@ class RankFacts(NamedTuple):
     vocab_size: int
     max_model_len: int
     token_bytes: int
-    dtype_eps: float
+    resolution: Resolution
     max_in_flight: int
 
 

@@ -33,7 +33,7 @@ class RankService:
     def facts(self) -> RankFacts:
         worker = self._worker
         return RankFacts(
-            worker.capacity, worker.vocab_size, worker.max_model_len, worker.token_bytes, worker.dtype_eps,
+            worker.capacity, worker.vocab_size, worker.max_model_len, worker.token_bytes, worker.resolution,
             worker.max_in_flight,
         )  # fmt: skip
 

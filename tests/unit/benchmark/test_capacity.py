@@ -98,6 +98,8 @@ def test_probes_are_of_one_configuration_where_it_decides_their_value(words: lis
 
 def test_help_names_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_module.main(["--help"]) == 0
+    assert "meets latency targets" in capsys.readouterr().out
+    assert main_module.main(["--help-knobs"]) == 0
     assert "max_probes: 12" in capsys.readouterr().out
 
 

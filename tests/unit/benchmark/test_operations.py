@@ -19,7 +19,7 @@ from sarathi.benchmark.operations import (
     ProbedExecutor,
     attention_name,
 )
-from sarathi.messages import CacheCapacity, Chunk, CompletedStep, MemoryStats, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, Chunk, CompletedStep, MemoryStats, Resolution, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.tables import operation_table
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
@@ -94,7 +94,8 @@ class FakeDecoder:
 
 
 class FakeExecutor:
-    vocab_size, max_model_len, capacity, token_bytes, dtype_eps = 10, 9, CacheCapacity(1, 1, 1), 1, 2**-23
+    vocab_size, max_model_len, capacity, token_bytes = 10, 9, CacheCapacity(1, 1, 1), 1
+    resolution = Resolution("sdpa_vattn", "cpu", "float32", 2.0**-23)
     takes_functions = True
 
     def __init__(self, decoder: FakeDecoder) -> None:

@@ -15,7 +15,15 @@ from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
-from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import (
+    CacheCapacity,
+    CompletedStep,
+    MemoryStats,
+    Resolution,
+    SampledToken,
+    SchedulerOutput,
+    StepResult,
+)
 from sarathi.metrics import MetricsStore
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
@@ -27,7 +35,7 @@ class SleepyExecutor:
     """Steps of a given length that sample token 5."""
 
     vocab_size, max_model_len, capacity = 50, MAX_MODEL_LEN, CAPACITY
-    token_bytes, dtype_eps = 1, 2.0**-23
+    token_bytes, resolution = 1, Resolution("no_op_vattn", "cpu", "float32", 2.0**-23)
     max_in_flight, takes_functions = 1, True
 
     def __init__(self, step_s: float) -> None:

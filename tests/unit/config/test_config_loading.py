@@ -13,6 +13,7 @@ from sarathi.config.backend import BackendSpec
 from sarathi.config.knobs import ConfigError, Knob, knobs_of
 from sarathi.config.load import find_knob, load_config, make_config, to_dict
 from sarathi.config.schema import EngineConfig, ModelConfig, SchedulerConfig
+from sarathi.config.vllm_names import VLLM_NAMES
 
 KNOBS = knobs_of(EngineConfig)
 
@@ -213,3 +214,31 @@ def test_the_largest_step_bounds_what_a_scheduler_may_ask_for() -> None:
     assert SchedulerConfig(type="orca", max_num_seqs=4).max_step_tokens(1000) == 1004
     latency = make_config(policy="latency", high_chunk_size=777).scheduler
     assert latency.max_step_tokens(1000) == 777
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("max_num_batched_tokens", "it is called chunk_size here"),
+        ("swap_space", "it is not supported here"),
+        ("distributed-executor-backend", "it is called executor here"),
+    ],
+)
+def test_settings_of_vllm_say_what_they_are_here(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make_config(**{name: 1})
+
+
+def test_no_setting_of_vllm_in_the_table_is_one_of_ours() -> None:
+    names = {form for knob in knobs_of(EngineConfig) for form in (knob.leaf, knob.tail, knob.flat)}
+    assert not names & set(VLLM_NAMES)
+
+
+@pytest.mark.parametrize("name", ["velocity", "max_tokens_total", "kv_transfer_config", "temperature", "port"])
+def test_a_name_like_none_is_not_taken_for_a_misspelled_one(name: str) -> None:
+    with pytest.raises(ConfigError, match="no known one is named like it"):
+        make_config(**{name: 1})
+
+
+def test_a_knob_of_an_inner_section_by_its_last_two_parts() -> None:
+    assert make_config(chunk_budget_policy="latency").scheduler.chunk_budget.policy == "latency"

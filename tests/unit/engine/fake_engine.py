@@ -12,7 +12,15 @@ from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.tokenizer.chat_template import jinja_renderer
 from sarathi.engine.tokenizer.tokenizer import Tokenizer as SarathiTokenizer
-from sarathi.messages import CacheCapacity, CompletedStep, MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import (
+    CacheCapacity,
+    CompletedStep,
+    MemoryStats,
+    Resolution,
+    SampledToken,
+    SchedulerOutput,
+    StepResult,
+)
 from sarathi.metrics import MetricsSink
 from sarathi.sampling_params import SamplingParams
 
@@ -26,7 +34,8 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 class FakeExecutor:
     """A model whose next token is `next_token(all tokens so far, parameters)`; checks the messages it gets."""
 
-    vocab_size, max_model_len, token_bytes, dtype_eps = VOCAB_SIZE, MAX_MODEL_LEN, 1, 2.0**-23
+    vocab_size, max_model_len, token_bytes = VOCAB_SIZE, MAX_MODEL_LEN, 1
+    resolution = Resolution("no_op_vattn", "cpu", "float32", 2.0**-23)
     max_in_flight, takes_functions = 1, True
 
     def __init__(

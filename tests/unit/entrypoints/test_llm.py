@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fake_engine import END, FakeExecutor, make_engine, says
 
+import sarathi
 from sarathi.engine.outputs import RequestOutput
 from sarathi.entrypoints.llm import LLM
 from sarathi.sampling_params import SamplingParams
@@ -324,3 +326,21 @@ def test_closing_ends_open_streams_and_dropping_one_says_nothing(monkeypatch: py
 
 def test_the_end_token_is_in_the_ids() -> None:
     assert make_llm("a").generate("\0", LONG, use_tqdm=False)[0].outputs[0].token_ids == [97, END]
+
+
+def test_an_output_is_json_and_a_chat_keeps_its_prompt() -> None:
+    llm = LLM.from_engine(make_engine(lambda tokens, params: ord("o")))
+    [output] = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=2, logprobs=1))
+    assert output.prompt == "user: hi\nassistant:"
+    read = json.loads(json.dumps(output.to_dict(), allow_nan=False))
+    assert read["prompt"] == output.prompt and read["prompt_token_ids"] == list(output.prompt_token_ids)
+    [answer] = read["outputs"]
+    assert answer["text"] == output.outputs[0].text and answer["token_ids"] == output.outputs[0].token_ids
+    assert answer["logprobs"][0][0]["token_id"] == answer["token_ids"][0]
+    assert isinstance(output, sarathi.RequestOutput)
+
+
+def test_what_auto_became_is_shown() -> None:
+    assert repr(LLM.from_engine(make_engine(says("ok")))).startswith(
+        "LLM('of an engine', attention_backend='no_op_vattn', dtype='float32', device='cpu', max_model_len="
+    )
