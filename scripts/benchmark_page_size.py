@@ -24,7 +24,7 @@ import torch
 from sarathi.benchmark.config.program import parse_with_file, positive, size_bytes
 from sarathi.benchmark.figures import draw
 from sarathi.benchmark.records import Attempts
-from sarathi.benchmark.workload.datasets import read_lengths
+from sarathi.benchmark.workload.lengths import read_lengths
 from sarathi.benchmark.workload.shapes import SHAPES
 from sarathi.entrypoints.script import run_script
 from sarathi.metrics.environment import environment

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import read_experiment
-from sarathi.benchmark.workload.datasets import read_arrivals, read_lengths
+from sarathi.benchmark.workload.generate import read_arrivals
+from sarathi.benchmark.workload.lengths import read_lengths
 from sarathi.config.load import load_config
 from sarathi.config.schema import EngineConfig, ModelConfig
 from sarathi.engine.tokenizer.tokenizer import load_end_token_ids, load_tokenizer

@@ -18,12 +18,12 @@ import numpy as np
 
 from sarathi.benchmark.serve.client import OutgoingRequest
 from sarathi.benchmark.serve.vocabulary import Vocabulary
-from sarathi.benchmark.workload.formats.csv_traces import has_times, read_length_csv, read_timed_csv
-from sarathi.benchmark.workload.formats.json_lines import read_json_lines
-from sarathi.benchmark.workload.formats.texts import CountTokens, SonnetLengths, read_sharegpt, read_sonnet
+from sarathi.benchmark.workload.csv_traces import has_times, read_length_csv, read_timed_csv
 from sarathi.benchmark.workload.intervals import gamma_arrivals
+from sarathi.benchmark.workload.json_lines import read_json_lines
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.benchmark.workload.texts import CountTokens, SonnetLengths, read_sharegpt, read_sonnet
 
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "te", "vo")
 CHARACTERS_A_TOKEN = 4  # where only text is known, and no tokenizer; the server's count replaces it

@@ -6,15 +6,18 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from sarathi.benchmark.config.schema import BenchmarkConfig, TraceRequestGeneratorConfig
-from sarathi.benchmark.workload.datasets import read_arrivals
-from sarathi.benchmark.workload.formats.texts import CountTokens
+from sarathi.benchmark.workload.csv_traces import read_timed_csv
 from sarathi.benchmark.workload.intervals import make_arrivals
+from sarathi.benchmark.workload.json_lines import read_json_lines
 from sarathi.benchmark.workload.lengths import make_lengths
 from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.benchmark.workload.text_files import format_of
+from sarathi.benchmark.workload.texts import CountTokens
 from sarathi.config.knobs import ConfigError, knobs_of
 
 LENGTHS, ARRIVALS = range(2)
@@ -75,3 +78,15 @@ def _scale(spec: RequestSpec, config: TraceRequestGeneratorConfig, origin_s: flo
     prompt = min(max(int(spec.num_prefill_tokens * config.prefill_scale_factor), 1), config.max_tokens - output)
     arrived_at_s = (spec.arrived_at_s - origin_s) * config.time_scale_factor
     return replace(spec, arrived_at_s=arrived_at_s, num_prefill_tokens=prompt, num_decode_tokens=output)
+
+
+def read_arrivals(name: str, date: str | None = None) -> list[RequestSpec]:
+    """Requests of a file with their arrival times: Mooncake or Bailian .jsonl, or .csv, of one Date if one is given."""
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"trace_request_generator.trace_file is {name!r}: there is no such file")
+    if format_of(path) != ".jsonl":
+        return read_timed_csv(path, date)
+    if date is not None:
+        raise ValueError(f"trace_request_generator.date is {date!r}: it must be none for {name!r}, which has no dates")
+    return read_json_lines(path)

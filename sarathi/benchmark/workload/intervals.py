@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sarathi.benchmark.config.schema import BenchmarkConfig, TraceRequestIntervalGeneratorConfig
-from sarathi.benchmark.workload.formats.csv_traces import read_rows
-from sarathi.benchmark.workload.formats.files import make_all
-from sarathi.benchmark.workload.formats.times import seconds_of
+from sarathi.benchmark.workload.csv_traces import read_rows
+from sarathi.benchmark.workload.text_files import make_all, seconds_of
 
 Seconds = npt.NDArray[np.float64]
 

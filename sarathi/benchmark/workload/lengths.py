@@ -10,6 +10,8 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -20,12 +22,15 @@ from sarathi.benchmark.config.schema import (
     UniformRequestLengthGeneratorConfig,
     ZipfRequestLengthGeneratorConfig,
 )
-from sarathi.benchmark.workload.datasets import read_lengths
-from sarathi.benchmark.workload.formats.texts import CountTokens
+from sarathi.benchmark.workload.csv_traces import read_length_csv
+from sarathi.benchmark.workload.json_lines import read_json_lines
 from sarathi.benchmark.workload.shapes import SHAPES, TraceShape
 from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.benchmark.workload.text_files import format_of
+from sarathi.benchmark.workload.texts import CountTokens, read_sharegpt, read_sonnet
 
 MOST_DRAWN_FOR_ONE = 1024  # requests of a shape for one that is kept
+NUM_SONNETS = 1000  # of the endless prompts of a poem
 Requests = list[tuple[int, int]]  # prompt tokens, output tokens
 logger = logging.getLogger(__name__)
 
@@ -183,6 +188,24 @@ def _split(total: int, ratio: float) -> RequestSpec:
 def _check_range(section: str, low: int, high: int) -> None:
     if low > high:
         raise ValueError(f"{section}.min_tokens is {low}: it must not exceed max_tokens, {high}")
+
+
+def read_lengths(name: str, count_tokens: CountTokens | None = None, seed: int = 0) -> list[RequestSpec]:
+    """Requests of a file, all at time zero: CSV, Mooncake or Bailian .jsonl, ShareGPT .json, a poem's .txt.
+
+    seed: draws the lines of a poem. ValueError names the file, and the row where one is wrong.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"{name!r} is no file and no shipped shape; shapes are {', '.join(SHAPES)}")
+    kind = format_of(path)
+    if kind == ".jsonl":
+        return [replace(row, arrived_at_s=0.0) for row in read_json_lines(path)]
+    if kind == ".json":
+        return list(read_sharegpt(path, count_tokens))
+    if kind == ".txt":
+        return list(islice(read_sonnet(path, count_tokens, np.random.default_rng(seed)), NUM_SONNETS))
+    return read_length_csv(path)
 
 
 def uniform_requests(count: int, low: int, high: int, seed: int) -> Requests:

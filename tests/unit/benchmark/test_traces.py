@@ -14,10 +14,10 @@ from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.serve.dataset import make_requests
 from sarathi.benchmark.serve.options import add_options
 from sarathi.benchmark.workload import RequestSpec, generate_requests
-from sarathi.benchmark.workload.datasets import read_arrivals, read_lengths
-from sarathi.benchmark.workload.formats.times import seconds_of
-from sarathi.benchmark.workload.lengths import cut_to_fit
+from sarathi.benchmark.workload.generate import read_arrivals
+from sarathi.benchmark.workload.lengths import cut_to_fit, read_lengths
 from sarathi.benchmark.workload.prompts import PromptMaker
+from sarathi.benchmark.workload.text_files import seconds_of
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 AZURE_2023 = (

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sarathi.benchmark.workload.formats.files import make_all, positive, read_text
-from sarathi.benchmark.workload.formats.times import seconds_of
 from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.benchmark.workload.text_files import make_all, positive, read_text, seconds_of
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sarathi.benchmark.workload.formats.files import make_all, positive, read_text
-from sarathi.benchmark.workload.formats.times import seconds_of
 from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.benchmark.workload.text_files import make_all, positive, read_text, seconds_of
 
 Row = Mapping[str, str]
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sarathi.benchmark.workload.formats.files import make_all, read_text
 from sarathi.benchmark.workload.spec import RequestSpec
+from sarathi.benchmark.workload.text_files import make_all, read_text
 
 CountTokens = Callable[[str], int]
 LEAST_TURN_TOKENS = 4  # a shorter question or answer is left out
