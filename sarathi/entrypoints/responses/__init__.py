@@ -1,0 +1,5 @@
+"""OpenAI's Responses API."""
+
+from sarathi.entrypoints.responses import routes
+
+ROUTERS = (routes.router,)
