@@ -105,6 +105,8 @@ class OperationProbe:
         for name, (path, method) in operations.items():
             *parents, leaf = path.split(".")
             owner = reduce(getattr, parents, whole)
+            if not hasattr(getattr(owner, leaf), method):
+                continue  # not a call of its own on this device
             if path not in copies:
                 copies[path] = copy.copy(getattr(owner, leaf))
                 setattr(owner, leaf, copies[path])

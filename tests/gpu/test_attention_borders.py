@@ -3,6 +3,7 @@
 Each case runs in a process of its own, because touching unmapped memory is the end of a process's CUDA context.
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -19,6 +20,7 @@ NAMES = ("fa_vattn", "fa3_vattn", "fi_vattn")
 CASE = """
 import sys
 import torch
+from attention_calls import store
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
@@ -46,7 +48,7 @@ with VirtualKVCache(num_layers=1, num_kv_heads=8, head_size=128, num_slots=4, ma
         query, key, value = (torch.randn(len(tokens), n, 128, dtype=torch.bfloat16, device="cuda") for n in (32, 8, 8))
         batch = Batch(chunks, tokens, tokens, None)
         metadata = backend.plan(batch, SlotAddress(tuple(slots)))
-    backend.store(key, value, layer, metadata)
+    store(backend, key, value, layer, metadata)
     out = backend.attend(query, layer, metadata)
         torch.cuda.synchronize()
         assert out.isfinite().all()
@@ -60,7 +62,7 @@ def run_case(name: str, memory: str, start: int, border: int, new_tokens: int) -
     """
     done = subprocess.run(
         [sys.executable, "-c", CASE, name, memory, str(start), str(border), str(new_tokens)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     if "KernelUnavailableError" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])

@@ -5,6 +5,7 @@ bytes, and a block table (FlashAttention 2 and 4, FlashInfer) numbers below 2^31
 runs in a process of its own, because a CUDA error is the end of a process's context.
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -27,6 +28,7 @@ NAMES = (
 CASE = """
 import sys
 import torch
+from attention_calls import store
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture
@@ -95,7 +97,7 @@ with cache, torch.inference_mode():
         query, key, value = tokens_of(chunks)
         positions = torch.zeros(len(query), dtype=torch.int64, device=cuda)
         metadata = backend.plan(Batch(chunks, positions, positions, None), SlotAddress(here))
-        backend.store(key, value, layer, metadata)
+        store(backend, key, value, layer, metadata)
         check(backend.attend(query, layer, metadata).view_as(query), query, chunks)
         lengths = [length + n for length, n in zip(lengths, counts)]
     print("can capture:", backend.can_capture(layer))
@@ -105,7 +107,7 @@ with cache, torch.inference_mode():
 
         def work():
             metadata = backend.plan_static(static.step)
-            backend.store(key, value, layer, metadata)
+            store(backend, key, value, layer, metadata)
             return backend.attend(query, layer, metadata)
 
         work()
@@ -143,7 +145,8 @@ assert outputs[0] == outputs[1], outputs
 
 def run(code: str, *arguments: object) -> str:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # helpers of tests too
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     for reason in ("KernelUnavailableError", "no addresses"):
         if reason in done.stderr:
             pytest.skip(done.stderr.strip().splitlines()[-1])

@@ -73,10 +73,6 @@ class AttentionBackend(ABC):
         """The first half of `append_and_attend`."""
         self._ops.rope_and_store(query, new.keys, new.values, positions, new.table, metadata.target(layer))
 
-    def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: Metadata) -> None:
-        """Write the step's rotated keys and its values to the cache."""
-        self._ops.store(key, value, metadata.target(layer))
-
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:  # noqa: B027
         """Compile what steps on such a layer need and no CUDA graph contains. Touches no memory of the cache."""
 

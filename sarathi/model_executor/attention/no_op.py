@@ -28,9 +28,6 @@ class NoOpBackend(AttentionBackend):
     ) -> None:
         """Nothing is computed."""
 
-    def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: None) -> None:
-        """Nothing is stored."""
-
     def attend(self, query: Tensor, layer: CacheLayer, metadata: None) -> Tensor:
         """The query, contiguous."""
         return query.contiguous()

@@ -53,10 +53,6 @@ class NativeOps:
         Padding (a negative row of the target) is rotated but stored nowhere.
         """
         apply_rope(q, k, positions, table)
-        self.store(k, v, target)
-
-    def store(self, k: Tensor, v: Tensor, target: CacheTarget) -> None:
-        """Write keys and values [num_tokens, kv_heads, head_size] to (row, col) of the cache; negative rows nowhere."""
         kept = target.rows >= 0
         rows, cols = target.rows[kept].long(), target.cols[kept].long()
         target.keys[rows, cols] = k[kept]

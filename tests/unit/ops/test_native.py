@@ -75,10 +75,12 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((product.real, product.imag, x[..., 2 * half :]), dim=-1)
 
 
-def test_store_skips_padding() -> None:
+def test_padding_is_stored_nowhere() -> None:
+    still = RopeTable(torch.ones(1, 4), torch.zeros(1, 4))
     k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
     keys, values = torch.full((3, 6, 2, 8), -1.0), torch.full((3, 6, 2, 8), -1.0)
-    OPS.store(k, v, CacheTarget(keys, values, torch.tensor([2, -1, 0, 2]), torch.tensor([5, 0, 1, 4])))
+    target = CacheTarget(keys, values, torch.tensor([2, -1, 0, 2]), torch.tensor([5, 0, 1, 4]))
+    OPS.rope_and_store(k.clone(), k, v, torch.zeros(4, dtype=torch.int32), still, target)
     torch.testing.assert_close(keys[[2, 0, 2], [5, 1, 4]], k[[0, 2, 3]])
     torch.testing.assert_close(values[[2, 0, 2], [5, 1, 4]], v[[0, 2, 3]])
     assert (keys == -1.0).sum() == keys.numel() - 3 * 16

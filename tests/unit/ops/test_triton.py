@@ -98,16 +98,6 @@ def test_rope_and_store_into_a_strided_cache() -> None:
     torch.testing.assert_close(results[0], results[1], **CLOSE)
 
 
-def test_store_alone_skips_padding() -> None:
-    k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
-    results = []
-    for kernels in (rope, NATIVE):
-        keys, values = torch.zeros(2, 4, 2, 16), torch.zeros(2, 4, 2, 16)
-        kernels.store(k, v, CacheTarget(keys, values, torch.tensor([1, -1, 0]).int(), torch.tensor([3, 0, 2]).int()))
-        results.append((keys, values))
-    assert all(map(torch.equal, *results))
-
-
 def test_argmax_is_the_native_one() -> None:
     logits = torch.randn(4, random.choice((100, 4096, 9000))) * 3
     logits[:, ::7] = float("-inf")

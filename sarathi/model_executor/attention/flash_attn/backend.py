@@ -17,9 +17,10 @@ from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, CacheLayer, SlotAddress
-from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
+from sarathi.model_executor.attention.base import Capabilities
 from sarathi.model_executor.attention.flash_attn.choice import candidates, choose, requirements_of
 from sarathi.model_executor.attention.flash_attn.provider import AttentionParams, Provider, VarlenStep, scheduled
+from sarathi.model_executor.attention.gpu_backend import GpuBackend, decode_kernel
 from sarathi.model_executor.attention.metadata import DeviceStep, StepMetadata, first_decodes, make_step, rest_of
 from sarathi.model_executor.attention.slot_pages import (
     as_pages,
@@ -29,8 +30,6 @@ from sarathi.model_executor.attention.slot_pages import (
     page_table,
 )
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.ops import create_ops, overlaps_launches
-from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
 if TYPE_CHECKING:
@@ -73,20 +72,19 @@ class Split(NamedTuple):
     rest: FlashMetadata
 
 
-class FlashAttentionBackend(AttentionBackend):
+class FlashAttentionBackend(GpuBackend):
     """One library for one model."""
 
     def __init__(
         self, provider: Provider, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None
     ) -> None:
         """decode: attends decodes on slots; None: the library does."""
-        self.provider, self.place, self._decode = provider, place, decode
+        super().__init__(arch, place, decode, -(-_MANY_DECODES // arch.num_kv_heads))
+        self.provider = provider
         self.capabilities = Capabilities(True, provider.capabilities.over_read_tokens)
         self._params = AttentionParams(
             arch.num_heads, arch.num_kv_heads, arch.head_size, place.dtype, arch.head_size**-0.5, None
         )
-        self._ops = create_ops(place.device)
-        self._many_decodes = -(-_MANY_DECODES // arch.num_kv_heads)
         self._page_tokens = max(128, provider.capabilities.block_multiple or 1)  # of a slot seen as pages
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
@@ -95,7 +93,7 @@ class FlashAttentionBackend(AttentionBackend):
         if not isinstance(address, SlotAddress):
             return FlashMetadata(step)
         metadata, decodes = FlashMetadata(step, batch.chunks, address.slots), batch.leading_decodes
-        is_divided = self._decode is not None and self._many_decodes <= decodes < len(batch.chunks)
+        is_divided = self._decode is not None and self._fewest_decodes <= decodes < len(batch.chunks)
         return metadata.divided(decodes) if is_divided else metadata
 
     def plan_static(self, step: DeviceStep) -> FlashMetadata:
@@ -105,19 +103,6 @@ class FlashAttentionBackend(AttentionBackend):
     def can_capture(self, layer: CacheLayer) -> bool:
         """See AttentionBackend. A static step's slots are unknown to the host: one call must address all of them."""
         return self._decode is not None or self._addresses_all(layer.k)
-
-    def append_and_attend(
-        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: FlashMetadata
-    ) -> Tensor:
-        """See AttentionBackend. The decode kernel does all of it in one launch."""
-        if self._decode is not None and self._decode.appends(metadata.step, new):
-            return self._decode.append_and_attend(query, new, layer, metadata.step)
-        return super().append_and_attend(query, new, positions, layer, metadata)
-
-    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
-        """See AttentionBackend."""
-        if self._decode is not None:
-            self._decode.warm_up(self._params.num_heads, layer, self._many_decodes, max_num_seqs)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
         """See AttentionBackend."""
@@ -196,14 +181,5 @@ def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> Flas
     """The best installed library for `spec`. KernelUnavailableError says what to install if there is none."""
     compute_capability = torch.cuda.get_device_capability(place.device)[0]
     provider = choose(spec, requirements_of(spec, arch, place.dtype, compute_capability), candidates())
-    return FlashAttentionBackend(provider, arch, place, _decode_kernel(spec, arch, place))
-
-
-def _decode_kernel(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> TritonDecode | None:
-    """Only for `fa`, which means the fastest: a version that is named (fa3, ...) does all of the work itself."""
-    if spec.kernel != "fa" or spec.is_paged:
-        return None
-    from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
-
-    fits = TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
-    return TritonDecode(arch.head_size, place.device, pdl=overlaps_launches(place.device)) if fits else None
+    is_fastest = spec.kernel == "fa" and not spec.is_paged  # a version that is named (fa3, ...) does all of the work
+    return FlashAttentionBackend(provider, arch, place, decode_kernel(arch, place) if is_fastest else None)

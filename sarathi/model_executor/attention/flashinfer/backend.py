@@ -20,13 +20,12 @@ from sarathi.config.backend import BackendSpec
 from sarathi.messages import Chunk
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer
-from sarathi.model_executor.attention.base import AttentionBackend, Capabilities, KernelUnavailableError
+from sarathi.model_executor.attention.base import Capabilities, KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
+from sarathi.model_executor.attention.gpu_backend import GpuBackend, decode_kernel
 from sarathi.model_executor.attention.metadata import StepMetadata, first_decodes, make_step
 from sarathi.model_executor.attention.slot_pages import as_pages, fits_block_table
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.ops import create_ops, overlaps_launches
-from sarathi.model_executor.ops.types import NewTokens
 from sarathi.model_executor.placement import Placement
 
 _SCRATCH_BYTES = 512 * 2**20
@@ -64,17 +63,16 @@ class _Paged:
         return self._wrapper
 
 
-class FlashInferBackend(AttentionBackend):
+class FlashInferBackend(GpuBackend):
     """FlashInfer's kernels for one model."""
 
     capabilities = Capabilities(over_read_tokens=255)  # the single-sequence prefill copies whole tiles of keys
 
     def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None = None) -> None:
         """decode: attends decodes on slots; None: FlashInfer's paged kernel does."""
-        self.arch, self.place, self._decode = arch, place, decode
+        super().__init__(arch, place, decode, fewest=1)
         self._has_wide_offsets = torch.cuda.get_device_capability(place.device)[0] == 9
         self._scale = arch.head_size**-0.5
-        self._ops = create_ops(place.device)
         scratch = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=place.device)
         self._paged_decode = _Paged(
             flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)
@@ -85,19 +83,6 @@ class FlashInferBackend(AttentionBackend):
         """See AttentionBackend. A paged kernel is planned by the first layer, which knows the strides of the cache."""
         step = make_step(batch.chunks, address, self.place.device)
         return FlashInferMetadata(step, batch, address, batch.leading_decodes)
-
-    def append_and_attend(
-        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: FlashInferMetadata
-    ) -> Tensor:
-        """See AttentionBackend. The decode kernel does all of it in one launch."""
-        if self._decode is not None and self._decode.appends(metadata.step, new):
-            return self._decode.append_and_attend(query, new, layer, metadata.step)
-        return super().append_and_attend(query, new, positions, layer, metadata)
-
-    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
-        """See AttentionBackend."""
-        if self._decode is not None:
-            self._decode.warm_up(self.arch.num_heads, layer, 1, max_num_seqs)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
         """See AttentionBackend."""
@@ -196,10 +181,7 @@ def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> Flas
         raise KernelUnavailableError(
             f"attention backend '{spec}': a step is planned for one window size, and the layers have two"
         )
-    fits = not spec.is_paged and TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
-    return FlashInferBackend(
-        arch, place, TritonDecode(arch.head_size, place.device, pdl=overlaps_launches(place.device)) if fits else None
-    )
+    return FlashInferBackend(arch, place, None if spec.is_paged else decode_kernel(arch, place))
 
 
 def _slot_tables(cache: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> list[range]:

@@ -65,7 +65,7 @@ class SdpaBackend(AttentionBackend):
         self.store(new.keys, new.values, layer, metadata)
 
     def store(self, key: Tensor, value: Tensor, layer: CacheLayer, metadata: SdpaMetadata) -> None:
-        """See AttentionBackend."""
+        """Write the step's rotated keys and its values to the cache."""
         layer.k.index_put_(metadata.index, key)
         layer.v.index_put_(metadata.index, value)
 

@@ -35,10 +35,6 @@ class TritonOps(LinearKernels):
         """See ``NativeOps.rope_and_store``."""
         rope.rope_and_store(q, k, v, positions, table, target, pdl=self._pdl)
 
-    def store(self, k: Tensor, v: Tensor, target: CacheTarget) -> None:
-        """See ``NativeOps.store``."""
-        rope.store(k, v, target, pdl=self._pdl)
-
     argmax = staticmethod(sampling.argmax)
     argmax_into = staticmethod(sampling.argmax_into)
     mask_tokens = staticmethod(sampling.mask_tokens)

@@ -37,24 +37,6 @@ def rope_and_store(
     )
 
 
-def store(k: Tensor, v: Tensor, target: CacheTarget, *, pdl: bool = False) -> None:
-    """See ``NativeOps.store``."""
-    tokens, kv_heads, head_size = k.shape
-    if tokens == 0:
-        return
-    _store_kernel[(tokens, triton.cdiv(kv_heads, _HEADS))](
-        *(k, v, *target, *k.stride()[:2], *v.stride()[:2]),
-        *(*target.keys.stride()[:3], *target.values.stride()[:3]),
-        KV_HEADS=kv_heads,
-        HEADS=_HEADS,
-        HEAD_SIZE=head_size,
-        BLOCK=triton.next_power_of_2(head_size),
-        PDL=pdl,
-        num_warps=2,
-        **({"launch_pdl": True} if pdl else {}),
-    )
-
-
 @triton.jit
 def _rope_kernel(
     q_ptr,
@@ -130,44 +112,3 @@ def _rope_kernel(
         value_ptr = values_ptr + row * values_stride_row + col * values_stride_col
         value = tl.load(v_ptr + token * v_stride_token + heads[:, None] * v_stride_head + dims, mask=whole)
         tl.store(value_ptr + heads[:, None] * values_stride_head + dims, value, mask=whole)
-
-
-@triton.jit
-def _store_kernel(
-    k_ptr,
-    v_ptr,
-    keys_ptr,
-    values_ptr,
-    rows_ptr,
-    cols_ptr,
-    k_stride_token,
-    k_stride_head,
-    v_stride_token,
-    v_stride_head,
-    keys_stride_row,
-    keys_stride_col,
-    keys_stride_head,
-    values_stride_row,
-    values_stride_col,
-    values_stride_head,
-    KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    dims = tl.arange(0, BLOCK)[None, :]
-    row = tl.load(rows_ptr + token).to(tl.int64)
-    col = tl.load(cols_ptr + token).to(tl.int64)
-    inside = (heads < KV_HEADS) & (dims < HEAD_SIZE) & (row >= 0)
-    key = tl.load(k_ptr + token * k_stride_token + heads * k_stride_head + dims, mask=inside)
-    value = tl.load(v_ptr + token * v_stride_token + heads * v_stride_head + dims, mask=inside)
-    key_ptr = keys_ptr + row * keys_stride_row + col * keys_stride_col
-    value_ptr = values_ptr + row * values_stride_row + col * values_stride_col
-    tl.store(key_ptr + heads * keys_stride_head + dims, key, mask=inside)
-    tl.store(value_ptr + heads * values_stride_head + dims, value, mask=inside)

@@ -1,0 +1,47 @@
+"""What attention backends of GPUs share: the operations, and our split-KV kernel for decodes on slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sarathi.model_executor.architecture import ModelArchitecture
+from sarathi.model_executor.attention.address import CacheLayer
+from sarathi.model_executor.attention.base import AttentionBackend, Metadata
+from sarathi.model_executor.ops import create_ops, overlaps_launches
+from sarathi.model_executor.ops.types import NewTokens
+from sarathi.model_executor.placement import Placement
+
+if TYPE_CHECKING:
+    from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
+
+
+class GpuBackend(AttentionBackend):
+    """A library's kernels. Metadata is a StepMetadata."""
+
+    def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None, fewest: int) -> None:
+        """decode: attends decodes on slots, in steps of `fewest` of them or more; None: the library does."""
+        self.arch, self.place, self._decode, self._fewest_decodes = arch, place, decode, fewest
+        self._ops = create_ops(place.device)
+
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
+    ) -> Tensor:
+        """See AttentionBackend. The decode kernel does all of it in one launch."""
+        if self._decode is not None and self._decode.appends(metadata.step, new):
+            return self._decode.append_and_attend(query, new, layer, metadata.step)
+        return super().append_and_attend(query, new, positions, layer, metadata)
+
+    def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
+        """See AttentionBackend."""
+        if self._decode is not None:
+            self._decode.warm_up(self.arch.num_heads, layer, self._fewest_decodes, max_num_seqs)
+
+
+def decode_kernel(arch: ModelArchitecture, place: Placement) -> TritonDecode | None:
+    """Our decode kernel; None where the model's heads do not fit it."""
+    from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
+
+    fits = TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)
+    return TritonDecode(arch.head_size, place.device, pdl=overlaps_launches(place.device)) if fits else None
