@@ -145,6 +145,10 @@ class ParallelConfig(Section):
     )  # fmt: skip
     tensor_parallel_size: int = knob(1, "devices that share each layer", low=1, high=_INT32_MAX)
     pipeline_parallel_size: int = knob(1, "devices that take the layers in turn", low=1, high=_INT32_MAX)
+    check_ranks_every: int | None = knob(
+        None, "steps after which ranks are compared: requests, tokens, mapped lengths; for debugging; none: never",
+        low=1, high=_INT32_MAX,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

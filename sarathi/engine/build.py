@@ -42,7 +42,7 @@ def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:
 def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:
     """The scheduler that the configuration asks for, over the block space manager of its backend."""
     block_space_manager = make_block_space_manager(config.model.attention_backend, executor.capacity)
-    return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len)
+    return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages)
 
 
 def _tokenizer_source(config: ModelConfig) -> ModelSource:

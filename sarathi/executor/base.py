@@ -17,6 +17,7 @@ class Executor(Protocol):
     max_model_len: int  # tokens of the longest request, prompt and output together
     token_bytes: int  # of one token's keys and values, in all layers of all ranks
     resolution: Resolution  # backend, device and dtype
+    num_stages: int = 1  # of a pipeline; where there are several, a request's next token waits for the last one's value
     max_in_flight: int  # steps that may be launched before the result of the first of them is taken
     takes_functions: bool  # whether requests may hold logits processors, which are functions of this process
 

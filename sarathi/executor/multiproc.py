@@ -23,7 +23,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.executor.ranks.board import Board
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
-from sarathi.executor.uniproc import UnsupportedParallelismError
+from sarathi.model_executor.parallel.ranks import RankGrid
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 from sarathi.worker.device import DeviceUnavailableError, choose_device
 
@@ -113,45 +113,34 @@ def _receive(pipe: Any) -> Reply | None:
 
 
 class MultiprocExecutor(RanksExecutor):
-    """tensor_parallel_size ranks on this machine. Raises ValueErrors that name the setting which cannot work."""
+    """The ranks of both parallel sizes on this machine. Raises ValueErrors that name the setting which cannot work."""
 
     def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
-        check_parallelism(config)
-        size, device = config.parallel.tensor_parallel_size, _device_of_ranks(config)
+        grid = RankGrid(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
+        device = _device_of_ranks(config, grid.size)
         self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
-        num_threads = max(1, torch.get_num_threads() // size)
-        devices = [f"cuda:{rank}" if device == "cuda" else device for rank in range(size)]
+        num_threads = max(1, torch.get_num_threads() // grid.size)
+        devices = [f"cuda:{rank}" if device == "cuda" else device for rank in range(grid.size)]
         store = (_HOST, self._store.port)
-        super().__init__(
-            _ProcessTransport(
-                [
-                    RankSetup(config, rank, size, devices[rank], num_threads, store, make_vocabulary)
-                    for rank in range(size)
-                ]
-            )
-        )
+        setups = [
+            RankSetup(config, rank, grid, name, num_threads, store, make_vocabulary)
+            for rank, name in enumerate(devices)
+        ]
+        super().__init__(_ProcessTransport(setups), config.parallel)
 
 
-def check_parallelism(config: EngineConfig) -> None:
-    """Raise UnsupportedParallelismError for what several ranks cannot do."""
-    if config.parallel.pipeline_parallel_size != 1:
-        raise UnsupportedParallelismError(
-            f"pipeline_parallel_size={config.parallel.pipeline_parallel_size}: pipeline parallelism is not "
-            "implemented; it must be 1, and tensor_parallel_size spreads the model"
-        )
-
-
-def _device_of_ranks(config: EngineConfig) -> str:
+def _device_of_ranks(config: EngineConfig, size: int) -> str:
     """The kind of device; rank i takes the i-th of them."""
-    size, device = config.parallel.tensor_parallel_size, choose_device(config.model.device)
+    device = choose_device(config.model.device)
     if device.type == "cuda":
         if device.index is not None and size > 1:
             raise DeviceUnavailableError(
-                f"device={config.model.device!r} is one device, tensor_parallel_size={size} takes the first {size}: "
-                "use device='cuda'"
+                f"device={config.model.device!r} is one device, and {size} ranks take the first {size}: use "
+                "device='cuda'"
             )
         if size > torch.cuda.device_count():
             raise DeviceUnavailableError(
-                f"tensor_parallel_size={size}: this machine has {torch.cuda.device_count()} CUDA devices"
+                f"tensor_parallel_size x pipeline_parallel_size is {size}: this machine has "
+                f"{torch.cuda.device_count()} CUDA devices"
             )
     return device.type

@@ -32,6 +32,7 @@ class Limits(NamedTuple):
     max_num_seqs: int
     max_length: int  # tokens of the longest sequence
     blocks: int  # of the longest sequence; 0 for contiguous slots
+    can_capture: bool = True  # whether the attention backend captures graphs over the layers of every rank
 
 
 Compute = Callable[[Tensor, DeviceStep], Tensor]
@@ -76,6 +77,8 @@ class DecodeGraph:
 
     def _run(self, compute: Compute, ops: Ops) -> tuple[Tensor, Tensor]:
         logits = compute(self._token_ids, self._static.step)
+        if not len(logits):  # of a stage before the last
+            return self._slots.new_empty(0, dtype=torch.int64), logits
         return ops.argmax_into(logits, self._slots, self._last_tokens), logits
 
 

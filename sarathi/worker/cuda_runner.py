@@ -80,7 +80,8 @@ class CudaModelRunner(ModelRunner):
         self._max_num_seqs = limits.max_num_seqs
         num_slots = layers[0].k.shape[0]
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
-        sizes = ladder(limits.max_num_seqs) if backend.can_capture(layers[0]) else []
+        self._can_capture = limits.can_capture and backend.can_capture(layers[0])
+        sizes = ladder(limits.max_num_seqs) if self._can_capture else []
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
         self._newest: LaunchedStep | None = None
 
@@ -94,11 +95,13 @@ class CudaModelRunner(ModelRunner):
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the graphs. Needs no memory of the cache: padding is not stored."""
-        if self._backend.can_capture(self._layers[0]):
+        if self._can_capture:
             self._graphs.capture(self.model, self._backend, self._layers)
 
     def _warm_up_sampling(self) -> None:
         """For as many samples as a step can have: compiles kernels, and takes the memory before the cache does."""
+        if not self.model.vocab_size:
+            return
         drawn = Sequence(token_array([0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
         plan = plan_sampling([drawn.next_token(1)] * self._max_num_seqs, self.model.vocab_size)
         bits = torch.full((self._max_num_seqs, -(-self.model.vocab_size // 32)), -1, dtype=torch.int32)

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sarathi.messages import (
     StepResult,
 )
 from sarathi.model_executor.attention.address import Address, CacheLayer
-from sarathi.model_executor.attention.base import AttentionBackend
+from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sampling.logprobs import read_logprobs, read_prompt_logprobs
@@ -42,6 +42,16 @@ class KVCache(Protocol):
         """Start to map what the next step will need. Returns at once."""
 
 
+class PreparedStep(NamedTuple):
+    """A step's inputs, and the seconds that they took."""
+
+    out: SchedulerOutput
+    batch: Batch
+    metadata: Metadata
+    plan: SamplingPlan | None
+    prepare_inputs_s: float
+
+
 class ModelRunner:
     """Runs each step to its end before launch() returns."""
 
@@ -51,35 +61,41 @@ class ModelRunner:
         self.model, self._backend, self._cache, self._layers = model, backend, cache, layers
         self._device = model.place.device
 
-    @torch.inference_mode()
     def launch(self, out: SchedulerOutput, sequences: SequenceTable) -> StepFuture:
         """Compute the chunks, whose memory is mapped, and append what is sampled to `sequences`."""
+        result = self._compute_step(self._prepare_step(out, sequences))
+        sequences.append(result.tokens)
+        return CompletedStep(result)
+
+    def wait(self) -> None:
+        """No step is running."""
+
+    @torch.inference_mode()
+    def _prepare_step(self, out: SchedulerOutput, sequences: SequenceTable) -> PreparedStep:
         began_s, chunks = time.perf_counter(), out.chunks
         address = self._cache.address(chunks)
         plan = self._plan_sampling(chunks, address.slots, sequences)
         batch = make_batch(chunks, address.slots, sequences, with_rope_lengths=self.model.needs_rope_lengths)
         metadata = self._backend.plan(batch, address)
         self._cache.prefetch(chunks)
-        started_s = time.perf_counter()
-        logits = self.model(batch, self._layers, metadata)
-        done_s = time.perf_counter()
-        sampled = self._sample(logits, plan)
-        tokens = tuple(read_sampled(chunks, sampled, plan))
-        prompts = read_prompts(sampled, plan)
-        sequences.append(tokens)
-        host = HostTimes(started_s - began_s, time.perf_counter() - done_s)
-        return CompletedStep(
-            StepResult(out.step_id, tokens, done_s - started_s, host=host, prompt_logprobs=prompts)
-        )  # fmt: skip
+        return PreparedStep(out, batch, metadata, plan, time.perf_counter() - began_s)
 
-    def wait(self) -> None:
-        """No step is running."""
+    @torch.inference_mode()
+    def _compute_step(self, step: PreparedStep) -> StepResult:
+        started_s = time.perf_counter()
+        logits = self.model(step.batch, self._layers, step.metadata)
+        done_s = time.perf_counter()
+        sampled = self._sample(logits, step.plan)
+        tokens = tuple(read_sampled(step.out.chunks, sampled, step.plan))
+        prompts = read_prompts(sampled, step.plan)
+        host = HostTimes(step.prepare_inputs_s, time.perf_counter() - done_s)
+        return StepResult(step.out.step_id, tokens, done_s - started_s, host=host, prompt_logprobs=prompts)
 
     def _plan_sampling(
         self, chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable
     ) -> SamplingPlan | None:
-        """On the device; None where every sampled token is an argmax and nothing else is asked for."""
-        if all(sequences[chunk.request_id].params.is_plain for chunk in chunks):
+        """On the device; None where every sampled token is an argmax and nothing else is asked for, or none is made."""
+        if not self.model.vocab_size or all(sequences[chunk.request_id].params.is_plain for chunk in chunks):
             return None
         tokens = [
             sequences[chunk.request_id].next_token(chunk.start + chunk.num_tokens, slot)

@@ -1,6 +1,9 @@
 """One rank: its share of the model and of the KV cache, and the tokens of running requests."""
 
 import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from hashlib import blake2b
 
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import (
@@ -8,6 +11,7 @@ from sarathi.messages import (
     CompletedStep,
     MemoryStats,
     Resolution,
+    SampledToken,
     SchedulerOutput,
     StepFuture,
     StepResult,
@@ -18,10 +22,11 @@ from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops import create_ops
 from sarathi.model_executor.parallel.layers import split_over_ranks
+from sarathi.model_executor.parallel.pipeline import Stage, connect_stages
 from sarathi.model_executor.parallel.ranks import Ranks
 from sarathi.model_executor.parallel.sharding import TensorShare
 from sarathi.model_executor.sampling.grammar import GrammarCompiler, MakeVocabulary, no_vocabulary
-from sarathi.worker.cache_engine.base import KVCacheSpec
+from sarathi.worker.cache_engine.base import CacheEngine, KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
 from sarathi.worker.memory import check_budget, check_weights, final_budget_bytes, initial_budget_bytes
@@ -45,10 +50,12 @@ class Worker:
 
     def __init__(self, config: EngineConfig, ranks: Ranks, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         """make_vocabulary: called for the first request with a grammar."""
-        self._rank = ranks.rank
+        self._ranks = ranks
         checkpoint = open_checkpoint(config.model)
         share = TensorShare(checkpoint.architecture, ranks.rank, ranks.size)
-        arch = share.architecture if ranks.size > 1 else checkpoint.architecture
+        whole = share.architecture if ranks.size > 1 else checkpoint.architecture
+        stage = Stage(whole, ranks.stage, ranks.num_stages)
+        arch = stage.architecture
         place = choose_placement(config.model, arch)
         check_budget(config.cache, place.device)
         check_weights(arch.num_parameters, place.dtype, place.device)
@@ -59,7 +66,9 @@ class Worker:
         attention = create_backend(backend, arch, place)
         model = Decoder(arch, place, create_ops(place.device), attention, self.max_model_len)
         split_over_ranks(model, share, ranks)
-        load_weights(model, checkpoint, config.model.seed + ranks.rank, share.shards() if ranks.size > 1 else {})
+        connect_stages(model, stage, ranks)
+        shards = share.shards() if ranks.size > 1 else {}
+        load_weights(model, checkpoint, config.model.seed + ranks.number, shards, stage)
         spec = KVCacheSpec(
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
             config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
@@ -69,20 +78,22 @@ class Worker:
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
         )
         self._cache = create_cache_engine(backend, spec, place.device, budget)
-        self._runner = create_runner(model, attention, self._cache, arch, spec)
+        self._runner = create_runner(model, attention, self._cache, arch, spec, ranks)
         self.model = self._runner.model
-        warm_up(self._runner, self._cache, config, spec)
+        warm_up(self._runner, self._cache, _common_capacity(self._cache, ranks), config, spec)
         self._cache.resize(ranks.least(final_budget_bytes(config.cache, place.device, budget)))
+        self.capacity = _common_capacity(self._cache, ranks)
         self._sequences = SequenceTable(config.model.seed, GrammarCompiler(self.vocab_size, make_vocabulary))
-
-    @property
-    def capacity(self) -> CacheCapacity:
-        return self._cache.capacity
 
     @property
     def max_in_flight(self) -> int:
         """Steps that may be started before the first one's result is taken."""
-        return self._runner.max_in_flight
+        return self._ranks.num_stages if self._ranks.num_stages > 1 else self._runner.max_in_flight
+
+    def append_tokens(self, tokens: Iterable[SampledToken]) -> None:
+        """Take in what the last stage sampled, before the next step of these requests; does nothing on that stage."""
+        if not self.model.vocab_size:
+            self._sequences.append(tokens)
 
     def prepare(self, out: SchedulerOutput) -> int | None:
         """Release and take in requests, then map memory for every chunk.
@@ -97,7 +108,7 @@ class Worker:
         try:
             self._cache.prepare(out.chunks)
         except OutOfMemoryError as error:
-            logger.warning("rank %d has no memory for step %d: %s", self._rank, out.step_id, error)
+            logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
         return None
 
@@ -117,11 +128,26 @@ class Worker:
     def memory_stats(self) -> MemoryStats:
         return self._cache.stats()
 
+    def fingerprint(self) -> str:
+        """A hash of the requests in the cache: their lengths, and the tokens that are computed."""
+        sequences = self._sequences
+        state = [
+            (name, lengths, bytes(sequences[name].token_ids[: lengths[0]]))
+            for name, lengths in sorted(self._cache.lengths().items())
+        ]
+        return blake2b(repr(state).encode()).hexdigest()
+
     def check_integrity(self) -> None:
         self._cache.check_integrity()
 
     def close(self) -> None:
         self._cache.close()
+
+
+def _common_capacity(cache: CacheEngine, ranks: Ranks) -> CacheCapacity:
+    """What every rank has. Stages of unlike numbers of layers may have tokens of unlike sizes: the largest counts."""
+    own = cache.capacity
+    return replace(own, rows=ranks.least(own.rows), token_bytes=-ranks.least(-own.token_bytes))
 
 
 def _model_length(config: EngineConfig, arch: ModelArchitecture) -> int:

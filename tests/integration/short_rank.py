@@ -16,7 +16,7 @@ class ShortWorker(Worker):
 
     def prepare(self, out: SchedulerOutput) -> int | None:
         rows = super().prepare(out)
-        if self._rank != 1 or rows is not None or not out.chunks or next(self._numbers) not in SHORT_STEPS:
+        if self._ranks.number != 1 or rows is not None or not out.chunks or next(self._numbers) not in SHORT_STEPS:
             return rows
         self.cancel(out)
         return self.capacity.rows - 1

@@ -13,19 +13,18 @@ from pathlib import Path
 import pytest
 import ray
 from random_driver import RandomDriver
+from rank_helpers import GREEDY, is_running, make_executor, settings_for, step_until_it_fails
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
-from sarathi import LLM, SamplingParams
-from sarathi.config.load import make_config
-from sarathi.executor.factory import create_executor
+from sarathi import LLM
+from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
 from sarathi.executor.ray import placement
-from sarathi.executor.ray.executor import RayExecutor
-from sarathi.messages import Chunk, NewRequest, SchedulerOutput
+from sarathi.messages import SchedulerOutput
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+RAY = {"executor": "ray"}
 STORE_BYTES = 80 * 2**20
 GONE_S = 20  # Ray kills a stopped process after 5
 
@@ -49,29 +48,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
-def settings_for(model: TinyModel, **settings: object) -> dict:
-    defaults = {
-        "model": str(model.folder), "device": "cpu", "attention_backend": "sdpa_vattn_4kb", "memory_bytes": 2**21,
-        "max_num_seqs": 8, "tensor_parallel_size": 2, "executor": "ray",
-    }  # fmt: skip
-    return {**defaults, **settings}
-
-
-def make_executor(model: TinyModel, **settings: object) -> RayExecutor:
-    executor = create_executor(make_config(**settings_for(model, **settings)))
-    assert isinstance(executor, RayExecutor)
-    return executor
-
-
-def pids_of(executor: RayExecutor) -> list[int]:
+def pids_of(executor: RanksExecutor) -> list[int]:
     return [place.pid for place in executor._ranks._transport.places]  # type: ignore[attr-defined]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -94,7 +72,7 @@ def check_nothing_is_left(pids: list[int]) -> None:
 def test_ranks_compute_what_transformers_computes(cluster: Cluster, size: int, tmp_path: Path) -> None:
     """Two fit on one machine, three do not."""
     model = build("yi", tmp_path, intermediate_size=84)
-    executor = make_executor(model, tensor_parallel_size=size)
+    executor = make_executor(model, **RAY, tensor_parallel_size=size)
     pids = pids_of(executor)
     nodes = {each["NodeID"] for each in ray.nodes()}
     used = {
@@ -119,7 +97,12 @@ def test_preemption_changes_nothing(cluster: Cluster, tiny: TinyModel, backend: 
     outputs = []
     for executor in ("ray", "multiproc"):
         settings = settings_for(
-            tiny, executor=executor, attention_backend=backend, memory_bytes=5 * 6 * 4096, chunk_size=100
+            tiny,
+            executor=executor,
+            tensor_parallel_size=2,
+            attention_backend=backend,
+            memory_bytes=5 * 6 * 4096,
+            chunk_size=100,
         )
         with LLM(**settings) as llm:
             done = llm.generate(prompts, params, use_tqdm=False)
@@ -129,20 +112,13 @@ def test_preemption_changes_nothing(cluster: Cluster, tiny: TinyModel, backend: 
     assert outputs[0] == outputs[1]
 
 
-def step_until_it_fails(executor: RayExecutor) -> None:
-    for step_id in range(10**6):
-        new = NewRequest(str(step_id), (3,) * 64, GREEDY)
-        executor.execute(SchedulerOutput(step_id, (new,), (Chunk(str(step_id), 0, 64, True, 64),)))
-        executor.execute(SchedulerOutput(step_id, finished=(str(step_id),)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize(("how", "message"), [(signal.SIGKILL, "died: "), (signal.SIGSTOP, "hangs: no sign of life")])
 def test_a_rank_that_dies_or_hangs_is_named(
     cluster: Cluster, rank: int, how: signal.Signals, message: str, tmp_path: Path
 ) -> None:
-    executor = make_executor(build("yi", tmp_path, intermediate_size=84), tensor_parallel_size=3)
+    executor = make_executor(build("yi", tmp_path, intermediate_size=84), **RAY, tensor_parallel_size=3)
     pids = pids_of(executor)
     timer = threading.Timer(0.5, os.kill, (pids[rank], how))
     timer.start()
@@ -169,7 +145,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.slow
 def test_ranks_end_with_an_executor_that_is_killed(cluster: Cluster, tiny: TinyModel) -> None:
-    program = _KILLED.format(address=cluster.address, settings=settings_for(tiny))
+    program = _KILLED.format(address=cluster.address, settings=settings_for(tiny, **RAY, tensor_parallel_size=2))
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=False)
     pids = list(map(int, done.stdout.split()))
     assert done.returncode == -signal.SIGKILL and len(pids) == 2
@@ -186,5 +162,5 @@ def test_what_cannot_be_placed_is_refused(cluster: Cluster, tiny: TinyModel, mon
         ({"max_model_len": 257}, "max_model_len=257: the model has positions for at most 256"),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_executor(tiny, **settings)
+            make_executor(tiny, **{**RAY, "tensor_parallel_size": 2, **settings})
     check_nothing_is_left([])

@@ -14,26 +14,33 @@ from pathlib import Path
 import pytest
 import torch
 from random_driver import RandomDriver
+from rank_helpers import (
+    BACKENDS,
+    FAMILIES,
+    GREEDY,
+    check_family,
+    expected_outputs,
+    generate,
+    is_running,
+    make_executor,
+    pids_of,
+    settings_for,
+    step_until_it_fails,
+)
 from short_rank import SHORT_STEPS
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
 from sarathi import LLM, SamplingParams
-from sarathi.config.load import make_config
 from sarathi.executor import multiproc
-from sarathi.executor.factory import create_executor
-from sarathi.executor.multiproc import MultiprocExecutor
 from sarathi.executor.ranks.group import RankError
-from sarathi.messages import Chunk, NewRequest, SchedulerOutput
+from sarathi.messages import SchedulerOutput
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
 from sarathi.model_executor.loader.source import resolve_model
 from sarathi.model_executor.parallel.sharding import Shard
 
-BACKENDS = ("sdpa_paged_4", "sdpa_vattn_4kb", "sdpa_vattn_megacache_sync_4kb")
-# Two KV heads on two ranks; yi has one, which both ranks hold.
-FAMILIES = {"llama2": {}, "mistral": {}, "qwen2": {}, "qwen3": {"num_key_value_heads": 2}}
+TWO = {"tensor_parallel_size": 2}
 OTHERS = {"llama-with-biases": {}, "smollm2": {}, "yi": {}, "llama-dynamic": {}}
 PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n", "There was once a fox. " * 40]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,41 +48,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
-def settings_for(tiny: TinyModel, **settings: object) -> dict:
-    defaults = {
-        "model": str(tiny.folder), "device": "cpu", "attention_backend": "sdpa_vattn_4kb", "memory_bytes": 2**21,
-        "max_num_seqs": 8, "tensor_parallel_size": 2,
-    }  # fmt: skip
-    return {**defaults, **settings}
-
-
-def make_executor(tiny: TinyModel, **settings: object) -> MultiprocExecutor:
-    executor = create_executor(make_config(**settings_for(tiny, **settings)))
-    assert isinstance(executor, MultiprocExecutor)
-    return executor
-
-
-def check_family(name: str, changes: dict, folder: Path, backend: str) -> None:
-    seed = torch.seed() % 1000
-    print(f"seed {seed}")
-    model = build(name, folder, **changes)
-    executor = make_executor(model, attention_backend=backend)
-    prompts = dict(random_prompts(seed, 6, 40))
-    driver = RandomDriver(executor, seed)
-    tokens = driver.run(prompts, EVERYTHING, 5)
-    executor.shutdown()
-    assert max(largest_difference(model, prompt, tokens[name]) for name, prompt in prompts.items()) < 1e-4
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_compute_what_transformers_computes(name: str, backend: str, tmp_path: Path) -> None:
-    check_family(name, FAMILIES[name], tmp_path, backend)
+    check_family(name, FAMILIES[name], tmp_path, attention_backend=backend, **TWO)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_biases_tied_heads_shared_kv_heads_and_rope_lengths(name: str, tmp_path: Path) -> None:
-    check_family(name, OTHERS[name], tmp_path, "sdpa_vattn_4kb")
+    check_family(name, OTHERS[name], tmp_path, **TWO)
 
 
 @pytest.mark.parametrize("size", [3, 6])
@@ -88,30 +69,10 @@ def test_more_ranks_than_kv_heads(size: int, tmp_path: Path) -> None:
     assert max(largest_difference(model, prompt, tokens[name]) for name, prompt in prompts.items()) < 1e-4
 
 
-def generate(settings: dict, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], int]:
-    """Outputs, and how many requests were preempted."""
-    with LLM(**settings) as llm:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        llm.engine.core.executor.check_integrity()  # type: ignore[attr-defined]
-        preemptions = llm.engine.core.scheduler.num_preemptions  # type: ignore[attr-defined]
-        assert llm.memory_stats().mapped_bytes == llm.memory_stats().idle_bytes
-    return [list(output.outputs[0].token_ids) for output in outputs], preemptions
-
-
-def expected_outputs(tiny: TinyModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    outputs = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(count):
-            tokens.append(int(tiny.logprobs(tokens)[-1].argmax()))
-        outputs.append(tokens[len(prompt) :])
-    return outputs
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_preemption_changes_nothing(tiny: TinyModel, backend: str) -> None:
     prompts = [[prompt[0]] * 110 + prompt for _, prompt in random_prompts(7, 6, 16)]  # a page holds 128 tokens
-    settings = settings_for(tiny, attention_backend=backend, memory_bytes=5 * 6 * 4096, chunk_size=100)
+    settings = settings_for(tiny, **TWO, attention_backend=backend, memory_bytes=5 * 6 * 4096, chunk_size=100)
     outputs, preemptions = generate(settings, prompts, replace(GREEDY, max_tokens=25))
     assert preemptions and outputs == expected_outputs(tiny, prompts, 25)
 
@@ -124,7 +85,7 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
         multiproc, "_PROGRAM", multiproc._PROGRAM.replace("sarathi.executor.ranks.process", "short_rank")
     )
     prompts = [prompt for _, prompt in random_prompts(8, 8, 40)]
-    outputs, _ = generate(settings_for(tiny, attention_backend=backend, chunk_size=64), prompts, GREEDY)
+    outputs, _ = generate(settings_for(tiny, **TWO, attention_backend=backend, chunk_size=64), prompts, GREEDY)
     assert caplog.text.count("memory ran out in step") == len(SHORT_STEPS)
     assert outputs == expected_outputs(tiny, prompts, 12)
 
@@ -132,7 +93,7 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
 def test_drawn_tokens_are_those_of_one_rank(tiny: TinyModel) -> None:
     prompts = [prompt for _, prompt in random_prompts(9, 4, 30)]
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=10, ignore_eos=True, repetition_penalty=1.1)
-    two, _ = generate(settings_for(tiny), prompts, params)
+    two, _ = generate(settings_for(tiny, **TWO), prompts, params)
     one, _ = generate(settings_for(tiny, tensor_parallel_size=1), prompts, params)
     assert two == one
 
@@ -172,28 +133,12 @@ def test_any_part_of_a_quantised_tensor_is_that_of_the_whole() -> None:
             assert torch.equal(named.read(part), whole[first * 64 : last * 64]), named.name
 
 
-def pids_of(executor: MultiprocExecutor) -> list[int]:
-    return [each.process.pid for each in executor._ranks._transport.processes]
-
-
-def is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists() and "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
-
-
-def step_until_it_fails(executor: MultiprocExecutor) -> None:
-    prompt = [3] * 64
-    for step_id in range(10**6):
-        new = NewRequest(str(step_id), tuple(prompt), GREEDY)
-        executor.execute(SchedulerOutput(step_id, (new,), (Chunk(str(step_id), 0, 64, True, 64),)))
-        executor.execute(SchedulerOutput(step_id, finished=(str(step_id),)))
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("how", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "hangs: no sign of life")]
 )
 def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: signal.Signals, message: str) -> None:
-    executor = make_executor(tiny)
+    executor = make_executor(tiny, **TWO)
     pids = pids_of(executor)
     timer = threading.Timer(0.5, os.kill, (pids[rank], how))
     timer.start()
@@ -210,7 +155,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
 
 
 def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: TinyModel) -> None:
-    with LLM(**settings_for(tiny)) as llm:
+    with LLM(**settings_for(tiny, **TWO)) as llm:
         llm.engine.add_request("b", [1, 2], replace(GREEDY, max_tokens=1))
         params = replace(GREEDY, logits_processors=[lambda output, logits: logits])
         with pytest.raises(ValueError, match="logits_processors must be empty with tensor_parallel_size > 1"):
@@ -223,7 +168,7 @@ def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: Ti
 
 
 def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:
-    executor = make_executor(tiny)
+    executor = make_executor(tiny, **TWO)
     pids = pids_of(executor)
     began_s = time.monotonic()
     executor.shutdown()
@@ -232,7 +177,7 @@ def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:
 
 
 def test_an_executor_that_is_dropped_leaves_no_process(tiny: TinyModel) -> None:
-    executor = make_executor(tiny)
+    executor = make_executor(tiny, **TWO)
     pids = pids_of(executor)
     del executor
     assert not any(map(is_running, pids))
@@ -249,7 +194,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_ranks_end_with_an_executor_that_is_killed(tiny: TinyModel) -> None:
-    program = _KILLED.format(settings=settings_for(tiny))
+    program = _KILLED.format(settings=settings_for(tiny, **TWO))
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     pids = list(map(int, done.stdout.split()))
     assert done.returncode == -signal.SIGKILL and len(pids) == 2
@@ -271,7 +216,6 @@ def no_process_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: pipeline parallelism is not implemented"),
         ({"executor": "uniproc"}, "tensor_parallel_size=2 .* the in-process executor has one rank"),
         ({"device": "tpu"}, "device='tpu'"),
     ],
@@ -280,7 +224,7 @@ def test_what_no_rank_is_needed_for_is_refused_at_once(
     tiny: TinyModel, settings: dict, message: str, no_process_starts: None
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_executor(tiny, **settings)
+        make_executor(tiny, **{**TWO, **settings})
 
 
 @pytest.mark.parametrize(
@@ -300,4 +244,4 @@ def test_what_no_rank_is_needed_for_is_refused_at_once(
 )
 def test_settings_that_cannot_work_are_the_ranks_own_errors(tiny: TinyModel, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_executor(tiny, **settings)
+        make_executor(tiny, **{**TWO, **settings})

@@ -23,6 +23,8 @@ _POLICIES: dict[str, type[Scheduler]] = {
 }
 
 
-def make_scheduler(config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int) -> Scheduler:
-    """A scheduler of the policy config.type. max_model_len: longest prompt plus output, in tokens."""
-    return _POLICIES[config.type](config, block_space_manager, max_model_len)
+def make_scheduler(
+    config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int, num_micro_batches: int = 1
+) -> Scheduler:
+    """A scheduler of the policy config.type. For the arguments see Scheduler."""
+    return _POLICIES[config.type](config, block_space_manager, max_model_len, num_micro_batches)

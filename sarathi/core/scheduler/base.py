@@ -28,14 +28,17 @@ class Scheduler(ABC):
     """Decides what each step computes, and keeps the memory of all requests within the block space manager's capacity.
 
     max_model_len: longest prompt plus output, in tokens. A request that reaches it, or fills the whole cache, ends with
-    finish reason "length".
+    finish reason "length". num_micro_batches: see RunningRequests.
     """
 
-    def __init__(self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int,
+        num_micro_batches: int = 1,
+    ) -> None:  # fmt: skip
         self.config = config
         self.block_space_manager = block_space_manager
         self.max_model_len = max_model_len
-        self._running = RunningRequests(block_space_manager)
+        self._running = RunningRequests(block_space_manager, num_micro_batches)
         self._waiting = WaitingQueue()
         self._memory = MemoryRecovery(block_space_manager, self._running, max_model_len)
         self._prefill_policy = self._make_prefill_policy()

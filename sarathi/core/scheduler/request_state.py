@@ -173,9 +173,12 @@ class RunningRequests:
 
     running: in order of arrival. finishing: ended requests whose last step is in flight, by id; their memory is in use
     until its result arrives. finished_ids: ended requests that the worker has yet to be told about.
+    num_micro_batches: steps in flight of a pipeline, which divide the decodes. A step has at most this share of them,
+    and a decode waits for the value of the token before.
     """
 
-    def __init__(self, block_space_manager: BlockSpaceManager) -> None:
+    def __init__(self, block_space_manager: BlockSpaceManager, num_micro_batches: int = 1) -> None:
+        self._num_micro_batches = num_micro_batches
         self.running: list[RequestState] = []
         self.finishing: dict[str, RequestState] = {}
         self.finished_ids: list[str] = []
@@ -186,13 +189,22 @@ class RunningRequests:
         return len(self.running) + len(self.finishing)
 
     def split(self) -> tuple[list[RequestState], list[RequestState]]:
-        """Running requests with one token left to compute, and those with more; each in order of arrival."""
+        """Running requests with one token left to compute, as far as a step may have them, and those with more.
+
+        Each in order of arrival.
+        """
         decodes: list[RequestState] = []
         prefills: list[RequestState] = []
         for state in self.running:
             request = state.request
             (decodes if request.num_tokens - request.num_computed_tokens == 1 else prefills).append(state)
-        return decodes, prefills
+        return decodes if self._num_micro_batches == 1 else self._micro_batch(decodes), prefills
+
+    def _micro_batch(self, decodes: list[RequestState]) -> list[RequestState]:
+        """An equal share of the decodes; those whose token is known, oldest first."""
+        return [each for each in decodes if not each.request.num_pending_tokens][
+            : -(-len(decodes) // self._num_micro_batches)
+        ]
 
     def release(self, state: RequestState) -> None:
         """Free the memory of an ended request that the worker knows, now or after its last step in flight."""

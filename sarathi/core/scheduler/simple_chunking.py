@@ -12,8 +12,11 @@ from sarathi.core.scheduler.request_state import Step
 class SimpleChunkingScheduler(Scheduler):
     """A decode waits for at most one step of chunks, but every such step delays all decodes."""
 
-    def __init__(self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int) -> None:
-        super().__init__(config, block_space_manager, max_model_len)
+    def __init__(
+        self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int,
+        num_micro_batches: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(config, block_space_manager, max_model_len, num_micro_batches)
         self._is_decodes_turn = False
 
     def _make_prefill_policy(self) -> PrefillPolicy:

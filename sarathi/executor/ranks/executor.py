@@ -3,10 +3,12 @@
 from dataclasses import fields
 from typing import Any
 
+from sarathi.config.schema import ParallelConfig
 from sarathi.executor.base import Executor
 from sarathi.executor.ranks.group import START_SILENCE_S, RankError, RankGroup
 from sarathi.executor.ranks.protocol import RankFacts, Transport
-from sarathi.messages import MemoryStats, SchedulerOutput, StepResult
+from sarathi.messages import MemoryStats, SampledToken, SchedulerOutput, StepResult
+from sarathi.model_executor.parallel.ranks import RankGrid
 
 _CLOSE_S = 20.0
 
@@ -20,7 +22,7 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         if self._outcome is None:
-            self._outcome = self._executor.ask("result", self._number)[0]
+            self._outcome = self._executor.take_result(self._number)
         return self._outcome
 
 
@@ -29,15 +31,19 @@ class RanksExecutor(Executor):
 
     takes_functions = False
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, parallel: ParallelConfig) -> None:
         """transport: to ranks that have started, but may still load their model."""
-        self._ranks = RankGroup(transport)
+        self._grid = RankGrid(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        self._ranks = RankGroup(transport, self._grid)
+        self._check_every = parallel.check_ranks_every
+        self.num_stages = self._grid.num_stages
         facts: list[RankFacts] = self._ranks.ask("facts", silence_s=START_SILENCE_S)
-        self.capacity = min((each.capacity for each in facts), key=lambda capacity: capacity.rows)
+        self.capacity = facts[0].capacity
         self.token_bytes = sum(each.token_bytes for each in facts)
         self.vocab_size, self.max_model_len = facts[0].vocab_size, facts[0].max_model_len
         self.resolution, self.max_in_flight = facts[0].resolution, facts[0].max_in_flight
         self._num_launched = 0
+        self._untold: list[SampledToken] = []  # tokens that the stages before the last have yet to hear of
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """The replies of the ranks that answer a command. Raises RankError where one died, hung or failed."""
@@ -45,8 +51,18 @@ class RanksExecutor(Executor):
 
     def launch(self, out: SchedulerOutput) -> LaunchedStep:
         number, self._num_launched = self._num_launched, self._num_launched + 1
-        self.ask("launch", number, out)
+        tokens, self._untold = self._untold, []
+        self.ask("launch", number, out, tokens)
+        if self._check_every is not None and number % self._check_every == 0:
+            self._compare_ranks(number)
         return LaunchedStep(self, number)
+
+    def take_result(self, number: int) -> StepResult:
+        """The result of a launch by its number, counted from 0."""
+        result: StepResult = self.ask("result", number)[0]
+        if self.num_stages > 1:
+            self._untold += [SampledToken(token.request_id, token.token_id) for token in result.tokens]
+        return result
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Launch one step and wait for its result."""
@@ -66,6 +82,17 @@ class RanksExecutor(Executor):
     def check_integrity(self) -> None:
         if self._ranks.are_running:
             self.ask("check_integrity")
+
+    def busy_s(self) -> list[float]:
+        """Seconds that each stage has computed so far, without waits for its input; on GPUs with them."""
+        return self.ask("busy_s")[:: self._grid.per_stage]
+
+    def _compare_ranks(self, number: int) -> None:
+        """Raise RankError where ranks differ in the requests they hold, their tokens or their mapped lengths."""
+        prints = self.ask("fingerprint")
+        if other := [rank for rank, each in enumerate(prints) if each != prints[0]]:
+            self._ranks.kill()
+            raise RankError(f"launch {number}: ranks {other} hold other requests, tokens or lengths than rank 0")
 
     def shutdown(self) -> None:
         """Kills ranks that do not close within some seconds."""

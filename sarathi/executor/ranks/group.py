@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sarathi.executor.ranks.protocol import Command, RankEnd, Reply, Transport, is_answered
+from sarathi.model_executor.parallel.ranks import RankGrid
 
 SILENCE_S = 8.0  # after which a rank counts as hung; it shows life several times a second
 START_SILENCE_S = 60.0  # the same while libraries are loaded, which may stop all threads of a process
@@ -22,8 +23,8 @@ class RankError(RuntimeError):
 class RankGroup:
     """The ranks behind a transport. They end with this object, at the latest."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, grid: RankGrid) -> None:
+        self._transport, self._grid = transport, grid
         self._number = 0
         self._failure = "they were closed"
         self._stop = weakref.finalize(self, transport.kill)
@@ -45,7 +46,7 @@ class RankGroup:
         try:
             self._check_life(silence_s)
             self._send(message)
-            answering = [rank for rank in range(self._transport.size) if is_answered(method, rank)]
+            answering = [rank for rank in range(self._transport.size) if is_answered(method, rank, self._grid)]
             return self._replies(answering, silence_s, time.monotonic() + limit_s)
         except (RankError, ValueError) as error:
             self._failure = str(error)

@@ -32,7 +32,7 @@ def main(connection: int, board: int) -> None:
     """Serve until the executor closes the connection. Arguments: inherited file descriptors."""
     channel = _Pipe(Connection(connection))
     setup: RankSetup = pickle.loads(channel.receive())
-    shared = Board(board, setup.size)
+    shared = Board(board, setup.grid.size)
     shared.beat(setup.rank)
     threading.Thread(target=_show_life, args=(shared, setup.rank, os.getppid()), daemon=True).start()
     try:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import CacheCapacity, Resolution
+from sarathi.model_executor.parallel.ranks import RankGrid
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 
 
@@ -16,7 +17,7 @@ class RankSetup(NamedTuple):
 
     config: EngineConfig
     rank: int
-    size: int
+    grid: RankGrid
     device: str
     num_threads: int
     store: tuple[str, int]
@@ -50,12 +51,14 @@ class Reply(NamedTuple):
     error: Exception | None = None
 
 
-_ANSWERED = frozenset(("facts", "wait", "memory_stats", "check_integrity", "close"))  # by every rank
+_ANSWERED = frozenset(
+    ("facts", "wait", "memory_stats", "check_integrity", "busy_s", "fingerprint", "close")
+)  # by every rank
 
 
-def is_answered(method: str, rank: int) -> bool:
-    """Whether a rank replies to a command that succeeds. Launches are not waited for; rank 0 alone has results."""
-    return method in _ANSWERED or (method == "result" and rank == 0)
+def is_answered(method: str, rank: int, grid: RankGrid) -> bool:
+    """Whether a rank replies to a command that succeeds. Launches are not waited for; one rank alone tells results."""
+    return method in _ANSWERED or (method == "result" and rank == grid.result_rank)
 
 
 class Channel(Protocol):

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs la
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.ranks.protocol import Channel, RankFacts, RankSetup, Reply, is_answered
 from sarathi.executor.steps import Agree, Steps
-from sarathi.messages import SchedulerOutput, StepFuture, StepResult
+from sarathi.messages import SampledToken, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.parallel.ranks import OneRank, ProcessRanks, Ranks
 from sarathi.worker.worker import Worker
 
@@ -24,9 +25,11 @@ class RankService:
 
     def __init__(self, setup: RankSetup, agree: Agree) -> None:
         config, ranks = _connect(setup)
-        self._rank, self._worker = setup.rank, Worker(config, ranks, setup.make_vocabulary)
+        self._has_results = setup.rank == setup.grid.result_rank
+        self._worker = Worker(config, ranks, setup.make_vocabulary)
         self._steps = Steps(self._worker, agree)
         self._futures: dict[int, StepFuture] = {}
+        self._busy_s = 0.0
         gc.collect()
         gc.freeze()
 
@@ -37,15 +40,17 @@ class RankService:
             worker.max_in_flight,
         )  # fmt: skip
 
-    def launch(self, number: int, out: SchedulerOutput) -> None:
-        """number: counts launches from 0."""
+    def launch(self, number: int, out: SchedulerOutput, tokens: Sequence[SampledToken]) -> None:
+        """number: counts launches from 0. tokens: of results since then, for the stages before the last."""
+        self._worker.append_tokens(tokens)
         self._futures[number] = self._steps.launch(out)
         self._futures.pop(number - _KEPT_STEPS, None)
 
     def result(self, number: int) -> StepResult | None:
-        """Every rank takes the result at the same place among the messages; rank 0 tells it."""
+        """Every rank takes the result at the same place among the messages; the first of the last stage tells it."""
         result = self._futures[number].result()
-        return result if self._rank == 0 else None
+        self._busy_s += result.model_s
+        return result if self._has_results else None
 
     def wait(self) -> None:
         self._worker.wait()
@@ -55,6 +60,12 @@ class RankService:
 
     def check_integrity(self) -> None:
         self._worker.check_integrity()
+
+    def busy_s(self) -> float:
+        return self._busy_s
+
+    def fingerprint(self) -> str:
+        return self._worker.fingerprint()
 
     def close(self) -> None:
         """The process ends next, and the process group with it: to destroy NCCL's waits for graphs that hold it."""
@@ -69,7 +80,7 @@ def serve(channel: Channel, setup: RankSetup, agree: Agree) -> None:
         while method != "close":
             number, method, arguments = pickle.loads(channel.receive())
             value = getattr(service, method)(*arguments)
-            if is_answered(method, setup.rank):
+            if is_answered(method, setup.rank, setup.grid):
                 channel.send(pickle.dumps(Reply(number, value)))
     except (EOFError, ConnectionError):
         raise
@@ -97,7 +108,7 @@ def _connect(setup: RankSetup) -> tuple[EngineConfig, Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = replace(config, model=replace(config.model, device=str(device)))
-    if setup.size == 1:
+    if setup.grid.size == 1:
         return config, OneRank()
     store = TCPStore(*setup.store, is_master=False)
-    return config, ProcessRanks(setup.rank, setup.size, store, device)
+    return config, ProcessRanks(setup.rank, setup.grid, store, device)

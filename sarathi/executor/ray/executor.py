@@ -20,13 +20,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs lack it
 
 from sarathi.config.schema import EngineConfig
-from sarathi.executor.multiproc import check_parallelism
 from sarathi.executor.ranks import service
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
 from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
 from sarathi.executor.ray.channel import Hub, HubAddresses, Link, Votes
 from sarathi.executor.ray.placement import device_of_ranks, reserve
+from sarathi.model_executor.parallel.ranks import RankGrid
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 
 _GET_INTERFACE_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
@@ -52,7 +52,7 @@ class RankActor:
         link = Link(setup.rank, hub)
         threading.Thread(target=link.beat_forever, daemon=True).start()
         store = TCPStore(*setup.store, is_master=False)
-        service.serve(link, setup, Votes(setup.rank, setup.size, host, store).agree)
+        service.serve(link, setup, Votes(setup.rank, setup.grid.size, host, store).agree)
 
 
 class _ActorTransport(Transport):
@@ -131,16 +131,17 @@ class RayExecutor(RanksExecutor):
     """
 
     def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
-        check_parallelism(config)
+        parallel = config.parallel
+        grid = RankGrid(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         if not ray.is_initialized():
             ray.init(logging_level=logging.WARNING)
-        size, device = config.parallel.tensor_parallel_size, device_of_ranks(config)
-        transport = _ActorTransport(size, device, config.parallel.ray_placement)
+        device = device_of_ranks(config)
+        transport = _ActorTransport(grid.size, device, parallel.ray_placement)
         self._store = TCPStore(transport.host, 0, is_master=True, wait_for_workers=False)
         store = (transport.host, self._store.port)
         name = "cuda:0" if device == "cuda" else device  # the one GPU that Ray shows the actor
-        transport.start(lambda rank: RankSetup(config, rank, size, name, 1, store, make_vocabulary))
-        super().__init__(transport)
+        transport.start(lambda rank: RankSetup(config, rank, grid, name, 1, store, make_vocabulary))
+        super().__init__(transport, parallel)
 
 
 def _create_actor(group: Any, bundle: int, device: str) -> Any:

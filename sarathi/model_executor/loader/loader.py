@@ -15,6 +15,7 @@ from sarathi.model_executor.loader.reading import CheckpointError, read_json
 from sarathi.model_executor.loader.source import CONFIG_FOLDER, ModelSource, missing_weights, resolve_model
 from sarathi.model_executor.models import read_architecture
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.parallel.pipeline import Stage
 from sarathi.model_executor.parallel.sharding import Shard, shard_of
 
 _WHOLE: Mapping[str, Shard] = {}  # a model that is not split
@@ -48,15 +49,18 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     return Checkpoint(checkpoint.architecture, None) if dummy else checkpoint
 
 
-def load_weights(model: Decoder, checkpoint: Checkpoint, seed: int, shards: Mapping[str, Shard] = _WHOLE) -> None:
+def load_weights(
+    model: Decoder, checkpoint: Checkpoint, seed: int, shards: Mapping[str, Shard] = _WHOLE, stage: Stage | None = None
+) -> None:
     """Fills `model` in place and packs it for its device; `seed` is for weights that are drawn.
 
     shards: the parts of tensors that the model holds, by the end of their names; of the others it holds all.
+    stage: which layers of the checkpoint it holds; None: all.
     """
     if checkpoint.tensors is None:
         _fill_randomly(model, seed)
     else:
-        _fill(model, checkpoint.tensors, shards)
+        _fill(model, checkpoint.tensors, shards, stage or Stage(checkpoint.architecture))
     model.pack()
 
 
@@ -98,13 +102,15 @@ def _check_format(config: ModelConfig, source: ModelSource) -> None:
         )
 
 
-def _fill(model: Decoder, tensors: Iterable[NamedTensor], shards: Mapping[str, Shard]) -> None:
-    wanted = dict(model.parameters())
+def _fill(model: Decoder, tensors: Iterable[NamedTensor], shards: Mapping[str, Shard], stage: Stage) -> None:
+    wanted = {name: tensor for own, tensor in model.parameters() if (name := stage.stored_name(own)) is not None}
     missing = set(wanted)
     last = None
-    for last in _used(tensors, model.tie_embeddings):
+    for last in _used(tensors, stage.arch.tie_embeddings):
         target = wanted.get(last.name)
         if target is None:
+            if stage.is_elsewhere(last.name):
+                continue
             raise CheckpointError(f"{last.file}: tensor {last.name!r} has no place in this architecture")
         _copy(last, target, shard_of(last.name, shards))
         missing.discard(last.name)

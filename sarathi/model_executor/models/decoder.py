@@ -1,6 +1,6 @@
 """The decoder of every supported family: embedding, layers, head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,11 @@ class DecoderLayer:
 
 
 class Decoder:
-    """From tokens to logits. The same on every device: the operations and the attention backend differ."""
+    """From tokens to logits. The same on every device: the operations and the attention backend differ.
+
+    pass_on: takes the residual stream, [T, hidden_size], where norm and head are another rank's; None: they follow.
+    vocab_size: 0 where they are another rank's.
+    """
 
     def __init__(
         self, arch: ModelArchitecture, place: Placement, ops: Ops, backend: AttentionBackend, max_positions: int
@@ -60,6 +64,7 @@ class Decoder:
         self.layers = [DecoderLayer(arch, place, ops, backend) for _ in range(arch.num_layers)]
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps, place, ops)
         self.head = self._make_head(arch)
+        self.pass_on: Callable[[Tensor], None] | None = None
 
     def __call__(
         self, batch: Batch, cache: Sequence[CacheLayer], metadata: Metadata,
@@ -74,6 +79,9 @@ class Decoder:
         step = self._attention_step(batch, metadata)
         for layer, kept in zip(self.layers, cache, strict=True):
             layer(stream, step, kept)
+        if self.pass_on is not None:
+            self.pass_on(stream)
+            return stream.new_empty(0, 1)
         if batch.sample_indices is not None:
             stream = stream[batch.sample_indices]
         return self.head(self.norm(stream), out)
@@ -91,7 +99,8 @@ class Decoder:
         """Call once, when the weights are filled: changes them to the device's fastest layout."""
         for layer in self.layers:
             layer.pack()
-        self.head.pack()
+        if self.vocab_size:
+            self.head.pack()
 
     def _attention_step(self, batch: Batch, metadata: Metadata) -> AttentionStep:
         """RoPE factors come from a table by position, or where they depend on lengths from one made for this step."""

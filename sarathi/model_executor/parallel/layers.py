@@ -70,6 +70,8 @@ def split_over_ranks(model: Decoder, share: TensorShare, ranks: Ranks) -> None:
     for layer in model.layers:
         layer.attention.output = RowParallelLinear(layer.attention.output, ranks)
         layer.mlp.down = RowParallelLinear(layer.mlp.down, ranks)
+    if not model.vocab_size:  # a stage between the first and the last
+        return
     model.vocab_size = share.arch.vocab_size
     model.embedding = VocabularyParallelEmbedding(model.embedding, ranks)
     model.head = VocabularyParallelHead(model.head, model.vocab_size, ranks)

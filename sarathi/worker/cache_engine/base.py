@@ -81,6 +81,9 @@ class CacheEngine(Protocol):
     def stats(self) -> MemoryStats:
         """Bytes held, and the driver calls and seconds spent on them."""
 
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        """Tokens of each request, computed and mapped: the same on every rank."""
+
     def check_integrity(self) -> None:
         """Raise RuntimeError where the accounting is inconsistent."""
 

@@ -87,6 +87,9 @@ class PagedCacheEngine:
             peak_mapped_bytes=self._peak_blocks * self._block_bytes,
         )
 
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        return {name: (self._tokens[name], len(table) * self.block_size) for name, table in self._tables.items()}
+
     def check_integrity(self) -> None:
         """No block is in two tables, none is out of range, and every token has its block."""
         blocks = [block for table in self._tables.values() for block in table]

@@ -120,6 +120,9 @@ class vATTNCacheEngine:
             steps_waited=stats.prepares_waited,
         )
 
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        return {name: (self._tokens[name], self._cache.slot_state(slot)[1]) for name, slot in self._slots.items()}
+
     def check_integrity(self) -> None:
         self._cache.check_integrity()
         taken = list(self._slots.values())

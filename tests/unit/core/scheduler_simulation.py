@@ -99,11 +99,11 @@ class FakeWorker:
 
 
 def make_pair(
-    config: SchedulerConfig, backend: str, capacity: CacheCapacity, max_len: int
+    config: SchedulerConfig, backend: str, capacity: CacheCapacity, max_len: int, num_micro_batches: int = 1
 ) -> tuple[Scheduler, FakeWorker]:
     """A scheduler, and the worker that it drives."""
     spec = BackendSpec.parse(backend)
-    scheduler = make_scheduler(config, make_block_space_manager(spec, capacity), max_len)
+    scheduler = make_scheduler(config, make_block_space_manager(spec, capacity), max_len, num_micro_batches)
     return scheduler, FakeWorker(capacity, spec.is_paged, config.max_num_seqs)
 
 

@@ -46,8 +46,9 @@ class History:
         page_bytes = rng.randint(1, 9) if "vattn" in backend else rng.choice((1, 2, 4))
         tokens_in_cache = int(self.max_len * rng.uniform(0.6, 2.5))
         capacity = CacheCapacity(1 + tokens_in_cache * token_bytes // page_bytes, token_bytes, page_bytes)
-        self.scheduler, self.worker = make_pair(self.config, backend, capacity, self.max_len)
         self.depth = rng.choice((1, 1, 2, 3))
+        self.num_micro_batches = rng.choice((1, self.depth))
+        self.scheduler, self.worker = make_pair(self.config, backend, capacity, self.max_len, self.num_micro_batches)
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.crashed: set[str] = set()
@@ -117,8 +118,22 @@ class History:
     def _step(self) -> None:
         out = self.scheduler.schedule()
         check_step(out, self.config, self.scheduler, self.worker)
+        if self.num_micro_batches > 1:
+            self._check_micro_batch(out)
         self.in_flight.append((out, self.worker.execute(out)))
         assert self.worker.held_rows() == self.scheduler.block_space_manager.num_used_rows
+
+    def _check_micro_batch(self, out: SchedulerOutput) -> None:
+        """Of a pipeline: no request follows a step in flight that samples a token of it, unless that step failed."""
+        sampling = {
+            chunk.request_id
+            for step in self.scheduler._in_flight.values()
+            if step.step_id != out.step_id and not step.is_void
+            for chunk in step.chunks
+            if chunk.samples
+        }
+        ended = {each.request_id for each in self.requests if each.is_finished}
+        assert not ({chunk.request_id for chunk in out.chunks} & sampling) - ended
 
     def _land(self) -> None:
         out, result = self.in_flight.popleft()

@@ -44,7 +44,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, backend: str, memory_bytes: int, **
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     config = make_config(max_num_seqs=20, memory_bytes=memory_bytes, device="cpu", **settings)
     cache, runner = create_cache_engine(BackendSpec.parse(backend), SPEC, CPU, memory_bytes), Noting()
-    warm_up(runner, cache, config, SPEC)
+    warm_up(runner, cache, cache.capacity, config, SPEC)
     stats = cache.stats()
     assert stats.mapped_bytes == stats.idle_bytes
     cache.check_integrity()
