@@ -19,7 +19,7 @@ from sarathi.core.scheduler.request_state import Step
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)
+SEED = 0  # set anew for each test: see tests/conftest.py
 ASPLOS = {
     "figure 7": "--request_generator_provider synthetic --synthetic_request_generator_length_provider uniform "
     "--synthetic_request_generator_interval_provider static --uniform_request_length_generator_max_tokens 64 "
