@@ -211,6 +211,20 @@ def _lines(records: pd.DataFrame, x: str, ys: tuple[str, ...]) -> Panels | None:
     return panels
 
 
+def _percentiles(records: pd.DataFrame, columns: tuple[str, ...], label: str) -> Panels | None:
+    """A panel for each model: the percentiles of each run, on a logarithmic axis."""
+    models = list(records.groupby("model", sort=False))
+    panels = _grid(len(models), 3.2)
+    for axis, (model, group) in zip(panels.axes, models, strict=False):
+        for name, values in zip(_names(group), group[[*columns]].to_numpy(), strict=True):
+            axis.plot(values, range(len(columns)), marker="o", label=name)
+        axis.set_yticks(range(len(columns)), ["P50", "P90", "P99", "max"])
+        axis.set(xlabel=label, xscale="log", title=model)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return panels
+
+
 def _is_paged(backends: pd.Series) -> pd.Series:
     return backends.map(lambda name: BackendSpec.parse(name).is_paged)
 
@@ -232,5 +246,11 @@ FIGURES: Mapping[str, Callable[[pd.DataFrame], Panels | None]] = {
     "makespan": _makespans,
     "latency": partial(_lines, x="qps", ys=("p50", "p90", "p99")),
     "prefill": partial(_lines, x="context", ys=("prefill_tokens_per_s",)),
+    "between_tokens": partial(
+        _percentiles, columns=("tbt_p50", "tbt_p90", "tbt_p99", "tbt_max"), label="time between tokens (s)"
+    ),
+    "decode_steps": partial(
+        _percentiles, columns=("p50_ms", "p90_ms", "p99_ms", "max_ms"), label="time of a decode step (ms)"
+    ),
     "decode": partial(_lines, x="batch_size", ys=("decode_tokens_per_s",)),
 }

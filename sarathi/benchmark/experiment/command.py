@@ -18,13 +18,11 @@ from sarathi.benchmark.config.program import EXPERIMENTS as EXPERIMENTS
 from sarathi.benchmark.experiment.collect import FinishedRun, collect
 from sarathi.benchmark.experiment.execute import execute
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
-from sarathi.benchmark.experiment.tables import TABLES, by_name, make_table
+from sarathi.benchmark.experiment.tables import TABLES, make_table
 from sarathi.benchmark.figures import ENVIRONMENT_FILE, draw
 from sarathi.benchmark.processes import ended_by_signals
 from sarathi.config.load import read_yaml
-from sarathi.metrics.environment import caption
 from sarathi.metrics.files import open_replacing
-from sarathi.metrics.plots import is_available
 
 MODEL_AXIS, BACKEND_AXIS = "model.name", "model.attention_backend"
 EXIT_INTERRUPTED = 130
@@ -162,17 +160,12 @@ def _process(table: str, folder: Path) -> list[Path] | None:
 
 def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
     """The table, as a file and for people, and the figure."""
-    kind, path = TABLES[table], folder / f"{table}.csv"
-    records = make_table(kind, runs)
+    path, records = folder / f"{table}.csv", make_table(TABLES[table], runs)
     with open_replacing(path) as file:
         records.to_csv(file, index=False)
     (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
     print(records.to_string(index=False, na_rep="", float_format="{:.4g}".format))
-    if kind.draw_runs is None:
-        draw(path)
-    elif is_available():
-        told = caption(environments(runs), records["model"].unique())
-        kind.draw_runs(path.with_suffix(".png"), by_name(records, runs), told)
+    draw(path)
 
 
 def environments(runs: Sequence[FinishedRun]) -> list[Mapping[str, Any]]:

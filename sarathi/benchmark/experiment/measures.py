@@ -70,24 +70,12 @@ def allocation_rate(run: FinishedRun, steps: Set[object]) -> float | None:
 
 
 def decode_steps(run: FinishedRun) -> Record:
-    """How long decode steps take, and how often one waited for pages."""
-    times = pd.Series(decode_step_times_ms(run), dtype=float)
+    """How long steps without prefill take, and how often one waited for pages."""
+    times = 1e3 * run.table("batch_metrics").query("batch_num_prefill_tokens == 0")[SECONDS]
     names = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "max_ms": 1.0}
     record: Record = {name: float(times.quantile(share)) if len(times) else None for name, share in names.items()}
     memory = run.summary["memory"]
     return record | {"num_steps": len(times), "steps_waited": memory["steps_waited"], "mapping_s": memory["driver_s"]}
-
-
-def decode_step_times_ms(run: FinishedRun) -> list[float]:
-    """Durations of steps without prefill, in order."""
-    steps = run.table("batch_metrics").query("batch_num_prefill_tokens == 0")
-    return [1e3 * seconds for seconds in steps[SECONDS]]
-
-
-def token_gaps_s(run: FinishedRun) -> list[float]:
-    """Every time between two tokens of a request."""
-    gaps: list[float] = run.table("token_metrics").iloc[:, -1].dropna().tolist()
-    return gaps
 
 
 def budget(config: BenchmarkConfig) -> int | None:

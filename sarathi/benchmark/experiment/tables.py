@@ -19,7 +19,6 @@ from sarathi.benchmark.experiment.collect import FinishedRun
 from sarathi.benchmark.experiment.measures import Record
 from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.knobs import knobs_of, sections_of
-from sarathi.metrics.plots import plot_lines, plot_tails
 
 SUMMARY = ("write_metrics",)
 STEPS = (*SUMMARY, "metrics_store.keep_individual_batch_metrics")  # every step and token
@@ -38,27 +37,14 @@ class Score(NamedTuple):
 class TableKind(NamedTuple):
     """measure: what a run adds to its record. place: the column at which runs of one backend are told apart.
 
-    score: what records are compared by; None: they are not compared. draw_runs: a figure of the runs by their names,
-    in place of one of the table (figures.py). needs: switches, on by default, that write what is read.
+    score: what records are compared by; None: they are not compared. needs: switches, on by default, that write what is
+    read. figures.py draws the table.
     """
 
     measure: Callable[[FinishedRun], Record]
     place: str | None = None
     score: Score | None = None
-    draw_runs: Callable[[Path, Mapping[str, FinishedRun], str], None] | None = None
     needs: tuple[str, ...] = SUMMARY
-
-
-def _draw_decode_steps(path: Path, runs: Mapping[str, FinishedRun], caption: str) -> None:
-    times = {name: measures.decode_step_times_ms(run) for name, run in runs.items()}
-    lines = {name: (range(len(steps)), steps) for name, steps in times.items()}
-    plot_lines(path, lines, "decode step", "time of the step (ms)", caption=caption)
-
-
-def _draw_token_gaps(path: Path, runs: Mapping[str, FinishedRun], caption: str) -> None:
-    plot_tails(
-        path, {name: measures.token_gaps_s(run) for name, run in runs.items()}, "time between tokens (s)", caption
-    )
 
 
 TABLES = {
@@ -70,9 +56,9 @@ TABLES = {
     "decode": TableKind(
         measures.decode, "batch_size", Score("decode_tokens_per_s", more_is_better=True), needs=STEPS
     ),
-    "decode_steps": TableKind(measures.decode_steps, draw_runs=_draw_decode_steps, needs=STEPS),
+    "decode_steps": TableKind(measures.decode_steps, needs=STEPS),
     "between_tokens": TableKind(
-        measures.between_tokens, draw_runs=_draw_token_gaps, needs=STEPS,
+        measures.between_tokens, needs=STEPS,
         score=Score("tbt_p99", along="scheduler", is_reference=lambda scheduler: scheduler == "vllm"),
     ),
 }  # fmt: skip
@@ -181,9 +167,3 @@ def _knobs(run: FinishedRun) -> dict[str, str]:
 def _folder(run: FinishedRun) -> dict[str, str]:
     """The last two parts: a run's own and its parent's."""
     return {"folder": "/".join(run.folder.parts[-2:])}
-
-
-def by_name(records: pd.DataFrame, runs: Sequence[FinishedRun]) -> dict[str, FinishedRun]:
-    """Runs by model, backend and variant."""
-    names = (records["model"] + " " + records["backend"] + " " + records["variant"]).str.strip()
-    return dict(zip(names, runs, strict=True))

@@ -13,7 +13,6 @@ from sarathi.metrics.plots import Panels
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 TABLES = [path.with_suffix(".csv") for path in sorted(EXPERIMENTS.rglob("*.png")) if path.with_suffix(".csv").exists()]
-DRAWN_OF_RUNS = {"between_tokens"}
 
 
 def figure_of(path: Path) -> Panels:
@@ -36,8 +35,6 @@ def ratios_of(panels: Panels) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_no_label_of_a_committed_figure_is_cut_off(path: Path) -> None:
-    if path.stem in DRAWN_OF_RUNS:
-        pytest.skip("drawn of runs, which are not committed")
     panels = figure_of(path)
     figure = panels.figure
     figure.draw_without_rendering()
@@ -96,6 +93,15 @@ def test_runs_of_one_backend_are_lines_and_bars_of_their_own() -> None:
     assert bars == {"sdpa_vattn seed 1": "3", "sdpa_vattn seed 2": "4"}
     lines = FIGURES["latency"](records).axes[0].lines
     assert [line.get_label() for line in lines] == ["sdpa_vattn seed 1", "sdpa_vattn seed 2"]
+
+
+def test_percentiles_of_each_run_are_drawn() -> None:
+    (axis,) = figure_of(EXPERIMENTS / "cpu" / "sarathi_claim" / "between_tokens.csv").axes
+    table = pd.read_csv(EXPERIMENTS / "cpu" / "sarathi_claim" / "between_tokens.csv")
+    drawn = {str(line.get_label()): list(line.get_xdata()) for line in axis.lines}
+    assert drawn["sdpa_vattn_megacache vllm"] == table.set_index("scheduler").loc["vllm"][
+        ["tbt_p50", "tbt_p90", "tbt_p99", "tbt_max"]
+    ].tolist() and len(drawn) == len(table)
 
 
 def test_a_figure_names_models_hardware_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
