@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.original_files import REPLICA_FOLDER
 from sarathi.benchmark.outcome import COMPLETED
 from sarathi.benchmark.results import CONFIG_FILE, read_config
 from sarathi.metrics.report import SUMMARY_FILE
@@ -40,7 +41,8 @@ class FinishedRun:
 
 def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
     """Complete runs below `folder`, by folder, and the folders of runs that did not end well or measured nothing."""
-    places = sorted({path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)})
+    found_in = {path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)}
+    places = sorted(place for place in found_in if place.name != REPLICA_FOLDER)
     found = {place: _read(place) for place in places}
     return [run for run in found.values() if run is not None], [place for place in places if found[place] is None]
 

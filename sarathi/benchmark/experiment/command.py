@@ -164,7 +164,8 @@ def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
     with open_replacing(path) as file:
         records.to_csv(file, index=False)
     (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
-    print(records.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    known = records.dropna(axis="columns", how="all")
+    print(known.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     draw(path)
 
 

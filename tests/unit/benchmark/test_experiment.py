@@ -229,6 +229,8 @@ def test_tables_read_what_a_run_was_from_its_configuration_not_from_its_folder(t
 
 def test_incomplete_runs_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], grid: Path) -> None:
     write_result(tmp_path / "out" / "good", {"seed": 1}, request_e2e_time={"max": 2.0})
+    (tmp_path / "out" / "good" / "replica_0").mkdir()
+    (tmp_path / "out" / "good" / "replica_0" / "config.yml").write_text("model: of the original's names")
     write_result(tmp_path / "out" / "cut", {"seed": 1}, ended="time limit", request_e2e_time={"max": 1.0})
     (tmp_path / "out" / "crashed").mkdir()
     (tmp_path / "out" / "crashed" / "config.yml").write_text("seed: 1")
