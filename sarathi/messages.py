@@ -48,6 +48,39 @@ class Chunk(NamedTuple):
     block_ids: tuple[int, ...] = ()
 
 
+EVERY_KEY = -1
+
+
+class SharedPrefix(NamedTuple):
+    """A new request that begins with the tokens of another sequence.
+
+    source: a running request, or the key of a retained sequence.
+    num_mapped: leading tokens whose memory both have from now on. num_tokens: those up to here are copied.
+    source_block: block of the source that holds the copied tokens (paged); -1.
+    """
+
+    request_id: str
+    source: str | int
+    num_mapped: int
+    num_tokens: int
+    source_block: int = -1
+
+
+class PrefixChanges(NamedTuple):
+    """What a step changes in memory that outlives requests, in this order. On blocks only `shared` needs work.
+
+    retained: (request id, key): keep the memory of this request as it is, under the key.
+    evicted: (key, rows): keep the first rows of it, or release it where that is 0; EVERY_KEY: all keys.
+    continued: (request id, key): a new request takes over what is kept under the key.
+    shared: new requests that begin as other sequences do. Copies are made in the order of the steps.
+    """
+
+    retained: tuple[tuple[str, int], ...] = ()
+    evicted: tuple[tuple[int, int], ...] = ()
+    continued: tuple[tuple[str, int], ...] = ()
+    shared: tuple[SharedPrefix, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step's work. The order of chunks is the order of the batch.
@@ -64,6 +97,7 @@ class SchedulerOutput:
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     num_recoveries: int = 0
+    prefixes: PrefixChanges = PrefixChanges()  # noqa: RUF009 (immutable)
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +184,7 @@ class RequestUpdate(NamedTuple):
     finish_reason: "stop", "length" or "error" where the request ended in this step; None while it goes on.
     stop_reason: the stop token that ended it; None for the model's end token; what went wrong, for "error".
     prompt_logprobs: of the part of its prompt that the step computed, where the request asked for them.
+    num_cached_tokens: of its prompt, which were found in the cache when it started.
     """
 
     request_id: str
@@ -157,6 +192,7 @@ class RequestUpdate(NamedTuple):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    num_cached_tokens: int = 0
 
 
 class StepReport(NamedTuple):
@@ -228,12 +264,17 @@ class CacheCapacity:
     Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
     Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.
     over_read_tokens: kernels may read so many tokens past a request's last one, so that it needs memory there too.
+    num_retained: sequences of ended requests that may be kept; 0: no prefix caching.
+    share_rows: sequences share multiples of so many rows, and retained ones are shortened to such; they hold whole
+        tokens.
     """
 
     rows: int
     token_bytes: int
     page_bytes: int
     over_read_tokens: int = 0
+    num_retained: int = 0
+    share_rows: int = 1
 
     def rows_for(self, num_tokens: int) -> int:
         """Rows that num_tokens of one request take."""
@@ -242,7 +283,24 @@ class CacheCapacity:
 
     def tokens_in(self, rows: int) -> int:
         """Tokens of one request that fit in rows: the largest n with rows_for(n) <= rows."""
-        return max(0, rows * self.page_bytes // self.token_bytes - self.over_read_tokens)
+        return max(0, self.tokens_within(rows) - self.over_read_tokens)
+
+    def tokens_within(self, rows: int) -> int:
+        """Tokens whose memory lies within the first rows of a request."""
+        return rows * self.page_bytes // self.token_bytes
+
+    def rows_holding(self, num_tokens: int) -> int:
+        """Rows that hold the first num_tokens tokens of a request, in whole shares."""
+        return self.whole_shares(-(-num_tokens * self.token_bytes // self.page_bytes))
+
+    def whole_shares(self, rows: int) -> int:
+        """The least multiple of share_rows that is at least `rows`."""
+        return -(-rows // self.share_rows) * self.share_rows
+
+    def shareable(self, num_tokens: int) -> tuple[int, int]:
+        """The most rows that hold nothing but the first num_tokens tokens, and how many of these."""
+        rows = num_tokens * self.token_bytes // (self.share_rows * self.page_bytes) * self.share_rows
+        return rows, self.tokens_within(rows)
 
 
 @dataclass(frozen=True, slots=True)

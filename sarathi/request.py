@@ -10,6 +10,7 @@ Prefill and decode are not phases: num_computed_tokens catches up with num_token
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -51,6 +52,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_preemptions: int = 0
+    _token_array: array[int] = field(default_factory=lambda: array("i"), repr=False)
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
@@ -83,6 +85,13 @@ class Request:
     def all_token_ids(self) -> tuple[int, ...]:
         """Prompt and output so far, without pending tokens."""
         return (*self.prompt_token_ids, *self.output_token_ids)
+
+    def token_array(self) -> array[int]:
+        """The same as 4-byte integers, which compare fast. It grows with the request; the caller must not change it."""
+        tokens, num_prompt = self._token_array, len(self.prompt_token_ids)
+        tokens.extend(self.prompt_token_ids[len(tokens) :])
+        tokens.extend(self.output_token_ids[len(tokens) - num_prompt :])
+        return tokens
 
     def end(self, reason: str, stop_reason: int | str | None = None) -> None:
         """Finished, whatever of it is still in flight."""

@@ -54,6 +54,7 @@ class SamplingParams:
     detokenize: False for token ids without text.
     skip_special_tokens: leave special tokens out of the text.
     spaces_between_special_tokens: keep the spaces that some tokenizers put between special tokens.
+    cache_salt: cached tokens are shared among requests of one salt only, as those of one user.
     """
 
     n: int = 1
@@ -81,6 +82,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         self._normalize()
@@ -136,6 +138,8 @@ class SamplingParams:
                 _check_int(name, getattr(self, name), 0)
         if self.seed is not None:
             _check_int("seed", self.seed, _INT64[0])
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
+            raise ValueError(f"cache_salt is {short_repr(self.cache_salt)}: it must be a string that is not empty")
 
     def _check_distribution(self) -> None:
         _check_float("temperature", self.temperature, 0.0, _FLOAT32_MAX)

@@ -44,6 +44,8 @@ class VirtualKVCache:
         deferred_reclamation: a freed slot keeps its pages until they are needed (Section 6 of the vAttention paper).
         reclaim_threshold: share of the budget that the worker keeps free, after each prefetch taking back a few rows
             from idle slots.
+        max_extent_rows: rows of an extent at most: 1, 4, 16 or 64. Less than 64: no extent straddles a multiple of it
+            within its slot, so that shares and trims end there exactly on CUDA too.
 
     Raises ValueError or TypeError for arguments out of range, DeviceError if the device refuses.
     """
@@ -63,10 +65,12 @@ class VirtualKVCache:
         megacache: bool = False,
         deferred_reclamation: bool = True,
         reclaim_threshold: float = 0.1,
+        max_extent_rows: int = 64,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_size": head_size}
         require_positive(**sizes, num_slots=num_slots, max_tokens=max_tokens)
         require_bytes("budget_bytes", budget_bytes)
+        require_positive(max_extent_rows=max_extent_rows)
         item_bytes = element_bytes(dtype)
         memory = open_device(device)
         self.num_layers, self.num_kv_heads, self.head_size = num_layers, num_kv_heads, head_size
@@ -87,7 +91,11 @@ class VirtualKVCache:
                 max_tokens=max_tokens,
                 page_bytes=self.page_bytes,
                 budget_bytes=budget_bytes,
-                policy=_native.Policy(deferred_reclamation=deferred_reclamation, reclaim_threshold=reclaim_threshold),
+                policy=_native.Policy(
+                    deferred_reclamation=deferred_reclamation,
+                    reclaim_threshold=reclaim_threshold,
+                    max_extent_rows=max_extent_rows,
+                ),
             )
         except DeviceError as error:  # of the device it only asks addresses; pages come later
             raise DeviceError(
@@ -226,8 +234,8 @@ class VirtualKVCache:
         """Shortens a slot's prepared length, for tokens that were rejected; returns the length from here on.
 
         The pages behind it become idle: no kernel in flight may touch them. On CUDA the length may stay up to 63 rows
-        longer, to the end of an extent. A longer length than the present one changes nothing. Raises ValueError below
-        tokens that another slot shares.
+        longer, to the end of an extent. A longer length than the present one changes nothing. Raises ValueError for a
+        length within a page that another slot shares, where tokens behind it would be written.
         """
         return self._native.trim(slot, tokens)
 

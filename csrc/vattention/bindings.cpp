@@ -186,8 +186,10 @@ void define_devices(py::module_& m) {
 
 void define_cache(py::module_& m) {
   py::class_<Policy>(m, "Policy")
-      .def(py::init([](bool deferred, double threshold) { return Policy{deferred, threshold}; }), py::kw_only(),
-           py::arg("deferred_reclamation"), py::arg("reclaim_threshold"));
+      .def(py::init([](bool deferred, double threshold, std::uint64_t extent_rows) {
+             return Policy{deferred, threshold, extent_rows};
+           }),
+           py::kw_only(), py::arg("deferred_reclamation"), py::arg("reclaim_threshold"), py::arg("max_extent_rows"));
   const auto prepare = [](KVCache& cache, const py::object& slots, const py::object& tokens) {
     const Targets targets = to_targets(slots, tokens);
     const py::gil_scoped_release no_gil;

@@ -113,14 +113,14 @@ bool KVCache::map_up_to(std::uint64_t slot, std::uint64_t rows) {
 // the caller hears what there really is.
 void KVCache::map_more(std::uint64_t slot, std::uint64_t rows, bool idle_only) {
   try {
-    slots_.append(slot, pool_.take(rows));
+    slots_.append(slot, pool_.take(slots_[slot].rows, rows));
     return;
   } catch (const DeviceOutOfMemory&) {
     make_room(pool_.budget_rows(), idle_only);
     pool_.clear();
   }
   try {
-    slots_.append(slot, pool_.take(rows));
+    slots_.append(slot, pool_.take(slots_[slot].rows, rows));
   } catch (const DeviceOutOfMemory& error) {
     throw OutOfMemory(slots_.mapped_rows() + rows, slots_.mapped_rows(), error.what());
   }
@@ -150,9 +150,16 @@ void KVCache::share_rows(std::uint64_t source, std::uint64_t target, std::uint64
   if (needed > pool_.budget_rows()) throw OutOfMemory(needed, pool_.budget_rows(), "the budget");
   Goals goals(*this);
   goals.add(target, rows);
-  if (count > 0)
-    slots_.append(target, Extents(from.extents.begin(), from.extents.begin() + static_cast<std::ptrdiff_t>(count)));
+  if (count > 0) map_shared(target, Extents(from.extents.begin(), from.extents.begin() + static_cast<long>(count)));
   if (map_up_to(target, rows)) copy_rows(source, target, shared_rows, rows);
+}
+
+void KVCache::map_shared(std::uint64_t slot, Extents extents) {
+  try {
+    slots_.append(slot, std::move(extents));
+  } catch (const DeviceOutOfMemory& error) {
+    throw OutOfMemory(slots_.used_rows() + 1, slots_.used_rows(), error.what());
+  }
 }
 
 // Makes one of the slot's used extents end with so many rows, if the device can; the rows of those that end within.
@@ -279,7 +286,7 @@ void KVCache::map_one_ahead() {
   clear_way(slot, ahead_rows_);
   const std::uint64_t missing = ahead_rows_ - std::min(ahead_rows_, slots_[slot].rows);
   if (missing == 0 || pool_.free_rows() < missing + threshold_rows()) return;  // never at the expense of others
-  slots_.append(slot, pool_.take(missing));
+  slots_.append(slot, pool_.take(slots_[slot].rows, missing));
 }
 
 std::uint64_t KVCache::threshold_rows() const noexcept {

@@ -19,9 +19,15 @@ const Geometry& checked(const Geometry& geometry, const Device& device) {
 }
 
 const Policy& checked(const Policy& policy) {
-  if (policy.reclaim_threshold >= 0 && policy.reclaim_threshold <= 1) return policy;
-  throw std::invalid_argument("reclaim_threshold must be a share from 0 to 1, got " +
-                              std::to_string(policy.reclaim_threshold));
+  if (!(policy.reclaim_threshold >= 0 && policy.reclaim_threshold <= 1)) {
+    throw std::invalid_argument("reclaim_threshold must be a share from 0 to 1, got " +
+                                std::to_string(policy.reclaim_threshold));
+  }
+  if (std::find(kClassRows.begin(), kClassRows.end(), policy.max_extent_rows) == kClassRows.end()) {
+    throw std::invalid_argument("max_extent_rows must be 1, 4, 16 or 64, got " +
+                                std::to_string(policy.max_extent_rows));
+  }
+  return policy;
 }
 
 }  // namespace
@@ -31,7 +37,7 @@ KVCache::KVCache(std::shared_ptr<Device> device, const Geometry& geometry, std::
       geometry_(checked(geometry, *device_)),
       policy_(checked(policy)),
       reservation_(std::make_shared<Reservation>(device_, geometry)),
-      pool_(*device_, geometry_, budget_rows_for(budget_bytes)),
+      pool_(*device_, geometry_, budget_rows_for(budget_bytes), policy_.max_extent_rows),
       slots_(*device_, geometry_, pool_, reservation_->base()),
       goals_(geometry.num_slots()),
       worker_([this] { work(); }) {}
@@ -142,13 +148,16 @@ std::uint64_t KVCache::trim(std::int64_t slot, std::int64_t tokens) {
   const std::uint64_t index = active_slot(slot), length = tokens_in_range("tokens", tokens);
   const Slot& state = slots_[index];
   if (length >= state.tokens) return state.tokens;
-  if (length < shared_tokens(state)) {
+  const bool leaves_shared = length < shared_tokens(state);
+  if (leaves_shared && geometry_.whole_page_tokens(length) < length) {
     throw std::invalid_argument("tokens is " + std::to_string(tokens) + ", but slot " + std::to_string(slot) +
                                 " shares its first " + std::to_string(shared_tokens(state)) +
-                                " tokens with another slot, which would see them overwritten");
+                                " tokens with another slot, which would see them overwritten: trim to the end of a " +
+                                "page, as " + std::to_string(geometry_.whole_page_tokens(length)));
   }
   const std::uint64_t rows = geometry_.rows_for(length), whole = cut_at(index, rows);
   slots_.shrink(index, extents_within(state, rows) + (whole < rows ? 1 : 0), length);
+  if (leaves_shared) slots_.trim(index, state.used_extents);
   return state.tokens;
 }
 

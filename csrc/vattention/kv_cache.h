@@ -21,6 +21,7 @@ namespace vattention {
 struct Policy {
   bool deferred_reclamation = true;  // a freed slot keeps its pages until they are needed or free memory runs low
   double reclaim_threshold = 0.1;    // share of the budget that the worker, after each prefetch, tries to keep free
+  std::uint64_t max_extent_rows = kClassRows.back();  // see PagePool
 };
 
 struct Target {
@@ -73,10 +74,11 @@ class KVCache {
   void prefetch(const Targets& targets, std::int64_t lead_tokens = 0);
   void wait();
   // Gives `target` the first tokens of `source`, as many of `tokens` as end together with a page, and returns how many.
-  // Pages are shared; where a page handle straddles the end of the share it is cut, or its rows are copied.
+  // Pages are shared; where a page handle straddles the end of the share it is cut, or its rows are copied: never at a
+  // multiple of Policy::max_extent_rows, where that is less than the largest extent.
   std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
-  // Shortens the prepared length and returns it; the rows behind become idle. Where an extent that straddles the new
-  // length cannot be cut, the length ends with the extent.
+  // Shortens the prepared length and returns it; the rows behind become idle, those that others share are unmapped.
+  // Where an extent that straddles the new length cannot be cut, the length ends with the extent.
   std::uint64_t trim(std::int64_t slot, std::int64_t tokens);
   void map_ahead(std::int64_t tokens);
   void set_deferred_reclamation(bool deferred);
@@ -110,6 +112,7 @@ class KVCache {
   bool lacks(const Target& target) const;
 
   void share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows);
+  void map_shared(std::uint64_t slot, Extents extents);
   std::uint64_t cut_at(std::uint64_t slot, std::uint64_t rows);
   std::uint64_t shared_tokens(const Slot& slot) const noexcept;
   std::size_t extents_within(const Slot& slot, std::uint64_t rows) const noexcept;

@@ -30,16 +30,25 @@ bool has_more_rows(const ExtentPtr& a, const ExtentPtr& b) noexcept {
 
 }  // namespace
 
-ClassCounts split(std::uint64_t rows) noexcept {
+ClassCounts split(std::uint64_t rows, std::uint64_t max_rows) noexcept {
   ClassCounts counts{};
-  for (std::size_t c = kNumClasses; c-- > 0; rows %= kClassRows[c]) counts[c] = rows / kClassRows[c];
+  for (std::size_t c = kNumClasses; c-- > 0;) {
+    if (kClassRows[c] > max_rows) continue;
+    counts[c] = rows / kClassRows[c];
+    rows %= kClassRows[c];
+  }
   return counts;
 }
 
-Extents PagePool::take(std::uint64_t rows) {
-  ClassCounts missing = split(rows);
-  Extents taken;
+Extents PagePool::take(std::uint64_t begin, std::uint64_t rows) {
+  const std::vector<ClassCounts> parts = cut_at_multiples(begin, rows);
+  ClassCounts missing{};
+  for (const ClassCounts& part : parts) {
+    for (std::size_t c = 0; c < kNumClasses; ++c) missing[c] += part[c];
+  }
+  Extents taken, ordered;
   taken.reserve(total_extents(missing));
+  ordered.reserve(total_extents(missing));
   try {
     for (std::size_t c = kNumClasses; c-- > 0;) {
       for (; missing[c] > 0 && !ready_[c].empty(); --missing[c]) taken.push_back(pop(c));
@@ -51,7 +60,26 @@ Extents PagePool::take(std::uint64_t rows) {
     throw;
   }
   std::sort(taken.begin(), taken.end(), has_more_rows);
-  return taken;
+  for (const ClassCounts& part : parts) {
+    for (std::size_t c = kNumClasses; c-- > 0;) {
+      const auto is_of_class = [c](const ExtentPtr& extent) { return extent && extent->rows == kClassRows[c]; };
+      auto next = taken.begin();
+      for (std::uint64_t i = 0; i < part[c]; ++i) {
+        next = std::find_if(next, taken.end(), is_of_class);
+        ordered.push_back(std::move(*next));
+      }
+    }
+  }
+  return ordered;
+}
+
+// The extents for rows [begin, begin + rows): up to the first multiple of the largest extent, from there to the last
+// one, and behind it; each part the largest first.
+std::vector<ClassCounts> PagePool::cut_at_multiples(std::uint64_t begin, std::uint64_t rows) const {
+  if (max_extent_rows_ == kClassRows.back()) return {split(rows)};
+  const std::uint64_t head = std::min(rows, (max_extent_rows_ - begin % max_extent_rows_) % max_extent_rows_);
+  const std::uint64_t tail = (rows - head) % max_extent_rows_;
+  return {split(head, max_extent_rows_), split(rows - head - tail, max_extent_rows_), split(tail, max_extent_rows_)};
 }
 
 void PagePool::put(ExtentPtr extent) noexcept {
@@ -68,7 +96,7 @@ void PagePool::fill(std::uint64_t rows, std::uint64_t single_rows) {
   if (created_rows_ >= budget_rows_ || pooled_rows_ >= rows) return;
   const std::uint64_t missing = std::min(rows - pooled_rows_, budget_rows_ - created_rows_);
   const std::uint64_t singles = std::min(missing, single_rows - std::min<std::uint64_t>(single_rows, num_pooled(0)));
-  ClassCounts counts = split(missing - singles);
+  ClassCounts counts = split(missing - singles, max_extent_rows_);
   counts[0] += singles;
   put_all(create(counts));
 }

@@ -26,8 +26,8 @@ inline constexpr std::array<std::uint64_t, 4> kClassRows{1, 4, 16, 64};
 inline constexpr std::size_t kNumClasses = kClassRows.size();
 using ClassCounts = std::array<std::uint64_t, kNumClasses>;  // extents of each size class
 
-// The fewest extents whose rows add up to exactly `rows`.
-ClassCounts split(std::uint64_t rows) noexcept;
+// The fewest extents of at most `max_rows` rows each that add up to exactly `rows`.
+ClassCounts split(std::uint64_t rows, std::uint64_t max_rows = kClassRows.back()) noexcept;
 
 // Makes room for `more` elements, so that adding them cannot fail. Grows by half at least: repeated calls stay cheap.
 template <typename Element>
@@ -40,8 +40,9 @@ void reserve_more(std::vector<Element>& elements, std::size_t more) {
 // nothing, except that extents which the device refuses to destroy stay charged to the budget.
 class PagePool {
  public:
-  PagePool(Device& device, const Geometry& geometry, std::uint64_t budget_rows)
-      : device_(device), geometry_(geometry), budget_rows_(budget_rows) {}
+  // max_extent_rows: a size class. Where it is not the largest, no extent straddles a multiple of it in its slot.
+  PagePool(Device& device, const Geometry& geometry, std::uint64_t budget_rows, std::uint64_t max_extent_rows)
+      : device_(device), geometry_(geometry), budget_rows_(budget_rows), max_extent_rows_(max_extent_rows) {}
 
   std::uint64_t budget_rows() const noexcept { return budget_rows_; }
   std::uint64_t created_rows() const noexcept { return created_rows_; }
@@ -50,8 +51,8 @@ class PagePool {
   std::uint64_t free_rows() const noexcept { return budget_rows_ - created_rows_ + pooled_rows_; }
   std::uint64_t num_pooled(std::size_t size_class) const noexcept { return ready_[size_class].size(); }
 
-  // Extents of exactly `rows` rows in total, the largest first; rows <= free_rows(). All or nothing.
-  Extents take(std::uint64_t rows);
+  // Extents of exactly `rows` rows in total, for a slot's rows from `begin` on; rows <= free_rows(). All or nothing.
+  Extents take(std::uint64_t begin, std::uint64_t rows);
   void put(ExtentPtr extent) noexcept;
   void put_all(Extents extents) noexcept;
   // Creates ready extents until `rows` are pooled or the budget is reached: `single_rows` of them as extents of one
@@ -71,6 +72,7 @@ class PagePool {
   void list(Extents& ready, Extents& condemned) const;
 
  private:
+  std::vector<ClassCounts> cut_at_multiples(std::uint64_t begin, std::uint64_t rows) const;
   Extents create(const ClassCounts& counts);
   Extents plan(const ClassCounts& counts);
   void make_handles(const Extents& extents);
@@ -83,7 +85,7 @@ class PagePool {
 
   Device& device_;
   const Geometry& geometry_;
-  std::uint64_t budget_rows_, created_rows_ = 0, pooled_rows_ = 0;
+  std::uint64_t budget_rows_, max_extent_rows_, created_rows_ = 0, pooled_rows_ = 0;
   ClassCounts existing_{};  // extents that exist, wherever they are: each list has room for all of its class
   std::array<Extents, kNumClasses> ready_;
   Extents condemned_;

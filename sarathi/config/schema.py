@@ -65,6 +65,12 @@ class CacheConfig(Section):
         0.9, "share of the GPU's memory for weights, activations and cache together, where memory_bytes is none",
         low=0.01, high=1.0,
     )  # fmt: skip
+    prefix_caching: bool = knob(
+        False, "keep the tokens of ended requests while their memory is not needed, for prompts that begin alike"
+    )
+    prefix_eviction: str = knob(
+        "lru", "which of them go first: least recently used, or least frequently", choices=("lru", "lfu")
+    )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:
 
 def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:
     """The scheduler that the configuration asks for, over the block space manager of its backend."""
-    block_space_manager = make_block_space_manager(config.model.attention_backend, executor.capacity)
+    backend, eviction = config.model.attention_backend, config.cache.prefix_eviction
+    block_space_manager = make_block_space_manager(backend, executor.capacity, eviction)
     return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages)
 
 

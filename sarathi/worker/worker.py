@@ -27,7 +27,7 @@ from sarathi.model_executor.parallel.ranks import Ranks
 from sarathi.model_executor.parallel.sharding import TensorShare
 from sarathi.model_executor.sampling.grammar import GrammarCompiler, MakeVocabulary, no_vocabulary
 from sarathi.worker.cache_engine.base import CacheEngine, KVCacheSpec
-from sarathi.worker.cache_engine.factory import create_cache_engine
+from sarathi.worker.cache_engine.factory import create_cache_engine, num_retained
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
 from sarathi.worker.memory import check_budget, check_weights, final_budget_bytes, initial_budget_bytes
 from sarathi.worker.sequences import SequenceTable
@@ -73,6 +73,8 @@ class Worker:
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
             config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
         )  # fmt: skip
+        if config.cache.prefix_caching and _can_share(model, ranks):
+            spec = replace(spec, num_retained=ranks.least(num_retained(backend, spec, place.device)))
         self.token_bytes = spec.token_bytes
         budget = ranks.least(
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
@@ -100,13 +102,15 @@ class Worker:
 
         Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
         """
-        if released := (*out.preempted, *out.finished):
-            self._cache.clear(self._sequences.not_finite(released))
-            self._cache.release(released)
-            self._sequences.drop(out.finished)
+        released = (*out.preempted, *out.finished)
+        self._cache.clear(self._sequences.not_finite(released))
+        self._cache.retain(out.prefixes.retained)
+        self._cache.release(released)
+        self._cache.change_retained(out.prefixes)
+        self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            self._cache.prepare(out.chunks)
+            self._cache.prepare(out.chunks, out.prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -120,6 +124,7 @@ class Worker:
         """Compute a step for which `prepare` returned None."""
         if not out.chunks:
             return CompletedStep(StepResult(out.step_id))
+        self._cache.copy_prefixes()
         return self._runner.launch(out, self._sequences)
 
     def wait(self) -> None:
@@ -142,6 +147,12 @@ class Worker:
 
     def close(self) -> None:
         self._cache.close()
+
+
+def _can_share(model: Decoder, ranks: Ranks) -> bool:
+    """Whether a token's keys and values depend on those before it alone, and all ranks divide them into like rows."""
+    num_layers = len(model.layers)
+    return not model.needs_rope_lengths and ranks.least(num_layers) == -ranks.least(-num_layers)
 
 
 def _common_capacity(cache: CacheEngine, ranks: Ranks) -> CacheCapacity:

@@ -5,9 +5,10 @@ Only `allocate` can refuse. There is no "can allocate" query, because its answer
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from sarathi.messages import CacheCapacity
+from sarathi.messages import CacheCapacity, PrefixChanges
 from sarathi.request import Request
 
 
@@ -15,11 +16,39 @@ class Grant(NamedTuple):
     """Memory given to a request.
 
     num_tokens: tokens that fit in all rows of the request; at least what was asked for.
+    num_cached_tokens: leading tokens that are computed already, of a request that starts.
     block_ids: blocks added by this call, in order; () for contiguous memory.
     """
 
     num_tokens: int
     block_ids: tuple[int, ...] = ()
+    num_cached_tokens: int = 0
+
+
+class Hit(NamedTuple):
+    """What the cache holds of a request that has not started.
+
+    num_cached_tokens: leading tokens that need not be computed. num_awaited_tokens: those behind them that a running
+    request is about to compute; 0 where it is not worth to wait for them.
+    """
+
+    num_cached_tokens: int
+    num_awaited_tokens: int
+
+
+class PrefixCacheStats(NamedTuple):
+    """Tokens and rows since the start. queried: tokens of requests that started; hit: those found in the cache.
+
+    num_retained, num_retained_rows: sequences of ended requests now, and the rows that only they hold.
+    """
+
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_mapped_tokens: int = 0
+    num_copied_tokens: int = 0
+    num_evicted_rows: int = 0
+    num_retained: int = 0
+    num_retained_rows: int = 0
 
 
 class BlockSpaceManager(Protocol):
@@ -44,6 +73,33 @@ class BlockSpaceManager(Protocol):
 
         spare_rows: rows that must remain free afterwards.
         """
+
+    def find(self, request: Request) -> Hit:
+        """What is cached of a request that may be started next; always less than all of its tokens."""
+
+    def start(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
+        """`allocate` for a request without memory, which may begin with tokens that are cached."""
+
+    def publish(self, requests: Iterable[Request]) -> None:
+        """The computed tokens of running requests may be shared by the steps from here on."""
+
+    def unpublish(self, request: Request) -> None:
+        """Take back what was published beyond the request's computed tokens, which a failed step did not compute."""
+
+    def end_step(self, request_ids: Iterable[str]) -> None:
+        """A step in which these requests started is not in flight any more."""
+
+    def retain(self, request: Request) -> None:
+        """`free` for a request that no step in flight has; its computed tokens may be kept for others."""
+
+    def evict_all(self) -> None:
+        """Free the memory of ended requests, as far as no step in flight uses it."""
+
+    def take_changes(self) -> PrefixChanges:
+        """What the workers have yet to be told about shared and retained memory."""
+
+    @property
+    def stats(self) -> PrefixCacheStats: ...
 
     def free(self, request: Request) -> None:
         """Release all rows of `request`; does nothing if it holds none."""

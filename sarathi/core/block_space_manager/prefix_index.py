@@ -12,7 +12,7 @@ names one of them, which makes a lookup O(length of the prompt) with array compa
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -64,19 +64,6 @@ class IndexedSequence:
     @property
     def length(self) -> int:
         return self.node.depth
-
-
-EvictionPolicy = Callable[[IndexedSequence], tuple[int, ...]]  # the sequence with the smallest key is evicted first
-
-
-def lru(sequence: IndexedSequence) -> tuple[int, ...]:
-    """Least recently used first."""
-    return (sequence.last_used,)
-
-
-def lfu(sequence: IndexedSequence) -> tuple[int, ...]:
-    """Least frequently used first; the least recent of equals."""
-    return sequence.num_uses, sequence.last_used
 
 
 class PrefixIndex:
@@ -144,9 +131,10 @@ class PrefixIndex:
         sequence.node = self._end_at(owner, node, length - (node.depth - len(node.tokens)))
         self._tidy(old, owner, until=sequence.node)
 
-    def evict(self, candidates: Iterator[Owner], policy: EvictionPolicy) -> Owner | None:
-        """The candidate that `policy` gives up first; None if there is no candidate."""
-        return min(candidates, key=lambda owner: policy(self.sequences[owner]), default=None)
+    def discard(self, owner: Owner) -> None:
+        """Forget a sequence, if there is one of this owner."""
+        if owner in self.sequences:
+            self.truncate(owner, 0)
 
     def check_integrity(self) -> None:
         """Raise BlockSpaceError unless tree and sequences agree."""

@@ -18,10 +18,12 @@ from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
 from sarathi.core.scheduler.memory_recovery import MemoryRecovery
 from sarathi.core.scheduler.prefill_policy import PrefillPolicy
 from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step, WaitingQueue
-from sarathi.messages import RequestUpdate, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import NOT_FINITE, RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
 _MOST_REQUESTS = 2**48  # that ever arrive: the order of arrival is within that of priority
+_MAX_DEFERRED = 32  # requests that a step passes over
+_MAX_DEFERRALS = 256  # steps that pass over one request
 
 
 class Scheduler(ABC):
@@ -30,6 +32,8 @@ class Scheduler(ABC):
     max_model_len: longest prompt plus output, in tokens. A request that reaches it, or fills the whole cache, ends with
     finish reason "length". num_micro_batches: see RunningRequests.
     """
+
+    _may_defer = True  # a request that waits for another one to compute its beginning can start in a later step
 
     def __init__(
         self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int,
@@ -44,6 +48,7 @@ class Scheduler(ABC):
         self._prefill_policy = self._make_prefill_policy()
         self._states: dict[str, RequestState] = {}
         self._in_flight: dict[int, Step] = {}
+        self._withdrawn: list[str] = []
         self._num_added = 0
         self._num_steps = 0
 
@@ -115,6 +120,7 @@ class Scheduler(ABC):
         self._running.reset([*told, *self._states])
         self._states.clear()
         self._in_flight.clear()
+        self._withdrawn.clear()
         self._waiting = WaitingQueue()
 
     def resize(self, rows: int) -> list[RequestUpdate]:
@@ -124,18 +130,21 @@ class Scheduler(ABC):
 
     def schedule(self) -> SchedulerOutput:
         """The next step. It is empty if every request is in flight already, or if it only announces ended requests."""
-        step = Step(self._num_steps)
+        step = Step(self._num_steps, withdrawn=tuple(self._withdrawn))
         self._num_steps += 1
+        self._withdrawn.clear()
         if self._memory.fit_capacity(step):
             self._fill(step)
-            if self._states and self._memory.is_short and not (len(self._running) or step.preempted):
+            if self._states and self._memory.is_short and not (len(self._running) or step.preempted or step.withdrawn):
                 # All wait for more memory, and only the oldest is certain to start with the full capacity. If that
                 # fails again, it ends if it does not fit alone, and otherwise starts without another retry.
                 self._fit(self._memory.full_capacity.rows)
                 self._fill(step)
         for state in step.preempted:
             self._waiting.push(state)
+        self.block_space_manager.publish(step.prefilled)
         step.num_used_rows = self.block_space_manager.num_used_rows
+        step.prefixes = self.block_space_manager.take_changes()
         step.finished = tuple(self._running.finished_ids)
         self._in_flight[step.step_id] = step
         self._running.finished_ids.clear()
@@ -147,11 +156,14 @@ class Scheduler(ABC):
         if output.step_id != oldest or result.step_id != oldest:
             raise ValueError(f"step {output.step_id} with result {result.step_id}: the oldest in flight is {oldest}")
         step = self._in_flight.pop(oldest)
+        self.block_space_manager.end_step([state.request.request_id for state in step.started])
         if step.is_void:
             self._running.release_ended(step)
             return []
         if result.available_rows is not None:
-            rows = self._memory.roll_back([step, *self._in_flight.values()], result.available_rows, self._num_steps)
+            failed = [step, *self._in_flight.values()]
+            rows = self._memory.roll_back(failed, result.available_rows, self._num_steps)
+            self._withdraw(failed)
             self._running.release_ended(step)
             return self._fit(rows)
         tokens = step.tokens_by_request(result)
@@ -181,6 +193,7 @@ class Scheduler(ABC):
             length = self._prefill_policy.chunk_length(state.request, step, len(self._running.running))
             if length and state.last_step_id != step.step_id:
                 self._add_chunk(state, length, length == state.request.num_remaining_tokens, step)
+                step.prefilled.append(state.request)
 
     def _add_chunk(self, state: RequestState, length: int, samples: bool, step: Step) -> None:
         end = state.request.num_computed_tokens + length
@@ -191,25 +204,43 @@ class Scheduler(ABC):
 
     def _admit_waiting(self, step: Step) -> None:
         """Start waiting requests in order of arrival until one does not fit; none if memory has just run out."""
-        max_running = self._prefill_policy.max_running
-        while not (step.preempted or step.is_starved) and len(self._running) < self.config.max_num_seqs:
-            if max_running is not None and len(self._running.running) >= max_running:
-                return
+        deferred: list[RequestState] = []
+        while self._may_admit(step) and len(deferred) < _MAX_DEFERRED:
             state = self._waiting.first()
-            if state is None or not self._start(state, step):
-                return
+            if state is None:
+                break
+            hit = self.block_space_manager.find(state.request)
+            if self._may_defer and hit.num_awaited_tokens and state.num_deferred < _MAX_DEFERRALS:
+                state.num_deferred += 1
+                deferred.append(state)
+                self._waiting.pop()
+            elif not self._start(state, hit.num_cached_tokens, step):
+                break
+        for state in deferred:
+            self._waiting.push(state)
 
-    def _start(self, state: RequestState, step: Step) -> bool:
-        remaining = state.request.num_remaining_tokens
-        length = self._prefill_policy.chunk_length(state.request, step, len(self._running.running) + 1)
-        if length < remaining and (length == 0 or step.num_partial >= self.config.max_num_partial_prefills):
+    def _may_admit(self, step: Step) -> bool:
+        if step.preempted or step.withdrawn or step.is_starved or len(self._running) >= self.config.max_num_seqs:
             return False
-        grant = self._first_grant(state)
+        return self._prefill_policy.max_running is None or len(self._running.running) < self._prefill_policy.max_running
+
+    def _start(self, state: RequestState, num_cached: int, step: Step) -> bool:
+        request = state.request
+        request.num_computed_tokens = num_cached
+        length = self._prefill_policy.chunk_length(request, step, len(self._running.running) + 1)
+        is_partial = length < request.num_remaining_tokens
+        grant = None
+        if length and not (is_partial and step.num_partial >= self.config.max_num_partial_prefills):
+            grant = self._first_grant(state)
         if grant is None:
+            request.num_computed_tokens = 0
             return False
         self._waiting.pop()
         step.introduce(state)
-        step.add(state, length, length == remaining, grant.block_ids)
+        if grant.num_cached_tokens:
+            step.started.append(state)
+        step.add(state, length, length == request.num_remaining_tokens, grant.block_ids)
+        step.prefilled.append(request)
         return True
 
     def _first_grant(self, state: RequestState) -> Grant | None:
@@ -219,12 +250,22 @@ class Scheduler(ABC):
 
     # The end of a step, and of a request.
 
+    def _withdraw(self, steps: Iterable[Step]) -> None:
+        """After a step that found too little memory: start requests anew that began with cached tokens."""
+        for step in steps:
+            for state in self._memory.withdraw_started(step):
+                self._withdrawn.append(state.request.request_id)
+                self._waiting.push(state)
+        self.block_space_manager.evict_all()
+
     def _append_tokens(self, step: Step, tokens: Mapping[str, SampledToken]) -> list[RequestUpdate]:
         updates = []
         num_requests = len(self._states)
         for state, chunk in zip(step.states, step.chunks, strict=True):
             state.steps_in_flight -= 1
             if state.request.status is RequestStatus.FINISHED:
+                if chunk.samples and tokens[chunk.request_id].token_id == NOT_FINITE:
+                    state.request.num_computed_tokens = 0  # what is NaN may not be retained
                 self._running.release(state)
             elif chunk.samples:
                 update = state.append(tokens[chunk.request_id])

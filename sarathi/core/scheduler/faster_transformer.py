@@ -9,6 +9,8 @@ from sarathi.core.scheduler.request_state import Step
 class FasterTransformerScheduler(OrcaScheduler):
     """Even time between tokens, because nothing joins a running batch; memory is reserved as in Orca."""
 
+    _may_defer = False  # what does not start with the batch waits for the end of all of it
+
     def _fill(self, step: Step) -> None:
         if not self.num_running:
             self._admit_waiting(step)

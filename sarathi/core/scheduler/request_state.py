@@ -12,6 +12,7 @@ from sarathi.messages import (
     NOT_FINITE,
     Chunk,
     NewRequest,
+    PrefixChanges,
     RequestUpdate,
     SampledToken,
     SchedulerOutput,
@@ -38,6 +39,8 @@ class RequestState:
     steps_in_flight: steps scheduled with it and not yet updated; its memory is in use until they are.
     last_step_id: the last step that contains it or has to leave it out.
     is_known: whether the worker has been told about it.
+    num_cached_tokens: of its prompt, when it last started. num_deferred: steps for which it waited for another request
+        to compute what both begin with.
     """
 
     request: Request
@@ -48,6 +51,8 @@ class RequestState:
     steps_in_flight: int = 0
     last_step_id: int = -1
     is_known: bool = False
+    num_cached_tokens: int = 0
+    num_deferred: int = 0
 
     def __post_init__(self) -> None:
         params = self.request.sampling_params
@@ -65,7 +70,7 @@ class RequestState:
         if token_id in self.stop_token_ids and len(output) > request.sampling_params.min_tokens:
             is_eos = token_id in request.eos_token_ids and not request.sampling_params.ignore_eos
             reason, stop_reason = "stop", None if is_eos else token_id
-        return _new(RequestUpdate, (request.request_id, (token,), reason, stop_reason, None))
+        return _new(RequestUpdate, (request.request_id, (token,), reason, stop_reason, None, self.num_cached_tokens))
 
 
 @dataclass(slots=True)
@@ -75,6 +80,8 @@ class Step:
     num_prompt_tokens: tokens of chunks longer than one. num_partial: chunks that do not reach the end of their prompt.
     is_starved: memory ran out and no request could be preempted at once. is_void: rolled back; its result is ignored.
     finished: ids of ended requests that it announces to the worker. num_used_rows: rows in use by all requests.
+    prefilled: requests of which it computes tokens, decodes apart.
+    started: requests that it starts with tokens from the cache. withdrawn: ids of those that a failed step started.
     """
 
     step_id: int
@@ -89,6 +96,10 @@ class Step:
     is_void: bool = False
     finished: tuple[str, ...] = ()
     num_used_rows: int = 0
+    prefilled: list[Request] = field(default_factory=list)
+    started: list[RequestState] = field(default_factory=list)
+    withdrawn: tuple[str, ...] = ()
+    prefixes: PrefixChanges = PrefixChanges()  # noqa: RUF009 (immutable)
 
     def add(self, state: RequestState, length: int, samples: bool, block_ids: tuple[int, ...]) -> None:
         """Add the next `length` tokens of a request, which count as computed from now on."""
@@ -127,15 +138,15 @@ class Step:
         """Undo the progress of all chunks. Several steps are rolled back newest first."""
         self.is_void = True
         for state, chunk in zip(self.states, self.chunks, strict=True):
+            state.request.num_computed_tokens = chunk.start
             if not state.request.is_finished:
-                state.request.num_computed_tokens = chunk.start
                 state.request.num_pending_tokens -= chunk.samples
 
     def output(self, num_recoveries: int) -> SchedulerOutput:
         """The message to the worker."""
-        preempted = tuple([state.request.request_id for state in self.preempted])
+        preempted = (*self.withdrawn, *[state.request.request_id for state in self.preempted])
         new, chunks = tuple(self.new_requests), tuple(self.chunks)
-        return SchedulerOutput(self.step_id, new, chunks, preempted, self.finished, num_recoveries)
+        return SchedulerOutput(self.step_id, new, chunks, preempted, self.finished, num_recoveries, self.prefixes)
 
 
 class WaitingQueue:
@@ -212,7 +223,7 @@ class RunningRequests:
         if state.steps_in_flight:
             self.finishing[request.request_id] = state
             return
-        self._block_space_manager.free(request)
+        self._block_space_manager.retain(request)
         self.finished_ids.append(request.request_id)
         self.finishing.pop(request.request_id, None)
 

@@ -27,15 +27,14 @@ class SlotAddress:
 
 @dataclass(frozen=True, slots=True)
 class BlockAddress:
-    """Token t of sequence i is at [block_tables[i][t // block_size], t % block_size] of the cache."""
+    """Token t of sequence i is at [block_tables[i][t // block_size], t % block_size] of the cache.
+
+    slots: a number of each sequence, unique among running ones: blocks may be shared.
+    """
 
     block_tables: tuple[list[int], ...]
     block_size: int
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """The first block of each sequence, which is unique among running requests as a slot is."""
-        return tuple(table[0] for table in self.block_tables)
+    slots: tuple[int, ...] = ()
 
 
 Address = SlotAddress | BlockAddress

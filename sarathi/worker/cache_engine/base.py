@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import Address
 
 
@@ -17,6 +17,7 @@ class KVCacheSpec:
 
     num_layers, num_kv_heads: of this rank. dtype: of keys and values. max_num_seqs: requests that run at the same time.
     max_model_len: tokens of the longest request. over_read_tokens: see CacheCapacity.
+    num_retained: ended requests whose memory may be kept; 0: none.
     """
 
     num_layers: int
@@ -26,6 +27,7 @@ class KVCacheSpec:
     max_num_seqs: int
     max_model_len: int
     over_read_tokens: int = 0
+    num_retained: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -54,17 +56,29 @@ class CacheEngine(Protocol):
     def clear(self, request_ids: Iterable[str]) -> None:
         """Zero the memory of requests, which NaN would outlive: kernels multiply what is past a length by 0.
 
-        To be called before release.
+        What others share stays: they are cleared too, if there is a NaN in it. To be called before release.
         """
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Free the memory of requests that no step in flight uses. Requests without memory are ignored."""
 
-    def prepare(self, chunks: Sequence[Chunk]) -> None:
-        """Map memory for every chunk's granted tokens.
+    def retain(self, retained: Iterable[tuple[str, int]]) -> None:
+        """Keep the memory of ended requests as it is, each under its key, instead of releasing it."""
+
+    def change_retained(self, changes: PrefixChanges) -> None:
+        """Shorten, release and hand over what is kept: `evicted`, then `continued`.
+
+        Keys that are unknown belong to steps that an exception kept from the worker.
+        """
+
+    def prepare(self, chunks: Sequence[Chunk], shared: Sequence[SharedPrefix] = ()) -> None:
+        """Map memory for every chunk's granted tokens, of it what new requests share.
 
         Raises vattention.OutOfMemoryError, with nothing changed.
         """
+
+    def copy_prefixes(self) -> None:
+        """Copy what the requests of the last `prepare` have as copies, in stream order: after all earlier steps."""
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
         """Undo the last `prepare`, which succeeded here and not on another rank. Keeps the tokens before the chunks."""

@@ -1,12 +1,13 @@
 """Paged KV cache: blocks of one tensor per layer, found through block tables (Kwon et al., SOSP 2023)."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats
+from sarathi.messages import CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import BlockAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec
 
@@ -34,13 +35,18 @@ class PagedCacheEngine:
         if device.type == "cuda":  # kernels read whole tiles: a NaN left in one would reach results as 0 * NaN
             self._keys.zero_()
             self._values.zero_()
+        self._num_retained = spec.num_retained
         self._tables: dict[str, list[int]] = {}
         self._tokens: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._free_numbers = list(range(min(self._num_blocks, spec.max_num_seqs) - 1, -1, -1))
+        self._holders: Counter[int] = Counter()  # tables that a block is in
+        self._shared: list[SharedPrefix] = []  # of which blocks are to be copied
         self._peak_blocks = 0
 
     @property
     def capacity(self) -> CacheCapacity:
-        return CacheCapacity(self._num_blocks, 1, self.block_size)
+        return CacheCapacity(self._num_blocks, 1, self.block_size, num_retained=self._num_retained)
 
     def resize(self, budget_bytes: int) -> None:
         """Nothing changes: tensors cannot grow in place."""
@@ -52,23 +58,51 @@ class PagedCacheEngine:
 
     def release(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
-            self._tables.pop(request_id, None)
+            self._forget(self._tables.pop(request_id, ()))
             self._tokens.pop(request_id, None)
+            number = self._numbers.pop(request_id, None)
+            if number is not None:
+                self._free_numbers.append(number)
 
-    def prepare(self, chunks: Sequence[Chunk]) -> None:
+    def retain(self, retained: Iterable[tuple[str, int]]) -> None:
+        """The block space manager keeps blocks; here they are in no table."""
+
+    def change_retained(self, changes: PrefixChanges) -> None:
+        """Nothing is kept here."""
+
+    def prepare(self, chunks: Sequence[Chunk], shared: Sequence[SharedPrefix] = ()) -> None:
         for chunk in chunks:
-            self._tables.setdefault(chunk.request_id, []).extend(chunk.block_ids)
+            if chunk.request_id not in self._tables:
+                self._tables[chunk.request_id] = []
+                self._numbers[chunk.request_id] = self._free_numbers.pop()
+            self._tables[chunk.request_id].extend(chunk.block_ids)
+            self._holders.update(chunk.block_ids)
             self._tokens[chunk.request_id] = chunk.start + chunk.num_tokens
-        self._peak_blocks = max(self._peak_blocks, self._used_blocks())
+        self._shared = [prefix for prefix in shared if prefix.request_id in self._tables and prefix.source_block >= 0]
+        self._peak_blocks = max(self._peak_blocks, len(self._holders))
+
+    def copy_prefixes(self) -> None:
+        """Only whole blocks are shared, so at most one block is copied, as a whole."""
+        shared, self._shared = self._shared, []
+        if shared:
+            sources = [prefix.source_block for prefix in shared]
+            targets = [self._tables[prefix.request_id][prefix.num_mapped // self.block_size] for prefix in shared]
+            for tensor in (self._keys, self._values):
+                tensor[:, targets] = tensor[:, sources]
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
+        self._shared = []
         for chunk in chunks:
             table = self._tables[chunk.request_id]
             del table[len(table) - len(chunk.block_ids) :]
+            self._forget(chunk.block_ids)
             self._tokens[chunk.request_id] = chunk.start
 
     def address(self, chunks: Sequence[Chunk]) -> BlockAddress:
-        return BlockAddress(tuple(self._tables[chunk.request_id] for chunk in chunks), self.block_size)
+        names = [chunk.request_id for chunk in chunks]
+        return BlockAddress(
+            tuple(self._tables[name] for name in names), self.block_size, tuple(map(self._numbers.__getitem__, names))
+        )
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self._keys[index], self._values[index]
@@ -78,12 +112,12 @@ class PagedCacheEngine:
 
     def stats(self) -> MemoryStats:
         """All blocks are created at the start; those in a block table count as mapped."""
-        created, used = self._num_blocks * self._block_bytes, self._used_blocks() * self._block_bytes
+        created, used = self._num_blocks * self._block_bytes, len(self._holders) * self._block_bytes
         return MemoryStats(
             reserved_bytes=created,
             created_bytes=created,
             mapped_bytes=used,
-            wasted_bytes=used - sum(self._tokens.values()) * self._token_bytes,
+            wasted_bytes=self._num_unused_tokens() * self._token_bytes,
             peak_mapped_bytes=self._peak_blocks * self._block_bytes,
         )
 
@@ -91,10 +125,10 @@ class PagedCacheEngine:
         return {name: (self._tokens[name], len(table) * self.block_size) for name, table in self._tables.items()}
 
     def check_integrity(self) -> None:
-        """No block is in two tables, none is out of range, and every token has its block."""
-        blocks = [block for table in self._tables.values() for block in table]
-        if len(set(blocks)) != len(blocks) or not all(0 <= block < self._num_blocks for block in blocks):
-            raise RuntimeError(f"blocks shared or outside [0, {self._num_blocks}): {self._tables}")
+        """No block is out of range, or counted wrongly, and every token has its block."""
+        holders = Counter(block for table in self._tables.values() for block in table)
+        if holders != self._holders or not all(0 <= block < self._num_blocks for block in holders):
+            raise RuntimeError(f"blocks counted wrongly or outside [0, {self._num_blocks}): {self._tables}")
         short = [name for name, table in self._tables.items() if len(table) * self.block_size < self._tokens[name]]
         if short:
             raise RuntimeError(f"tables shorter than the tokens in them: {', '.join(short)}")
@@ -104,5 +138,14 @@ class PagedCacheEngine:
         self._tokens.clear()
         self._keys = self._values = torch.empty(0)
 
-    def _used_blocks(self) -> int:
-        return sum(map(len, self._tables.values()))
+    def _forget(self, blocks: Iterable[int]) -> None:
+        """Count blocks that have left a table."""
+        for block in blocks:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                del self._holders[block]
+
+    def _num_unused_tokens(self) -> int:
+        """Places for tokens behind the last one of each request."""
+        places = sum(map(len, self._tables.values())) * self.block_size
+        return places - sum(self._tokens.values())

@@ -11,7 +11,7 @@ from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
-from sarathi.messages import CacheCapacity, Chunk, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import EVERY_KEY, CacheCapacity, Chunk, SampledToken, SchedulerOutput, SharedPrefix, StepResult
 from sarathi.request import Request
 from sarathi.sampling_params import SamplingParams
 
@@ -24,14 +24,23 @@ def next_token(tokens: Sequence[int]) -> int:
     return hash(tuple(tokens)) % VOCAB
 
 
+class Row:
+    """A row of the cache; several sequences may hold it."""
+
+
 @dataclass
 class KnownRequest:
-    """What a worker knows of a request."""
+    """What a worker knows of a request, or of a sequence that is kept.
+
+    written: the tokens whose keys and values are in its rows. num_shared: rows at its beginning that it may not write.
+    """
 
     tokens: list[int]
-    computed: int = 0
     granted: int = 0
     blocks: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    num_shared: int = 0
 
 
 class FakeWorker:
@@ -41,11 +50,14 @@ class FakeWorker:
         self.capacity, self.paged, self.num_slots = capacity, paged, num_slots
         self.rows = capacity.rows
         self.sequences: dict[str, KnownRequest] = {}
+        self.kept: dict[int, KnownRequest] = {}
         self.in_flight: dict[int, SchedulerOutput] = {}
+        self.copied: dict[int, list[tuple[list[Row], int]]] = {}  # a step in flight copies the first of these rows
         self.num_failures = 0
 
     def execute(self, out: SchedulerOutput, step_s: float = 0.0) -> StepResult:
         self._release(out)
+        self._change_kept(out)
         self._learn(out)
         self.in_flight[out.step_id] = out
         if out.num_recoveries < self.num_failures:
@@ -53,63 +65,137 @@ class FakeWorker:
         if self.held_rows() > self.rows:
             self.num_failures += 1
             return StepResult(out.step_id, available_rows=self.rows)
+        self._copy(out)
         tokens = [self._compute(chunk) for chunk in out.chunks]
         return StepResult(out.step_id, tuple(token for token in tokens if token is not None), step_s)
 
     def complete(self, step_id: int) -> None:
         """The scheduler has the result: nothing of that step is in flight any more."""
         del self.in_flight[step_id]
+        self.copied.pop(step_id, None)
 
     def held_rows(self) -> int:
-        return sum(self.capacity.rows_for(sequence.granted) for sequence in self.sequences.values())
+        every = [*self.sequences.values(), *self.kept.values()]
+        return len({row for sequence in every for row in sequence.rows})
 
     def _release(self, out: SchedulerOutput) -> None:
         busy = {chunk.request_id for step in self.in_flight.values() for chunk in step.chunks}
-        assert not busy & {*out.preempted, *out.finished}, "memory of a step in flight was released"
-        for request_id in out.finished:
-            self.sequences.pop(request_id, None)  # not known if the step that brought it was lost
-        for request_id in out.preempted:
+        if not self.num_failures:
+            assert not busy & {*out.preempted, *out.finished}, "memory of a step in flight was released"
+        for request_id, key in out.prefixes.retained:
             sequence = self.sequences[request_id]
-            sequence.computed, sequence.granted, sequence.blocks = 0, 0, []
+            self.kept[key] = KnownRequest([], 0, sequence.blocks, sequence.written, sequence.rows, sequence.num_shared)
+            self._forget(sequence)
+        for request_id in out.preempted:
+            self._free(self.sequences[request_id])
+        for request_id in out.finished:
+            if request_id in self.sequences:  # not known if the step that brought it was lost
+                self._free(self.sequences.pop(request_id))
+
+    def _change_kept(self, out: SchedulerOutput) -> None:
+        for key, rows in out.prefixes.evicted:
+            for each in list(self.kept) if key == EVERY_KEY else [key]:
+                sequence = self.kept[each]
+                self._check_not_copied(sequence.rows, rows)
+                del sequence.rows[rows:], sequence.blocks[rows:]
+                sequence.num_shared = min(sequence.num_shared, rows)
+                del sequence.written[self.capacity.tokens_within(rows) :]
+                if not rows:
+                    del self.kept[each]
+        for request_id, key in out.prefixes.continued:
+            sequence = self.kept.pop(key)
+            self._learn_new(out)
+            known = self.sequences[request_id]
+            chunk = next(chunk for chunk in out.chunks if chunk.request_id == request_id)
+            known.written = sequence.written[: chunk.start]  # the tokens of a last step may be unknown to the scheduler
+            known.rows, known.num_shared = sequence.rows, sequence.num_shared
+            assert not self.paged or chunk.block_ids[: len(known.rows)] == tuple(sequence.blocks)
+
+    def _learn_new(self, out: SchedulerOutput) -> None:
+        for new in out.new_requests:
+            self.sequences.setdefault(new.request_id, KnownRequest(list(new.token_ids)))
 
     def _learn(self, out: SchedulerOutput) -> None:
-        for new in out.new_requests:
-            assert new.request_id not in self.sequences
-            self.sequences[new.request_id] = KnownRequest(list(new.token_ids))
+        self._learn_new(out)
+        for prefix in out.prefixes.shared:
+            source, target = self._source(prefix), self.sequences[prefix.request_id]
+            rows = self.capacity.rows_holding(prefix.num_mapped)
+            assert self.capacity.tokens_within(rows) == prefix.num_mapped and not target.rows
+            target.rows = source.rows[:rows]
+            target.num_shared, source.num_shared = rows, max(source.num_shared, rows)
         for chunk in out.chunks:
             sequence = self.sequences[chunk.request_id]
             assert chunk.granted_tokens >= max(sequence.granted, chunk.start + chunk.num_tokens)
             sequence.granted = chunk.granted_tokens
             sequence.blocks += chunk.block_ids
-            assert len(sequence.blocks) == (self.capacity.rows_for(sequence.granted) if self.paged else 0)
-        blocks = [block for sequence in self.sequences.values() for block in sequence.blocks]
-        assert len(blocks) == len(set(blocks)), "a block is shared"
+            needed = self.capacity.rows_for(sequence.granted)
+            sequence.rows += [Row() for _ in range(needed - len(sequence.rows))]
+            assert len(sequence.blocks) == (needed if self.paged else 0)
+        for prefix in out.prefixes.shared if self.paged else ():
+            rows = self.capacity.rows_holding(prefix.num_mapped)
+            source, target = self._source(prefix), self.sequences[prefix.request_id]
+            assert target.blocks[:rows] == source.blocks[:rows]
+            assert prefix.num_tokens == prefix.num_mapped or prefix.source_block == source.blocks[rows]
+        every = [*self.sequences.values(), *self.kept.values()]
+        blocks = {block for sequence in every for block in sequence.blocks}
+        assert len(blocks) == (self.held_rows() if self.paged else 0), "a block is shared"
         assert sum(sequence.granted > 0 for sequence in self.sequences.values()) <= self.num_slots
+        assert len(self.kept) <= self.capacity.num_retained
+
+    def _source(self, prefix: SharedPrefix) -> KnownRequest:
+        return self.kept[prefix.source] if isinstance(prefix.source, int) else self.sequences[prefix.source]
+
+    def _copy(self, out: SchedulerOutput) -> None:
+        """Of tokens that earlier steps have written: those of this step are not yet there."""
+        for prefix in out.prefixes.shared:
+            source, target = self._source(prefix), self.sequences[prefix.request_id]
+            target.written = source.written[: prefix.num_tokens]
+            if prefix.num_tokens > prefix.num_mapped:
+                count = -(-prefix.num_tokens * self.capacity.token_bytes // self.capacity.page_bytes)
+                self.copied.setdefault(out.step_id, []).append((source.rows, count))
 
     def _compute(self, chunk: Chunk) -> SampledToken | None:
         sequence = self.sequences[chunk.request_id]
-        assert chunk.start == sequence.computed and chunk.num_tokens >= 1
-        sequence.computed += chunk.num_tokens
-        assert sequence.computed <= len(sequence.tokens)
-        assert chunk.samples == (sequence.computed == len(sequence.tokens))
+        written, end = sequence.written, chunk.start + chunk.num_tokens
+        assert written == sequence.tokens[: chunk.start], "what is in the cache are not the tokens before the chunk"
+        assert chunk.num_tokens >= 1 and end <= len(sequence.tokens)
+        first_row = chunk.start * self.capacity.token_bytes // self.capacity.page_bytes
+        assert first_row >= sequence.num_shared, "rows of another sequence are overwritten"
+        sequence.written = sequence.tokens[:end]
+        assert chunk.samples == (end == len(sequence.tokens))
         if not chunk.samples:
             return None
         sequence.tokens.append(next_token(sequence.tokens))
         return SampledToken(chunk.request_id, sequence.tokens[-1])
 
+    def _free(self, sequence: KnownRequest) -> None:
+        self._check_not_copied(sequence.rows, 0)
+        self._forget(sequence)
+
+    def _forget(self, sequence: KnownRequest) -> None:
+        sequence.granted, sequence.num_shared = 0, 0
+        sequence.blocks, sequence.written, sequence.rows = [], [], []
+
+    def _check_not_copied(self, rows: list[Row], left: int) -> None:
+        busy = [count for copies in self.copied.values() for source, count in copies if source is rows]
+        assert max(busy, default=0) <= left, "rows go while they are copied"
+
 
 def make_pair(
-    config: SchedulerConfig, backend: str, capacity: CacheCapacity, max_len: int, num_micro_batches: int = 1
-) -> tuple[Scheduler, FakeWorker]:
+    config: SchedulerConfig, backend: str, capacity: CacheCapacity, max_len: int, num_micro_batches: int = 1,
+    eviction: str = "lru",
+) -> tuple[Scheduler, FakeWorker]:  # fmt: skip
     """A scheduler, and the worker that it drives."""
     spec = BackendSpec.parse(backend)
-    scheduler = make_scheduler(config, make_block_space_manager(spec, capacity), max_len, num_micro_batches)
+    manager = make_block_space_manager(spec, capacity, eviction)
+    scheduler = make_scheduler(config, manager, max_len, num_micro_batches)
     return scheduler, FakeWorker(capacity, spec.is_paged, config.max_num_seqs)
 
 
-def make_request(name: str, num_prompt: int, max_tokens: int | None = 16, **params: object) -> Request:
-    """A request whose prompt differs from every other's; it stops at EOS unless told to ignore it."""
-    prompt = [crc32(f"{name}.{i}".encode()) % VOCAB for i in range(num_prompt)]
+def make_request(name: str, prompt: int | list[int], max_tokens: int | None = 16, **params: object) -> Request:
+    """A request that stops at EOS unless told to ignore it. prompt: its length; it then differs from every other's."""
+    if isinstance(prompt, int):
+        prompt = [crc32(f"{name}.{i}".encode()) % VOCAB for i in range(prompt)]
     return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **params), frozenset([EOS]))
 
 

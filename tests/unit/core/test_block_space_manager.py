@@ -82,7 +82,7 @@ def test_a_shrunken_capacity_refuses_even_those_who_want_nothing_new_until_it_fi
 def test_inconsistent_accounting_is_noticed() -> None:
     manager = PagedBlockSpaceManager(CacheCapacity(6, 1, 4))
     manager.allocate(make_request("a", 1), 9)
-    manager._free.append(manager._blocks["a"][0])
+    manager._pool.free.append(manager._blocks["a"][0])
     with pytest.raises(BlockSpaceError):
         manager.check_integrity()
     virtual = VirtualBlockSpaceManager(CacheCapacity(6, 1, 4))

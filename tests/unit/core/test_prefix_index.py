@@ -12,7 +12,8 @@ from types import FrameType
 import pytest
 
 from sarathi.core.block_space_manager import BlockSpaceError
-from sarathi.core.block_space_manager.prefix_index import PrefixIndex, lfu, lru
+from sarathi.core.block_space_manager.eviction import EvictionQueue, lfu, lru
+from sarathi.core.block_space_manager.prefix_index import PrefixIndex
 
 HISTORIES = 10_000
 Sequence = tuple["str | None", list[int]]
@@ -98,16 +99,33 @@ def test_random_histories_agree_with_the_model() -> None:
         Model(random.Random(seed)).play(random.Random(seed).randint(1, 30))
 
 
-def test_the_order_of_eviction() -> None:
-    index = PrefixIndex()
-    for owner in "abc":
-        index.insert(owner, array("i", [ord(owner)]))
-    for owner in "aab":
-        index.use(owner)
-    assert [index.evict(iter("abc"), policy) for policy in (lru, lfu)] == ["c", "c"]
-    index.extend("c", array("i", [1]))
-    assert [index.evict(iter(names), lru) for names in ("abc", "bc", "c", "")] == ["a", "b", "c", None]
-    assert [index.evict(iter(names), lfu) for names in ("abc", "ab", "a")] == ["c", "b", "a"]
+@pytest.mark.parametrize("policy", [lru, lfu])
+def test_the_queue_has_the_order_of_the_policy(policy: Callable[..., tuple[int, ...]]) -> None:
+    """Against a search of all entries, while sequences are used, leave and come back."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    index, retained = PrefixIndex(), set()
+    queue = EvictionQueue[int](lambda owner: policy(index.sequences[owner]) if owner in retained else None)
+    for owner in range(12):
+        index.insert(owner, array("i", [owner]))
+    for _ in range(3000):
+        owner = rng.randrange(12)
+        event = rng.random()
+        if event < 0.4:
+            index.use(owner)
+        elif event < 0.6 and owner not in retained:
+            retained.add(owner)
+            queue.push(owner)
+        elif event < 0.7:
+            retained.discard(owner)
+        elif retained:
+            first = queue.first()
+            assert first == min(retained, key=lambda each: policy(index.sequences[each]))
+            if event < 0.85:
+                queue.pop()
+                retained.remove(first)
+        queue.compact(len(retained))
+        assert len(queue) <= 4 * len(retained) + 65
 
 
 def test_an_owner_holds_one_sequence_and_never_an_empty_one() -> None:

@@ -6,12 +6,15 @@ import logging
 import os
 import random
 from collections import deque
+from dataclasses import replace
 from functools import cache
+from math import gcd, lcm
 
 import pytest
-from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request
+from scheduler_simulation import VOCAB, FakeWorker, expected_output, make_pair, make_request
 
 from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
+from sarathi.core.block_space_manager import PrefixCacheStats, prefix_caching
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, memory_recovery
 from sarathi.messages import CacheCapacity, RequestUpdate, SchedulerOutput, StepResult
 from sarathi.request import Request
@@ -38,17 +41,26 @@ class Crash(Exception):
 class History:
     """One random history: what arrives, what is aborted, how far steps overlap, and when memory or a step is lost."""
 
-    def __init__(self, rng: random.Random, policy: str, backend: str) -> None:
+    def __init__(self, rng: random.Random, policy: str, backend: str, caches: bool) -> None:
         self.rng = rng
+        self.caches = caches
         self.max_len = rng.randint(4, 40)
         self.config = random_config(policy, rng.randrange(200))
         token_bytes = rng.randint(1, 3) if "vattn" in backend else 1
         page_bytes = rng.randint(1, 9) if "vattn" in backend else rng.choice((1, 2, 4))
         tokens_in_cache = int(self.max_len * rng.uniform(0.6, 2.5))
         capacity = CacheCapacity(1 + tokens_in_cache * token_bytes // page_bytes, token_bytes, page_bytes)
+        if caches:
+            whole = token_bytes // gcd(token_bytes, page_bytes)
+            unit = lcm(whole, rng.choice((1, 1, 2, 4)) if "vattn" in backend else 1)
+            num_retained = self.config.max_num_seqs + rng.choice((0, 1, 8))
+            capacity = replace(capacity, num_retained=num_retained, share_rows=unit)
+        eviction = rng.choice(("lru", "lfu"))
         self.depth = rng.choice((1, 1, 2, 3))
         self.num_micro_batches = rng.choice((1, self.depth))
-        self.scheduler, self.worker = make_pair(self.config, backend, capacity, self.max_len, self.num_micro_batches)
+        self.scheduler, self.worker = make_pair(
+            self.config, backend, capacity, self.max_len, self.num_micro_batches, eviction
+        )
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.crashed: set[str] = set()
@@ -56,6 +68,8 @@ class History:
         self.calls_to_crash: int | None = None
         self._make_fragile("allocate")
         self._make_fragile("free")
+        if caches:
+            self._make_fragile("start")
         self.in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
 
     def play(self) -> None:
@@ -79,7 +93,7 @@ class History:
     def _arrive(self) -> None:
         request = make_request(
             f"r{len(self.requests)}",
-            self.rng.randint(1, self.rng.choice((4, self.max_len))),
+            self._prompt() if self.caches else self.rng.randint(1, self.rng.choice((4, self.max_len))),
             self.rng.choice((None, 1, 5, 12, 30)),
             min_tokens=self.rng.choice((0, 0, 1)),
             ignore_eos=self.rng.random() < 0.7,
@@ -92,6 +106,16 @@ class History:
             fits_model = request.num_prompt_tokens < self.max_len
             rows = self.scheduler.block_space_manager.capacity.rows_for(request.num_prompt_tokens)
             assert not fits_model or rows > self.full_rows, "refused for a shortage that may pass"
+
+    def _prompt(self) -> list[int]:
+        """Often the beginning of an earlier request, prompt and output, with other tokens behind it."""
+        tokens: list[int] = []
+        if self.requests and self.rng.random() < 0.8:
+            other = self.rng.choice(self.requests)
+            tokens = [*other.prompt_token_ids, *expected_output(other, self.max_len)[0]]
+            tokens = tokens[: self.rng.randint(0, len(tokens))]
+        more = self.rng.randint(0 if tokens else 1, self.rng.choice((2, self.max_len)))
+        return tokens + [self.rng.randrange(VOCAB) for _ in range(more)]
 
     def _make_fragile(self, name: str) -> None:
         manager = self.scheduler.block_space_manager
@@ -121,7 +145,8 @@ class History:
         if self.num_micro_batches > 1:
             self._check_micro_batch(out)
         self.in_flight.append((out, self.worker.execute(out)))
-        assert self.worker.held_rows() == self.scheduler.block_space_manager.num_used_rows
+        manager = self.scheduler.block_space_manager
+        assert self.worker.held_rows() == manager.num_used_rows + manager.stats.num_retained_rows
 
     def _check_micro_batch(self, out: SchedulerOutput) -> None:
         """Of a pipeline: no request follows a step in flight that samples a token of it, unless that step failed."""
@@ -213,11 +238,35 @@ def test_every_invariant_in_random_histories(
 ) -> None:
     caplog.set_level(logging.ERROR, logger="sarathi")
     monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
+    play_all(policy, backend, False, HISTORIES)
+
+
+@pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])
+@pytest.mark.parametrize("policy", SCHEDULERS)
+@pytest.mark.parametrize("histories", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_every_invariant_with_prefix_caching(
+    policy: str, backend: str, histories: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also: what a request finds in the cache are its own tokens, and rows go only when no step copies from them."""
+    caplog.set_level(logging.ERROR, logger="sarathi")
+    monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
+    monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
+    monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
+    total = play_all(policy, backend, True, histories)
+    print(total)
+    assert min(total.num_mapped_tokens, total.num_copied_tokens, total.num_evicted_rows) > histories / 10
+    assert total.num_hit_tokens > total.num_mapped_tokens + total.num_copied_tokens + histories / 10
+
+
+def play_all(policy: str, backend: str, caches: bool, count: int) -> PrefixCacheStats:
+    total = PrefixCacheStats()
     start = int(os.environ.get("SEED", random.randrange(2**40)))
-    for seed in range(start, start + HISTORIES):
-        history = History(random.Random(seed), policy, backend)
+    for seed in range(start, start + count):
+        history = History(random.Random(seed), policy, backend, caches)
         try:
             history.play()
             history.check_outputs()
         except Exception as error:
-            raise AssertionError(f"SEED={seed} {policy} {backend}: {error!r}") from error
+            raise AssertionError(f"SEED={seed} {policy} {backend} {caches}: {error!r}") from error
+        total = PrefixCacheStats(*map(sum, zip(total, history.scheduler.block_space_manager.stats, strict=True)))
+    return total

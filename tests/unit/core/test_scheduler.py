@@ -14,6 +14,8 @@ from scheduler_simulation import EOS, FakeWorker, expected_output, make_pair, ma
 from sarathi.config.schema import SCHEDULERS, SchedulerConfig
 from sarathi.core.scheduler import RequestTooLongError, Scheduler
 from sarathi.messages import CacheCapacity, RequestUpdate, StepResult
+from sarathi.request import Request
+from sarathi.sampling_params import SamplingParams
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn")
 WIDE = CacheCapacity(1000, 1, 4)
@@ -215,22 +217,27 @@ def test_tokens_are_matched_by_request_and_not_by_position() -> None:
 # Progress, whatever was computed before.
 
 
-def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
-    scheduler, _ = pair()
-    request = make_request("r", 12, 4)
-    request.num_computed_tokens = 11
+def cached_pair(num_prompt: int, num_cached: int, **knobs: Any) -> tuple[Scheduler, Request]:
+    """A scheduler in whose cache are the first num_cached tokens of the request."""
+    scheduler, worker = pair(CacheCapacity(100, 1, 4, num_retained=4), **knobs)
+    request = make_request("r", num_prompt, 4)
+    first = Request("first", request.prompt_token_ids[:num_cached], SamplingParams(max_tokens=1))
+    scheduler.add(first)
+    run_to_end(scheduler, worker)
     scheduler.add(request)
+    return scheduler, request
+
+
+def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
+    scheduler, _ = cached_pair(30, 30)
     (chunk,) = scheduler.schedule().chunks
-    assert (chunk.start, chunk.num_tokens, chunk.samples) == (11, 1, True)
+    assert (chunk.start, chunk.num_tokens, chunk.samples) == (29, 1, True)
 
 
 def test_a_prefix_found_in_the_cache_moves_the_chunks_behind_it() -> None:
-    scheduler, _ = pair(chunk_size=5)
-    request = make_request("r", 12, 4)
-    request.num_computed_tokens = 4
-    scheduler.add(request)
+    scheduler, _ = cached_pair(30, 22, chunk_size=5)
     chunks = [scheduler.schedule().chunks[0] for _ in range(2)]
-    assert [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks] == [(4, 5, False), (9, 3, True)]
+    assert [(chunk.start, chunk.num_tokens, chunk.samples) for chunk in chunks] == [(22, 5, False), (27, 3, True)]
 
 
 @pytest.mark.parametrize("policy", SCHEDULERS)

@@ -1,0 +1,106 @@
+"""Prefix caching changes no output: trees of prompts, with preemption, aborts, eviction and shrinking budgets."""
+
+import random
+from collections import Counter
+
+import pytest
+from small_models import save_tiny_model
+
+from sarathi import LLM, SamplingParams
+from sarathi.messages import NewRequest
+from sarathi.worker.cache_engine.vattn import vATTNCacheEngine
+
+VATTN = ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb", "sdpa_vattn_sync_4kb"]
+SETTINGS = {
+    "device": "cpu", "dtype": "float32", "max_model_len": 320, "max_num_seqs": 6, "load_format": "dummy",
+    "chunk_size": 40,
+}  # fmt: skip
+
+
+def _prompts(rng):
+    """Prompts that branch off earlier ones at random places, and repeats of whole prompts."""
+    prompts = [[rng.randrange(3, 60) for _ in range(rng.randint(150, 250))]]
+    for _ in range(30):
+        parent = rng.choice(prompts)
+        own = [rng.randrange(3, 60) for _ in range(rng.choice((0, 3, 60)))]
+        prompts.append([*parent[: rng.randint(len(parent) // 3, len(parent))], *own][:280])
+    return prompts
+
+
+class _Canary:
+    """Hashes, after every step, the rows that a slot shares with others: nobody may change them."""
+
+    def __init__(self, cache):
+        self._cache = cache if isinstance(cache, vATTNCacheEngine) else None
+        self._seen = {}
+        self.num_checked = 0
+
+    def check(self):
+        if self._cache is None:
+            return
+        now = {}
+        for slot in self._cache._slots.values():
+            if slot.num_shared:
+                parts = [tensor[slot.number, : slot.num_shared] for tensor in self._cache._cache.tensors()]
+                now[id(slot)] = slot, slot.num_shared, tuple(hash(part.numpy().tobytes()) for part in parts)
+        for key, (slot, length, hashes) in now.items():
+            if key in self._seen and self._seen[key][:2] == (slot, length):
+                assert self._seen[key][2] == hashes, f"shared tokens of slot {slot} were written"
+                self.num_checked += 1
+        self._seen = now
+
+
+def _drive(engine, rng, prompts, params, expected, canary, shrinks):
+    """Requests at random times, some of them aborted on their way; all others must bring what is expected."""
+    core, asked = engine.core, {}
+    tokens = {}
+    todo = [rng.randrange(len(prompts)) for _ in range(40)]
+    while todo or core.has_work:
+        if todo and rng.random() < 0.7:
+            name, which = f"r{len(asked)}", todo.pop()
+            asked[name], tokens[name] = which, []
+            core.add_requests([NewRequest(name, tuple(prompts[which]), params[which])])
+        if asked and rng.random() < 0.1:
+            gone = rng.choice(list(asked))
+            core.finish(gone, "abort")
+            tokens.pop(gone, None)
+        if shrinks and rng.random() < 0.1:
+            longest = core.facts.capacity.rows_for(320)
+            core.resize(rng.randint(longest, rng.choice((2, 2, 4)) * longest))
+        for update in core.step().updates:
+            if update.request_id in tokens:
+                assert update.finish_reason != "error"
+                tokens[update.request_id] += [token.token_id for token in update.tokens]
+        core.scheduler.check_integrity()
+        core.executor.check_integrity()
+        canary.check()
+    for name, got in tokens.items():
+        assert got == list(expected[asked[name]]), (name, asked[name])
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("backend", [*VATTN, "sdpa_paged_16", "sdpa_paged_4"])
+def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    folder = save_tiny_model(tmp_path)
+    prompts = _prompts(rng)
+    params = [SamplingParams(temperature=0, max_tokens=rng.randint(1, 30), ignore_eos=True) for _ in prompts]
+    with LLM(folder, **SETTINGS, attention_backend=backend, memory_bytes="4mb", prefix_caching=False) as llm:
+        outputs = [llm.generate([prompt], param)[0] for prompt, param in zip(prompts, params, strict=True)]
+        expected = [output.outputs[0].token_ids for output in outputs]
+    total = Counter()
+    settings = {"memory_bytes": "4mb", "prefix_caching": True, "prefix_eviction": policy}
+    with LLM(folder, **SETTINGS, attention_backend=backend, **settings) as llm:
+        scheduler = llm.engine.core.scheduler
+        canary = _Canary(llm.engine.core.executor._worker._cache)
+        llm.engine.core.resize(4 * llm.engine.core.facts.capacity.rows_for(320))
+        for shrinks in (False, True, False, True):
+            _drive(llm.engine, rng, prompts, params, expected, canary, shrinks)
+        total.update(scheduler.block_space_manager.stats._asdict())
+        total.update(preemptions=scheduler.num_preemptions, canary=canary.num_checked)
+        print(llm.engine.core.facts.capacity, total)
+    assert total["num_hit_tokens"] > 500 and total["num_evicted_rows"] > 5 and total["preemptions"] > 0
+    assert total["num_mapped_tokens"] > 100 and total["num_copied_tokens"] > 30
+    assert total["canary"] > 20 or "vattn" not in backend
