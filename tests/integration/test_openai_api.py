@@ -153,10 +153,10 @@ def test_tokenize_and_detokenize(server: RunningServer, llm: LLM) -> None:
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1"),
         ("completions", {"prompt": [49152]}, 400, None, "token id 49152"),
         ("completions", {"prompt": "a", "model": "other"}, 404, "model", "does not exist"),
-        ("chat/completions", {"messages": []}, 400, "messages", "at least 1"),
-        ("chat/completions", {"messages": [{"role": "user"}]}, 400, None, "message 0 must be"),
-        ("chat/completions", {"messages": MESSAGES, "top_logprobs": 2}, 400, None, "needs logprobs"),
-        ("chat/completions", {"messages": MESSAGES, "stream_options": {}}, 400, None, "needs stream"),
+        ("chat/completions", {"model": MODEL, "messages": []}, 400, "messages", "at least 1"),
+        ("chat/completions", {"model": MODEL, "messages": [{"role": "user"}]}, 400, None, "message 0 must be"),
+        ("chat/completions", {"model": MODEL, "messages": MESSAGES, "top_logprobs": 2}, 400, None, "needs logprobs"),
+        ("chat/completions", {"model": MODEL, "messages": MESSAGES, "stream_options": {}}, 400, None, "needs stream"),
     ],
 )
 def test_errors_are_in_openais_form(server: RunningServer, path: str, body, status, param, message: str) -> None:

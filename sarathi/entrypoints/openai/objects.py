@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
+
+from sarathi import __version__
+
+_FINGERPRINT = f"sarathi-{__version__}"  # clients tell by it whether the system has changed
 
 
 class PromptTokensDetails(Struct):
@@ -17,7 +21,7 @@ class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = None
+    prompt_tokens_details: PromptTokensDetails = field(default_factory=PromptTokensDetails)
 
 
 class TokenLogprob(Struct):
@@ -86,8 +90,8 @@ class ChatCompletion(Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
-    service_tier: str | None = None
-    system_fingerprint: str | None = None
+    service_tier: str = "default"
+    system_fingerprint: str = _FINGERPRINT
     prompt_logprobs: list[Any] | UnsetType | None = UNSET
 
 
@@ -115,8 +119,8 @@ class ChatChunk(Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
-    service_tier: str | None = None
-    system_fingerprint: str | None = None
+    service_tier: str = "default"
+    system_fingerprint: str = _FINGERPRINT
 
 
 class TextLogprobs(Struct):
@@ -146,4 +150,4 @@ class TextCompletion(Struct):
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
     object: str = "text_completion"
-    system_fingerprint: str | None = None
+    system_fingerprint: str = _FINGERPRINT

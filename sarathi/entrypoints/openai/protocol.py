@@ -138,6 +138,7 @@ class TemplateBody(Body):
 class ChatRequest(SamplingBody, TemplateBody):
     """POST /v1/chat/completions. max_completion_tokens is the newer name of max_tokens, and wins."""
 
+    model: str
     messages: Messages
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

@@ -56,6 +56,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     return json_response(await until_disconnected(request.receive, generation.whole()))
 
 
+@router.post("/v1/responses/compact", include_in_schema=False)
+async def refuse_compaction() -> Response:
+    """Status 404, as for any route that is not there; the routes of single responses would say 405."""
+    raise APIError(404, "this server does not compact conversations: there is no route /v1/responses/compact")
+
+
 @router.get("/v1/responses/{name}")
 async def get_response(name: str, request: Request) -> Response:
     """A response that is kept."""
