@@ -4,7 +4,7 @@ benchmark_config.yml   requests.json
 replica_0/{config.yml, sequence_metrics.csv, batch_metrics.csv, operation_metrics.csv, ...}
 replica_0/plots/{METRIC.csv, METRIC_list.csv, SERIES_time_series.csv}
 
-All replicas are together in replica_0, as there. Columns are theirs, and so are those of the files beside.
+All replicas are together in replica_0, as there. Its tables and plots are links to the report's: columns are the same.
 """
 
 from __future__ import annotations
@@ -21,20 +21,7 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import RunOutcome
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.config.knobs import knobs_of
-from sarathi.metrics import RunRecords
-from sarathi.metrics.files import open_replacing, write_columns, write_table
-from sarathi.metrics.tables import (
-    TIME,
-    TOKEN_ID,
-    TOKEN_TIME,
-    batch_table,
-    cdf,
-    distributions,
-    operation_table,
-    request_table,
-    time_series,
-    token_table,
-)
+from sarathi.metrics.files import open_replacing
 
 CONFIG_FILE, REQUESTS_FILE, REPLICA_FOLDER = "benchmark_config.yml", "requests.json", "replica_0"
 # Names in replica_0/config.yml, which are those of their engine's arguments, and our knobs.
@@ -49,50 +36,41 @@ _ENGINE_NAMES = {
 }  # fmt: skip
 
 
-def write_original_files(config: BenchmarkConfig, outcomes: Sequence[RunOutcome], records: RunRecords | None) -> None:
-    """All of them into output_dir, which exists. records: of all replicas together; None where metrics are off."""
+def write_original_files(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> None:
+    """All of them into output_dir, which exists. Tables and plots are links to the report's own."""
     folder = Path(config.output_dir)
     _write_yaml(folder / CONFIG_FILE, {each.flat: attrgetter(each.path)(config) for each in knobs_of(BenchmarkConfig)})
     if config.write_json_trace:
         _write_requests(folder / REQUESTS_FILE, outcomes)
     replica = folder / REPLICA_FOLDER
-    (replica / "plots").mkdir(parents=True, exist_ok=True)
+    replica.mkdir(exist_ok=True)
     engine = engine_config(config)
     plain = {name: attrgetter(path)(engine) for name, path in _ENGINE_NAMES.items()}
     _write_yaml(replica / "config.yml", plain | {"attention_backend": str(plain["attention_backend"])})
-    if records is not None:
-        _write_tables(replica, config, records)
-        _write_plots(replica / "plots", config, records)
+    has_report = any(outcome.records is not None for outcome in outcomes)
+    for name in _linked(config) if has_report else ():
+        (replica / name).symlink_to(Path("..") / name)
 
 
 def remove_original_files(folder: Path) -> None:
     """Those of an older run; nothing else."""
     replica = folder / REPLICA_FOLDER
-    found = [*replica.glob("*.csv"), *replica.glob("plots/*.csv"), replica / "config.yml"]
-    for path in (*found, folder / CONFIG_FILE, folder / REQUESTS_FILE):
+    links = [path for path in replica.glob("*") if path.is_symlink()]
+    for path in (*links, replica / "config.yml", folder / CONFIG_FILE, folder / REQUESTS_FILE):
         path.unlink(missing_ok=True)
 
 
-def _write_tables(folder: Path, config: BenchmarkConfig, records: RunRecords) -> None:
+def _linked(config: BenchmarkConfig) -> list[str]:
+    """What the report writes that the original has in replica_0."""
     knobs = config.metrics_store
-    write_table(folder / "sequence_metrics.csv", request_table(records))
-    if knobs.keep_individual_batch_metrics:
-        write_table(folder / "batch_metrics.csv", batch_table(records))
-    if knobs.enable_op_level_metrics:
-        write_table(folder / "operation_metrics.csv", operation_table(records, on_device=True))
-    if knobs.enable_cpu_op_level_metrics:
-        write_table(folder / "cpu_operation_metrics.csv", operation_table(records, on_device=False))
-
-
-def _write_plots(folder: Path, config: BenchmarkConfig, records: RunRecords) -> None:
-    for name, values in distributions(records).items():
-        write_columns(folder / f"{name}.csv", (name, "cdf"), zip(*cdf(values), strict=True))
-    for name, points in time_series(records).items():
-        write_columns(folder / f"{name}_time_series.csv", (TIME, name), points)
-    if config.metrics_store.keep_individual_batch_metrics:
-        gaps = token_table(records)
-        lines = ((line[TOKEN_ID], line[f"{TOKEN_TIME}_list"]) for line in gaps.records)
-        write_columns(folder / f"{TOKEN_TIME}_list.csv", gaps.columns, lines)
+    wanted = {
+        "sequence_metrics.csv": True,
+        "batch_metrics.csv": knobs.keep_individual_batch_metrics,
+        "operation_metrics.csv": knobs.enable_op_level_metrics,
+        "cpu_operation_metrics.csv": knobs.enable_cpu_op_level_metrics,
+        "plots": True,
+    }
+    return [name for name, is_written in wanted.items() if is_written]
 
 
 def _write_requests(path: Path, outcomes: Sequence[RunOutcome]) -> None:

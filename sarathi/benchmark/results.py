@@ -37,7 +37,7 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
         write_json(folder / RESPONSES_FILE, {each["request_id"]: each for each in responses})
     found = [outcome.records for outcome in outcomes if outcome.records is not None]
     records = merge(found) if found else None
-    write_original_files(config, outcomes, records)
+    write_original_files(config, outcomes)
     if records is None:
         summary = status | {"environment": environment(), "config": to_dict(config)}
         write_json(folder / SUMMARY_FILE, summary)

@@ -2,7 +2,7 @@
 
 report.html  sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
 operation_metrics.csv  cpu_operation_metrics.csv  summary.json  chrome_trace.json  schedule.jsonl
-plots/<metric>.csv  plots/<series>_time_series.csv
+plots/<metric>.csv  plots/<series>_time_series.csv  plots/decode_token_execution_plus_preemption_time_list.csv
 """
 
 import json
@@ -24,6 +24,7 @@ from sarathi.metrics.tables import (
     REQUEST_ID,
     TIME,
     TIME_SERIES,
+    TOKEN_LIST,
     Table,
     batch_table,
     cdf,
@@ -86,7 +87,7 @@ def _listed_metrics(summary: Path) -> set[str]:
     names: set[object] = set()
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         names = set(json.loads(summary.read_text(encoding="utf-8"))["metrics"])
-    return {*map(_series_file, TIME_SERIES), *[str(name) for name in names if is_file_name(name)]}
+    return {TOKEN_LIST, *map(_series_file, TIME_SERIES), *[str(name) for name in names if is_file_name(name)]}
 
 
 def write_report(
@@ -105,7 +106,7 @@ def write_report(
         write_table(folder / f"{name}.csv", table)
     _write_schedule(records, folder)
     _write_trace(records, folder, options.chrome_trace)
-    _write_plotted(records, folder / "plots")
+    _write_plotted(records, folder / "plots", options)
     if options.plots and plots.is_available():
         with open_replacing(folder / PAGE_FILE) as file:
             file.write(report_page(records, summary))
@@ -163,12 +164,14 @@ def _tables(records: RunRecords, options: ReportOptions) -> Iterable[tuple[str, 
         yield "cpu_operation_metrics", operation_table(records, on_device=False)
 
 
-def _write_plotted(records: RunRecords, folder: Path) -> None:
-    """Each distribution as a CDF, each series as running totals over time."""
+def _write_plotted(records: RunRecords, folder: Path, options: ReportOptions) -> None:
+    """Each distribution as a CDF, each series as running totals over time, and every gap between tokens."""
     for name, values in distributions(records).items():
         write_columns(folder / f"{name}.csv", (name, "cdf"), zip(*cdf(values), strict=True))
     for name, points in time_series(records).items():
         write_columns(folder / f"{_series_file(name)}.csv", (TIME, name), points)
+    if options.individual_batches:
+        write_table(folder / f"{TOKEN_LIST}.csv", token_table(records))
 
 
 def _series_file(name: str) -> str:

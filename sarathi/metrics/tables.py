@@ -46,6 +46,7 @@ ARRIVAL_COUNTS = ("request_inter_arrival_delay", "request_num_ignored")
 BATCH_COUNTS = ("batch_num_tokens", "batch_num_prefill_tokens", "batch_num_decode_tokens", "batch_size")
 BATCH_TIMES = ("batch_execution_time", "inter_batch_delay")
 TOKEN_TIME = "decode_token_execution_plus_preemption_time"
+TOKEN_LIST = f"{TOKEN_TIME}_list"
 COMPUTING = "model_execution_e2e"
 CPU_OPERATIONS = ("schedule", COMPUTING, "process_model_outputs")
 HOST_OPERATIONS = ("prepare_inputs", "sample")  # parts of COMPUTING
@@ -101,10 +102,10 @@ def _batch_id(record: StepRecord | OperationRecord | MemoryRecord) -> int | str:
 
 def token_table(records: RunRecords) -> Table:
     """One line for each token except the first of each request: seconds since the previous token."""
-    table = Table((TOKEN_ID, f"{TOKEN_TIME}_list"), [])
+    table = Table((TOKEN_ID, TOKEN_LIST), [])
     for record in records.requests:
         for index, gap_s in enumerate(record.token_gaps_s, start=1):
-            table.records.append({TOKEN_ID: f"{record.request_id}_{index}", f"{TOKEN_TIME}_list": gap_s})
+            table.records.append({TOKEN_ID: f"{record.request_id}_{index}", TOKEN_LIST: gap_s})
     return table
 
 

@@ -40,7 +40,7 @@ def test_no_file_of_an_older_run_passes_for_this_ones(tmp_path: Path) -> None:
     }
     write_results(plain, [replace(OUTCOME, records=None, responses=[])])
     assert names(tmp_path) == {"config.yml", "summary.json", "plots", "benchmark_config.yml", "replica_0"}
-    assert {path.name for path in (tmp_path / "replica_0").rglob("*")} == {"config.yml", "plots"}
+    assert {path.name for path in (tmp_path / "replica_0").rglob("*")} == {"config.yml"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"ended", "run_s", "config", "environment"} <= set(summary)
 
@@ -75,6 +75,9 @@ def test_files_where_the_originals_notebooks_look(tmp_path: Path) -> None:
     assert pd.read_csv(plots / f"{name}.csv")[name].tolist() == [1.0, 1.0]
     assert pd.read_csv(plots / f"{name}_list.csv")[f"{name}_list"].tolist() == [1.0, 1.0]
     assert "batch_num_prefill_tokens" in pd.read_csv(tmp_path / "replica_0" / "batch_metrics.csv")
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert "request_e2e_time" in pd.read_csv(moved / "replica_0" / "sequence_metrics.csv")
+    tmp_path = moved
     assert json.loads((tmp_path / "requests.json").read_text())[1] == {
         "id": 1, "arrived_at": 0.5, "num_prefill_tokens": 9, "num_decode_tokens": 4,
     }  # fmt: skip
