@@ -88,14 +88,17 @@ class Worker:
         self._sequences = SequenceTable(config.model.seed, GrammarCompiler(self.vocab_size, make_vocabulary))
 
     @property
+    def cache(self) -> CacheEngine:
+        return self._cache
+
+    @property
     def max_in_flight(self) -> int:
         """Steps that may be started before the first one's result is taken."""
         return self._ranks.num_stages if self._ranks.num_stages > 1 else self._runner.max_in_flight
 
     def append_tokens(self, tokens: Iterable[SampledToken]) -> None:
-        """Take in what the last stage sampled, before the next step of these requests; does nothing on that stage."""
-        if not self.model.vocab_size:
-            self._sequences.append(tokens)
+        """Take in what another worker sampled, before the next step of these requests."""
+        self._sequences.append(tokens)
 
     def prepare(self, out: SchedulerOutput) -> int | None:
         """Release and take in requests, then map memory for every chunk.
@@ -150,8 +153,13 @@ class Worker:
 
 
 def _can_share(model: Decoder, ranks: Ranks) -> bool:
-    """Whether a token's keys and values depend on those before it alone, and all ranks divide them into like rows."""
+    """Whether a token's keys and values depend on those before it alone, and all ranks divide them into like rows.
+
+    On a CPU a stage's thread computes, which copies of prefixes would overtake.
+    """
     num_layers = len(model.layers)
+    if ranks.num_stages > 1 and model.place.device.type == "cpu":
+        return False
     return not model.needs_rope_lengths and ranks.least(num_layers) == -ranks.least(-num_layers)
 
 

@@ -42,7 +42,8 @@ class RankService:
 
     def launch(self, number: int, out: SchedulerOutput, tokens: Sequence[SampledToken]) -> None:
         """number: counts launches from 0. tokens: of results since then, for the stages before the last."""
-        self._worker.append_tokens(tokens)
+        if not self._worker.model.vocab_size:
+            self._worker.append_tokens(tokens)
         self._futures[number] = self._steps.launch(out)
         self._futures.pop(number - _KEPT_STEPS, None)
 

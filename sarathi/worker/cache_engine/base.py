@@ -95,6 +95,18 @@ class CacheEngine(Protocol):
     def stats(self) -> MemoryStats:
         """Bytes held, and the driver calls and seconds spent on them."""
 
+    def ranges(self, request_id: str, first: int, end: int) -> list[list[Tensor]]:
+        """Memory of a request's tokens [first, end) as flat contiguous tensors, K and V.
+
+        Entry i: ranges that are complete once layer i is computed.
+        """
+
+    def hold(self, request_id: str) -> int:
+        """Keep a request's memory as it is, even after its release, until `let_go` of the number returned."""
+
+    def let_go(self, number: int) -> None:
+        """End a `hold`: memory that was released meanwhile is free."""
+
     def lengths(self) -> dict[str, tuple[int, int]]:
         """Tokens of each request, computed and mapped: the same on every rank."""
 

@@ -121,6 +121,25 @@ class PagedCacheEngine:
             peak_mapped_bytes=self._peak_blocks * self._block_bytes,
         )
 
+    def ranges(self, request_id: str, first: int, end: int) -> list[list[Tensor]]:
+        """Two a layer and block."""
+        size, table = self.block_size, self._tables[request_id]
+        spans = [
+            (table[block], max(first - block * size, 0), min(end - block * size, size))
+            for block in range(first // size, -(-end // size))
+        ]
+        return [
+            [cache[block, start:stop].view(-1) for cache in (keys, values) for block, start, stop in spans]
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
+
+    def hold(self, request_id: str) -> int:
+        """Blocks stay as they are until they are granted to another request."""
+        return 0
+
+    def let_go(self, number: int) -> None:
+        """Nothing is kept."""
+
     def lengths(self) -> dict[str, tuple[int, int]]:
         return {name: (self._tokens[name], len(table) * self.block_size) for name, table in self._tables.items()}
 
