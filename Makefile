@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native-built
 READY  := $(VENV)/.installed
+DEMO   := $(VENV)/.demo-installed
 JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
 BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integration/test_*.py))
@@ -12,24 +13,29 @@ BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integr
 # Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-all test-native test-python test-slow fuzz bench-test $(BENCH_TESTS) lint format clean
+.PHONY: wheel setup demo test test-all test-native test-python test-slow fuzz bench-test $(BENCH_TESTS) lint format clean
 
 setup: $(READY) $(NATIVE)
 
-$(READY): pyproject.toml constraints.txt requirements-hashed.txt setup.py
+$(DEMO): pyproject.toml constraints.txt requirements-hashed.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if sys.version_info < (3, 10) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing torch, transformers and the tools (a minute or two) ..."
+	@echo "Installing torch and transformers (a minute or two) ..."
 	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement requirements-hashed.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
+	@touch $@ $(NATIVE)
+
+$(READY): $(DEMO)
+	@echo "Installing the tools (a minute or two) ..."
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@ $(NATIVE)
 
-$(NATIVE): $(READY) $(wildcard csrc/vattention/*)
+$(NATIVE): $(DEMO) $(wildcard csrc/vattention/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: setup
+demo: $(DEMO) $(NATIVE)
 	$(BIN)/sarathi demo
 
 test: setup test-native test-python
@@ -57,6 +63,10 @@ bench-test: setup
 
 $(BENCH_TESTS): bench/%:
 	$(BIN)/python -m pytest -m bench $*
+
+# A manylinux wheel of this Python and an sdist, into dist/.
+wheel: $(DEMO)
+	$(BIN)/python scripts/build_wheel.py
 
 lint: setup
 	$(BIN)/ruff check .

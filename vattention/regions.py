@@ -18,9 +18,16 @@ class Region:
     def __init__(self, cache: _native.KVCache, index: int) -> None:
         self._cache, self._index = cache, index
 
-    def __dlpack__(self, **options: Any) -> Any:
-        """A "dltensor" capsule; the protocol's options (stream, max_version, dl_device, copy) change nothing."""
-        return self._cache.region_capsule(self._index)
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **options: Any) -> Any:
+        """A capsule of DLPack 1.0 for who takes it, which alone may be written through NumPy, else of 0.x.
+
+        The protocol's other options (stream, dl_device, copy) change nothing.
+        """
+        return self._cache.region_capsule(self._index, max_version is not None and max_version[0] >= 1)
+
+    def __repr__(self) -> str:
+        kind, index = self.__dlpack_device__()
+        return f"Region({self._index} of a KV cache, uint8, {'cpu' if kind == _DL_HOST else f'cuda:{index}'})"
 
     def __dlpack_device__(self) -> tuple[int, int]:
         device = self._cache.device

@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <type_traits>
 
 #include "vattention/cuda_device.h"
 #include "vattention/dlpack.h"
@@ -100,15 +101,22 @@ auto with_int(const char* name) {
 }
 
 // A tensor of bytes over one region, which keeps the address space (not the pages) alive.
+template <typename Managed>
 struct RegionTensor {
-  DLManagedTensor managed;
-  std::int64_t shape;
+  Managed managed{};
+  std::int64_t shape = 0;
   std::shared_ptr<Reservation> reservation;
 };
 
+template <typename Managed>
+constexpr const char* kCapsuleName = "dltensor";
+template <>
+constexpr const char* kCapsuleName<DLManagedTensorVersioned> = "dltensor_versioned";
+
+template <typename Managed>
 void drop_unused(PyObject* capsule) {
-  if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;  // consumed: the tensor owns it now
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  if (PyCapsule_IsValid(capsule, kCapsuleName<Managed>) == 0) return;  // consumed: the tensor owns it now
+  auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, kCapsuleName<Managed>));
   managed->deleter(managed);
 }
 
@@ -117,13 +125,10 @@ std::shared_ptr<Reservation> reservation_of(KVCache& cache) {
   return cache.reservation();
 }
 
-py::object region_capsule(KVCache& cache, std::uint64_t region) {
+template <typename Managed>
+py::object make_capsule(KVCache& cache, std::uint64_t region) {
   const Geometry& geometry = cache.geometry();
-  if (region >= geometry.num_regions()) {
-    throw py::index_error("region must be from 0 to " + std::to_string(geometry.num_regions() - 1) + ", got " +
-                          std::to_string(region));
-  }
-  auto owner = std::make_unique<RegionTensor>();
+  auto owner = std::make_unique<RegionTensor<Managed>>();
   owner->reservation = reservation_of(cache);
   if (!owner->reservation) throw Error("the cache is closed");
   owner->shape = static_cast<std::int64_t>(geometry.region_bytes());
@@ -136,11 +141,22 @@ py::object region_capsule(KVCache& cache, std::uint64_t region) {
             nullptr,
             0};
   owner->managed.manager_ctx = owner.get();
-  owner->managed.deleter = [](DLManagedTensor* self) { delete static_cast<RegionTensor*>(self->manager_ctx); };
-  PyObject* capsule = PyCapsule_New(&owner->managed, "dltensor", drop_unused);
+  owner->managed.deleter = [](Managed* self) { delete static_cast<RegionTensor<Managed>*>(self->manager_ctx); };
+  if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) owner->managed.version = {1, 0};
+  PyObject* capsule = PyCapsule_New(&owner->managed, kCapsuleName<Managed>, drop_unused<Managed>);
   if (capsule == nullptr) throw py::error_already_set();
   owner.release();
   return py::reinterpret_steal<py::object>(capsule);
+}
+
+// is_versioned: a capsule of DLPack 1.0, for consumers that ask for one.
+py::object region_capsule(KVCache& cache, std::uint64_t region, bool is_versioned) {
+  if (region >= cache.geometry().num_regions()) {
+    throw py::index_error("region must be from 0 to " + std::to_string(cache.geometry().num_regions() - 1) + ", got " +
+                          std::to_string(region));
+  }
+  return is_versioned ? make_capsule<DLManagedTensorVersioned>(cache, region)
+                      : make_capsule<DLManagedTensor>(cache, region);
 }
 
 std::unique_ptr<KVCache> make_cache(std::shared_ptr<Device> device, std::uint64_t num_regions,
@@ -219,7 +235,7 @@ void define_cache(py::module_& m) {
       .def_property_readonly("slot_bytes", [](const KVCache& cache) { return cache.geometry().slot_bytes(); })
       .def("rows_for", [](const KVCache& cache, std::uint64_t tokens) { return cache.geometry().rows_for(tokens); })
       .def("capacity_rows", &KVCache::capacity_rows, NoGil())
-      .def("region_capsule", &region_capsule, py::arg("region"))
+      .def("region_capsule", &region_capsule, py::arg("region"), py::arg("is_versioned"))
       .def("alloc", with_int<&KVCache::alloc>("tokens"), py::arg("tokens"))
       .def("claim", with_int<&KVCache::claim>("slot"), py::arg("slot"))
       .def("free", with_int<&KVCache::free>("slot"), py::arg("slot"))

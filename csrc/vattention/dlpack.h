@@ -1,4 +1,5 @@
-// The part of DLPack's stable C layout that handing out a byte range needs (dmlc.github.io/dlpack, version 0.x).
+// The part of DLPack's stable C layout that handing out a byte range needs (dmlc.github.io/dlpack):
+// of version 0.x, and of 1.0, which alone says that a consumer may write.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,19 @@ struct DLManagedTensor {
   DLTensor dl_tensor;
   void* manager_ctx;
   void (*deleter)(DLManagedTensor* self);
+};
+
+struct DLPackVersion {
+  std::uint32_t major;
+  std::uint32_t minor;
+};
+
+struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensorVersioned* self);
+  std::uint64_t flags;  // 0: neither read-only nor copied
+  DLTensor dl_tensor;
 };
 
 }  // namespace vattention

@@ -4,7 +4,8 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import NamedTuple
 
 from sarathi.config.schema import EngineConfig
@@ -32,6 +33,7 @@ QUESTIONS = (
     "needs to know where its memory really is.",
     "Tell me a story about a dragon who could not fly.",
 )
+ROUNDS = 3
 _HEADER = ("backend", "tokens/s", "peak KV mapped", "tokens' own bytes", "wasted")
 _TOLERANCE = 1.1
 _CANDIDATES = 20  # log-probabilities a token: in bfloat16 more than two tokens may tie
@@ -43,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, logprobs=_CANDIDATES)
     streamed = _stream(config_from(args), params)
     print(f"\nThe same {len(QUESTIONS)} prompts all at once, {args.max_tokens} tokens each:\n")
-    runs = [measure(config_from(args, attention_backend=backend), args.max_tokens) for backend in BACKENDS]
+    configs = [config_from(args, attention_backend=backend) for backend in BACKENDS]
+    rounds = [[measure(config, args.max_tokens) for config in configs] for _ in range(ROUNDS)]
+    runs = [with_median_time(each) for each in zip(*rounds, strict=True)]
     print(format_table(_HEADER, [each.row() for each in runs]))
+    print(f"\ntokens/s: the median of {ROUNDS} rounds, in each of which the three ran in turn")
     print("\n" + runs[-1].arithmetic())
     verdict = compare(streamed, runs)
     print(f"outputs identical: {verdict}")
@@ -134,6 +139,11 @@ def measure(config: EngineConfig, max_tokens: int) -> Measured:
             pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
             dtype_eps=facts.resolution.dtype_eps,
         )
+
+
+def with_median_time(rounds: Sequence[Measured]) -> Measured:
+    """One backend's first round, with the median of the times of all."""
+    return replace(rounds[0], elapsed_s=median(each.elapsed_s for each in rounds))
 
 
 def compare(streamed: Sequence[CompletionOutput], runs: Sequence[Measured]) -> Verdict:

@@ -32,7 +32,7 @@ def log_report(folder: Path, summary: Mapping[str, Any], target: WandbTarget) ->
         import wandb
     except ImportError:
         raise WandbError(
-            f"wandb_project is {target.project!r}, but wandb is not installed: pip install wandb"
+            f"wandb_project is {target.project!r}, but wandb is not installed: pip install 'sarathi-vattention[wandb]'"
         ) from None
     try:
         _send(wandb, folder, summary, target)

@@ -1,9 +1,11 @@
 """The demo's verdicts: identical or not, tight or not."""
 
+from dataclasses import replace
+
 import pytest
 
 from sarathi.engine.outputs import CompletionOutput, Logprob
-from sarathi.entrypoints.demo import BACKENDS, Measured, compare
+from sarathi.entrypoints.demo import BACKENDS, Measured, compare, with_median_time
 
 MIB = 2**20
 FLOAT32_EPS, BFLOAT16_EPS = 2**-23, 2**-7
@@ -58,3 +60,9 @@ def test_a_row_holds_rate_peak_own_and_the_difference() -> None:
         "10.0 MiB",
         "2.0 MiB",
     )
+
+
+def test_a_slow_round_does_not_change_the_speed() -> None:
+    first = measured([answer(1, 2)])
+    rounds = [replace(first, elapsed_s=seconds) for seconds in (2.0, 90.0, 4.0)]
+    assert with_median_time(rounds).row()[1] == "0.5"

@@ -28,7 +28,7 @@ def test_the_code_of_the_docs_runs(tmp_path: Path) -> None:
     "example, said",
     [
         ("allocator_decode", "same tokens"), ("allocator_share", "shared"), ("allocator_classic", "rows free"),
-        ("allocator_transformers", "same tokens"),
+        ("allocator_transformers", "same tokens"), ("allocator_dlpack", "300 tokens written and read"),
     ],
 )  # fmt: skip
 def test_the_examples_run(example: str, said: str) -> None:

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,3 +136,30 @@ def test_megacache_wastes_less_of_a_page():
             assert stats.wasted_bytes == stats.mapped_bytes - own_bytes
             wasted.append(stats.wasted_bytes)
     assert wasted[1] < wasted[0]
+
+
+def test_numpy_and_torch_write_the_same_memory_through_dlpack() -> None:
+    """DLPack 1.0 alone says that NumPy may write; torch takes the older capsule."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    values = np.random.default_rng(seed).standard_normal((90, 2, 8)).astype(np.float16)
+    with make(False) as cache:
+        slot = cache.alloc(90)
+        cache.prepare([slot], [90])
+        region = cache.regions()[3]  # V of layer 0
+        begin = slot * cache.slot_bytes
+        array = np.from_dlpack(region)[begin : begin + 90 * cache.token_bytes].view(np.float16).reshape(90, 2, 8)
+        array[:] = values
+        assert torch.equal(cache.view(slot, 0)[1], torch.from_numpy(values))
+        cache.view(slot, 0)[1].fill_(2)
+        assert (array == 2).all()
+        assert repr(region) == "Region(3 of a KV cache, uint8, cpu)"
+
+
+def test_capsules_that_nobody_takes_keep_no_addresses() -> None:
+    with make(False) as cache:
+        for version in (None, (0, 8), (1, 0), (1, 3)):
+            capsule = cache.regions()[0].__dlpack__(max_version=version)
+            assert ("versioned" in repr(capsule)) == (version is not None and version[0] == 1)
+            del capsule
+        cache.check_integrity()
