@@ -108,19 +108,22 @@ class ModelRunner:
         return to_device(replace(plan, masks=self._token_masks(chunks, sequences)), self._device)
 
     def _token_masks(self, chunks: Sequence[Chunk], sequences: SequenceTable) -> TokenMasks | None:
-        sampled = [sequences[chunk.request_id] for chunk in chunks if chunk.samples]
-        limited = {row: sequence for row, sequence in enumerate(sampled) if sequence.grammar is not None}
-        if not limited:
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        rows = [row for row, chunk in enumerate(sampling) if sequences[chunk.request_id].grammar is not None]
+        if not rows:
             return None
 
         def bits() -> Tensor:
-            self._wait_for_tokens()
-            return to_device(sequences.token_masks(limited.values()), self._device)
+            limited = [sequences[sampling[row].request_id] for row in rows]
+            ends = [sampling[row].start + sampling[row].num_tokens for row in rows]
+            if any(len(sequence.token_ids) < end for sequence, end in zip(limited, ends, strict=True)):
+                self._wait_for_tokens()
+            return to_device(sequences.token_masks(limited), self._device)
 
-        return TokenMasks(torch.tensor(list(limited)), bits)
+        return TokenMasks(torch.tensor(rows), bits)
 
     def _wait_for_tokens(self) -> None:
-        """Return when the tokens of all steps before the one that is being launched are in the sequences."""
+        """Return when the tokens of the step before the one that is being launched are in the sequences."""
 
     def _sample(self, logits: Tensor, plan: SamplingPlan | None) -> Sampled:
         """logits: [S, vocab_size], then those of the plan's prompt tokens."""

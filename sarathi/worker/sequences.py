@@ -91,10 +91,10 @@ class SequenceTable(dict[str, Sequence]):
     """The sequence of every request from its first step until it is dropped."""
 
     def __init__(self, seed: int, grammars: GrammarCompiler | None = None) -> None:
-        """grammars: of the model's vocabulary; None: without one, for which no request may have a grammar."""
+        """grammars: None on a rank that samples nothing."""
         super().__init__()
         self._seeds = random.Random(seed)
-        self._grammars = grammars or GrammarCompiler(0)
+        self._grammars = grammars
 
     def add(self, requests: Iterable[NewRequest]) -> None:
         """Add requests. Those without a seed get one from the engine's generator, in order of arrival."""
@@ -103,7 +103,7 @@ class SequenceTable(dict[str, Sequence]):
             seed = self._seeds.getrandbits(64) if params.seed is None else _scrambled(params.seed)
             tokens = token_array(new.token_ids)
             sequence = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
-            if params.structured_outputs is not None:
+            if params.structured_outputs is not None and self._grammars is not None:
                 sequence.grammar = self._grammars.start(params.structured_outputs)
             self[new.request_id] = sequence
 
@@ -126,6 +126,7 @@ class SequenceTable(dict[str, Sequence]):
             assert sequence.grammar is not None
             sequence.grammar.advance(sequence.output_token_ids)
             matchers.append(sequence.grammar)
+        assert self._grammars is not None
         return self._grammars.masks(matchers)
 
     def not_finite(self, request_ids: Iterable[str]) -> list[str]:

@@ -85,7 +85,8 @@ class Worker:
         warm_up(self._runner, self._cache, _common_capacity(self._cache, ranks), config, spec)
         self._cache.resize(ranks.least(final_budget_bytes(config.cache, place.device, budget)))
         self.capacity = _common_capacity(self._cache, ranks)
-        self._sequences = SequenceTable(config.model.seed, GrammarCompiler(self.vocab_size, make_vocabulary))
+        grammars = GrammarCompiler(self.vocab_size, make_vocabulary) if model.vocab_size else None
+        self._sequences = SequenceTable(config.model.seed, grammars)
 
     @property
     def cache(self) -> CacheEngine:

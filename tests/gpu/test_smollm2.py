@@ -4,7 +4,11 @@ At the first token in which two outputs differ the float32 logits of both are co
 transformers' own bf16 logits there lie from its float32 logits, for each of the two.
 """
 
+import json
+import re
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -56,16 +60,19 @@ def expected() -> list[list[int]]:
     return [greedy(reference(torch.bfloat16), prompt, NUM_TOKENS) for prompt in prompts()]
 
 
+def open_smollm2(backend: str) -> LLM:
+    try:
+        return LLM("smollm2-135m", attention_backend=backend, device="cuda", dtype="bfloat16", memory_bytes=2**30,
+                   max_num_seqs=32, chunk_size=256)  # fmt: skip
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+
+
 @cache
 def outputs_of(backend: str) -> list[list[int]]:
     """All prompts at once, in chunks."""
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    try:
-        llm = LLM("smollm2-135m", attention_backend=backend, device="cuda", dtype="bfloat16", memory_bytes=2**30,
-                  max_num_seqs=32, chunk_size=256)  # fmt: skip
-    except KernelUnavailableError as error:
-        pytest.skip(str(error))
-    with llm:
+    with open_smollm2(backend) as llm:
         answers = llm.generate(prompts(), params, use_tqdm=False)
     return [answer.outputs[0].token_ids for answer in answers]
 
@@ -95,3 +102,63 @@ def test_outputs_are_those_of_transformers(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_backends_agree(backend: str) -> None:
     assert largest_margin(outputs_of(backend), outputs_of(BACKENDS[0])) < 1.0
+
+
+ARRAY = {"type": "array", "items": {"enum": ["red", "grün", "蓝", 17, None]}, "minItems": 3, "maxItems": 6}
+
+
+@pytest.mark.parametrize("backend", ["fa_vattn", "fi_paged_16", "sdpa_vattn"])
+def test_structured_outputs_are_valid_although_steps_are_launched_ahead(backend: str) -> None:
+    """Beside requests without a limit, whose greedy outputs are as ever but for rounding."""
+    limits = [
+        {"json": ARRAY},
+        {"regex": r"(19|20)\d\d-[01]\d"},
+        {"choice": ["yes", "no"]},
+        {"grammar": 'start: "ab"{3}'},
+    ]
+    limited = [
+        SamplingParams(temperature=temperature, seed=index, max_tokens=200, structured_outputs=limit)
+        for index, limit in enumerate(limits * 4)
+        for temperature in (0.0, 1.0)
+    ]
+    free = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with open_smollm2(backend) as llm:
+        outputs = llm.generate([*prompts(), *[PROMPTS[0]] * len(limited)], [*[free] * len(PROMPTS), *limited], False)
+    answers = [output.outputs[0] for output in outputs[len(PROMPTS) :]]
+    assert largest_margin([output.outputs[0].token_ids for output in outputs[: len(PROMPTS)]], expected()) < 1.0
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+    texts = [answer.text for answer in answers]
+    for number, (kind, fits) in enumerate(CHECKS):
+        own = texts[2 * number :: 8] + texts[2 * number + 1 :: 8]
+        assert len(own) == 8 and all(map(fits, own)), (kind, own)
+
+
+def is_array(text: str) -> bool:
+    read = json.loads(text)
+    return 3 <= len(read) <= 6 and all(each in ARRAY["items"]["enum"] for each in read)
+
+
+CHECKS = (
+    ("json", is_array),
+    ("regex", lambda text: re.fullmatch(r"(19|20)\d\d-[01]\d", text)),
+    ("choice", lambda text: text in ("yes", "no")),
+    ("grammar", lambda text: text == "ababab"),
+)
+
+
+def test_grammars_cost_less_than_a_tenth_of_the_throughput_at_batch_8() -> None:
+    array = {"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 200}
+    free = [SamplingParams(max_tokens=256, ignore_eos=True, seed=seed) for seed in range(8)]
+    bound = [replace(each, ignore_eos=False, structured_outputs={"json": array}) for each in free]
+    rates: dict[str, float] = {}
+    with open_smollm2("fa_vattn") as llm:
+        for _ in range(4):
+            for name, params in (("free", free), ("bound", bound)):
+                began_s = time.perf_counter()
+                outputs = llm.generate([PROMPTS[0]] * 8, params, use_tqdm=False)
+                seconds = time.perf_counter() - began_s
+                tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+                assert tokens == 8 * 256
+                rates[name] = max(rates.get(name, 0.0), tokens / seconds)
+    print(rates)
+    assert rates["bound"] > 0.9 * rates["free"]
