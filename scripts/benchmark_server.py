@@ -56,8 +56,8 @@ class Measurement:
         port = servers.free_port()
         command, url = self._command(name, port), f"http://127.0.0.1:{port}"
         log = self.options.output / f"{name}.log"
-        with servers.running(command, url, log, self.options.start_limit) as start_s:
-            self._add("start", 1, command.backend, start_s, "s")
+        with servers.running(command, url, log, self.options.start_limit) as started:
+            self._add("start", 1, command.backend, started.start_s, "s")
             measure(command.backend, url)
 
     def rates(self, backend: str, url: str) -> None:

@@ -41,6 +41,9 @@ class ServerConfig(Section):
     send_timeout_s: float = knob(60.0, "seconds that a client may leave its answer unread", low=1)
     request_timeout_s: float | None = knob(None, "seconds that a request may take from its arrival to its end", low=0.1)
     shutdown_timeout_s: float = knob(30.0, "seconds that requests have to end after SIGTERM", low=0.0)
+    log_interval_s: float | None = knob(10.0, "seconds between two lines about the load; none: no lines", low=0.1)
+    log_requests: bool = knob(False, "write a JSON object to standard error for each request that ends")
+    log_texts: bool = knob(False, "log_requests: with the texts of prompts and answers")
     allowed_origins: str | None = knob(None, "origins whose web pages may use the server, with commas; *: all")
     heartbeat_timeout_s: float = knob(10.0, "silence of the engine's process after which it counts as dead", low=1.0)
 

@@ -9,7 +9,7 @@ await llm.shutdown()
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from sarathi.config.schema import EngineConfig
+from sarathi.containers import is_list
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
 from sarathi.engine.build import build_core, build_tokenizer
@@ -27,13 +28,14 @@ from sarathi.engine.output_processor import OutputProcessor, RequestState
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import CoreOutput, EngineFacts, NewRequest
+from sarathi.messages import CoreOutput, EngineFacts
 from sarathi.metrics import NullMetricsStore
 from sarathi.sampling_params import SamplingParams
 
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 _TOKENIZER_THREADS = 2
+_MOST_CHARACTERS_A_TOKEN = 256  # the longest tokens of usual vocabularies are 128 spaces
 _IDLE_LOOK_S = 0.02
 _FAREWELL_S = 1.0  # for callers to take the error that ends their request
 
@@ -140,6 +142,7 @@ class AsyncLLM:
 
     async def encode_chat(self, conversation: Conversation, **options: Any) -> list[int]:
         """Token ids of a conversation; for the options see `encode_chat` of the input processor."""
+        self._check_characters(_num_characters(conversation))
         return await self.in_thread(encode_chat, self.tokenizer, conversation, **options)
 
     async def stats(self) -> CoreStats:
@@ -204,19 +207,29 @@ class AsyncLLM:
     async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         """The core gets an id that no other request ever has: it may still compute one that its caller has left."""
         arrived_at_s = time.monotonic()
+        if isinstance(prompt, str):
+            self._check_characters(len(prompt))
+        elif is_list(prompt):
+            self._check_length(len(prompt))
         core_id = f"{request_id}.{next(self._core_ids)}"
         requests = await self.in_thread(self._inputs.process, core_id, prompt, params, priority)
-        self._check_length(requests[0])
+        self._check_length(len(requests[0].token_ids))
         self._admission.set_length(request_id, len(requests[0].token_ids))
         if self._core.error is not None:
             raise self._core.error
         self._outputs.add(request_id, prompt if isinstance(prompt, str) else None, requests, arrived_at_s)
         self._core.add_requests(requests)
 
-    def _check_length(self, request: NewRequest) -> None:
-        num_tokens, most = len(request.token_ids), self.facts.max_prompt_tokens
+    def _check_length(self, num_tokens: int) -> None:
+        most = self.facts.max_prompt_tokens
         if num_tokens > most:
             raise RequestTooLongError(f"the prompt has {num_tokens} tokens: the longest that can run has {most}")
+
+    def _check_characters(self, count: int) -> None:
+        """Refuse without tokenizing what is certainly too long: that would take seconds for each 10 MB."""
+        most = self.facts.max_prompt_tokens
+        if count > most * _MOST_CHARACTERS_A_TOKEN:
+            raise RequestTooLongError(f"the prompt has {count} characters: the longest that can run has {most} tokens")
 
     def _leave(self, request_id: str) -> None:
         del self._mailboxes[request_id]
@@ -289,6 +302,14 @@ class _Mailbox:
         self._is_filled.clear()
         assert output is not None
         return output
+
+
+def _num_characters(conversation: Conversation) -> int:
+    """Of the contents, of whatever kind they are: what is wrong with them is told later."""
+    if not is_list(conversation):
+        return 0
+    contents = [each.get("content") for each in conversation if isinstance(each, Mapping)]
+    return sum([len(each) if isinstance(each, str) else len(repr(each)) for each in contents])
 
 
 @contextmanager

@@ -233,6 +233,23 @@ def test_keys_deadlines_and_origins(model: str, tmp_path: Path) -> None:
         assert server.end() == 0
 
 
+def test_requests_are_logged_without_their_texts_unless_asked(model: str) -> None:
+    for texts in (False, True):
+        asked = ("--log-requests", *(["--log-texts"] if texts else []), "--log-interval-s", "0.2")
+        with running_server(model, *asked) as server:
+            body = {"prompt": "secret words", "max_tokens": 2000, "ignore_eos": True}
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            assert server.end() == 0
+            deadline_s = time.monotonic() + 5
+            while not (entries := [json.loads(line) for line in server.lines if line.startswith("{")]):
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+        assert [(each["prompt_tokens"], each["completions"][0]["tokens"]) for each in entries] == [(12, 2000)]
+        assert 0 <= entries[0]["queue_s"] <= entries[0]["ttft_s"] <= entries[0]["e2e_s"]
+        assert ("secret words" in "".join(server.lines)) == texts
+        assert any(line.startswith("running 1, waiting 0, KV cache") for line in server.lines)
+
+
 # Signals.
 
 

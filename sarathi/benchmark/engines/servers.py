@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sarathi.benchmark.engines import vllm
 from sarathi.benchmark.processes import end_with_parent
@@ -39,6 +40,13 @@ class ServerLimits:
     max_model_len: int
     max_num_seqs: int
     chunk_size: int
+
+
+class Started(NamedTuple):
+    """A server's process id, and the seconds until it was ready."""
+
+    pid: int
+    start_s: float
 
 
 def our_server(folder: Path, port: int, limits: ServerLimits, options: tuple[str, ...] = ()) -> ServerCommand:
@@ -67,8 +75,8 @@ def vllm_server(folder: Path, port: int, limits: ServerLimits) -> ServerCommand:
 
 
 @contextmanager
-def running(command: ServerCommand, url: str, log: Path, start_limit_s: float) -> Iterator[float]:
-    """The server while the block runs; seconds until it was ready. Its output goes to `log`.
+def running(command: ServerCommand, url: str, log: Path, start_limit_s: float) -> Iterator[Started]:
+    """The server while the block runs. Its output goes to `log`.
 
     RuntimeError with the end of the log where it ends, or is not ready in time.
     """
@@ -83,7 +91,7 @@ def running(command: ServerCommand, url: str, log: Path, start_limit_s: float) -
             if process.poll() is not None or time.monotonic() - start_s > start_limit_s:
                 raise RuntimeError(f"{command.backend} is not ready ({process.poll()=}): {log.read_text()[-2000:]}")
             time.sleep(0.2)
-        yield time.monotonic() - start_s
+        yield Started(process.pid, time.monotonic() - start_s)
     finally:
         _end(process)
 

@@ -47,6 +47,10 @@ class RequestFailedError(RuntimeError):
     """The engine ended one request alone, for what its message says."""
 
 
+class ClientDisconnectedError(ConnectionError):
+    """Nobody reads the answer any more."""
+
+
 @contextmanager
 def user_errors(prompt_field: str, max_model_len: int) -> Iterator[None]:
     """ValueErrors become answers with status 400. prompt_field: the name of what may be too long."""
@@ -80,6 +84,10 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(408, str(error), "timeout_error", code="request_timeout")
     if isinstance(error, (StepFailedError, RequestFailedError)):
         return APIError(500, str(error), _SERVER)
+    if isinstance(error, HTTPException):
+        return APIError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, ClientDisconnectedError):
+        return APIError(499, "the client closed the connection")
     logger.error("an unexpected error ended a request", exc_info=error)
     return APIError(500, f"an unexpected {type(error).__name__} ended the request", _SERVER)
 
@@ -94,6 +102,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 _EXPECTED = (
     OverloadedError, EngineUnavailableError, CoreDiedError, RequestTimeoutError, StepFailedError, RequestFailedError,
+    ClientDisconnectedError,
 )  # fmt: skip
 
 
@@ -105,8 +114,9 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     reasons = {404: f"there is no route {path}", 405: f"{path} does not take {request.method}"}
-    message = reasons.get(error.status_code, str(error.detail))
-    return APIError(error.status_code, message, headers=error.headers).response()
+    told = as_api_error(error)
+    told.message = reasons.get(told.status, told.message)
+    return told.response()
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

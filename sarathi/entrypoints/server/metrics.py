@@ -56,6 +56,8 @@ class ServerMetrics:
         self._prefill = self._histogram("request_prefill_time_seconds", "From the first step to the first token")
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the end")
         self._progress: dict[str, _Progress] = {}
+        self.num_tokens = (0, 0)
+        """Tokens of prompts and of outputs so far."""
 
     def observe(self, output: RequestOutput) -> None:
         """Take in an output of a request, at the time it came."""
@@ -65,7 +67,7 @@ class ServerMetrics:
         if progress is not None:
             if num_tokens > progress.num_tokens:
                 self._itl.observe(now_s - progress.last_token_s)
-                self._generation_tokens.inc(num_tokens - progress.num_tokens)
+                self._count(0, num_tokens - progress.num_tokens)
                 progress.num_tokens, progress.last_token_s = num_tokens, now_s
         elif num_tokens:
             self._progress[output.request_id] = _Progress(num_tokens, now_s)
@@ -87,13 +89,17 @@ class ServerMetrics:
 
     def _observe_first(self, output: RequestOutput, num_tokens: int) -> None:
         times = output.metrics
-        self._prompt_tokens.inc(len(output.prompt_token_ids))
-        self._generation_tokens.inc(num_tokens)
+        self._count(len(output.prompt_token_ids), num_tokens)
         assert times.first_token_time_s is not None
         self._ttft.observe(times.first_token_time_s - times.arrival_time_s)
         if times.first_scheduled_time_s is not None:
             self._queue.observe(times.first_scheduled_time_s - times.arrival_time_s)
             self._prefill.observe(times.first_token_time_s - times.first_scheduled_time_s)
+
+    def _count(self, num_prompt: int, num_output: int) -> None:
+        self._prompt_tokens.inc(num_prompt)
+        self._generation_tokens.inc(num_output)
+        self.num_tokens = self.num_tokens[0] + num_prompt, self.num_tokens[1] + num_output
 
     def _observe_end(self, output: RequestOutput) -> None:
         for each in output.outputs:

@@ -9,15 +9,11 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from sarathi.entrypoints.server.errors import as_api_error
+from sarathi.entrypoints.server.errors import ClientDisconnectedError, as_api_error
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 Events = AsyncGenerator[bytes, None]
-
-
-class ClientDisconnectedError(ConnectionError):
-    """Nobody reads the answer any more."""
 
 
 def event(content: Any, name: str | None = None) -> bytes:

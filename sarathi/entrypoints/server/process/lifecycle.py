@@ -9,8 +9,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -19,11 +19,13 @@ from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ServerConfig
 from sarathi.engine.admission import QueueLimits
 from sarathi.engine.async_llm import AsyncLLM
+from sarathi.engine.outputs import RequestOutput
 from sarathi.entrypoints.parsing.turn import ModelFormat
 from sarathi.entrypoints.server.app import create_app
 from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.metrics import ServerMetrics
 from sarathi.entrypoints.server.process.connections import HttpServer, make_http_server
+from sarathi.entrypoints.server.process.log import RequestLog, write_status
 
 DIED = 1
 DEATH_NOTICE_S = 5.0
@@ -37,8 +39,9 @@ async def serve(engine: EngineConfig, config: ServerConfig, routers: Sequence[AP
     end = _End()
     with _bind(config.host, config.port) as listener:
         limits = QueueLimits(config.max_waiting_requests, config.max_waiting_tokens)
+        observe = _observer(config, metrics)
         starting = AsyncLLM.start(
-            engine, heartbeat_timeout_s=config.heartbeat_timeout_s, limits=limits, observe=metrics.observe
+            engine, heartbeat_timeout_s=config.heartbeat_timeout_s, limits=limits, observe=observe
         )
         llm = await end.unless_requested(starting)
         if llm is None:
@@ -48,10 +51,35 @@ async def serve(engine: EngineConfig, config: ServerConfig, routers: Sequence[AP
         server = make_http_server(create_app(context, config, routers), config)
         try:
             print(f"{names[0]} is served on {_url(listener)}", flush=True)
-            await _run(server, listener, context, end, config.shutdown_timeout_s)
+            with _status_lines(context, config.log_interval_s):
+                await _run(server, listener, context, end, config.shutdown_timeout_s)
         finally:
             await llm.shutdown()
     return DIED if llm.error else 0
+
+
+def _observer(config: ServerConfig, metrics: ServerMetrics) -> Callable[[RequestOutput], None]:
+    if not config.log_requests:
+        return metrics.observe
+    log = RequestLog(texts=config.log_texts)
+
+    def observe(output: RequestOutput) -> None:
+        metrics.observe(output)
+        log.observe(output)
+
+    return observe
+
+
+@contextmanager
+def _status_lines(context: ServerContext, interval_s: float | None) -> Iterator[None]:
+    if interval_s is None:
+        yield
+        return
+    writing = asyncio.create_task(write_status(context.llm, context.metrics, interval_s))
+    try:
+        yield
+    finally:
+        writing.cancel()
 
 
 class _End:

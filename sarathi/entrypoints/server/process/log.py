@@ -1,0 +1,69 @@
+"""What a server writes to standard error: a line every few seconds, and one JSON object a request where asked for."""
+
+import asyncio
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from sarathi.engine.async_llm import AsyncLLM
+from sarathi.engine.core_process.client import CoreDiedError
+from sarathi.engine.core_process.wire import CoreStats
+from sarathi.engine.outputs import CompletionOutput, RequestOutput
+from sarathi.entrypoints.server.metrics import ServerMetrics
+
+
+class RequestLog:
+    """One JSON object for each request that ends. texts: whether it holds the prompt and the answers too."""
+
+    def __init__(self, *, texts: bool) -> None:
+        self._texts = texts
+
+    def observe(self, output: RequestOutput) -> None:
+        """Write the request where it has ended."""
+        if output.finished:
+            print(msgspec.json.encode(self._entry(output)).decode(), file=sys.stderr, flush=True)
+
+    def _entry(self, output: RequestOutput) -> dict[str, Any]:
+        times, arrived_s = output.metrics, output.metrics.arrival_time_s
+        stages = {
+            "queue_s": times.first_scheduled_time_s, "ttft_s": times.first_token_time_s, "e2e_s": times.finish_time_s
+        }  # fmt: skip
+        return {
+            "request_id": output.request_id,
+            "ended_at": time.time(),
+            "prompt_tokens": len(output.prompt_token_ids),
+            **{name: None if at_s is None else round(at_s - arrived_s, 6) for name, at_s in stages.items()},
+            **({"prompt": output.prompt or list(output.prompt_token_ids)} if self._texts else {}),
+            "completions": [self._completion(each) for each in output.outputs],
+        }
+
+    def _completion(self, each: CompletionOutput) -> dict[str, Any]:
+        found = {"tokens": each.num_tokens, "finish_reason": each.finish_reason}
+        return found | ({"text": each.text} if self._texts else {})
+
+
+async def write_status(llm: AsyncLLM, metrics: ServerMetrics, interval_s: float) -> None:
+    """A line every interval in which there was work, until the engine dies."""
+    before = metrics.num_tokens
+    while True:
+        await asyncio.sleep(interval_s)
+        now = metrics.num_tokens
+        if now != before or llm.num_unfinished:
+            try:
+                stats = await llm.stats()
+            except CoreDiedError:
+                return
+            rates = [(new - old) / interval_s for new, old in zip(now, before, strict=True)]
+            print(_status(stats, *rates), file=sys.stderr, flush=True)
+        before = now
+
+
+def _status(stats: CoreStats, prompt_rate: float, output_rate: float) -> str:
+    usage = stats.used_rows / max(stats.total_rows, 1)
+    return (
+        f"running {stats.num_running}, waiting {stats.num_waiting}, KV cache {usage:.1%} used, "
+        f"{stats.memory.mapped_bytes / 2**20:.1f} MiB mapped, {prompt_rate:.1f} prompt tokens/s, "
+        f"{output_rate:.1f} output tokens/s"
+    )
