@@ -23,7 +23,9 @@ class Region:
 
         The protocol's other options (stream, dl_device, copy) change nothing.
         """
-        return self._cache.region_capsule(self._index, max_version is not None and max_version[0] >= 1)
+        if max_version is not None and max_version[0] >= 1:
+            return self._cache.region_capsule(self._index, is_versioned=True)
+        return self._cache.region_capsule(self._index)
 
     def __repr__(self) -> str:
         kind, index = self.__dlpack_device__()

@@ -235,7 +235,7 @@ void define_cache(py::module_& m) {
       .def_property_readonly("slot_bytes", [](const KVCache& cache) { return cache.geometry().slot_bytes(); })
       .def("rows_for", [](const KVCache& cache, std::uint64_t tokens) { return cache.geometry().rows_for(tokens); })
       .def("capacity_rows", &KVCache::capacity_rows, NoGil())
-      .def("region_capsule", &region_capsule, py::arg("region"), py::arg("is_versioned"))
+      .def("region_capsule", &region_capsule, py::arg("region"), py::arg("is_versioned") = false)
       .def("alloc", with_int<&KVCache::alloc>("tokens"), py::arg("tokens"))
       .def("claim", with_int<&KVCache::claim>("slot"), py::arg("slot"))
       .def("free", with_int<&KVCache::free>("slot"), py::arg("slot"))
