@@ -16,7 +16,7 @@ from sarathi.benchmark.engines.device import device_work
 from sarathi.benchmark.engines.load import STAGES, Load
 from sarathi.benchmark.engines.sizes import FULL
 from sarathi.benchmark.figures import draw
-from sarathi.benchmark.records import BOUND, NOT_COMPARED, Budget, Table, read_records
+from sarathi.benchmark.records import Budget, Table, join_engines
 from sarathi.benchmark.revisions.worker import process_age_s
 from sarathi.entrypoints.script import run_script
 
@@ -36,18 +36,6 @@ def measure(options: argparse.Namespace) -> int:
     return table.attempts.exit_code()
 
 
-def join(ours: Path, theirs: Path, output: Path) -> None:
-    """Write each record that both engines have: ours with its ratio to vLLM's, then vLLM's."""
-    found, mine = {record.task: record for record in read_records(theirs)}, read_records(ours)
-    table = Table(output / "vllm.csv", ours=str(ours), theirs=str(theirs))
-    for record in mine:
-        other = found.get(record.task)
-        if other is not None and record.backend != BOUND:
-            table.add(record if record.unit in NOT_COMPARED else record.beside(other))
-            table.add(other)
-    draw(table.path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b", help="a shipped name")
@@ -61,7 +49,8 @@ def main() -> None:
     parser.add_argument("--join", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two CSV files instead")
     options = parser.parse_args()
     if options.join:
-        join(*options.join, options.output)
+        join_engines(*options.join, options.output / "vllm.csv")
+        draw(options.output / "vllm.csv")
         return
     exit_code = measure(options)
     sys.stdout.flush()

@@ -46,7 +46,7 @@ def exercise(engine: OurEngine, seed: int) -> None:
 def advance(engine: OurEngine, due: dict[str, int]) -> None:
     for request_id, tokens in engine.step():
         if request_id in due:
-            due[request_id] -= tokens
+            due[request_id] -= len(tokens)
 
 
 def drain(engine: OurEngine, due: dict[str, int]) -> None:

@@ -132,6 +132,17 @@ class Table:
         frame.to_csv(self.path, index=False, lineterminator="\n")
 
 
+def join_engines(ours: Path, theirs: Path, joined: Path) -> None:
+    """Write each record that both engines have: ours with its ratio to theirs, then theirs."""
+    found = {record.task: record for record in read_records(theirs)}
+    table = Table(joined, ours=str(ours), theirs=str(theirs))
+    for record in read_records(ours):
+        other = found.get(record.task)
+        if other is not None and record.backend != BOUND:
+            table.add(record if record.unit in NOT_COMPARED else record.beside(other))
+            table.add(other)
+
+
 class Budget:
     """Seconds left for measuring. Work comes most important first; what does not fit is named."""
 

@@ -61,6 +61,19 @@ def test_layouts(tmp_path: Path) -> None:
     assert crowd.loc["sdpa_vattn_megacache"].ratio > 1
 
 
+def test_prefixes(tmp_path: Path) -> None:
+    run("benchmark_prefix.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "prefix.csv").set_index("work")
+    at_once, known = (
+        rows.loc[f"2 documents, 4 questions {how}"].value for how in ("at once", "to known ones in rounds")
+    )
+    assert known < at_once
+    assert (rows[rows.backend == "sdpa_vattn"].ratio.dropna() > 0).sum() > 1
+    joined = tmp_path / "joined"
+    run("benchmark_prefix.py", "--join", tmp_path / "prefix.csv", tmp_path / "prefix.csv", "--output", joined)
+    assert (table(joined / "prefix.csv").ratio.dropna() == 1).sum() > 4
+
+
 def test_soak_and_sanitize(tmp_path: Path) -> None:
     said = run("soak.py", "--test", "--output", tmp_path)
     rows = table(tmp_path / "soak.csv").set_index("unit").value

@@ -36,7 +36,7 @@ class Engine(Protocol):
     def add(self, prompt: list[int], output_tokens: int) -> str:
         """Queue a request; its id."""
 
-    def step(self) -> Iterable[tuple[str, int]]:
+    def step(self) -> Iterable[tuple[str, Sequence[int]]]:
         """Go on by one step; the tokens that each request got."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ class Load:
         """One step."""
         for request_id, tokens in self.engine.step():
             if request_id in produced:
-                produced[request_id] += tokens
+                produced[request_id] += len(tokens)
 
     def timed(self, produced: dict[str, int], steps: int) -> list[float]:
         """Milliseconds of each step until every request has so many tokens more."""

@@ -68,8 +68,8 @@ class OurEngine:
         self.engine.add_request(request_id, prompt, params)
         return request_id
 
-    def step(self) -> Iterable[tuple[str, int]]:
-        return [(output.request_id, 1) for output in self.engine.step()]
+    def step(self) -> Iterable[tuple[str, Sequence[int]]]:
+        return [(output.request_id, output.outputs[0].token_ids[-1:]) for output in self.engine.step()]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -136,8 +136,8 @@ def _core(engine: LLMEngine) -> EngineCore:
     return engine.core
 
 
-def open_engine(options: Namespace, backend: str) -> OurEngine:
-    """The engine of a script's options (config/program.py) with random weights."""
+def open_engine(options: Namespace, backend: str, **knobs: Any) -> OurEngine:
+    """The engine of a script's options (config/program.py) and of further knobs, with random weights."""
     chosen: dict[str, Any] = {
         "model": find_model(options.model), "load_format": "dummy", "attention_backend": backend,
         "chunk_size": options.chunk_size,
@@ -145,4 +145,4 @@ def open_engine(options: Namespace, backend: str) -> OurEngine:
         "memory_bytes": options.memory_bytes, "device": options.device,
         "tensor_parallel_size": options.tensor_parallel_size,
     }  # fmt: skip
-    return OurEngine(LLM(**chosen), backend)
+    return OurEngine(LLM(**chosen, **knobs), backend)

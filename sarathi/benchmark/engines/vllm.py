@@ -33,9 +33,11 @@ SETTINGS = {
 
 
 class VllmEngine:
-    """One vLLM engine with its defaults, random weights, no prefix caching."""
+    """One vLLM engine with its defaults and random weights."""
 
-    def __init__(self, model: str, max_model_len: int, seed: int, tensor_parallel_size: int = 1) -> None:
+    def __init__(
+        self, model: str, max_model_len: int, seed: int, tensor_parallel_size: int = 1, *, prefix_caching: bool = False
+    ) -> None:
         """model: a shipped configuration's name. Sets the environment that vLLM reads when it is imported."""
         if importlib.util.find_spec("vllm") is None:
             raise ImportError("vLLM cannot be imported here: pip install vllm")
@@ -46,7 +48,8 @@ class VllmEngine:
         folder = save_config(model, max_model_len, Path(tempfile.mkdtemp(prefix="vllm-model-")))
         llm = vllm.LLM(
             model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len,
-            enable_prefix_caching=False, disable_log_stats=True, seed=seed, tensor_parallel_size=tensor_parallel_size,
+            enable_prefix_caching=prefix_caching, disable_log_stats=True, seed=seed,
+            tensor_parallel_size=tensor_parallel_size,
         )  # fmt: skip
         self._engine = llm.llm_engine
         config = self._engine.vllm_config
@@ -58,7 +61,7 @@ class VllmEngine:
         self.max_num_seqs: int = config.scheduler_config.max_num_seqs
         self.capacity_tokens: int = config.cache_config.block_size * config.cache_config.num_gpu_blocks
         self._ids = map(str, count())
-        self._arrived: list[tuple[str, int]] = []
+        self._arrived: list[tuple[str, Sequence[int]]] = []
         self._listen()
 
     @property
@@ -76,7 +79,7 @@ class VllmEngine:
         request_id: str = self._engine.add_request(next(self._ids), {"prompt_token_ids": prompt}, params)
         return request_id
 
-    def step(self) -> Iterable[tuple[str, int]]:
+    def step(self) -> Iterable[tuple[str, Sequence[int]]]:
         self._arrived.clear()
         self._engine.step()
         return tuple(self._arrived)
@@ -95,7 +98,7 @@ class VllmEngine:
 
         def listening() -> Any:
             outputs = receive()
-            self._arrived.extend((each.request_id, len(each.new_token_ids)) for each in outputs.outputs)
+            self._arrived.extend((each.request_id, each.new_token_ids) for each in outputs.outputs)
             return outputs
 
         core.get_output = listening

@@ -1,0 +1,95 @@
+"""Measure prompts that share a prefix, in our engine and in vLLM: prefix.csv.
+
+    python scripts/benchmark_prefix.py --model llama-3-8b --output DIR [--backends fa_vattn_megacache fa_vattn]
+    python scripts/benchmark_prefix.py --vllm --model llama-3-8b --output OTHER       # where vllm can be imported
+    python scripts/benchmark_prefix.py --join DIR/prefix.csv OTHER/prefix.csv --output JOINED
+
+The same prompts for all engines: 256 requests over one prefix of 4,096 tokens; 64 conversations of 6 turns; 8 documents
+of 32,768 tokens with 48 questions at once, 48 to known documents, and the first token of one more. Stage `unshared` has
+short requests without a common prefix, with prefix caching on and off: what the index costs where nothing is found.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from sarathi.benchmark.config.program import add_stages, engine_parser, parse
+from sarathi.benchmark.engines.load import Engine, Load
+from sarathi.benchmark.engines.ours import open_engine
+from sarathi.benchmark.engines.prefixes import FULL, SMALL, STAGES, PrefixLoad
+from sarathi.benchmark.engines.sizes import FULL as FULL_LOAD
+from sarathi.benchmark.engines.sizes import SMALL as SMALL_LOAD
+from sarathi.benchmark.records import Budget, Table, join_engines
+from sarathi.entrypoints.script import run_script
+
+UNSHARED = "unshared"
+
+
+def measure_ours(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
+    """Every stage with prefix caching, in one engine."""
+    engine = open_engine(options, backend, prefix_caching=True)
+    _load(options, engine, table).warm_up()
+    shared = PrefixLoad(engine, table, options.model, SMALL if options.test else FULL, options.seed)
+    budget.run(shared.plan([stage for stage in options.stages if stage != UNSHARED]))
+    if UNSHARED in options.stages:
+        budget.run(_load(options, engine, table).plan(["requests"]))
+    engine.close()
+
+
+def measure_without(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
+    """Short requests without prefix caching, and those with it beside them."""
+    engine = open_engine(options, backend, prefix_caching=False)
+    engine.backend = f"{backend}, caching off"
+    load = _load(options, engine, table)
+    load.warm_up()
+    budget.run(load.plan(["requests"]))
+    engine.close()
+    found = {record.task: record for record in table.records if record.backend == engine.backend}
+    for record in [record for record in table.records if record.backend == backend and record.task in found]:
+        table.compare(record, found[record.task])
+
+
+def _load(options: argparse.Namespace, engine: Engine, table: Table) -> Load:
+    return Load(engine, table, options.model, SMALL_LOAD if options.test else FULL_LOAD, options.seed)
+
+
+def measure_vllm(options: argparse.Namespace, table: Table, budget: Budget) -> None:
+    from sarathi.benchmark.engines.vllm import VllmEngine
+
+    engine = VllmEngine(options.model, options.max_model_len, options.seed, prefix_caching=True)
+    _load(options, engine, table).warm_up()
+    shared = PrefixLoad(engine, table, options.model, FULL, options.seed)
+    budget.run(shared.plan([stage for stage in options.stages if stage in STAGES]))
+
+
+def read_options() -> argparse.Namespace:
+    parser = engine_parser(__doc__, "results/prefix")
+    parser.set_defaults(max_model_len=36864)
+    add_stages(parser, (*STAGES, UNSHARED))
+    parser.add_argument("--backends", nargs="+", default=["fa_vattn_megacache"])
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM instead")
+    parser.add_argument("--join", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two CSV files instead")
+    return parse(parser, {"backends": "sdpa_vattn"})
+
+
+def main() -> int:
+    options = read_options()
+    if options.join:
+        join_engines(*options.join, options.output / "prefix.csv")
+        return 0
+    table = Table(options.output / "prefix.csv")
+    budget = Budget(options.budget, table.attempts)
+    if options.vllm:
+        measure_vllm(options, table, budget)
+        sys.stdout.flush()
+        os._exit(table.attempts.exit_code())  # vLLM's own shutdown may never return
+    for backend in options.backends:
+        measure_ours(options, table, budget, backend)
+        if UNSHARED in options.stages:
+            measure_without(options, table, budget, backend)
+    return table.attempts.exit_code()
+
+
+if __name__ == "__main__":
+    run_script(main)
