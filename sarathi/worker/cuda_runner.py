@@ -6,6 +6,7 @@ A sampled token stays on the device, where the next step reads it, and is copied
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -27,11 +28,9 @@ from sarathi.worker.model_runner import (
     ModelRunner,
     int32,
     make_batch,
-    read_prompts,
-    read_sampled,
-    tokens_of,
+    read_outputs,
 )
-from sarathi.worker.sequences import Sequence, SequenceTable, token_array
+from sarathi.worker.sequences import Sequence, SequenceTable
 from sarathi.worker.transfer import to_device, to_host
 
 
@@ -51,11 +50,10 @@ class LaunchedStep:
         if self._outcome is None:
             self._done.synchronize()
             ended_s = time.perf_counter()
-            tokens = () if self._sampled is None else tuple(read_sampled(self._out.chunks, self._sampled, self._plan))
+            tokens, prompts = read_outputs(self._out.chunks, self._sampled, self._plan)
             self._sequences.append(tokens)
             host = HostTimes(self._prepare_inputs_s, time.perf_counter() - ended_s)
             model_s = self._started.elapsed_time(self._done) / 1e3
-            prompts = read_prompts(self._sampled, self._plan)
             self._outcome = StepResult(self._out.step_id, tokens, model_s, host=host, prompt_logprobs=prompts)
         return self._outcome
 
@@ -102,7 +100,7 @@ class CudaModelRunner(ModelRunner):
         """For as many samples as a step can have: compiles kernels, and takes the memory before the cache does."""
         if not self.model.vocab_size:
             return
-        drawn = Sequence(token_array([0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
+        drawn = Sequence(array("q", [0]), 1, SamplingParams(top_k=2, top_p=0.9, min_p=0.1), frozenset(), 0)
         plan = plan_sampling([drawn.next_token(1)] * self._max_num_seqs, self.model.vocab_size)
         bits = torch.full((self._max_num_seqs, -(-self.model.vocab_size // 32)), -1, dtype=torch.int32)
         plan = replace(plan, masks=TokenMasks(torch.arange(len(bits)), lambda: to_device(bits, self._device)))
@@ -150,7 +148,7 @@ class CudaModelRunner(ModelRunner):
         """The step, ready to be started."""
         slots, graph = address.slots, self._graph_for(chunks)
         if graph is not None:
-            token_ids = tokens_of(chunks, slots, sequences)
+            token_ids = sequences.tokens(chunks, slots)
             return lambda: self._replay(graph, chunks, address, token_ids, plan)
         inputs = self._inputs(chunks, slots, sequences)
         metadata = self._backend.plan(inputs.batch, address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -28,7 +27,7 @@ from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sampling.logprobs import read_logprobs, read_prompt_logprobs
 from sarathi.model_executor.sampling.plan import SamplingPlan, TokenMasks, plan_sampling
 from sarathi.model_executor.sampling.sampler import Sampled, sample
-from sarathi.worker.sequences import SequenceTable, token_array
+from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.transfer import to_device
 
 
@@ -85,9 +84,7 @@ class ModelRunner:
         started_s = time.perf_counter()
         logits = self.model(step.batch, self._layers, step.metadata)
         done_s = time.perf_counter()
-        sampled = self._sample(logits, step.plan)
-        tokens = tuple(read_sampled(step.out.chunks, sampled, step.plan))
-        prompts = read_prompts(sampled, step.plan)
+        tokens, prompts = read_outputs(step.out.chunks, self._sample(logits, step.plan), step.plan)
         host = HostTimes(step.prepare_inputs_s, time.perf_counter() - done_s)
         return StepResult(step.out.step_id, tokens, done_s - started_s, host=host, prompt_logprobs=prompts)
 
@@ -147,19 +144,11 @@ def make_batch(
     is_every_token = len(sample_indices) == len(positions) and not prompt_indices
     return Batch(
         tuple(chunks),
-        int32(tokens_of(chunks, slots, sequences)),
+        int32(sequences.tokens(chunks, slots)),
         int32(positions),
         None if is_every_token else int32([*sample_indices, *prompt_indices]),
         int32(_rope_lengths(chunks, sequences)) if with_rope_lengths else None,
     )
-
-
-def tokens_of(chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable) -> array[int]:
-    """The chunks' tokens, concatenated, with placeholder tokens for those that the host does not know yet."""
-    tokens = token_array()
-    for chunk, slot in zip(chunks, slots, strict=True):
-        tokens += sequences[chunk.request_id].tokens(chunk.start, chunk.start + chunk.num_tokens, slot)
-    return tokens
 
 
 def int32(values: Sequence[int]) -> Tensor:
@@ -174,12 +163,21 @@ def _rope_lengths(chunks: Sequence[Chunk], sequences: SequenceTable) -> list[int
     ]
 
 
-def read_sampled(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
-    """One token for each chunk that samples; waits for tensors on a device. plan: see `_plan_sampling`."""
-    tokens = _read_tokens(chunks, sampled, plan)
-    if not sampled.errors:
-        return tokens
-    return (token._replace(error=sampled.errors.get(row)) for row, token in enumerate(tokens))
+def read_outputs(
+    chunks: Sequence[Chunk], sampled: Sampled | None, plan: SamplingPlan | None
+) -> tuple[tuple[SampledToken, ...], tuple[PromptLogprobs, ...]]:
+    """A token for each chunk that samples, and log probabilities of prompt tokens, where the plan asks for them.
+
+    Waits for tensors on a device. plan: see `_plan_sampling`.
+    """
+    if sampled is None:
+        return (), ()
+    tokens = tuple(_read_tokens(chunks, sampled, plan))
+    if sampled.errors:
+        tokens = tuple(token._replace(error=sampled.errors.get(row)) for row, token in enumerate(tokens))
+    if plan is None or plan.prompt is None or sampled.prompt is None:
+        return tokens, ()
+    return tokens, tuple(read_prompt_logprobs(sampled.prompt, plan.prompt))
 
 
 def _read_tokens(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
@@ -195,10 +193,3 @@ def _read_tokens(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan |
         else:
             logprob, ids, values = next(of_row)
             yield SampledToken(request_id, token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
-
-
-def read_prompts(sampled: Sampled | None, plan: SamplingPlan | None) -> tuple[PromptLogprobs, ...]:
-    """Log probabilities of prompt tokens, where the plan asks for them."""
-    if sampled is None or plan is None or sampled.prompt is None or plan.prompt is None:
-        return ()
-    return tuple(read_prompt_logprobs(sampled.prompt, plan.prompt))

@@ -17,14 +17,7 @@ from sarathi.model_executor.sampling.plan import NextToken, counts_all, counts_o
 from sarathi.sampling_params import SamplingParams
 
 _MASK = 2**64 - 1
-
-
-def token_array(token_ids: Iterable[int] = ()) -> array[int]:
-    """Token ids as contiguous int64, which torch.frombuffer can read."""
-    return array("q", token_ids)
-
-
-_NO_TOKENS = token_array()
+_NO_TOKENS = array("q")  # as all token ids here: contiguous int64, which torch.frombuffer can read
 
 
 @dataclass(eq=False, slots=True)
@@ -101,11 +94,18 @@ class SequenceTable(dict[str, Sequence]):
         for new in requests:
             params = new.sampling_params
             seed = self._seeds.getrandbits(64) if params.seed is None else _scrambled(params.seed)
-            tokens = token_array(new.token_ids)
+            tokens = array("q", new.token_ids)
             sequence = Sequence(tokens, len(tokens), params, new.eos_token_ids, seed)
             if params.structured_outputs is not None and self._grammars is not None:
                 sequence.grammar = self._grammars.start(params.structured_outputs)
             self[new.request_id] = sequence
+
+    def tokens(self, chunks: Iterable[Chunk], slots: Iterable[int]) -> array[int]:
+        """The chunks' tokens, concatenated, with placeholder tokens for those that the host does not know yet."""
+        tokens = array("q")
+        for chunk, slot in zip(chunks, slots, strict=True):
+            tokens += self[chunk.request_id].tokens(chunk.start, chunk.start + chunk.num_tokens, slot)
+        return tokens
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Remove requests; unknown ids are ignored."""

@@ -107,7 +107,8 @@ class Worker:
         Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
         """
         released = (*out.preempted, *out.finished)
-        self._cache.clear(self._sequences.not_finite(released))
+        if broken := self._sequences.not_finite(released):
+            self._cache.clear(broken)
         self._cache.retain(out.prefixes.retained)
         self._cache.release(released)
         self._cache.change_retained(out.prefixes)

@@ -87,8 +87,8 @@ class Scheduler(ABC):
         """Queue a request. RequestTooLongError if it could never run; ValueError if its id is in use."""
         if request.request_id in self._states or request.request_id in self._running.finishing:
             raise ValueError(f"request id {request.request_id!r} belongs to a request that has not ended")
-        if not self._states:
-            self.block_space_manager.resize(self._memory.full_capacity.rows)
+        if not self._states and self._memory.is_short:
+            self._fit(self._memory.full_capacity.rows)
         self._memory.check_length(request)
         order = request.priority * _MOST_REQUESTS + self._num_added
         state = RequestState(request, order, self._memory.max_output_tokens(request))

@@ -29,6 +29,7 @@ class MemoryRecovery:
     """Preemption, the full and the current capacity, and the lengths that they allow.
 
     num_recoveries: failed steps that the scheduler knows of. full_capacity: without a shortage.
+    is_short: whether the current capacity is smaller.
     retry_step_id: after a shortage, the step whose success is the time to try the full capacity again.
 
     The oldest running request is preempted only if there is no other, so it always finishes and the next becomes the
@@ -41,6 +42,7 @@ class MemoryRecovery:
         self.num_recoveries = 0
         self.num_preemptions = 0
         self.full_capacity = block_space_manager.capacity
+        self.is_short = False
         self._block_space_manager = block_space_manager
         self._running = running
         self._max_model_len = max_model_len
@@ -153,11 +155,6 @@ class MemoryRecovery:
 
     # Less memory than counted on.
 
-    @property
-    def is_short(self) -> bool:
-        """Whether the current capacity is smaller than the full one."""
-        return self._block_space_manager.capacity.rows < self.full_capacity.rows
-
     def roll_back(self, steps: Sequence[Step], available_rows: int, next_step_id: int) -> int:
         """Undo `steps`, the first of which found only available_rows; returns the capacity to continue with, in rows.
 
@@ -186,6 +183,7 @@ class MemoryRecovery:
     def resize(self, rows: int, states: Iterable[RequestState]) -> list[tuple[RequestState, str]]:
         """Set the current capacity; returns the requests that are too long for it, with finish reasons."""
         self._block_space_manager.resize(rows)
+        self.is_short = rows < self.full_capacity.rows
         too_long = []
         for state in states:
             state.max_output_tokens = self.max_output_tokens(state.request)

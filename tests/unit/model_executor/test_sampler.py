@@ -1,6 +1,7 @@
 """Sampling of whole batches against transformers' processors row by row, and against definitions of the rest."""
 
 import random
+from array import array
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -19,7 +20,7 @@ from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.sampling.plan import SamplingPlan, plan_sampling, with_last_tokens
 from sarathi.model_executor.sampling.sampler import filtered, sample
 from sarathi.sampling_params import SamplingParams
-from sarathi.worker.sequences import Sequence, SequenceTable, token_array
+from sarathi.worker.sequences import Sequence, SequenceTable
 from sarathi.worker.transfer import to_device
 
 VOCAB_SIZE = 3000  # more than the sampler sorts at first
@@ -27,7 +28,7 @@ KERNELS = NativeOps()
 
 
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] = (), seed: int = 1) -> Sequence:
-    return Sequence(token_array([*prompt, *output]), len(prompt), params, frozenset({7}), seed)
+    return Sequence(array("q", [*prompt, *output]), len(prompt), params, frozenset({7}), seed)
 
 
 def plan_of(sequences: list[Sequence], vocab_size: int) -> SamplingPlan:
