@@ -130,7 +130,8 @@ def _kernels(records: pd.DataFrame) -> Panels | None:
 def _draw_kernels(axis: Any, times: pd.DataFrame) -> None:
     """times: by context and kernel. The engine runs its own kernel on decodes and FlashAttention 3 on prompts."""
     paged = times.filter(like="paged")
-    over = times.div(paged.min(axis=1), axis=0)
+    reference = times if paged.empty else paged
+    over = times.div(reference.min(axis=1), axis=0)
     choices = over.filter(regex="triton default|one sequence").join(over.filter(regex=r"^fa3 contiguous \(fa3-fwd"))
     families: dict[str, tuple[pd.DataFrame, dict[str, Any]]] = {
         "paged kernels": (over[paged.columns], {"color": OTHERS, "linewidth": 0.8}),
@@ -141,11 +142,14 @@ def _draw_kernels(axis: Any, times: pd.DataFrame) -> None:
         ),
     }
     for name, (lines, style) in families.items():
-        labels = [name, *["_"] * (lines.shape[1] - 1)]
+        labels = [name, *["_"] * (lines.shape[1] - 1)][: lines.shape[1]]
         axis.plot(lines.index, lines.to_numpy(), marker=".", markersize=4, label=labels, **style)
     axis.axhline(1.0, color="black", linewidth=0.6)
     axis.set(
-        xscale="log", xlabel=LABELS["context"], ylabel="time / best paged", ylim=(None, min(axis.get_ylim()[1], 1.6))
+        xscale="log",
+        xlabel=LABELS["context"],
+        ylabel="time / best" + ("" if paged.empty else " paged"),
+        ylim=(None, min(axis.get_ylim()[1], 1.6)),
     )
     axis.set_xticks(over.index, [_tokens(context) for context in over.index], fontsize=7)
     axis.set_xticks([], minor=True)

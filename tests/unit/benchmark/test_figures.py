@@ -84,6 +84,13 @@ def test_kernels_are_drawn_over_the_best_paged_one_and_the_engine_s_own_is_told(
     assert ours["llama-3-8b: prefill"][1024] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("left", ["paged", "contiguous", "triton"])
+def test_kernels_are_drawn_whichever_libraries_are_there(left: str) -> None:
+    table = pd.read_csv(EXPERIMENTS / "h200" / "kernels.csv")
+    panels = FIGURES["kernels"](table[table["backend"].str.contains(left)])
+    assert panels is not None and panels.data_uri("caption").startswith("data:image/png;base64,")
+
+
 def test_runs_of_one_backend_are_lines_and_bars_of_their_own() -> None:
     records = pd.DataFrame({
         "model": "m", "backend": "sdpa_vattn", "workload": "w", "variant": ["seed 1", "seed 2"],
