@@ -66,7 +66,7 @@ def _drive(engine, rng, prompts, params, expected, canary, shrinks):
             tokens.pop(gone, None)
         if shrinks and rng.random() < 0.1:
             longest = core.facts.capacity.rows_for(320)
-            core.resize(rng.randint(longest, rng.choice((2, 2, 4)) * longest))
+            core.resize(rng.randint(longest, rng.choice((3, 4)) * longest // 2))
         for update in core.step().updates:
             if update.request_id in tokens:
                 assert update.finish_reason != "error"

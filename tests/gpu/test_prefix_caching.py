@@ -1,0 +1,84 @@
+"""Prefix caching on a GPU: what requests share is the same memory, or the same bytes, and nobody writes it."""
+
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("vattention._native", reason="the native module is not built")
+
+from sarathi import LLM, SamplingParams
+from sarathi.benchmark.engines.ours import find_model
+from sarathi.messages import NewRequest
+from sarathi.model_executor.attention.base import KernelUnavailableError
+
+pytestmark = pytest.mark.gpu
+BACKENDS = (
+    "fa_vattn",
+    "fa_vattn_megacache",
+    "fa_vattn_megacache_sync",
+    "fi_vattn_megacache",
+    "fa_paged",
+    "fi_paged_16",
+)
+
+
+def open_llm(backend: str) -> LLM:
+    settings = {"max_model_len": 4096, "max_num_seqs": 16, "chunk_size": 512, "memory_bytes": "256mb"}
+    model = find_model("two-wide-layers")
+    try:
+        return LLM(model, load_format="dummy", attention_backend=backend, prefix_caching=True, **settings)
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "vattn" in name])
+def test_a_sharer_has_the_bytes_of_its_source(backend: str) -> None:
+    """Two questions to one document, the second after the first and both of them while a third is decoding."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    document = [rng.randrange(3, 900) for _ in range(2900)]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    with open_llm(backend) as llm:
+        outputs = [llm.generate([[*document, 5, number]], params)[0] for number in range(3)]
+        assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
+        core = llm.engine.core
+        stats = core.scheduler.block_space_manager.stats
+        print(stats)
+        assert stats.num_mapped_tokens > 4000 and stats.num_hit_tokens > 2 * 2900
+        cache = core.executor._worker._cache
+        slots = [slot.number for slot in cache._slots.values()]
+        assert len(slots) == 3
+        torch.cuda.synchronize()
+        for tensor in cache._cache.tensors():
+            first = tensor[slots[0], :2901].clone()
+            assert all(tensor[slot, :2901].equal(first) for slot in slots[1:])
+            assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_requests_end_with_steps_in_flight_and_evictions(backend: str) -> None:
+    """A page that goes while a kernel or a copy uses it would be error 700."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    documents = [[rng.randrange(3, 900) for _ in range(rng.choice((200, 1500, 3000)))] for _ in range(6)]
+    with open_llm(backend) as llm:
+        core, waiting = llm.engine.core, 150
+        core.resize(core.facts.capacity.rows_for(4096) * 3)
+        while waiting or core.has_work:
+            if waiting and rng.random() < 0.6:
+                waiting -= 1
+                prompt = rng.choice(documents)[: rng.randint(1, 3000)] + [rng.randrange(3, 900) for _ in range(9)]
+                params = SamplingParams(temperature=0, max_tokens=rng.randint(1, 60), ignore_eos=True)
+                core.add_requests([NewRequest(f"r{waiting}", tuple(prompt), params)])
+            if rng.random() < 0.03:
+                core.finish(f"r{rng.randint(waiting, 150)}", "abort")
+            assert all(update.finish_reason != "error" for update in core.step().updates)
+            core.scheduler.check_integrity()
+            core.executor.check_integrity()
+        stats = core.scheduler.block_space_manager.stats
+        print(stats, core.scheduler.num_preemptions)
+        assert stats.num_hit_tokens > 10_000 and stats.num_evicted_rows > 10
+    torch.cuda.synchronize()
