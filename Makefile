@@ -21,9 +21,9 @@ $(DEMO): pyproject.toml constraints.txt requirements-hashed.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if sys.version_info < (3, 10) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and transformers (a minute or two) ..."
-	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement requirements-hashed.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
+	$(BIN)/pip install --no-compile --quiet --require-hashes --no-deps --requirement requirements-hashed.txt
+	$(BIN)/pip install --no-compile --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --no-compile --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
 	@touch $@ $(NATIVE)
 
 $(READY): $(DEMO)
