@@ -18,24 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_model import EngineModel
 
 pytestmark = pytest.mark.slow
-WORDS = [
-    "the",
-    "of",
-    "Paris",
-    "boils",
-    "at",
-    "100",
-    "degrees",
-    "and",
-    "water",
-    "sea",
-    "is",
-    "red",
-    "4",
-    "she",
-    "he",
-    "it",
-]
+WORDS = ("the", "of", "Paris", "boils", "at", "100", "degrees", "and", "water", "sea", "is", "red", "4", "she", "he")
 
 
 @pytest.fixture(scope="module")
