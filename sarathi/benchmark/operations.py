@@ -178,6 +178,9 @@ class ProbedExecutor(Executor):
     def memory_stats(self) -> MemoryStats:
         return self._executor.memory_stats()
 
+    def resize_cache(self, rows: int) -> bool:
+        return self._executor.resize_cache(rows)
+
     def check_integrity(self) -> None:
         self._executor.check_integrity()
 

@@ -22,7 +22,7 @@ from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
 from sarathi.engine.build import build_core, build_tokenizer
 from sarathi.engine.core_process.client import CoreDiedError, CoreProcess
-from sarathi.engine.core_process.wire import CoreStats
+from sarathi.engine.core_process.wire import CoreStats, SetCacheBudget, Sleep, WakeUp
 from sarathi.engine.input_processor import InputProcessor, Prompt, encode_chat
 from sarathi.engine.output_processor import OutputProcessor, RequestState
 from sarathi.engine.outputs import RequestOutput
@@ -148,6 +148,18 @@ class AsyncLLM:
     async def stats(self) -> CoreStats:
         """Queues and memory of the core between two steps. Raises CoreDiedError."""
         return await self._core.stats()
+
+    async def set_cache_budget(self, memory_bytes: int) -> None:
+        """Shrink or grow the KV cache of the running engine. ValueError: see `CacheBudget.set_bytes`."""
+        await self._core.change_memory(SetCacheBudget(memory_bytes))
+
+    async def sleep(self) -> None:
+        """Give the memory of the KV cache back to the system. Requests wait until `wake_up`, new ones too."""
+        await self._core.change_memory(Sleep())
+
+    async def wake_up(self) -> None:
+        """Take the memory again, and go on."""
+        await self._core.change_memory(WakeUp())
 
     def kill(self) -> None:
         """End the core process at once, and with it every request."""

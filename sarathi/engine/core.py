@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from sarathi.core.scheduler import Scheduler
+from sarathi.engine.cache_budget import CacheBudget
 from sarathi.executor.base import Executor
 from sarathi.messages import (
     CoreOutput,
@@ -17,6 +18,7 @@ from sarathi.messages import (
     SchedulerOutput,
     StepFuture,
     StepReport,
+    StepResult,
 )
 from sarathi.request import Request
 
@@ -45,9 +47,13 @@ class EngineCore:
         self._clock = clock
         self._steps: deque[InFlightStep] = deque()
         self._untold: list[RequestUpdate] = []  # of requests that ended between steps
+        self._budget = CacheBudget(scheduler, executor)
+        self.is_asleep = False
 
     @property
     def has_work(self) -> bool:
+        if self.is_asleep:
+            return bool(self._untold)
         return self.scheduler.has_work or bool(self._steps or self._untold)
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
@@ -64,8 +70,8 @@ class EngineCore:
         self.scheduler.finish(request_id, reason, stop_reason)
 
     def step(self) -> CoreOutput:
-        """Launch one step, and wait for the oldest where no more may be in flight."""
-        if self.scheduler.has_work:
+        """Launch one step, and wait for the oldest where no more may be in flight. Asleep: no step."""
+        if self.scheduler.has_work and not self.is_asleep:
             started_at_s = self._clock()
             out = self.scheduler.schedule()
             scheduled_at_s = self._clock()
@@ -77,8 +83,8 @@ class EngineCore:
         result = step.future.result()
         self._steps.popleft()
         executed_at_s = self._clock()
-        prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]
-        updates = (*untold, *prompts, *self.scheduler.update(step.out, result))
+        updates = (*untold, *self._updates(step.out, result))
+        self._budget.settle()
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
         first_scheduled = tuple([new.request_id for new in step.out.new_requests])
         return CoreOutput(updates, report, first_scheduled, step.started_at_s)
@@ -96,6 +102,29 @@ class EngineCore:
         """Let requests hold this many rows from now on. The next step tells of those that this ended."""
         self._untold += self.scheduler.resize(rows)
 
+    def set_cache_budget(self, memory_bytes: int) -> None:
+        """Shrink or grow the cache with its physical memory, which is given back as soon as no request has it. The next
+        step tells of requests that are too long for it. ValueError: see `CacheBudget.set_bytes`."""
+        self._untold += self._budget.set_bytes(memory_bytes)
+
+    def sleep(self) -> None:
+        """Preempt every request, and give the cache's memory back. Requests wait until `wake_up`."""
+        if self.is_asleep:
+            return
+        while self._steps:
+            step = self._steps.popleft()
+            self._untold += self._updates(step.out, step.future.result())
+        out = self.scheduler.preempt_all()
+        self._untold += self._updates(out, self.executor.launch(out).result())
+        self._budget.release()
+        self.is_asleep = True
+
+    def wake_up(self) -> None:
+        """Take the cache's memory again, and go on. Preempted requests are computed again, and none is lost."""
+        if self.is_asleep:
+            self._budget.restore()
+            self.is_asleep = False
+
     def memory_stats(self) -> MemoryStats:
         return self.executor.memory_stats()
 
@@ -104,6 +133,10 @@ class EngineCore:
             self.reset()
         finally:
             self.executor.shutdown()
+
+    def _updates(self, out: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
+        prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]
+        return prompts + self.scheduler.update(out, result)
 
     def _may_launch_more(self) -> bool:
         """Whether there is room for another step behind the newest one, and something to put into it."""

@@ -14,6 +14,7 @@ class CoreClient(Protocol):
     """One thread at a time may call it."""
 
     facts: EngineFacts
+    is_asleep: bool
 
     @property
     def has_work(self) -> bool:
@@ -36,6 +37,12 @@ class CoreClient(Protocol):
 
     def reset(self) -> None:
         """End every request, in whatever state an exception left them. No update of them follows."""
+
+    def sleep(self) -> None:
+        """Preempt every request, and give the cache's memory back. Requests wait until `wake_up`."""
+
+    def wake_up(self) -> None:
+        """Take the cache's memory again, and go on."""
 
     def memory_stats(self) -> MemoryStats:
         """Memory of the KV cache now."""

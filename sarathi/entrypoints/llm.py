@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ AnyPrompt = Prompt | Mapping[str, Any]
 Prompts = AnyPrompt | Sequence[AnyPrompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 logger = logging.getLogger(__name__)
+_ASLEEP_LOOK_S = 0.01
 _Lock = Any  # an RLock, which alone knows its owner: _is_owned() is what threading.Condition asks too
 
 
@@ -113,6 +115,21 @@ class LLM:
         """Token ids of a conversation up to where the assistant's answer begins; for the options see
         `sarathi.engine.input_processor.encode_chat`."""
         return encode_chat(self.tokenizer, conversation, **options)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of the KV cache back to the system, between two steps. Streams wait until `wake_up`.
+
+        level: 1, the cache; weights stay.
+        """
+        if level != 1:
+            raise ValueError(f"level is {level!r}: it must be 1, the cache; the weights stay where they are")
+        with self._using_engine():
+            self.engine.core.sleep()
+
+    def wake_up(self) -> None:
+        """Take the memory again. Requests that were running are computed again."""
+        with self._using_engine():
+            self.engine.core.wake_up()
 
     def memory_stats(self) -> MemoryStats:
         """What the KV cache holds now, and at its peak, in bytes."""
@@ -197,6 +214,8 @@ class LLM:
         The threads that wait for outputs step in turn, each for all.
         """
         while not inbox:
+            if self.engine.core.is_asleep:
+                time.sleep(_ASLEEP_LOOK_S)
             with self._using_engine():
                 if inbox:  # another thread was here in between
                     return

@@ -30,6 +30,12 @@ class Executor(Protocol):
     def memory_stats(self) -> MemoryStats:
         """Memory of the KV cache now, summed over ranks."""
 
+    def resize_cache(self, rows: int) -> bool:
+        """Change the cache's physical memory on every rank; False, to be tried again, where requests still hold more.
+
+        rows: of `capacity`; 0: all but one row, which a cache cannot do without. Only virtual memory changes.
+        """
+
     def check_integrity(self) -> None:
         """Raise RuntimeError where a cache's accounting is inconsistent."""
 

@@ -63,6 +63,10 @@ class _ClosedWorker:
     def memory_stats(self) -> MemoryStats:
         return MemoryStats()
 
+    def resize_cache(self, rows: int) -> bool:
+        """There is no cache any more."""
+        return True
+
     def check_integrity(self) -> None:
         """Nothing to check."""
 
@@ -105,6 +109,9 @@ class UniprocExecutor(Steps, Executor):
 
     def memory_stats(self) -> MemoryStats:
         return self._worker.memory_stats()
+
+    def resize_cache(self, rows: int) -> bool:
+        return self._worker.resize_cache(rows)
 
     def check_integrity(self) -> None:
         self._worker.check_integrity()

@@ -138,6 +138,15 @@ class Worker:
     def memory_stats(self) -> MemoryStats:
         return self._cache.stats()
 
+    def resize_cache(self, rows: int) -> bool:
+        """Change the cache's memory to `rows` rows; False where requests hold more. See `Executor.resize_cache`."""
+        self._runner.wait()  # steps in flight may use what is to be unmapped
+        try:
+            self._cache.resize_rows(rows)
+        except OutOfMemoryError:
+            return False
+        return True
+
     def fingerprint(self) -> str:
         """A hash of the requests in the cache: their lengths, and the tokens that are computed."""
         sequences = self._sequences

@@ -140,6 +140,18 @@ class Scheduler(ABC):
                 # fails again, it ends if it does not fit alone, and otherwise starts without another retry.
                 self._fit(self._memory.full_capacity.rows)
                 self._fill(step)
+        return self._send(step)
+
+    def preempt_all(self) -> SchedulerOutput:
+        """A step that computes nothing and preempts every running request. No step may be in flight."""
+        step = Step(self._num_steps, withdrawn=tuple(self._withdrawn))
+        self._num_steps += 1
+        self._withdrawn.clear()
+        self._memory.preempt_all(step)
+        self.block_space_manager.evict_all()
+        return self._send(step)
+
+    def _send(self, step: Step) -> SchedulerOutput:
         for state in step.preempted:
             self._waiting.push(state)
         self.block_space_manager.publish(step.prefilled)

@@ -117,6 +117,11 @@ class MemoryRecovery:
                 return False
         return True
 
+    def preempt_all(self, step: Step) -> None:
+        """Preempt every running request; none may be in flight."""
+        while self._preempt_one(step, allow_oldest=True):
+            pass
+
     def _preempt_one(self, step: Step, allow_oldest: bool) -> bool:
         """False if there is no victim, or if it is in flight: then it is left out of this step."""
         running = self._running.running

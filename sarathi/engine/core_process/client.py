@@ -9,10 +9,11 @@ import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import zmq
 import zmq.asyncio
@@ -72,6 +73,7 @@ class CoreProcess:
         self._listener: CoreListener | None = None
         self._has_beaten = False
         self._stats: asyncio.Future[wire.CoreStats] | None = None
+        self._changes: deque[asyncio.Future[wire.Done]] = deque()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -122,11 +124,24 @@ class CoreProcess:
             self._send(wire.GetStats())
         return await asyncio.shield(self._stats)
 
+    async def change_memory(self, command: "wire.SetCacheBudget | wire.Sleep | wire.WakeUp") -> None:
+        """Return when it is done. Raises ValueError where it is refused, CoreDiedError."""
+        if self.error is not None:
+            raise self.error
+        if self._commands.closed:
+            raise CoreDiedError(_CLOSED)
+        done = asyncio.get_running_loop().create_future()
+        self._changes.append(done)
+        self._send(command)
+        report: wire.Done = await asyncio.shield(done)
+        if report.error is not None:
+            raise ValueError(report.error)
+
     async def close(self) -> None:
         """End the process: it is asked to, and killed where it does not obey. May be called again."""
         for task in self._tasks:
             task.cancel()
-        self._fail_stats(CoreDiedError(_CLOSED))
+        self._fail_answers(CoreDiedError(_CLOSED))
         self._send(wire.Shutdown())
         try:
             await asyncio.wait_for(self._process.wait(), _EXIT_S)
@@ -210,6 +225,8 @@ class CoreProcess:
         elif isinstance(report, wire.CoreStats) and self._stats is not None:
             waiting, self._stats = self._stats, None
             waiting.set_result(report)
+        elif isinstance(report, wire.Done):
+            self._changes.popleft().set_result(report)
 
     async def _watch_exit(self) -> None:
         self._die(f"the core process ended with exit code {await self._process.wait()}")
@@ -233,16 +250,18 @@ class CoreProcess:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        self._fail_stats(self.error)
+        self._fail_answers(self.error)
         self._release()
         assert self._listener is not None
         self._listener.on_death(self.error)
 
-    def _fail_stats(self, error: CoreDiedError) -> None:
-        if self._stats is not None:
-            self._stats.set_exception(error)
-            self._stats.exception()  # its callers may have gone
-            self._stats = None
+    def _fail_answers(self, error: CoreDiedError) -> None:
+        waiting: list[asyncio.Future[Any]] = [*self._changes, *([] if self._stats is None else [self._stats])]
+        for each in waiting:
+            each.set_exception(error)
+            each.exception()  # its callers may have gone
+        self._changes.clear()
+        self._stats = None
 
     def _release(self) -> None:
         self._commands.close(linger=0)

@@ -9,14 +9,18 @@ from sarathi.engine.core_process.wire import (
     AddRequests,
     Command,
     CoreStats,
+    Done,
     Finish,
     GetStats,
     Refused,
     Report,
+    SetCacheBudget,
     Shutdown,
+    Sleep,
     Started,
     StepFailed,
     StepOutputs,
+    WakeUp,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,6 +63,21 @@ class CoreLoop:
                 self._core.finish(request_id, command.reason, command.stop_reason)
         elif isinstance(command, GetStats):
             self._channel.send(self._stats())
+
+        elif isinstance(command, (SetCacheBudget, Sleep, WakeUp)):
+            self._channel.send(self._change_memory(command))
+
+    def _change_memory(self, command: SetCacheBudget | Sleep | WakeUp) -> Done:
+        try:
+            if isinstance(command, SetCacheBudget):
+                self._core.set_cache_budget(command.memory_bytes)
+            elif isinstance(command, Sleep):
+                self._core.sleep()
+            else:
+                self._core.wake_up()
+        except ValueError as error:
+            return Done(str(error))
+        return Done()
 
     def _add(self, command: AddRequests) -> None:
         try:

@@ -23,11 +23,25 @@ class GetStats(msgspec.Struct, frozen=True, tag=True):
     """Ask for one CoreStats."""
 
 
+class SetCacheBudget(msgspec.Struct, frozen=True, tag=True):
+    """See `EngineCore.set_cache_budget`. Answered by Done."""
+
+    memory_bytes: int
+
+
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """See `EngineCore.sleep`. Answered by Done."""
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag=True):
+    """See `EngineCore.wake_up`. Answered by Done."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End every request and the process."""
 
 
-Command = AddRequests | Finish | GetStats | Shutdown
+Command = AddRequests | Finish | GetStats | SetCacheBudget | Sleep | WakeUp | Shutdown
 """Client to core."""
 
 
@@ -77,11 +91,17 @@ class CoreStats(msgspec.Struct, frozen=True, tag=True):
     memory: MemoryStats
 
 
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The oldest change of memory that was not answered is done, or refused with a message."""
+
+    error: str | None = None
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """The process runs, whatever its step is doing."""
 
 
-Report = Started | StartFailed | StepOutputs | Refused | StepFailed | CoreStats | Heartbeat
+Report = Started | StartFailed | StepOutputs | Refused | StepFailed | CoreStats | Done | Heartbeat
 """Core to client."""
 
 encode = msgspec.msgpack.encode

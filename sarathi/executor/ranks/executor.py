@@ -83,6 +83,9 @@ class RanksExecutor(Executor):
         if self._ranks.are_running:
             self.ask("check_integrity")
 
+    def resize_cache(self, rows: int) -> bool:
+        return all(self.ask("resize_cache", rows))
+
     def busy_s(self) -> list[float]:
         """Seconds that each stage has computed so far, without waits for its input; on GPUs with them."""
         return self.ask("busy_s")[:: self._grid.per_stage]

@@ -52,7 +52,7 @@ class Reply(NamedTuple):
 
 
 _ANSWERED = frozenset(
-    ("facts", "wait", "memory_stats", "check_integrity", "busy_s", "fingerprint", "close")
+    ("facts", "wait", "memory_stats", "resize_cache", "check_integrity", "busy_s", "fingerprint", "close")
 )  # by every rank
 
 

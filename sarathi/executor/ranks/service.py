@@ -59,6 +59,9 @@ class RankService:
     def memory_stats(self) -> Any:
         return self._worker.memory_stats()
 
+    def resize_cache(self, rows: int) -> bool:
+        return self._worker.resize_cache(rows)
+
     def check_integrity(self) -> None:
         self._worker.check_integrity()
 

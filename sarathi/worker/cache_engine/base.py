@@ -53,6 +53,12 @@ class CacheEngine(Protocol):
     def resize(self, budget_bytes: int) -> None:
         """Change the budget, where the cache can be resized."""
 
+    def resize_rows(self, rows: int) -> None:
+        """Change the budget to `rows` of `capacity`, where the cache can be resized.
+
+        Raises vattention.OutOfMemoryError where requests hold more.
+        """
+
     def clear(self, request_ids: Iterable[str]) -> None:
         """Zero the memory of requests, which NaN would outlive: kernels multiply what is past a length by 0.
 

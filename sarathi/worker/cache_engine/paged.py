@@ -51,6 +51,9 @@ class PagedCacheEngine:
     def resize(self, budget_bytes: int) -> None:
         """Nothing changes: tensors cannot grow in place."""
 
+    def resize_rows(self, rows: int) -> None:
+        """Nothing changes: tensors cannot grow in place."""
+
     def clear(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             blocks = self._tables.get(request_id, [])

@@ -86,6 +86,9 @@ class vATTNCacheEngine:
     def resize(self, budget_bytes: int) -> None:
         self._cache.resize(budget_bytes)
 
+    def resize_rows(self, rows: int) -> None:
+        self._cache.resize(max(rows + self._anchor_rows, 1) * self._cache.row_bytes)
+
     def clear(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             slot = self._slots.get(request_id)

@@ -77,6 +77,10 @@ class FakeExecutor:
     def memory_stats(self) -> MemoryStats:
         return MemoryStats(mapped_bytes=sum(map(len, self.tokens.values())))
 
+    def resize_cache(self, rows: int) -> bool:
+        self.cache_rows = rows
+        return True
+
     def shutdown(self) -> None:
         self.is_shut_down = True
 
