@@ -14,7 +14,8 @@ from sarathi.wording import short_repr
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _ANY_OBJECT = '{"type":"object"}'
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON tokens: a small model would write spaces without end
+JSON_WHITESPACE = r"\x20{1,40}|\r?\n(\x20{0,40}|\t{0,10})"
+"""Between two JSON tokens: a line break and an indentation. A small model would write whitespace without end."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class StructuredOutputsParams:
     choice: strings of which the output is one.
     grammar: a context-free grammar in the Lark syntax of llguidance, or in GBNF. `start` (`root`) is the output.
     json_object: true for any JSON object.
-    disable_any_whitespace: JSON without whitespace between its tokens; otherwise up to 32 characters of it.
+    disable_any_whitespace: JSON without whitespace between its tokens; otherwise see JSON_WHITESPACE.
 
     Raises ValueError unless exactly one of the first five is given, and where it is malformed; `check_grammar` says
     whether llguidance can follow it.
@@ -74,7 +75,7 @@ class StructuredOutputsParams:
         if self.choice is not None:
             options = " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
             return str(llguidance.LLMatcher.grammar_from_lark(f"start: {options}"))
-        spaces: dict[str, Any] = {"whitespace_pattern": _WHITESPACE}
+        spaces: dict[str, Any] = {"whitespace_pattern": JSON_WHITESPACE}
         if self.disable_any_whitespace:
             spaces = {"whitespace_flexible": False}
         schema = str(self.json) if self.json is not None else _ANY_OBJECT

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sarathi.structured_outputs import JSON_WHITESPACE
 from sarathi.wording import short_repr
 
 _NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
@@ -32,7 +33,7 @@ class Tool:
         schema = dict(self.parameters)
         if "properties" in schema:
             schema.setdefault("additionalProperties", False)
-        guidance = {"whitespace_pattern": r"[\x20\x0A]{1,8}", "lenient": not self.is_strict}
+        guidance = {"whitespace_pattern": JSON_WHITESPACE, "lenient": not self.is_strict}
         return json.dumps({**schema, "x-guidance": guidance}, ensure_ascii=False)
 
 
