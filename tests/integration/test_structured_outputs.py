@@ -129,7 +129,7 @@ def test_limits_that_leave_no_token_end_the_request_alone(llm: LLM) -> None:
 def test_preempted_requests_go_on_in_their_grammar(seed: int) -> None:
     """Memory for about half of the requests: the others are computed again from their tokens."""
     limit = {"json": PERSON, "disable_any_whitespace": True}
-    params = [limited(limit, seed=seed + index, max_tokens=150) for index in range(5)]
+    params = [limited(limit, seed=seed + index, max_tokens=150) for index in range(8)]
     with LLM(
         "smollm2-135m", device="cpu", max_num_seqs=8, memory_bytes="8mb", attention_backend="sdpa_paged_16"
     ) as small:
