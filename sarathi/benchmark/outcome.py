@@ -9,12 +9,14 @@ from typing import Any
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.metrics import RunRecords
 
-COMPLETED, TIME_LIMIT, INTERRUPTED = "completed", "time limit", "interrupted"
+COMPLETED, TIME_LIMIT, INTERRUPTED, DIED = "completed", "time limit", "interrupted", "a replica died"
+Planned = tuple[tuple[int, RequestSpec], ...]
+"""Requests with their numbers."""
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """ended: COMPLETED, TIME_LIMIT or INTERRUPTED. records: None if metrics were off.
+    """ended: COMPLETED, TIME_LIMIT, INTERRUPTED or DIED. records: None if metrics were off.
 
     refused: request id -> why the engine would not take it. responses: where they were asked for. requests: number and
     lengths of each that was planned, answered or not. engine: what "auto" became, and the tokens that the cache holds.
@@ -26,5 +28,5 @@ class RunOutcome:
     refused: dict[str, str]
     responses: list[dict[str, Any]]
     records: RunRecords | None
-    requests: tuple[tuple[int, RequestSpec], ...] = ()
+    requests: Planned = ()
     engine: Mapping[str, object] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import yaml
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.original_files import remove_original_files, write_original_files
-from sarathi.benchmark.outcome import COMPLETED, RunOutcome
+from sarathi.benchmark.outcome import COMPLETED, DIED, RunOutcome
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
 from sarathi.metrics.environment import environment
@@ -73,6 +73,8 @@ def describe_run(summary: Mapping[str, Any]) -> str:
     if engine := summary.get("engine"):
         shown = "engine: {backend}, {dtype} on {device}, KV cache of {kv_cache_tokens} tokens"
         lines.append(shown.format(**engine))
+    if summary["num_lost"]:
+        lines.append(f"lost with the replica that had them: {summary['num_lost']} requests")
     if summary["refused"]:
         lines.append(
             f"refused: {len(summary['refused'])} requests, the first: {next(iter(summary['refused'].values()))}"
@@ -95,7 +97,8 @@ def _status(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
         "run_s": max(outcome.duration_s for outcome in outcomes),
         "num_finished": sum(outcome.num_finished for outcome in outcomes),
         "refused": {name: why for outcome in outcomes for name, why in outcome.refused.items()},
-        "engine": dict(outcomes[0].engine),
+        "num_lost": sum(len(outcome.requests) for outcome in outcomes if outcome.ended == DIED),
+        "engine": next((dict(outcome.engine) for outcome in outcomes if outcome.engine), {}),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.operations import OperationProbe, ProbedExecutor
-from sarathi.benchmark.outcome import INTERRUPTED, RunOutcome
+from sarathi.benchmark.outcome import INTERRUPTED, Planned, RunOutcome
 from sarathi.benchmark.profiling import profile_window
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec, generate_requests
@@ -74,8 +74,7 @@ class BenchmarkRunner:
         """Serve this replica's share of `specs`; ends early at the time limit or at ^C, with what there is."""
         if not self._is_warm:
             self.warm_up(specs)
-        numbered = [NumberedSpec(number, spec) for number, spec in enumerate(specs)]
-        share = numbered[self._replica :: self._config.cluster.num_replicas]
+        share = self._share(specs)
         limit_s = self._config.time_limit or math.inf
         with ExitStack() as stack:
             listeners = self._listeners(stack, len(share), profile_folder)
@@ -89,10 +88,17 @@ class BenchmarkRunner:
         if self._store is not None:
             self._store.on_memory(self._engine.memory_stats())
         records = None if self._store is None else self._store.records()
-        planned = tuple((each.number, replace(each.spec, text=None, block_ids=())) for each in share)
         facts = self._engine.core.facts
         engine = {**facts.resolution._asdict(), "kv_cache_tokens": facts.num_cache_tokens}
-        return RunOutcome(records=records, requests=planned, engine=engine, **vars(served))
+        return RunOutcome(records=records, requests=self.planned(specs), engine=engine, **vars(served))
+
+    def planned(self, specs: Sequence[RequestSpec]) -> Planned:
+        """This replica's share of `specs`, without their prompts."""
+        return tuple((each.number, replace(each.spec, text=None, block_ids=())) for each in self._share(specs))
+
+    def _share(self, specs: Sequence[RequestSpec]) -> list[NumberedSpec]:
+        numbered = [NumberedSpec(number, spec) for number, spec in enumerate(specs)]
+        return numbered[self._replica :: self._config.cluster.num_replicas]
 
     def close(self) -> None:
         """Give the engine's memory back."""

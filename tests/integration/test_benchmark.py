@@ -44,6 +44,26 @@ def test_replicas_share_the_requests_and_merge(tmp_path: Path) -> None:
     assert summary["num_completed"] == 5
 
 
+def test_a_replica_that_dies_is_told_and_its_requests_are_counted(tmp_path: Path) -> None:
+    lengths = tmp_path / "trace.csv"
+    lengths.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,2,2\n0,2,3000\n" + "0,2,2\n" * 7)
+    words = ["--num_replicas", "2", "--request_generator.provider", "trace", "--max_model_len", "4000"]
+    words += ["--trace_request_generator.trace_file", str(lengths), "--output_dir", str(tmp_path / "out")]
+    words += ["--num_warmup_requests", "0", "--show_progress", "true"]
+    process = subprocess.Popen([*RUN, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "replica 0: 100%" not in process.stderr.readline():  # the other has a request of 3,000 tokens
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    replicas = sorted(pid for pid, words in commands.items() if b"spawn_main" in words)
+    os.kill(replicas[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "replica 1 ended without a result; 4 requests are lost" in said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["ended"], summary["num_finished"], summary["num_lost"]) == ("a replica died", 5, 4)
+
+
 def test_a_tensor_parallel_degree_makes_ranks_of_each_replica(tmp_path: Path) -> None:
     command(*RUN, "--model_tensor_parallel_degree", 3, "--num_requests", 3, "--output_dir", tmp_path / "3")
     assert check_run(tmp_path / "3")["num_completed"] == 3
