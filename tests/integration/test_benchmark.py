@@ -209,3 +209,38 @@ def test_the_command_line_runs_benchmarks(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "sarathi.entrypoints.cli", "bench", "run", *SMALL, "--num_requests", 2]
     command(*words, "--output_dir", tmp_path)
     check_run(tmp_path)
+
+
+def test_artifact_commands_run_with_another_model_backend_and_sizes(tmp_path: Path) -> None:
+    """vAttention's figure 11 and Sarathi-Serve's table 6, word for word but for model, backend and sizes."""
+    trace = pd.DataFrame({"num_prefill_tokens": range(20, 60), "num_decode_tokens": [3] * 40})
+    trace.to_csv(tmp_path / "trace.csv", index=False)
+    small = f"--model_name smollm2-135m --device cpu --kv_cache_bytes 256mb --show_progress f --output_dir {tmp_path}"
+    shared = "--trace_request_length_generator_prefill_scale_factor 1 --trace_request_length_generator_trace_file "
+    shared += f"{tmp_path / 'trace.csv'} --trace_request_length_generator_max_tokens 128 --model_max_model_len 128 "
+    figure_11 = (
+        "--request_generator_provider synthetic --synthetic_request_generator_interval_provider static "
+        "--replica_scheduler_provider vllm --vllm_scheduler_max_tokens_in_batch 128 "
+        "--replica_scheduler_max_batch_size 64 --metrics_store_enable_op_level_metrics false "
+        "--metrics_store_keep_individual_batch_metrics true --synthetic_request_generator_num_requests 6 "
+        "--trace_request_length_generator_min_tokens 30 --model_block_size 2097152 "
+        "--model_attention_backend sdpa_vattn_sync --gpu_memory_utilization 0.9"
+    )
+    table_6 = (
+        "--request_generator_provider synthetic --synthetic_request_generator_length_provider trace "
+        "--synthetic_request_generator_interval_provider poisson --synthetic_request_generator_num_requests 50 "
+        "--replica_scheduler_provider simple_chunking --replica_scheduler_max_batch_size 128 "
+        "--sarathi_scheduler_chunk_size 512 --sarathi_scheduler_enable_rolling_prefills true "
+        "--poisson_request_interval_generator_qps 1e3 --time_limit 1800 --write_chrome_trace false"
+    )
+    command(sys.executable, "-m", "sarathi.benchmark.main", *f"{small}/11 {shared} {figure_11}".split())
+    lengths = pd.read_csv(tmp_path / "11" / "replica_0" / "sequence_metrics.csv")["request_num_prefill_tokens"]
+    expected = trace[trace.num_prefill_tokens > 30].sample(frac=1, random_state=42).head(6).num_prefill_tokens
+    assert sorted(lengths) == sorted(expected)
+    steps = pd.read_csv(tmp_path / "11" / "replica_0" / "batch_metrics.csv")
+    assert (steps["batch_num_prefill_tokens"] == 0).any() and (steps["batch_execution_time"] > 0).all()
+    done = command(sys.executable, "-m", "sarathi.benchmark.main", *f"{small}/6 {shared} {table_6}".split())
+    assert "the 50 asked for repeat them" in done.stderr
+    assert "sarathi_scheduler.chunk_size has no effect: replica_scheduler.provider is simple_chunking" in done.stderr
+    series = tmp_path / "6" / "replica_0" / "plots" / "decode_completion_time_series.csv"
+    assert pd.read_csv(series)["decode_completion"].iloc[-1] == 150
