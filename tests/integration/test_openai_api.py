@@ -1,6 +1,7 @@
 """OpenAI's API over a real server with SmolLM2, through OpenAI's own client and as raw HTTP."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -206,3 +207,17 @@ def test_metrics_count_what_was_served(server: RunningServer) -> None:
     assert value("generation_tokens_total") - before["generation_tokens_total"] == 4
     assert value("num_requests_running") == 0
     assert value("time_to_first_token_seconds_count") == value("request_queue_time_seconds_count") > 0
+
+
+def test_the_web_page_has_no_external_parts(server: RunningServer) -> None:
+    page = httpx.get(f"{server.url}/")
+    assert (
+        page.headers["content-type"].startswith("text/html")
+        and "default-src 'none'" in page.headers["content-security-policy"]
+    )
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page.text)
+    asked = set(re.findall(r'fetch\("([^"]+)"', page.text))
+    assert asked == {"v1/chat/completions", "stats"}
+    stats = httpx.get(f"{server.url}/stats").json()
+    shown = set(re.findall(r"stats\.(\w+)", page.text))
+    assert shown == stats.keys() and stats["model"] == MODEL and stats["total_rows"] > 0

@@ -10,7 +10,7 @@ from sarathi.config.server import ServerConfig
 from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.errors import add_error_handlers
 from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, RequestId
-from sarathi.entrypoints.server.routes import health
+from sarathi.entrypoints.server.routes import health, page
 from sarathi.entrypoints.server.routes.admin import admin_router
 
 
@@ -20,7 +20,7 @@ def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[A
     app.state.context = context
     add_error_handlers(app)
     _add_middleware(app, config)
-    for router in (health.router, admin_router(config), *routers):
+    for router in (health.router, page.router, admin_router(config), *routers):
         app.include_router(router)
     return app
 
