@@ -94,7 +94,7 @@ class Request:
         return tokens
 
     def end(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """Finished, whatever of it is still in flight."""
+        """Mark the request finished, also while steps with it are in flight."""
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason

@@ -21,7 +21,7 @@ def create_executor(config: EngineConfig, make_vocabulary: MakeVocabulary = no_v
         return _create_ray_executor(config, make_vocabulary)
     if parallel.executor == "uniproc" or (parallel.executor == "auto" and num_ranks == 1):
         return UniprocExecutor(config, make_vocabulary)
-    from sarathi.executor.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
+    from sarathi.executor.ranks.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
 
     return MultiprocExecutor(config, make_vocabulary)
 

@@ -1,4 +1,4 @@
-"""Where a model's numbers live and of which type; knows no model."""
+"""Device and dtype of a model's weights and activations."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Tokens and sampling parameters of the requests that a worker was told of."""
+"""Tokens and sampling parameters of a worker's requests."""
 
 from __future__ import annotations
 

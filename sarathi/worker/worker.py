@@ -129,7 +129,8 @@ class Worker:
         """Compute a step for which `prepare` returned None."""
         if not out.chunks:
             return CompletedStep(StepResult(out.step_id))
-        self._cache.copy_prefixes()
+        if out.prefixes.shared:
+            self._cache.copy_prefixes()
         return self._runner.launch(out, self._sequences)
 
     def wait(self) -> None:

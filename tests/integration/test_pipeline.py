@@ -26,7 +26,7 @@ from tiny_models import TinyModel, build, random_prompts
 
 from sarathi import LLM, SamplingParams
 from sarathi.config.schema import SCHEDULERS
-from sarathi.executor import multiproc
+from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankError
 
 GRIDS = [

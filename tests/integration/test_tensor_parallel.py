@@ -31,7 +31,7 @@ from short_rank import SHORT_STEPS
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
 from sarathi import LLM, SamplingParams
-from sarathi.executor import multiproc
+from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankError
 from sarathi.messages import SchedulerOutput
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
@@ -186,7 +186,7 @@ def test_an_executor_that_is_dropped_leaves_no_process(tiny: TinyModel) -> None:
 _KILLED = """
 import os, signal, sys, time
 from sarathi.config.load import make_config
-from sarathi.executor.multiproc import MultiprocExecutor
+from sarathi.executor.ranks.multiproc import MultiprocExecutor
 executor = MultiprocExecutor(make_config(**{settings!r}))
 print(*[each.process.pid for each in executor._ranks._transport.processes], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

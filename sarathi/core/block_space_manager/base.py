@@ -64,10 +64,6 @@ class BlockSpaceManager(Protocol):
     @property
     def num_used_rows(self) -> int: ...
 
-    @property
-    def is_overcommitted(self) -> bool:
-        """Whether more rows are in use than the capacity has."""
-
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         """Give `request` memory for num_tokens in total; None, with nothing changed, if the rows do not suffice.
 

@@ -113,10 +113,6 @@ class PrefixCachingBlockSpaceManager:
         return self._rows.used
 
     @property
-    def is_overcommitted(self) -> bool:
-        return self._rows.used > self._capacity.rows
-
-    @property
     def stats(self) -> PrefixCacheStats:
         return self._stats._replace(num_retained_rows=self._rows.kept, num_retained=self._num_retained)
 

@@ -18,10 +18,6 @@ class VirtualBlockSpaceManager:
         self.num_used_rows = 0
         self._rows: dict[str, int] = {}
 
-    @property
-    def is_overcommitted(self) -> bool:
-        return self.num_used_rows > self.capacity.rows
-
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         held = self._rows.get(request.request_id, 0)
         rows = max(held, self.capacity.rows_for(num_tokens))

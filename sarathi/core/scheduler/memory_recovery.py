@@ -77,7 +77,7 @@ class MemoryRecovery:
         is_running = request.status is RequestStatus.RUNNING
         capacity = self._block_space_manager.capacity if is_running else self.full_capacity
         longest = min(self._max_model_len, capacity.tokens_in(capacity.rows) + 1)
-        room = longest - request.num_prompt_tokens
+        room = longest - len(request.prompt_token_ids)
         wanted = request.sampling_params.max_tokens
         return room if wanted is None else min(wanted, room)
 
@@ -112,7 +112,8 @@ class MemoryRecovery:
 
     def fit_capacity(self, step: Step) -> bool:
         """Preempt until all running requests fit in the capacity; False if that has to wait for steps in flight."""
-        while self._block_space_manager.is_overcommitted:
+        manager = self._block_space_manager
+        while manager.num_used_rows > manager.capacity.rows:
             if not self._preempt_one(step, allow_oldest=True):
                 return False
         return True

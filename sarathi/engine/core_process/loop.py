@@ -1,10 +1,11 @@
 """The loop of a core process: takes commands, runs a step, tells its outputs; waits for commands without work."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sarathi.engine.core import EngineCore
 from sarathi.engine.core_process.wire import (
     AddRequests,
     Command,
@@ -22,6 +23,9 @@ from sarathi.engine.core_process.wire import (
     StepOutputs,
     WakeUp,
 )
+
+if TYPE_CHECKING:
+    from sarathi.engine.core import EngineCore
 
 logger = logging.getLogger(__name__)
 _MAX_FAILED_STEPS = 3

@@ -12,14 +12,17 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
-from sarathi.engine.core import EngineCore
 from sarathi.engine.core_process.loop import CoreLoop
 from sarathi.engine.core_process.wire import Command, Heartbeat, Report, StartFailed, decode_command, encode
 
-MakeCore = Callable[[], EngineCore]
+if TYPE_CHECKING:
+    from sarathi.engine.core import EngineCore
+
+MakeCore = Callable[[], "EngineCore"]
 COMMANDS, REPORTS = "commands", "reports"  # sockets in the folder
 HEARTBEAT_S = 0.5
 FAILED = 1

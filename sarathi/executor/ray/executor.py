@@ -161,7 +161,7 @@ def _use_network_of(host: str) -> None:
     name = _interface_of(host)
     for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name else ():
         os.environ.setdefault(key, name)
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # see executor.multiproc
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # see executor.ranks.multiproc
 
 
 def _interface_of(host: str) -> str:

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
-from sarathi.executor.multiproc import MultiprocExecutor
+from sarathi.executor.ranks.multiproc import MultiprocExecutor
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.messages import Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
 from sarathi.sampling_params import SamplingParams
