@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from mutations import broken_bytes, broken_json, broken_lines
 from readers import READERS, json_of, read_bytes, seeds_of
 
-CASE_S = 20  # a reader that takes longer hangs
+CASE_S = 20  # of processor time, whatever else the machine does: a reader that takes longer hangs
 MEMORY_BYTES = 16 << 30  # of addresses
 
 
@@ -73,7 +73,7 @@ def fuzz(name: str, seconds: float, seed: int, output: Path) -> None:
     with open(output / f"{name}.log", "w") as log:  # what libraries say of broken files, panics in Rust among it
         os.dup2(log.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.signal(signal.SIGALRM, _on_alarm)
+    signal.signal(signal.SIGPROF, _on_alarm)
     rng, seeds, end_s = random.Random(f"{name} {seed}"), seeds_of(name), time.monotonic() + seconds
     outcomes: collections.Counter[str] = collections.Counter()
     failures: dict[str, str] = {}
@@ -104,7 +104,7 @@ def _broken(path: Path, is_text: bool, rng: random.Random) -> tuple[Path, bytes]
 
 def _read(name: str, content: bytes, path: Path) -> tuple[str, str]:
     """How it ended, and where if it should not have."""
-    signal.alarm(CASE_S)
+    signal.setitimer(signal.ITIMER_PROF, CASE_S)
     try:
         read_bytes(name, content, path)
         return "read", ""
@@ -117,7 +117,7 @@ def _read(name: str, content: bytes, path: Path) -> tuple[str, str]:
         where = "\n".join(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
         return type(error).__name__, f"{type(error).__name__}: {str(error)[:300]}\n{where}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _frames(trace: str) -> str:
