@@ -3,7 +3,7 @@
     python scripts/plot_memory.py RUN_FOLDER... --output memory.csv
 
 Each folder is one that `sarathi bench run` wrote, with `--metrics_store.memory_interval_steps 1`. Writes a CSV file of
-all runs and a figure beside it: bytes mapped, bytes of tokens, and what is wasted between them.
+all runs and a figure beside it: bytes of tokens, wasted behind them, idle for the next request, and mapped in all.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from sarathi.entrypoints.script import run_script
-from sarathi.metrics.plots import OURS, Panels
+from sarathi.metrics.plots import LIGHT, OURS, Panels
 
 COLUMNS = ["kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes"]
 MIB = 2**20
@@ -43,11 +43,10 @@ def plot(runs: pd.DataFrame, path: Path) -> None:
     panels = Panels(columns=runs["backend"].nunique(), width=3.6, heights=(3.0,))
     top = runs["kv_mapped_bytes"].max() / MIB * 1.1
     for axis, (backend, run) in zip(panels.axes, runs.groupby("backend", sort=False), strict=True):
-        mapped = run["kv_mapped_bytes"] / MIB
-        used = mapped - (run["kv_wasted_bytes"] + run["kv_idle_bytes"]) / MIB
+        mapped, wasted, idle = (run[column] / MIB for column in COLUMNS)
+        bands = [mapped - idle - wasted, wasted, idle]
+        axis.stackplot(run["step"], bands, colors=["0.8", "tab:orange", LIGHT], labels=["tokens", "wasted", "idle"])
         axis.plot(run["step"], mapped, color=OURS, linewidth=1, label="mapped")
-        axis.fill_between(run["step"], used, color="0.85", label="tokens")
-        axis.fill_between(run["step"], used, mapped, color="tab:orange", alpha=0.4, label="wasted or idle")
         axis.set(title=backend, xlabel="step", ylabel="MiB of KV cache", ylim=(0, top))
     panels.legend(panels.axes[0])
     panels.save(path, "24 requests of SmolLM2-135M, at most 8 at once, on a CPU")
