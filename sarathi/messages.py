@@ -195,6 +195,21 @@ class RequestUpdate(NamedTuple):
     num_cached_tokens: int = 0
 
 
+class PrefixCacheStats(NamedTuple):
+    """Tokens and rows since the start. queried: tokens of requests that started; hit: those found in the cache.
+
+    num_retained, num_retained_rows: sequences of ended requests now, and the rows that only they hold.
+    """
+
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_mapped_tokens: int = 0
+    num_copied_tokens: int = 0
+    num_evicted_rows: int = 0
+    num_retained: int = 0
+    num_retained_rows: int = 0
+
+
 class StepReport(NamedTuple):
     """A completed step for the metrics; times are seconds of the core's clock."""
 

@@ -14,6 +14,7 @@ from sarathi.messages import (
     EngineFacts,
     MemoryStats,
     NewRequest,
+    PrefixCacheStats,
     RequestUpdate,
     SchedulerOutput,
     StepFuture,
@@ -124,6 +125,12 @@ class EngineCore:
         if self.is_asleep:
             self._budget.restore()
             self.is_asleep = False
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.reset_prefix_cache()
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        return self.scheduler.block_space_manager.stats
 
     def memory_stats(self) -> MemoryStats:
         return self.executor.memory_stats()

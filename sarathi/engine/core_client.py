@@ -7,7 +7,7 @@ protocol, since every argument and every result is a plain message.
 from collections.abc import Sequence
 from typing import Protocol
 
-from sarathi.messages import CoreOutput, EngineFacts, MemoryStats, NewRequest
+from sarathi.messages import CoreOutput, EngineFacts, MemoryStats, NewRequest, PrefixCacheStats
 
 
 class CoreClient(Protocol):
@@ -43,6 +43,12 @@ class CoreClient(Protocol):
 
     def wake_up(self) -> None:
         """Take the cache's memory again, and go on."""
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Tokens found in the cache so far, and what is kept of ended requests."""
 
     def memory_stats(self) -> MemoryStats:
         """Memory of the KV cache now."""

@@ -9,7 +9,7 @@ from sarathi.engine.input_processor import InputProcessor, Prompt
 from sarathi.engine.output_processor import OutputProcessor
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import MemoryStats
+from sarathi.messages import MemoryStats, PrefixCacheStats
 from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
 from sarathi.sampling_params import SamplingParams
 
@@ -122,6 +122,14 @@ class LLMEngine:
         """Free the memory of ended requests where no other is left, so that no step would tell the executor of them."""
         while not self._outputs.states and not self._is_shut_down and self.core.has_work:
             self.step()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+        return self.core.reset_prefix_cache()
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Tokens found in the cache so far, and what is kept of ended requests."""
+        return self.core.prefix_cache_stats()
 
     def memory_stats(self) -> MemoryStats:
         """Memory of the KV cache now."""

@@ -80,6 +80,7 @@ class RequestState:
         self.completions = [Completion(self, request, index, tokenizer) for index, request in enumerate(requests)]
         self.num_open = len(self.completions)  # of them, how many have not ended
         self.prompt_token_ids = requests[0].token_ids
+        self.num_cached_tokens = 0  # of the first completion: the others find its prompt
         self._prompt = prompt
         with_logprobs = requests[0].sampling_params.prompt_logprobs is not None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if with_logprobs else None
@@ -100,7 +101,8 @@ class RequestState:
             self.metrics.finish_time_s = now_s
         logprobs = self._prompt_logprobs and list(self._prompt_logprobs)
         return RequestOutput(
-            self.request_id, self._prompt, self.prompt_token_ids, outputs, finished, self.metrics, logprobs
+            self.request_id, self._prompt, self.prompt_token_ids, outputs, finished, self.metrics, logprobs,
+            self.num_cached_tokens,
         )  # fmt: skip
 
 
@@ -152,6 +154,8 @@ class OutputProcessor:
             if completion is None:
                 continue
             touched[completion.state.request_id] = completion.state
+            if update.num_cached_tokens and completion is completion.state.completions[0]:
+                completion.state.num_cached_tokens = update.num_cached_tokens
             if update.prompt_logprobs is not None:
                 completion.state.append_prompt_logprobs(update.prompt_logprobs)
             stop = completion.append(update)

@@ -86,6 +86,7 @@ class RequestOutput:
     of a chat is its text in the model's own format.
 
     prompt_logprobs: one entry for each prompt token computed so far, None for the first; None unless asked for.
+    num_cached_tokens: of the prompt, those whose keys and values were found in the cache.
     """
 
     request_id: str
@@ -95,6 +96,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values; `prompt_logprobs` only where asked for."""
@@ -102,6 +104,7 @@ class RequestOutput:
             "request_id": self.request_id,
             "prompt": self.prompt,
             "prompt_token_ids": list(self.prompt_token_ids),
+            "num_cached_tokens": self.num_cached_tokens,
             "outputs": [each.to_dict() for each in self.outputs],
             "finished": self.finished,
             "metrics": asdict(self.metrics),

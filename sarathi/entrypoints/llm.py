@@ -27,7 +27,7 @@ from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.entrypoints.progress import show_progress
-from sarathi.messages import MemoryStats
+from sarathi.messages import MemoryStats, PrefixCacheStats
 from sarathi.sampling_params import SamplingParams
 from sarathi.wording import short_repr
 
@@ -130,6 +130,17 @@ class LLM:
         """Take the memory again. Requests that were running are computed again."""
         with self._using_engine():
             self.engine.core.wake_up()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the tokens of ended requests, as after a change of weights; False, with nothing done, while a request
+        has not ended."""
+        with self._using_engine():
+            return self.engine.reset_prefix_cache()
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Tokens found in the cache so far, and what is kept of ended requests."""
+        with self._using_engine():
+            return self.engine.prefix_cache_stats()
 
     def memory_stats(self) -> MemoryStats:
         """What the KV cache holds now, and at its peak, in bytes."""

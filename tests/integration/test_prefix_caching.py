@@ -1,7 +1,9 @@
 """Prefix caching changes no output: trees of prompts, with preemption, aborts, eviction and shrinking budgets."""
 
 import random
+import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from small_models import save_tiny_model
@@ -104,3 +106,42 @@ def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
     assert total["num_hit_tokens"] > 500 and total["num_evicted_rows"] > 5 and total["preemptions"] > 0
     assert total["num_mapped_tokens"] > 100 and total["num_copied_tokens"] > 30
     assert total["canary"] > 20 or "vattn" not in backend
+
+
+def test_callers_see_what_was_cached(tmp_path):
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    prompt = [rng.randrange(3, 60) for _ in range(100)]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="4mb", prefix_caching=True) as llm:
+
+        def cached(prompt=prompt, **more):
+            return llm.generate([prompt], replace(params, **more))[0].num_cached_tokens
+
+        assert [cached(), cached(), cached([*prompt[:50], 61])] == [0, 99, 50]
+        assert [cached(cache_salt="a"), cached(cache_salt="b"), cached(cache_salt="a")] == [0, 0, 99]
+        assert cached(prompt_logprobs=1) == 0
+        assert cached([7] * 100, n=4) == 0
+        stats = llm.prefix_cache_stats()
+        assert stats.num_hit_tokens >= 99 + 50 + 99 + 3 * 60, "three completions share the prompt of the first"
+        assert llm.reset_prefix_cache() and llm.prefix_cache_stats().num_retained == 0
+        assert [cached(), cached()] == [0, 99]
+        llm.engine.core.executor.check_integrity()
+
+
+@pytest.mark.slow
+def test_the_second_of_two_long_prompts_has_its_first_token_much_sooner():
+    """Processor time of prompts of 1,500 tokens that differ in the last 10."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    prompt = [rng.randrange(3, 40_000) for _ in range(1490)]
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    with LLM("smollm2-135m", load_format="dummy", device="cpu", max_model_len=2048, prefix_caching=True) as llm:
+        llm.generate([[5] * 40], params)
+        spent_s = []
+        for last in (7, 9):
+            before_s = time.process_time()
+            llm.generate([[*prompt, *[last] * 10]], params)
+            spent_s.append(time.process_time() - before_s)
+    print(spent_s)
+    assert spent_s[0] > 20 * spent_s[1]

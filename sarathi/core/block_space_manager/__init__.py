@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sarathi.config.backend import BackendSpec
-from sarathi.core.block_space_manager.base import BlockSpaceError, BlockSpaceManager, Grant, PrefixCacheStats
+from sarathi.core.block_space_manager.base import BlockSpaceError, BlockSpaceManager, Grant
 from sarathi.core.block_space_manager.eviction import POLICIES
 from sarathi.core.block_space_manager.paged import BlockPool, PagedBlockSpaceManager
 from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.messages import CacheCapacity
 
-__all__ = ["BlockSpaceError", "BlockSpaceManager", "Grant", "PrefixCacheStats", "make_block_space_manager"]
+__all__ = ["BlockSpaceError", "BlockSpaceManager", "Grant", "make_block_space_manager"]
 
 
 def make_block_space_manager(spec: BackendSpec, capacity: CacheCapacity, eviction: str = "lru") -> BlockSpaceManager:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from sarathi.messages import CacheCapacity, PrefixChanges
+from sarathi.messages import CacheCapacity, PrefixCacheStats, PrefixChanges
 from sarathi.request import Request
 
 
@@ -34,21 +34,6 @@ class Hit(NamedTuple):
 
     num_cached_tokens: int
     num_awaited_tokens: int
-
-
-class PrefixCacheStats(NamedTuple):
-    """Tokens and rows since the start. queried: tokens of requests that started; hit: those found in the cache.
-
-    num_retained, num_retained_rows: sequences of ended requests now, and the rows that only they hold.
-    """
-
-    num_queried_tokens: int = 0
-    num_hit_tokens: int = 0
-    num_mapped_tokens: int = 0
-    num_copied_tokens: int = 0
-    num_evicted_rows: int = 0
-    num_retained: int = 0
-    num_retained_rows: int = 0
 
 
 class BlockSpaceManager(Protocol):

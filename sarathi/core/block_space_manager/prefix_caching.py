@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit, PrefixCacheStats
+from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit
 from sarathi.core.block_space_manager.eviction import EvictionPolicy, EvictionQueue, lru
 from sarathi.core.block_space_manager.prefix_index import Match, PrefixIndex
 from sarathi.core.block_space_manager.shared_rows import NoIds, RowPool, Run, SharedRows
-from sarathi.messages import EVERY_KEY, CacheCapacity, PrefixChanges, SharedPrefix
+from sarathi.messages import EVERY_KEY, CacheCapacity, PrefixCacheStats, PrefixChanges, SharedPrefix
 from sarathi.request import Request
 
 _MIN_HIT_TOKENS = 16  # fewer are computed again: that takes no longer than to map or copy them

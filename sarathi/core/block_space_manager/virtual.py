@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit, PrefixCacheStats
-from sarathi.messages import CacheCapacity, PrefixChanges
+from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit
+from sarathi.messages import CacheCapacity, PrefixCacheStats, PrefixChanges
 from sarathi.request import Request
 
 

@@ -123,6 +123,13 @@ class Scheduler(ABC):
         self._withdrawn.clear()
         self._waiting = WaitingQueue()
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+        if self._states or self._running.finishing:
+            return False
+        self.block_space_manager.evict_all()
+        return True
+
     def resize(self, rows: int) -> list[RequestUpdate]:
         """Change the size of the cache permanently; returns the ends of requests that are too long for it."""
         self._memory.full_capacity = replace(self._memory.full_capacity, rows=rows)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from sarathi.messages import EngineFacts, MemoryStats, NewRequest, RequestUpdate
+from sarathi.messages import EngineFacts, MemoryStats, NewRequest, PrefixCacheStats, RequestUpdate
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
@@ -89,6 +89,7 @@ class CoreStats(msgspec.Struct, frozen=True, tag=True):
     used_rows: int
     total_rows: int
     memory: MemoryStats
+    prefixes: PrefixCacheStats
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from sarathi.engine.async_llm import Outputs
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
-from sarathi.entrypoints.openai.objects import Usage
+from sarathi.entrypoints.openai.objects import PromptTokensDetails, Usage
 from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.errors import check_not_failed
 from sarathi.sampling_params import SamplingParams
@@ -83,16 +83,16 @@ class UsageCount:
     """Tokens of the prompts of a request so far."""
 
     def __init__(self) -> None:
-        self._of_prompts: dict[int, tuple[int, int]] = {}
+        self._of_prompts: dict[int, tuple[int, int, int]] = {}
 
     def take(self, number: int, output: RequestOutput) -> None:
         """The newest output of a prompt."""
         num_tokens = sum([each.num_tokens for each in output.outputs])
-        self._of_prompts[number] = len(output.prompt_token_ids), num_tokens
+        self._of_prompts[number] = len(output.prompt_token_ids), num_tokens, output.num_cached_tokens
 
     def usage(self) -> Usage:
-        prompt, completion = map(sum, zip(*self._of_prompts.values(), strict=True))
-        return Usage(prompt, completion, prompt + completion)
+        prompt, completion, cached = map(sum, zip(*self._of_prompts.values(), strict=True))
+        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
 async def _of_one(outputs: Outputs) -> NumberedOutputs:

@@ -40,7 +40,8 @@ def finish(response: dict[str, Any], items: list[dict[str, Any]], output: Reques
     response["output"], response["status"], response["completed_at"] = items, status, int(time.time())
     response["usage"] = {
         "input_tokens": num_input, "output_tokens": num_output, "total_tokens": num_input + num_output,
-        "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},
+        "input_tokens_details": {"cached_tokens": output.num_cached_tokens},
+        "output_tokens_details": {"reasoning_tokens": 0},
     }  # fmt: skip
     if status == INCOMPLETE:
         response["incomplete_details"] = {"reason": "max_output_tokens"}

@@ -22,6 +22,7 @@ _GAUGES: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
     "num_requests_running": ("Requests that hold memory", lambda stats: stats.num_running),
     "num_requests_waiting": ("Requests in the scheduler's queue", lambda stats: stats.num_waiting),
     "kv_cache_usage_perc": ("Used share of the KV cache, 0 to 1", lambda s: s.used_rows / max(s.total_rows, 1)),
+    "prefix_cache_retained_rows": ("Rows of ended requests alone", lambda stats: stats.prefixes.num_retained_rows),
     "kv_cache_reserved_bytes": ("Virtual addresses of the KV cache", lambda stats: stats.memory.reserved_bytes),
     "kv_cache_created_bytes": ("Physical memory of the KV cache", lambda stats: stats.memory.created_bytes),
     "kv_cache_mapped_bytes": ("Physical memory at some address", lambda stats: stats.memory.mapped_bytes),
@@ -31,6 +32,11 @@ _COUNTERS: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
     "num_preemptions": ("Preemptions of requests", lambda stats: stats.num_preemptions),
     "kv_cache_mapping_seconds": ("Seconds spent in calls that map memory", lambda stats: stats.memory.driver_s),
     "kv_cache_mapping_calls": ("Calls that map memory", lambda stats: stats.memory.driver_calls),
+    "prefix_cache_queries": ("Tokens looked for in the cache", lambda stats: stats.prefixes.num_queried_tokens),
+    "prefix_cache_hits": ("Tokens found in the cache", lambda stats: stats.prefixes.num_hit_tokens),
+    "prefix_cache_mapped_tokens": ("Tokens shared by mapping", lambda stats: stats.prefixes.num_mapped_tokens),
+    "prefix_cache_copied_tokens": ("Tokens shared by copying", lambda stats: stats.prefixes.num_copied_tokens),
+    "prefix_cache_evicted_rows": ("Rows taken from ended requests", lambda stats: stats.prefixes.num_evicted_rows),
     "steps_waited_for_page": ("Steps that waited for a page", lambda stats: stats.memory.steps_waited),
 }
 

@@ -14,9 +14,9 @@ import pytest
 from scheduler_simulation import VOCAB, FakeWorker, expected_output, make_pair, make_request
 
 from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
-from sarathi.core.block_space_manager import PrefixCacheStats, prefix_caching
+from sarathi.core.block_space_manager import prefix_caching
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, memory_recovery
-from sarathi.messages import CacheCapacity, RequestUpdate, SchedulerOutput, StepResult
+from sarathi.messages import CacheCapacity, PrefixCacheStats, RequestUpdate, SchedulerOutput, StepResult
 from sarathi.request import Request
 
 HISTORIES = 1000
