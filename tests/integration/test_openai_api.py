@@ -218,6 +218,8 @@ def test_the_web_page_has_no_external_parts(server: RunningServer) -> None:
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page.text)
     asked = set(re.findall(r'fetch\("([^"]+)"', page.text))
     assert asked == {"v1/chat/completions", "stats"}
+    fields = re.search(r"JSON.stringify\(\{(\w+), (\w+), stream: true, max_tokens: 1024\}", page.text)
+    assert fields and set(fields.groups()) == {"model", "messages"}
     stats = httpx.get(f"{server.url}/stats").json()
     shown = set(re.findall(r"stats\.(\w+)", page.text))
     assert shown == stats.keys() and stats["model"] == MODEL and stats["total_rows"] > 0
