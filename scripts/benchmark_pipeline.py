@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=positive, default=384, help="tokens of the longest prompt")
     parser.add_argument("--outputs", type=positive, default=32, help="most output tokens of a request")
     parser.add_argument("--rounds", type=positive, default=2, help="engines of each schedule, in turn")
-    options = parse(parser, {"requests": 3, "prompt": 32, "outputs": 6, "rounds": 1})
+    options = parse(parser, {"model": "smollm2-135m", "requests": 3, "prompt": 32, "outputs": 6, "rounds": 1})
     options.memory_bytes = options.memory_bytes or "256mb"
     table = Table(options.output / "pipeline.csv")
     for number in range(options.rounds):

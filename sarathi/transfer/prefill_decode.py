@@ -78,7 +78,10 @@ class Prefiller(_Side):
         layers[:] = [SendingLayer(layer, index, self) for index, layer in enumerate(layers)]
 
     def run(self, new: NewRequest) -> SampledToken:
-        """Compute a prompt; returns the first token, when everything has left. Raises OutOfMemoryError."""
+        """Compute a prompt; returns the first token, when everything has left. Raises OutOfMemoryError.
+
+        After another error its memory stays held: what is on its way may still be read.
+        """
         request, length = Request(new.request_id, new.token_ids, new.sampling_params), len(new.token_ids)
         blocks = self._grant(request, length)
         ends = (*range(self._chunk_size, length, self._chunk_size), length)
@@ -96,8 +99,8 @@ class Prefiller(_Side):
             self._link.wait()
         finally:
             self._forget(request)
-            if held is not None:
-                self._worker.cache.let_go(held)
+        if held is not None:
+            self._worker.cache.let_go(held)
         return result.tokens[0]
 
     def on_layer(self, index: int) -> None:

@@ -1,7 +1,11 @@
-"""Tensor parallelism on several GPUs: outputs against transformers in float32, graphs against eager steps, failures."""
+"""Several GPUs: outputs against transformers in float32, graphs against eager steps, failures."""
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -39,6 +43,17 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, 1001, (length,), generator=generator).tolist() for length in (1, 7, 64, 300, 900)]
 
 
+def check_likely(folder: Path, outputs: list[list[int]], backend: str) -> None:
+    """Every token against float32 logits of transformers, given the tokens before it."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *output]], device="cuda")).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(output, device="cuda").unsqueeze(1)).squeeze(1)
+        behind = (logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))
+        assert behind.max() < CLOSE, (backend, behind)
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_gpus_choose_what_transformers_finds_likely(folder: Path, backend: str, enforce_eager: bool) -> None:
@@ -47,13 +62,45 @@ def test_two_gpus_choose_what_transformers_finds_likely(folder: Path, backend: s
         enforce_eager=enforce_eager,
     ) as llm:  # fmt: skip
         outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
-    for prompt, output in zip(prompts(), outputs, strict=True):
-        with torch.no_grad():
-            logits = reference(torch.tensor([[*prompt, *output]], device="cuda")).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(output, device="cuda").unsqueeze(1)).squeeze(1)
-        behind = (logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))
-        assert behind.max() < CLOSE, (backend, behind)
+    check_likely(folder, outputs, backend)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pipeline_of_two_gpus_chooses_what_transformers_finds_likely(
+    folder: Path, backend: str, enforce_eager: bool
+) -> None:
+    with LLM(
+        str(folder), attention_backend=backend, pipeline_parallel_size=2, memory_bytes="1gb", chunk_size=256,
+        enforce_eager=enforce_eager, check_ranks_every=5,
+    ) as llm:  # fmt: skip
+        outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
+    check_likely(folder, outputs, backend)
+
+
+@pytest.mark.parametrize("backend", ["fa_vattn", "fa_vattn_megacache"])
+def test_what_one_gpu_prefills_another_decodes(folder: Path, backend: str) -> None:
+    """The same processes as on the CPU, over NCCL."""
+    side = Path(__file__).parents[1] / "integration" / "transfer_side.py"
+    settings = {
+        "model": str(folder), "device": "cuda", "attention_backend": backend, "memory_bytes": 2**30, "max_num_seqs": 8,
+        "enforce_eager": True,
+    }  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [str(port), json.dumps(settings), json.dumps(prompts())]
+    environment = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", **os.environ}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, side, str(number), *words], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for number in range(2)
+    ]
+    counts, outputs = (json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes)
+    chunks = [-(-len(prompt) // 16) for prompt in prompts()]
+    assert counts == [(2 if "megacache" in backend else 2 * 4) * number for number in chunks]
+    check_likely(folder, outputs, backend)
 
 
 def test_a_dummy_llama_runs() -> None:

@@ -97,3 +97,25 @@ def test_two_checkouts_are_compared(tmp_path: Path) -> None:
     found = pd.read_csv(tmp_path / "revisions.csv").set_index(["work", "context"])
     assert {"decode", "prefill", "first start to first token"} <= set(found.index.get_level_values("work"))
     assert (found.ratio > 0).all() and len(pd.read_csv(tmp_path / "revisions_samples.csv")) == 2 * len(found) == 14
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    run("benchmark_pipeline.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "pipeline.csv").set_index(["work", "backend"]).value
+    for schedule in ("sarathi", "vllm"):
+        assert 0 < rows["bubbles of stage 0", f"pipeline of 2, {schedule}"] < 1
+        assert rows["requests", f"pipeline of 2, {schedule}"] > 0
+
+
+def test_ranks(tmp_path: Path) -> None:
+    words = ("--executors", "multiproc", "--ranks", 1, 2, "--batches", 8, "--steps", 20)
+    run("benchmark_ranks.py", *words, "--output", tmp_path)
+    assert (table(tmp_path / "ranks.csv").value > 0).all()
+
+
+def test_transfer(tmp_path: Path) -> None:
+    run("benchmark_transfer.py", "--device", "cpu", "--lengths", 64, 200, "--repeats", 1, "--output", tmp_path)
+    rows = table(tmp_path / "transfer.csv").set_index(["work", "backend", "context"]).value
+    counts = rows["ranges of a request"]
+    assert list(counts["sdpa_vattn_megacache"]) == [2, 2] and list(counts["sdpa_vattn"]) == [64, 64]
+    assert list(counts["sdpa_paged_16"]) == [64 * 4, 64 * 13]

@@ -91,7 +91,7 @@ def test_ranks_compute_what_transformers_computes(cluster: Cluster, size: int, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa_paged_4", "sdpa_vattn_4kb"])
-def test_preemption_changes_nothing(cluster: Cluster, tiny: TinyModel, backend: str) -> None:
+def test_a_pipeline_and_preemption_change_nothing(cluster: Cluster, tiny: TinyModel, backend: str) -> None:
     prompts = [[prompt[0]] * 110 + prompt for _, prompt in random_prompts(7, 6, 16)]  # a page holds 128 tokens
     params = replace(GREEDY, max_tokens=25)
     outputs = []
@@ -99,7 +99,7 @@ def test_preemption_changes_nothing(cluster: Cluster, tiny: TinyModel, backend: 
         settings = settings_for(
             tiny,
             executor=executor,
-            tensor_parallel_size=2,
+            pipeline_parallel_size=2,
             attention_backend=backend,
             memory_bytes=5 * 6 * 4096,
             chunk_size=100,

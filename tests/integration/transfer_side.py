@@ -3,6 +3,7 @@
 import json
 import sys
 
+import torch
 import torch.distributed
 from torch.distributed import TCPStore
 
@@ -20,9 +21,15 @@ CHUNK, OUTPUTS = 16, 9
 
 
 def main(side: int, port: int, settings: dict, prompts: list[list[int]]) -> None:
+    device = None
+    if settings["device"] == "cuda":
+        device = torch.device("cuda", side)
+        torch.cuda.set_device(device)
+        settings["device"] = str(device)
     config = make_config(**settings)
+    store = TCPStore("127.0.0.1", port, is_master=side == 0)
     torch.distributed.init_process_group(
-        "gloo", store=TCPStore("127.0.0.1", port, is_master=side == 0), rank=side, world_size=2
+        "gloo" if device is None else "nccl", store=store, rank=side, world_size=2, device_id=device
     )
     worker = Worker(config, OneRank())
     rows = make_block_space_manager(config.model.attention_backend, worker.capacity)
