@@ -18,6 +18,7 @@ from sarathi.metrics import plots
 from sarathi.metrics.environment import caption
 from sarathi.metrics.plots import AGAINST, LIGHT, OTHERS, OURS, Panels
 
+MIB = 2**20
 ENVIRONMENT_FILE = "environment.json"
 LABELS = {
     "p50": "P50 normalized latency (s/token)", "p90": "P90 normalized latency (s/token)",
@@ -229,6 +230,21 @@ def _percentiles(records: pd.DataFrame, columns: tuple[str, ...], label: str) ->
     return panels
 
 
+def _memory(table: pd.DataFrame) -> Panels:
+    """Bytes of tokens, wasted behind them, and idle, over the steps of a run; a panel a backend, on one scale."""
+    runs = list(table.groupby("backend", sort=False))
+    panels = Panels(columns=len(runs), width=3.6, heights=(3.0,))
+    top = 1.1 * table["kv_mapped_bytes"].max() / MIB
+    for axis, (backend, run) in zip(panels.axes, runs, strict=True):
+        mapped, wasted, idle = (run[f"kv_{kind}_bytes"] / MIB for kind in ("mapped", "wasted", "idle"))
+        bands = [mapped - idle - wasted, wasted, idle]
+        axis.stackplot(run["step"], bands, colors=[OTHERS, AGAINST, LIGHT], labels=["tokens", "wasted", "idle"])
+        axis.plot(run["step"], mapped, color=OURS, linewidth=1, label="mapped")
+        axis.set(title=backend, xlabel="step", ylabel="KV cache (MiB)", ylim=(0, top))
+    panels.legend(panels.axes[0])
+    return panels
+
+
 def _is_paged(backends: pd.Series) -> pd.Series:
     return backends.map(lambda name: BackendSpec.parse(name).is_paged)
 
@@ -248,6 +264,7 @@ FIGURES: Mapping[str, Callable[[pd.DataFrame], Panels | None]] = {
     "allocator_steps": _steps,
     "max_batch*": _page_sizes,
     "makespan": _makespans,
+    "memory": _memory,
     "latency": partial(_lines, x="qps", ys=("p50", "p90", "p99")),
     "prefill": partial(_lines, x="context", ys=("prefill_tokens_per_s",)),
     "between_tokens": partial(
