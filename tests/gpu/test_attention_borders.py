@@ -48,8 +48,8 @@ with VirtualKVCache(num_layers=1, num_kv_heads=8, head_size=128, num_slots=4, ma
         query, key, value = (torch.randn(len(tokens), n, 128, dtype=torch.bfloat16, device="cuda") for n in (32, 8, 8))
         batch = Batch(chunks, tokens, tokens, None)
         metadata = backend.plan(batch, SlotAddress(tuple(slots)))
-    store(backend, key, value, layer, metadata)
-    out = backend.attend(query, layer, metadata)
+        store(backend, key, value, layer, metadata)
+        out = backend.attend(query, layer, metadata)
         torch.cuda.synchronize()
         assert out.isfinite().all()
 """

@@ -280,6 +280,7 @@ def test_a_budget_beyond_the_card_is_an_error_with_what_there_is():
 
 
 def test_resize_and_close_give_memory_back():
+    torch.zeros(1, device="cuda").fill_(2).eq(2).all()  # the first kernels of a process take memory of their own
     before = used_bytes()
     cache = make(64)
     cache.fill_pool(64 * cache.row_bytes)
