@@ -1,4 +1,5 @@
 // What the cache promises, one behaviour a test.
+#include <algorithm>
 #include <string>
 
 #include "check.h"
@@ -221,6 +222,36 @@ TEST(a_share_depends_on_lengths_only) {
       cache->check_integrity();
     }
   }
+}
+
+// However a slot has grown, where extents may not be cut: nothing is copied, and lengths are exact.
+TEST(shares_and_trims_end_at_multiples_of_small_extents) {
+  std::mt19937_64 random(fresh_seed());
+  for (int history = 0; history < 50; ++history) {
+    const std::uint64_t unit = kClassRows[random() % 3];
+    const auto device = std::make_shared<BookDevice>();
+    device->cuts = false;
+    const auto cache = make_cache(device, small_geometry(), 600, {true, 0.0, unit});
+    const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
+    std::int64_t tokens = 0;
+    while (tokens < 513) {
+      tokens = std::min<std::int64_t>(513, tokens + 1 + static_cast<std::int64_t>(random() % 130));
+      cache->prepare({{at(source), tokens}});
+      cache->prefetch({{at(source), std::min<std::int64_t>(600, tokens + 1)}}, 1);
+    }
+    const auto shared = static_cast<std::int64_t>(4 * unit * (1 + random() % (128 / unit)));
+    CHECK_EQUAL(cache->share(at(source), at(target), shared), static_cast<std::uint64_t>(shared));
+    CHECK_EQUAL(device->copied_bytes, 0U);
+    CHECK_EQUAL(cache->trim(at(source), shared), static_cast<std::uint64_t>(shared));
+    const std::int64_t kept = shared - 4 * static_cast<std::int64_t>(unit);
+    CHECK_EQUAL(cache->trim(at(source), kept), static_cast<std::uint64_t>(kept));  // of shared rows, as a whole
+    cache->check_integrity();
+    cache->prepare({{at(source), 600}});
+    cache->free(at(target));
+    cache->check_integrity();
+  }
+  CHECK_THROWS(std::invalid_argument,
+               make_cache(std::make_shared<BookDevice>(), small_geometry(), 600, {true, 0.0, 5}));
 }
 
 TEST(a_share_that_is_cut_or_copied_has_the_bytes_of_its_source) {
