@@ -155,7 +155,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
     flags = ["-std=c++17", "-g", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", FLAGS[name]]
     sources = sorted(glob(str(ROOT / "csrc/vattention/*.cpp")))
-    subprocess.run([compiler, *flags, *includes, *sources, "-o", module, "-ldl", "-lpthread"], check=True, timeout=400)
+    subprocess.run([compiler, *flags, *includes, *sources, "-o", module, "-ldl", "-lpthread"], check=True)
     # Freeing a thread's storage in the dynamic loader is ordered by what the sanitizer does not see.
     (folder / "suppressions").write_text("race:_dl_deallocate_tls\n")
     path = os.pathsep.join([str(folder), sysconfig.get_path("purelib")])
