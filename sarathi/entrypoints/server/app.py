@@ -7,11 +7,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from sarathi import __version__
 from sarathi.config.server import ServerConfig
+from sarathi.entrypoints.server import health, page
+from sarathi.entrypoints.server.admin import admin_router
 from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.errors import add_error_handlers
 from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, RequestId
-from sarathi.entrypoints.server.routes import health, page
-from sarathi.entrypoints.server.routes.admin import admin_router
 
 
 def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[APIRouter]) -> FastAPI:

@@ -1,1 +1,0 @@
-"""Routes that belong to no API: health, metrics."""
