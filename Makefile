@@ -12,6 +12,8 @@ BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integr
 
 # Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests run JOBS at a time, so that each process has one thread; `make demo` has them all.
+test-python test-slow bench-test: export OMP_NUM_THREADS ?= 1
 
 .PHONY: wheel setup demo test test-all test-native test-python test-slow fuzz bench-test $(BENCH_TESTS) lint format clean
 

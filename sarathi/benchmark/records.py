@@ -134,9 +134,9 @@ class Table:
 
 def join_engines(ours: Path, theirs: Path, joined: Path) -> None:
     """Write each record that both engines have: ours with its ratio to theirs, then theirs."""
-    found = {record.task: record for record in read_records(theirs)}
+    found, mine = {record.task: record for record in read_records(theirs)}, read_records(ours)
     table = Table(joined, ours=str(ours), theirs=str(theirs))
-    for record in read_records(ours):
+    for record in mine:
         other = found.get(record.task)
         if other is not None and record.backend != BOUND:
             table.add(record if record.unit in NOT_COMPARED else record.beside(other))

@@ -53,7 +53,7 @@ class FakeEngine:
         self.waiting[name] = -(-len(prompt) // (self.tokens_a_step or len(prompt))) - 1
         return name
 
-    def step(self) -> Iterator[tuple[str, int]]:
+    def step(self) -> Iterator[tuple[str, list[int]]]:
         ready = [name for name in self.left if self.waiting[name] == 0]
         for name in self.left:
             self.waiting[name] = max(0, self.waiting[name] - 1)
@@ -61,7 +61,7 @@ class FakeEngine:
             self.left[name] -= 1
             if not self.left[name]:
                 del self.left[name]
-        return iter([(name, 1) for name in ready])
+        return iter([(name, [7]) for name in ready])
 
     def abort(self, request_ids: Sequence[str]) -> None:
         for name in request_ids:

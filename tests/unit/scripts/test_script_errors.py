@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sarathi.benchmark.records import join_engines
+
 ROOT = Path(__file__).parents[3]
 WITHOUT_CUDA = {
     "scripts/benchmark_engine.py": "kernel 'fa' runs on cuda, not on cpu",
@@ -70,9 +72,7 @@ def test_wrong_words_are_told_in_a_line(
 
 
 def test_files_to_join_are_read_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import benchmark_vllm
-
     (tmp_path / "theirs.csv").write_text("model,work,backend,batch,context,value,unit\n")
     with pytest.raises(FileNotFoundError):
-        benchmark_vllm.join(tmp_path / "ours.csv", tmp_path / "theirs.csv", tmp_path / "joined")
+        join_engines(tmp_path / "ours.csv", tmp_path / "theirs.csv", tmp_path / "joined" / "vllm.csv")
     assert not (tmp_path / "joined").exists()
