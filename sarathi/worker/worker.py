@@ -73,8 +73,11 @@ class Worker:
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
             config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
         )  # fmt: skip
-        if config.cache.prefix_caching and _can_share(model, ranks):
-            spec = replace(spec, num_retained=ranks.least(num_retained(backend, spec, place.device)))
+        if config.cache.prefix_caching:
+            if _can_share(model, ranks):
+                spec = replace(spec, num_retained=ranks.least(num_retained(backend, spec, place.device)))
+            else:
+                logger.warning("prefix_caching=True has no effect for this model and these ranks: no prefix is shared")
         self.token_bytes = spec.token_bytes
         budget = ranks.least(
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
