@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sarathi.config.knobs import ConfigError, Section, knob
 
-_API_KEYS_VARIABLE, _ADMIN_KEYS_VARIABLE = "SARATHI_API_KEYS", "SARATHI_ADMIN_KEYS"
+API_KEYS_VARIABLE, ADMIN_KEYS_VARIABLE = "SARATHI_API_KEYS", "SARATHI_ADMIN_KEYS"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ServerConfig(Section):
     port: int = knob(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     served_model_name: str | None = knob(None, "names that clients call the model by, with commas; none: the model's")
     api_keys_file: str | None = knob(
-        None, f"file with one API key a line; the variable {_API_KEYS_VARIABLE} holds more, with commas"
+        None, f"file with one API key a line; the variable {API_KEYS_VARIABLE} holds more, with commas"
     )
     tool_call_parser: str = knob(
         "auto", "how the model writes tool calls; auto: as its chat template shows it",
@@ -60,7 +60,7 @@ class ServerConfig(Section):
 
     def api_keys(self) -> tuple[str, ...]:
         """The keys of the file and of the environment; without any, every client may use the server."""
-        keys = os.environ.get(_API_KEYS_VARIABLE, "").split(",")
+        keys = os.environ.get(API_KEYS_VARIABLE, "").split(",")
         if self.api_keys_file is not None:
             try:
                 keys += Path(self.api_keys_file).expanduser().read_text(encoding="utf-8").splitlines()
@@ -70,5 +70,5 @@ class ServerConfig(Section):
 
     def admin_keys(self) -> tuple[str, ...]:
         """The keys of the environment that allow what changes the server; without any, nobody may."""
-        keys = os.environ.get(_ADMIN_KEYS_VARIABLE, "").split(",")
+        keys = os.environ.get(ADMIN_KEYS_VARIABLE, "").split(",")
         return tuple(key.strip() for key in keys if key.strip())

@@ -10,11 +10,13 @@ from typing import Any
 
 from sarathi.config.knobs import Knob, knobs_of
 from sarathi.config.load import load_config
+from sarathi.config.scaling import ScalingConfig
 from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ServerConfig
 from sarathi.sampling_params import SamplingParams
 
-_CONFIG_PREFIX, _SERVER_PREFIX = "config:", "server:"  # destinations in the namespace, apart from a command's options
+# Destinations in the namespace, apart from a command's own options.
+_CONFIG_PREFIX, _SERVER_PREFIX, _SCALING_PREFIX = "config:", "server:", "scaling:"
 
 
 def _optional_int(text: str) -> int | None:
@@ -64,10 +66,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> list[argparse.Action]
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each knob of the HTTP server."""
-    group = parser.add_argument_group("server")
-    for knob in knobs_of(ServerConfig):
-        _add_knob(group, knob.leaf, _SERVER_PREFIX, knob)
+    """One option for each knob of the HTTP server, and of its processes."""
+    for title, prefix, section in (
+        ("server", _SERVER_PREFIX, ServerConfig),
+        ("scaling", _SCALING_PREFIX, ScalingConfig),
+    ):
+        group = parser.add_argument_group(title)
+        for knob in knobs_of(section):
+            _add_knob(group, knob.leaf, prefix, knob)
 
 
 def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
@@ -78,6 +84,11 @@ def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
 def server_config_from(args: argparse.Namespace) -> ServerConfig:
     """The server that the options ask for. ConfigError names what is wrong."""
     return load_config(ServerConfig, overrides=_given(args, _SERVER_PREFIX))
+
+
+def scaling_config_from(args: argparse.Namespace) -> ScalingConfig:
+    """The processes and engines that the options ask for. ConfigError names what is wrong."""
+    return load_config(ScalingConfig, overrides=_given(args, _SCALING_PREFIX))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> list[argparse.Action]:

@@ -27,9 +27,9 @@ class AnthropicRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                return _response(invalid_request(error))
+                return error_response(invalid_request(error))
             except Exception as error:
-                return _response(as_api_error(error))
+                return error_response(as_api_error(error))
 
         return guarded
 
@@ -39,7 +39,8 @@ def error_event(error: Exception) -> bytes:
     return event(_body(as_api_error(error)), "error")
 
 
-def _response(error: APIError) -> Response:
+def error_response(error: APIError) -> Response:
+    """An answer that is an error."""
     content = msgspec.json.encode(_body(error))
     return Response(content, error.status, error.headers, media_type="application/json")
 

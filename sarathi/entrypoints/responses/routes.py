@@ -45,7 +45,7 @@ class Responses:
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation, which may go on from a response before."""
     context, responses = context_of(request), _responses_of(request)
-    header = Header("resp", context.check_model(body.model), "_")
+    header = Header("resp", context.check_model(body.model), f"_{context.id_mark}")
     history = [*_previous(responses.store, body.previous_response_id), *body.input_items]
     generation = await _submit(context, responses.store, body, header, history)
     if body.background:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from sarathi import __version__
 from sarathi.config.server import ServerConfig
@@ -16,20 +18,30 @@ from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, RequestId
 
 def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[APIRouter]) -> FastAPI:
     """An application with the routes about the server itself, and `routers`."""
-    app = FastAPI(title="sarathi", version=__version__, description="Language models over OpenAI-compatible HTTP.")
+    app = FastAPI(
+        title="sarathi", version=__version__, description="Language models over OpenAI-compatible HTTP.",
+        middleware=_middleware(config),
+    )  # fmt: skip
     app.state.context = context
     add_error_handlers(app)
-    _add_middleware(app, config)
     for router in (health.router, page.router, admin_router(config), *routers):
         app.include_router(router)
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
-    """The last one added is the outermost."""
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.receive_timeout_s)
-    if keys := config.api_keys():
-        app.add_middleware(ApiKeys, keys=keys)
+def with_middleware(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    """An application that has no middleware, behind that of `create_app`."""
+    for each in reversed(_middleware(config)):
+        app = each.cls(app, *each.args, **each.kwargs)
+    return app
+
+
+def _middleware(config: ServerConfig) -> list[Middleware]:
+    """The outermost first."""
+    layers = [Middleware(RequestId)]
     if origins := config.origins():
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(RequestId)
+        layers.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
+    if keys := config.api_keys():
+        layers.append(Middleware(ApiKeys, keys=keys))
+    limit = Middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.receive_timeout_s)
+    return [*layers, limit]

@@ -19,6 +19,7 @@ class ServerContext:
     model_names: what clients may call the model, the main name first. root: the model as it was loaded.
     model_format: how the model writes tool calls and reasoning.
     request_timeout_s: that a request may take; None: any time.
+    id_mark: what the ids of responses begin with, so that others find the process that keeps them.
     is_draining: whether new requests are refused because the server ends.
     """
 
@@ -28,6 +29,7 @@ class ServerContext:
     metrics: ServerMetrics
     model_format: ModelFormat
     request_timeout_s: float | None = None
+    id_mark: str = ""
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sarathi.config.server import ServerConfig
@@ -23,7 +23,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def make_http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
+def make_http_server(app: ASGIApp, config: ServerConfig) -> HttpServer:
     """A server of `app`, not running yet."""
 
     class Protocol(_TimedProtocol):

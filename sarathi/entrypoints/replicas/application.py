@@ -1,0 +1,128 @@
+"""Ray Serve applications: the engines alone, or behind a gateway that Serve's proxies pass requests to.
+
+`build` is what a YAML names as `import_path`, with the knobs of sections `engine`, `server` and `scaling` as `args`.
+"""
+
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from starlette.types import Receive, Scope, Send
+
+from sarathi.config.load import load_config
+from sarathi.config.scaling import ScalingConfig
+from sarathi.config.schema import EngineConfig
+from sarathi.config.server import ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, ServerConfig
+from sarathi.entrypoints.replicas.gateway import Gateway, ReplicaLostError
+from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
+from sarathi.entrypoints.replicas.replica import Replica
+from sarathi.entrypoints.replicas.resources import actor_options
+from sarathi.entrypoints.replicas.router import PrefixRouter
+from sarathi.entrypoints.server.app import with_middleware
+
+_UNLIMITED = 1_000_000  # requests at a replica: the engine's own limits hold, with status 429
+_HEALTH_PERIOD_S = 1.0
+_ASK_TIMEOUT_S = 5.0
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def build(settings: Mapping[str, Any]) -> serve.Application:
+    """Engines and gateway. ConfigError names what is wrong."""
+    engine = load_config(EngineConfig, overrides=_flat(settings.get("engine", {})))
+    config = load_config(ServerConfig, overrides=_flat(settings.get("server", {})))
+    scaling = load_config(ScalingConfig, overrides=_flat(settings.get("scaling", {})))
+    gateway: Any = serve.deployment(GatewayDeployment)
+    application: serve.Application = gateway.options(name="gateway").bind(engines(engine, config, scaling), config)
+    return application
+
+
+def engines(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> serve.Application:
+    """As many replicas as asked for, each with the devices of its ranks."""
+    deployment: Any = serve.deployment(Replica)
+    replicas = deployment.options(
+        name="engine", ray_actor_options={**actor_options(engine, scaling), **_keys()}, logging_config=_QUIET,
+        max_ongoing_requests=_UNLIMITED, request_router_config=_router(scaling),
+        health_check_period_s=_HEALTH_PERIOD_S, health_check_timeout_s=config.heartbeat_timeout_s,
+        graceful_shutdown_timeout_s=config.shutdown_timeout_s, **_count(scaling),
+    )  # fmt: skip
+    application: serve.Application = replicas.bind(engine, config)
+    return application
+
+
+class ServeReplicas:
+    """The replicas of a deployment of `engines`."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._streaming: Any = handle.options(method_name="stream", stream=True)
+
+    async def stream(self, request: ForwardedRequest) -> AsyncGenerator[Piece, None]:
+        response = self._streaming.remote(request)
+        try:
+            async for each in response:
+                yield each
+        except (RayError, RayServeException) as error:
+            raise ReplicaLostError(f"a replica was lost ({type(error).__name__})") from None
+        finally:
+            response.cancel()
+
+    async def ask_all(self, request: ForwardedRequest) -> Sequence[WholeAnswer]:
+        asked = self._handle.broadcast("answer", request)
+        try:
+            answers = await asked.results_async(timeout_s=_ASK_TIMEOUT_S, return_exceptions=True)
+        except TimeoutError:
+            return ()
+        return [each for each in answers if isinstance(each, WholeAnswer)]
+
+
+class _CurrentGateway:
+    """The ASGI application of the gateway that runs in this process."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway: Any = serve.get_replica_context().servable_object
+        await gateway.app(scope, receive, send)
+
+
+@serve.ingress(_CurrentGateway())
+class GatewayDeployment:
+    """A gateway behind Serve's proxies."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], config: ServerConfig) -> None:
+        self.app = with_middleware(Gateway(ServeReplicas(replicas)), config)
+
+
+def _router(scaling: ScalingConfig) -> RequestRouterConfig:
+    settings: dict[str, Any] = {
+        "request_router_class": f"{PrefixRouter.__module__}.{PrefixRouter.__name__}",
+        "request_router_kwargs": {"lead": scaling.prefix_affinity_lead},
+    }
+    return RequestRouterConfig(**settings)
+
+
+def _count(scaling: ScalingConfig) -> dict[str, Any]:
+    if scaling.max_replicas is None:
+        return {"num_replicas": scaling.replicas}
+    autoscaling = AutoscalingConfig(
+        min_replicas=scaling.replicas, max_replicas=scaling.max_replicas,
+        target_ongoing_requests=scaling.requests_per_replica,
+    )  # fmt: skip
+    return {"autoscaling_config": autoscaling}
+
+
+def _keys() -> dict[str, Any]:
+    """The API keys of this process, for the replicas."""
+    keys = {name: os.environ[name] for name in (API_KEYS_VARIABLE, ADMIN_KEYS_VARIABLE) if name in os.environ}
+    return {"runtime_env": {"env_vars": keys}} if keys else {}
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,111 @@
+"""The address that clients talk to: sends each request to a replica, and answers where that dies.
+
+A request whose answer has not begun goes to another replica. One that has begun ends with an error, in the form of its
+API. Requests about the server itself go to all replicas.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from sarathi.engine.async_llm import EngineUnavailableError
+from sarathi.entrypoints.replicas.answer import Answer
+from sarathi.entrypoints.replicas.merge import MERGES
+from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
+from sarathi.entrypoints.replicas.prefix import routing_of
+from sarathi.entrypoints.server.errors import ClientDisconnectedError, as_api_error
+from sarathi.entrypoints.server.streaming import until_disconnected
+
+_ATTEMPTS = 5
+_RETRY_S = 0.25  # before the second attempt, and as much longer before each later one
+_IDLE_LOOK_S = 0.02
+
+
+class ReplicaLostError(RuntimeError):
+    """The replica died, or its engine did."""
+
+
+class Replicas(Protocol):
+    """The engines behind the gateway."""
+
+    def stream(self, request: ForwardedRequest) -> AsyncGenerator[Piece, None]:
+        """The answer of one replica. ReplicaLostError, also in mid-answer."""
+
+    async def ask_all(self, request: ForwardedRequest) -> Sequence[WholeAnswer]:
+        """The answers of all replicas that answer."""
+
+
+class Gateway:
+    """An ASGI application without routes of its own."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+        self._is_draining = False
+        self._num_open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        self._num_open += 1
+        try:
+            request = await _read(scope, receive)
+            work = self._merge(request, send) if request.path in MERGES else self._forward(request, send)
+            await until_disconnected(receive, work)
+        except ClientDisconnectedError:
+            pass
+        except HTTPException as error:  # of the body's limits
+            await as_api_error(error).response()(scope, receive, send)
+        finally:
+            self._num_open -= 1
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse what comes from now on; return when all else has its answer, or after the timeout."""
+        self._is_draining = True
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while self._num_open and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(_IDLE_LOOK_S)
+
+    async def _merge(self, request: ForwardedRequest, send: Send) -> None:
+        answer = MERGES[request.path](await self._replicas.ask_all(request), self._is_draining)
+        await Answer(request.path, send).put_whole(answer)
+
+    async def _forward(self, request: ForwardedRequest, send: Send) -> None:
+        answer = Answer(request.path, send)
+        error: Exception = EngineUnavailableError("the server is draining: it takes no new requests")
+        for attempt in range(0 if self._is_draining else _ATTEMPTS):
+            await asyncio.sleep(attempt * _RETRY_S)
+            try:
+                await self._pass_on(request, answer)
+                return
+            except ReplicaLostError as lost:
+                error = EngineUnavailableError(f"{lost}: the request could not be completed")
+                if answer.has_begun:
+                    break
+        await answer.fail(error)
+
+    async def _pass_on(self, request: ForwardedRequest, answer: Answer) -> None:
+        async with aclosing(self._replicas.stream(request)) as pieces:
+            async for each in pieces:
+                if answer.is_refusal(each):
+                    raise ReplicaLostError("the engine of a replica is dead")
+                await answer.put(each)
+        await answer.end()
+
+
+async def _read(scope: Scope, receive: Receive) -> ForwardedRequest:
+    chunks, is_complete = [], False
+    while not is_complete:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        chunks.append(message.get("body", b""))
+        is_complete = not message.get("more_body", False)
+    body = b"".join(chunks)
+    prefix, owner = routing_of(scope["path"], body)
+    headers = tuple((name, value) for name, value in Headers(scope=scope).raw if name != b"transfer-encoding")
+    return ForwardedRequest(scope["method"], scope["path"], scope["query_string"], headers, body, prefix, owner)

@@ -1,0 +1,93 @@
+"""One replica: an engine, and the HTTP application over it without connections of its own."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+import ray
+from ray import serve
+
+from sarathi.config.schema import EngineConfig
+from sarathi.config.server import ServerConfig
+from sarathi.engine.admission import UNLIMITED, QueueLimits
+from sarathi.engine.async_llm import AsyncLLM, Outputs
+from sarathi.engine.core_process.client import CoreProcess
+from sarathi.engine.input_processor import Prompt
+from sarathi.engine.outputs import RequestOutput
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
+from sarathi.entrypoints import anthropic, openai, responses
+from sarathi.entrypoints.replicas.exchange import CURRENT, Exchange
+from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
+from sarathi.entrypoints.replicas.prefix import response_mark
+from sarathi.entrypoints.server.app import create_app
+from sarathi.entrypoints.server.process.log import write_status
+from sarathi.entrypoints.server.process.service import make_context
+from sarathi.sampling_params import SamplingParams
+
+ROUTERS = (*openai.ROUTERS, *responses.ROUTERS, *anthropic.ROUTERS)
+_DEATH_NOTICE_S = 1.0  # for answers that tell of the engine's death to arrive
+_FAILED = 1
+
+
+class Replica:
+    """What Ray Serve starts for each replica. Its process ends with its engine, and Serve starts another one."""
+
+    async def __init__(self, engine: EngineConfig, config: ServerConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)  # for an engine with executor=ray
+        self._name: str = serve.get_replica_context().replica_id.unique_id
+        context = await make_context(engine, config, ReplicaLLM.start, response_mark(self._name))
+        self._llm = context.llm
+        self._app = create_app(context, replace(config, allowed_origins=None), ROUTERS)
+        self._tasks = [asyncio.create_task(self._end_with_engine())]
+        if config.log_interval_s is not None:
+            self._tasks += [asyncio.create_task(write_status(self._llm, context.metrics, config.log_interval_s))]
+
+    async def stream(self, request: ForwardedRequest) -> AsyncGenerator[Piece, None]:
+        """The pieces of the answer."""
+        async for each in Exchange(self._app, request).pieces():
+            yield each
+
+    async def answer(self, request: ForwardedRequest) -> WholeAnswer:
+        """The answer in one piece."""
+        return await Exchange(self._app, request).whole(self._name)
+
+    async def check_health(self) -> None:
+        """Serve calls it every second, and replaces a replica that raises or hangs."""
+        if self._llm.error is not None:
+            raise self._llm.error
+
+    async def _end_with_engine(self) -> None:
+        await self._llm.wait_until_dead()
+        await asyncio.sleep(_DEATH_NOTICE_S)
+        os._exit(_FAILED)
+
+
+class ReplicaLLM(AsyncLLM):
+    """Tells the exchange that a request belongs to when its first token is there."""
+
+    def __init__(
+        self, core: CoreProcess, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
+        limits: QueueLimits = UNLIMITED, observe: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> None:  # fmt: skip
+        self._exchanges: dict[str, Exchange] = {}  # of requests without an output
+
+        def observe_first(output: RequestOutput) -> None:
+            exchange = self._exchanges.pop(output.request_id, None)
+            if exchange is not None:
+                exchange.begin()
+            observe(output)
+
+        super().__init__(core, tokenizer, end_token_ids, limits, observe_first)
+
+    async def submit(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
+        priority: int = 0, timeout_s: float | None = None,
+    ) -> Outputs:  # fmt: skip
+        request_id = next(self._ids) if request_id is None else request_id
+        self._exchanges[request_id] = CURRENT.get()
+        try:
+            return await super().submit(prompt, sampling_params, request_id, priority=priority, timeout_s=timeout_s)
+        except BaseException:
+            self._exchanges.pop(request_id, None)
+            raise

@@ -1,0 +1,44 @@
+"""Ray Serve's request router over prefixes: the replica that knows the prompt's beginning, else the idlest."""
+
+import random
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from sarathi.entrypoints.replicas.affinity import PrefixAffinity
+from sarathi.entrypoints.replicas.messages import ForwardedRequest
+
+
+class PrefixRouter(RequestRouter):
+    """Serve chooses the shortest queue among the replicas of the first rank, then of the next where all refuse."""
+
+    def initialize_state(self, **settings: Any) -> None:
+        """lead: see `PrefixAffinity`."""
+        self._affinity = PrefixAffinity(settings["lead"])
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        request = None if pending_request is None else _request_of(pending_request)
+        by_name = {each.replica_id.unique_id: each for each in candidate_replicas}
+        wanted = None if request is None else self._wanted(request, by_name)
+        others = [each for name, each in by_name.items() if name != wanted]
+        random.shuffle(others)  # Serve takes the first of equal queues
+        return [others] if wanted is None else [[by_name[wanted]], others]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        request = _request_of(pending_request)
+        self._affinity.start(request.prefix if request else (), replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._affinity.end(replica_id.unique_id)
+
+    def _wanted(self, request: ForwardedRequest, replicas: dict[str, RunningReplica]) -> str | None:
+        if request.owner in replicas:
+            return request.owner
+        return self._affinity.choose(request.prefix, replicas.keys())
+
+
+def _request_of(pending: PendingRequest) -> ForwardedRequest | None:
+    first = pending.args[0] if pending.args else None
+    return first if isinstance(first, ForwardedRequest) else None

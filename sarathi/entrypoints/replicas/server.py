@@ -1,0 +1,89 @@
+"""`sarathi serve --replicas N`: the gateway in this process, the engines as replicas in a Ray cluster.
+
+Without a cluster that RAY_ADDRESS or `ray start` names, Ray is started on this machine, and ends with this process.
+"""
+
+import asyncio
+import logging
+import socket
+import uuid
+
+import ray
+from ray import serve as ray_serve
+
+from sarathi.config.scaling import ScalingConfig
+from sarathi.config.schema import EngineConfig
+from sarathi.config.server import ServerConfig
+from sarathi.engine.build import build_tokenizer
+from sarathi.engine.core_process.client import CoreStartError
+from sarathi.entrypoints.replicas.application import ServeReplicas, engines
+from sarathi.entrypoints.replicas.gateway import Gateway
+from sarathi.entrypoints.replicas.resources import check_room
+from sarathi.entrypoints.server.app import with_middleware
+from sarathi.entrypoints.server.process.connections import make_http_server
+from sarathi.entrypoints.server.process.end import End, run_until_ended
+from sarathi.entrypoints.server.process.listener import bind, url_of
+
+
+def run(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> int:
+    """Serve until a signal ends the server; the exit code. Raises what is wrong with the model or the address."""
+    import uvloop
+
+    with bind(config.host, config.port) as listener:
+        build_tokenizer(engine)
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            check_room(engine, scaling)
+            return uvloop.run(_serve(listener, engine, config, scaling))
+        finally:
+            ray.shutdown()
+
+
+class ReplicaService:
+    """A Serve application, and the gateway to it."""
+
+    def __init__(self) -> None:
+        self._name = f"sarathi-{uuid.uuid4().hex[:8]}"
+        self.gateway: Gateway
+
+    @classmethod
+    async def start(cls, engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> "ReplicaService":
+        """Return when all replicas are ready. CoreStartError."""
+        service = cls()
+        try:
+            await asyncio.to_thread(service._deploy, engines(engine, config, scaling))
+        except asyncio.CancelledError:
+            ray.shutdown()  # ends the deployment
+            raise
+        return service
+
+    async def wait_until_dead(self) -> None:
+        """Serve starts replicas again for ever."""
+        await asyncio.Event().wait()
+
+    async def drain(self, timeout_s: float) -> None:
+        await self.gateway.drain(timeout_s)
+        await asyncio.to_thread(ray_serve.delete, self._name)  # open requests end with an error
+
+    def kill(self) -> None:
+        """A Ray that this process started ends with it."""
+
+    def _deploy(self, application: ray_serve.Application) -> None:
+        ray_serve.start(proxy_location="Disabled")
+        try:
+            handle = ray_serve.run(application, name=self._name, route_prefix=None)
+        except RuntimeError:
+            raise CoreStartError(ray_serve.status().applications[self._name].message) from None
+        self.gateway = Gateway(ServeReplicas(handle))
+
+
+async def _serve(listener: socket.socket, engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> int:
+    end = End()
+    service = await end.unless_requested(ReplicaService.start(engine, config, scaling))
+    if service is None:
+        return 0
+    server = make_http_server(with_middleware(service.gateway, config), config)
+    name = config.model_names(engine.model.model)[0]
+    print(f"{name} is served on {url_of(listener)}", flush=True)
+    await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)
+    return 0
