@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -85,8 +85,13 @@ class AsyncLLM:
 
         heartbeat_timeout_s: silence of that process after which the engine counts as dead.
         """
-        tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)
-        core = await CoreProcess.start(partial(build_core, config), heartbeat_timeout_s)
+        starting = asyncio.create_task(CoreProcess.start(partial(build_core, config), heartbeat_timeout_s))
+        try:
+            tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)  # takes seconds, of imports
+        except BaseException:
+            await _abandon(starting)
+            raise
+        core = await starting
         try:
             return cls(core, tokenizer, end_token_ids, limits, observe)
         except BaseException:
@@ -314,6 +319,13 @@ class _Mailbox:
         self._is_filled.clear()
         assert output is not None
         return output
+
+
+async def _abandon(starting: "asyncio.Task[CoreProcess]") -> None:
+    """End a core process, also one that is not or just now started."""
+    starting.cancel()
+    with suppress(Exception, asyncio.CancelledError):
+        await (await starting).close()
 
 
 def _num_characters(conversation: Conversation) -> int:

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeExecutor, byte_tokenizer, echo, make_engine, says
 
+from sarathi.config.load import make_config
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import UNLIMITED, OverloadedError, QueueLimits
 from sarathi.engine.async_llm import AsyncLLM, EngineUnavailableError, StepFailedError
@@ -316,3 +318,30 @@ def test_requests_go_on_while_new_ones_are_refused_and_end_at_shutdown() -> None
             await task
 
     with_llm(use, make_slow_core)
+
+
+def core_of(config: object) -> EngineCore:
+    return make_core()
+
+
+def test_a_tokenizer_that_fails_ends_the_core_process_that_starts_beside_it(monkeypatch, tmp_path: Path) -> None:
+    started: set[str] = set()
+
+    def fail(config: object) -> None:
+        while not (new := _children() - before):
+            time.sleep(0.01)
+        started.update(new)
+        raise ValueError("no such tokenizer")
+
+    before = _children()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sarathi.engine.async_llm.build_core", core_of)
+    monkeypatch.setattr("sarathi.engine.async_llm.build_tokenizer", fail)
+    with pytest.raises(ValueError, match="no such tokenizer"):
+        asyncio.run(AsyncLLM.start(make_config()))
+    assert started and not started & _children() and not list(tmp_path.iterdir())
+
+
+def _children() -> set[str]:
+    """Process ids of all children of this process."""
+    return {child for each in Path("/proc/self/task").glob("*/children") for child in each.read_text().split()}
