@@ -103,8 +103,12 @@ def _splitting(metadata: Mapping[str, Any]) -> _Splitting:
     for splitting in _SPLITTINGS:
         if name in splitting.names.split():
             return splitting
-    known = " ".join(splitting.names for splitting in _SPLITTINGS)
-    raise ValueError(f"{_KEY}pre is {name!r}; known are {known}")
+    raise ValueError(f"{_KEY}pre is {name!r}; known are {' '.join(known_splittings())}")
+
+
+def known_splittings() -> list[str]:
+    """The names of `tokenizer.ggml.pre` that are not refused."""
+    return [name for splitting in _SPLITTINGS for name in splitting.names.split()]
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:

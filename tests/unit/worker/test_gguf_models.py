@@ -1,80 +1,48 @@
 """Tiny models of every family written as GGUF files: greedy tokens are those of transformers on the same weights."""
 
+import random
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from tiny_models import CONFIGS, VOCAB_SIZE, TinyModel, build
+from gguf_files import MODELS, write_gguf
+from tiny_models import VOCAB_SIZE, TinyModel, build
 
 from sarathi import LLM, SamplingParams
+from sarathi.engine.outputs import RequestOutput
 
-NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm", "lm_head": "output",
-}  # fmt: skip
-YARN = [
-    ("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0),
-    ("add_rope_scaling_orig_ctx_len", 64),
-]  # fmt: skip
-MODELS = {  # a tiny model -> its architecture in GGUF, and what its rope scaling is there
-    "llama2": ("llama", []), "llama-with-biases": ("llama", []), "smollm2": ("llama", []), "qwen2": ("qwen2", []),
-    "qwen3": ("qwen3", []), "llama-yarn": ("llama", YARN),
-    "llama-linear": ("llama", [("add_rope_scaling_factor", 2.5)]),  # llama.cpp: a factor without a type is linear
-}  # fmt: skip
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1)
 
 
-def write_gguf(tiny: TinyModel, name: str, file: Path) -> None:
-    config, (family, scaling) = CONFIGS[name], MODELS[name]
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer = gguf.GGUFWriter(file, family)
-    for method, value in [
-        ("add_block_count", config.num_hidden_layers), ("add_embedding_length", config.hidden_size),
-        ("add_feed_forward_length", config.intermediate_size), ("add_head_count", config.num_attention_heads),
-        ("add_head_count_kv", config.num_key_value_heads), ("add_context_length", config.max_position_embeddings),
-        ("add_layer_norm_rms_eps", config.rms_norm_eps), ("add_key_length", head_size),
-        ("add_value_length", head_size), ("add_rope_freq_base", config.rope_parameters["rope_theta"]), *scaling,
-    ]:  # fmt: skip
-        getattr(writer, method)(value)
-    weights = tiny.reference.state_dict()
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight")
-    for full_name, weight in weights.items():
-        writer.add_tensor(*as_stored(full_name, weight.numpy(), config, family))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def generate(file: Path, prompt: list[int]) -> RequestOutput:
+    with LLM(str(file), device="cpu", memory_bytes=2**23, max_num_seqs=2) as llm:
+        return llm.generate([prompt], GREEDY, use_tqdm=False)[0]
 
 
-def as_stored(full_name: str, weight: np.ndarray, config, family: str) -> tuple[str, np.ndarray]:
-    """llama.cpp's converter: query and key rows of arch llama are interleaved, weights and biases alike."""
-    stem, kind = full_name.rsplit(".", 1)
-    layer, rest = stem.split(".", 3)[2:] if stem.startswith("model.layers.") else (None, stem)
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(rest)
-    if heads and family == "llama":
-        halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
-        weight = halves.swapaxes(1, 2).reshape(weight.shape)
-    prefix = "" if layer is None else f"blk.{layer}."
-    return f"{prefix}{NAMES[rest]}.{kind}", np.ascontiguousarray(weight)
+def largest_difference(tiny: TinyModel, output: RequestOutput) -> float:
+    """Of the log probabilities of the tokens drawn, and of the likeliest ones in transformers."""
+    [completion] = output.outputs
+    prompt, tokens = list(output.prompt_token_ids), list(completion.token_ids)
+    expected = tiny.logprobs(prompt + tokens[:-1])[len(prompt) - 1 :].max(-1).values
+    found = [each[token].logprob for token, each in zip(tokens, completion.logprobs, strict=True)]
+    return float((torch.tensor(found) - expected).abs().max())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
-    seed = torch.seed() % 10**6
-    print(f"seed {seed}")
     tiny = build(name, tmp_path)
     write_gguf(tiny, name, tmp_path / "m.gguf")
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, VOCAB_SIZE, (80,), generator=generator).tolist()
-    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1)
-    with LLM(str(tmp_path / "m.gguf"), device="cpu", memory_bytes=2**23, max_num_seqs=2) as llm:
-        [output] = llm.generate([prompt], params, use_tqdm=False)
-    tokens = list(output.outputs[0].token_ids)
-    expected = tiny.logprobs(prompt + tokens[:-1])[len(prompt) - 1 :]
-    for token, row, found in zip(tokens, expected, output.outputs[0].logprobs, strict=True):
-        assert abs(found[token].logprob - float(row.max())) < 1e-4, seed
+    output = generate(tmp_path / "m.gguf", random.choices(range(VOCAB_SIZE), k=80))
+    assert largest_difference(tiny, output) < 1e-4
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_each_bias_of_a_llama_file_reaches_the_logits(projection: str, tmp_path: Path) -> None:
+    """transformers without one of the biases computes something else, by more than any rounding."""
+    tiny = build("llama2", tmp_path, attention_bias=True)
+    write_gguf(tiny, "llama2", tmp_path / "m.gguf")
+    output = generate(tmp_path / "m.gguf", random.choices(range(VOCAB_SIZE), k=20))
+    assert largest_difference(tiny, output) < 1e-4
+    for layer in tiny.reference.model.layers:
+        getattr(layer.self_attn, projection).bias.data.zero_()
+    assert largest_difference(tiny, output) > 1e-3
