@@ -3,7 +3,7 @@
     python scripts/plot_memory.py RUN_FOLDER... --output memory.csv
 
 Each folder is one that `sarathi bench run` wrote, with `--metrics_store.memory_interval_steps 1`. Writes a CSV file of
-all runs and a figure beside it: bytes of tokens, wasted behind them, idle for the next request, and mapped in all.
+all runs and a figure beside it: bytes of tokens, wasted behind them, idle for the next request, and held in all.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import pandas as pd
 
 from sarathi.benchmark.figures import draw
 from sarathi.entrypoints.script import run_script
-
-COLUMNS = ["kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes"]
+from sarathi.metrics.report import TABLES_FOLDER
+from sarathi.metrics.tables import MEMORY_BYTES
 
 
 def main() -> int:
@@ -34,8 +34,8 @@ def read_run(folder: Path) -> pd.DataFrame:
     """One line a step: model, backend, step, bytes."""
     summary = json.loads((folder / "summary.json").read_text())
     facts = {"model": summary["config"]["model"]["name"], "backend": summary["engine"]["backend"]}
-    frame = pd.read_csv(folder / "memory_metrics.csv")[COLUMNS]
-    return frame.assign(**facts, step=range(len(frame)))[[*facts, "step", *COLUMNS]]
+    frame = pd.read_csv(folder / TABLES_FOLDER / "memory_metrics.csv")[[*MEMORY_BYTES]]
+    return frame.assign(**facts, step=range(len(frame)))[[*facts, "step", *MEMORY_BYTES]]
 
 
 if __name__ == "__main__":

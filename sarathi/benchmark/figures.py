@@ -46,14 +46,25 @@ def draw(path: Path) -> None:
     table = pd.read_csv(path)
     panels = None if table.empty else figure(table)
     if panels is not None:
-        models = table["model"].unique() if "model" in table else ()
-        panels.save(path.with_suffix(".png"), caption(read_environments(path), models))
+        panels.save(path.with_suffix(".png"), caption(read_environments(path), _models(path, table)))
         print(f"# drew {path.with_suffix('.png')}", flush=True)
+
+
+def _models(path: Path, table: pd.DataFrame) -> list[str]:
+    """Of a table, or of the one that it was made with."""
+    beside = path.with_name(f"{_made_with(path)}.csv")
+    named = table if "model" in table or not beside.exists() else pd.read_csv(beside)
+    return list(named["model"].unique()) if "model" in named else []
+
+
+def _made_with(path: Path) -> str:
+    """allocator_steps.csv was made with allocator.csv."""
+    return path.stem.partition("_")[0]
 
 
 def read_environments(path: Path) -> list[Mapping[str, Any]]:
     """The environments of the runs that made a table; none where they are not known."""
-    names = (path.stem, path.stem.partition("_")[0])  # allocator_steps.csv was made with allocator.csv
+    names = (path.stem, _made_with(path))
     places = [*(path.with_name(f"{name}.{ENVIRONMENT_FILE}") for name in names), path.with_name(ENVIRONMENT_FILE)]
     found = next((place for place in places if place.exists()), None)
     content = [] if found is None else json.loads(found.read_text(encoding="utf-8"))
@@ -99,7 +110,13 @@ def _whole_work(records: pd.DataFrame) -> Panels | None:
     is_part = records["work"].str.contains(": ") | ~records["unit"].isin(WHOLE_WORK)
     decodes = records["work"] == "decode"
     is_longer = decodes & (records["context"] > records.loc[decodes, "context"].min())
-    return _ratios(records[~is_part & ~is_longer])
+    return _by_size(records[~is_part & ~is_longer])
+
+
+def _by_size(records: pd.DataFrame) -> Panels | None:
+    """Ratios with each work's records by context and batch."""
+    work = records.groupby("work", sort=False).ngroup()
+    return _ratios(records.assign(order=work).sort_values(["order", "context", "batch"], kind="stable"))
 
 
 def _task(record: pd.Series) -> str:
@@ -256,7 +273,7 @@ def _names(records: pd.DataFrame) -> pd.Series:
 
 
 FIGURES: Mapping[str, Callable[[pd.DataFrame], Panels | None]] = {
-    "engine": _ratios,
+    "engine": _by_size,
     "layouts": _whole_work,
     "ragged": _ratios,
     "vllm": _whole_work,

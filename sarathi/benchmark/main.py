@@ -17,7 +17,7 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, RunOutcome
 from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.replicas import ReplicaError, run_all
-from sarathi.benchmark.results import describe_run, send_results, write_results
+from sarathi.benchmark.results import describe_run, in_own_folder, send_results, write_results
 from sarathi.metrics.wandb_log import WandbError
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 2, 130
@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if "--help-knobs" in words:
         print(default_yaml(), end="")
         return 0
-    return run_configs(lambda: [parse_options(words)])
+    return run_configs(lambda: [in_own_folder(parse_options(words))])
 
 
 def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from sarathi.metrics.files import write_json
 from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, remove_report, write_report
 from sarathi.metrics.wandb_log import WandbTarget, log_report
 
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yml"
 RESPONSES_FILE = "responses.json"
 HEADLINES = (
@@ -43,6 +48,24 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
         write_json(folder / SUMMARY_FILE, summary)
         return summary
     return write_report(records, folder, _options(config), status)
+
+
+def in_own_folder(config: BenchmarkConfig) -> BenchmarkConfig:
+    """A run that writes into a folder of its own in output_dir, where timestamped_output asks for it.
+
+    Otherwise a warning tells if output_dir has a run of another configuration, which this one will replace.
+    """
+    folder = Path(config.output_dir)
+    if config.timestamped_output:
+        return replace(config, output_dir=str(folder / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")))
+    with suppress(OSError, ValueError):
+        older = read_config(folder)
+        if (folder / SUMMARY_FILE).exists() and replace(older, output_dir=config.output_dir) != config:
+            told = (
+                "%r holds a run of another configuration, which this one will replace; --timestamped_output keeps both"
+            )
+            logger.warning(told, config.output_dir)
+    return config
 
 
 def remove_results(folder: Path, keep_profiles: bool) -> None:

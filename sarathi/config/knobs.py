@@ -7,9 +7,10 @@ options and its documentation all come from these fields.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -124,13 +125,26 @@ class Section:
 
 def knobs_of(section: type[Section], prefix: str = "") -> tuple[Knob, ...]:
     """Every knob of a section and of those inside it, in the order they are written."""
+    key: Any = section  # which mypy does not take for hashable
+    return _knobs_of(key, prefix)
+
+
+def sections_of(section: type[Section]) -> Mapping[str, type[Section]]:
+    """The sections directly inside one, by field name."""
+    key: Any = section
+    return _sections_of(key)
+
+
+@functools.cache  # building one configuration asks for them hundreds of times
+def _knobs_of(section: Any, prefix: str) -> tuple[Knob, ...]:
     return tuple(_walk(section, prefix))
 
 
-def sections_of(section: type[Section]) -> dict[str, type[Section]]:
-    """The sections directly inside one, by field name."""
+@functools.cache
+def _sections_of(section: Any) -> Mapping[str, type[Section]]:
     hints = get_type_hints(section)
-    return {field.name: hints[field.name] for field in dataclasses.fields(section) if _is_section(hints[field.name])}
+    names = (field.name for field in dataclasses.fields(section))
+    return types.MappingProxyType({name: hints[name] for name in names if _is_section(hints[name])})
 
 
 def _walk(section: type[Section], prefix: str) -> Iterator[Knob]:

@@ -119,13 +119,17 @@ def draw_bars(axis: Any, heights: Mapping[str, float], label: str, bold: Sequenc
 
 
 def draw_ratios(axis: Any, ratios: Mapping[str, float], label: str, shown: tuple[float, float] = (0.6, 1.4)) -> None:
-    """A bar from 1 to each ratio, with its number; the ends of the axis cut longer ones off."""
+    """A bar from 1 to each ratio, with its number; one that the ends of the axis cut off has a gap near its end."""
     low, high = shown
     lengths = [min(max(ratio, low), high) - 1 for ratio in ratios.values()]
     colors = [OURS if ratio >= 1 else AGAINST for ratio in ratios.values()]
     bars = axis.barh(range(len(lengths)), lengths, left=1, color=colors)
     axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios.values()], fontsize=_SMALL, padding=2)
     axis.set_yticks(range(len(lengths)), list(ratios), fontsize=_SMALL)
+    for number, ratio in enumerate(ratios.values()):
+        if not low <= ratio <= high:
+            end = high - 0.05 if ratio > high else low + 0.05
+            axis.plot([end - 0.008, end + 0.008], [number - 0.45, number + 0.45], color="white", linewidth=2.5)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.invert_yaxis()
     axis.set_xlim(low - 0.1, high + 0.1)

@@ -1,8 +1,12 @@
 """Files of a result: a page to read, CSV tables, a JSON summary, a trace, distributions and series as CSV.
 
-report.html  sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
-operation_metrics.csv  cpu_operation_metrics.csv  summary.json  chrome_trace.json  schedule.jsonl
-plots/<metric>.csv  plots/<series>_time_series.csv  plots/decode_token_execution_plus_preemption_time_list.csv
+summary.json  report.html  chrome_trace.json  schedule.jsonl
+replica_0/  sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
+            operation_metrics.csv  cpu_operation_metrics.csv
+replica_0/plots/  <metric>.csv  <series>_time_series.csv  decode_token_execution_plus_preemption_time_list.csv
+
+Scripts of Sarathi-Serve and vAttention find tables by their names anywhere below a folder, and a run's name in the path
+before replica_0: the tables of all replicas together are there, and nowhere else.
 """
 
 import json
@@ -40,13 +44,14 @@ from sarathi.metrics.trace import num_trace_events, trace_events
 
 SUMMARY_FILE = "summary.json"
 PAGE_FILE = "report.html"
+TABLES_FOLDER = "replica_0"
 TRACE_FILE = "chrome_trace.json"
 MAX_TRACE_EVENTS = 200_000  # about 30 MB
 TABLES = (
     "sequence_metrics", "batch_metrics", "token_metrics", "allocator_metrics", "memory_metrics", "operation_metrics",
     "cpu_operation_metrics",
 )  # fmt: skip
-FILES = (*[f"{name}.csv" for name in TABLES], SUMMARY_FILE, PAGE_FILE, TRACE_FILE, "schedule.jsonl")
+FILES = (*[f"{TABLES_FOLDER}/{name}.csv" for name in TABLES], SUMMARY_FILE, PAGE_FILE, TRACE_FILE, "schedule.jsonl")
 ALLOCATOR_COLUMNS = (REQUEST_ID, "request_num_prefill_tokens", "kv_blocks_mapped", "kv_fragmentation_percent")
 logger = logging.getLogger(__name__)
 
@@ -76,10 +81,15 @@ def remove_report(folder: Path) -> None:
     listing = folder / (SUMMARY_FILE + PART_SUFFIX)
     with suppress(FileNotFoundError):
         os.replace(folder / SUMMARY_FILE, listing)
-    plotted = [folder / "plots" / f"{name}.csv" for name in _listed_metrics(listing)]
+    plotted = [plots_folder(folder) / f"{name}.csv" for name in _listed_metrics(listing)]
     for path in (*plotted, *[folder / name for name in FILES if name != SUMMARY_FILE], listing):
         path.with_name(path.name + PART_SUFFIX).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
+
+
+def plots_folder(folder: Path) -> Path:
+    """Where a report in `folder` has its distributions and series."""
+    return folder / TABLES_FOLDER / "plots"
 
 
 def _listed_metrics(summary: Path) -> set[str]:
@@ -98,15 +108,15 @@ def write_report(
     An earlier report there has to be removed before. The summary gets its name last, so a folder that has one has all
     its files.
     """
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    plots_folder(folder).mkdir(parents=True, exist_ok=True)
     summary = summarize(records) | {"environment": environment(), "config": dict(options.config)} | dict(status or {})
     listing = folder / (SUMMARY_FILE + PART_SUFFIX)
     write_json(listing, summary)
     for name, table in _tables(records, options):
-        write_table(folder / f"{name}.csv", table)
+        write_table(folder / TABLES_FOLDER / f"{name}.csv", table)
     _write_schedule(records, folder)
     _write_trace(records, folder, options.chrome_trace)
-    _write_plotted(records, folder / "plots", options)
+    _write_plotted(records, plots_folder(folder), options)
     if options.plots and plots.is_available():
         with open_replacing(folder / PAGE_FILE) as file:
             file.write(report_page(records, summary))

@@ -50,7 +50,8 @@ TOKEN_LIST = f"{TOKEN_TIME}_list"
 COMPUTING = "model_execution_e2e"
 CPU_OPERATIONS = ("schedule", COMPUTING, "process_model_outputs")
 HOST_OPERATIONS = ("prepare_inputs", "sample")  # parts of COMPUTING
-MEMORY_COUNTS = ("kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes", "kv_mapping_time", "kv_steps_waited")
+MEMORY_BYTES = ("kv_created_bytes", "kv_mapped_bytes", "kv_wasted_bytes", "kv_idle_bytes")
+MEMORY_COUNTS = (*MEMORY_BYTES, "kv_mapping_time", "kv_steps_waited")
 PAGES = "kv_pages_mapped"
 TIME_SERIES = ("request_arrival", "request_completion", "prefill_completion", "decode_completion")
 
@@ -147,8 +148,8 @@ def memory_table(records: RunRecords) -> Table:
     for sample in records.memory:
         before, stats = last.get(sample.replica, sample).stats, sample.stats
         cells = {BATCH_ID: _batch_id(sample), TIME: sample.at_s - records.origin_s}
-        cells |= {"kv_mapped_bytes": stats.mapped_bytes, "kv_wasted_bytes": stats.wasted_bytes}
-        cells |= {"kv_idle_bytes": stats.idle_bytes, "kv_mapping_time": stats.driver_s - before.driver_s}
+        cells |= {name: getattr(stats, name.removeprefix("kv_")) for name in MEMORY_BYTES}
+        cells |= {"kv_mapping_time": stats.driver_s - before.driver_s}
         cells |= {"kv_steps_waited": stats.steps_waited - before.steps_waited}
         cells |= {name: stats.mapped_bytes // records.page_bytes for name in pages if records.page_bytes}
         table.records.append(cells)

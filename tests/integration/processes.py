@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sarathi.metrics.report import TABLES_FOLDER
 from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +41,14 @@ def script(name: str, *words: object, code: int = 0) -> subprocess.CompletedProc
 
 def check_run(folder: Path) -> dict:
     """A run's files and columns; its summary."""
-    requests = pd.read_csv(folder / "sequence_metrics.csv")
+    requests = pd.read_csv(folder / TABLES_FOLDER / "sequence_metrics.csv")
     assert list(requests.columns) == ["Request Id", *REQUEST_TIMES, *REQUEST_COUNTS]
-    assert list(pd.read_csv(folder / "batch_metrics.csv").columns) == ["Batch Id", *BATCH_COUNTS, *BATCH_TIMES]
-    assert (pd.read_csv(folder / "memory_metrics.csv")["kv_mapped_bytes"] > 0).any()
+    assert list(pd.read_csv(folder / TABLES_FOLDER / "batch_metrics.csv").columns) == [
+        "Batch Id",
+        *BATCH_COUNTS,
+        *BATCH_TIMES,
+    ]
+    assert (pd.read_csv(folder / TABLES_FOLDER / "memory_metrics.csv")["kv_mapped_bytes"] > 0).any()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ended"] == "completed" and summary["num_completed"] == len(requests) > 0
     assert requests[list(REQUEST_TIMES)].notna().all().all()

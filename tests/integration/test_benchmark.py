@@ -17,6 +17,7 @@ from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
+from sarathi.metrics.report import TABLES_FOLDER
 
 pytestmark = pytest.mark.bench
 
@@ -39,7 +40,7 @@ RUN = [sys.executable, "-m", "sarathi.benchmark.main", *SMALL]
 def test_replicas_share_the_requests_and_merge(tmp_path: Path) -> None:
     command(*RUN, "--num_replicas", 2, "--num_requests", 5, "--output_dir", tmp_path)
     summary = check_run(tmp_path)
-    ids = pd.read_csv(tmp_path / "sequence_metrics.csv")["Request Id"]
+    ids = pd.read_csv(tmp_path / TABLES_FOLDER / "sequence_metrics.csv")["Request Id"]
     assert sorted(ids) == ["0_0", "0_2", "0_4", "1_1", "1_3"]
     assert summary["num_completed"] == 5
 
@@ -87,11 +88,13 @@ def test_profile_plots_trace_and_operations(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "profile_0.json").read_text())["traceEvents"]
     assert json.loads((tmp_path / "chrome_trace.json").read_text())["traceEvents"]
     answers = json.loads((tmp_path / "responses.json").read_text())
-    requests = pd.read_csv(tmp_path / "sequence_metrics.csv").set_index("Request Id")["request_num_decode_tokens"]
+    requests = pd.read_csv(tmp_path / TABLES_FOLDER / "sequence_metrics.csv").set_index("Request Id")[
+        "request_num_decode_tokens"
+    ]
     assert {f"0_{name}": len(answer["token_ids"]) for name, answer in answers.items()} == requests.to_dict()
-    cpu = pd.read_csv(tmp_path / "cpu_operation_metrics.csv")
+    cpu = pd.read_csv(tmp_path / TABLES_FOLDER / "cpu_operation_metrics.csv")
     assert (cpu[["schedule", "model_execution_e2e", "prepare_inputs", "sample"]] > 0).all().all()
-    operations = pd.read_csv(tmp_path / "operation_metrics.csv")
+    operations = pd.read_csv(tmp_path / TABLES_FOLDER / "operation_metrics.csv")
     always = ["attn_rope", "attn_kv_cache_save", "attn_post_proj", "mlp_up_proj", "mlp_activation", "lm_head_linear"]
     assert (operations[always] > 0).all().all()
     assert operations[["attn_prefill", "attn_decode"]].notna().any().all()
@@ -123,7 +126,7 @@ def test_interrupt_writes_what_there_is(number: signal.Signals, tmp_path: Path) 
     assert process.returncode == 130
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ended"] == "interrupted" and 0 < summary["num_requests"] < 400
-    assert len(pd.read_csv(tmp_path / "batch_metrics.csv")) > 0
+    assert len(pd.read_csv(tmp_path / TABLES_FOLDER / "batch_metrics.csv")) > 0
 
 
 def test_an_interrupt_of_the_warm_up_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -209,38 +212,3 @@ def test_the_command_line_runs_benchmarks(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "sarathi.entrypoints.cli", "bench", "run", *SMALL, "--num_requests", 2]
     command(*words, "--output_dir", tmp_path)
     check_run(tmp_path)
-
-
-def test_artifact_commands_run_with_another_model_backend_and_sizes(tmp_path: Path) -> None:
-    """vAttention's figure 11 and Sarathi-Serve's table 6, word for word but for model, backend and sizes."""
-    trace = pd.DataFrame({"num_prefill_tokens": range(20, 60), "num_decode_tokens": [3] * 40})
-    trace.to_csv(tmp_path / "trace.csv", index=False)
-    small = f"--model_name smollm2-135m --device cpu --kv_cache_bytes 256mb --show_progress f --output_dir {tmp_path}"
-    shared = "--trace_request_length_generator_prefill_scale_factor 1 --trace_request_length_generator_trace_file "
-    shared += f"{tmp_path / 'trace.csv'} --trace_request_length_generator_max_tokens 128 --model_max_model_len 128 "
-    figure_11 = (
-        "--request_generator_provider synthetic --synthetic_request_generator_interval_provider static "
-        "--replica_scheduler_provider vllm --vllm_scheduler_max_tokens_in_batch 128 "
-        "--replica_scheduler_max_batch_size 64 --metrics_store_enable_op_level_metrics false "
-        "--metrics_store_keep_individual_batch_metrics true --synthetic_request_generator_num_requests 6 "
-        "--trace_request_length_generator_min_tokens 30 --model_block_size 2097152 "
-        "--model_attention_backend sdpa_vattn_sync --gpu_memory_utilization 0.9"
-    )
-    table_6 = (
-        "--request_generator_provider synthetic --synthetic_request_generator_length_provider trace "
-        "--synthetic_request_generator_interval_provider poisson --synthetic_request_generator_num_requests 50 "
-        "--replica_scheduler_provider simple_chunking --replica_scheduler_max_batch_size 128 "
-        "--sarathi_scheduler_chunk_size 512 --sarathi_scheduler_enable_rolling_prefills true "
-        "--poisson_request_interval_generator_qps 1e3 --time_limit 1800 --write_chrome_trace false"
-    )
-    command(sys.executable, "-m", "sarathi.benchmark.main", *f"{small}/11 {shared} {figure_11}".split())
-    lengths = pd.read_csv(tmp_path / "11" / "replica_0" / "sequence_metrics.csv")["request_num_prefill_tokens"]
-    expected = trace[trace.num_prefill_tokens > 30].sample(frac=1, random_state=42).head(6).num_prefill_tokens
-    assert sorted(lengths) == sorted(expected)
-    steps = pd.read_csv(tmp_path / "11" / "replica_0" / "batch_metrics.csv")
-    assert (steps["batch_num_prefill_tokens"] == 0).any() and (steps["batch_execution_time"] > 0).all()
-    done = command(sys.executable, "-m", "sarathi.benchmark.main", *f"{small}/6 {shared} {table_6}".split())
-    assert "the 50 asked for repeat them" in done.stderr
-    assert "sarathi_scheduler.chunk_size has no effect: replica_scheduler.provider is simple_chunking" in done.stderr
-    series = tmp_path / "6" / "replica_0" / "plots" / "decode_completion_time_series.csv"
-    assert pd.read_csv(series)["decode_completion"].iloc[-1] == 150

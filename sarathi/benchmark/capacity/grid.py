@@ -45,14 +45,15 @@ class Job:
 def translate(settings: Mapping[str, str]) -> dict[str, str]:
     """Options of the original's search as knobs; names of knobs stay. ConfigError for those that have no meaning here.
 
-    time_limit is in minutes there, and min_search_granularity in percent.
+    time_limit is in minutes there, of which runs at given rates have more, and min_search_granularity in percent.
     """
     knobs = {name.replace("-", "_"): value for name, value in settings.items()}
     if unused := [name for name in _UNUSED if name in knobs]:
         raise ConfigError(f"--{unused[0]} is not supported by a capacity search: its results are files")
     if knobs.pop("debug", None) is not None:
         knobs["log_level"] = "debug"
-    knobs["time_limit"] = str(60 * _number("time_limit", knobs.get("time_limit", "30")))
+    default_minutes = "180" if "qps_values" in knobs else "30"
+    knobs["time_limit"] = str(60 * _number("time_limit", knobs.get("time_limit", default_minutes)))
     if (percent := knobs.pop("min_search_granularity", None)) is not None:
         knobs["capacity_search.tolerance"] = str(_number("min_search_granularity", percent) / 100)
     if (probes := knobs.pop("max_iterations", None)) is not None:

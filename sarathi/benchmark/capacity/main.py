@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
 from sarathi.benchmark.capacity.grid import CONFIG_PATH, Job, read_jobs, translate
-from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, is_settled, search
-from sarathi.benchmark.capacity.slos import slos_of
+from sarathi.benchmark.capacity.report import describe, found_in_words, write_capacity
+from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, given_rates, measure_all, search
+from sarathi.benchmark.capacity.slos import measures_of, meets_all, slos_of
 from sarathi.benchmark.config.document import default_yaml
 from sarathi.benchmark.config.options import as_words, parse_options, read_settings
 from sarathi.benchmark.config.schema import BenchmarkConfig
@@ -26,12 +26,11 @@ from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.replicas import replica_devices
 from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.workload import RequestSpec
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
 from sarathi.metrics import RunRecords
-from sarathi.metrics.environment import caption, environment
-from sarathi.metrics.files import open_replacing, write_table
-from sarathi.metrics.plots import is_available, plot_lines
+from sarathi.metrics.files import write_table
 from sarathi.metrics.tables import Table
 
 RATED = ("poisson", "gamma")
@@ -46,6 +45,7 @@ usage: sarathi bench capacity [--config FILE] [--knob VALUE ...]
     sarathi bench capacity --interval_provider poisson --tbt-slo-value 0.3 --max_model_len 2048 \\
         --trace_request_length_generator.max_tokens 2048
     sarathi bench capacity --config-path mistral7b_strict.yml --tbt-slo-value 0.1 --output-dir capacity
+    sarathi bench capacity --config-path yi34b.yml --qps-values 0.55 0.7 0.85 1.0 --output-dir rates
 
 --help-knobs lists every knob with its default; sarathi/benchmark/README.md explains them.
 """
@@ -61,11 +61,11 @@ def main(words: Sequence[str] | None = None) -> int:
         print(default_yaml(), end="")
         return 0
     try:
-        settings = read_settings(words, switches=("debug",))
+        settings = read_settings(words, switches=("debug",), lists=("qps_values",))
         path = settings.pop(CONFIG_PATH, settings.pop(CONFIG_PATH.replace("_", "-"), None))
         if path is not None:
             return search_grid(read_jobs(Path(path)), translate(settings))
-        config = parse_options(words)
+        config = parse_options(as_words(settings))
         logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         _, capacity_qps = search_one(config)
     except (ValueError, OSError) as error:
@@ -88,7 +88,7 @@ def search_one(config: BenchmarkConfig) -> tuple[str, float | None]:
         raise
     write_capacity(config, probes)
     print(describe(config, probes, capacity_qps), flush=True)
-    return _found(config, probes, capacity_qps), capacity_qps
+    return found_in_words(config, probes, capacity_qps), capacity_qps
 
 
 def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
@@ -118,7 +118,7 @@ def _searched(config: BenchmarkConfig) -> dict[str, object]:
 
 def open_log(config: BenchmarkConfig) -> ProbeLog:
     """The probes in output_dir. ConfigError where nothing can be searched with this configuration."""
-    slos_of(config.capacity_search)
+    slos_of(config.capacity_search), given_rates(config.capacity_search.qps_values)
     provider = config.synthetic_request_generator.interval_provider
     if provider not in RATED or config.request_generator.provider != "synthetic":
         raise ConfigError(
@@ -134,51 +134,15 @@ def open_log(config: BenchmarkConfig) -> ProbeLog:
 def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], float | None]:
     """Probes in order of rate, and the capacity in requests a second."""
     knobs = config.capacity_search
+    rates = given_rates(knobs.qps_values)
     with BenchmarkRunner(config, device=replica_devices(config).get("0")) as runner:
-        limits = SearchLimits(knobs.start_qps, knobs.tolerance, knobs.max_probes)
-        return search(lambda qps: _measure(runner, config, qps), log, limits)
 
+        def measure(qps: float) -> Probe:
+            return _measure(runner, config, qps)
 
-def table_of(config: BenchmarkConfig, probes: Sequence[Probe]) -> pd.DataFrame:
-    """A record for each probe: its rate, the seconds of each target's quantile, and whether it meets all targets."""
-    columns = ["qps", *[slo.name for slo in slos_of(config.capacity_search)], "meets", "num_completed"]
-    return pd.DataFrame([{**vars(probe), **probe.values_s} for probe in probes], columns=columns)
-
-
-def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
-    """capacity.csv and capacity.png in output_dir; nothing where there is no probe."""
-    if not probes:
-        return
-    folder, table = Path(config.output_dir), table_of(config, probes)
-    with open_replacing(folder / "capacity.csv") as file:
-        table.to_csv(file, index=False)
-    if not is_available():
-        return
-    rates, slos = table["qps"].tolist(), slos_of(config.capacity_search)
-    lines = {slo.name: (rates, (table[slo.name] / slo.limit_s).tolist()) for slo in slos}
-    lines["target"] = (rates, [1.0] * len(rates))
-    told = caption([environment()], [config.model.name, config.model.attention_backend])
-    plot_lines(folder / "capacity.png", lines, "request rate (requests/s)", "share of the target", "o", told)
-
-
-def describe(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
-    """The table of probes, and the answer."""
-    table = table_of(config, probes).replace({"meets": {True: "yes", False: "no"}})
-    targets = ", ".join(f"{slo.name} {slo.limit_s:g}" for slo in slos_of(config.capacity_search))
-    lines = table.to_string(index=False, float_format="{:.4f}".format)
-    return f"{lines}\ntargets {targets}: {_found(config, probes, capacity_qps)}"
-
-
-def _found(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
-    """The capacity in words, and how far it is known where max_probes ended the search."""
-    if capacity_qps is None:
-        return "no rate met it"
-    bad_qps = min((probe.qps for probe in probes if not probe.meets), default=None)
-    if bad_qps is None:
-        return f"capacity at least {capacity_qps:.3f} requests a second; no rate that was tried missed it"
-    if not is_settled(capacity_qps, bad_qps, config.capacity_search.tolerance):
-        return f"capacity from {capacity_qps:.3f} to {bad_qps:.3f} requests a second; max_probes ended the search"
-    return f"capacity {capacity_qps:.3f} requests a second"
+        if rates:
+            return measure_all(measure, log, rates)
+        return search(measure, log, SearchLimits(knobs.start_qps, knobs.tolerance, knobs.max_probes))
 
 
 def _files_of_a_run(config: BenchmarkConfig) -> dict[str, object]:
@@ -186,28 +150,42 @@ def _files_of_a_run(config: BenchmarkConfig) -> dict[str, object]:
     return {
         "enable_profiling": config.enable_profiling,
         "write_json_trace": config.write_json_trace,
+        "timestamped_output": config.timestamped_output,
         "metrics_store.enable_request_outputs": config.metrics_store.enable_request_outputs,
         "metrics_store.wandb_project": config.metrics_store.wandb_project,
     }
 
 
 def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Probe:
-    """A probe that did not end in time met no target, whatever its first requests showed."""
+    """A probe that did not end in time met no target, whatever its first requests showed.
+
+    Nor did one whose requests were answered more slowly than they came: latencies of a short run can all be good at
+    any rate, for its requests run in one batch.
+    """
     at_rate = replace(
         config,
         poisson_request_interval_generator=replace(config.poisson_request_interval_generator, qps=qps),
         gamma_request_interval_generator=replace(config.gamma_request_interval_generator, qps=qps),
     )
-    outcome = runner.run(runner.workload(at_rate))
+    specs = runner.workload(at_rate)
+    outcome = runner.run(specs)
     if outcome.ended == INTERRUPTED:
         raise KeyboardInterrupt
     if outcome.refused:
         raise ConfigError(f"{len(outcome.refused)} requests are refused: {next(iter(outcome.refused.values()))}")
     records = outcome.records or RunRecords(0.0, 0.0)
-    slos = slos_of(config.capacity_search)
-    values_s = {slo.name: slo.measure(records) for slo in slos}
-    meets = outcome.ended == COMPLETED and all(values_s[slo.name] <= slo.limit_s for slo in slos)
-    return Probe(qps, values_s, meets, outcome.num_finished)
+    knobs = config.capacity_search
+    values_s = {slo.name: slo.measure(records) for slo in measures_of(knobs)}
+    completed_qps = outcome.num_finished / outcome.duration_s
+    keeps_up = completed_qps >= knobs.completed_share * arrival_rate(specs)
+    meets = outcome.ended == COMPLETED and keeps_up and meets_all(knobs, values_s)
+    return Probe(qps, completed_qps, values_s, meets, outcome.num_finished)
+
+
+def arrival_rate(specs: Sequence[RequestSpec]) -> float:
+    """Requests a second, from the first arrival to the last; infinite where all come at once."""
+    times = [spec.arrived_at_s for spec in specs]
+    return (len(times) - 1) / (max(times) - min(times)) if len(times) > 1 and max(times) > min(times) else math.inf
 
 
 def key_of(config: BenchmarkConfig) -> str:
@@ -216,7 +194,7 @@ def key_of(config: BenchmarkConfig) -> str:
     settings["timed_operations"] = config.metrics_store.enable_op_level_metrics  # without graphs, one step at a time
     for name in ("output_dir", "log_level", "show_progress", "metrics_store", "profiling"):
         del settings[name]
-    for name in ("start_qps", "tolerance", "max_probes"):
+    for name in ("qps_values", "start_qps", "tolerance", "max_probes"):
         del settings["capacity_search"][name]
     for name in ("poisson_request_interval_generator", "gamma_request_interval_generator"):
         del settings[name]["qps"]

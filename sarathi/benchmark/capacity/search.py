@@ -6,16 +6,24 @@ rate   1 ok   2 ok   4 ok   8 too much   6 ok   7 too much   6.5 ok ...
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from sarathi.config.knobs import ConfigError
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One rate that was tried. values_s: name of each target -> what was measured. meets: whether all are met."""
+    """One rate that was tried. values_s: name of each latency target -> what was measured.
+
+    completed_qps: requests completed a second, from the first arrival to the last token. meets: whether every latency
+    target is met and the engine kept up with the rate.
+    """
 
     qps: float
+    completed_qps: float
     values_s: Mapping[str, float]
     meets: bool
     num_completed: int
@@ -64,9 +72,7 @@ class ProbeLog:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             keys = {line.pop("key") for line in lines}
-            probes = [
-                Probe(line["qps"], dict(line["values_s"]), line["meets"], line["num_completed"]) for line in lines
-            ]
+            probes = [_probe(line) for line in lines]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path} is no file of probes ({error}); remove it") from None
         if keys - {self._key}:
@@ -74,6 +80,10 @@ class ProbeLog:
                 f"{self._path} holds probes of another configuration; name another output_dir, or remove it"
             )
         return {probe.qps: probe for probe in probes}
+
+
+def _probe(line: Mapping[str, Any]) -> Probe:
+    return Probe(line["qps"], line["completed_qps"], dict(line["values_s"]), line["meets"], line["num_completed"])
 
 
 def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimits) -> tuple[list[Probe], float | None]:
@@ -85,14 +95,38 @@ def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimit
     good, bad = 0.0, float("inf")
     qps = limits.start_qps
     while len(tried) < limits.max_probes and not is_settled(good, bad, limits.tolerance):
-        probe = log.find(qps)
-        if probe is None:
-            probe = measure(qps)
-            log.add(probe)
+        probe = _known_or_measured(measure, log, qps)
         tried.append(probe)
         good, bad = (max(good, qps), bad) if probe.meets else (good, min(bad, qps))
         qps = _next(good, bad)
     return sorted(tried, key=lambda probe: probe.qps), good or None
+
+
+def measure_all(
+    measure: Callable[[float], Probe], log: ProbeLog, rates: Sequence[float]
+) -> tuple[list[Probe], float | None]:
+    """Probes of these rates, in order, and the highest that met the target; None where none did."""
+    probes = [_known_or_measured(measure, log, qps) for qps in sorted(rates)]
+    return probes, max((probe.qps for probe in probes if probe.meets), default=None)
+
+
+def given_rates(text: str | None) -> list[float]:
+    """Rates of a knob such as 0.5,1,2; none of None. ConfigError where one is no rate."""
+    try:
+        rates = [float(part) for part in (text or "").split(",") if text]
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ConfigError(f"capacity_search.qps_values is {text!r}: it must be rates above 0, as 0.5,1,2")
+    return rates
+
+
+def _known_or_measured(measure: Callable[[float], Probe], log: ProbeLog, qps: float) -> Probe:
+    probe = log.find(qps)
+    if probe is None:
+        probe = measure(qps)
+        log.add(probe)
+    return probe
 
 
 def is_settled(good: float, bad: float, tolerance: float) -> bool:

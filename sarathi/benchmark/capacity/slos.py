@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -41,13 +42,23 @@ class Slo:
 
 
 def slos_of(config: CapacitySearchConfig) -> list[Slo]:
-    """Those that have a value; ConfigError where none has."""
-    found = [
-        Slo(metric, getattr(config, f"{metric}_slo_quantile"), limit_s)
-        for metric in METRICS
-        if (limit_s := getattr(config, f"{metric}_slo_value")) is not None
-    ]
+    """Those that are targets; ConfigError where none is."""
+    found = [slo for slo in measures_of(config) if slo.limit_s < math.inf]
     if not found:
         names = ", ".join(f"{metric}_slo_value" for metric in METRICS)
         raise ConfigError(f"capacity_search sets none of {names}: a search needs a target")
     return found
+
+
+def measures_of(config: CapacitySearchConfig) -> list[Slo]:
+    """Every metric at its quantile; the limit of one that is no target is infinite."""
+    limits = {metric: getattr(config, f"{metric}_slo_value") for metric in METRICS}
+    return [
+        Slo(metric, getattr(config, f"{metric}_slo_quantile"), math.inf if limit_s is None else limit_s)
+        for metric, limit_s in limits.items()
+    ]
+
+
+def meets_all(config: CapacitySearchConfig, values_s: Mapping[str, float]) -> bool:
+    """Whether every target is met. values_s: name -> what was measured."""
+    return all(values_s[slo.name] <= slo.limit_s for slo in slos_of(config))

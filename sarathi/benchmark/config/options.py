@@ -33,10 +33,10 @@ def parse_options(words: Sequence[str]) -> BenchmarkConfig:
     return config
 
 
-def read_settings(words: Sequence[str], switches: Sequence[str] = ()) -> dict[str, str]:
+def read_settings(words: Sequence[str], switches: Sequence[str] = (), lists: Sequence[str] = ()) -> dict[str, str]:
     """Names and values as they were written; a name without a value must be a switch, and is true.
 
-    switches: names that are none of a knob.
+    switches: names that are none of a knob. lists: names that take several words, which are joined with commas.
     """
     settings: dict[str, str] = {}
     left = list(words)
@@ -48,6 +48,8 @@ def read_settings(words: Sequence[str], switches: Sequence[str] = ()) -> dict[st
         if not equals:
             has_value = left and not left[0].startswith("--")
             value = left.pop(0) if has_value else "true" if name in switches else _alone(name)
+        while name.replace("-", "_").endswith(tuple(lists)) and left and not left[0].startswith("--"):
+            value += "," + left.pop(0)
         settings[name] = value
     return settings
 

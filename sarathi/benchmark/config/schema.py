@@ -264,6 +264,11 @@ class CapacitySearchConfig(Section):
     ttft_slo_quantile: float = knob(0.99, "share of requests that must meet it", low=0.01, high=1.0)
     e2e_slo_value: float | None = knob(None, "seconds to the last token, at most; none: not a target", low=1e-6)
     e2e_slo_quantile: float = knob(0.99, "share of requests that must meet it", low=0.01, high=1.0)
+    completed_share: float = knob(
+        0.9, "requests completed a second, over those that arrived a second, at least: whether the engine keeps up",
+        low=0.01, high=1.0,
+    )  # fmt: skip
+    qps_values: str | None = knob(None, "rates that are run in place of a search, as 0.5,1,2; none: a search")
     start_qps: float = knob(1.0, "first rate that is tried", low=1e-6)
     tolerance: float = knob(0.05, "the search ends when the bounds differ by this share", low=1e-3, high=1.0)
     max_probes: int = knob(12, "runs at most", low=1)
@@ -276,6 +281,9 @@ class BenchmarkConfig(Section):
     seed: int = knob(42, "of lengths, intervals, prompts and dummy weights; the same seed gives the same run", low=0)
     log_level: str = knob("info", "how much is said", choices=LOG_LEVELS)
     output_dir: str = knob("./benchmark_output/", "folder of the results; made if need be")
+    timestamped_output: bool = knob(
+        False, "write into a folder of its own in output_dir, named by date and time, as Sarathi-Serve's benchmark does"
+    )
     write_json_trace: bool = knob(False, "what each step was made of, to schedule.jsonl")
     write_chrome_trace: bool | None = knob(
         None, "chrome_trace.json, for Perfetto; none: for runs of up to 200,000 events"

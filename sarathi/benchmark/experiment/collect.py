@@ -11,10 +11,9 @@ from typing import Any
 import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.original_files import REPLICA_FOLDER
 from sarathi.benchmark.outcome import COMPLETED
 from sarathi.benchmark.results import CONFIG_FILE, read_config
-from sarathi.metrics.report import SUMMARY_FILE
+from sarathi.metrics.report import SUMMARY_FILE, TABLES_FOLDER
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class FinishedRun:
 
     def table(self, name: str) -> pd.DataFrame:
         """<name>.csv, empty cells as NaN."""
-        return pd.read_csv(self.folder / f"{name}.csv")
+        return pd.read_csv(self.folder / TABLES_FOLDER / f"{name}.csv")
 
     def quantile(self, metric: str, key: str) -> float | None:
         """One number of the summary, as quantile("request_e2e_time_normalized", "p50")."""
@@ -42,7 +41,7 @@ class FinishedRun:
 def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
     """Complete runs below `folder`, by folder, and the folders of runs that did not end well or measured nothing."""
     found_in = {path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)}
-    places = sorted(place for place in found_in if place.name != REPLICA_FOLDER)
+    places = sorted(place for place in found_in if place.name != TABLES_FOLDER)
     found = {place: _read(place) for place in places}
     return [run for run in found.values() if run is not None], [place for place in places if found[place] is None]
 

@@ -1,23 +1,26 @@
 """The search against servers whose capacity is known: latency rises with the rate by a rule that tests invent."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sarathi.benchmark.capacity import main as main_module
-from sarathi.benchmark.capacity.main import describe, key_of, write_capacity
+from sarathi.benchmark.capacity.main import key_of
+from sarathi.benchmark.capacity.report import describe, write_capacity
 from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, search
-from sarathi.benchmark.capacity.slos import Slo, slos_of
+from sarathi.benchmark.capacity.slos import Slo, measures_of
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig, CapacitySearchConfig
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
+from sarathi.benchmark.workload import RequestSpec
 from sarathi.metrics import RunRecords
 from sarathi.metrics.request_record import RequestRecord
 
-SLOS = slos_of(CapacitySearchConfig())
+MEASURES = measures_of(CapacitySearchConfig())
 SEED = 0  # set anew for each test: see tests/conftest.py
 
 
@@ -31,8 +34,8 @@ class Server:
         self.num_probes += 1
         if self.num_probes == self.breaks_at:
             raise KeyboardInterrupt
-        values_s = {slo.name: slo.limit_s * qps / self.capacity_qps for slo in SLOS}
-        return Probe(qps, values_s, qps <= self.capacity_qps, 10)
+        values_s = {slo.name: min(slo.limit_s, 9.0) * qps / self.capacity_qps for slo in MEASURES}
+        return Probe(qps, min(qps, self.capacity_qps), values_s, qps <= self.capacity_qps, 10)
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -123,7 +126,12 @@ def test_what_a_search_cannot_do_is_told(
 
 @pytest.mark.parametrize(
     ("capacity", "max_probes", "told"),
-    [(1e9, 3, "at least 4.000 "), (3.0, 3, "from 2.000 to 4.000 "), (3.0, 20, "capacity 3.000 "), (1e-9, 3, "no rate")],
+    [
+        (1e9, 3, "at least 4.000 requests a second (4.000 completed)"),
+        (3.0, 3, "from 2.000 (2.000 completed) to 4.000 "),
+        (3.0, 20, "capacity 3.000 requests a second (3.000 completed)"),
+        (1e-9, 3, "no rate"),
+    ],
 )
 def test_says_how_far_the_capacity_is_known(capacity: float, max_probes: int, told: str, tmp_path: Path) -> None:
     config = parse_options(["--capacity_search.tolerance=0.05"])
@@ -150,16 +158,16 @@ def test_gives_up_after_max_probes(tmp_path: Path) -> None:
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
-    config = parse_options(["--output_dir", str(tmp_path), "--ttft-slo-value", "3"])
+    config = parse_options(["--output_dir", str(tmp_path), "--ttft-slo-value", "30"])
     probes, found = search(Server(5.0), ProbeLog(tmp_path / "p.jsonl", "k"), SearchLimits(1.0, 0.05, 20))
-    probes = [replace(probe, values_s={**probe.values_s, "p99_ttft_s": 0.5}) for probe in probes]
     write_capacity(config, probes)
     lines = (tmp_path / "capacity.csv").read_text().splitlines()
-    assert lines[0] == "qps,p50_scheduling_delay_s,p99_tbt_s,p99_ttft_s,meets,num_completed"
+    measured = "p50_scheduling_delay_s,p99_tbt_s,p99_ttft_s,p99_e2e_s"
+    assert lines[0] == f"qps,completed_qps,{measured},meets,num_completed"
     assert len(lines) == len(probes) + 1
     assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
     text = describe(config, probes, found)
-    assert "p99_ttft_s" in text and f"capacity {found:.3f} requests a second" in text
+    assert "p99_ttft_s 30" in text and f"capacity {found:.3f} requests a second" in text
 
 
 def record_of(arrived: float, scheduled: float, tokens: list[float]) -> RequestRecord:
@@ -176,17 +184,30 @@ def test_slos_are_quantiles_of_all_requests() -> None:
     assert Slo("tbt", 0.99, 1.0).measure(RunRecords(0.0, 1.0)) == float("inf")
 
 
-def test_a_queue_that_grows_misses_the_delay_though_tokens_come_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def ran(records: list[RequestRecord], gap_s: float, duration_s: float) -> SimpleNamespace:
+    """A runner of requests that came every gap_s seconds."""
+    specs = [RequestSpec(number * gap_s, 4, 2) for number in range(len(records))]
+    outcome = RunOutcome(COMPLETED, duration_s, len(records), {}, [], RunRecords(0.0, duration_s, tuple(records)))
+    return SimpleNamespace(workload=lambda config: specs, run=lambda specs: outcome)
+
+
+def test_a_queue_that_grows_misses_the_delay_though_tokens_come_fast() -> None:
     """The engine does one request a second: at 32 a second the gaps are short and the queue is long."""
     delays = [record_of(number / 32, float(number), [number + 0.5, number + 0.51]) for number in range(64)]
-    runner = SimpleNamespace(
-        workload=lambda config: [],
-        run=lambda specs: RunOutcome(COMPLETED, 64.0, 64, {}, [], RunRecords(0.0, 64.0, tuple(delays))),
-    )
-    probe = main_module._measure(runner, parse_options(["--interval_provider=poisson"]), 32.0)
+    probe = main_module._measure(ran(delays, 1 / 32, 64.0), parse_options(["--interval_provider=poisson"]), 32.0)
     assert probe.values_s["p99_tbt_s"] < 0.2 and probe.values_s["p50_scheduling_delay_s"] > 2 and not probe.meets
-    only_tbt = parse_options(["--interval_provider=poisson", "--scheduling-delay-slo-value=none"])
-    assert main_module._measure(runner, only_tbt, 32.0).meets
+
+
+@pytest.mark.parametrize(("duration_s", "keeps_up"), [(2.1, True), (4.0, False), (64.0, False)])
+def test_a_rate_that_the_engine_did_not_do_is_no_capacity(duration_s: float, keeps_up: bool) -> None:
+    """64 requests run in one batch: none waits and tokens come fast, but all end long after the last has come."""
+    together = [record_of(number / 32, number / 32, [number / 32 + 0.5, duration_s]) for number in range(64)]
+    config = parse_options(["--interval_provider=poisson", "--tbt-slo-value=none"])
+    probe = main_module._measure(ran(together, 1 / 32, duration_s), config, 32.0)
+    assert probe.completed_qps == pytest.approx(64 / duration_s)
+    assert (probe.meets, probe.values_s["p50_scheduling_delay_s"]) == (keeps_up, 0)
+    told = "latencies met the targets, but the engine completed "
+    assert (f"{told}{64 / duration_s:.3f} a second" in describe(config, [probe], None)) != keeps_up
 
 
 def test_a_search_without_a_target_is_refused() -> None:
@@ -231,6 +252,35 @@ def test_a_grid_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = (tmp_path / "o" / "capacity_grid.csv").read_text().splitlines()
     assert lines[0].startswith("models,traces,schedulers,parallel_spec,capacity_qps") and len(lines) == 7
     assert (tmp_path / "o" / "yi-34b_chat_sarathi_512_tp_2" / "capacity.csv").is_file()
+
+
+def test_given_rates_are_run_in_place_of_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Command line of figures 7 and 9, whose script runs each system of a grid at the same rates."""
+    server, limits = Server(0.8), []
+
+    def measure(runner: object, config: BenchmarkConfig, qps: float) -> Probe:
+        limits.append(config.time_limit)
+        return server(qps)
+
+    monkeypatch.setattr(main_module, "BenchmarkRunner", lambda config, device: nullcontext())
+    monkeypatch.setattr(main_module, "_measure", measure)
+    (tmp_path / "grid.yml").write_text(GRID)
+    words = ["--qps-values", "0.55", "1.0", "0.7", "--config-path", str(tmp_path / "grid.yml")]
+    assert main_module.main([*words, "--output-dir", str(tmp_path / "o"), "--ttft-slo-quantile", "0.5"]) == 0
+    assert set(limits) == {180 * 60.0} and server.num_probes == 6 * 3
+    table = pd.read_csv(tmp_path / "o" / "yi-34b_chat_sarathi_512_tp_2" / "capacity.csv")
+    assert table["qps"].tolist() == [0.55, 0.7, 1.0] and table["meets"].tolist() == [True, True, False]
+    assert {"p50_ttft_s", "p99_tbt_s"} <= set(table.columns)
+    assert "from 0.700 (0.700 completed) to 1.000 requests a second; no rate between" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1,,2", "inf", "nan"])
+def test_given_rates_that_are_none_are_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--interval_provider=poisson", f"--output_dir={tmp_path}"]
+    assert main_module.main([*words, f"--qps-values={text}"]) == 1
+    assert f"qps_values is {text!r}: it must be rates above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from sarathi.benchmark.experiment.tables import (
 from sarathi.benchmark.results import read_config
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict
+from sarathi.metrics.report import TABLES_FOLDER
 
 HEAD = "output_dir: x\ntable: makespan\ngrid: "
 FILES = sorted((Path(__file__).parents[3] / "experiments").glob("*.yml"))
@@ -500,10 +501,11 @@ def test_memory_that_decodes_ask_for_is_told_a_second(tmp_path: Path) -> None:
     steps = [(0, 8, 0, 9.0), (1, 2, 2, 0.5), (2, 2, 2, 0.25), (3, 2, 2, 0.25), (4, 1, 1, 9.0)]
     header = "Batch Id,batch_num_tokens,batch_num_decode_tokens,batch_execution_time"
     lines = [header, *(",".join(map(str, step)) for step in steps)]
-    (tmp_path / "run" / "batch_metrics.csv").write_text("\n".join(lines))
+    (tmp_path / "run" / TABLES_FOLDER).mkdir()
+    (tmp_path / "run" / TABLES_FOLDER / "batch_metrics.csv").write_text("\n".join(lines))
     samples = [(0, 0.0, 500, 400), (1, 10.0, 1000, 400), (3, 12.0, 3000, 1000), (4, 13.0, 9000, 0)]
     lines = ["Batch Id,Time (sec),kv_mapped_bytes,kv_idle_bytes", *(",".join(map(str, each)) for each in samples)]
-    (tmp_path / "run" / "memory_metrics.csv").write_text("\n".join(lines))
+    (tmp_path / "run" / TABLES_FOLDER / "memory_metrics.csv").write_text("\n".join(lines))
     row = made("decode", tmp_path).iloc[0]
     assert (row["num_steps"], row["decode_tokens_per_s"], row["median_step_ms"]) == (3, 6.0, 250.0)
     assert row["allocated_bytes_per_s"] == (2000 - 600) / 2

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from sarathi.benchmark import figures
-from sarathi.benchmark.figures import FIGURES, draw, read_environments
+from sarathi.benchmark.figures import FIGURES, draw
+from sarathi.metrics import plots
 from sarathi.metrics.environment import caption
 from sarathi.metrics.plots import Panels
 
@@ -48,6 +49,16 @@ def test_vllm_shows_whole_work_alone_and_the_numbers_of_the_table() -> None:
     bars = found["llama-3-8b, ratio to vllm-0.26.0; above 1: better"]
     assert {"prefill, 1 x 32K": "1.05", "decode, 1 x 1K": "1.23", "decode, 256 x 1K": "1.09"}.items() <= bars.items()
     assert len(bars) == 18 and not any("step:" in name or "p99" in name for name in bars)
+    prefills = [name for name in bars if name.startswith("prefill, 1")]
+    assert prefills == [f"prefill, 1 x {size}K" for size in (2, 8, 32, 128)]
+
+
+def test_a_bar_that_the_axis_cuts_off_shows_it() -> None:
+    axis = Panels().axes[0]
+    plots.draw_ratios(axis, {"far": 3.12, "near": 1.2, "slow": 0.3}, "ratio")
+    gaps = [list(line.get_ydata()) for line in axis.lines if line.get_color() == "white"]
+    assert [round(sum(ends) / 2) for ends in gaps] == [0, 2]
+    assert [text.get_text() for text in axis.texts] == ["3.12", "1.20", "0.30"]
 
 
 def test_the_bound_is_told_as_a_share_and_other_references_as_ratios() -> None:
@@ -120,7 +131,7 @@ def test_a_figure_names_models_hardware_and_revisions(tmp_path: Path, monkeypatc
     draw(tmp_path / "vllm.csv")
     assert (tmp_path / "vllm.png").read_bytes().startswith(b"\x89PNG")
     assert told == ["llama-3-8b, yi-6b-200k; 1 x NVIDIA H200; torch 2.11.0; revision 48c1b38, 9814ba7"]
-    assert "benchmark_allocator.py" in caption(read_environments(EXPERIMENTS / "h200" / "allocator_steps.csv"))
+    assert figures._models(EXPERIMENTS / "h200" / "allocator_steps.csv", pd.DataFrame()) == ["llama-3-8b"]
     assert caption([{"git": None, "processor": "cpu"}], ["m"]) == "m; cpu"
 
 

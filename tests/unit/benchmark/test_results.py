@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sarathi.benchmark import main as main_module
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.main import run_configs
 from sarathi.benchmark.outcome import COMPLETED, RunOutcome
-from sarathi.benchmark.results import write_results
+from sarathi.benchmark.results import in_own_folder, write_results
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.messages import Chunk, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, RunRecords
@@ -24,7 +25,21 @@ OUTCOME = RunOutcome(COMPLETED, 1.0, 1, {}, [{"request_id": "0", "token_ids": [1
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.rglob("*") if path.parent.name != "plots"}
+
+
+def run_of_one_request() -> RunRecords:
+    """Five prompt tokens and three of output, a second each."""
+    clock = itertools.count()
+    store = MetricsStore(lambda: float(next(clock)))
+    store.on_request_arrived("0", 5, 1.0)
+    for step in range(3):
+        chunk = Chunk("0", 5 * (step > 0) + max(step - 1, 0), 1 if step else 5, True, 8, ())
+        times = StepTimes(*(2.0 + step + part / 4 for part in range(4)))
+        token = SampledToken("0", 7)
+        store.on_step(SchedulerOutput(step, (), (chunk,), (), ()), StepResult(step, (token,), 0.1), times)
+    store.on_request_finished("0", "length")
+    return store.records()
 
 
 def test_no_file_of_an_older_run_passes_for_this_ones(tmp_path: Path) -> None:
@@ -40,24 +55,15 @@ def test_no_file_of_an_older_run_passes_for_this_ones(tmp_path: Path) -> None:
     }
     write_results(plain, [replace(OUTCOME, records=None, responses=[])])
     assert names(tmp_path) == {"config.yml", "summary.json", "plots", "benchmark_config.yml", "replica_0"}
-    assert {path.name for path in (tmp_path / "replica_0").rglob("*")} == {"config.yml"}
+    assert {path.name for path in (tmp_path / "replica_0").rglob("*.*")} == {"config.yml"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"ended", "run_s", "config", "environment"} <= set(summary)
 
 
 def test_files_where_the_originals_notebooks_look(tmp_path: Path) -> None:
     """Paths, keys and columns are those that their plot scripts read."""
-    clock = itertools.count()
-    store = MetricsStore(lambda: float(next(clock)))
-    store.on_request_arrived("0", 5, 1.0)
-    for step in range(3):
-        chunk = Chunk("0", 5 * (step > 0) + max(step - 1, 0), 1 if step else 5, True, 8, ())
-        times = StepTimes(*(2.0 + step + part / 4 for part in range(4)))
-        token = SampledToken("0", 7)
-        store.on_step(SchedulerOutput(step, (), (chunk,), (), ()), StepResult(step, (token,), 0.1), times)
-    store.on_request_finished("0", "length")
     requests = ((0, RequestSpec(0.0, 5, 3)), (1, RequestSpec(0.5, 9, 4)))
-    outcome = replace(OUTCOME, records=store.records(), requests=requests)
+    outcome = replace(OUTCOME, records=run_of_one_request(), requests=requests)
     words = ["--replica_scheduler_provider=sarathi", "--sarathi_scheduler_chunk_size=96", "--write_json_trace"]
     write_results(parse_options([*words, f"--output_dir={tmp_path}"]), [outcome])
     flat = yaml.safe_load((tmp_path / "benchmark_config.yml").read_text())
@@ -75,12 +81,32 @@ def test_files_where_the_originals_notebooks_look(tmp_path: Path) -> None:
     assert pd.read_csv(plots / f"{name}.csv")[name].tolist() == [1.0, 1.0]
     assert pd.read_csv(plots / f"{name}_list.csv")[f"{name}_list"].tolist() == [1.0, 1.0]
     assert "batch_num_prefill_tokens" in pd.read_csv(tmp_path / "replica_0" / "batch_metrics.csv")
-    moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert "request_e2e_time" in pd.read_csv(moved / "replica_0" / "sequence_metrics.csv")
-    tmp_path = moved
+    assert "request_e2e_time" in pd.read_csv(tmp_path / "replica_0" / "sequence_metrics.csv")
     assert json.loads((tmp_path / "requests.json").read_text())[1] == {
         "id": 1, "arrived_at": 0.5, "num_prefill_tokens": 9, "num_decode_tokens": 4,
     }  # fmt: skip
+
+
+def test_scripts_that_walk_through_folders_find_each_table_once_and_the_runs_name_before_it(tmp_path: Path) -> None:
+    """vAttention's scripts of figures 4 to 9 use os.walk, which enters no links, and parts of the path."""
+    run = tmp_path / "figure_4" / "model_yi-6b_bs_64"
+    write_results(parse_options([f"--output_dir={run}"]), [replace(OUTCOME, records=run_of_one_request())])
+    found = [Path(folder) / name for folder, _, files in os.walk(tmp_path) for name in files]
+    for name in ("batch_metrics.csv", "sequence_metrics.csv", "prefill_time_execution_plus_preemption.csv"):
+        (path,) = (str(path) for path in found if path.name == name)
+        assert path[path.find("_bs_") + 4 : path.find("/replica_0")] == "64"
+
+
+def test_runs_that_share_an_output_dir(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = parse_options([f"--output_dir={tmp_path}", "--timestamped_output"])
+    folders = {in_own_folder(first).output_dir for _ in range(2)}
+    assert len(folders) == 2 and {Path(folder).parent for folder in folders} == {tmp_path}
+    assert replace(in_own_folder(first), output_dir=str(tmp_path)) == first
+    plain = parse_options([f"--output_dir={tmp_path}"])
+    write_results(plain, [OUTCOME])
+    assert in_own_folder(plain) == plain and "another configuration" not in caplog.text
+    in_own_folder(parse_options([f"--output_dir={tmp_path}", "--seed=9"]))
+    assert "holds a run of another configuration, which this one will replace" in caplog.text
 
 
 def test_an_interrupt_before_there_is_a_result_is_one_line(

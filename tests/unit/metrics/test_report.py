@@ -26,7 +26,15 @@ from sarathi.messages import MemoryStats
 from sarathi.metrics import files, report, report_page
 from sarathi.metrics.environment import git_revision
 from sarathi.metrics.records import OperationRecord, RunRecords, StepRecord, StepTimes, merge
-from sarathi.metrics.report import FILES, ReportOptions, remove_report, summarize, write_report
+from sarathi.metrics.report import (
+    FILES,
+    TABLES_FOLDER,
+    ReportOptions,
+    plots_folder,
+    remove_report,
+    summarize,
+    write_report,
+)
 from sarathi.metrics.request_record import RequestRecord
 from sarathi.metrics.store import MetricsStore
 from sarathi.metrics.tables import BATCH_COUNTS, BATCH_TIMES, REQUEST_COUNTS, REQUEST_TIMES, describe, memory_table
@@ -56,7 +64,7 @@ def folder(records: RunRecords, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_request_csv_has_the_names_and_values(records: RunRecords, folder: Path) -> None:
-    table = pd.read_csv(folder / "sequence_metrics.csv", index_col="Request Id")
+    table = pd.read_csv(folder / TABLES_FOLDER / "sequence_metrics.csv", index_col="Request Id")
     assert list(table.columns) == [*REQUEST_TIMES, *REQUEST_COUNTS]
     for record in records.requests:
         for name in (*REQUEST_TIMES, *REQUEST_COUNTS):
@@ -67,7 +75,7 @@ def test_request_csv_has_the_names_and_values(records: RunRecords, folder: Path)
 
 
 def test_batch_csv(records: RunRecords, folder: Path) -> None:
-    table = pd.read_csv(folder / "batch_metrics.csv")
+    table = pd.read_csv(folder / TABLES_FOLDER / "batch_metrics.csv")
     assert list(table.columns) == ["Batch Id", *BATCH_COUNTS, *BATCH_TIMES]
     assert table["batch_num_tokens"].tolist() == [step.num_tokens for step in records.steps]
     starts = np.array([step.times.started_at_s for step in records.steps])
@@ -78,7 +86,7 @@ def test_batch_csv(records: RunRecords, folder: Path) -> None:
 
 def test_token_csv_holds_every_gap(records: RunRecords, folder: Path) -> None:
     column = "decode_token_execution_plus_preemption_time_list"
-    table = pd.read_csv(folder / "token_metrics.csv", index_col="Decode Token Id")[column]
+    table = pd.read_csv(folder / TABLES_FOLDER / "token_metrics.csv", index_col="Decode Token Id")[column]
     assert len(table) == sum(len(record.token_gaps_s) for record in records.requests)
     record = max(records.requests, key=lambda record: len(record.token_gaps_s))
     gaps = [table[f"{record.request_id}_{index}"] for index in range(1, len(record.token_times_s))]
@@ -87,7 +95,7 @@ def test_token_csv_holds_every_gap(records: RunRecords, folder: Path) -> None:
 
 def test_quantiles_are_those_of_pandas(records: RunRecords, folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
-    table = pd.read_csv(folder / "sequence_metrics.csv")
+    table = pd.read_csv(folder / TABLES_FOLDER / "sequence_metrics.csv")
     for name in ("request_e2e_time_normalized", "prefill_e2e_time", "request_num_tokens"):
         described = summary["metrics"][name]
         for key, quantile in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999)):
@@ -114,14 +122,14 @@ def test_git_revision_is_that_of_the_checkout() -> None:
 
 
 def test_cdf_and_series(records: RunRecords, folder: Path) -> None:
-    cdf = pd.read_csv(folder / "plots" / "request_e2e_time.csv")
+    cdf = pd.read_csv(plots_folder(folder) / "request_e2e_time.csv")
     assert list(cdf.columns) == ["request_e2e_time", "cdf"]
     assert cdf["request_e2e_time"].is_monotonic_increasing and cdf["cdf"].iloc[-1] == 1.0
     totals = {name: len(records.requests) for name in ("request_arrival", "request_completion")}
     totals |= {"prefill_completion": sum(record.num_prompt_tokens for record in records.requests)}
     totals |= {"decode_completion": sum(len(record.token_times_s) for record in records.requests)}
     for name, total in totals.items():
-        series = pd.read_csv(folder / "plots" / f"{name}_time_series.csv")
+        series = pd.read_csv(plots_folder(folder) / f"{name}_time_series.csv")
         assert series["Time (sec)"].is_monotonic_increasing and series["Time (sec)"].min() >= 0
         assert series[name].iloc[-1] == total
 
@@ -151,7 +159,7 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_shows_every_metric(folder: Path) -> None:
     page = Page((folder / "report.html").read_text())
-    assert page.open == [] and not list((folder / "plots").glob("*.png"))
+    assert page.open == [] and not list((plots_folder(folder)).glob("*.png"))
     images = [base64.b64decode(each.removeprefix("data:image/png;base64,")) for each in page.references]
     assert len(images) == 3 and all(image.startswith(b"\x89PNG") for image in images)
     summary = json.loads((folder / "summary.json").read_text())
@@ -183,9 +191,9 @@ def test_what_a_page_shows_is_escaped(records: RunRecords) -> None:
 
 
 def test_operations_in_milliseconds(records: RunRecords, folder: Path) -> None:
-    device = pd.read_csv(folder / "operation_metrics.csv")
+    device = pd.read_csv(folder / TABLES_FOLDER / "operation_metrics.csv")
     assert device["attn_decode"].tolist() == [2.0]
-    cpu = pd.read_csv(folder / "cpu_operation_metrics.csv")
+    cpu = pd.read_csv(folder / TABLES_FOLDER / "cpu_operation_metrics.csv")
     parts = cpu[["schedule", "model_execution_e2e", "process_model_outputs"]].sum(axis=1)[: len(records.steps)]
     assert parts.to_numpy() == pytest.approx([1e3 * step.duration_s for step in records.steps])
     assert cpu["sample"].dropna().tolist() == [1.0]
@@ -233,10 +241,10 @@ def test_report_of_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_a_report_is_removed_and_nothing_else(records: RunRecords, tmp_path: Path) -> None:
-    own = [tmp_path / "notes.csv", tmp_path / "plots" / "mine.png"]
+    own = [tmp_path / "notes.csv", plots_folder(tmp_path) / "mine.png"]
     options = ReportOptions(operations=True, cpu_operations=True)
     write_report(records, tmp_path, options)
-    assert len(list(tmp_path.iterdir())) == len(FILES) + 1
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} >= {*FILES} - {"schedule.jsonl"}
     for path in own:
         path.write_text("mine")
     remove_report(tmp_path)
@@ -311,13 +319,18 @@ def test_a_kill_at_any_point_leaves_no_summary_of_missing_files(
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a/b", "a\\b", ""])
 def test_names_in_a_summary_remove_nothing_outside_the_report(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "a" / "b"
-    (folder / "plots").mkdir(parents=True)
+    (plots_folder(folder)).mkdir(parents=True)
     absolute = tmp_path / "absolute"
-    victims = [tmp_path / "x.csv", tmp_path / "a" / "x.png", folder / "plots" / "mine.csv", tmp_path / "absolute.csv"]
+    victims = [
+        tmp_path / "x.csv",
+        tmp_path / "a" / "x.png",
+        plots_folder(folder) / "mine.csv",
+        tmp_path / "absolute.csv",
+    ]
     for path in victims:
         path.write_text("mine")
     metrics = {name: {}, str(absolute): {}, "..\0": {}, "listed": {}}
-    (folder / "plots" / "listed.csv").write_text("")
+    (plots_folder(folder) / "listed.csv").write_text("")
     (folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
     remove_report(folder)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(victims)
@@ -399,7 +412,7 @@ _write_trace(replace(records, steps=records.steps * 2_000_000), Path({str(tmp_pa
 def test_report_of_merged_replicas(tmp_path: Path) -> None:
     parts = [run("sarathi", SEED + replica, replica=replica).store.records() for replica in range(2)]
     write_report(merge(parts), tmp_path, ReportOptions(plots=False))
-    table = pd.read_csv(tmp_path / "sequence_metrics.csv", index_col="Request Id")
+    table = pd.read_csv(tmp_path / TABLES_FOLDER / "sequence_metrics.csv", index_col="Request Id")
     assert table.index.str.startswith("0_").sum() == table.index.str.startswith("1_").sum() == 25
     assert summarize(merge(parts))["num_completed"] == 50
 
