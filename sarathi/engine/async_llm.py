@@ -9,7 +9,7 @@ await llm.shutdown()
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
@@ -21,7 +21,8 @@ from sarathi.containers import is_list
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
 from sarathi.engine.build import build_core, build_tokenizer
-from sarathi.engine.core_process.client import CoreDiedError, CoreProcess
+from sarathi.engine.core_process.client import CoreProcess
+from sarathi.engine.core_process.link import CoreDiedError, CoreLink
 from sarathi.engine.core_process.wire import CoreStats, SetCacheBudget, Sleep, WakeUp
 from sarathi.engine.input_processor import InputProcessor, Prompt, encode_chat
 from sarathi.engine.output_processor import OutputProcessor, RequestState
@@ -59,7 +60,7 @@ class AsyncLLM:
     """
 
     def __init__(
-        self, core: CoreProcess, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
+        self, core: CoreLink, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
         limits: QueueLimits = UNLIMITED, observe: Callable[[RequestOutput], None] = lambda output: None,
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
@@ -97,6 +98,15 @@ class AsyncLLM:
         except BaseException:
             await core.close()
             raise
+
+    @classmethod
+    async def join(
+        cls, config: EngineConfig, connect: Callable[[], Awaitable[CoreLink]], *, limits: QueueLimits = UNLIMITED,
+        observe: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> "AsyncLLM":  # fmt: skip
+        """Share a core that another process has started with this configuration. connect: makes the link to it."""
+        tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)
+        return cls(await connect(), tokenizer, end_token_ids, limits, observe)
 
     @property
     def facts(self) -> EngineFacts:
@@ -228,7 +238,7 @@ class AsyncLLM:
             self._check_characters(len(prompt))
         elif is_list(prompt):
             self._check_length(len(prompt))
-        core_id = f"{request_id}.{next(self._core_ids)}"
+        core_id = f"{request_id}.{self._core.name}{next(self._core_ids)}"
         requests = await self.in_thread(self._inputs.process, core_id, prompt, params, priority)
         self._check_length(len(requests[0].token_ids))
         self._admission.set_length(request_id, len(requests[0].token_ids))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from sarathi.engine.core_process.owners import MAIN, Owners
 from sarathi.engine.core_process.wire import (
     AddRequests,
     Command,
@@ -13,14 +14,13 @@ from sarathi.engine.core_process.wire import (
     Done,
     Finish,
     GetStats,
-    Refused,
+    Join,
+    Leave,
     Report,
     SetCacheBudget,
     Shutdown,
     Sleep,
     Started,
-    StepFailed,
-    StepOutputs,
     WakeUp,
 )
 
@@ -32,44 +32,53 @@ _MAX_FAILED_STEPS = 3
 
 
 class Channel(Protocol):
-    """Where commands come from and reports go to."""
+    """Where commands come from and reports go to. Clients have names, the process that started the core MAIN."""
 
-    def receive(self, wait: bool) -> Sequence[Command]:
-        """All commands that have arrived, in order. wait: until there is one."""
+    def receive(self, wait: bool) -> Sequence[tuple[str, Command]]:
+        """All commands that have arrived with who sent them, in order. wait: until there is one."""
 
-    def send(self, report: Report) -> None: ...
+    def send(self, report: Report, name: str = MAIN) -> None: ...
 
 
 class CoreLoop:
-    """Serves one client. A step that raises ends its requests and not the loop, unless nothing can run any more."""
+    """Serves its clients. A step that raises ends its requests and not the loop, unless nothing can run any more."""
 
     def __init__(self, core: EngineCore, channel: Channel) -> None:
         self._core = core
         self._channel = channel
+        self._owners = Owners(channel.send)
         self._num_failed = 0  # steps in a row
 
     def run(self) -> None:
         """Until Shutdown. Raises what the last step raised where the device is lost, or three steps in a row failed."""
         self._channel.send(Started(self._core.facts))
         while True:
-            for command in self._channel.receive(wait=not self._core.has_work):
+            for name, command in self._channel.receive(wait=not self._core.has_work):
                 if isinstance(command, Shutdown):
                     return
-                self._obey(command)
+                if not self._owners.has_left(name):
+                    self._obey(command, name)
             if self._core.has_work:
                 self._step()
 
-    def _obey(self, command: Command) -> None:
+    def _obey(self, command: Command, name: str) -> None:
         if isinstance(command, AddRequests):
-            self._add(command)
+            self._add(command, name)
         elif isinstance(command, Finish):
-            for request_id in command.request_ids:
-                self._core.finish(request_id, command.reason, command.stop_reason)
+            self._finish(command.request_ids, command.reason, command.stop_reason)
         elif isinstance(command, GetStats):
-            self._channel.send(self._stats())
-
+            self._channel.send(self._stats(), name)
         elif isinstance(command, (SetCacheBudget, Sleep, WakeUp)):
-            self._channel.send(self._change_memory(command))
+            self._channel.send(self._change_memory(command), name)
+        elif isinstance(command, Join):
+            self._channel.send(Started(self._core.facts), name)
+        elif isinstance(command, Leave):
+            self._finish(self._owners.leave(command.name), "abort")
+
+    def _finish(self, request_ids: Sequence[str], reason: str, stop_reason: str | None = None) -> None:
+        for request_id in request_ids:
+            self._core.finish(request_id, reason, stop_reason)
+        self._owners.forget(request_ids)
 
     def _change_memory(self, command: SetCacheBudget | Sleep | WakeUp) -> Done:
         try:
@@ -83,14 +92,15 @@ class CoreLoop:
             return Done(str(error))
         return Done()
 
-    def _add(self, command: AddRequests) -> None:
+    def _add(self, command: AddRequests, name: str) -> None:
+        request_ids = tuple([request.request_id for request in command.requests])
+        self._owners.add(name, request_ids)
         try:
             self._core.add_requests(command.requests)
         except ValueError as error:
-            request_ids = tuple(request.request_id for request in command.requests)
             for request_id in request_ids:
                 self._core.finish(request_id, "error")
-            self._channel.send(Refused(request_ids, str(error)))
+            self._owners.tell_refused(name, request_ids, str(error))
 
     def _step(self) -> None:
         try:
@@ -101,14 +111,14 @@ class CoreLoop:
         if output.step is not None:
             self._num_failed = 0
         if output.updates or output.first_scheduled:
-            self._channel.send(StepOutputs(output.updates, output.first_scheduled, output.scheduled_at_s))
+            self._owners.tell_outputs(output)
 
     def _recover(self, error: Exception) -> None:
         """End every request; raise the error again where no later step can succeed."""
         logger.exception("a step failed: all requests end with an error")
         request_ids = self._core.scheduler.request_ids
         self._core.reset()
-        self._channel.send(StepFailed(request_ids, f"{type(error).__name__}: {error}"))
+        self._owners.tell_failed(request_ids, f"{type(error).__name__}: {error}")
         self._num_failed += 1
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise error

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 import zmq
 
 from sarathi.engine.core_process.loop import CoreLoop
+from sarathi.engine.core_process.owners import MAIN
 from sarathi.engine.core_process.wire import Command, Heartbeat, Report, StartFailed, decode_command, encode
 
 if TYPE_CHECKING:
     from sarathi.engine.core import EngineCore
 
 MakeCore = Callable[[], "EngineCore"]
-COMMANDS, REPORTS = "commands", "reports"  # sockets in the folder
+COMMANDS, REPORTS = "commands", "reports"  # sockets in the folder, of the process that starts the core
+SHARED_COMMANDS, SHARED_REPORTS = "shared-commands", "shared-reports"  # of the core, for other front ends
 HEARTBEAT_S = 0.5
 FAILED = 1
 
@@ -70,24 +72,42 @@ def _beat_until_orphaned(folder: Path, parent_id: int) -> None:
 
 
 class _ZmqChannel:
+    """All commands come to one socket. Reports to front ends go over another, which drops those for one that is gone;
+    over it a front end also joins, since a report finds only a name that has spoken there."""
+
     def __init__(self, folder: Path) -> None:
         self._context = zmq.Context()
         self._inbox = _connect(self._context, zmq.PULL, folder / COMMANDS)
+        self._inbox.bind(f"ipc://{folder / SHARED_COMMANDS}")
         self._outbox = _connect(self._context, zmq.PUSH, folder / REPORTS)
+        self._front_ends = self._context.socket(zmq.ROUTER)
+        self._front_ends.set_hwm(0)
+        self._front_ends.bind(f"ipc://{folder / SHARED_REPORTS}")
+        self._poller = zmq.Poller()
+        for each in (self._inbox, self._front_ends):
+            self._poller.register(each, zmq.POLLIN)
 
-    def receive(self, wait: bool) -> Sequence[Command]:
-        commands = [decode_command(self._inbox.recv())] if wait else []
-        while self._inbox.poll(0):
-            commands.append(decode_command(self._inbox.recv()))
+    def receive(self, wait: bool) -> Sequence[tuple[str, Command]]:
+        commands: list[tuple[str, Command]] = []
+        timeout_ms = None if wait else 0
+        while ready := self._poller.poll(timeout_ms):
+            for socket, _ in ready:
+                name, command = socket.recv_multipart()
+                commands.append((name.decode(), decode_command(command)))
+            timeout_ms = 0
         return commands
 
-    def send(self, report: Report) -> None:
-        self._outbox.send(encode(report))
+    def send(self, report: Report, name: str = MAIN) -> None:
+        if name == MAIN:
+            self._outbox.send(encode(report))
+        else:
+            self._front_ends.send_multipart((name.encode(), encode(report)))
 
     def close(self) -> None:
-        """Wait a second for the client to take what was sent."""
+        """Wait a second for the clients to take what was sent."""
         self._inbox.close(linger=0)
         self._outbox.close(linger=1000)
+        self._front_ends.close(linger=1000)
         self._context.term()
 
 

@@ -1,4 +1,4 @@
-"""What passes between a core process and its client, as MessagePack. Needs the `server` extra."""
+"""What passes between a core process and its clients, as MessagePack. Needs the `server` extra."""
 
 import msgspec
 
@@ -41,12 +41,22 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End every request and the process."""
 
 
-Command = AddRequests | Finish | GetStats | SetCacheBudget | Sleep | WakeUp | Shutdown
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """A front end has come. Answered by Started."""
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """The front end of this name is gone: its requests end."""
+
+    name: str
+
+
+Command = AddRequests | Finish | GetStats | SetCacheBudget | Sleep | WakeUp | Shutdown | Join | Leave
 """Client to core."""
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """The model is loaded. The first report, unless it is StartFailed."""
+    """The model is loaded. The first report to each client, unless it is StartFailed."""
 
     facts: EngineFacts
 
@@ -74,7 +84,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True):
-    """A step raised: these requests, all that the core had, have ended without another update. It takes new ones."""
+    """A step raised: these requests, all that the core had of this client, have ended without another update. It takes
+    new ones."""
 
     request_ids: tuple[str, ...]
     message: str

@@ -12,7 +12,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ServerConfig
 from sarathi.engine.admission import UNLIMITED, QueueLimits
 from sarathi.engine.async_llm import AsyncLLM, Outputs
-from sarathi.engine.core_process.client import CoreProcess
+from sarathi.engine.core_process.link import CoreLink
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class ReplicaLLM(AsyncLLM):
     """Tells the exchange that a request belongs to when its first token is there."""
 
     def __init__(
-        self, core: CoreProcess, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
+        self, core: CoreLink, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
         limits: QueueLimits = UNLIMITED, observe: Callable[[RequestOutput], None] = lambda output: None,
     ) -> None:  # fmt: skip
         self._exchanges: dict[str, Exchange] = {}  # of requests without an output

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import OverloadedError
 from sarathi.engine.async_llm import EngineUnavailableError, RequestTimeoutError, StepFailedError
-from sarathi.engine.core_process.client import CoreDiedError
+from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams
 

@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from sarathi.engine.async_llm import AsyncLLM
-from sarathi.engine.core_process.client import CoreDiedError
+from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.core_process.wire import CoreStats
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
 

@@ -18,7 +18,8 @@ from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import UNLIMITED, OverloadedError, QueueLimits
 from sarathi.engine.async_llm import AsyncLLM, EngineUnavailableError, StepFailedError
 from sarathi.engine.core import EngineCore
-from sarathi.engine.core_process.client import CoreDiedError, CoreProcess
+from sarathi.engine.core_process.client import CoreProcess
+from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams

@@ -17,8 +17,11 @@ from fake_engine import FakeExecutor, echo, make_engine
 
 from sarathi.engine.core import EngineCore
 from sarathi.engine.core_process import wire
-from sarathi.engine.core_process.client import CoreDiedError, CoreProcess, CoreStartError
+from sarathi.engine.core_process.client import CoreProcess, CoreStartError
+from sarathi.engine.core_process.connection import CoreConnection
+from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.core_process.loop import CoreLoop
+from sarathi.engine.core_process.owners import MAIN
 from sarathi.messages import CoreOutput, NewRequest
 from sarathi.sampling_params import SamplingParams
 
@@ -71,17 +74,17 @@ class ScriptedChannel:
     """Gives one list of commands a call, then Shutdown; notes where the loop waited."""
 
     def __init__(self, *script: Sequence[wire.Command]) -> None:
-        self.script = deque(script)
+        self.script = deque([(MAIN, command) for command in commands] for commands in script)
         self.reports: list[wire.Report] = []
         self.waits: list[bool] = []
 
-    def receive(self, wait: bool) -> Sequence[wire.Command]:
+    def receive(self, wait: bool) -> Sequence[tuple[str, wire.Command]]:
         self.waits.append(wait)
         if self.script:
             return self.script.popleft()
-        return [wire.Shutdown()] if wait else []
+        return [(MAIN, wire.Shutdown())] if wait else []
 
-    def send(self, report: wire.Report) -> None:
+    def send(self, report: wire.Report, name: str = MAIN) -> None:
         self.reports.append(wire.decode_report(wire.encode(report)))
 
 
@@ -175,17 +178,19 @@ class Listener:
 def with_core(
     use: Callable[[CoreProcess, Listener], Awaitable[None]],
     make: Callable[[], EngineCore] = make_core,
-    **options: float,
+    started: Callable[[], None] = lambda: None,
+    **options: object,
 ) -> None:
     async def run() -> None:
         core = await CoreProcess.start(make, **options)
+        started()
         listener = Listener()
         core.listen(listener)
         try:
             await use(core, listener)
         finally:
             await core.close()
-            assert not core._folder.exists()
+            assert not core.folder.exists()
             assert core._process.returncode is not None
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -226,7 +231,7 @@ def test_parameters_that_no_process_can_get_are_refused() -> None:
 
 def test_the_folder_of_the_sockets_is_private() -> None:
     async def use(core: CoreProcess, listener: Listener) -> None:
-        assert core._folder.stat().st_mode & 0o777 == 0o700
+        assert core.folder.stat().st_mode & 0o777 == 0o700
 
     with_core(use)
 
@@ -387,7 +392,7 @@ def test_no_core_outlives_its_parent(tmp_path: Path) -> None:
         "from sarathi.engine.core_process.client import CoreProcess\n"
         "async def run():\n"
         "    core = await CoreProcess.start(make_core)\n"
-        "    print(core._process.pid, core._folder, flush=True)\n"
+        "    print(core._process.pid, core.folder, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(run())\n"
     )
@@ -405,3 +410,85 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# Several front ends.
+
+
+class NamedChannel(ScriptedChannel):
+    """With the names of senders and receivers."""
+
+    def __init__(self, *script: Sequence[tuple[str, wire.Command]]) -> None:
+        super().__init__()
+        self.script = deque(script)
+        self.told: list[tuple[str, wire.Report]] = []
+
+    def send(self, report: wire.Report, name: str = MAIN) -> None:
+        super().send(report, name)
+        self.told.append((name, self.reports[-1]))
+
+
+def test_each_front_end_is_told_of_its_own_requests() -> None:
+    core = make_core()
+    too_long = NewRequest("long", tuple(range(250)), PARAMS)
+    channel = NamedChannel(
+        [("x", wire.Join()), ("x", add("a", "b")), ("y", add("c")), ("y", wire.AddRequests((too_long,)))],
+        [("x", wire.Finish(("b",), "abort")), ("y", wire.GetStats())],
+    )
+    CoreLoop(core, channel).run()
+    kinds = {(name, type(report)) for name, report in channel.told}
+    assert ("x", wire.Started) in kinds and ("y", wire.Refused) in kinds and ("y", wire.CoreStats) in kinds
+    assert ("x", wire.Refused) not in kinds and ("x", wire.CoreStats) not in kinds
+    outputs = [(name, report) for name, report in channel.told if isinstance(report, wire.StepOutputs)]
+    ends = {(name, each.request_id) for name, report in outputs for each in report.updates if each.finish_reason}
+    assert ends == {("x", "a"), ("y", "c")} and {name for name, _ in outputs} == {"x", "y"}
+    assert sorted((name, each) for name, report in outputs for each in report.first_scheduled) == [
+        ("x", "a"), ("x", "b"), ("y", "c"),
+    ]  # fmt: skip
+
+
+def test_requests_of_a_front_end_that_is_gone_end_and_later_ones_are_not_begun() -> None:
+    core = make_core()
+    channel = NamedChannel(
+        [("x", add("a")), ("y", add("b"))], [(MAIN, wire.Leave("x")), ("x", add("late")), ("z", add("d"))]
+    )
+    CoreLoop(core, channel).run()
+    tokens = {"a": 0, "b": 0, "d": 0}
+    for _, report in channel.told:
+        for each in getattr(report, "updates", ()):
+            tokens[each.request_id] += len(each.tokens)
+    assert tokens == {"a": 1, "b": 3, "d": 3} and not core.has_work
+
+
+def test_a_failed_step_is_told_to_everyone_in_it() -> None:
+    core = make_core()
+    core.executor.fail_next = RuntimeError("no luck")
+    channel = NamedChannel([("x", add("a")), (MAIN, add("b"))], [("x", add("c"))])
+    CoreLoop(core, channel).run()
+    failed = {name: report.request_ids for name, report in channel.told if isinstance(report, wire.StepFailed)}
+    assert failed == {"x": ("a",), MAIN: ("b",)}
+
+
+def test_front_ends_share_a_core_and_notice_its_death() -> None:
+    async def use(core: CoreProcess, listener: Listener) -> None:
+        listeners = {name: Listener() for name in ("x", "y")}
+        links = [await CoreConnection.join(core.folder, name, os.dup(life)) for name in listeners]
+        for link in links:
+            assert link.facts == core.facts
+            link.listen(listeners[link.name])
+            link.add_requests([NewRequest(link.name + "1", (5, 6, 7), PARAMS)])
+        tokens = [await tokens_of(listeners[name], name + "1") for name in listeners]
+        assert tokens[0] == tokens[1] and len(tokens[0]) == 3 and listener.outputs.empty()
+        assert (await links[0].stats()).num_running == 0
+        await links[0].close()
+        core.kill()
+        await asyncio.wait_for(listeners["y"].death.wait(), 30)
+        with pytest.raises(CoreDiedError, match="ended"):
+            await links[1].stats()
+        assert not listeners["x"].death.is_set()
+
+    life, held = os.pipe()
+    try:
+        with_core(use, pass_fds=[held], started=lambda: os.close(held))
+    finally:
+        os.close(life)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from sarathi.engine.async_llm import AsyncLLM
-from sarathi.engine.core_process.client import CoreDiedError
+from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.core_process.wire import CoreStats
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
 from sarathi.entrypoints.server.metrics import ServerMetrics
