@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sarathi.benchmark.workload.sharing import PrefixReuse
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.metrics import RunRecords
 
@@ -20,6 +21,7 @@ class RunOutcome:
 
     refused: request id -> why the engine would not take it. responses: where they were asked for. requests: number and
     lengths of each that was planned, answered or not. engine: what "auto" became, and the tokens that the cache holds.
+    reuse: what prompts of this replica have in common, and what of it was in the cache.
     """
 
     ended: str
@@ -30,3 +32,4 @@ class RunOutcome:
     records: RunRecords | None
     requests: Planned = ()
     engine: Mapping[str, object] = field(default_factory=dict)
+    reuse: PrefixReuse = PrefixReuse()  # noqa: RUF009 (immutable)

@@ -15,6 +15,7 @@ import yaml
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.original_files import remove_original_files, write_original_files
 from sarathi.benchmark.outcome import COMPLETED, DIED, RunOutcome
+from sarathi.benchmark.workload.sharing import PrefixReuse
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
 from sarathi.metrics.environment import environment
@@ -96,6 +97,9 @@ def describe_run(summary: Mapping[str, Any]) -> str:
     if engine := summary.get("engine"):
         shown = "engine: {backend}, {dtype} on {device}, KV cache of {kv_cache_tokens} tokens"
         lines.append(shown.format(**engine))
+    reuse = PrefixReuse(**summary["prefix_reuse"])
+    if reuse.num_repeated or reuse.num_found:
+        lines.append(str(reuse))
     if summary["num_lost"]:
         lines.append(f"lost with the replica that had them: {summary['num_lost']} requests")
     if summary["refused"]:
@@ -121,6 +125,7 @@ def _status(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
         "num_finished": sum(outcome.num_finished for outcome in outcomes),
         "refused": {name: why for outcome in outcomes for name, why in outcome.refused.items()},
         "num_lost": sum(len(outcome.requests) for outcome in outcomes if outcome.ended == DIED),
+        "prefix_reuse": PrefixReuse(*map(sum, zip(*[each.reuse for each in outcomes], strict=True)))._asdict(),
         "engine": next((dict(outcome.engine) for outcome in outcomes if outcome.engine), {}),
     }
 

@@ -19,6 +19,7 @@ from sarathi.benchmark.profiling import profile_window
 from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
+from sarathi.benchmark.workload.sharing import repeated_tokens
 from sarathi.config.knobs import ConfigError
 from sarathi.config.schema import EngineConfig
 from sarathi.engine.build import build_scheduler, build_tokenizer
@@ -63,7 +64,8 @@ class BenchmarkRunner:
         """
         config = self._config
         short = [RequestSpec(0.0, WARM_UP_TOKENS, 2 + index) for index in range(config.num_warmup_batch_sizes)]
-        first = [*short, *(replace(spec, arrived_at_s=0.0) for spec in specs[: config.num_warmup_requests])]
+        like = specs[: config.num_warmup_requests]
+        first = [*short, *(replace(spec, arrived_at_s=0.0, block_ids=(), conversation=None) for spec in like)]
         loop = ServingLoop(self._engine, self._prompts, lambda outputs: None, keep_responses=False)
         served = loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf)
         if served.ended == INTERRUPTED:
@@ -90,15 +92,18 @@ class BenchmarkRunner:
         records = None if self._store is None else self._store.records()
         facts = self._engine.core.facts
         engine = {**facts.resolution._asdict(), "kv_cache_tokens": facts.num_cache_tokens}
-        return RunOutcome(records=records, requests=self.planned(specs), engine=engine, **vars(served))
+        found = dict(vars(served))
+        reuse = repeated_tokens(each.spec for each in share)._replace(num_found=found.pop("num_cached_tokens"))
+        return RunOutcome(records=records, requests=self.planned(specs), engine=engine, reuse=reuse, **found)
 
     def planned(self, specs: Sequence[RequestSpec]) -> Planned:
         """This replica's share of `specs`, without their prompts."""
         return tuple((each.number, replace(each.spec, text=None, block_ids=())) for each in self._share(specs))
 
     def _share(self, specs: Sequence[RequestSpec]) -> list[NumberedSpec]:
+        """Every n-th request; of conversations, every n-th of them with all of its turns."""
         numbered = [NumberedSpec(number, spec) for number, spec in enumerate(specs)]
-        return numbered[self._replica :: self._config.cluster.num_replicas]
+        return [each for each in numbered if each.place % self._config.cluster.num_replicas == self._replica]
 
     def close(self) -> None:
         """Give the engine's memory back."""

@@ -13,6 +13,7 @@ from sarathi.config.knobs import ConfigError, Section, knob
 SCHEDULERS = ("sarathi", "vllm", "orca", "faster_transformer", "simple_chunking")
 CHUNKED_SCHEDULERS = ("sarathi", "simple_chunking")
 EXECUTORS = (AUTO, "uniproc", "multiproc", "ray")
+EVICTIONS = ("lru", "lfu")
 
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
@@ -69,7 +70,7 @@ class CacheConfig(Section):
         False, "keep the tokens of ended requests while their memory is not needed, for prompts that begin alike"
     )
     prefix_eviction: str = knob(
-        "lru", "which of them go first: least recently used, or least frequently", choices=("lru", "lfu")
+        "lru", "which of them go first: least recently used, or least frequently", choices=EVICTIONS
     )
 
 

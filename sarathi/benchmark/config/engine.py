@@ -34,6 +34,8 @@ def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineC
         "model.attention_backend": sized_backend(model.attention_backend, model.block_size),
         "model.enforce_eager": config.metrics_store.enable_op_level_metrics,
         "cache.memory_bytes": model.kv_cache_bytes,
+        "cache.prefix_caching": model.prefix_caching,
+        "cache.prefix_eviction": model.prefix_eviction,
         "cache.gpu_memory_utilization": config.gpu_memory_utilization,
         "parallel.tensor_parallel_size": model.tensor_parallel_degree,
         "parallel.pipeline_parallel_size": model.pipeline_parallel_degree,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from sarathi.config.backend import AUTO, BackendSpec
 from sarathi.config.knobs import ConfigError, Section, knob
-from sarathi.config.schema import SCHEDULERS
+from sarathi.config.schema import EVICTIONS, SCHEDULERS, CacheConfig
 
-LENGTH_PROVIDERS = ("fixed", "uniform", "zipf", "trace")
+LENGTH_PROVIDERS = ("fixed", "uniform", "zipf", "trace", "prefix_repetition", "multi_turn")
 INTERVAL_PROVIDERS = ("static", "poisson", "gamma", "trace")
 # Limits that a machine can hold: prompts are lists of ids, requests objects, replicas processes.
 _TOKENS, _REQUESTS, _REPLICAS, _STEPS = 2**24, 2**22, 256, 2**31 - 1
@@ -53,6 +53,13 @@ class BenchmarkModelConfig(Section):
     kv_cache_bytes: int | None = knob(
         None, "budget of the KV cache, as 8gb or in bytes; none: a share of what is free", low=1, unit="bytes"
     )
+    prefix_caching: bool = knob(
+        CacheConfig.prefix_caching, "keep the tokens of ended requests for prompts that begin alike"
+    )
+    prefix_eviction: str = knob(
+        CacheConfig.prefix_eviction, "which of them go first: least recently used, or least frequently",
+        choices=EVICTIONS,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,6 +184,27 @@ class FixedRequestLengthGeneratorConfig(Section):
 
     prefill_tokens: int = knob(4096, "prompt tokens", low=1, high=_TOKENS)
     decode_tokens: int = knob(512, "output tokens", low=1, high=_TOKENS)
+
+
+@dataclass(frozen=True)
+class PrefixRepetitionRequestLengthGeneratorConfig(Section):
+    """Groups of prompts that begin alike."""
+
+    num_prefixes: int = knob(10, "groups", low=1, high=_REQUESTS)
+    prefix_len: int = knob(256, "prompt tokens that a group shares", low=0, high=_TOKENS)
+    suffix_len: int = knob(256, "prompt tokens behind them", low=1, high=_TOKENS)
+    output_len: int = knob(128, "output tokens", low=1, high=_TOKENS)
+
+
+@dataclass(frozen=True)
+class MultiTurnRequestLengthGeneratorConfig(Section):
+    """Conversations: each turn sends all before it, once its answer is complete. Intervals are those of first turns."""
+
+    num_turns: int = knob(6, "questions of a conversation", low=1, high=_REQUESTS)
+    shared_len: int = knob(0, "prompt tokens that all conversations begin with", low=0, high=_TOKENS)
+    user_len: int = knob(200, "tokens of a question", low=1, high=_TOKENS)
+    output_len: int = knob(150, "tokens of an answer", low=1, high=_TOKENS)
+    think_time: float = knob(0.0, "seconds between an answer and the next question", low=0)
 
 
 @dataclass(frozen=True)
@@ -317,6 +345,10 @@ class BenchmarkConfig(Section):
     zipf_request_length_generator: ZipfRequestLengthGeneratorConfig = ZipfRequestLengthGeneratorConfig()
     uniform_request_length_generator: UniformRequestLengthGeneratorConfig = UniformRequestLengthGeneratorConfig()
     fixed_request_length_generator: FixedRequestLengthGeneratorConfig = FixedRequestLengthGeneratorConfig()
+    prefix_repetition_request_length_generator: PrefixRepetitionRequestLengthGeneratorConfig = (
+        PrefixRepetitionRequestLengthGeneratorConfig()
+    )
+    multi_turn_request_length_generator: MultiTurnRequestLengthGeneratorConfig = MultiTurnRequestLengthGeneratorConfig()
     replica_scheduler: ReplicaSchedulerConfig = ReplicaSchedulerConfig()
     sarathi_scheduler: SarathiSchedulerConfig = SarathiSchedulerConfig()
     vllm_scheduler: VllmSchedulerConfig = VllmSchedulerConfig()

@@ -19,6 +19,8 @@ SELECTORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "uniform_request_length_generator": (_LENGTHS, ("uniform",)),
     "zipf_request_length_generator": (_LENGTHS, ("zipf",)),
     "trace_request_length_generator": (_LENGTHS, ("trace",)),
+    "prefix_repetition_request_length_generator": (_LENGTHS, ("prefix_repetition",)),
+    "multi_turn_request_length_generator": (_LENGTHS, ("multi_turn",)),
     "poisson_request_interval_generator": (_INTERVALS, ("poisson",)),
     "gamma_request_interval_generator": (_INTERVALS, ("gamma",)),
     "trace_request_interval_generator": (_INTERVALS, ("trace",)),

@@ -92,6 +92,8 @@ def workload_name(config: BenchmarkConfig) -> str:
     if provider == "fixed":
         fixed = config.fixed_request_length_generator
         return f"{fixed.prefill_tokens} + {fixed.decode_tokens} tokens"
+    if provider in ("prefix_repetition", "multi_turn"):
+        return provider.replace("_", " ")
     zipf, uniform = config.zipf_request_length_generator, config.uniform_request_length_generator
     lengths = uniform if provider == "uniform" else zipf
     span = f"{lengths.min_tokens}-" if lengths.min_tokens != lengths.max_tokens else ""

@@ -18,12 +18,18 @@ STREAMING = {"stream": True, "stream_options": {"include_usage": True}}  # of ev
 
 @dataclass(frozen=True)
 class OutgoingRequest:
-    """send_at_s: seconds after the first. prompt: token ids, or text. num_prompt_tokens: known or estimated."""
+    """send_at_s: seconds after the first. prompt: token ids, or text. num_prompt_tokens: known or estimated.
+
+    conversation: requests of one number are turns, each sent send_at_s seconds after the answer before it.
+    history: texts of the turns before and their answers.
+    """
 
     send_at_s: float
     prompt: str | list[int]
     num_prompt_tokens: int
     max_tokens: int
+    conversation: int | None = None
+    history: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class RequestResult:
     due_at_s: when the schedule had it sent; before sent_at_s where the client itself held it back. chunk_times_s: when
     each chunk that holds a token came; the first is the first token. output_tokens: the server's count, as is_counted
     says, or else the number of chunks. closed_at_s: when a chunk came that only closed the answer.
+    cached_tokens: of the prompt, as the server tells.
     """
 
     sent_at_s: float
@@ -54,6 +61,7 @@ class RequestResult:
     closed_at_s: float | None = None
     due_at_s: float = 0.0
     is_counted: bool = False
+    cached_tokens: int = 0
 
     @property
     def queued_s(self) -> float:
@@ -96,11 +104,13 @@ async def send(
 
 def _body(endpoint: Endpoint, request: OutgoingRequest) -> dict[str, Any]:
     shared = {**endpoint.body, **STREAMING}
+    texts = [*request.history, request.prompt]
     if endpoint.is_chat:
-        content = [{"type": "text", "text": request.prompt}]
-        messages = [{"role": "user", "content": content}]
+        contents = [[{"type": "text", "text": text}] for text in texts]
+        messages = [{"role": ("user", "assistant")[at % 2], "content": each} for at, each in enumerate(contents)]
         return {"messages": messages, "max_completion_tokens": request.max_tokens} | shared
-    return {"prompt": request.prompt, "max_tokens": request.max_tokens} | shared
+    prompt = " ".join(map(str, texts)) if request.history else request.prompt
+    return {"prompt": prompt, "max_tokens": request.max_tokens} | shared
 
 
 async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: RequestResult) -> None:
@@ -168,3 +178,4 @@ def _take_usage(usage: Mapping[str, Any] | None, result: RequestResult) -> None:
         result.is_counted = True
         result.output_tokens = int(usage.get("completion_tokens") or 0)
         result.prompt_tokens = int(usage.get("prompt_tokens") or result.prompt_tokens)
+        result.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,13 @@ from sarathi.benchmark.workload.csv_traces import has_times, read_length_csv, re
 from sarathi.benchmark.workload.intervals import gamma_arrivals
 from sarathi.benchmark.workload.json_lines import read_json_lines
 from sarathi.benchmark.workload.prompts import PromptMaker
+from sarathi.benchmark.workload.sharing import (
+    MultiTurn,
+    PrefixRepetition,
+    PrefixReuse,
+    is_later_turn,
+    repeated_tokens,
+)
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.benchmark.workload.texts import CountTokens, SonnetLengths, read_sharegpt, read_sonnet
 
@@ -30,20 +38,29 @@ CHARACTERS_A_TOKEN = 4  # where only text is known, and no tokenizer; the server
 MAX_CHAT_PROMPT_TOKENS, MAX_CHAT_TOKENS = 1024, 2048  # of ShareGPT's, as vLLM's benchmark takes them
 
 
-def make_requests(args: argparse.Namespace, vocabulary: Vocabulary | None = None) -> list[OutgoingRequest]:
+class Planned(NamedTuple):
+    """Requests, and what their prompts have in common."""
+
+    requests: list[OutgoingRequest]
+    reuse: PrefixReuse
+
+
+NOTHING_PLANNED = Planned([], PrefixReuse())
+
+
+def make_requests(args: argparse.Namespace, vocabulary: Vocabulary | None = None) -> Planned:
     """`--num-prompts` requests; the same options give the same ones. vocabulary: of --tokenizer, where one is given."""
     specs = _specs(args, vocabulary)
     times = _times(args, specs)
     prompts = PromptMaker(args.seed, len(vocabulary.words) if vocabulary else args.vocab_size)
-    prefix = (
-        prompts.token_ids(RequestSpec(0.0, args.random_prefix_len, 1), len(specs)) if args.random_prefix_len else []
-    )
     requests = []
     for number, (spec, at_s) in enumerate(zip(specs, times, strict=True)):
-        ids = prefix + prompts.token_ids(spec, number) if spec.text is None else []
-        prompt = spec.text if spec.text is not None else _prompt(ids, args.backend, vocabulary)
-        requests.append(OutgoingRequest(at_s, prompt, len(ids) or spec.num_prefill_tokens, spec.num_decode_tokens))
-    return requests
+        ids = prompts.token_ids(spec, number) if spec.text is None else []
+        question = ids[-args.multi_turn_user_len :] if is_later_turn(specs, number) else ids
+        prompt = spec.text if spec.text is not None else _prompt(question, args.backend, vocabulary)
+        length = len(ids) or spec.num_prefill_tokens
+        requests.append(OutgoingRequest(at_s, prompt, length, spec.num_decode_tokens, spec.conversation))
+    return Planned(requests, repeated_tokens(specs))
 
 
 def words(ids: list[int]) -> str:
@@ -62,6 +79,10 @@ def _prompt(ids: list[int], backend: str, vocabulary: Vocabulary | None) -> str 
 def _specs(args: argparse.Namespace, vocabulary: Vocabulary | None) -> list[RequestSpec]:
     if args.dataset_name == "random":
         return _random_specs(args)
+    if args.dataset_name == "prefix_repetition":
+        return _repetition(args).requests(args.num_prompts, np.random.default_rng([args.seed, 0]))
+    if args.dataset_name == "multi_turn":
+        return _conversations(args, vocabulary).requests(args.num_prompts)
     if args.dataset_path is None:
         raise ValueError(f"--dataset-name {args.dataset_name} needs --dataset-path")
     path = Path(args.dataset_path)
@@ -69,6 +90,22 @@ def _specs(args: argparse.Namespace, vocabulary: Vocabulary | None) -> list[Requ
     if len(specs) < args.num_prompts:
         raise ValueError(f"--num-prompts is {args.num_prompts}, but {str(path)!r} has {len(specs)} requests")
     return specs
+
+
+def _repetition(args: argparse.Namespace) -> PrefixRepetition:
+    return PrefixRepetition(
+        args.prefix_repetition_num_prefixes, args.prefix_repetition_prefix_len, args.prefix_repetition_suffix_len,
+        args.prefix_repetition_output_len,
+    )  # fmt: skip
+
+
+def _conversations(args: argparse.Namespace, vocabulary: Vocabulary | None) -> MultiTurn:
+    if vocabulary is None and args.backend != "openai-chat":
+        raise ValueError("--dataset-name multi_turn needs --tokenizer or --backend openai-chat: turns are text")
+    return MultiTurn(
+        args.multi_turn_num_turns, args.multi_turn_shared_len, args.multi_turn_user_len, args.multi_turn_output_len,
+        args.multi_turn_think_time,
+    )  # fmt: skip
 
 
 def _read(args: argparse.Namespace, path: Path, vocabulary: Vocabulary | None) -> Iterable[RequestSpec]:
@@ -108,13 +145,22 @@ def _random_specs(args: argparse.Namespace) -> list[RequestSpec]:
         )
         for mean in means
     ]
-    return [RequestSpec(0.0, int(prompt), int(output)) for prompt, output in zip(*draws, strict=True)]
+    shared = args.random_prefix_len
+    blocks = (0,) if shared else ()
+    return [
+        RequestSpec(0.0, shared + int(prompt), int(output), None, blocks, max(shared, 1))
+        for prompt, output in zip(*draws, strict=True)
+    ]
 
 
 def _times(args: argparse.Namespace, specs: list[RequestSpec]) -> list[float]:
+    times = [spec.arrived_at_s for spec in specs]
+    begins = [number for number in range(len(specs)) if not is_later_turn(specs, number)]
+    origin_s = min(times[number] for number in begins)
+    drawn = [times[number] - origin_s for number in begins]
     if args.request_rate < math.inf:
         rng = np.random.default_rng([args.seed, 1])
-        times: list[float] = gamma_arrivals(args.request_rate, args.burstiness**-0.5, len(specs), rng).tolist()
-        return times
-    origin_s = min(spec.arrived_at_s for spec in specs)
-    return [spec.arrived_at_s - origin_s for spec in specs]
+        drawn = gamma_arrivals(args.request_rate, args.burstiness**-0.5, len(begins), rng).tolist()
+    for number, at_s in zip(begins, drawn, strict=True):
+        times[number] = at_s
+    return times

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -95,26 +95,48 @@ async def _send_all(
     """Results are added as they come, so that those before a ^C stay."""
     with RequestBar(len(plan.requests), shown=plan.show_progress) as bar:
         gate = asyncio.Semaphore(plan.max_concurrency) if plan.max_concurrency else nullcontext()
+
+        def tell(result: RequestResult) -> None:
+            results.append(result)
+            bar.add(1, result.output_tokens)
+
         jobs = [  # tasks start in this order; coroutines handed to as_completed would in any
-            asyncio.ensure_future(_job(session, endpoint, request, gate, start_s)) for request in plan.requests
+            asyncio.ensure_future(_talk(session, endpoint, turns, gate, start_s, tell)) for turns in _talks(plan)
         ]
         try:
             for job in asyncio.as_completed(jobs):
-                results.append(await job)
-                bar.add(1, results[-1].output_tokens)
+                await job
         finally:  # after an interrupt no job may go on with a session that is closed
             for unfinished in jobs:
                 unfinished.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
 
 
-async def _job(
-    session: aiohttp.ClientSession, endpoint: Endpoint, request: OutgoingRequest, gate: Any, start_s: float
-) -> RequestResult:
-    due_at_s = start_s + request.send_at_s
-    await asyncio.sleep(max(due_at_s - time.perf_counter(), 0.0))
-    async with gate:
-        return await send(session, endpoint, request, due_at_s)
+def _talks(plan: LoadPlan) -> list[list[OutgoingRequest]]:
+    """The turns of each conversation; a request of none is one of its own."""
+    talks: dict[tuple[str, int], list[OutgoingRequest]] = {}
+    for number, request in enumerate(plan.requests):
+        key = ("request", number) if request.conversation is None else ("conversation", request.conversation)
+        talks.setdefault(key, []).append(request)
+    return list(talks.values())
+
+
+async def _talk(
+    session: aiohttp.ClientSession, endpoint: Endpoint, turns: Sequence[OutgoingRequest], gate: Any, start_s: float,
+    tell: Callable[[RequestResult], None],
+) -> None:  # fmt: skip
+    """One turn after the other; a failure ends the conversation."""
+    due_at_s, history = start_s, tuple[str, ...]()
+    for turn in turns:
+        due_at_s += turn.send_at_s
+        await asyncio.sleep(max(due_at_s - time.perf_counter(), 0.0))
+        async with gate:
+            result = await send(session, endpoint, replace(turn, history=history), due_at_s)
+        tell(result)
+        if result.error:
+            return
+        history = (*history, str(turn.prompt), result.text)
+        due_at_s = time.perf_counter()
 
 
 async def _warm_up(session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan) -> None:

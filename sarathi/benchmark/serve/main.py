@@ -13,9 +13,9 @@ from typing import Any
 
 from sarathi.benchmark.serve import options, results
 from sarathi.benchmark.serve.client import STREAMING, OutgoingRequest
-from sarathi.benchmark.serve.dataset import make_requests
+from sarathi.benchmark.serve.dataset import NOTHING_PLANNED, Planned, make_requests
 from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, run_load
-from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
+from sarathi.benchmark.serve.vocabulary import load_vocabulary
 
 INTERRUPTED = 130
 
@@ -28,19 +28,20 @@ def run(args: argparse.Namespace) -> int:
     )
     goodput_ms = options.parse_goodput(args.goodput)
 
-    def numbers(outcome: LoadOutcome, planned: Sequence[OutgoingRequest] = ()) -> dict[str, Any]:
+    def numbers(outcome: LoadOutcome, planned: Planned = NOTHING_PLANNED) -> dict[str, Any]:
         found = _head(args, outcome, planned) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
         return found | results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
 
     metadata = options.parse_pairs(args.metadata, "--metadata")
     options.check_free("--metadata", metadata, {**numbers(LoadOutcome()), **results.details(())})
     vocabulary = load_vocabulary(args.tokenizer) if args.tokenizer else None
-    plan = _plan(args, vocabulary)
+    planned = make_requests(args, vocabulary)
+    plan = _plan(args, planned.requests)
     _make_folder(args)
     outcome = run_load(plan)
     if vocabulary is not None:
         results.count_missing(outcome.results, vocabulary.count)
-    result = numbers(outcome, plan.requests) | metadata
+    result = numbers(outcome, planned) | metadata
     print(results.block(result, metrics, percentiles))
     for error in sorted({each.error for each in outcome.results if each.error})[:5]:
         print(f"error: {error}", file=sys.stderr)
@@ -62,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _plan(args: argparse.Namespace, vocabulary: Vocabulary | None) -> LoadPlan:
+def _plan(args: argparse.Namespace, requests: Sequence[OutgoingRequest]) -> LoadPlan:
     headers = options.parse_pairs(args.header, "--header")
     if args.api_key:
         headers["Authorization"] = f"Bearer {args.api_key}"
@@ -76,7 +77,7 @@ def _plan(args: argparse.Namespace, vocabulary: Vocabulary | None) -> LoadPlan:
         model=args.model,
         body={"temperature": args.temperature, **args.extra_body, **sampling},
         headers=headers,
-        requests=make_requests(args, vocabulary),
+        requests=requests,
         max_concurrency=args.max_concurrency,
         num_warmups=args.num_warmups,
         timeout_s=args.request_timeout,
@@ -84,15 +85,17 @@ def _plan(args: argparse.Namespace, vocabulary: Vocabulary | None) -> LoadPlan:
     )
 
 
-def _head(args: argparse.Namespace, outcome: LoadOutcome, planned: Sequence[OutgoingRequest]) -> dict[str, Any]:
+def _head(args: argparse.Namespace, outcome: LoadOutcome, planned: Planned) -> dict[str, Any]:
     return {
+        "ideal_cache_hit_rate": planned.reuse.ideal_rate,
+        "cache_hit_rate": results.hit_rate(outcome.results),
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "backend": args.backend,
         "model_id": outcome.model,
         "tokenizer_id": args.tokenizer,
         "num_prompts": args.num_prompts,
         "request_rate": args.request_rate if args.request_rate < math.inf else "inf",
-        "planned_request_rate": results.planned_rate(planned),
+        "planned_request_rate": results.planned_rate(planned.requests),
         "burstiness": args.burstiness if args.burstiness < math.inf else "inf",
         "max_concurrency": args.max_concurrency,
         "seed": args.seed,

@@ -10,7 +10,7 @@ from typing import Any
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 METRICS = ("ttft", "tpot", "itl", "e2el", "scheduled_ttft", "scheduled_e2el")
-DATASETS = ("random", "sharegpt", "sonnet", "mooncake", "csv")
+DATASETS = ("random", "prefix_repetition", "multi_turn", "sharegpt", "sonnet", "mooncake", "csv")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,15 @@ def _add_dataset(group: Any) -> None:
     add("--random-output-len", type=_count, default=128, help="output tokens")
     add("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
     add("--random-prefix-len", type=_natural, default=0, help="tokens that all prompts begin with")
+    add("--prefix-repetition-prefix-len", type=_natural, default=256, help="prompt tokens that a group shares")
+    add("--prefix-repetition-suffix-len", type=_count, default=256, help="prompt tokens behind them")
+    add("--prefix-repetition-num-prefixes", type=_count, default=10, help="groups")
+    add("--prefix-repetition-output-len", type=_count, default=128, help="output tokens")
+    add("--multi-turn-num-turns", type=_count, default=6, help="questions of a conversation, in a closed loop")
+    add("--multi-turn-shared-len", type=_natural, default=0, help="tokens that all conversations begin with")
+    add("--multi-turn-user-len", type=_count, default=200, help="tokens of a question")
+    add("--multi-turn-output-len", type=_count, default=150, help="tokens of an answer")
+    add("--multi-turn-think-time", type=_seconds, default=0.0, metavar="S", help="from an answer to the next question")
     exact = "the server's, a folder, hub id or smollm2-135m: prompts are text of exact lengths by it, and answers "
     exact += "are counted by it where the server tells no usage"
     add("--tokenizer", metavar="NAME", help=exact)
@@ -142,6 +151,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0, and finite")
     return value
 
 

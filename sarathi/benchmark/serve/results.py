@@ -39,6 +39,8 @@ HEAD = (
     ("Peak output token throughput (tok/s):", "max_output_tokens_per_s"),
     ("Peak concurrent requests:", "max_concurrent_requests"),
     ("Total token throughput (tok/s):", "total_token_throughput"),
+    ("Cached share of prompt tokens:", "cache_hit_rate"),
+    ("... with a cache without limits:", "ideal_cache_hit_rate"),
 )
 
 
@@ -110,9 +112,19 @@ def count_missing(results: Sequence[RequestResult], count_tokens: Callable[[str]
             result.output_tokens = max(count_tokens(result.text), 1)
 
 
+def hit_rate(results: Sequence[RequestResult]) -> float | None:
+    """The share of prompt tokens that the server had in its cache; None where it tells of none."""
+    good = [result for result in results if not result.error]
+    cached, total = sum(result.cached_tokens for result in good), sum(result.prompt_tokens for result in good)
+    return cached / total if cached else None
+
+
 def planned_rate(requests: Sequence[OutgoingRequest]) -> float | None:
     """Requests a second of the schedule, from its first to its last; None where all come at once."""
-    times = [request.send_at_s for request in requests]
+    firsts: dict[int, OutgoingRequest] = {}  # of conversations: later turns wait for answers
+    for request in requests:
+        firsts.setdefault(id(request) if request.conversation is None else ~request.conversation, request)
+    times = [request.send_at_s for request in firsts.values()]
     return (len(times) - 1) / (max(times) - min(times)) if times and max(times) > min(times) else None
 
 

@@ -15,6 +15,7 @@ from sarathi.benchmark.workload.csv_traces import read_timed_csv
 from sarathi.benchmark.workload.intervals import make_arrivals
 from sarathi.benchmark.workload.json_lines import read_json_lines
 from sarathi.benchmark.workload.lengths import make_lengths
+from sarathi.benchmark.workload.sharing import is_later_turn
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.benchmark.workload.text_files import format_of
 from sarathi.benchmark.workload.texts import CountTokens
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None = None) -> list[RequestSpec]:
-    """The workload, in order of arrival, the first request at time zero.
+    """The workload, in order of arrival, the first request at time zero; the turns of a conversation side by side.
 
     Lengths and arrivals are drawn from streams of their own: another rate leaves the lengths as they are.
     """
@@ -36,8 +37,11 @@ def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None 
         return replay(config.trace_request_generator, count)
     count = count or DEFAULT_REQUESTS
     specs = make_lengths(config, count, np.random.default_rng([config.seed, LENGTHS]), count_tokens)
-    arrivals = make_arrivals(config, count, np.random.default_rng([config.seed, ARRIVALS]))
-    return [replace(spec, arrived_at_s=float(at_s)) for spec, at_s in zip(specs, arrivals, strict=True)]
+    begins = [number for number, spec in enumerate(specs) if not is_later_turn(specs, number)]
+    arrivals = make_arrivals(config, len(begins), np.random.default_rng([config.seed, ARRIVALS]))
+    for number, at_s in zip(begins, arrivals, strict=True):
+        specs[number] = replace(specs[number], arrived_at_s=float(at_s))
+    return specs
 
 
 def _check_finite(config: BenchmarkConfig) -> None:

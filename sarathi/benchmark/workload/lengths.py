@@ -25,6 +25,7 @@ from sarathi.benchmark.config.schema import (
 from sarathi.benchmark.workload.csv_traces import read_length_csv
 from sarathi.benchmark.workload.json_lines import read_json_lines
 from sarathi.benchmark.workload.shapes import SHAPES, TraceShape
+from sarathi.benchmark.workload.sharing import MultiTurn, PrefixRepetition
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.benchmark.workload.text_files import format_of
 from sarathi.benchmark.workload.texts import CountTokens, read_sharegpt, read_sonnet
@@ -53,6 +54,12 @@ def make_lengths(
         return uniform_lengths(config.uniform_request_length_generator, count, rng)
     if provider == "zipf":
         return zipf_lengths(config.zipf_request_length_generator, count, rng)
+    if provider == "prefix_repetition":
+        return PrefixRepetition(**vars(config.prefix_repetition_request_length_generator)).requests(count, rng)
+    if provider == "multi_turn":
+        turns = config.multi_turn_request_length_generator
+        lengths = turns.num_turns, turns.shared_len, turns.user_len, turns.output_len
+        return MultiTurn(*lengths, turns.think_time).requests(count)
     return fixed_lengths(config.fixed_request_length_generator, count)
 
 

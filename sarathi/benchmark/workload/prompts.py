@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,12 +20,12 @@ class PromptMaker:
     def __init__(self, seed: int, vocab_size: int, encode: Callable[[str], list[int]] | None = None) -> None:
         self._seed, self._vocab_size, self._encode = seed, vocab_size, encode
 
-    def token_ids(self, spec: RequestSpec, number: int) -> list[int]:
-        """As many ids as the request has prompt tokens."""
+    def token_ids(self, spec: RequestSpec, number: int, before: Sequence[int] = ()) -> list[int]:
+        """As many ids as the request has prompt tokens. before: the conversation up to this turn."""
         if spec.text is not None and self._encode is not None:
             return self._encode(spec.text)
         blocks = (self._draw(spec.block_tokens, BLOCK_STREAM, block_id) for block_id in spec.block_ids)
-        shared = [token for block in blocks for token in block][: spec.num_prefill_tokens]
+        shared = list(before) or [token for block in blocks for token in block][: spec.num_prefill_tokens]
         return shared + self._draw(spec.num_prefill_tokens - len(shared), PROMPT_STREAM, number)
 
     def _draw(self, count: int, stream: int, number: int) -> list[int]:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 class RequestSpec:
     """What arrives when.
 
-    arrived_at_s: seconds after the first request. text: the prompt, where the workload has it as text.
+    arrived_at_s: seconds after the first request; of a later turn of a conversation, after the answer before it.
+    text: the prompt, where the workload has it as text.
     block_ids: names of the prompt's blocks, block_tokens each; prompts that begin with the same names begin alike.
+    conversation: requests of the same number are its turns, in order: each prompt begins with the prompt and the answer
+        before it.
     """
 
     arrived_at_s: float
@@ -19,6 +22,7 @@ class RequestSpec:
     text: str | None = None
     block_ids: tuple[int, ...] = ()
     block_tokens: int = 512
+    conversation: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_prefill_tokens < 1 or self.num_decode_tokens < 1:

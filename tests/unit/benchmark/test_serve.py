@@ -131,7 +131,7 @@ def chosen(path: Path, count: int, *words: object) -> list[int]:
     parser = argparse.ArgumentParser()
     add_options(parser)
     options = ["--dataset-name", "sharegpt", "--dataset-path", path, "--num-prompts", count, *words]
-    requests = make_requests(parser.parse_args([str(word) for word in options]))
+    requests, _ = make_requests(parser.parse_args([str(word) for word in options]))
     return [int(str(request.prompt).split()[0]) for request in requests]
 
 
@@ -455,3 +455,48 @@ def test_a_csv_with_times_is_replayed_at_them(tmp_path: Path, capsys: pytest.Cap
     assert 0.2 < gaps[0] < 0.45 and 0.03 < gaps[1] < 0.25
     assert result["planned_request_rate"] == pytest.approx(2 / 0.4) and result["request_rate"] == "inf"
     assert "Request rate planned (RPS):             5.00" in capsys.readouterr().out
+
+
+def test_prefix_repetition_and_what_a_cache_would_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset-name", "prefix_repetition", "--num-prompts", 6, "--prefix-repetition-num-prefixes", 2]
+    words += ["--prefix-repetition-prefix-len", 30, "--prefix-repetition-suffix-len", 10]
+    words += ["--prefix-repetition-output-len", 2, "--vocab-size", 500]
+    with serving(Behaviour()) as server:
+        result = load(server, tmp_path, *words)
+    prompts = [tuple(body["prompt"]) for body in server.bodies]
+    assert {len(prompt) for prompt in prompts} == {40} and len(set(prompts)) == 6
+    assert len({prompt[:30] for prompt in prompts}) == 2 and {body["max_tokens"] for body in server.bodies} == {2}
+    assert result["ideal_cache_hit_rate"] == pytest.approx(4 * 30 / (6 * 40)) and result["cache_hit_rate"] is None
+    assert "with a cache without limits:        0.50" in capsys.readouterr().out
+
+
+def test_turns_of_a_conversation_send_what_was_said_before(tmp_path: Path) -> None:
+    words = [
+        "--dataset-name",
+        "multi_turn",
+        "--num-prompts",
+        5,
+        "--multi-turn-num-turns",
+        3,
+        "--backend",
+        "openai-chat",
+    ]
+    words += ["--multi-turn-user-len", 4, "--multi-turn-output-len", 2, "--multi-turn-think-time", 0.2]
+    with serving(Behaviour(first_s=0.0, gap_s=0.0)) as server:
+        result = load(server, tmp_path, *words)
+    talks = [
+        [(each["role"], each["content"][0]["text"]) for each in body["messages"]]
+        for body in sorted(server.bodies, key=lambda body: len(body["messages"]))
+    ]
+    assert [len(talk) for talk in talks] == [1, 1, 3, 3, 5] and result["completed"] == 5
+    for talk in talks[2:]:
+        assert talk[:-2] in talks and talk[-2] == ("assistant", "t0 t1 ") and talk[-1][0] == "user"
+    assert all(len(text.split()) == 4 for talk in talks for role, text in talk if role == "user")
+    assert max(server.arrived_at_s) - min(server.arrived_at_s) >= 0.4
+    prompts, found = (4, 4, 10, 10, 16), (0, 0, 5, 5, 11)
+    assert result["ideal_cache_hit_rate"] == pytest.approx(sum(found) / sum(prompts))
+
+
+def test_turns_of_completions_need_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dataset-name", "multi_turn", "--num-prompts", "2"]) == 1
+    assert "needs --tokenizer or --backend openai-chat" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Workloads: published quantiles are hit, rates and ratios come out as asked, files are read, seeds repeat exactly."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.benchmark.workload.shapes import SHAPES
+from sarathi.benchmark.workload.sharing import PrefixRepetition, repeated_tokens
 
 SEED = 0  # set anew for each test: see tests/conftest.py
 KEEP_ALL = "--trace_request_length_generator.min_tokens=0"
@@ -332,3 +334,53 @@ def test_prompts_depend_on_seed_and_number_alone() -> None:
     assert ids != PromptMaker(SEED, 777).token_ids(spec, 4)
     assert ids != PromptMaker(SEED + 1, 777).token_ids(spec, 3)
     assert len(ids) == 50 and min(ids) >= 0 and max(ids) < 777
+
+
+def brute_force(prompts: list[list[int]]) -> int:
+    """Tokens of prompts that an earlier one begins with, but for the last one."""
+    found = 0
+    for number, prompt in enumerate(prompts):
+        common = [
+            next(
+                (at for at, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b),
+                min(len(prompt), len(other)),
+            )
+            for other in prompts[:number]
+        ]
+        found += min(max(common, default=0), len(prompt) - 1)
+    return found
+
+
+def random_blocks(rng: np.random.Generator) -> RequestSpec:
+    blocks = tuple(rng.integers(0, 3, 4).tolist())
+    return RequestSpec(0.0, int(rng.integers(25, 45)), 1, None, blocks, 8)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "repetition"])
+def test_what_a_cache_without_limits_finds_is_what_prompts_have_in_common(kind: str) -> None:
+    print(f"seed {SEED}")
+    rng = np.random.default_rng(SEED)
+    some = [random_blocks(rng) for _ in range(40)]
+    specs = some if kind == "blocks" else PrefixRepetition(3, 20, 5, 1).requests(10, rng)
+    prompts = [PromptMaker(SEED, 2**31).token_ids(spec, number) for number, spec in enumerate(specs)]
+    reuse = repeated_tokens(specs)
+    assert reuse.num_prompt_tokens == sum(map(len, prompts))
+    assert reuse.num_repeated == brute_force(prompts) > 100
+
+
+def test_groups_are_of_one_size_but_for_one() -> None:
+    words = ["--length_provider", "prefix_repetition", "--prefix_repetition_request_length_generator.num_prefixes", 4]
+    specs = workload(*words, count=10)
+    assert sorted(Counter(spec.block_ids for spec in specs).values()) == [2, 2, 3, 3]
+    assert {(spec.num_prefill_tokens, spec.num_decode_tokens, spec.block_tokens) for spec in specs} == {(512, 128, 256)}
+
+
+def test_conversations_arrive_at_their_first_turns() -> None:
+    section = "--multi_turn_request_length_generator"
+    words = ["--length_provider", "multi_turn", f"{section}.num_turns", 3, f"{section}.think_time", 2.5]
+    specs = workload(*words, f"{section}.shared_len", 7, "--interval_provider", "poisson", count=8)
+    assert [spec.conversation for spec in specs] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [spec.num_prefill_tokens for spec in specs] == [207, 557, 907, 207, 557, 907, 207, 557]
+    times = [spec.arrived_at_s for spec in specs]
+    assert times[1:3] == times[4:6] == [2.5, 2.5] and times[0] == 0 < times[3] < times[6]
+    assert repeated_tokens(specs).num_repeated == 2 * (356 + 706) + 356 + 7 + 7
