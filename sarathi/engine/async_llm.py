@@ -23,7 +23,7 @@ from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
 from sarathi.engine.build import build_core, build_tokenizer
 from sarathi.engine.core_process.client import CoreProcess
 from sarathi.engine.core_process.link import CoreDiedError, CoreLink
-from sarathi.engine.core_process.wire import CoreStats, SetCacheBudget, Sleep, WakeUp
+from sarathi.engine.core_process.wire import CoreStats, ResetPrefixCache, SetCacheBudget, Sleep, WakeUp
 from sarathi.engine.input_processor import InputProcessor, Prompt, encode_chat
 from sarathi.engine.output_processor import OutputProcessor, RequestState
 from sarathi.engine.outputs import RequestOutput
@@ -175,6 +175,14 @@ class AsyncLLM:
     async def wake_up(self) -> None:
         """Take the memory again, and go on."""
         await self._core.change_memory(WakeUp())
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+        try:
+            await self._core.change_memory(ResetPrefixCache())
+        except ValueError:
+            return False
+        return True
 
     def kill(self) -> None:
         """End the core process at once, and with it every request."""

@@ -5,7 +5,9 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import httpx
 import pytest
+from http_server import options, running_server
 from small_models import save_tiny_model
 
 from sarathi import LLM, SamplingParams
@@ -127,6 +129,42 @@ def test_callers_see_what_was_cached(tmp_path):
         assert llm.reset_prefix_cache() and llm.prefix_cache_stats().num_retained == 0
         assert [cached(), cached()] == [0, 99]
         llm.engine.core.executor.check_integrity()
+
+
+def test_clients_of_a_server_set_a_salt_and_see_what_was_cached(tmp_path):
+    model = save_tiny_model(tmp_path, max_position_embeddings=512)
+    chosen = ("--prefix-caching", *options(max_model_len=512, max_num_seqs=4))
+    with running_server(model, *chosen, env={"SARATHI_ADMIN_KEYS": "admin"}) as server:
+
+        def post(path, headers=None, **body):
+            answer = httpx.post(server.url + path, json=body or None, headers=headers, timeout=60)
+            return answer.json() if answer.content else answer.status_code
+
+        def cached(**more):
+            asked = {"prompt": "What was said in the morning? " * 5, "max_tokens": 3, "ignore_eos": True}
+            return post("/v1/completions", model=model, **asked, **more)["usage"]["prompt_tokens_details"]
+
+        say = [{"role": "user", "content": "Whatever is new, and was not said before, is said here. " * 2}]
+        assert [cached(), cached()] == [{"cached_tokens": 0}, {"cached_tokens": 149}]
+        assert [cached(cache_salt="a")["cached_tokens"] for _ in range(2)] == [0, 149]
+        chats = [{"messages": say, "max_tokens": 2, "cache_salt": salt} for salt in ("b", "b", "c")]
+        usages = [post("/v1/chat/completions", model=model, **chat)["usage"] for chat in chats]
+        found = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+        assert found[0] == found[2] == 0 and found[1] == usages[1]["prompt_tokens"] - 1
+        asked = [{"input": "Something else, which is long enough.", "cache_salt": salt} for salt in ("d", "d", "e")]
+        details = [post("/v1/responses", model=model, max_output_tokens=2, **each)["usage"] for each in asked]
+        assert [each["input_tokens_details"]["cached_tokens"] > 30 for each in details] == [False, True, False]
+        assert "cache_salt is ''" in post("/v1/completions", model=model, prompt="x", cache_salt="")["error"]["message"]
+        assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 403
+        assert post("/reset_prefix_cache", {"Authorization": "Bearer admin"}) == 200
+        assert cached() == {"cached_tokens": 0}
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("sarathi:prefix")}
+        assert values["sarathi:prefix_cache_queries_total"] > values["sarathi:prefix_cache_hits_total"] > 3 * 149
+        assert values["sarathi:prefix_cache_retained_rows"] > 0
+        assert {
+            f"sarathi:prefix_cache_{kind}_total" for kind in ("mapped_tokens", "copied_tokens", "evicted_rows")
+        } <= {*values}
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ class CoreLink(ABC):
             self._send(wire.GetStats())
         return await asyncio.shield(self._stats)
 
-    async def change_memory(self, command: "wire.SetCacheBudget | wire.Sleep | wire.WakeUp") -> None:
+    async def change_memory(self, command: wire.MemoryChange) -> None:
         """Return when it is done. Raises ValueError where it is refused, CoreDiedError."""
         self._check_open()
         done = asyncio.get_running_loop().create_future()

@@ -16,6 +16,7 @@ from sarathi.engine.core_process.wire import (
     GetStats,
     Join,
     Leave,
+    MemoryChange,
     Report,
     SetCacheBudget,
     Shutdown,
@@ -68,7 +69,7 @@ class CoreLoop:
             self._finish(command.request_ids, command.reason, command.stop_reason)
         elif isinstance(command, GetStats):
             self._channel.send(self._stats(), name)
-        elif isinstance(command, (SetCacheBudget, Sleep, WakeUp)):
+        elif isinstance(command, MemoryChange):
             self._channel.send(self._change_memory(command), name)
         elif isinstance(command, Join):
             self._channel.send(Started(self._core.facts), name)
@@ -80,14 +81,16 @@ class CoreLoop:
             self._core.finish(request_id, reason, stop_reason)
         self._owners.forget(request_ids)
 
-    def _change_memory(self, command: SetCacheBudget | Sleep | WakeUp) -> Done:
+    def _change_memory(self, command: MemoryChange) -> Done:
         try:
             if isinstance(command, SetCacheBudget):
                 self._core.set_cache_budget(command.memory_bytes)
             elif isinstance(command, Sleep):
                 self._core.sleep()
-            else:
+            elif isinstance(command, WakeUp):
                 self._core.wake_up()
+            elif not self._core.reset_prefix_cache():
+                return Done("a request has not ended: the prefix cache can be reset only without one")
         except ValueError as error:
             return Done(str(error))
         return Done()

@@ -37,6 +37,10 @@ class WakeUp(msgspec.Struct, frozen=True, tag=True):
     """See `EngineCore.wake_up`. Answered by Done."""
 
 
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """See `EngineCore.reset_prefix_cache`. Answered by Done."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End every request and the process."""
 
@@ -51,7 +55,9 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
-Command = AddRequests | Finish | GetStats | SetCacheBudget | Sleep | WakeUp | Shutdown | Join | Leave
+MemoryChange = SetCacheBudget | Sleep | WakeUp | ResetPrefixCache
+"""Commands answered by Done."""
+Command = AddRequests | Finish | GetStats | MemoryChange | Shutdown | Join | Leave
 """Client to core."""
 
 

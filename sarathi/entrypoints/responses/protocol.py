@@ -42,6 +42,7 @@ class ResponsesRequest(Body):
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    cache_salt: str | None = None
     priority: int | None = None
 
     @model_validator(mode="after")
@@ -91,7 +92,7 @@ class ResponsesRequest(Body):
 
     def sampling_params(self) -> SamplingParams:
         """ValueError where a value is not allowed."""
-        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "cache_salt")
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return SamplingParams(max_tokens=self.max_output_tokens, **given)
 

@@ -1,4 +1,5 @@
-"""Routes that change the running server, for those with an admin key: /kv/budget, /sleep, /wake_up."""
+"""Routes that change the running server, for those with an admin key: /kv/budget, /sleep, /wake_up and
+/reset_prefix_cache."""
 
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def admin_router(config: ServerConfig) -> APIRouter:
     router.add_api_route("/kv/budget", set_budget, methods=["POST"])
     router.add_api_route("/sleep", sleep, methods=["POST"])
     router.add_api_route("/wake_up", wake_up, methods=["POST"])
+    router.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
     return router
 
 
@@ -53,4 +55,11 @@ async def sleep(request: Request, level: int = 1) -> Response:
 async def wake_up(request: Request) -> Response:
     """Take the memory again, and go on with the requests."""
     await context_of(request).llm.wake_up()
+    return Response()
+
+
+async def reset_prefix_cache(request: Request) -> Response:
+    """Forget the tokens of ended requests, as after a change of weights."""
+    if not await context_of(request).llm.reset_prefix_cache():
+        raise APIError(409, "a request has not ended: try again when none is running")
     return Response()
