@@ -2,11 +2,11 @@
 
 Every sequence whose tokens are computed is in an index: of running, preempted and ended requests. A request that starts
 
-    continues the sequence of an ended request, if that is its prefix as a whole, or
+    continues the sequence of an ended request, if that is its prefix but for a few tokens at the end, or
     shares whole rows of any other sequence, and copies the tokens behind them,
 
-and computes the rest. The sequence of an ended request is retained until its rows are needed: then rows are taken from
-its end, in the order of the eviction policy. Retained rows are free rows to everyone who asks.
+and computes the rest. The sequence of an ended request is retained until its rows are needed: then it goes, or a part
+from its end, in the order of the eviction policy. Retained rows are free rows to everyone who asks.
 
 used rows + retained rows <= capacity, where a row that several sequences share counts once.
 """
@@ -20,12 +20,15 @@ from typing import NamedTuple
 from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit
 from sarathi.core.block_space_manager.eviction import EvictionPolicy, EvictionQueue, lru
 from sarathi.core.block_space_manager.prefix_index import Match, PrefixIndex
+from sarathi.core.block_space_manager.recycling import BEGINNING_TOKENS, SHORT_TOKENS, UnusedSequences
 from sarathi.core.block_space_manager.shared_rows import NoIds, RowPool, Run, SharedRows
 from sarathi.messages import EVERY_KEY, CacheCapacity, PrefixCacheStats, PrefixChanges, SharedPrefix
 from sarathi.request import Request
 
 _MIN_HIT_TOKENS = 16  # fewer are computed again: that takes no longer than to map or copy them
 _MIN_WAIT_TOKENS = 64  # that a request waits for, while another one computes them
+_LOST_SHARE = 128  # one of so many tokens is lost rather than the others are mapped again: that takes as long
+_EVICTED_SHARE = 64  # one of so many rows of the cache is evicted at a time: pages move between slots in large pieces
 
 
 @dataclass(eq=False, slots=True)
@@ -100,6 +103,7 @@ class PrefixCachingBlockSpaceManager:
         self._sequences: dict[str | int, _Sequence] = {}
         self._pins: dict[str, _Pin] = {}
         self._queue = EvictionQueue(self._eviction_key)
+        self._unused: UnusedSequences[_Sequence] = UnusedSequences()
         self._num_retained = 0
         self._changes = _Changes()
         self._without_copies: Request | None = None
@@ -152,7 +156,7 @@ class PrefixCachingBlockSpaceManager:
                 self._rows.kept_within(source.tail, source.rows) + max(0, total - source.rows) + spare_rows
             ):
                 return None
-            self._index.use(source)
+            self._use(source)
             return self._continue(request, source, total, num_cached)
         mapped_rows, num_mapped = self._capacity.shareable(num_cached)
         pinned_rows = mapped_rows if num_mapped == num_cached else self._capacity.rows_holding(num_cached)
@@ -160,15 +164,26 @@ class PrefixCachingBlockSpaceManager:
         if not self._fits(total - mapped_rows + spare_rows + self._rows.kept_within(source.tail, prefix.pinned_rows)):
             self._without_copies = request
             return None
-        self._index.use(source)
+        self._use(source)
         return self._share(request, source, total, prefix)
 
     def _can_continue(self, match: Match) -> bool:
+        """Whether a retained sequence ends with the match, or has a few tokens behind it in rows of its own."""
         source = match.owner
-        return isinstance(source, _Sequence) and source.is_retained and self._length(source) == match.num_tokens
+        if not isinstance(source, _Sequence) or not source.is_retained:
+            return False
+        num_lost = self._length(source) - match.num_tokens
+        if not num_lost or num_lost * _LOST_SHARE > match.num_tokens or source.num_pins:
+            return not num_lost
+        return source.rows - self._rows.loose(source.tail) <= self._capacity.shareable(match.num_tokens)[0]
+
+    def _use(self, source: _Sequence) -> None:
+        self._index.use(source)
+        self._unused.discard(source)
 
     def _continue(self, request: Request, source: _Sequence, total: int, num_cached: int) -> Grant:
         assert isinstance(source.owner, int)
+        self._index.truncate(source, num_cached)
         self._changes.continued.append((request.request_id, source.owner))
         self._rename(source, request.request_id)
         self._num_retained -= 1
@@ -198,6 +213,8 @@ class PrefixCachingBlockSpaceManager:
         return Grant(self._capacity.tokens_in(total), _ids(sequence.tail))
 
     def _add(self, request: Request, parent: Run | None, own_rows: int, total: int) -> _Sequence:
+        if parent is None and (replaced := self._unused.replace()) is not None:
+            self._evict(replaced)
         self._make_room(own_rows)
         sequence = _Sequence(request.request_id, self._rows.add(parent, own_rows), total)
         self._sequences[request.request_id] = sequence
@@ -205,6 +222,8 @@ class PrefixCachingBlockSpaceManager:
 
     def _note_started(self, request: Request, num_cached: int) -> None:
         self._count(num_queried_tokens=len(request.token_array()), num_hit_tokens=num_cached)
+        if num_cached < BEGINNING_TOKENS:
+            self._unused.note_miss(request.token_array(), request.sampling_params.cache_salt)
         if not request.output_token_ids:
             sequence, salt = self._sequences[request.request_id], request.sampling_params.cache_salt
             self._in_progress.insert(sequence, request.token_array()[:], salt)
@@ -288,6 +307,10 @@ class PrefixCachingBlockSpaceManager:
         needed = self._capacity.whole_shares(self._capacity.rows_for(self._index.sequences[sequence].length))
         if needed < sequence.rows and not sequence.num_pins:
             self._truncate(sequence, needed)
+        indexed = self._index.sequences[sequence]
+        is_alone = self._rows.loose(sequence.tail) == sequence.rows
+        if is_alone and not indexed.num_uses and indexed.length <= SHORT_TOKENS:
+            self._unused.add(sequence, request.token_array(), request.sampling_params.cache_salt)
         self._make_room()
 
     def free(self, request: Request) -> None:
@@ -355,7 +378,8 @@ class PrefixCachingBlockSpaceManager:
             if sequence is None:
                 return
             held = sequence.rows - self._rows.loose(sequence.tail)
-            left = max(held, self._capacity.whole_shares(sequence.rows - missing - self._capacity.share_rows + 1))
+            evicted = max(missing, self._capacity.rows // _EVICTED_SHARE)
+            left = max(held, self._capacity.whole_shares(sequence.rows - evicted - self._capacity.share_rows + 1))
             if held < left < sequence.rows or (held < sequence.rows and sequence.num_pins):
                 self._truncate(sequence, left)
             elif sequence.num_pins:
@@ -393,6 +417,7 @@ class PrefixCachingBlockSpaceManager:
         assert isinstance(sequence.owner, int)
         self._count(num_evicted_rows=self._rows.loose(sequence.tail))
         self._index.discard(sequence)
+        self._unused.discard(sequence)
         self._rows.drop(sequence.tail)
         self._num_retained -= 1
         del self._sequences[sequence.owner]

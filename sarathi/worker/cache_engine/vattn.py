@@ -136,10 +136,8 @@ class vATTNCacheEngine:
         """Give new requests slots, with the pages that they share."""
         for chunk in new:
             prefix = shared.get(chunk.request_id)
-            if prefix is None:
-                slot = _Slot(self._cache.alloc(self._mapped(chunk.granted_tokens)))
-            else:
-                slot = _Slot(self._cache.alloc())
+            is_mapped = prefix is not None and prefix.num_mapped > 0  # what an idle slot has mapped would go
+            slot = _Slot(self._cache.alloc(0 if is_mapped else self._mapped(chunk.granted_tokens)))
             self._slots[chunk.request_id] = slot
             if prefix is not None:
                 self._share(prefix, slot)

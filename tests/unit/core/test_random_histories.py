@@ -46,21 +46,10 @@ class History:
         self.caches = caches
         self.max_len = rng.randint(4, 40)
         self.config = random_config(policy, rng.randrange(200))
-        token_bytes = rng.randint(1, 3) if "vattn" in backend else 1
-        page_bytes = rng.randint(1, 9) if "vattn" in backend else rng.choice((1, 2, 4))
-        tokens_in_cache = int(self.max_len * rng.uniform(0.6, 2.5))
-        capacity = CacheCapacity(1 + tokens_in_cache * token_bytes // page_bytes, token_bytes, page_bytes)
-        if caches:
-            whole = token_bytes // gcd(token_bytes, page_bytes)
-            unit = lcm(whole, rng.choice((1, 1, 2, 4)) if "vattn" in backend else 1)
-            num_retained = self.config.max_num_seqs + rng.choice((0, 1, 8))
-            capacity = replace(capacity, num_retained=num_retained, share_rows=unit)
-        eviction = rng.choice(("lru", "lfu"))
         self.depth = rng.choice((1, 1, 2, 3))
         self.num_micro_batches = rng.choice((1, self.depth))
-        self.scheduler, self.worker = make_pair(
-            self.config, backend, capacity, self.max_len, self.num_micro_batches, eviction
-        )
+        self.scheduler, self.worker = self._make_pair(backend, rng.choice(("lru", "lfu")))
+        capacity = self.scheduler.block_space_manager.capacity
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.crashed: set[str] = set()
@@ -71,6 +60,19 @@ class History:
         if caches:
             self._make_fragile("start")
         self.in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
+
+    def _make_pair(self, backend: str, eviction: str) -> tuple[Scheduler, FakeWorker]:
+        rng = self.rng
+        token_bytes = rng.randint(1, 3) if "vattn" in backend else 1
+        page_bytes = rng.randint(1, 9) if "vattn" in backend else rng.choice((1, 2, 4))
+        tokens_in_cache = int(self.max_len * rng.uniform(0.6, 2.5))
+        capacity = CacheCapacity(1 + tokens_in_cache * token_bytes // page_bytes, token_bytes, page_bytes)
+        if self.caches:
+            whole = token_bytes // gcd(token_bytes, page_bytes)
+            unit = lcm(whole, rng.choice((1, 1, 2, 4)) if "vattn" in backend else 1)
+            num_retained = self.config.max_num_seqs + rng.choice((0, 1, 8))
+            capacity = replace(capacity, num_retained=num_retained, share_rows=unit)
+        return make_pair(self.config, backend, capacity, self.max_len, self.num_micro_batches, eviction)
 
     def play(self) -> None:
         to_come = self.rng.randint(1, 7)
@@ -145,6 +147,9 @@ class History:
         if self.num_micro_batches > 1:
             self._check_micro_batch(out)
         self.in_flight.append((out, self.worker.execute(out)))
+        self._check_rows()
+
+    def _check_rows(self) -> None:
         manager = self.scheduler.block_space_manager
         assert self.worker.held_rows() == manager.num_used_rows + manager.stats.num_retained_rows
 
