@@ -16,7 +16,8 @@ from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, RunOutcome
 from sarathi.benchmark.processes import ended_by_signals
-from sarathi.benchmark.replicas import ReplicaError, run_all
+from sarathi.benchmark.replicas.base import ReplicaError
+from sarathi.benchmark.replicas.run import run_all
 from sarathi.benchmark.results import describe_run, in_own_folder, send_results, write_results
 from sarathi.metrics.wandb_log import WandbError
 

@@ -6,6 +6,8 @@ One runner serves many workloads: a capacity search loads the model once.
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -36,17 +38,24 @@ WARM_UP_TOKENS = 16  # of a short prompt
 
 
 class BenchmarkRunner:
-    """device: in place of model.device, for one replica of several. Close it, or use it in a `with`."""
+    """Close it, or use it in a `with`."""
 
-    def __init__(self, config: BenchmarkConfig, replica: int = 0, device: str | None = None) -> None:
-        self._config, self._replica = config, replica
+    def __init__(
+        self, config: BenchmarkConfig, replica: int = 0, device: str | None = None,
+        stop: threading.Event | None = None, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        """device: in place of model.device, for one replica of several. stop: ends a run as ^C does.
+
+        clock: seconds; the same for all replicas.
+        """
+        self._config, self._replica, self._stop, self._clock = config, replica, stop, clock
         settings = engine_config(config, device)
         tokenizer, end_token_ids = build_tokenizer(settings)
         executor = create_executor(settings)
-        self._store = _make_store(config, replica, settings, executor) if config.write_metrics else None
-        core = EngineCore(build_scheduler(settings, executor), _timed(config, executor, self._store))
+        self._store = _make_store(config, replica, settings, executor, clock) if config.write_metrics else None
+        core = EngineCore(build_scheduler(settings, executor), _timed(config, executor, self._store), clock)
         metrics = self._store or NullMetricsStore()
-        self._engine = LLMEngine(core, tokenizer, metrics=metrics, end_token_ids=end_token_ids)
+        self._engine = LLMEngine(core, tokenizer, clock, metrics, end_token_ids)
         encode = None if tokenizer is None else tokenizer.encode
         self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
         self._prompts = PromptMaker(config.seed, executor.vocab_size, encode)
@@ -66,8 +75,8 @@ class BenchmarkRunner:
         short = [RequestSpec(0.0, WARM_UP_TOKENS, 2 + index) for index in range(config.num_warmup_batch_sizes)]
         like = specs[: config.num_warmup_requests]
         first = [*short, *(replace(spec, arrived_at_s=0.0, block_ids=(), conversation=None) for spec in like)]
-        loop = ServingLoop(self._engine, self._prompts, lambda outputs: None, keep_responses=False)
-        served = loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf)
+        loop = self._loop(lambda outputs: None, keep_responses=False)
+        served = loop.serve([NumberedSpec(number, spec) for number, spec in enumerate(first)], math.inf, self._clock)
         if served.ended == INTERRUPTED:
             raise KeyboardInterrupt
         self._is_warm = True
@@ -80,13 +89,11 @@ class BenchmarkRunner:
         limit_s = self._config.time_limit or math.inf
         with ExitStack() as stack:
             listeners = self._listeners(stack, len(share), profile_folder)
-            loop = ServingLoop(
-                self._engine, self._prompts, _tell_all(listeners), self._config.metrics_store.enable_request_outputs
-            )
+            loop = self._loop(_tell_all(listeners), self._config.metrics_store.enable_request_outputs)
             if self._store is not None:
                 self._store.reset()
                 self._store.on_memory(self._engine.memory_stats())
-            served = loop.serve(share, limit_s)
+            served = loop.serve(share, limit_s, self._clock)
         if self._store is not None:
             self._store.on_memory(self._engine.memory_stats())
         records = None if self._store is None else self._store.records()
@@ -99,6 +106,9 @@ class BenchmarkRunner:
     def planned(self, specs: Sequence[RequestSpec]) -> Planned:
         """This replica's share of `specs`, without their prompts."""
         return tuple((each.number, replace(each.spec, text=None, block_ids=())) for each in self._share(specs))
+
+    def _loop(self, listener: Listener, keep_responses: bool) -> ServingLoop:
+        return ServingLoop(self._engine, self._prompts, listener, keep_responses, self._stop)
 
     def _share(self, specs: Sequence[RequestSpec]) -> list[NumberedSpec]:
         """Every n-th request; of conversations, every n-th of them with all of its turns."""
@@ -160,8 +170,11 @@ def _timed(config: BenchmarkConfig, executor: Executor, store: MetricsStore | No
     return ProbedExecutor(executor, OperationProbe(executor.model), store)
 
 
-def _make_store(config: BenchmarkConfig, replica: int, settings: EngineConfig, executor: Executor) -> MetricsStore:
+def _make_store(
+    config: BenchmarkConfig, replica: int, settings: EngineConfig, executor: Executor, clock: Callable[[], float]
+) -> MetricsStore:
     page_bytes = None if settings.model.attention_backend.is_paged else executor.capacity.page_bytes
     return MetricsStore(
-        replica=replica, capacity=executor.capacity, page_bytes=page_bytes, keep_schedule=config.write_json_trace
-    )
+        clock, replica=replica, capacity=executor.capacity, page_bytes=page_bytes,
+        keep_schedule=config.write_json_trace,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -95,11 +96,17 @@ class Served:
 
 
 class ServingLoop:
-    """One workload on one engine. after_step is told the outputs of each step, and may look at the engine."""
+    """One workload on one engine. after_step is told the outputs of each step, and may look at the engine.
 
-    def __init__(self, engine: LLMEngine, prompts: PromptMaker, after_step: Listener, keep_responses: bool) -> None:
+    stop: where it is set, the run ends as at ^C.
+    """
+
+    def __init__(
+        self, engine: LLMEngine, prompts: PromptMaker, after_step: Listener, keep_responses: bool,
+        stop: threading.Event | None = None,
+    ) -> None:  # fmt: skip
         self._engine, self._prompts, self._after_step = engine, prompts, after_step
-        self._keep_responses = keep_responses
+        self._keep_responses, self._stop = keep_responses, stop or threading.Event()
         self._open: dict[str, RequestSpec] = {}
 
     def serve(
@@ -118,6 +125,8 @@ class ServingLoop:
     def _serve(self, waiting: _Waiting, served: Served, end_s: float, clock: Callable[[], float]) -> str:
         while waiting or self._engine.num_unfinished:
             now_s = clock()
+            if self._stop.is_set():
+                return INTERRUPTED
             if now_s >= end_s:
                 return TIME_LIMIT
             while waiting and waiting.next_at_s <= now_s:

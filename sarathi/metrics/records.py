@@ -110,7 +110,8 @@ class RunRecords:
 
 
 def merge(parts: Iterable[RunRecords]) -> RunRecords:
-    """The records of several replicas in order of time. Their clocks must agree, as the monotonic clock of one machine.
+    """The records of several replicas in order of time. Their clocks must agree, as do the monotonic ones of one
+    machine.
 
     inter_arrival_s is recomputed over the requests of all replicas. ValueError if there is no replica.
     """

@@ -1,6 +1,7 @@
 """Ranks as Ray actors in a real cluster of two raylets on this machine: outputs, failures, and what is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,14 @@ from random_driver import RandomDriver
 from rank_helpers import GREEDY, is_running, make_executor, settings_for, step_until_it_fails
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
 from sarathi import LLM
+from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.replicas.run import run_all
+from sarathi.benchmark.results import write_results
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
 from sarathi.executor.ray import placement
@@ -164,3 +170,86 @@ def test_what_cannot_be_placed_is_refused(cluster: Cluster, tiny: TinyModel, mon
         with pytest.raises(ValueError, match=message):
             make_executor(tiny, **{**RAY, "tensor_parallel_size": 2, **settings})
     check_nothing_is_left([])
+
+
+@pytest.fixture
+def one_cpu_each(cluster: Cluster) -> Iterator[list[str]]:
+    """Node ids of two machines, each with one free CPU."""
+
+    class Occupant:
+        def node(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+    nodes = sorted(ray.nodes(), key=lambda node: node["Resources"]["CPU"])
+    ids = [node["NodeID"] for node in nodes]
+    where = NodeAffinitySchedulingStrategy(ids[1], soft=False)
+    occupant = ray.remote(Occupant).options(num_cpus=1, scheduling_strategy=where).remote()
+    assert ray.get(occupant.node.remote()) == ids[1]
+    yield ids
+    ray.kill(occupant)
+    check_nothing_is_left([])
+
+
+def replicas_config(tiny: TinyModel, folder: Path, *words: str) -> BenchmarkConfig:
+    lengths = "--fixed_request_length_generator"
+    return parse_options(
+        [
+            f"--model.name={tiny.folder}", "--model.device=cpu", "--kv_cache_bytes=2mb", "--show_progress=false",
+            "--num_replicas=2", "--cluster.executor=ray", f"--output_dir={folder}", "--length_provider=fixed",
+            f"{lengths}.prefill_tokens=9", "--metrics_store.write_plots=false", *words,
+        ]
+    )  # fmt: skip
+
+
+def replica_pids(method: str) -> list[int]:
+    """Processes of replicas in which a method runs: Ray gives them such names."""
+    names = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()}
+    return [int(pid) for pid, name in names.items() if name.startswith(f"ray::ReplicaActor.{method}".encode())]
+
+
+@pytest.mark.slow
+def test_replicas_on_two_machines_share_the_requests(
+    one_cpu_each: list[str], tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+    release = placement.Reservation.release
+
+    def noted(place: placement.Reservation) -> None:
+        places.extend(placement_group_table(place.group)["bundles_to_node_id"].values())
+        release(place)
+
+    monkeypatch.setattr(placement.Reservation, "release", noted)
+    config = replicas_config(tiny, tmp_path, "--num_requests=5", "--fixed_request_length_generator.decode_tokens=4")
+    [outcomes] = run_all([config])
+    summary = write_results(config, outcomes)
+    assert set(places) == set(one_cpu_each)
+    assert (summary["ended"], summary["num_finished"], summary["num_lost"]) == ("completed", 5, 0)
+    assert sorted(outcome.num_finished for outcome in outcomes) == [2, 3]
+
+
+@pytest.mark.slow
+def test_a_replica_that_dies_is_told_and_its_requests_are_counted(
+    one_cpu_each: list[str], tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--num_requests=40", "--max_batch_size=1", "--fixed_request_length_generator.decode_tokens=200")
+    config = replicas_config(tiny, tmp_path, *words)
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while not (pids := replica_pids("run")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(pids[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    [outcomes] = run_all([config])
+    killer.join()
+    summary = write_results(config, outcomes)
+    assert (summary["ended"], summary["num_finished"], summary["num_lost"]) == ("a replica died", 20, 20)
+    assert re.search(r"replica [01] died: .*; 20 requests are lost", capsys.readouterr().err)
+
+
+def test_replicas_that_cannot_be_placed_are_refused(cluster: Cluster, tiny: TinyModel, tmp_path: Path) -> None:
+    config = replicas_config(tiny, tmp_path, "--tensor_parallel_degree=2")
+    with pytest.raises(ValueError, match="2 replicas of 2 ranks need 4 CPUs, and the Ray cluster has 3"):
+        list(run_all([config]))

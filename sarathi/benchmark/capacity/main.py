@@ -24,7 +24,7 @@ from sarathi.benchmark.config.options import as_words, parse_options, read_setti
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.processes import ended_by_signals
-from sarathi.benchmark.replicas import replica_devices
+from sarathi.benchmark.replicas.run import replica_devices
 from sarathi.benchmark.runner import BenchmarkRunner
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.config.knobs import ConfigError

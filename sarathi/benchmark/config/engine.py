@@ -37,6 +37,7 @@ def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineC
         "cache.prefix_caching": model.prefix_caching,
         "cache.prefix_eviction": model.prefix_eviction,
         "cache.gpu_memory_utilization": config.gpu_memory_utilization,
+        "parallel.executor": "ray" if config.cluster.executor == "ray" else AUTO,
         "parallel.tensor_parallel_size": model.tensor_parallel_degree,
         "parallel.pipeline_parallel_size": model.pipeline_parallel_degree,
         "scheduler.type": scheduler.provider,

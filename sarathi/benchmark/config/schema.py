@@ -26,6 +26,10 @@ class ClusterConfig(Section):
     num_replicas: int = knob(
         1, "engines, each in a process of its own; request i goes to replica i mod n", low=1, high=_REPLICAS
     )
+    executor: str = knob(
+        "multiproc", "where replicas and their ranks run; multiproc: processes of this machine; ray: actors of a Ray "
+        "cluster, over its machines", choices=("multiproc", "ray"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs lack it
 
@@ -64,9 +63,9 @@ class _ActorTransport(Transport):
         self._hub = Hub(self.host, size)
         self._actors: list[Any] = []
         self._served: list[Any] = []
-        self._group, bundles = reserve(size, device, strategy)
+        self._place = reserve(size, device, strategy)
         try:
-            self._actors = [_create_actor(self._group, bundle, device) for bundle in bundles]
+            self._actors = [_create_actor(self._place.group, bundle, device) for bundle in self._place.bundles]
             self.places: list[Place] = ray.get([actor.place.remote() for actor in self._actors])
         except RayError as error:
             self.kill()
@@ -101,7 +100,7 @@ class _ActorTransport(Transport):
         try:
             ray.get(self._served[rank])
         except RayActorError as error:
-            return RankEnd(f"died: {_reason(error)}", is_cause=True)
+            return RankEnd(f"died: {reason_of(error)}", is_cause=True)
         except RayError as error:
             return RankEnd(f"ended: {error}", is_cause=False)
         return RankEnd("ended", is_cause=False)
@@ -115,7 +114,7 @@ class _ActorTransport(Transport):
         if ray.is_initialized():
             for actor in self._actors:
                 ray.kill(actor)
-            remove_placement_group(self._group)
+            self._place.release()
         self._hub.close()
 
     def _check_starting(self) -> None:
@@ -133,8 +132,7 @@ class RayExecutor(RanksExecutor):
     def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         parallel = config.parallel
         grid = RankGrid(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-        if not ray.is_initialized():
-            ray.init(logging_level=logging.WARNING)
+        connect()
         device = device_of_ranks(config)
         transport = _ActorTransport(grid.size, device, parallel.ray_placement)
         self._store = TCPStore(transport.host, 0, is_master=True, wait_for_workers=False)
@@ -144,13 +142,19 @@ class RayExecutor(RanksExecutor):
         super().__init__(transport, parallel)
 
 
+def connect() -> None:
+    """To the cluster that RAY_ADDRESS or `ray start` names, else a new one on this machine; where none is connected."""
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
+
+
 def _create_actor(group: Any, bundle: int, device: str) -> Any:
     resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     return ray.remote(RankActor).options(scheduling_strategy=strategy, max_restarts=0, **resources).remote()
 
 
-def _reason(error: RayActorError) -> str:
+def reason_of(error: RayActorError) -> str:
     """The first sentence of how the process ended, of Ray's advice on it."""
     text = str(error)
     return (text.partition("Worker exit detail: ")[2] or text).partition(". ")[0]

@@ -1,0 +1,1 @@
+"""Several engines that share the requests of a run: as processes of this machine, or as actors of a Ray cluster."""

@@ -1,0 +1,86 @@
+"""Replicas in processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from sarathi.benchmark.config.schema import BenchmarkConfig
+from sarathi.benchmark.processes import ENDING, Terminated, end_with_parent, ended_by_signals
+from sarathi.benchmark.replicas.base import Replica, ReplicaError
+from sarathi.benchmark.runner import BenchmarkRunner
+
+_END_S = 10.0
+
+
+class ProcessReplica(Replica):
+    """A process, and the pipe to it."""
+
+    def __init__(self, number: int, process: SpawnProcess, pipe: Connection) -> None:
+        super().__init__(number)
+        self._process, self._pipe = process, pipe
+
+    def begin(self) -> None:
+        with suppress(OSError):  # it is gone: `outcome` tells
+            self._pipe.send(None)
+
+    def interrupt(self, reason: KeyboardInterrupt) -> None:
+        """^C reaches the process by itself."""
+        if isinstance(reason, Terminated):
+            self._process.terminate()
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=_END_S)
+        self._process.kill()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise ReplicaError(f"replica {self._number} ended without a result") from None
+
+
+@contextmanager
+def started_processes(config: BenchmarkConfig, devices: Mapping[str, str]) -> Iterator[Sequence[Replica]]:
+    """The replicas of a run, each in a process. devices: see `replica_devices`."""
+    with ExitStack() as stack:
+        replicas = []
+        for number in range(config.cluster.num_replicas):
+            replicas.append(_start(config, number, devices.get(str(number))))
+            stack.callback(replicas[-1].end)
+        yield replicas
+
+
+def _start(config: BenchmarkConfig, number: int, device: str | None) -> ProcessReplica:
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (config, number, device, theirs, os.getpid())
+    process = context.Process(target=_run_replica, args=arguments, name=f"replica {number}")
+    process.start()
+    theirs.close()
+    return ProcessReplica(number, process, ours)
+
+
+def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, pipe: Connection, parent: int) -> None:
+    """In a process of its own; ^C and SIGTERM end its run with what there is.
+
+    A replica that is done before the others waits until its result is taken: no signal must end it then.
+    """
+    end_with_parent(parent)
+    with suppress(KeyboardInterrupt, EOFError), ended_by_signals(), BenchmarkRunner(config, replica, device) as runner:
+        specs = runner.workload()
+        runner.warm_up(specs)
+        pipe.send(runner.planned(specs))
+        pipe.recv()  # EOFError where another replica died before the start
+        outcome = runner.run(specs, Path(config.output_dir))
+        for number in (signal.SIGINT, *ENDING):
+            signal.signal(number, signal.SIG_IGN)
+        pipe.send(outcome)
