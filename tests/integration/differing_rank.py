@@ -19,7 +19,7 @@ class DifferingWorker(Worker):
         return rows
 
 
-def main(connection: int, board: int) -> None:
+def main(*descriptors: int) -> None:
     """See sarathi.executor.ranks.process.main."""
     service.Worker = DifferingWorker  # type: ignore[misc]
-    process.main(connection, board)
+    process.main(*descriptors)

@@ -22,7 +22,7 @@ class ShortWorker(Worker):
         return self.capacity.rows - 1
 
 
-def main(connection: int, board: int) -> None:
+def main(*descriptors: int) -> None:
     """See sarathi.executor.ranks.process.main."""
     service.Worker = ShortWorker  # type: ignore[misc]
-    process.main(connection, board)
+    process.main(*descriptors)

@@ -1,15 +1,13 @@
 """Executor with several ranks, each in a process of its own on this machine.
 
-A step is one message, the same to every rank, over a pipe a rank. Ranks agree in shared memory that all are prepared,
-and exchange tensors among themselves. A rank that dies, or that shows no sign of life for some seconds, ends the step
-with an error that names it, and every rank with it.
+A step is one message, the same to every rank, in shared memory; replies come over a pipe a rank. Ranks agree in shared
+memory that all are prepared, and exchange tensors among themselves. A rank that dies, or that shows no sign of life for
+some seconds, ends the step with an error that names it, and every rank with it.
 """
 
 import os
 import pickle
 import signal
-import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs la
 
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.ranks.board import Board
+from sarathi.executor.ranks.broadcast import Broadcast, create_ring
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
 from sarathi.model_executor.parallel.ranks import RankGrid
@@ -28,24 +27,25 @@ from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabular
 from sarathi.worker.device import DeviceUnavailableError, choose_device
 
 _HOST = "127.0.0.1"
-_SEND_S = 30
+_SEND_S = 30.0
 # NVLink multicast is off: where the driver refuses it, NCCL fails at its first collective.
 _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from sarathi.executor.ranks.process import main; main({pipe}, {board})"
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from sarathi.executor.ranks.process import main; main(*{descriptors})"
 
 
 class _RankProcess:
-    """One rank's process and the pipe to it."""
+    """One rank's process, the pipe to it, and what wakes it for a message."""
 
-    def __init__(self, board: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, board: int, ring: int, environment: Mapping[str, str]) -> None:
+        """board, ring: descriptors of shared memory."""
+        self.waker = os.eventfd(0)
         self.pipe, theirs = Pipe()
-        with socket.socket(fileno=os.dup(self.pipe.fileno())) as pipe:  # a rank that hangs reads no long message
-            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_S, 0))
-        program = _PROGRAM.format(path=sys.path, pipe=theirs.fileno(), board=board)
+        inherited = (theirs.fileno(), board, ring, self.waker)
+        program = _PROGRAM.format(path=sys.path, descriptors=inherited)
         # A session of its own: Ctrl-C goes to this process alone, which ends the ranks.
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program], pass_fds=(theirs.fileno(), board), env=environment,
-            stdin=subprocess.DEVNULL, start_new_session=True,
+            [sys.executable, "-c", program], pass_fds=inherited, env=environment, stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         theirs.close()
 
@@ -53,30 +53,34 @@ class _RankProcess:
         self.process.kill()
         self.process.wait()
         self.pipe.close()
+        if self.waker >= 0:
+            os.close(self.waker)
+        self.waker = -1
 
 
 class _ProcessTransport(Transport):
-    """Pipes to processes, and shared memory with their signs of life."""
+    """Shared memory for messages to processes and for their signs of life, and pipes for their replies."""
 
     def __init__(self, setups: Sequence[RankSetup]) -> None:
         self.size = len(setups)
-        descriptor = Board.create(self.size)
-        self._board = Board(descriptor, self.size)
+        board, ring = Board.create(self.size), create_ring(self.size)
+        self._board = Board(board, self.size)
         self.processes: list[_RankProcess] = []
         try:
             for setup in setups:
                 self._board.beat(setup.rank)
-                self.processes.append(_RankProcess(descriptor, {**_ENVIRONMENT, **os.environ}))
+                self.processes.append(_RankProcess(board, ring, {**_ENVIRONMENT, **os.environ}))
                 self.processes[-1].pipe.send_bytes(pickle.dumps(setup))
+            self._messages = Broadcast(ring, [each.waker for each in self.processes], _SEND_S)
         except BaseException:
             self.kill()
             raise
         finally:
-            os.close(descriptor)
+            os.close(board)
+            os.close(ring)
 
     def send(self, message: bytes) -> None:
-        for each in self.processes:
-            each.pipe.send_bytes(message)
+        self._messages.send(message)
 
     def receive(self, timeout_s: float) -> list[tuple[int, Reply | None]]:
         ranks: dict[Any, int] = {each.pipe: rank for rank, each in enumerate(self.processes)}

@@ -1,4 +1,4 @@
-"""A rank's process on the executor's machine: pipe and shared memory are inherited."""
+"""A rank's process on the executor's machine: pipe, shared memory and eventfd are inherited."""
 
 import os
 import pickle
@@ -10,33 +10,36 @@ from multiprocessing.connection import Connection
 
 from sarathi.executor.ranks import service
 from sarathi.executor.ranks.board import Board
+from sarathi.executor.ranks.broadcast import Receiver
 from sarathi.executor.ranks.protocol import RankSetup
 
 _BEAT_S = 0.1
 
 
-class _Pipe:
-    """The channel of a rank on this machine."""
+class _Channel:
+    """The channel of a rank on this machine: commands in shared memory, replies over a pipe."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, commands: Receiver, connection: Connection) -> None:
+        self._commands, self._connection = commands, connection
 
     def receive(self) -> bytes:
-        return self._connection.recv_bytes()
+        return self._commands.receive()
 
     def send(self, reply: bytes) -> None:
         self._connection.send_bytes(reply)
 
 
-def main(connection: int, board: int) -> None:
-    """Serve until the executor closes the connection. Arguments: inherited file descriptors."""
-    channel = _Pipe(Connection(connection))
-    setup: RankSetup = pickle.loads(channel.receive())
-    shared = Board(board, setup.grid.size)
-    shared.beat(setup.rank)
-    threading.Thread(target=_show_life, args=(shared, setup.rank, os.getppid()), daemon=True).start()
+def main(connection: int, board: int, ring: int, waker: int) -> None:
+    """Serve until the executor says "close" or is gone. Arguments: inherited file descriptors."""
+    pipe = Connection(connection)
+    setup: RankSetup = pickle.loads(pipe.recv_bytes())
+    size, rank = setup.grid.size, setup.rank
+    channel = _Channel(Receiver(ring, size, rank, waker), pipe)
+    shared = Board(board, size)
+    shared.beat(rank)
+    threading.Thread(target=_show_life, args=(shared, rank, os.getppid()), daemon=True).start()
     try:
-        service.serve(channel, setup, lambda rows: shared.agree(setup.rank, rows))
+        service.serve(channel, setup, lambda rows: shared.agree(rank, rows))
     except (EOFError, ConnectionError):  # the executor is gone
         pass
     finally:
