@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from vattention import _native
 
@@ -28,7 +29,7 @@ def open_device(device: str | int | torch.device) -> _native.Device:
     kind, index = _kind_and_index(device)
     if kind == "cpu":
         return _native.host_device()
-    if kind == "cuda":
+    if kind == "cuda" and (index is None or index >= 0):
         return _native.cuda_device(_current_cuda_device() if index is None else index)
     raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N', a CUDA index or a torch.device, got {device!r}")
 
@@ -45,23 +46,61 @@ def element_bytes(dtype: Any) -> int:
     return item_bytes
 
 
-def require_positive(**values: object) -> None:
-    """Raises TypeError for what is no int, and ValueError below 1 or beyond 2^62."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        if value > _MAX_BYTES:
-            raise ValueError(f"{name} must be at most 2^62, or its address space cannot be, got {value}")
+def integer(name: str, value: object) -> int:
+    """Raises TypeError for what is no integer; True and False are none."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def require_bytes(name: str, value: object) -> None:
-    """Raises TypeError for what is no integer, "1gb" among it, and ValueError beyond 2^62."""
-    if not isinstance(value, SupportsIndex) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number of bytes as an int, such as 1 << 30, got {value!r}")
-    if operator.index(value) > _MAX_BYTES:
-        raise ValueError(f"{name} is {value}: more than 2^62 bytes of address space cannot be")
+def positive(name: str, value: object) -> int:
+    """Raises TypeError for what is no integer, and ValueError below 1 or beyond 2^62."""
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    if number > _MAX_BYTES:
+        raise ValueError(f"{name} must be at most 2^62, or its address space cannot be, got {number}")
+    return number
+
+
+def in_range(name: str, value: object, least: int, most: int) -> int:
+    """Raises TypeError for what is no integer, and ValueError out of this range."""
+    number = integer(name, value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {number}: it must be from {least} to {most}")
+    return number
+
+
+def byte_count(name: str, value: object, least: int = 0) -> int:
+    """Raises TypeError for what is no integer, "1gb" among it, and ValueError below the least or beyond 2^62."""
+    try:
+        number = integer(name, value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number of bytes as an int, such as 1 << 30, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if number > _MAX_BYTES:
+        raise ValueError(f"{name} is {number}: more than 2^62 bytes of address space cannot be")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """Raises TypeError for what is neither True nor False, nor 1 or 0."""
+    if value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def share_of_one(name: str, value: object) -> float:
+    """Raises TypeError for what is no number, and ValueError below 0 or above 1."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value}")
+    return float(value)
 
 
 def _kind_and_index(device: Any) -> tuple[str, int | None]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ParamSpec, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from vattention.arguments import byte_count, flag, in_range, positive
 from vattention.errors import NoFreeSlotError, VAttentionError
 from vattention.kv_cache import VirtualKVCache
 
@@ -35,12 +35,11 @@ class ClassicCache:
     def follow(self, lengths: Sequence[int]) -> None:
         """Takes over the caller's lengths: a slot that got one becomes active, one that fell to 0 idle.
 
-        Raises ValueError, and takes over none, where there are too few or too many, or one is no length.
+        Raises ValueError or TypeError, and takes over none, where there are too few or too many, or one is no length.
         """
-        if len(lengths) != self.cache.num_slots:
-            raise ValueError(f"seq_lens must have one entry a slot: {self.cache.num_slots}, got {len(lengths)}")
-        for slot, length in enumerate(lengths):
-            self.check_length(f"seq_lens[{slot}]", length, least=0)
+        if not hasattr(lengths, "__len__") or len(lengths) != self.cache.num_slots:
+            raise ValueError(f"seq_lens must be a list of one length a slot, {self.cache.num_slots}, got {lengths!r}")
+        lengths = [self.length(f"seq_lens[{slot}]", length, least=0) for slot, length in enumerate(lengths)]
         for slot, (before, now) in enumerate(zip(self.lengths, lengths, strict=True)):
             if before > 0 and now == 0:
                 self.release(slot)
@@ -54,15 +53,13 @@ class ClassicCache:
         return slots, [self.lengths[slot] for slot in slots]
 
     def release(self, slot: int) -> None:
-        if not 0 <= slot < self.cache.num_slots:
-            raise ValueError(f"idx is {slot}: it must be from 0 to {self.cache.num_slots - 1}")
         self.lengths[slot] = 0
         if slot in self.allocated:
             self.allocated.remove(slot)
             self.cache.free(slot)
 
     def alloc(self, length: int) -> int:
-        self.check_length("seq_len", length, least=1)  # of length 0 are the slots that are free
+        length = self.length("seq_len", length, least=1)  # of length 0 are the slots that are free
         try:
             slot = self.cache.alloc(length)
         except NoFreeSlotError:
@@ -73,10 +70,9 @@ class ClassicCache:
             self.lengths[slot] = length
         return slot
 
-    def check_length(self, name: str, length: int, least: int) -> None:
-        """Raises ValueError where it is no integer or out of range."""
-        if not isinstance(length, SupportsIndex) or not least <= operator.index(length) <= self.cache.max_tokens:
-            raise ValueError(f"{name} is {length}: it must be an integer from {least} to {self.cache.max_tokens}")
+    def length(self, name: str, value: object, least: int) -> int:
+        """The value, if it is a number of tokens; otherwise ValueError or TypeError."""
+        return in_range(name, value, least, self.cache.max_tokens)
 
 
 def as_function(method: Callable[P, R]) -> Callable[P, R]:
@@ -116,17 +112,19 @@ class ClassicAPI:
         as [max_batch_size, max_context_length, num_layers, num_kv_heads, head_size]. `page_size` in bytes; None or 0
         for the device's own. Until reserve_physical_pages() the budget is one row a slot.
         """
+        sizes = {"num_slots": positive("max_batch_size", max_batch_size)}
+        sizes["max_tokens"] = positive("max_context_length", max_context_length)
+        page_bytes = byte_count("page_size", 0 if page_size is None else page_size)
         self.cleanup()
         cache = VirtualKVCache(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_size=head_size,
-            num_slots=max_batch_size,
-            max_tokens=max_context_length,
+            **sizes,
             dtype=dtype,
             device=device,
             budget_bytes=_UNBOUNDED_BYTES,  # a row's bytes, and so the real budget, follow from the probed page size
-            page_bytes=page_size or None,
+            page_bytes=page_bytes or None,
             megacache=megacache,
         )
         cache.resize(max_batch_size * cache.row_bytes)
@@ -135,7 +133,7 @@ class ClassicAPI:
 
     def reserve_physical_pages(self, free_memory: int) -> int:
         """Makes `free_memory` bytes the budget and creates its pages now; the number of pages."""
-        cache = self._open.cache
+        cache, free_memory = self._open.cache, byte_count("free_memory", free_memory)
         cache.resize(free_memory)
         cache.fill_pool(free_memory)
         return cache.capacity_rows * cache.num_regions
@@ -151,7 +149,8 @@ class ClassicAPI:
 
     def free_batch_idx(self, idx: int) -> None:
         """Gives a slot back; its pages stay mapped while reclamation is deferred."""
-        self._open.release(idx)
+        state = self._open
+        state.release(in_range("idx", idx, 0, state.cache.num_slots - 1))
 
     def step(self, seq_lens: Sequence[int], eager_reclaim: bool) -> None:
         """Maps what these lengths need before it returns; with eager_reclaim slots of length 0 lose their pages.
@@ -159,8 +158,9 @@ class ClassicAPI:
         A length that shrinks without passing through 0 keeps its pages.
         """
         state = self._open
+        is_eager = flag("eager_reclaim", eager_reclaim)
         state.follow(seq_lens)
-        if eager_reclaim:
+        if is_eager:
             for slot in [slot for slot in state.allocated if state.lengths[slot] == 0]:
                 state.release(slot)
             state.cache.reclaim_idle()
@@ -181,13 +181,13 @@ class ClassicAPI:
 
     def set_deferred_reclamation(self, value: bool) -> None:
         """Whether slots freed from now on keep their pages."""
-        self._open.cache.set_deferred_reclamation(value)
+        self._open.cache.set_deferred_reclamation(flag("value", value))
 
     def map_common_pages(self, num_tokens: int) -> None:
         """Maps the same pages at the start of every slot; what one writes there all read, until it is freed."""
         state = self._open
         cache = state.cache
-        state.check_length("num_tokens", num_tokens, least=0)
+        num_tokens = state.length("num_tokens", num_tokens, least=0)
         if any(state.lengths):
             raise VAttentionError("map_common_pages needs every slot to be free")
         tokens = min(cache.rows_for(num_tokens) * cache.page_bytes // cache.token_bytes, cache.max_tokens)
@@ -218,7 +218,7 @@ class ClassicAPI:
 
     def set_verbose(self, value: bool) -> None:
         """Whether alloc_new_batch_idx() prints what it does."""
-        self._verbose = value
+        self._verbose = flag("value", value)
 
     def cleanup(self) -> None:
         """Releases everything; the tensors of init_kvcache() must not be touched afterwards."""

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from vattention import _native
-from vattention.arguments import element_bytes, open_device, require_bytes, require_positive
+from vattention.arguments import byte_count, element_bytes, flag, in_range, open_device, positive, share_of_one
 from vattention.errors import DeviceError
 from vattention.regions import Region
 from vattention.stats import CacheStats
@@ -67,35 +67,32 @@ class VirtualKVCache:
         reclaim_threshold: float = 0.1,
         max_extent_rows: int = 64,
     ) -> None:
-        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_size": head_size}
-        require_positive(**sizes, num_slots=num_slots, max_tokens=max_tokens)
-        require_bytes("budget_bytes", budget_bytes)
-        require_positive(max_extent_rows=max_extent_rows)
-        item_bytes = element_bytes(dtype)
-        memory = open_device(device)
-        self.num_layers, self.num_kv_heads, self.head_size = num_layers, num_kv_heads, head_size
-        self.num_slots, self.max_tokens, self.dtype, self.megacache = num_slots, max_tokens, dtype, megacache
-        self.num_regions = 2 if megacache else 2 * num_layers
-        self.token_bytes = num_kv_heads * head_size * item_bytes * (num_layers if megacache else 1)
-        require_bytes("bytes of a token in a region", self.token_bytes)
-        self.page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
-        require_bytes("page_bytes", self.page_bytes)
-        require_positive(page_bytes=int(self.page_bytes))
+        self.num_layers, self.num_kv_heads = positive("num_layers", num_layers), positive("num_kv_heads", num_kv_heads)
+        self.head_size, self.num_slots = positive("head_size", head_size), positive("num_slots", num_slots)
+        self.max_tokens, self.megacache = positive("max_tokens", max_tokens), flag("megacache", megacache)
+        budget_bytes = byte_count("budget_bytes", budget_bytes)
+        policy = _native.Policy(
+            deferred_reclamation=flag("deferred_reclamation", deferred_reclamation),
+            reclaim_threshold=share_of_one("reclaim_threshold", reclaim_threshold),
+            max_extent_rows=positive("max_extent_rows", max_extent_rows),
+        )
+        self.dtype, memory = dtype, open_device(device)
+        self.num_regions = 2 if megacache else 2 * self.num_layers
+        elements = self.num_kv_heads * self.head_size * (self.num_layers if megacache else 1)
+        self.token_bytes = byte_count("bytes of a token in a region", elements * element_bytes(dtype))
+        page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
+        self.page_bytes = byte_count("page_bytes", page_bytes, least=1)
         self.row_bytes = self.num_regions * self.page_bytes
         try:
             self._native = _native.KVCache(
                 device=memory,
                 num_regions=self.num_regions,
                 token_bytes=self.token_bytes,
-                num_slots=num_slots,
-                max_tokens=max_tokens,
+                num_slots=self.num_slots,
+                max_tokens=self.max_tokens,
                 page_bytes=self.page_bytes,
                 budget_bytes=budget_bytes,
-                policy=_native.Policy(
-                    deferred_reclamation=deferred_reclamation,
-                    reclaim_threshold=reclaim_threshold,
-                    max_extent_rows=max_extent_rows,
-                ),
+                policy=policy,
             )
         except DeviceError as error:  # of the device it only asks addresses; pages come later
             raise DeviceError(
@@ -122,9 +119,7 @@ class VirtualKVCache:
 
         Raises ValueError for more than max_tokens, or less than none.
         """
-        if not 0 <= tokens <= self.max_tokens:
-            raise ValueError(f"tokens is {tokens}: it must be from 0 to {self.max_tokens}")
-        return self._native.rows_for(tokens)
+        return self._native.rows_for(in_range("tokens", tokens, 0, self.max_tokens))
 
     def view(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer at one slot, each [prepared tokens, num_kv_heads, head_size]: all of it may be touched.
@@ -135,7 +130,7 @@ class VirtualKVCache:
         is_allocated, tokens, _ = self._native.slot_state(slot)
         if not is_allocated:
             raise ValueError(f"slot {slot} is not allocated")
-        k, v = self.layer(layer)
+        k, v = self.layer(in_range("layer", layer, 0, self.num_layers - 1))
         return k[slot, :tokens], v[slot, :tokens]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,8 +140,7 @@ class VirtualKVCache:
         `report_faults`) and CUDA error 700. `view` is cut to them. Pages come with whatever their last owner left in
         them, so a kernel must not read past a sequence's length.
         """
-        if not 0 <= index < self.num_layers:
-            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {index}")
+        index = in_range("layer index", index, 0, self.num_layers - 1)
         shape = (self.num_kv_heads, self.head_size)
         if self.megacache:
             offset = index * self.num_kv_heads * self.head_size
@@ -248,7 +242,7 @@ class VirtualKVCache:
 
     def set_deferred_reclamation(self, deferred: bool) -> None:
         """Whether slots freed from now on keep their pages."""
-        self._native.set_deferred_reclamation(deferred)
+        self._native.set_deferred_reclamation(flag("deferred", deferred))
 
     def reclaim_idle(self) -> None:
         """Unmaps every idle slot now; the pages stay in the pool, ready for whoever grows."""
@@ -256,8 +250,7 @@ class VirtualKVCache:
 
     def resize(self, budget_bytes: int) -> None:
         """Changes the budget. Shrinking releases idle memory; raises OutOfMemoryError if active slots need more."""
-        require_bytes("budget_bytes", budget_bytes)
-        self._native.resize(budget_bytes)
+        self._native.resize(byte_count("budget_bytes", budget_bytes))
 
     def fill_pool(self, bytes: int) -> None:
         """Creates physical pages ahead of need until `bytes` are ready or the budget is spent.
@@ -265,8 +258,7 @@ class VirtualKVCache:
         Without it pages are created when first mapped. Creating maps nothing: it moves the driver's allocation, and a
         shortage of memory, from the first steps to here.
         """
-        require_bytes("bytes", bytes)
-        self._native.fill_pool(bytes)
+        self._native.fill_pool(byte_count("bytes", bytes))
 
     def slot_state(self, slot: int) -> tuple[bool, int, int]:
         """Whether the slot is allocated, its prepared tokens, and its mapped rows."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vattention.arguments import require_bytes, require_positive
+from vattention.arguments import byte_count, integer, positive
 from vattention.kv_cache import VirtualKVCache
 from vattention.stats import CacheStats
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 class VirtualCache(Cache):
@@ -22,7 +20,8 @@ class VirtualCache(Cache):
 
     Pass it to `model.generate(..., past_key_values=cache)` or to the model itself, under `torch.no_grad()`. Number of
     KV heads, head size, dtype and device are those of the first keys it gets; memory exists from then on. Sliding
-    window layers keep all tokens and show the window. Beam search reorders in place; assisted generation crops.
+    window layers keep all tokens and show the window. Beam search reorders in place; assisted generation crops. It is
+    not made for `torch.compile`: use a StaticCache there.
 
     Args:
         config: the model's; each layer must be full or sliding window attention, with K and V of one size.
@@ -43,14 +42,12 @@ class VirtualCache(Cache):
         max_batch_size: int = 64,
         page_bytes: int | None = None,
     ) -> None:
-        require_positive(max_tokens=max_tokens, max_batch_size=max_batch_size)
-        require_bytes("budget_bytes", budget_bytes)
         self._reserve = partial(
             VirtualKVCache,
-            num_slots=max_batch_size,
-            max_tokens=max_tokens,
-            budget_bytes=budget_bytes,
-            page_bytes=page_bytes,
+            num_slots=positive("max_batch_size", max_batch_size),
+            max_tokens=positive("max_tokens", max_tokens),
+            budget_bytes=byte_count("budget_bytes", budget_bytes),
+            page_bytes=None if page_bytes is None else byte_count("page_bytes", page_bytes, least=1),
         )
         self._memory: VirtualKVCache | None = None
         self._is_closed = False
@@ -86,16 +83,20 @@ class VirtualCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes a copy of sequence beam_idx[i]; beam_idx: [batch] integers."""
-        if self._memory is None:
-            return
-        for index, layer in enumerate(self._attention):
-            for each in self._memory.layer(index):
-                held = each[: self._batch_size, : layer.length]
-                held.copy_(held.index_select(0, beam_idx.to(held.device)))
+        self._become(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` copies of it, side by side: a, b become a, a, b, b."""
+        self._become(torch.arange(self._batch_size).repeat_interleave(positive("repeats", repeats)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these sequences, in this order; indices: integers, or a boolean for each sequence."""
+        if self._batch_size > 0:
+            self._become(torch.arange(self._batch_size)[torch.as_tensor(indices, device="cpu")])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -tokens_to_remove tokens of every sequence; transformers passes 0 or a negative number."""
-        if tokens_to_remove > 0:
+        if integer("tokens_to_remove", tokens_to_remove) > 0:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}: it must be 0 or negative, -n to remove n tokens")
         if tokens_to_remove == 0 or self._memory is None:
             return
@@ -107,21 +108,9 @@ class VirtualCache(Cache):
 
     def reset(self) -> None:
         """Forgets every sequence. Their pages stay mapped for the next batch, which may have another size."""
-        if self._memory is not None:
-            self._wait_for_kernels()
-            for slot in range(self._batch_size):
-                self._memory.free(slot)
-        self._batch_size = 0
+        self._shrink(0)
         for layer in self._attention:
             layer.length = 0
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("VirtualCache cannot repeat sequences: repeat the inputs before the first forward")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise NotImplementedError(
-            "VirtualCache cannot drop sequences of a batch: reset() it, or use one cache for each"
-        )
 
     def close(self) -> None:
         """Releases all memory; a `with` block does it too. Idempotent."""
@@ -139,6 +128,12 @@ class VirtualCache(Cache):
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a VirtualCache cannot be copied or pickled: crop() it back to the tokens that texts have in common, or "
+            "use one cache for each"
+        )
+
     def _open(self, keys: torch.Tensor) -> VirtualKVCache:
         """The memory, made for keys like these, with a slot for each sequence."""
         if self._is_closed:
@@ -150,12 +145,46 @@ class VirtualCache(Cache):
             )
             self._device = keys.device
         if self._batch_size == 0:
-            if batch > self._memory.num_slots:
-                raise ValueError(f"max_batch_size is {self._memory.num_slots}: the batch (with beams) has {batch}")
-            for slot in range(batch):
-                self._memory.claim(slot)
-            self._batch_size = batch
+            self._grow(self._memory, batch)
         return self._memory
+
+    def _become(self, sources: torch.Tensor) -> None:
+        """Sequence i becomes a copy of sequence sources[i], of as many as there are sources."""
+        memory, before, after = self._memory, self._batch_size, len(sources)
+        if memory is None or before == 0:
+            return
+        if after == 0:
+            raise ValueError("no sequence would be left: reset() forgets all of them")
+        self._grow(memory, after)
+        for index, layer in enumerate(self._attention):
+            for each in memory.layer(index):
+                held = each[:before, : layer.length].index_select(0, sources.to(each.device))
+                each[:after, : layer.length].copy_(held)
+        self._shrink(after)
+
+    def _grow(self, memory: VirtualKVCache, batch: int) -> None:
+        """Takes slots up to a batch of this size, with memory for as many tokens as the others have."""
+        if batch > memory.num_slots:
+            raise ValueError(f"max_batch_size is {memory.num_slots}: the batch (with beams) has {batch}")
+        added = range(self._batch_size, batch)
+        for slot in added:
+            memory.claim(slot)
+        try:
+            memory.prepare(added, [self.get_seq_length()] * len(added))
+        except MemoryError:
+            for slot in added:
+                memory.free(slot)
+            raise
+        self._batch_size = max(self._batch_size, batch)
+
+    def _shrink(self, batch: int) -> None:
+        """Frees the slots behind a batch of this size."""
+        if self._memory is None or batch >= self._batch_size:
+            return
+        self._wait_for_kernels()
+        for slot in range(batch, self._batch_size):
+            self._memory.free(slot)
+        self._batch_size = batch
 
     def _check(self, memory: VirtualKVCache, *states: torch.Tensor) -> None:
         expected = (self._batch_size, memory.num_kv_heads, memory.head_size)
@@ -206,6 +235,8 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """Sliding window of each layer in tokens, or None. Raises ValueError for layers without K and V of their own."""
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"config must be a model's configuration (model.config), got {type(config).__name__}")
     if config.is_encoder_decoder:
         raise ValueError(f"VirtualCache serves decoder-only models; {config.model_type} has an encoder")
     config = config.get_text_config(decoder=True)

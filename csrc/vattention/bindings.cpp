@@ -48,19 +48,25 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
-std::int64_t to_int(PyObject* item, const char* name) {
-  const long long value = PyLong_AsLongLong(item);
-  if (value != -1 || !PyErr_Occurred()) return value;
-  const bool is_too_large = PyErr_ExceptionMatches(PyExc_OverflowError) != 0;
+// rule: what it must be, as " must be an integer".
+[[noreturn]] void refuse(const char* name, const char* rule, PyObject* object) {
   PyErr_Clear();
-  if (is_too_large) throw py::value_error(std::string(name) + " holds a number of more than 64 bits");
-  const std::string type = Py_TYPE(item)->tp_name;
-  throw py::type_error(std::string(name) + " must be an integer, or a sequence of them, found " + type);
+  throw py::type_error(name + (rule + std::string(py::repr(object))));
 }
 
-py::object sequence(const py::object& object, const char* error_text) {
-  PyObject* items = PySequence_Fast(object.ptr(), error_text);
-  if (items == nullptr) throw py::error_already_set();
+std::int64_t to_int(PyObject* item, const char* name, const char* rule = " must be an integer, got ") {
+  const long long value = PyLong_AsLongLong(item);
+  if (value != -1 || !PyErr_Occurred()) return value;
+  if (PyErr_ExceptionMatches(PyExc_OverflowError) == 0) refuse(name, rule, item);
+  PyErr_Clear();
+  throw py::value_error(std::string(name) + " holds a number of more than 64 bits");
+}
+
+constexpr const char* kNotIntegers = " must be a sequence of integers, got ";
+
+py::object sequence(const py::object& object, const char* name) {
+  PyObject* items = PySequence_Fast(object.ptr(), "");
+  if (items == nullptr) refuse(name, kNotIntegers, object.ptr());
   return py::reinterpret_steal<py::object>(items);
 }
 
@@ -71,8 +77,8 @@ py::object snapshot(const py::object& items) {
 // Reads the two sequences without a converter in between: at 512 slots converting was most of a prepare. Only an item
 // that is no plain int runs Python code, which may change the lists: from there on copies are read.
 Targets to_targets(const py::object& slots, const py::object& tokens) {
-  const py::object s = sequence(slots, "slots must be a sequence of integers");
-  const py::object t = sequence(tokens, "tokens must be a sequence of integers");
+  const py::object s = sequence(slots, "slots");
+  const py::object t = sequence(tokens, "tokens");
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(s.ptr());
   if (size != PySequence_Fast_GET_SIZE(t.ptr())) {
     throw py::value_error("slots and tokens must be of one length, got " + std::to_string(size) + " and " +
@@ -85,7 +91,7 @@ Targets to_targets(const py::object& slots, const py::object& tokens) {
     if (may_change && !(PyLong_CheckExact(slot) && PyLong_CheckExact(token))) {
       return to_targets(snapshot(s), snapshot(t));
     }
-    targets[static_cast<std::size_t>(i)] = {to_int(slot, "slots"), to_int(token, "tokens")};
+    targets[static_cast<std::size_t>(i)] = {to_int(slot, "slots", kNotIntegers), to_int(token, "tokens", kNotIntegers)};
   }
   return targets;
 }
@@ -211,10 +217,11 @@ void define_cache(py::module_& m) {
     const py::gil_scoped_release no_gil;
     cache.prepare(targets);
   };
-  const auto prefetch = [](KVCache& cache, const py::object& slots, const py::object& tokens, std::int64_t lead) {
+  const auto prefetch = [](KVCache& cache, const py::object& slots, const py::object& tokens, const py::object& lead) {
+    const std::int64_t lead_tokens = to_int(lead.ptr(), "lead_tokens");
     const Targets targets = to_targets(slots, tokens);
     const py::gil_scoped_release no_gil;
-    cache.prefetch(targets, lead);
+    cache.prefetch(targets, lead_tokens);
   };
   const auto share = [](KVCache& cache, const py::object& source, const py::object& target, const py::object& tokens) {
     const std::int64_t from = to_int(source.ptr(), "source"), to = to_int(target.ptr(), "target");

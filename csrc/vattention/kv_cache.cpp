@@ -95,7 +95,7 @@ void KVCache::prepare(const Targets& targets) {
 
 void KVCache::prefetch(const Targets& targets, std::int64_t lead_tokens) {
   const Worker::Lock lock = own();
-  const auto lead = static_cast<std::uint64_t>(cut(lead_tokens));
+  const auto lead = static_cast<std::uint64_t>(cut(lead_tokens, "lead_tokens"));
   Targets wanted;
   wanted.reserve(targets.size() + 1);
   std::optional<Target> ahead;
@@ -123,8 +123,8 @@ void KVCache::wait() {
 
 std::uint64_t KVCache::share(std::int64_t source, std::int64_t target, std::int64_t tokens) {
   const Worker::Lock lock = own();
-  const Slot& from = slots_[active_slot(source)];
-  const std::uint64_t to = active_slot(target);
+  const Slot& from = slots_[active_slot(source, "source")];
+  const std::uint64_t to = active_slot(target, "target");
   if (source == target || slots_[to].tokens > 0) {
     throw std::invalid_argument("slot " + std::to_string(target) +
                                 " must be another slot without prepared tokens, it has " +
@@ -273,9 +273,9 @@ std::uint64_t KVCache::tokens_in_range(const char* name, std::int64_t tokens) co
 }
 
 // A length past the end asks for what there is.
-std::int64_t KVCache::cut(std::int64_t tokens) const {
+std::int64_t KVCache::cut(std::int64_t tokens, const char* name) const {
   return static_cast<std::int64_t>(
-      tokens_in_range("tokens", std::min(tokens, static_cast<std::int64_t>(geometry_.max_tokens()))));
+      tokens_in_range(name, std::min(tokens, static_cast<std::int64_t>(geometry_.max_tokens()))));
 }
 
 // The target `lead` tokens on, but no more than one page past its own last one.
@@ -297,16 +297,16 @@ bool KVCache::lacks(const Target& target) const {
   return rows > slot.used_rows && fit(slot, rows).rows() < rows;
 }
 
-std::uint64_t KVCache::slot_in_range(std::int64_t slot) const {
+std::uint64_t KVCache::slot_in_range(std::int64_t slot, const char* name) const {
   if (slot < 0 || static_cast<std::uint64_t>(slot) >= slots_.size()) {
-    throw std::invalid_argument("slot must be from 0 to " + std::to_string(slots_.size() - 1) + ", got " +
-                                std::to_string(slot));
+    throw std::invalid_argument(std::string(name) + " must be from 0 to " + std::to_string(slots_.size() - 1) +
+                                ", got " + std::to_string(slot));
   }
   return static_cast<std::uint64_t>(slot);
 }
 
-std::uint64_t KVCache::active_slot(std::int64_t slot) const {
-  const std::uint64_t index = slot_in_range(slot);
+std::uint64_t KVCache::active_slot(std::int64_t slot, const char* name) const {
+  const std::uint64_t index = slot_in_range(slot, name);
   if (!slots_[index].active) throw std::invalid_argument("slot " + std::to_string(slot) + " is not allocated");
   return index;
 }

