@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from vattention import _native
 
@@ -96,9 +95,9 @@ def flag(name: str, value: object) -> bool:
 
 def share_of_one(name: str, value: object) -> float:
     """Raises TypeError for what is no number, and ValueError below 0 or above 1."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, SupportsFloat) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {value}")
     return float(value)
 

@@ -112,23 +112,24 @@ class ClassicAPI:
         as [max_batch_size, max_context_length, num_layers, num_kv_heads, head_size]. `page_size` in bytes; None or 0
         for the device's own. Until reserve_physical_pages() the budget is one row a slot.
         """
-        sizes = {"num_slots": positive("max_batch_size", max_batch_size)}
-        sizes["max_tokens"] = positive("max_context_length", max_context_length)
+        num_slots = positive("max_batch_size", max_batch_size)
+        max_tokens = positive("max_context_length", max_context_length)
         page_bytes = byte_count("page_size", 0 if page_size is None else page_size)
         self.cleanup()
         cache = VirtualKVCache(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_size=head_size,
-            **sizes,
+            num_slots=num_slots,
+            max_tokens=max_tokens,
             dtype=dtype,
             device=device,
             budget_bytes=_UNBOUNDED_BYTES,  # a row's bytes, and so the real budget, follow from the probed page size
             page_bytes=page_bytes or None,
             megacache=megacache,
         )
-        cache.resize(max_batch_size * cache.row_bytes)
-        self._state = ClassicCache(cache, [0] * max_batch_size)
+        cache.resize(num_slots * cache.row_bytes)
+        self._state = ClassicCache(cache, [0] * num_slots)
         return cache.tensors()
 
     def reserve_physical_pages(self, free_memory: int) -> int:

@@ -44,6 +44,14 @@ def test_cpu(tmp_path: Path) -> None:
     assert set(compared.reference) == {"transformers", "sdpa_paged_16"} and (compared.ratio > 0).all()
 
 
+def test_transformers_caches(tmp_path: Path) -> None:
+    run("benchmark_transformers.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "transformers.csv").set_index(["work", "backend"]).value
+    assert (rows > 0).all() and len(rows) == 4 * 4
+    held = rows["long prompt: the cache at its peak"]
+    assert held["StaticCache"] > held["VirtualCache"] >= held["StaticCache, length known"] > held["DynamicCache"] * 0.99
+
+
 def test_allocator(tmp_path: Path) -> None:
     run("benchmark_allocator.py", "--test", "--skip-library", "--output", tmp_path)
     rows = table(tmp_path / "allocator.csv").set_index(["work", "backend"]).value
