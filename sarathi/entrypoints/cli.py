@@ -98,8 +98,13 @@ def _add_chat(commands: Any) -> None:
     command = _add_command(
         commands, "chat", "talk with a model; /exit, /reset and /system TEXT are commands",
         'sarathi chat --system "Answer in one sentence"', "sarathi chat --model ./folder --temperature 0.7",
+        "sarathi chat --url http://127.0.0.1:8000",
     )  # fmt: skip
     command.add_argument("--system", metavar="TEXT", help="system message that the conversation begins with")
+    url_help = "an OpenAI-compatible server to talk to; it decides about sampling where no option does"
+    command.add_argument("--url", help=url_help)
+    key_help = "url: file with the API key (default: the variable OPENAI_API_KEY, where it is set)"
+    command.add_argument("--api-key-file", metavar="FILE", help=key_help)
     sampling = add_sampling_options(command, max_tokens=512, temperature=0.2, top_p=0.9)
     command.hide([*sampling, *add_config_options(command)])
 

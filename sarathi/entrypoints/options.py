@@ -17,6 +17,7 @@ from sarathi.sampling_params import SamplingParams
 
 # Destinations in the namespace, apart from a command's own options.
 _CONFIG_PREFIX, _SERVER_PREFIX, _SCALING_PREFIX = "config:", "server:", "scaling:"
+_SAMPLING_DEFAULTS = "sampling:defaults"
 
 
 def _optional_int(text: str) -> int | None:
@@ -81,6 +82,12 @@ def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
     return load_config(EngineConfig, args.config, {**_given(args, _CONFIG_PREFIX), **forced})
 
 
+def given_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The knobs of the engine whose options are on the command line, by path; "config" is the file."""
+    file = {} if args.config is None else {"config": args.config}
+    return file | _given(args, _CONFIG_PREFIX)
+
+
 def server_config_from(args: argparse.Namespace) -> ServerConfig:
     """The server that the options ask for. ConfigError names what is wrong."""
     return load_config(ServerConfig, overrides=_given(args, _SERVER_PREFIX))
@@ -93,28 +100,31 @@ def scaling_config_from(args: argparse.Namespace) -> ScalingConfig:
 
 def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> list[argparse.Action]:
     """One option for each field of SamplingParams, which are returned; `defaults` are a command's own."""
-    options: list[argparse.Action] = []
-    group = parser.add_argument_group("sampling")
     standard = {field.name: field.default for field in fields(SamplingParams)} | defaults
+    parser.set_defaults(**{_SAMPLING_DEFAULTS: defaults})
+    group = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
+    options: list[argparse.Action] = []
     for name, (kind, help_text) in _SAMPLING.items():
-        flag, default = "--" + name.replace("_", "-"), standard[name]
-        shown = f"{help_text} (default: {default})"
-        options.append(group.add_argument(flag, type=kind, default=default, metavar="VALUE", help=shown))
+        shown = f"{help_text} (default: {standard[name]})"
+        options.append(group.add_argument(_flag(name), type=kind, metavar="VALUE", help=shown))
     for name, (metavar, help_text) in _SAMPLING_LISTS.items():
         reading: dict[str, Any] = {"action": "append"} if metavar == "TEXT" else {"type": token_ids}
-        flag = "--" + name.replace("_", "-")
-        options.append(group.add_argument(flag, metavar=metavar, help=help_text, **reading))
+        options.append(group.add_argument(_flag(name), metavar=metavar, help=help_text, **reading))
     for name, help_text in _SAMPLING_SWITCHES.items():
-        flag, default = "--" + name.replace("_", "-"), standard[name]
-        yes_or_no = argparse.BooleanOptionalAction
-        options.append(group.add_argument(flag, action=yes_or_no, default=default, help=help_text))
+        shown = f"{help_text} (default: {standard[name]})"
+        options.append(group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=shown))
     return options
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
     """The parameters that the options ask for. ValueError names what is wrong."""
+    return SamplingParams(**{**getattr(args, _SAMPLING_DEFAULTS), **given_sampling(args)})
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SamplingParams whose options are on the command line."""
     names = [*_SAMPLING, *_SAMPLING_LISTS, *_SAMPLING_SWITCHES]
-    return SamplingParams(**{name: getattr(args, name) for name in names})
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def token_ids(text: str) -> list[int]:
@@ -127,10 +137,13 @@ def token_ids(text: str) -> list[int]:
 
 def _add_knob(group: Any, name: str, prefix: str, knob: Knob) -> argparse.Action:
     help_text = f"{knob.help} (default: {knob.default}; {knob.allowed})".replace("%", "%%")
-    flag, target = "--" + name.replace("_", "-"), prefix + knob.path
     more = {"action": argparse.BooleanOptionalAction} if knob.value_type is bool else {"metavar": "VALUE"}
-    option: argparse.Action = group.add_argument(flag, dest=target, help=help_text, **more)
+    option: argparse.Action = group.add_argument(_flag(name), dest=prefix + knob.path, help=help_text, **more)
     return option
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, object]:

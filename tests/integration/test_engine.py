@@ -16,7 +16,8 @@ from small_models import save_tiny_config
 
 from sarathi import LLM, SamplingParams
 from sarathi.config.load import make_config
-from sarathi.entrypoints.chat import Conversation
+from sarathi.entrypoints.chat.conversation import Conversation
+from sarathi.entrypoints.chat.local import LocalModel
 from sarathi.entrypoints.demo import QUESTIONS, measure
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -165,7 +166,7 @@ def test_abort_frees_the_request_and_leaves_the_others(llm: LLM) -> None:
 
 
 def test_a_conversation_answers_refuses_and_goes_on(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    conversation = Conversation(llm, SamplingParams(temperature=0.0, max_tokens=12))
+    conversation = Conversation(LocalModel(llm, SamplingParams(temperature=0.0, max_tokens=12)))
     conversation.hear("What is the capital of France?")
     shown = capsys.readouterr().out
     assert shown.startswith("The capital of France is Paris.\n[8 tokens, ")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 from fake_engine import END, make_engine
 
-from sarathi.entrypoints.chat import Conversation
+from sarathi.entrypoints.chat.conversation import Conversation
+from sarathi.entrypoints.chat.local import LocalModel
 from sarathi.entrypoints.llm import LLM
 from sarathi.sampling_params import SamplingParams
 
@@ -25,7 +26,8 @@ class Listener:
 
 def talk(*lines: str, system: str | None = None) -> list[str]:
     listener = Listener()
-    conversation = Conversation(LLM.from_engine(make_engine(listener)), SamplingParams(max_tokens=5), system)
+    llm = LLM.from_engine(make_engine(listener))
+    conversation = Conversation(LocalModel(llm, SamplingParams(max_tokens=5)), system)
     for line in lines:
         conversation.hear(line)
     return listener.heard

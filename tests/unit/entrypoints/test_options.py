@@ -8,7 +8,14 @@ import pytest
 
 from sarathi.config.knobs import ConfigError, knobs_of
 from sarathi.config.schema import EngineConfig
-from sarathi.entrypoints.options import add_config_options, add_sampling_options, config_from, sampling_from
+from sarathi.entrypoints.options import (
+    add_config_options,
+    add_sampling_options,
+    config_from,
+    given_config,
+    given_sampling,
+    sampling_from,
+)
 from sarathi.sampling_params import SamplingParams
 
 
@@ -45,10 +52,10 @@ def test_options_win_over_the_file_and_forced_values_over_both(tmp_path: Path) -
 
 
 def test_every_sampling_field_that_a_word_can_say_has_an_option() -> None:
-    destinations = vars(parse())
+    destinations = {option.dest for option in add_sampling_options(argparse.ArgumentParser())}
     names = {field.name for field in fields(SamplingParams)}
     only_in_python = {"logit_bias", "logits_processors", "structured_outputs", "cache_salt"}  # a salt parts users
-    assert names - set(destinations) == only_in_python
+    assert names - destinations == only_in_python
 
 
 def test_sampling_options_reach_their_fields() -> None:
@@ -59,6 +66,12 @@ def test_sampling_options_reach_their_fields() -> None:
     )
     assert sampling_from(parse(*words.split())) == expected
     assert sampling_from(parse(max_tokens=99)).max_tokens == 99
+
+
+def test_what_is_given_is_known_from_what_is_a_default() -> None:
+    args = parse("--temperature", "1", "--chunk-size", "64", "--config", "a.yml", max_tokens=99)
+    assert given_sampling(args) == {"temperature": 1.0}
+    assert given_config(args) == {"scheduler.chunk_size": "64", "config": "a.yml"}
 
 
 def test_bad_values_are_errors_that_name_the_knob() -> None:
