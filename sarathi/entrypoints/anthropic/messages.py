@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from sarathi.engine.async_llm import Outputs
 from sarathi.entrypoints.anthropic.blocks import BlockStream, content_blocks, ending, make_message, make_usage
-from sarathi.entrypoints.anthropic.errors import AnthropicRoute, error_event
+from sarathi.entrypoints.anthropic.errors import error_body, error_event
 from sarathi.entrypoints.anthropic.protocol import CountRequest, MessagesRequest
 from sarathi.entrypoints.openai.generation import Header, last_outputs, numbered, submit
 from sarathi.entrypoints.parsing.answer_parser import AnswerParser
 from sarathi.entrypoints.parsing.turn import Turn
 from sarathi.entrypoints.server.context import ServerContext, context_of
-from sarathi.entrypoints.server.errors import user_errors
+from sarathi.entrypoints.server.errors import APIFamily, user_errors
 from sarathi.entrypoints.server.streaming import Events, EventStream, event, json_response, until_disconnected
 
-router = APIRouter(tags=["Anthropic"], route_class=AnthropicRoute)
+router = APIFamily("/v1/messages", error_body, tags=["Anthropic"])
 
 
 @router.post("/v1/messages")

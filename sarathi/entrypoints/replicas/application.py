@@ -21,7 +21,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, ServerConfig
 from sarathi.entrypoints.replicas.gateway import Gateway, ReplicaLostError
 from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
-from sarathi.entrypoints.replicas.replica import Replica
+from sarathi.entrypoints.replicas.replica import ROUTERS, Replica
 from sarathi.entrypoints.replicas.resources import actor_options
 from sarathi.entrypoints.replicas.router import PrefixRouter
 from sarathi.entrypoints.server.app import with_middleware
@@ -94,7 +94,7 @@ class GatewayDeployment:
     """A gateway behind Serve's proxies."""
 
     def __init__(self, replicas: DeploymentHandle[Any], config: ServerConfig) -> None:
-        self.app = with_middleware(Gateway(ServeReplicas(replicas)), config)
+        self.app = with_middleware(Gateway(ServeReplicas(replicas)), config, ROUTERS)
 
 
 def _router(scaling: ScalingConfig) -> RequestRouterConfig:

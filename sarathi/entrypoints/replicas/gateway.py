@@ -18,7 +18,7 @@ from sarathi.entrypoints.replicas.answer import Answer
 from sarathi.entrypoints.replicas.merge import MERGES
 from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
 from sarathi.entrypoints.replicas.prefix import routing_of
-from sarathi.entrypoints.server.errors import ClientDisconnectedError, as_api_error
+from sarathi.entrypoints.server.errors import ClientDisconnectedError, as_api_error, error_response
 from sarathi.entrypoints.server.streaming import until_disconnected
 
 _ATTEMPTS = 5
@@ -59,7 +59,7 @@ class Gateway:
         except ClientDisconnectedError:
             pass
         except HTTPException as error:  # of the body's limits
-            await as_api_error(error).response()(scope, receive, send)
+            await error_response(as_api_error(error), scope)(scope, receive, send)
         finally:
             self._num_open -= 1
 

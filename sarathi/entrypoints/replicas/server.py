@@ -18,6 +18,7 @@ from sarathi.engine.build import build_tokenizer
 from sarathi.engine.core_process.client import CoreStartError
 from sarathi.entrypoints.replicas.application import ServeReplicas, engines
 from sarathi.entrypoints.replicas.gateway import Gateway
+from sarathi.entrypoints.replicas.replica import ROUTERS
 from sarathi.entrypoints.replicas.resources import check_room
 from sarathi.entrypoints.server.app import with_middleware
 from sarathi.entrypoints.server.process.connections import make_http_server
@@ -82,7 +83,7 @@ async def _serve(listener: socket.socket, engine: EngineConfig, config: ServerCo
     service = await end.unless_requested(ReplicaService.start(engine, config, scaling))
     if service is None:
         return 0
-    server = make_http_server(with_middleware(service.gateway, config), config)
+    server = make_http_server(with_middleware(service.gateway, config, ROUTERS), config)
     name = config.model_names(engine.model.model)[0]
     print(f"{name} is served on {url_of(listener)}", flush=True)
     await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)

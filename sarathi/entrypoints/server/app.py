@@ -12,15 +12,15 @@ from sarathi.config.server import ServerConfig
 from sarathi.entrypoints.server import health, page
 from sarathi.entrypoints.server.admin import admin_router
 from sarathi.entrypoints.server.context import ServerContext
-from sarathi.entrypoints.server.errors import add_error_handlers
-from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, RequestId
+from sarathi.entrypoints.server.errors import APIFamily, add_error_handlers
+from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, ErrorForms, RequestId
 
 
 def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[APIRouter]) -> FastAPI:
     """An application with the routes about the server itself, and `routers`."""
     app = FastAPI(
         title="sarathi", version=__version__, description="Language models over OpenAI-compatible HTTP.",
-        middleware=_middleware(config),
+        middleware=_middleware(config, routers),
     )  # fmt: skip
     app.state.context = context
     add_error_handlers(app)
@@ -29,16 +29,17 @@ def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[A
     return app
 
 
-def with_middleware(app: ASGIApp, config: ServerConfig) -> ASGIApp:
-    """An application that has no middleware, behind that of `create_app`."""
-    for each in reversed(_middleware(config)):
+def with_middleware(app: ASGIApp, config: ServerConfig, routers: Sequence[APIRouter]) -> ASGIApp:
+    """An application that has no middleware, behind that of `create_app`. routers: of the APIs that it answers for."""
+    for each in reversed(_middleware(config, routers)):
         app = each.cls(app, *each.args, **each.kwargs)
     return app
 
 
-def _middleware(config: ServerConfig) -> list[Middleware]:
+def _middleware(config: ServerConfig, routers: Sequence[APIRouter]) -> list[Middleware]:
     """The outermost first."""
-    layers = [Middleware(RequestId)]
+    families = [each for each in routers if isinstance(each, APIFamily)]
+    layers = [Middleware(ErrorForms, families=families), Middleware(RequestId)]
     if origins := config.origins():
         layers.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
     if keys := config.api_keys():

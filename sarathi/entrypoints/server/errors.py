@@ -1,15 +1,16 @@
-"""Errors as clients see them: a status and a JSON object in OpenAI's form."""
+"""Errors as clients see them: a status, and a JSON object in OpenAI's form or in that of the API whose route it is."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import OverloadedError
@@ -19,6 +20,7 @@ from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+ERROR_BODY = "sarathi.error_body"  # entry of a request's scope: an ErrorBody, or nothing
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 _SAMPLING_FIELDS = frozenset(each.name for each in fields(SamplingParams))
 
@@ -35,12 +37,29 @@ class APIError(Exception):
     headers: Mapping[str, str] | None = None
 
     def body(self) -> dict[str, Any]:
-        """The JSON object of the answer."""
+        """The JSON object of the answer in OpenAI's form."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        content = msgspec.json.encode(self.body())
+    def response(self, form: "ErrorBody | None" = None) -> Response:
+        """The answer. form: what makes its JSON object; None: OpenAI's."""
+        content = msgspec.json.encode(self.body() if form is None else form(self))
         return Response(content, self.status, self.headers, media_type="application/json")
+
+
+ErrorBody = Callable[[APIError], dict[str, Any]]
+
+
+class APIFamily(APIRouter):
+    """Routes at a path and below it, whose errors have a form of their own, wherever they come from."""
+
+    def __init__(self, path: str, error_body: ErrorBody, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.path = path
+        self.error_body = error_body
+
+    def has(self, path: str) -> bool:
+        """Whether a path is one of the family's, also where no route has it."""
+        return path == self.path or path.startswith(f"{self.path}/")
 
 
 class RequestFailedError(RuntimeError):
@@ -92,8 +111,13 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, f"an unexpected {type(error).__name__} ended the request", _SERVER)
 
 
+def error_response(error: APIError, scope: Scope) -> Response:
+    """The answer to a request, in the form of the family that its path belongs to, else in OpenAI's."""
+    return error.response(scope.get(ERROR_BODY))
+
+
 def add_error_handlers(app: FastAPI) -> None:
-    """Errors of every route, of the router and of validation in one form."""
+    """Errors of every route, of the router and of validation become answers."""
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     for kind in (APIError, *_EXPECTED, Exception):
@@ -107,7 +131,7 @@ _EXPECTED = (
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    return error_response(as_api_error(error), request.scope)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
@@ -116,15 +140,15 @@ async def _on_http(request: Request, error: Exception) -> Response:
     reasons = {404: f"there is no route {path}", 405: f"{path} does not take {request.method}"}
     told = as_api_error(error)
     told.message = reasons.get(told.status, told.message)
-    return told.response()
+    return error_response(told, request.scope)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return invalid_request(error).response()
+    return error_response(_invalid_request(error), request.scope)
 
 
-def invalid_request(error: RequestValidationError) -> APIError:
+def _invalid_request(error: RequestValidationError) -> APIError:
     """The first problem in words, with the field that has it. The values themselves are not repeated."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part != "body"]

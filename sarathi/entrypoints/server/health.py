@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from sarathi import __version__
 from sarathi.entrypoints.server.context import context_of
-from sarathi.entrypoints.server.errors import APIError, as_api_error
+from sarathi.entrypoints.server.errors import APIError, as_api_error, error_response
 
 router = APIRouter(tags=["server"])
 
@@ -15,14 +15,14 @@ router = APIRouter(tags=["server"])
 async def get_health(request: Request) -> Response:
     """200 while the engine's process lives, 503 after that."""
     error = context_of(request).llm.error
-    return Response() if error is None else as_api_error(error).response()
+    return Response() if error is None else error_response(as_api_error(error), request.scope)
 
 
 @router.get("/ready")
 async def get_ready(request: Request) -> Response:
     """200 while new requests are taken; 503 where the engine is dead or the server is draining."""
     if context_of(request).is_draining:
-        return APIError(503, "the server is draining", "service_unavailable_error", code="draining").response()
+        raise APIError(503, "the server is draining", "service_unavailable_error", code="draining")
     return await get_health(request)
 
 

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sarathi.entrypoints.server.errors import APIError
+from sarathi.entrypoints.server.errors import ERROR_BODY, APIError, APIFamily, error_response
 
 _OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
 _MOST_ID_CHARACTERS = 128
@@ -36,6 +36,20 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
+class ErrorForms:
+    """Decides by the path in which form the errors of a request are told, wherever they come from."""
+
+    def __init__(self, app: ASGIApp, families: Sequence[APIFamily]) -> None:
+        self._app = app
+        self._families = families
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            body = next((each.error_body for each in self._families if each.has(scope["path"])), None)
+            scope = {**scope, ERROR_BODY: body}
+        await self._app(scope, receive, send)
+
+
 class ApiKeys:
     """Status 401 without one of the keys, as a bearer token or as x-api-key, but on the open paths."""
 
@@ -49,7 +63,7 @@ class ApiKeys:
             await self._app(scope, receive, send)
             return
         error = APIError(401, "the API key is missing or wrong", code="invalid_api_key")
-        await error.response()(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
 
 def holds_key(headers: Headers, keys: Sequence[bytes]) -> bool:
@@ -73,7 +87,7 @@ class BodyLimit:
             return
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self._max_bytes:
-            await self._refusal(413).response()(scope, receive, send)
+            await error_response(self._refusal(413), scope)(scope, receive, send)
             return
         await self._app(scope, _LimitedReceive(receive, self._max_bytes, self._timeout_s), send)
 

@@ -19,6 +19,7 @@ from sarathi.entrypoints.replicas.gateway import Gateway, ReplicaLostError
 from sarathi.entrypoints.replicas.merge import merge_metrics
 from sarathi.entrypoints.replicas.messages import Begun, ForwardedRequest, Head, Piece, WholeAnswer
 from sarathi.entrypoints.replicas.prefix import BLOCK_BYTES, response_mark, routing_of
+from sarathi.entrypoints.replicas.replica import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 
 HEAD = Head(200, ((b"content-type", b"application/json"),))
@@ -190,7 +191,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., httpx.Response]:
             gateway = Gateway(script)
             if drain:
                 await gateway.drain(0)
-            app = with_middleware(gateway, load_config(ServerConfig, overrides={"max_body_bytes": 100}))
+            app = with_middleware(gateway, load_config(ServerConfig, overrides={"max_body_bytes": 100}), ROUTERS)
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
                 return await client.request(options.pop("method", "POST"), path, **options)
 
