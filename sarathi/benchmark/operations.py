@@ -181,6 +181,12 @@ class ProbedExecutor(Executor):
     def resize_cache(self, rows: int) -> bool:
         return self._executor.resize_cache(rows)
 
+    def drop_weights(self) -> None:
+        self._executor.drop_weights()
+
+    def load_weights(self) -> None:
+        self._executor.load_weights()
+
     def check_integrity(self) -> None:
         self._executor.check_integrity()
 

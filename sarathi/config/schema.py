@@ -5,6 +5,7 @@ Built once and never changed: facts found at run time, as the capacity of the ca
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from sarathi.config.backend import AUTO, BackendSpec
@@ -19,6 +20,7 @@ DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 _INT32_MAX, _INT63_MAX = 2**31 - 1, 2**63 - 1  # lengths and slots on the device; seeds of torch
 _MOST_BYTES = 2**62
+_GROUP = re.compile(r"[\w.-]+", re.ASCII)
 _MOST_SEQS = 2**20  # each has a slot, and books for it, whether it runs or not
 
 
@@ -62,6 +64,9 @@ class CacheConfig(Section):
         high=_MOST_BYTES,
         unit="bytes",
     )
+    kv_budget_group: str | None = knob(
+        None, "servers of one user on one device that name the same group share memory_bytes as their total"
+    )
     gpu_memory_utilization: float = knob(
         0.9, "share of the GPU's memory for weights, activations and cache together, where memory_bytes is none",
         low=0.01, high=1.0,
@@ -72,6 +77,14 @@ class CacheConfig(Section):
     prefix_eviction: str = knob(
         "lru", "which of them go first: least recently used, or least frequently", choices=EVICTIONS
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        group = self.kv_budget_group
+        if group is not None and not _GROUP.fullmatch(group):
+            raise ConfigError(f"kv_budget_group is {group!r}: it must be letters, digits, '.', '_' and '-'")
+        if group is not None and self.memory_bytes is None:
+            raise ConfigError(f"kv_budget_group is {group!r}: it needs memory_bytes, the total that the group shares")
 
 
 @dataclass(frozen=True)
@@ -166,3 +179,9 @@ class EngineConfig(Section):
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        num_ranks = self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
+        if self.cache.kv_budget_group is not None and num_ranks > 1:
+            raise ConfigError(f"kv_budget_group is for one device, and this model is spread over {num_ranks}")

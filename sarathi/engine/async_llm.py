@@ -168,12 +168,15 @@ class AsyncLLM:
         """Shrink or grow the KV cache of the running engine. ValueError: see `CacheBudget.set_bytes`."""
         await self._core.change_memory(SetCacheBudget(memory_bytes))
 
-    async def sleep(self) -> None:
-        """Give the memory of the KV cache back to the system. Requests wait until `wake_up`, new ones too."""
-        await self._core.change_memory(Sleep())
+    async def sleep(self, level: int = 1) -> None:
+        """Give the memory of the KV cache back to the system. Requests wait until `wake_up`, new ones too.
+
+        level: 2: the memory of the weights too. ValueError: see `CoreClient.sleep`.
+        """
+        await self._core.change_memory(Sleep(level))
 
     async def wake_up(self) -> None:
-        """Take the memory again, and go on."""
+        """Take the memory again, and go on. ValueError: see `CoreClient.wake_up`."""
         await self._core.change_memory(WakeUp())
 
     async def reset_prefix_cache(self) -> bool:

@@ -4,9 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sarathi.config.schema import EngineConfig, ModelConfig
+from sarathi.config.runtime import runtime_folder
+from sarathi.config.schema import CacheConfig, EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
+from sarathi.engine.cache_budget.budget import CacheBudget
+from sarathi.engine.cache_budget.group import BudgetGroup
+from sarathi.engine.cache_budget.shared import SharedCacheBudget
 from sarathi.engine.core import EngineCore
 from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_end_token_ids, load_tokenizer
 from sarathi.engine.tokenizer.vocabulary import make_vocabulary
@@ -28,7 +32,8 @@ def build_core(config: EngineConfig) -> EngineCore:
     from sarathi.executor.factory import create_executor  # imports torch, which a tokenizer does not need
 
     executor = create_executor(config, partial(load_vocabulary, config))
-    return EngineCore(build_scheduler(config, executor), executor)
+    scheduler = build_scheduler(config, executor)
+    return EngineCore(scheduler, executor, budget=_budget(config.cache, scheduler, executor))
 
 
 def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:
@@ -44,6 +49,14 @@ def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:
     backend, eviction = config.model.attention_backend, config.cache.prefix_eviction
     block_space_manager = make_block_space_manager(backend, executor.capacity, eviction)
     return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages)
+
+
+def _budget(config: CacheConfig, scheduler: Scheduler, executor: Executor) -> CacheBudget:
+    """The budget that the cache has alone, or together with others."""
+    if config.kv_budget_group is None or config.memory_bytes is None:
+        return CacheBudget(scheduler, executor)
+    folder = runtime_folder() / f"kv-budget-{config.kv_budget_group}"
+    return SharedCacheBudget(scheduler, executor, BudgetGroup(folder, config.memory_bytes))
 
 
 def _tokenizer_source(config: ModelConfig) -> ModelSource:

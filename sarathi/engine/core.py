@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from sarathi.core.scheduler import Scheduler
-from sarathi.engine.cache_budget import CacheBudget
+from sarathi.engine.cache_budget.budget import CacheBudget
 from sarathi.executor.base import Executor
 from sarathi.messages import (
     CoreOutput,
@@ -37,9 +37,15 @@ class EngineCore:
     """The core in this process, which is also its own client: see `CoreClient` for what the methods promise.
 
     Messages only cross this boundary: the caller shares no object with the scheduler or the executor.
+
+    is_starved: whether the last step computed nothing, and the next will not either without more memory or a command.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float] = time.monotonic,
+        budget: CacheBudget | None = None,
+    ) -> None:  # fmt: skip
+        """budget: None: the executor's capacity, for this core alone."""
         self.scheduler = scheduler
         self.executor = executor
         self.facts = EngineFacts(
@@ -48,14 +54,19 @@ class EngineCore:
         self._clock = clock
         self._steps: deque[InFlightStep] = deque()
         self._untold: list[RequestUpdate] = []  # of requests that ended between steps
-        self._budget = CacheBudget(scheduler, executor)
-        self.is_asleep = False
+        self._budget = budget or CacheBudget(scheduler, executor)
+        self.is_asleep = self.is_starved = False
 
     @property
     def has_work(self) -> bool:
         if self.is_asleep:
             return bool(self._untold)
-        return self.scheduler.has_work or bool(self._steps or self._untold)
+        return self.scheduler.has_work or bool(self._steps or self._untold) or not self._budget.is_settled
+
+    @property
+    def look_s(self) -> float | None:
+        """Seconds between two calls of `balance`, also while there is no work; None: it does nothing."""
+        return self._budget.look_s
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
         if not self.executor.takes_functions and any(new.sampling_params.logits_processors for new in requests):
@@ -71,13 +82,16 @@ class EngineCore:
         self.scheduler.finish(request_id, reason, stop_reason)
 
     def step(self) -> CoreOutput:
-        """Launch one step, and wait for the oldest where no more may be in flight. Asleep: no step."""
-        if self.scheduler.has_work and not self.is_asleep:
+        """Launch one step, and wait for the oldest where no more may be in flight. Asleep: no step.
+
+        A step without requests still tells the executor of memory that is to be released.
+        """
+        if not self.is_asleep and (self.scheduler.has_work or not self._budget.is_settled):
             started_at_s = self._clock()
             out = self.scheduler.schedule()
             scheduled_at_s = self._clock()
             self._steps.append(InFlightStep(out, self.executor.launch(out), started_at_s, scheduled_at_s))
-        untold, self._untold = self._untold, []
+        untold, self._untold, self.is_starved = self._untold, [], False
         if not self._steps or self._may_launch_more():
             return CoreOutput(tuple(untold))
         step = self._steps[0]
@@ -86,6 +100,7 @@ class EngineCore:
         executed_at_s = self._clock()
         updates = (*untold, *self._updates(step.out, result))
         self._budget.settle()
+        self.is_starved = not (step.out.chunks or self._steps or updates)
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
         first_scheduled = tuple([new.request_id for new in step.out.new_requests])
         return CoreOutput(updates, report, first_scheduled, step.started_at_s)
@@ -108,21 +123,23 @@ class EngineCore:
         step tells of requests that are too long for it. ValueError: see `CacheBudget.set_bytes`."""
         self._untold += self._budget.set_bytes(memory_bytes)
 
-    def sleep(self) -> None:
-        """Preempt every request, and give the cache's memory back. Requests wait until `wake_up`."""
-        if self.is_asleep:
-            return
-        while self._steps:
-            step = self._steps.popleft()
-            self._untold += self._updates(step.out, step.future.result())
-        out = self.scheduler.preempt_all()
-        self._untold += self._updates(out, self.executor.launch(out).result())
-        self._budget.release()
-        self.is_asleep = True
+    def balance(self) -> None:
+        """Between two steps: take memory that other servers of the group leave, or leave them some."""
+        self._untold += self._budget.balance()
+
+    def sleep(self, level: int = 1) -> None:
+        self._check_level(level)
+        if not self.is_asleep:
+            self._preempt_all()
+            self._budget.release()
+            self.is_asleep = True
+        if level == 2:
+            self.executor.drop_weights()
 
     def wake_up(self) -> None:
-        """Take the cache's memory again, and go on. Preempted requests are computed again, and none is lost."""
+        """Preempted requests are computed again, and none is lost."""
         if self.is_asleep:
+            self.executor.load_weights()
             self._budget.restore()
             self.is_asleep = False
 
@@ -140,6 +157,20 @@ class EngineCore:
             self.reset()
         finally:
             self.executor.shutdown()
+
+    def _check_level(self, level: int) -> None:
+        if level not in (1, 2):
+            raise ValueError(f"level is {level!r}: it must be 1, the cache, or 2, the weights too")
+        if level == 2 and (device := self.executor.resolution.device) != "cpu":
+            raise ValueError(f"level is 2: weights on {device} stay, since CUDA graphs contain their addresses; use 1")
+
+    def _preempt_all(self) -> None:
+        """Wait for the steps in flight, and have the executor release the memory of every request."""
+        while self._steps:
+            step = self._steps.popleft()
+            self._untold += self._updates(step.out, step.future.result())
+        out = self.scheduler.preempt_all()
+        self._untold += self._updates(out, self.executor.launch(out).result())
 
     def _updates(self, out: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
         prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]

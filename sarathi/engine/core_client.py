@@ -38,11 +38,15 @@ class CoreClient(Protocol):
     def reset(self) -> None:
         """End every request, in whatever state an exception left them. No update of them follows."""
 
-    def sleep(self) -> None:
-        """Preempt every request, and give the cache's memory back. Requests wait until `wake_up`."""
+    def sleep(self, level: int = 1) -> None:
+        """Preempt every request, and give the cache's memory back to the system. Requests wait until `wake_up`.
+
+        level: 2: the memory of the weights too; they are read from the checkpoint again. ValueError for another level,
+        and for 2 on a GPU.
+        """
 
     def wake_up(self) -> None:
-        """Take the cache's memory again, and go on."""
+        """Take the memory again, and go on. ValueError where weights cannot be read any more: it goes on sleeping."""
 
     def reset_prefix_cache(self) -> bool:
         """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""

@@ -47,6 +47,11 @@ class LLMEngine:
         """The engine that `config` describes, its model loaded. Raises ValueErrors that name the setting at fault."""
         from sarathi.engine.build import build_core, build_tokenizer  # import readers of checkpoints
 
+        if config.cache.kv_budget_group is not None:
+            raise ValueError(
+                f"kv_budget_group is {config.cache.kv_budget_group!r}: an engine that shares its memory has a process "
+                "of its own, as that of `sarathi serve` or AsyncLLM"
+            )
         tokenizer, end_token_ids = build_tokenizer(config)
         return cls(build_core(config), tokenizer, end_token_ids=end_token_ids)
 

@@ -119,15 +119,16 @@ class LLM:
     def sleep(self, level: int = 1) -> None:
         """Give the memory of the KV cache back to the system, between two steps. Streams wait until `wake_up`.
 
-        level: 1, the cache; weights stay.
+        level: 1: the cache; 2: the weights too. ValueError for another level, and for 2 on a GPU.
         """
-        if level != 1:
-            raise ValueError(f"level is {level!r}: it must be 1, the cache; the weights stay where they are")
         with self._using_engine():
-            self.engine.core.sleep()
+            self.engine.core.sleep(level)
 
     def wake_up(self) -> None:
-        """Take the memory again. Requests that were running are computed again."""
+        """Take the memory again, and read weights that were given back. Requests that were running are computed again.
+
+        ValueError where the checkpoint cannot be read any more: the engine goes on sleeping.
+        """
         with self._using_engine():
             self.engine.core.wake_up()
 

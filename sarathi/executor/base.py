@@ -36,6 +36,15 @@ class Executor(Protocol):
         rows: of `capacity`; 0: all but one row, which a cache cannot do without. Only virtual memory changes.
         """
 
+    def drop_weights(self) -> None:
+        """Give the weights' memory back to the system on every rank. No step may run until `load_weights`.
+
+        ValueError on a GPU, where CUDA graphs contain the weights' addresses.
+        """
+
+    def load_weights(self) -> None:
+        """Read the weights from the checkpoint again where they were dropped; raises what a new executor would."""
+
     def check_integrity(self) -> None:
         """Raise RuntimeError where a cache's accounting is inconsistent."""
 

@@ -67,6 +67,11 @@ class _ClosedWorker:
         """There is no cache any more."""
         return True
 
+    def drop_weights(self) -> None:
+        """There are no weights any more."""
+
+    load_weights = drop_weights
+
     def check_integrity(self) -> None:
         """Nothing to check."""
 
@@ -112,6 +117,12 @@ class UniprocExecutor(Steps, Executor):
 
     def resize_cache(self, rows: int) -> bool:
         return self._worker.resize_cache(rows)
+
+    def drop_weights(self) -> None:
+        self._worker.drop_weights()
+
+    def load_weights(self) -> None:
+        self._worker.load_weights()
 
     def check_integrity(self) -> None:
         self._worker.check_integrity()

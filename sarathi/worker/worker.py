@@ -18,18 +18,17 @@ from sarathi.messages import (
 )
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import create_backend
-from sarathi.model_executor.loader.loader import load_weights, open_checkpoint
+from sarathi.model_executor.loader.loader import open_checkpoint
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.ops import create_ops
-from sarathi.model_executor.parallel.layers import split_over_ranks
-from sarathi.model_executor.parallel.pipeline import Stage, connect_stages
+from sarathi.model_executor.parallel.pipeline import Stage
 from sarathi.model_executor.parallel.ranks import Ranks
 from sarathi.model_executor.parallel.sharding import TensorShare
 from sarathi.model_executor.sampling.grammar import GrammarCompiler, MakeVocabulary, no_vocabulary
 from sarathi.worker.cache_engine.base import CacheEngine, KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine, num_retained
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
-from sarathi.worker.memory import check_budget, check_weights, final_budget_bytes, initial_budget_bytes
+from sarathi.worker.memory import check_budget, final_budget_bytes, initial_budget_bytes
+from sarathi.worker.model_builder import ModelBuilder, return_free_memory
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.warm_up import create_runner, warm_up
 from vattention import OutOfMemoryError
@@ -58,17 +57,13 @@ class Worker:
         arch = stage.architecture
         place = choose_placement(config.model, arch)
         check_budget(config.cache, place.device)
-        check_weights(arch.num_parameters, place.dtype, place.device)
         self.vocab_size = share.arch.vocab_size
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
         self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps)
         attention = create_backend(backend, arch, place)
-        model = Decoder(arch, place, create_ops(place.device), attention, self.max_model_len)
-        split_over_ranks(model, share, ranks)
-        connect_stages(model, stage, ranks)
-        shards = share.shards() if ranks.size > 1 else {}
-        load_weights(model, checkpoint, config.model.seed + ranks.number, shards, stage)
+        self._builder = ModelBuilder(config.model, share, stage, place, attention, ranks, self.max_model_len)
+        model = self._builder.build(checkpoint)
         spec = KVCacheSpec(
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
             config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
@@ -84,7 +79,6 @@ class Worker:
         )
         self._cache = create_cache_engine(backend, spec, place.device, budget)
         self._runner = create_runner(model, attention, self._cache, arch, spec, ranks)
-        self.model = self._runner.model
         warm_up(self._runner, self._cache, _common_capacity(self._cache, ranks), config, spec)
         self._cache.resize(ranks.least(final_budget_bytes(config.cache, place.device, budget)))
         self.capacity = _common_capacity(self._cache, ranks)
@@ -94,6 +88,10 @@ class Worker:
     @property
     def cache(self) -> CacheEngine:
         return self._cache
+
+    @property
+    def model(self) -> Decoder:
+        return self._runner.model
 
     @property
     def max_in_flight(self) -> int:
@@ -150,6 +148,18 @@ class Worker:
         except OutOfMemoryError:
             return False
         return True
+
+    def drop_weights(self) -> None:
+        """Give the weights' memory back; no step may run until `load_weights`. See `Executor.drop_weights`."""
+        self._runner.wait()
+        if hasattr(self._runner, "model"):
+            del self._runner.model
+            return_free_memory()
+
+    def load_weights(self) -> None:
+        """Read the weights again where they were dropped. Raises as the constructor does."""
+        if not hasattr(self._runner, "model"):
+            self._runner.model = self._builder.build(open_checkpoint(self._builder.config))
 
     def fingerprint(self) -> str:
         """A hash of the requests in the cache: their lengths, and the tokens that are computed."""

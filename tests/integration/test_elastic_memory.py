@@ -1,14 +1,17 @@
 """The cache of a running engine shrinks, grows, sleeps and wakes: no request is lost, and memory is the system's."""
 
+import random
 import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from http_server import options, running_server
 from small_models import save_tiny_model
 from test_server_life import LONG, OpenStream, metric, until
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sarathi import LLM, SamplingParams
 
@@ -23,8 +26,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=8192)
 
 
-def texts(llm: LLM) -> list[list[int]]:
-    return [each.outputs[0].token_ids for each in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+def texts(llm: LLM, params: SamplingParams = GREEDY) -> list[list[int]]:
+    return [each.outputs[0].token_ids for each in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+def save_random_weights(folder: Path) -> tuple[str, int]:
+    """A model of 64 MB, and its size in memory, which shows beside the noise of an allocator."""
+    torch.manual_seed(random.randrange(2**31))
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_key_value_heads=2, **shape))
+    model.save_pretrained(folder)
+    return str(folder), 4 * model.num_parameters()
+
+
+def resident_bytes() -> int:
+    """Of this process, without the pages of files and of the cache."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def row_bytes(llm: LLM) -> int:
@@ -44,6 +62,33 @@ def test_an_engine_that_sleeps_in_the_middle_gives_the_same_tokens(model: str) -
                 threading.Timer(0.1, llm.wake_up).start()
         assert [outputs[number].outputs[0].token_ids for number in range(len(PROMPTS))] == expected
         llm.engine.core.executor.check_integrity()
+
+
+def test_an_engine_without_weights_takes_no_memory_for_them_and_reads_them_again(tmp_path: Path) -> None:
+    model, num_bytes = save_random_weights(tmp_path / "model")
+    few = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM(model, **SETTINGS | {"load_format": "safetensors"}) as llm:
+        expected, outputs = texts(llm, few), {}
+        for count, (number, output) in enumerate(llm.stream_all(PROMPTS, few)):
+            outputs[number] = output
+            if count == 20:
+                before = resident_bytes()
+                llm.sleep(level=1)
+                llm.sleep(level=2)
+                assert before - resident_bytes() > 0.9 * num_bytes
+                threading.Timer(0.1, llm.wake_up).start()
+        assert [outputs[number].outputs[0].token_ids for number in range(len(PROMPTS))] == expected
+        llm.sleep(level=2)
+        weights = Path(model) / "model.safetensors"
+        hidden = weights.rename(weights.with_suffix(".hidden"))
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            llm.wake_up()
+        assert llm.engine.core.is_asleep
+        hidden.rename(weights)
+        llm.wake_up()
+        assert texts(llm, few) == expected
+        with pytest.raises(ValueError, match="level is 3: it must be 1, the cache, or 2"):
+            llm.sleep(level=3)
 
 
 def test_a_budget_that_shrinks_and_grows_gives_the_same_tokens(model: str) -> None:
@@ -90,7 +135,8 @@ def test_a_server_sleeps_wakes_and_shrinks_for_an_admin_alone(model: str, tmp_pa
         assert len(stream.lines) <= num_lines + 1 and not stream.done.done()
         assert post("/wake_up") == 200
         assert post("/kv/budget", memory_bytes=2**22) == 200
-        assert post("/kv/budget", memory_bytes=1) == 400 and post("/sleep?level=2") == 400
+        assert post("/kv/budget", memory_bytes=1) == 400 and post("/sleep?level=3") == 400
+        assert post("/sleep?level=2") == 200 and post("/wake_up") == 200
         assert stream.last() == "[DONE]"
         assert metric(server, "kv_cache_created_bytes") <= 2**22
         until(server, "num_requests_running", 0)

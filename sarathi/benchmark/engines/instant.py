@@ -60,6 +60,11 @@ class InstantExecutor(Executor):
     def resize_cache(self, rows: int) -> bool:
         return True
 
+    def drop_weights(self) -> None:
+        """There are no weights."""
+
+    load_weights = drop_weights
+
     def check_integrity(self) -> None:
         """There is no cache."""
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
+from operator import attrgetter
 
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
@@ -130,10 +132,35 @@ class Scheduler(ABC):
         self.block_space_manager.evict_all()
         return True
 
-    def resize(self, rows: int) -> list[RequestUpdate]:
-        """Change the size of the cache permanently; returns the ends of requests that are too long for it."""
-        self._memory.full_capacity = replace(self._memory.full_capacity, rows=rows)
+    def resize(self, rows: int, reachable_rows: int | None = None) -> list[RequestUpdate]:
+        """Change the size of the cache permanently; returns the ends of requests that are too long for it.
+
+        reachable_rows: to which it may grow later, so that requests may be as long; None: `rows`.
+        """
+        rows_later = rows if reachable_rows is None else reachable_rows
+        full = replace(self._memory.full_capacity, rows=rows)
+        self._memory.full_capacity, self._memory.reachable_capacity = full, replace(full, rows=rows_later)
         return self._fit(rows)
+
+    def wanted_rows(self, most: int) -> int:
+        """Rows that requests would hold if there were any number, `most` at most: a row more than now for each, and
+        those of the requests that wait, as far as they could run."""
+        rows = self.block_space_manager.num_used_rows
+        for state in islice(self._states.values(), self.config.max_num_seqs):
+            if rows >= most:
+                break
+            is_running = state.request.status is RequestStatus.RUNNING
+            rows += 1 if is_running else self.block_space_manager.capacity.rows_for(state.request.num_tokens) + 1
+        return min(rows, most)
+
+    def oldest_need(self) -> tuple[str | None, int]:
+        """The request that goes before all others, and the rows with which it goes on; None, 0: there is none."""
+        candidates = [*self._running.running[:1], *filter(None, [self._waiting.first()])]
+        oldest = min(candidates, key=attrgetter("arrival"), default=None)
+        if oldest is None:
+            return None, 0
+        rows = self.block_space_manager.capacity.rows_for(oldest.request.num_tokens + 1)
+        return oldest.request.request_id, rows + 1
 
     def schedule(self) -> SchedulerOutput:
         """The next step. It is empty if every request is in flight already, or if it only announces ended requests."""

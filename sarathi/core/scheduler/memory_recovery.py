@@ -29,6 +29,7 @@ class MemoryRecovery:
     """Preemption, the full and the current capacity, and the lengths that they allow.
 
     num_recoveries: failed steps that the scheduler knows of. full_capacity: without a shortage.
+    reachable_capacity: to which the full one may be changed, which limits the lengths of requests.
     is_short: whether the current capacity is smaller.
     retry_step_id: after a shortage, the step whose success is the time to try the full capacity again.
 
@@ -41,7 +42,7 @@ class MemoryRecovery:
     def __init__(self, block_space_manager: BlockSpaceManager, running: RunningRequests, max_model_len: int) -> None:
         self.num_recoveries = 0
         self.num_preemptions = 0
-        self.full_capacity = block_space_manager.capacity
+        self.full_capacity = self.reachable_capacity = block_space_manager.capacity
         self.is_short = False
         self._block_space_manager = block_space_manager
         self._running = running
@@ -55,7 +56,7 @@ class MemoryRecovery:
 
         The last output token need not be in the cache.
         """
-        num_tokens, capacity = request.num_tokens, self.full_capacity
+        num_tokens, capacity = request.num_tokens, self.reachable_capacity
         if num_tokens >= self._max_model_len:
             raise RequestTooLongError(
                 f"request {request.request_id!r} has {num_tokens} tokens: the longest sequence is "
@@ -71,11 +72,11 @@ class MemoryRecovery:
     def max_output_tokens(self, request: Request) -> int:
         """Output length at which a request ends: its own limit, the model's, or the cache's.
 
-        The current capacity limits a running request, the full one a waiting request: a shortage may be over by the
-        time it runs.
+        In a shortage the current capacity limits a running request, and not a waiting one: the shortage may be over by
+        the time it runs.
         """
-        is_running = request.status is RequestStatus.RUNNING
-        capacity = self._block_space_manager.capacity if is_running else self.full_capacity
+        is_limited = self.is_short and request.status is RequestStatus.RUNNING
+        capacity = self._block_space_manager.capacity if is_limited else self.reachable_capacity
         longest = min(self._max_model_len, capacity.tokens_in(capacity.rows) + 1)
         room = longest - len(request.prompt_token_ids)
         wanted = request.sampling_params.max_tokens

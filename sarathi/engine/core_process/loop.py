@@ -35,8 +35,9 @@ _MAX_FAILED_STEPS = 3
 class Channel(Protocol):
     """Where commands come from and reports go to. Clients have names, the process that started the core MAIN."""
 
-    def receive(self, wait: bool) -> Sequence[tuple[str, Command]]:
-        """All commands that have arrived with who sent them, in order. wait: until there is one."""
+    def receive(self, wait_s: float | None) -> Sequence[tuple[str, Command]]:
+        """All commands that have arrived with who sent them, in order. wait_s: until there is one at most; None: any
+        time."""
 
     def send(self, report: Report, name: str = MAIN) -> None: ...
 
@@ -54,13 +55,19 @@ class CoreLoop:
         """Until Shutdown. Raises what the last step raised where the device is lost, or three steps in a row failed."""
         self._channel.send(Started(self._core.facts))
         while True:
-            for name, command in self._channel.receive(wait=not self._core.has_work):
+            for name, command in self._channel.receive(self._wait_s()):
                 if isinstance(command, Shutdown):
                     return
                 if not self._owners.has_left(name):
                     self._obey(command, name)
+            self._core.balance()
             if self._core.has_work:
                 self._step()
+
+    def _wait_s(self) -> float | None:
+        """No time while there is work that can be done."""
+        look_s = self._core.look_s
+        return 0.0 if self._core.has_work and not (self._core.is_starved and look_s) else look_s
 
     def _obey(self, command: Command, name: str) -> None:
         if isinstance(command, AddRequests):
@@ -86,7 +93,7 @@ class CoreLoop:
             if isinstance(command, SetCacheBudget):
                 self._core.set_cache_budget(command.memory_bytes)
             elif isinstance(command, Sleep):
-                self._core.sleep()
+                self._core.sleep(command.level)
             elif isinstance(command, WakeUp):
                 self._core.wake_up()
             elif not self._core.reset_prefix_cache():

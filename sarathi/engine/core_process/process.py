@@ -87,9 +87,9 @@ class _ZmqChannel:
         for each in (self._inbox, self._front_ends):
             self._poller.register(each, zmq.POLLIN)
 
-    def receive(self, wait: bool) -> Sequence[tuple[str, Command]]:
+    def receive(self, wait_s: float | None) -> Sequence[tuple[str, Command]]:
         commands: list[tuple[str, Command]] = []
-        timeout_ms = None if wait else 0
+        timeout_ms = None if wait_s is None else int(wait_s * 1e3)
         while ready := self._poller.poll(timeout_ms):
             for socket, _ in ready:
                 name, command = socket.recv_multipart()

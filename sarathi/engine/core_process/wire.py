@@ -30,11 +30,13 @@ class SetCacheBudget(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sleep(msgspec.Struct, frozen=True, tag=True):
-    """See `EngineCore.sleep`. Answered by Done."""
+    """See `CoreClient.sleep`. Answered by Done."""
+
+    level: int = 1
 
 
 class WakeUp(msgspec.Struct, frozen=True, tag=True):
-    """See `EngineCore.wake_up`. Answered by Done."""
+    """See `CoreClient.wake_up`. Answered by Done."""
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):

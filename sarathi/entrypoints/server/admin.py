@@ -45,16 +45,20 @@ async def set_budget(body: BudgetRequest, request: Request) -> Response:
 
 
 async def sleep(request: Request, level: int = 1) -> Response:
-    """Give the memory of the KV cache back to the system; requests wait. level: 1."""
-    if level != 1:
-        raise APIError(400, f"level is {level}: it must be 1, the cache; the weights stay", param="level")
-    await context_of(request).llm.sleep()
+    """Give memory back to the system; requests wait. level: 1: of the KV cache; 2: of the weights too."""
+    try:
+        await context_of(request).llm.sleep(level)
+    except ValueError as error:
+        raise APIError(400, str(error), param="level") from None
     return Response()
 
 
 async def wake_up(request: Request) -> Response:
     """Take the memory again, and go on with the requests."""
-    await context_of(request).llm.wake_up()
+    try:
+        await context_of(request).llm.wake_up()
+    except ValueError as error:
+        raise APIError(500, f"the server goes on sleeping: {error}", "server_error") from None
     return Response()
 
 

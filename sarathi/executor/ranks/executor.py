@@ -86,6 +86,12 @@ class RanksExecutor(Executor):
     def resize_cache(self, rows: int) -> bool:
         return all(self.ask("resize_cache", rows))
 
+    def drop_weights(self) -> None:
+        self.ask("drop_weights")
+
+    def load_weights(self) -> None:
+        self.ask("load_weights")
+
     def busy_s(self) -> list[float]:
         """Seconds that each stage has computed so far, without waits for its input; on GPUs with them."""
         return self.ask("busy_s")[:: self._grid.per_stage]

@@ -52,8 +52,11 @@ class Reply(NamedTuple):
 
 
 _ANSWERED = frozenset(
-    ("facts", "wait", "memory_stats", "resize_cache", "check_integrity", "busy_s", "fingerprint", "close")
-)  # by every rank
+    (
+        "facts", "wait", "memory_stats", "resize_cache", "drop_weights", "load_weights", "check_integrity", "busy_s",
+        "fingerprint", "close",
+    )
+)  # by every rank  # fmt: skip
 
 
 def is_answered(method: str, rank: int, grid: RankGrid) -> bool:

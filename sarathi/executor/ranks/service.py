@@ -62,6 +62,12 @@ class RankService:
     def resize_cache(self, rows: int) -> bool:
         return self._worker.resize_cache(rows)
 
+    def drop_weights(self) -> None:
+        self._worker.drop_weights()
+
+    def load_weights(self) -> None:
+        self._worker.load_weights()
+
     def check_integrity(self) -> None:
         self._worker.check_integrity()
 

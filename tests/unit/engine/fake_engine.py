@@ -81,6 +81,11 @@ class FakeExecutor:
         self.cache_rows = rows
         return True
 
+    def drop_weights(self) -> None:
+        """There are none."""
+
+    load_weights = drop_weights
+
     def shutdown(self) -> None:
         self.is_shut_down = True
 

@@ -1,0 +1,64 @@
+"""The budget of a KV cache that shares a total with other servers on its device."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from sarathi.core.scheduler import Scheduler
+from sarathi.engine.cache_budget.budget import CacheBudget
+from sarathi.engine.cache_budget.division import Claim
+from sarathi.engine.cache_budget.group import BudgetGroup
+from sarathi.executor.base import Executor
+from sarathi.messages import RequestUpdate
+
+_RESERVE = 32  # a member without work still wishes for this part of the total, so that a first request need not wait
+
+
+class SharedCacheBudget(CacheBudget):
+    """Holds as much of the total as the group allows: idle members leave theirs to those that are short."""
+
+    look_s = 0.1
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, group: BudgetGroup, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """The executor's capacity is the total."""
+        super().__init__(scheduler, executor)
+        self._check_virtual()
+        self._group, self._clock = group, clock
+        self._is_released = False
+        self._oldest: tuple[str | None, float] = None, 0.0  # request, and since when it is the oldest
+        self._next_look_s = 0.0
+        self._set_rows(0)  # nothing has been granted yet
+        self.balance()
+
+    def set_bytes(self, memory_bytes: int) -> Sequence[RequestUpdate]:
+        raise ValueError("this server shares its memory in a kv_budget_group, which decides about its budget")
+
+    def balance(self) -> Sequence[RequestUpdate]:
+        now_s = self._clock()
+        if now_s < self._next_look_s:
+            return ()
+        self._next_look_s = now_s + self.look_s
+        allowed = self._group.exchange(self._claim(now_s), self._held_rows * self._row_bytes)
+        rows = min(allowed // self._row_bytes, self._reachable_rows)
+        return () if rows == self._rows or self._is_released else self._set_rows(rows)
+
+    def release(self) -> None:
+        self._set_rows(0)
+        self._is_released = True
+        self._next_look_s = 0.0
+
+    def restore(self) -> None:
+        """What the group allows comes with the next `balance`."""
+        self._is_released = False
+        self._next_look_s = 0.0
+
+    def _claim(self, now_s: float) -> Claim:
+        if self._is_released:
+            return Claim()
+        scheduler, total = self._scheduler, self._reachable_rows
+        oldest_id, need = scheduler.oldest_need()
+        if oldest_id != self._oldest[0]:
+            self._oldest = oldest_id, now_s
+        wish = max(scheduler.wanted_rows(total), need) + total // _RESERVE + 1
+        return Claim(min(wish, total) * self._row_bytes, min(need, total) * self._row_bytes, self._oldest[1])
