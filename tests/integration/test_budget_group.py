@@ -11,7 +11,7 @@ import pytest
 from http_server import RunningServer, options, running_server
 from small_models import save_tiny_model
 
-NUM_REQUESTS, MAX_TOKENS = 40, 1500  # each grows over a row of pages
+NUM_REQUESTS, MAX_TOKENS = 80, 200  # each holds a row of pages
 TOTAL_ROWS = 32
 LIMIT_S = 60.0
 

@@ -15,6 +15,7 @@ from typing import Any
 from sarathi.containers import is_list
 from sarathi.wording import short_repr
 
+_IMPORTING = threading.Lock()
 _TIME_LIMIT_S = 10.0  # of one rendering: the sandbox bounds each loop, but no loop of loops
 
 Message = Mapping[str, Any]
@@ -90,16 +91,27 @@ def jinja_renderer(template: str | None, special_tokens: Mapping[str, str]) -> C
 def _bare_tokenizer() -> Any:
     """A tokenizer without tokens: transformers' public interface renders a template through a tokenizer only."""
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast  # half a second, for those who chat
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
+    return _of_transformers("PreTrainedTokenizerFast")(tokenizer_object=Tokenizer(models.BPE()))
+
+
+def _of_transformers(name: str) -> Any:
+    """A class of transformers, which takes half a second the first time.
+
+    Threads come one after another: the package imports its parts when they are asked for, and fails where two ask.
+    """
+    with _IMPORTING:
+        import transformers
+
+        return getattr(transformers, name)
 
 
 def check_template_names(names: Mapping[str, Any]) -> None:
     """ValueError for a name that is an option of apply_chat_template and no variable of a template."""
-    from transformers import PreTrainedTokenizerBase
-
-    taken = names.keys() & inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+    if not names:
+        return
+    options = inspect.signature(_of_transformers("PreTrainedTokenizerBase").apply_chat_template).parameters
+    taken = names.keys() & options.keys()
     for name in sorted(taken):
         raise ValueError(f"chat_template_kwargs holds {name!r}: it must hold variables of the chat template only")
 

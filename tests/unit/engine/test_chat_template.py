@@ -1,5 +1,7 @@
 """Conversations through Jinja templates, as models bring them."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -139,3 +141,19 @@ def test_a_model_without_a_template_cannot_chat() -> None:
     bare = Tokenizer(byte_tokenizer()._backend)
     with pytest.raises(ChatTemplateError, match="no chat template"):
         bare.encode_chat(HELLO)
+
+
+def test_threads_that_chat_first_at_the_same_time() -> None:
+    """In a new process, where transformers has not been imported yet."""
+    program = (
+        "import sys, threading\n"
+        "from sarathi.engine.tokenizer.chat_template import check_template_names, jinja_renderer\n"
+        "threads = [threading.Thread(target=check_template_names, args=({'a': 1},)) for _ in range(2)]\n"
+        "threads += [threading.Thread(target=jinja_renderer('x', {}), args=([{'role': 'user', 'content': ''}],))]\n"
+        "failures = []\n"
+        "threading.excepthook = failures.append\n"
+        "[each.start() for each in threads]; [each.join() for each in threads]\n"
+        "sys.exit(str(failures[0].exc_value) if failures else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
