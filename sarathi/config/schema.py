@@ -83,8 +83,6 @@ class CacheConfig(Section):
         group = self.kv_budget_group
         if group is not None and not _GROUP.fullmatch(group):
             raise ConfigError(f"kv_budget_group is {group!r}: it must be letters, digits, '.', '_' and '-'")
-        if group is not None and self.memory_bytes is None:
-            raise ConfigError(f"kv_budget_group is {group!r}: it needs memory_bytes, the total that the group shares")
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,3 @@ class EngineConfig(Section):
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        num_ranks = self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
-        if self.cache.kv_budget_group is not None and num_ranks > 1:
-            raise ConfigError(f"kv_budget_group is for one device, and this model is spread over {num_ranks}")

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sarathi.config.knobs import ConfigError
 from sarathi.config.runtime import runtime_folder
 from sarathi.config.schema import CacheConfig, EngineConfig, ModelConfig
 from sarathi.core.block_space_manager import make_block_space_manager
@@ -31,6 +32,7 @@ def build_core(config: EngineConfig) -> EngineCore:
     """The core over a new executor, its model loaded."""
     from sarathi.executor.factory import create_executor  # imports torch, which a tokenizer does not need
 
+    _check_group(config)
     executor = create_executor(config, partial(load_vocabulary, config))
     scheduler = build_scheduler(config, executor)
     return EngineCore(scheduler, executor, budget=_budget(config.cache, scheduler, executor))
@@ -49,6 +51,15 @@ def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:
     backend, eviction = config.model.attention_backend, config.cache.prefix_eviction
     block_space_manager = make_block_space_manager(backend, executor.capacity, eviction)
     return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages)
+
+
+def _check_group(config: EngineConfig) -> None:
+    """ConfigError where members could not share their memory, before a model is loaded."""
+    group, parallel = config.cache.kv_budget_group, config.parallel
+    if group is not None and config.cache.memory_bytes is None:
+        raise ConfigError(f"kv_budget_group is {group!r}: it needs memory_bytes, the total that the group shares")
+    if group is not None and parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+        raise ConfigError(f"kv_budget_group is {group!r}: it shares the memory of one device, and this engine has more")
 
 
 def _budget(config: CacheConfig, scheduler: Scheduler, executor: Executor) -> CacheBudget:

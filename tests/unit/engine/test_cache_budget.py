@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 from fake_engine import MAX_MODEL_LEN, FakeExecutor, echo
 
+from sarathi.config.knobs import ConfigError
+from sarathi.config.load import make_config
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import Scheduler, make_scheduler
+from sarathi.engine.build import build_core
 from sarathi.engine.cache_budget.division import Claim, Holding, allowance, divide
 from sarathi.engine.cache_budget.group import BudgetGroup
 from sarathi.engine.cache_budget.shared import SharedCacheBudget
 from sarathi.engine.core import EngineCore
+from sarathi.engine.llm_engine import LLMEngine
 from sarathi.messages import CacheCapacity, NewRequest
 from sarathi.sampling_params import SamplingParams
 
@@ -200,3 +204,21 @@ def test_a_member_that_sleeps_holds_nothing_and_wakes_with_its_share(tmp_path: P
     assert len(tokens) == 3
     with pytest.raises(ValueError, match="kv_budget_group, which decides"):
         one.set_cache_budget(10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "kv_budget_group is 'pair': it needs memory_bytes"),
+        ({"memory_bytes": 1000, "tensor_parallel_size": 2}, "it shares the memory of one device"),
+        ({"kv_budget_group": "a/b"}, "kv_budget_group is 'a/b': it must be letters"),
+    ],
+)
+def test_what_no_group_can_share_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_core(make_config(**{"kv_budget_group": "pair", **settings}))
+
+
+def test_an_engine_of_this_process_joins_no_group() -> None:
+    with pytest.raises(ValueError, match="has a process of its own"):
+        LLMEngine.from_config(make_config(kv_budget_group="pair"))
