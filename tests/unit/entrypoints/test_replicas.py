@@ -13,13 +13,13 @@ from fastapi.responses import StreamingResponse
 from sarathi.config.load import load_config
 from sarathi.config.scaling import ScalingConfig
 from sarathi.config.server import ServerConfig
+from sarathi.entrypoints.anthropic import ROUTERS
 from sarathi.entrypoints.replicas.affinity import PrefixAffinity
 from sarathi.entrypoints.replicas.exchange import CURRENT, Exchange
 from sarathi.entrypoints.replicas.gateway import Gateway, ReplicaLostError
 from sarathi.entrypoints.replicas.merge import merge_metrics
 from sarathi.entrypoints.replicas.messages import Begun, ForwardedRequest, Head, Piece, WholeAnswer
 from sarathi.entrypoints.replicas.prefix import BLOCK_BYTES, response_mark, routing_of
-from sarathi.entrypoints.replicas.replica import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 
 HEAD = Head(200, ((b"content-type", b"application/json"),))
