@@ -20,6 +20,7 @@ from sarathi.metrics.plots import AGAINST, LIGHT, OTHERS, OURS, Panels
 
 MIB = 2**20
 ENVIRONMENT_FILE = "environment.json"
+NO_MODEL = "none"  # of records about no model
 LABELS = {
     "p50": "P50 normalized latency (s/token)", "p90": "P90 normalized latency (s/token)",
     "p99": "P99 normalized latency (s/token)", "qps": "request rate (requests/s)", "makespan_s": "makespan (s)",
@@ -54,7 +55,7 @@ def _models(path: Path, table: pd.DataFrame) -> list[str]:
     """Of a table, or of the one that it was made with."""
     beside = path.with_name(f"{_made_with(path)}.csv")
     named = table if "model" in table or not beside.exists() else pd.read_csv(beside)
-    return list(named["model"].unique()) if "model" in named else []
+    return [name for name in named["model"].unique() if name != NO_MODEL] if "model" in named else []
 
 
 def _made_with(path: Path) -> str:
@@ -248,15 +249,20 @@ def _percentiles(records: pd.DataFrame, columns: tuple[str, ...], label: str) ->
 
 
 def _memory(table: pd.DataFrame) -> Panels:
-    """Bytes of tokens, wasted behind them, and idle, over the steps of a run; a panel a backend, on one scale."""
+    """Bytes of tokens, wasted behind them, and idle, over the steps of a run; a panel a backend, on one scale.
+
+    Above them the physical memory that the cache holds, mapped or not.
+    """
     runs = list(table.groupby("backend", sort=False))
     panels = Panels(columns=len(runs), width=3.6, heights=(3.0,))
-    top = 1.1 * table["kv_mapped_bytes"].max() / MIB
+    top = 1.1 * table["kv_created_bytes"].max() / MIB
     for axis, (backend, run) in zip(panels.axes, runs, strict=True):
-        mapped, wasted, idle = (run[f"kv_{kind}_bytes"] / MIB for kind in ("mapped", "wasted", "idle"))
-        bands = [mapped - idle - wasted, wasted, idle]
-        axis.stackplot(run["step"], bands, colors=[OTHERS, AGAINST, LIGHT], labels=["tokens", "wasted", "idle"])
-        axis.plot(run["step"], mapped, color=OURS, linewidth=1, label="mapped")
+        kinds = ("created", "mapped", "wasted", "idle")
+        created, mapped, wasted, idle = (run[f"kv_{kind}_bytes"] / MIB for kind in kinds)
+        bands, names = [mapped - idle - wasted, wasted, idle], ["used by tokens", "wasted", "idle"]
+        axis.stackplot(run["step"], bands, colors=[OTHERS, AGAINST, LIGHT], labels=names)
+        axis.plot(run["step"], mapped, color=OURS, linewidth=0.8, label="mapped")
+        axis.plot(run["step"], created, color="black", linewidth=1.2, linestyle="--", label="held")
         axis.set(title=backend, xlabel="step", ylabel="KV cache (MiB)", ylim=(0, top))
     panels.legend(panels.axes[0])
     return panels

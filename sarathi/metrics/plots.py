@@ -53,7 +53,7 @@ class Panels:
 
     def legend(self, axis: Any) -> None:
         """The names of one axis's lines, above all panels."""
-        self.figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=_SMALL)
+        self.figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=_SMALL)
 
     def _png(self, caption: str) -> bytes:
         for axis in self.axes:

@@ -61,6 +61,14 @@ def test_a_bar_that_the_axis_cuts_off_shows_it() -> None:
     assert [text.get_text() for text in axis.texts] == ["3.12", "1.20", "0.30"]
 
 
+def test_memory_held_is_drawn_above_what_is_mapped() -> None:
+    path = EXPERIMENTS / "cpu" / "memory" / "memory.csv"
+    table = pd.read_csv(path).groupby("backend", sort=False)["kv_created_bytes"].max() / 2**20
+    for axis in figure_of(path).axes:
+        (held,) = (line for line in axis.lines if line.get_label() == "held")
+        assert max(held.get_ydata()) == table[axis.get_title()] < axis.get_ylim()[1]
+
+
 def test_the_bound_is_told_as_a_share_and_other_references_as_ratios() -> None:
     found = ratios_of(figure_of(EXPERIMENTS / "h200" / "engine.csv"))
     bound = found["yi-6b-200k, share of the bound (products and attention alone), %"]
