@@ -8,18 +8,12 @@ import anthropic
 import httpx
 import jsonschema
 import pytest
-from http_server import RunningServer, options, running_server
+from http_server import RunningServer
 
 MODEL = "smollm2-135m"
 ASK: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 WEATHER = {"name": "get_weather", "description": "Weather", "input_schema": CITY}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server(MODEL, *options(max_model_len=1024)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

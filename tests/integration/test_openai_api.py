@@ -7,19 +7,13 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from http_server import RunningServer, options, running_server
+from http_server import RunningServer
 
 from sarathi import LLM, SamplingParams
 
 MODEL = "smollm2-135m"
 PROMPT = "The capital of France is"
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server(MODEL, *options(max_model_len=512)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +24,7 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(MODEL, max_model_len=512, device="cpu", memory_bytes="64mb") as llm:
+    with LLM(MODEL, max_model_len=1024, device="cpu", memory_bytes="64mb") as llm:
         yield llm
 
 
@@ -137,7 +131,7 @@ def test_stop_strings_and_their_reason(server: RunningServer, llm: LLM) -> None:
 def test_tokenize_and_detokenize(server: RunningServer, llm: LLM) -> None:
     got = post(server, "/tokenize", prompt="Grüße, 世界!", return_token_strs=True).json()
     assert got["tokens"] == llm.tokenizer.encode("Grüße, 世界!")
-    assert (got["count"], got["max_model_len"], len(got["token_strs"])) == (len(got["tokens"]), 512, got["count"])
+    assert (got["count"], got["max_model_len"], len(got["token_strs"])) == (len(got["tokens"]), 1024, got["count"])
     assert post(server, "/detokenize", tokens=got["tokens"]).json() == {"prompt": "Grüße, 世界!"}
     assert post(server, "/tokenize", messages=MESSAGES).json()["tokens"] == llm.encode_chat(MESSAGES)
 
@@ -168,7 +162,7 @@ def test_errors_are_in_openais_form(server: RunningServer, path: str, body, stat
 
 
 def test_a_prompt_that_is_too_long_has_a_code_of_its_own(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"maximum context length is 512 tokens\. However") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length is 1024 tokens\. However") as caught:
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "word " * 600}])
     assert caught.value.code == "context_length_exceeded"
 
@@ -189,7 +183,7 @@ def test_routes_about_the_server(server: RunningServer, client: openai.OpenAI) -
     for path in ("/health", "/ping", "/ready", "/version", "/load", "/docs", "/openapi.json"):
         assert httpx.get(server.url + path).status_code == 200, path
     [model] = client.models.list().data
-    assert (model.id, model.root, model.max_model_len) == (MODEL, MODEL, 512)
+    assert (model.id, model.root, model.max_model_len) == (MODEL, MODEL, 1024)
     assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from smollm2 import PROMPTS, load_reference
+from smollm2 import PROMPTS
 from transformers import PreTrainedModel
 
 from sarathi import LLM, SamplingParams
@@ -13,12 +13,6 @@ from sarathi.engine.outputs import RequestOutput
 
 ONE = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
 TOLERANCE = 5e-3  # nats; float32 on both sides, summed in other orders over logits of up to 30
-
-
-@pytest.fixture(scope="module")
-def reference() -> PreTrainedModel:
-    torch.set_num_threads(1)
-    return load_reference()
 
 
 @pytest.fixture(scope="module", params=["sdpa_vattn", "sdpa_paged_16"])

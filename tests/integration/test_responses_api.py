@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from http_server import RunningServer, options, running_server
+from http_server import RunningServer
 
 from sarathi.entrypoints.responses.store import ResponseStore, StoredResponse
 from sarathi.entrypoints.server.errors import APIError
@@ -17,12 +17,6 @@ MODEL = "smollm2-135m"
 ASK = "What is the capital of France?"
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
 WEATHER = {"type": "function", "name": "get_weather", "description": "Weather", "parameters": CITY, "strict": None}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server(MODEL, *options(max_model_len=1024)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

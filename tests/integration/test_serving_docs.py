@@ -4,20 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
-from http_server import ROOT, RunningServer, options, running_server
+from http_server import ROOT, RunningServer
 
 TEXT = (ROOT / "docs" / "serving.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server("smollm2-135m", *options(max_model_len=512)) as server:
-        yield server
 
 
 def blocks(language: str, server: RunningServer) -> str:

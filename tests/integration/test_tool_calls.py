@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from http_server import RunningServer, options, running_server
+from http_server import RunningServer
 
 MODEL = "smollm2-135m"
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
@@ -20,12 +20,6 @@ CITY = {
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": CITY}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 SMALL = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server(MODEL, *options(max_model_len=1024)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

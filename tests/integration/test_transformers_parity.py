@@ -1,12 +1,12 @@
 """SmolLM2 on real prompts through scheduler and worker: every token equals transformers' own greedy output."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
-from smollm2 import PROMPTS, greedy, load_reference
-from transformers import PreTrainedModel
+from smollm2 import PROMPTS, greedy
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.load import make_config
@@ -32,12 +32,6 @@ ONE_EACH = {"sdpa_vattn": (64, 32), "sdpa_paged_16": (7, 32), "sdpa_vattn_megaca
 PREEMPTING = ("sdpa_paged_16", "sdpa_vattn_megacache", "sdpa_vattn_sync_8kb")  # rows that 16 tokens outgrow
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    """Others may share the cores, and a product split over a busy core is slower than a whole one."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def prompts() -> list[tuple[int, ...]]:
     tokenizer = load_tokenizer(resolve_model("smollm2-135m"))
@@ -45,13 +39,10 @@ def prompts() -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> PreTrainedModel:
-    return load_reference()
-
-
-@pytest.fixture(scope="module")
-def expected(prompts, reference) -> list[list[int]]:
-    return [greedy(reference, prompt, NUM_TOKENS) for prompt in prompts]
+def continuations(reference) -> Callable[[list[tuple[int, ...]]], list[list[int]]]:
+    """What transformers writes after each of the prompts."""
+    computed = cache(partial(greedy, reference, num_tokens=NUM_TOKENS))
+    return lambda prompts: [computed(prompt) for prompt in prompts]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -109,22 +100,24 @@ def test_weights_equal_transformers_reading_of_the_file(reference) -> None:
 
 
 @pytest.mark.parametrize("backend", ONE_EACH, indirect=True)
-def test_outputs_equal_transformers(executor, backend, prompts, expected) -> None:
-    found = generate(executor, backend, prompts, scheduling(*ONE_EACH[str(backend)]))
-    assert [request.output_token_ids for request in found] == expected
+def test_outputs_equal_transformers(executor, backend, prompts, continuations) -> None:
+    chosen = prompts[::3]  # the slow tests have all of them
+    found = generate(executor, backend, chosen, scheduling(*ONE_EACH[str(backend)]))
+    assert [request.output_token_ids for request in found] == continuations(chosen)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_every_backend_and_schedule_equals_transformers(executor, backend, prompts, expected, schedule) -> None:
+def test_every_backend_and_schedule_equals_transformers(executor, backend, prompts, continuations, schedule) -> None:
     found = generate(executor, backend, prompts, scheduling(*schedule))
-    assert [request.output_token_ids for request in found] == expected
+    assert [request.output_token_ids for request in found] == continuations(prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", PREEMPTING, indirect=True)
-def test_outputs_survive_preemption(executor, backend, prompts, expected) -> None:
+def test_outputs_survive_preemption(executor, backend, prompts, continuations) -> None:
     longest = max(map(len, prompts)) + NUM_TOKENS
     rows = executor.capacity.rows_for(longest) + 3 * executor.capacity.rows_for(NUM_TOKENS)
     found = generate(executor, backend, prompts, scheduling(64, 32), rows)
     assert sum(request.num_preemptions for request in found) > 0
-    assert [request.output_token_ids for request in found] == expected
+    assert [request.output_token_ids for request in found] == continuations(prompts)
