@@ -226,11 +226,9 @@ def _from_gguf(path: Path) -> Tokenizer | None:
 
 
 def _from_hugging_face(folder: Path, ends: frozenset[int], trust_remote_code: bool) -> Tokenizer:
-    from transformers import AutoTokenizer
-
     with reading(folder, "tokenizer"):
         _check_convertible(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = _load(folder, trust_remote_code)
         if not tokenizer.is_fast:
             raise ValueError("there is no tokenizer.json, and none can be made of the other files")
         own = {tokenizer.eos_token_id} - {None}
@@ -238,6 +236,29 @@ def _from_hugging_face(folder: Path, ends: frozenset[int], trust_remote_code: bo
         render_chat = tokenizer_renderer(tokenizer) if template else None
         shown = str(template) if template else None  # some models have several by name
         return _tried(Tokenizer(tokenizer.backend_tokenizer, ends | own, render_chat, shown))
+
+
+def _load(folder: Path, trust_remote_code: bool) -> Any:
+    """By AutoTokenizer, or by the class that it chooses where the choice is known: AutoTokenizer imports torch and much
+    of transformers to choose, which takes 5 of the 8 seconds in which a server of a small model starts."""
+    if _is_generic(folder):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether a Llama's tokenizer is what tokenizer.json says and no more, as with Llama 3."""
+    names = ("config.json", "tokenizer_config.json")
+    if not all((folder / name).is_file() for name in (*names, "tokenizer.json")):
+        return False
+    config, settings = (read_json(folder / name) for name in names)
+    if "auto_map" in config or "auto_map" in settings or config.get("model_type") != "llama":
+        return False
+    return settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:

@@ -4,6 +4,8 @@ import io
 import json
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer
 
 from sarathi.engine.tokenizer.detokenizer import Detokenizer
 from sarathi.engine.tokenizer.gguf_tokenizer import END_TEXTS, build_tokenizer
@@ -275,6 +278,35 @@ def test_end_tokens_of_a_folder(generation: Any, config: dict, expected: set[int
     source = save_folder(tmp_path)
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None and tokenizer.eos_token_ids == load_end_token_ids(source) == expected
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize("decoder", ["byte_level", "metaspace"])
+def test_a_llamas_generic_tokenizer_is_auto_tokenizers_choice(name: str, decoder: str, tmp_path: Path) -> None:
+    source = save_folder(tmp_path, tokenizer_class=name, eos_token="a", add_bos_token=True, bos_token="b")
+    if decoder == "metaspace":
+        backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    ours = load_tokenizer(source)
+    assert ours is not None and ours.backend.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.eos_token_ids == {theirs.eos_token_id}
+
+
+def test_it_is_read_without_torch(tmp_path: Path) -> None:
+    save_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from sarathi.engine.tokenizer.tokenizer import load_tokenizer\n"
+        "from sarathi.model_executor.loader.source import ModelSource\n"
+        "assert load_tokenizer(ModelSource('m', 'safetensors', Path(sys.argv[1]))).encode('ab')\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("value", [7, -1, [1, 2.5], "3", True, [None], {"a": 1}])
