@@ -2,8 +2,8 @@
 
     python scripts/code_shape.py [REVISION_OR_FOLDER ...] [--no-trace]        # default: 9cc8330 and this folder
 
-A revision is read from git; its native extension is taken from this folder, so that its first token can be traced. The
-trace is of SmolLM2-135M with sdpa_vattn on the CPU, from the call of LLM.generate to the first token; the engine is
+A revision is read from git, and its native extension is built for the trace; a folder has its own. The trace is of
+SmolLM2-135M with sdpa_vattn on the CPU, from the call of LLM.generate until it returns the first token; the engine is
 built before. networkx comes with torch.
 """
 
@@ -12,7 +12,6 @@ import ast
 import io
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -169,8 +168,8 @@ def first_token(root: Path) -> dict[str, str]:
     return {f"first token: {key}": str(count) for key, count in counts.items()}
 
 
-def checkout(name: str, scratch: Path) -> Path:
-    """The folder of this name, or a new one with the files of this revision and the extension built here."""
+def checkout(name: str, scratch: Path, *, build: bool) -> Path:
+    """The folder of this name, or a new one with the files of this revision and, where `build`, its extension."""
     if Path(name).is_dir():
         return Path(name).resolve()
     done = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=False)
@@ -179,18 +178,18 @@ def checkout(name: str, scratch: Path) -> Path:
     folder = scratch / name.replace("/", "-")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder)
-    for extension in (ROOT / "vattention").glob("_native*.so"):
-        shutil.copy(extension, folder / "vattention")
+    if build:
+        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=folder, check=True)
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs="*", metavar="REVISION_OR_FOLDER", default=["9cc8330", str(ROOT)])
-    parser.add_argument("--no-trace", action="store_true", help="without the first token, which needs the extension")
+    parser.add_argument("--no-trace", action="store_true", help="without the first token; builds no extension")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [checkout(name, Path(scratch)) for name in options.checkouts]
+        folders = [checkout(name, Path(scratch), build=not options.no_trace) for name in options.checkouts]
         columns = [figures(folder, trace=not options.no_trace) for folder in folders]
     width = max(map(len, columns[0]))
     print(" " * width, *(f"{name:>24}" for name in options.checkouts))
