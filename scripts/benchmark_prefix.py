@@ -29,11 +29,12 @@ UNSHARED = "unshared"
 def measure_ours(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
     """Every stage with prefix caching, in one engine."""
     engine = open_engine(options, backend, prefix_caching=True)
-    _load(options, engine, table).warm_up()
-    shared = PrefixLoad(engine, table, options.model, SMALL if options.test else FULL, options.seed)
+    load = _load(options, engine, table)
+    load.warm_up()
+    shared = PrefixLoad(load, SMALL if options.test else FULL)
     budget.run(shared.plan([stage for stage in options.stages if stage != UNSHARED]))
     if UNSHARED in options.stages:
-        budget.run(_load(options, engine, table).plan(["requests"]))
+        budget.run(load.plan(["requests"]))
     engine.close()
 
 
@@ -58,9 +59,9 @@ def measure_vllm(options: argparse.Namespace, table: Table, budget: Budget) -> N
     from sarathi.benchmark.engines.vllm import VllmEngine
 
     engine = VllmEngine(options.model, options.max_model_len, options.seed, prefix_caching=True)
-    _load(options, engine, table).warm_up()
-    shared = PrefixLoad(engine, table, options.model, FULL, options.seed)
-    budget.run(shared.plan([stage for stage in options.stages if stage in STAGES]))
+    load = _load(options, engine, table)
+    load.warm_up()
+    budget.run(PrefixLoad(load, FULL).plan([stage for stage in options.stages if stage in STAGES]))
 
 
 def read_options() -> argparse.Namespace:

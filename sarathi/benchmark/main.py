@@ -6,13 +6,12 @@ or SIGHUP ended it, and the files hold what there was.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sarathi.benchmark.config.document import default_yaml
-from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.config.document import print_help
+from sarathi.benchmark.config.options import parse_options, start_logging
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, RunOutcome
 from sarathi.benchmark.processes import ended_by_signals
@@ -39,11 +38,7 @@ usage: sarathi bench run [--config FILE] [--knob VALUE ...]
 def main(words: Sequence[str] | None = None) -> int:
     """One run; its exit code."""
     words = sys.argv[1:] if words is None else words
-    if {"-h", "--help"} & set(words):
-        print(HELP, end="")
-        return 0
-    if "--help-knobs" in words:
-        print(default_yaml(), end="")
+    if print_help(words, HELP):
         return 0
     return run_configs(lambda: [in_own_folder(parse_options(words))])
 
@@ -56,7 +51,7 @@ def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
     code = 0
     try:
         configs = read()
-        logging.basicConfig(level=configs[0].log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        start_logging(configs[0])
         with ended_by_signals():
             for config, outcomes in zip(configs, run_all(configs), strict=True):
                 code = max(code, _finish(config, outcomes))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from sarathi.benchmark.capacity.grid import CONFIG_PATH, Job, read_jobs, transla
 from sarathi.benchmark.capacity.report import describe, found_in_words, write_capacity
 from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, given_rates, measure_all, search
 from sarathi.benchmark.capacity.slos import measures_of, meets_all, slos_of
-from sarathi.benchmark.config.document import default_yaml
-from sarathi.benchmark.config.options import as_words, parse_options, read_settings
+from sarathi.benchmark.config.document import print_help
+from sarathi.benchmark.config.options import as_words, parse_options, read_settings, start_logging
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
 from sarathi.benchmark.processes import ended_by_signals
@@ -54,11 +53,7 @@ usage: sarathi bench capacity [--config FILE] [--knob VALUE ...]
 def main(words: Sequence[str] | None = None) -> int:
     """Search, write, print; the exit code: 0 a rate was found, 1 an error or none was, 130 on ^C."""
     words = sys.argv[1:] if words is None else words
-    if {"-h", "--help"} & set(words):
-        print(HELP, end="")
-        return 0
-    if "--help-knobs" in words:
-        print(default_yaml(), end="")
+    if print_help(words, HELP):
         return 0
     try:
         settings = read_settings(words, switches=("debug",), lists=("qps_values",))
@@ -66,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if path is not None:
             return search_grid(read_jobs(Path(path)), translate(settings))
         config = parse_options(as_words(settings))
-        logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        start_logging(config)
         _, capacity_qps = search_one(config)
     except (ValueError, OSError) as error:
         print(f"capacity search: {error}", file=sys.stderr)
@@ -99,7 +94,7 @@ def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
     for job in jobs:
         words = [*as_words(job.settings), *given, "--output_dir", str(folder / job.name)]
         config = parse_options(words)
-        logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        start_logging(config)
         print(f"# {job.name}", flush=True)
         lines.append({**job.labels, **_searched(config)})
         write_table(folder / "capacity_grid.csv", Table(GRID_COLUMNS, lines))

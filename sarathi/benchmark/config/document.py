@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
@@ -26,6 +26,17 @@ def default_yaml() -> str:
     for name, section in sections_of(BenchmarkConfig).items():
         lines += ["", f"# {_sentence(section)}", f"{name}:", *_yaml_knobs(section, "  ")]
     return "\n".join(lines) + "\n"
+
+
+def print_help(words: Sequence[str], text: str) -> bool:
+    """Print `text` for --help, and default_yaml() for --help-knobs; False where neither is asked for."""
+    if {"-h", "--help"} & set(words):
+        print(text, end="")
+    elif "--help-knobs" in words:
+        print(default_yaml(), end="")
+    else:
+        return False
+    return True
 
 
 def knob_table() -> str:

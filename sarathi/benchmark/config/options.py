@@ -66,6 +66,11 @@ def as_words(settings: Mapping[str, object]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", "none" if value is None else str(value))]
 
 
+def start_logging(config: BenchmarkConfig) -> None:
+    """To standard error, from the level that the configuration names on."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+
+
 def canonical(settings: Mapping[str, object]) -> dict[str, object]:
     """The same settings by whole paths, values as the knobs hold them; ConfigError names what is wrong."""
     found = ((find_knob(BenchmarkConfig, name), value) for name, value in settings.items())
