@@ -89,6 +89,7 @@ class SchedulerOutput:
     finished: drop the request. Both are released before the memory of this step's chunks is prepared.
     num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
         it was sent after a failed one, and depends on what that should have computed.
+    prefixes: None without prefix caching.
     """
 
     step_id: int
@@ -97,7 +98,7 @@ class SchedulerOutput:
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     num_recoveries: int = 0
-    prefixes: PrefixChanges = PrefixChanges()  # noqa: RUF009 (immutable)
+    prefixes: PrefixChanges | None = None
 
     @property
     def num_tokens(self) -> int:

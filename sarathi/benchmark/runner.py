@@ -32,7 +32,7 @@ from sarathi.entrypoints.progress import RequestBar
 from sarathi.executor.base import Executor
 from sarathi.executor.factory import create_executor
 from sarathi.executor.uniproc import UniprocExecutor
-from sarathi.metrics import MetricsStore, NullMetricsStore
+from sarathi.metrics import MetricsStore
 
 WARM_UP_TOKENS = 16  # of a short prompt
 
@@ -54,8 +54,7 @@ class BenchmarkRunner:
         executor = create_executor(settings)
         self._store = _make_store(config, replica, settings, executor, clock) if config.write_metrics else None
         core = EngineCore(build_scheduler(settings, executor), _timed(config, executor, self._store), clock)
-        metrics = self._store or NullMetricsStore()
-        self._engine = LLMEngine(core, tokenizer, clock, metrics, end_token_ids)
+        self._engine = LLMEngine(core, tokenizer, clock, self._store, end_token_ids)
         encode = None if tokenizer is None else tokenizer.encode
         self._count_tokens: Callable[[str], int] | None = None if encode is None else lambda text: len(encode(text))
         self._prompts = PromptMaker(config.seed, executor.vocab_size, encode)

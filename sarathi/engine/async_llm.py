@@ -30,7 +30,6 @@ from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.messages import CoreOutput, EngineFacts
-from sarathi.metrics import NullMetricsStore
 from sarathi.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -67,7 +66,7 @@ class AsyncLLM:
         self._core = core
         self._observe = observe
         self._inputs = InputProcessor(tokenizer, core.facts.vocab_size, end_token_ids)
-        self._outputs = OutputProcessor(tokenizer, time.monotonic, NullMetricsStore())
+        self._outputs = OutputProcessor(tokenizer, time.monotonic)
         self._admission = Admission(limits)
         self._mailboxes: dict[str, _Mailbox] = {}
         self._ids = map(str, itertools.count())

@@ -92,8 +92,9 @@ class EngineCore:
             scheduled_at_s = self._clock()
             self._steps.append(InFlightStep(out, self.executor.launch(out), started_at_s, scheduled_at_s))
         untold, self._untold, self.is_starved = self._untold, [], False
-        if not self._steps or self._may_launch_more():
-            return CoreOutput(tuple(untold))
+        has_room = len(self._steps) < self.executor.max_in_flight
+        if not self._steps or (has_room and self._steps[-1].out.chunks and self.scheduler.has_work):
+            return CoreOutput(tuple(untold))  # the next call launches another step behind the newest one
         step = self._steps[0]
         result = step.future.result()
         self._steps.popleft()
@@ -147,7 +148,7 @@ class EngineCore:
         return self.scheduler.reset_prefix_cache()
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
-        return self.scheduler.block_space_manager.stats
+        return self.scheduler.prefix_cache_stats
 
     def memory_stats(self) -> MemoryStats:
         return self.executor.memory_stats()
@@ -175,11 +176,6 @@ class EngineCore:
     def _updates(self, out: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
         prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]
         return prompts + self.scheduler.update(out, result)
-
-    def _may_launch_more(self) -> bool:
-        """Whether there is room for another step behind the newest one, and something to put into it."""
-        is_full = len(self._steps) >= self.executor.max_in_flight
-        return not is_full and bool(self._steps[-1].out.chunks) and self.scheduler.has_work
 
     def _wait_for_steps(self) -> None:
         """Wait for the steps in flight, then for everything the executor runs, whatever ends the first wait.

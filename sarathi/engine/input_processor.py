@@ -70,7 +70,8 @@ class InputProcessor:
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             if ids := getattr(params, name):
                 self._check_ids(name, ids)
-        self._check_choice(params)
+        if params.bad_words or params.min_tokens:
+            self._check_choice(params)
         return params
 
     def _check_choice(self, params: SamplingParams) -> None:
@@ -79,7 +80,7 @@ class InputProcessor:
         if params.min_tokens:
             excluded.update(params.stop_token_ids, () if params.ignore_eos else self._end_token_ids)
         allowed = params.allowed_token_ids
-        if excluded and excluded.issuperset(range(self._vocab_size) if allowed is None else allowed):
+        if excluded.issuperset(range(self._vocab_size) if allowed is None else allowed):
             raise ValueError(
                 f"allowed_token_ids is {short_repr(allowed)}: bad_words and min_tokens, before which no end token may "
                 "be chosen, exclude every allowed token"

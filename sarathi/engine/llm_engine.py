@@ -10,7 +10,7 @@ from sarathi.engine.output_processor import OutputProcessor
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.messages import MemoryStats, PrefixCacheStats
-from sarathi.metrics import MetricsSink, NullMetricsStore, StepTimes
+from sarathi.metrics import MetricsSink, StepTimes
 from sarathi.sampling_params import SamplingParams
 
 
@@ -21,7 +21,7 @@ class EngineShutDownError(RuntimeError):
 class LLMEngine:
     """A core behind the processors of its input and output. One thread at a time may use it.
 
-    clock: the core's, in seconds. end_token_ids: None: the tokenizer's.
+    clock: the core's, in seconds. metrics: None: no records are kept. end_token_ids: None: the tokenizer's.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class LLMEngine:
         self.core = core
         self.tokenizer = tokenizer
         self._clock = clock
-        self._metrics = metrics or NullMetricsStore()
+        self._metrics = metrics
         if end_token_ids is None:
             end_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
         self._inputs = InputProcessor(tokenizer, core.facts.vocab_size, end_token_ids)
-        self._outputs = OutputProcessor(tokenizer, clock, self._metrics)
+        self._outputs = OutputProcessor(tokenizer, clock, metrics)
         self._is_shut_down = False
 
     @classmethod
@@ -102,7 +102,7 @@ class LLMEngine:
             outputs, stops = self._outputs.process(message)
             for request_id, stop in stops:
                 self.core.finish(request_id, "stop", stop)
-            if message.step is not None:
+            if self._metrics is not None and message.step is not None:
                 out, result, started_s, scheduled_s, executed_s = message.step
                 times = StepTimes(started_s, scheduled_s, executed_s, self._clock())
                 self._metrics.on_step(out, result, times)

@@ -116,7 +116,9 @@ class StopFound(NamedTuple):
 class OutputProcessor:
     """Every request that has not ended, as its caller sees it."""
 
-    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float], metrics: MetricsSink) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, clock: Callable[[], float], metrics: MetricsSink | None = None
+    ) -> None:
         self.states: dict[str, RequestState] = {}
         self._completions: dict[str, Completion] = {}
         self._tokenizer = tokenizer
@@ -133,7 +135,8 @@ class OutputProcessor:
         self.states[request_id] = state
         for completion in state.completions:
             self._completions[completion.request_id] = completion
-            self._metrics.on_request_arrived(completion.request_id, len(state.prompt_token_ids), arrived_at_s)
+            if self._metrics is not None:
+                self._metrics.on_request_arrived(completion.request_id, len(state.prompt_token_ids), arrived_at_s)
         return state
 
     def find(self, completion_id: str) -> RequestState | None:
@@ -186,7 +189,8 @@ class OutputProcessor:
 
     def _end(self, completion: Completion, reason: str, stop_reason: int | str | None = None) -> None:
         completion.finish_reason, completion.stop_reason = reason, stop_reason
-        self._metrics.on_request_finished(completion.request_id, reason)
+        if self._metrics is not None:
+            self._metrics.on_request_finished(completion.request_id, reason)
         state = completion.state
         state.num_open -= 1
         if not state.num_open:

@@ -1,4 +1,4 @@
-"""Recorder of a running engine's metrics. NullMetricsStore records nothing."""
+"""Recorder of a running engine's metrics."""
 
 import time
 from collections.abc import Callable
@@ -23,25 +23,6 @@ class MetricsSink(Protocol):
     def on_operation(self, name: str, start_s: float | None, duration_s: float, on_device: bool = False) -> None: ...
 
     def on_memory(self, stats: MemoryStats) -> None: ...
-
-
-class NullMetricsStore:
-    """Discards everything."""
-
-    def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None:
-        pass
-
-    def on_request_finished(self, request_id: str, finish_reason: str) -> None:
-        pass
-
-    def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
-        pass
-
-    def on_operation(self, name: str, start_s: float | None, duration_s: float, on_device: bool = False) -> None:
-        pass
-
-    def on_memory(self, stats: MemoryStats) -> None:
-        pass
 
 
 class MetricsStore:

@@ -150,7 +150,7 @@ class CudaModelRunner(ModelRunner):
         if graph is not None:
             token_ids = sequences.tokens(chunks, slots)
             return lambda: self._replay(graph, chunks, address, token_ids, plan)
-        inputs = self._inputs(chunks, slots, sequences)
+        inputs = self._inputs(chunks, slots, sequences, plan)
         metadata = self._backend.plan(inputs.batch, address)
         return lambda: self._compute(inputs, metadata, plan)
 
@@ -161,7 +161,7 @@ class CudaModelRunner(ModelRunner):
         """Where there is a plan, what it samples after the graph replaces the graph's argmax."""
         replayed = graph.replay(chunks, address, token_ids, address.slots)
         if plan is None:
-            return Sampled(replayed.tokens, None)
+            return Sampled(replayed.tokens)
         return self._sample_into(replayed.logits, replayed.slots, plan)
 
     def _compute(self, inputs: _Inputs, metadata: Metadata, plan: SamplingPlan | None) -> Sampled | None:
@@ -171,17 +171,19 @@ class CudaModelRunner(ModelRunner):
     def _sample_into(self, logits: Tensor, slots: Tensor, plan: SamplingPlan | None) -> Sampled:
         """logits: [S, vocab_size], then of prompt tokens; slots: [S], whose last tokens become the sampled ones."""
         if plan is None:
-            return Sampled(self.model.ops.argmax_into(logits, slots, self._last_tokens), None)
-        sampled = self._sample(logits, plan)
+            return Sampled(self.model.ops.argmax_into(logits, slots, self._last_tokens))
+        sampled = sample(logits, plan, self.model.ops)
         self._last_tokens[slots] = sampled.token_ids.clamp(min=0)
         return sampled
 
     def _graph_for(self, chunks: Many[Chunk]) -> DecodeGraph | None:
         return self._graphs.for_batch(len(chunks)) if all(_is_decode(chunk) for chunk in chunks) else None
 
-    def _inputs(self, chunks: Many[Chunk], slots: Many[int], sequences: SequenceTable) -> _Inputs:
+    def _inputs(
+        self, chunks: Many[Chunk], slots: Many[int], sequences: SequenceTable, plan: SamplingPlan | None
+    ) -> _Inputs:
         sample_slots = [slot for chunk, slot in zip(chunks, slots, strict=True) if chunk.samples]
-        return to_device(_Inputs(make_batch(chunks, slots, sequences), int32(sample_slots)), self._device)
+        return to_device(_Inputs(make_batch(chunks, slots, sequences, plan), int32(sample_slots)), self._device)
 
 
 def _mark() -> torch.cuda.Event:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,11 +25,13 @@ from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.sampling.logprobs import read_logprobs, read_prompt_logprobs
+from sarathi.model_executor.sampling.logprobs import TopLogprobs, read_logprobs, read_prompt_logprobs
 from sarathi.model_executor.sampling.plan import SamplingPlan, TokenMasks, plan_sampling
 from sarathi.model_executor.sampling.sampler import Sampled, sample
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.transfer import to_device
+
+int32 = partial(torch.tensor, dtype=torch.int32)
 
 
 class KVCache(Protocol):
@@ -74,7 +77,7 @@ class ModelRunner:
         began_s, chunks = time.perf_counter(), out.chunks
         address = self._cache.address(chunks)
         plan = self._plan_sampling(chunks, address.slots, sequences)
-        batch = make_batch(chunks, address.slots, sequences, with_rope_lengths=self.model.needs_rope_lengths)
+        batch = make_batch(chunks, address.slots, sequences, plan, with_rope_lengths=self.model.needs_rope_lengths)
         metadata = self._backend.plan(batch, address)
         self._cache.prefetch(chunks)
         return PreparedStep(out, batch, metadata, plan, time.perf_counter() - began_s)
@@ -84,7 +87,9 @@ class ModelRunner:
         started_s = time.perf_counter()
         logits = self.model(step.batch, self._layers, step.metadata)
         done_s = time.perf_counter()
-        tokens, prompts = read_outputs(step.out.chunks, self._sample(logits, step.plan), step.plan)
+        plan, ops = step.plan, self.model.ops
+        sampled = Sampled(ops.argmax(logits)) if plan is None else sample(logits, plan, ops)
+        tokens, prompts = read_outputs(step.out.chunks, sampled, plan)
         host = HostTimes(step.prepare_inputs_s, time.perf_counter() - done_s)
         return StepResult(step.out.step_id, tokens, done_s - started_s, host=host, prompt_logprobs=prompts)
 
@@ -122,15 +127,14 @@ class ModelRunner:
     def _wait_for_tokens(self) -> None:
         """Return when the tokens of the step before the one that is being launched are in the sequences."""
 
-    def _sample(self, logits: Tensor, plan: SamplingPlan | None) -> Sampled:
-        """logits: [S, vocab_size], then those of the plan's prompt tokens."""
-        return Sampled(self.model.ops.argmax(logits), None) if plan is None else sample(logits, plan, self.model.ops)
-
 
 def make_batch(
-    chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable, *, with_rope_lengths: bool = False
-) -> Batch:
-    """Tensors of the chunks' tokens, in order: int32, on the CPU."""
+    chunks: Sequence[Chunk], slots: Sequence[int], sequences: SequenceTable, plan: SamplingPlan | None = None,
+    *, with_rope_lengths: bool = False,
+) -> Batch:  # fmt: skip
+    """Tensors of the chunks' tokens, in order: int32, on the CPU. plan: see `_plan_sampling`."""
+    spans = () if plan is None or plan.prompt is None else plan.prompt.spans
+    num_spanned = {span.request_id: len(span.token_ids) for span in spans}
     positions: list[int] = []
     sample_indices: list[int] = []
     prompt_indices: list[int] = []
@@ -139,8 +143,7 @@ def make_batch(
         positions.extend(range(chunk.start, chunk.start + chunk.num_tokens))
         if chunk.samples:
             sample_indices.append(len(positions) - 1)
-        if (span := sequences[chunk.request_id].prompt_span(chunk)) is not None:
-            prompt_indices.extend(range(first, first + len(span.token_ids)))
+        prompt_indices.extend(range(first, first + num_spanned.get(chunk.request_id, 0)))
     is_every_token = len(sample_indices) == len(positions) and not prompt_indices
     return Batch(
         tuple(chunks),
@@ -149,10 +152,6 @@ def make_batch(
         None if is_every_token else int32([*sample_indices, *prompt_indices]),
         int32(_rope_lengths(chunks, sequences)) if with_rope_lengths else None,
     )
-
-
-def int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def _rope_lengths(chunks: Sequence[Chunk], sequences: SequenceTable) -> list[int]:
@@ -172,24 +171,26 @@ def read_outputs(
     """
     if sampled is None:
         return (), ()
-    tokens = tuple(_read_tokens(chunks, sampled, plan))
+    request_ids = [chunk.request_id for chunk in chunks if chunk.samples]
+    tokens = tuple(map(SampledToken, request_ids, sampled.token_ids.tolist()))
+    if plan is None:
+        return tokens, ()
+    if plan.logprobs is not None and sampled.logprobs is not None:
+        tokens = tuple(_with_logprobs(tokens, sampled.logprobs, plan.logprobs.counts))
     if sampled.errors:
         tokens = tuple(token._replace(error=sampled.errors.get(row)) for row, token in enumerate(tokens))
-    if plan is None or plan.prompt is None or sampled.prompt is None:
+    if plan.prompt is None or sampled.prompt is None:
         return tokens, ()
     return tokens, tuple(read_prompt_logprobs(sampled.prompt, plan.prompt))
 
 
-def _read_tokens(chunks: Sequence[Chunk], sampled: Sampled, plan: SamplingPlan | None) -> Iterator[SampledToken]:
-    request_ids = [chunk.request_id for chunk in chunks if chunk.samples]
-    token_ids = sampled.token_ids.tolist()
-    if plan is None or plan.logprobs is None or sampled.logprobs is None:
-        yield from map(SampledToken, request_ids, token_ids)
-        return
-    of_row = read_logprobs(sampled.logprobs)
-    for request_id, token_id, count in zip(request_ids, token_ids, plan.logprobs.counts, strict=True):
+def _with_logprobs(
+    tokens: Sequence[SampledToken], found: TopLogprobs, counts: Sequence[int | None]
+) -> Iterator[SampledToken]:
+    of_row = read_logprobs(found)
+    for token, count in zip(tokens, counts, strict=True):
         if count is None:
-            yield SampledToken(request_id, token_id)
+            yield token
         else:
             logprob, ids, values = next(of_row)
-            yield SampledToken(request_id, token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+            yield token._replace(logprob=logprob, top_logprobs=tuple(zip(ids[:count], values[:count], strict=True)))

@@ -29,7 +29,6 @@ class Sequence:
     params: SamplingParams
     eos_token_ids: frozenset[int]
     seed: int
-    is_finite: bool = True  # no logits of it were NaN or infinite
     grammar: GrammarMatcher | None = None
 
     @property
@@ -84,8 +83,12 @@ class SequenceTable(dict[str, Sequence]):
     """The sequence of every request from its first step until it is dropped."""
 
     def __init__(self, seed: int, grammars: GrammarCompiler | None = None) -> None:
-        """grammars: None on a rank that samples nothing."""
+        """grammars: None on a rank that samples nothing.
+
+        not_finite: requests whose keys and values may be NaN, since their logits were.
+        """
         super().__init__()
+        self.not_finite: set[str] = set()
         self._seeds = random.Random(seed)
         self._grammars = grammars
 
@@ -111,13 +114,14 @@ class SequenceTable(dict[str, Sequence]):
         """Remove requests; unknown ids are ignored."""
         for request_id in request_ids:
             self.pop(request_id, None)
+            self.not_finite.discard(request_id)
 
     def append(self, tokens: Iterable[SampledToken]) -> None:
         """Append sampled tokens to their requests; 0 where no token could be drawn, with which a request ends."""
         for token in tokens:
-            sequence = self[token.request_id]
-            sequence.token_ids.append(max(token.token_id, 0))
-            sequence.is_finite &= token.token_id != NOT_FINITE
+            self[token.request_id].token_ids.append(max(token.token_id, 0))
+            if token.token_id == NOT_FINITE:
+                self.not_finite.add(token.request_id)
 
     def token_masks(self, limited: Iterable[Sequence]) -> Tensor:
         """What their grammars allow next, see `GrammarCompiler.masks`; the host knows all tokens so far."""
@@ -128,10 +132,6 @@ class SequenceTable(dict[str, Sequence]):
             matchers.append(sequence.grammar)
         assert self._grammars is not None
         return self._grammars.masks(matchers)
-
-    def not_finite(self, request_ids: Iterable[str]) -> list[str]:
-        """Those of the requests whose keys and values may be NaN."""
-        return [each for each in request_ids if each in self and not self[each].is_finite]
 
 
 def _scrambled(seed: int) -> int:

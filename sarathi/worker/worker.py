@@ -108,15 +108,18 @@ class Worker:
         Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
         """
         released = (*out.preempted, *out.finished)
-        if broken := self._sequences.not_finite(released):
+        if broken := self._sequences.not_finite.intersection(released):
             self._cache.clear(broken)
-        self._cache.retain(out.prefixes.retained)
+        prefixes = out.prefixes
+        if prefixes is not None:
+            self._cache.retain(prefixes.retained)
         self._cache.release(released)
-        self._cache.change_retained(out.prefixes)
+        if prefixes is not None:
+            self._cache.change_retained(prefixes)
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            self._cache.prepare(out.chunks, out.prefixes.shared)
+            self._cache.prepare(out.chunks, () if prefixes is None else prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -130,7 +133,7 @@ class Worker:
         """Compute a step for which `prepare` returned None."""
         if not out.chunks:
             return CompletedStep(StepResult(out.step_id))
-        if out.prefixes.shared:
+        if out.prefixes is not None and out.prefixes.shared:
             self._cache.copy_prefixes()
         return self._runner.launch(out, self._sequences)
 

@@ -102,7 +102,7 @@ def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
         llm.engine.core.resize(4 * llm.engine.core.facts.capacity.rows_for(320))
         for shrinks in (False, True, False, True):
             _drive(llm.engine, rng, prompts, params, expected, canary, shrinks)
-        total.update(scheduler.block_space_manager.stats._asdict())
+        total.update(scheduler.prefix_cache_stats._asdict())
         total.update(preemptions=scheduler.num_preemptions, canary=canary.num_checked)
         print(llm.engine.core.facts.capacity, total)
     assert total["num_hit_tokens"] > 500 and total["num_evicted_rows"] > 5 and total["preemptions"] > 0

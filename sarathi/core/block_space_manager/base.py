@@ -32,8 +32,36 @@ class Hit(NamedTuple):
     request is about to compute; 0 where it is not worth to wait for them.
     """
 
-    num_cached_tokens: int
-    num_awaited_tokens: int
+    num_cached_tokens: int = 0
+    num_awaited_tokens: int = 0
+
+
+class PrefixCache(Protocol):
+    """Tokens of running, preempted and ended requests that other requests may begin with."""
+
+    def find(self, request: Request) -> Hit:
+        """What is cached of a request that may be started next; always less than all of its tokens."""
+
+    def publish(self, requests: Iterable[Request]) -> PrefixChanges:
+        """The computed tokens of running requests may be shared by the steps from here on.
+
+        Returns what the workers have yet to be told about shared and retained memory.
+        """
+
+    def unpublish(self, request: Request) -> None:
+        """Take back what was published beyond the request's computed tokens, which a failed step did not compute."""
+
+    def end_step(self, request_ids: Iterable[str]) -> None:
+        """A step in which these requests started is not in flight any more."""
+
+    def discard(self, request: Request) -> None:
+        """`free`, of which nothing is kept for others."""
+
+    def evict_all(self) -> None:
+        """Free the memory of ended requests, as far as no step in flight uses it."""
+
+    @property
+    def stats(self) -> PrefixCacheStats: ...
 
 
 class BlockSpaceManager(Protocol):
@@ -49,41 +77,22 @@ class BlockSpaceManager(Protocol):
     @property
     def num_used_rows(self) -> int: ...
 
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """None where requests share nothing."""
+
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         """Give `request` memory for num_tokens in total; None, with nothing changed, if the rows do not suffice.
 
-        spare_rows: rows that must remain free afterwards.
+        A request without memory may begin with tokens that are cached. spare_rows: rows that must remain free
+        afterwards.
         """
 
-    def find(self, request: Request) -> Hit:
-        """What is cached of a request that may be started next; always less than all of its tokens."""
-
-    def start(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
-        """`allocate` for a request without memory, which may begin with tokens that are cached."""
-
-    def publish(self, requests: Iterable[Request]) -> None:
-        """The computed tokens of running requests may be shared by the steps from here on."""
-
-    def unpublish(self, request: Request) -> None:
-        """Take back what was published beyond the request's computed tokens, which a failed step did not compute."""
-
-    def end_step(self, request_ids: Iterable[str]) -> None:
-        """A step in which these requests started is not in flight any more."""
-
-    def retain(self, request: Request) -> None:
-        """`free` for a request that no step in flight has; its computed tokens may be kept for others."""
-
-    def evict_all(self) -> None:
-        """Free the memory of ended requests, as far as no step in flight uses it."""
-
-    def take_changes(self) -> PrefixChanges:
-        """What the workers have yet to be told about shared and retained memory."""
-
-    @property
-    def stats(self) -> PrefixCacheStats: ...
-
     def free(self, request: Request) -> None:
-        """Release all rows of `request`; does nothing if it holds none."""
+        """Release all rows of `request`, which no step in flight has; does nothing if it holds none.
+
+        A prefix cache may keep its computed tokens for others.
+        """
 
     def clear(self) -> None:
         """Release every allocation, even if the accounting is inconsistent."""

@@ -113,6 +113,10 @@ class PrefixCachingBlockSpaceManager:
         return self._capacity
 
     @property
+    def prefixes(self) -> PrefixCachingBlockSpaceManager:
+        return self
+
+    @property
     def num_used_rows(self) -> int:
         return self._rows.used
 
@@ -135,7 +139,7 @@ class PrefixCachingBlockSpaceManager:
             num_cached if num_cached >= _MIN_HIT_TOKENS else 0, num_awaited if num_awaited >= _MIN_WAIT_TOKENS else 0
         )
 
-    def start(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
+    def _start(self, request: Request, num_tokens: int, spare_rows: int) -> Grant | None:
         num_cached = self.find(request).num_cached_tokens
         total = self._capacity.rows_for(num_tokens)
         if num_cached:
@@ -233,14 +237,14 @@ class PrefixCachingBlockSpaceManager:
     def allocate(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
         sequence = self._sequences.get(request.request_id)
         if sequence is None:
-            return self.start(request, num_tokens, spare_rows)
+            return self._start(request, num_tokens, spare_rows)
         rows = max(sequence.rows, self._capacity.rows_for(num_tokens))
         if not self._fits(rows - sequence.rows + spare_rows):
             return None
         ids = self._grow(sequence, rows - sequence.rows)
         return Grant(self._capacity.tokens_in(rows), ids)
 
-    def publish(self, requests: Iterable[Request]) -> None:
+    def publish(self, requests: Iterable[Request]) -> PrefixChanges:
         for request in requests:
             sequence = self._sequences.get(request.request_id)
             if sequence is None:  # preempted in the same step
@@ -248,6 +252,7 @@ class PrefixCachingBlockSpaceManager:
             self._index_computed(sequence, request)
             if request.num_computed_tokens + 1 >= request.num_prompt_tokens:  # the last one may be alone in its step
                 self._in_progress.discard(sequence)
+        return self._take_changes()
 
     def unpublish(self, request: Request) -> None:
         sequence = self._sequences.get(request.request_id)
@@ -273,7 +278,7 @@ class PrefixCachingBlockSpaceManager:
 
     # A request ends, or is preempted.
 
-    def retain(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         sequence = self._sequences.get(request.request_id)
         if sequence is None:
             return
@@ -281,14 +286,14 @@ class PrefixCachingBlockSpaceManager:
             self._index_computed(sequence, request)
         is_kept = request.finish_reason != "error" and self._length(sequence) >= _MIN_HIT_TOKENS
         if not is_kept and not sequence.num_pins:
-            self.free(request)
+            self.discard(request)
             return
         if self._num_retained >= self._capacity.num_retained:
             self._evict_first()
         if sequence.num_pins or self._num_retained < self._capacity.num_retained:
             self._keep(request, sequence, is_doomed=not is_kept)
         else:
-            self.free(request)
+            self.discard(request)
 
     def _keep(self, request: Request, sequence: _Sequence, is_doomed: bool) -> None:
         """is_doomed: the sequence cannot be found any more, and is evicted when it is not pinned any more."""
@@ -313,7 +318,7 @@ class PrefixCachingBlockSpaceManager:
             self._unused.add(sequence, request.token_array(), request.sampling_params.cache_salt)
         self._make_room()
 
-    def free(self, request: Request) -> None:
+    def discard(self, request: Request) -> None:
         self.end_step([request.request_id])
         sequence = self._sequences.get(request.request_id)
         if sequence is None:
@@ -327,7 +332,7 @@ class PrefixCachingBlockSpaceManager:
         self._rows.unuse(sequence.tail)
         self._rows.drop(sequence.tail)
 
-    def take_changes(self) -> PrefixChanges:
+    def _take_changes(self) -> PrefixChanges:
         changes, self._changes = self._changes, _Changes()
         shared = [
             SharedPrefix(share.request_id, share.source.owner, share.num_mapped, share.num_tokens, share.source_block)

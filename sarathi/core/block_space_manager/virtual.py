@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
-from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit
-from sarathi.messages import CacheCapacity, PrefixCacheStats, PrefixChanges
+from sarathi.core.block_space_manager.base import BlockSpaceError, Grant
+from sarathi.messages import CacheCapacity
 from sarathi.request import Request
 
 
 class VirtualBlockSpaceManager:
     """Keeps the sum of rows_for(length) over all requests within the capacity."""
+
+    prefixes = None
 
     def __init__(self, capacity: CacheCapacity) -> None:
         self.capacity = capacity
@@ -29,34 +30,6 @@ class VirtualBlockSpaceManager:
 
     def free(self, request: Request) -> None:
         self.num_used_rows -= self._rows.pop(request.request_id, 0)
-
-    def find(self, request: Request) -> Hit:
-        return Hit(0, 0)
-
-    def start(self, request: Request, num_tokens: int, spare_rows: int = 0) -> Grant | None:
-        return self.allocate(request, num_tokens, spare_rows)
-
-    def publish(self, requests: Iterable[Request]) -> None:
-        """Nothing is shared."""
-
-    def unpublish(self, request: Request) -> None:
-        """Nothing was published."""
-
-    def end_step(self, request_ids: Iterable[str]) -> None:
-        """Nothing is shared."""
-
-    def retain(self, request: Request) -> None:
-        self.free(request)
-
-    def evict_all(self) -> None:
-        """Nothing is retained."""
-
-    def take_changes(self) -> PrefixChanges:
-        return PrefixChanges()
-
-    @property
-    def stats(self) -> PrefixCacheStats:
-        return PrefixCacheStats()
 
     def clear(self) -> None:
         self._rows.clear()

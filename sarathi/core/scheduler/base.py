@@ -10,22 +10,23 @@ as pending, and is on the device when the next step needs it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
+from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant, Hit, PrefixCache
 from sarathi.core.scheduler.memory_recovery import MemoryRecovery
 from sarathi.core.scheduler.prefill_policy import PrefillPolicy
 from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step, WaitingQueue
-from sarathi.messages import NOT_FINITE, RequestUpdate, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import NOT_FINITE, PrefixCacheStats, RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
 _MOST_REQUESTS = 2**48  # that ever arrive: the order of arrival is within that of priority
 _MAX_DEFERRED = 32  # requests that a step passes over
 _MAX_DEFERRALS = 256  # steps that pass over one request
+_NO_HIT = Hit()
 
 
 class Scheduler(ABC):
@@ -43,6 +44,7 @@ class Scheduler(ABC):
     ) -> None:  # fmt: skip
         self.config = config
         self.block_space_manager = block_space_manager
+        self._prefixes = block_space_manager.prefixes
         self.max_model_len = max_model_len
         self._running = RunningRequests(block_space_manager, num_micro_batches)
         self._waiting = WaitingQueue()
@@ -84,6 +86,10 @@ class Scheduler(ABC):
     def num_preemptions(self) -> int:
         """Preemptions so far, of all requests together."""
         return self._memory.num_preemptions
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        return PrefixCacheStats() if self._prefixes is None else self._prefixes.stats
 
     def add(self, request: Request) -> None:
         """Queue a request. RequestTooLongError if it could never run; ValueError if its id is in use."""
@@ -129,7 +135,8 @@ class Scheduler(ABC):
         """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
         if self._states or self._running.finishing:
             return False
-        self.block_space_manager.evict_all()
+        if self._prefixes is not None:
+            self._prefixes.evict_all()
         return True
 
     def resize(self, rows: int, reachable_rows: int | None = None) -> list[RequestUpdate]:
@@ -182,15 +189,16 @@ class Scheduler(ABC):
         self._num_steps += 1
         self._withdrawn.clear()
         self._memory.preempt_all(step)
-        self.block_space_manager.evict_all()
+        if self._prefixes is not None:
+            self._prefixes.evict_all()
         return self._send(step)
 
     def _send(self, step: Step) -> SchedulerOutput:
         for state in step.preempted:
             self._waiting.push(state)
-        self.block_space_manager.publish(step.prefilled)
+        if self._prefixes is not None:
+            step.prefixes = self._prefixes.publish(step.prefilled)
         step.num_used_rows = self.block_space_manager.num_used_rows
-        step.prefixes = self.block_space_manager.take_changes()
         step.finished = tuple(self._running.finished_ids)
         self._in_flight[step.step_id] = step
         self._running.finished_ids.clear()
@@ -202,14 +210,16 @@ class Scheduler(ABC):
         if output.step_id != oldest or result.step_id != oldest:
             raise ValueError(f"step {output.step_id} with result {result.step_id}: the oldest in flight is {oldest}")
         step = self._in_flight.pop(oldest)
-        self.block_space_manager.end_step([state.request.request_id for state in step.started])
+        if self._prefixes is not None:
+            self._prefixes.end_step([state.request.request_id for state in step.started])
         if step.is_void:
             self._running.release_ended(step)
             return []
         if result.available_rows is not None:
             failed = [step, *self._in_flight.values()]
             rows = self._memory.roll_back(failed, result.available_rows, self._num_steps)
-            self._withdraw(failed)
+            if self._prefixes is not None:
+                self._withdraw(failed, self._prefixes)
             self._running.release_ended(step)
             return self._fit(rows)
         tokens = step.tokens_by_request(result)
@@ -255,7 +265,7 @@ class Scheduler(ABC):
             state = self._waiting.first()
             if state is None:
                 break
-            hit = self.block_space_manager.find(state.request)
+            hit = _NO_HIT if self._prefixes is None else self._prefixes.find(state.request)
             if self._may_defer and hit.num_awaited_tokens and state.num_deferred < _MAX_DEFERRALS:
                 state.num_deferred += 1
                 deferred.append(state)
@@ -296,13 +306,14 @@ class Scheduler(ABC):
 
     # The end of a step, and of a request.
 
-    def _withdraw(self, steps: Iterable[Step]) -> None:
+    def _withdraw(self, steps: Sequence[Step], prefixes: PrefixCache) -> None:
         """After a step that found too little memory: start requests anew that began with cached tokens."""
-        for step in steps:
-            for state in self._memory.withdraw_started(step):
-                self._withdrawn.append(state.request.request_id)
-                self._waiting.push(state)
-        self.block_space_manager.evict_all()
+        for state in [state for step in steps for state in step.states]:
+            prefixes.unpublish(state.request)
+        for state in [state for step in steps for state in self._memory.withdraw_started(step, prefixes)]:
+            self._withdrawn.append(state.request.request_id)
+            self._waiting.push(state)
+        prefixes.evict_all()
 
     def _append_tokens(self, step: Step, tokens: Mapping[str, SampledToken]) -> list[RequestUpdate]:
         updates = []

@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
-from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
+from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant, PrefixCache
 from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step
 from sarathi.request import Request, RequestStatus
 
@@ -86,7 +86,7 @@ class MemoryRecovery:
 
     def start(self, state: RequestState, num_tokens: int, spare_rows: int) -> Grant | None:
         """Start a request with memory for num_tokens; None if that would leave fewer than spare_rows free."""
-        grant = self._block_space_manager.start(state.request, num_tokens, spare_rows)
+        grant = self._block_space_manager.allocate(state.request, num_tokens, spare_rows)
         if grant is not None:
             state.request.num_computed_tokens = grant.num_cached_tokens
             if not state.request.num_preemptions:
@@ -146,7 +146,7 @@ class MemoryRecovery:
             "preempted request %s: %d computed tokens lost, preemption %d of this request; %d of %d rows were in use",
             request.request_id, request.num_computed_tokens, request.num_preemptions + 1, used, capacity,
         )  # fmt: skip
-        self._block_space_manager.retain(request)
+        self._block_space_manager.free(request)
         self._stop(state)
         state.last_step_id = step.step_id
         request.num_preemptions += 1
@@ -170,20 +170,18 @@ class MemoryRecovery:
         """
         for step in reversed(steps):
             step.roll_back()
-            for state in step.states:
-                self._block_space_manager.unpublish(state.request)
         self.num_recoveries += 1
         self.retry_step_id = next_step_id + _RETRY_STEPS
         rows = max(0, min(available_rows, steps[0].num_used_rows - 1))
         logger.warning("memory ran out in step %d: continuing with %d rows", steps[0].step_id, rows)
         return rows
 
-    def withdraw_started(self, step: Step) -> list[RequestState]:
+    def withdraw_started(self, step: Step, prefixes: PrefixCache) -> list[RequestState]:
         """Take requests back that a failed step was to start from the cache: the worker may have nothing of them."""
         withdrawn = [state for state in step.started if state.request.status is RequestStatus.RUNNING]
         step.started.clear()
         for state in withdrawn:
-            self._block_space_manager.free(state.request)
+            prefixes.discard(state.request)
             self._stop(state)
         return withdrawn
 

@@ -99,7 +99,7 @@ class Step:
     prefilled: list[Request] = field(default_factory=list)
     started: list[RequestState] = field(default_factory=list)
     withdrawn: tuple[str, ...] = ()
-    prefixes: PrefixChanges = PrefixChanges()  # noqa: RUF009 (immutable)
+    prefixes: PrefixChanges | None = None
 
     def add(self, state: RequestState, length: int, samples: bool, block_ids: tuple[int, ...]) -> None:
         """Add the next `length` tokens of a request, which count as computed from now on."""
@@ -223,7 +223,7 @@ class RunningRequests:
         if state.steps_in_flight:
             self.finishing[request.request_id] = state
             return
-        self._block_space_manager.retain(request)
+        self._block_space_manager.free(request)
         self.finished_ids.append(request.request_id)
         self.finishing.pop(request.request_id, None)
 

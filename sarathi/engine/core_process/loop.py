@@ -139,5 +139,5 @@ class CoreLoop:
         rows = scheduler.block_space_manager
         return CoreStats(
             scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, rows.num_used_rows,
-            rows.capacity.rows, self._core.memory_stats(), rows.stats,
+            rows.capacity.rows, self._core.memory_stats(), scheduler.prefix_cache_stats,
         )  # fmt: skip

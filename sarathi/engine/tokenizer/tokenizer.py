@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class Tokenizer:
         self._render_chat = render_chat
         self._added = backend.get_added_tokens_decoder()
         self._to_bytes = _piece_to_bytes(backend)
-        self._bytes: dict[int, bytes] = {}
+        self.token_bytes: Callable[[int], bytes] = cache(self._find_bytes)
 
     @property
     def backend(self) -> "Backend":
@@ -78,15 +79,6 @@ class Tokenizer:
         """Text of all `token_ids` at once."""
         with reading("the model", "tokenizer"):
             return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What this token adds to a text that has already begun; empty for special tokens and ids without a piece.
-
-        Bytes of successive tokens joined and read as UTF-8 are the text; a single token may hold half a character.
-        """
-        if token_id not in self._bytes:
-            self._bytes[token_id] = self._find_bytes(token_id)
-        return self._bytes[token_id]
 
     def special_bytes(self, token_id: int) -> bytes:
         """The text of a special token where it is shown, with the space that the tokenizer puts before it, if any;
@@ -132,6 +124,10 @@ class Tokenizer:
             raise ChatTemplateError(f"the conversation holds {error}") from None
 
     def _find_bytes(self, token_id: int) -> bytes:
+        """What this token adds to a text that has already begun; empty for special tokens and ids without a piece.
+
+        Bytes of successive tokens joined and read as UTF-8 are the text; a single token may hold half a character.
+        """
         if token_id in self._added:
             token = self._added[token_id]
             return b"" if token.special else token.content.encode()

@@ -107,8 +107,9 @@ class Decoder:
         if self.needs_rope_lengths:
             table = self.frequencies.cos_sin(batch.positions, batch.rope_lengths)
             return AttentionStep(table, torch.arange(len(batch.positions), device=self.place.device), metadata)
-        if self.place.device.type == "cpu" and int(batch.positions.max()) >= len(self._rope_table.cos):
-            self._grow_rope_table(int(batch.positions.max()) + 1)
+        num_positions = max([chunk.start + chunk.num_tokens for chunk in batch.chunks], default=0)
+        if num_positions > len(self._rope_table.cos):
+            self._grow_rope_table(num_positions)
         return AttentionStep(self._rope_table, batch.positions, metadata)
 
     def _grow_rope_table(self, num_positions: int) -> None:

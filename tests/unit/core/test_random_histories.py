@@ -57,8 +57,6 @@ class History:
         self.calls_to_crash: int | None = None
         self._make_fragile("allocate")
         self._make_fragile("free")
-        if caches:
-            self._make_fragile("start")
         self.in_flight: deque[tuple[SchedulerOutput, StepResult]] = deque()
 
     def _make_pair(self, backend: str, eviction: str) -> tuple[Scheduler, FakeWorker]:
@@ -151,7 +149,7 @@ class History:
 
     def _check_rows(self) -> None:
         manager = self.scheduler.block_space_manager
-        assert self.worker.held_rows() == manager.num_used_rows + manager.stats.num_retained_rows
+        assert self.worker.held_rows() == manager.num_used_rows + self.scheduler.prefix_cache_stats.num_retained_rows
 
     def _check_micro_batch(self, out: SchedulerOutput) -> None:
         """Of a pipeline: no request follows a step in flight that samples a token of it, unless that step failed."""
@@ -273,5 +271,5 @@ def play_all(policy: str, backend: str, caches: bool, count: int) -> PrefixCache
             history.check_outputs()
         except Exception as error:
             raise AssertionError(f"SEED={seed} {policy} {backend} {caches}: {error!r}") from error
-        total = PrefixCacheStats(*map(sum, zip(total, history.scheduler.block_space_manager.stats, strict=True)))
+        total = PrefixCacheStats(*map(sum, zip(total, history.scheduler.prefix_cache_stats, strict=True)))
     return total

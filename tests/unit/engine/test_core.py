@@ -12,7 +12,7 @@ from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
-from sarathi.metrics import MetricsStore, NullMetricsStore
+from sarathi.metrics import MetricsSink, MetricsStore
 from sarathi.sampling_params import SamplingParams
 
 
@@ -35,7 +35,7 @@ def copied(value):
     return pickle.loads(pickle.dumps(value))
 
 
-class EndCounter(NullMetricsStore):
+class EndCounter(MetricsSink):
     """Counts what it is told of each request."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import make_scheduler
 from sarathi.messages import Chunk, HostTimes, MemoryStats, NewRequest, SampledToken, SchedulerOutput, StepResult
-from sarathi.metrics import MetricsStore, NullMetricsStore, StepTimes, merge
+from sarathi.metrics import MetricsStore, StepTimes, merge
 from sarathi.metrics.tables import (
     REQUEST_COUNTS,
     REQUEST_TIMES,
@@ -117,7 +117,7 @@ def test_schedule_is_kept_only_on_request(simulation: Simulation) -> None:
     assert store.records().steps and not store.records().schedule
 
 
-def one_step(store: MetricsStore | NullMetricsStore, start_s: float, batch: int = 1, step_id: int = 1) -> None:
+def one_step(store: MetricsStore, start_s: float, batch: int = 1, step_id: int = 1) -> None:
     chunks = tuple(Chunk(str(index), 5, 1, True, 8) for index in range(batch))
     result = StepResult(step_id, tuple(SampledToken(str(index), 3) for index in range(batch)), 0.5)
     times = StepTimes(start_s, start_s, start_s + 1, start_s + 1)
@@ -234,16 +234,6 @@ def test_merge_orders_replicas_by_time() -> None:
     assert all(record.inter_arrival_s is None for part in parts for record in part.requests[:1])
     with pytest.raises(ValueError, match="at least one replica"):
         merge([])
-
-
-def test_off_takes_every_call_and_keeps_nothing() -> None:
-    store = NullMetricsStore()
-    store.on_request_arrived("a", 1, 0.0)
-    one_step(store, 0.0)
-    store.on_operation("schedule", None, 0.1)
-    store.on_memory(MemoryStats())
-    store.on_request_finished("a", "length")
-    assert not vars(store)
 
 
 def test_cost_of_a_step_of_64_requests() -> None:

@@ -77,10 +77,10 @@ class SdpaBackend(AttentionBackend):
 def _joined(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
     """Queries and keys as one tensor if they are neighbours in the product they come from: half the operations."""
     tokens, heads, size = query.shape
-    strides, offset = query.stride(), query.storage_offset()
-    is_next = key.storage_offset() == offset + heads * size and strides[1:] == (size, 1) and key.stride() == strides
-    if is_next and key.untyped_storage().data_ptr() == query.untyped_storage().data_ptr():
-        return (query.as_strided((tokens, heads + key.shape[1], size), strides, offset),)
+    strides, num_bytes = query.stride(), heads * size * query.element_size()
+    is_next = strides[1:] == (size, 1) and key.stride() == strides
+    if is_next and key.data_ptr() == query.data_ptr() + num_bytes:
+        return (query.as_strided((tokens, heads + key.shape[1], size), strides),)
     return query, key
 
 

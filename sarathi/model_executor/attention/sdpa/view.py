@@ -77,15 +77,22 @@ class View:
 
 def make_view(lengths: Sequence[Lengths], address: Address, window: Window, place: Placement) -> View:
     """Spans of all sequences, in order. Masks are in the model's dtype, so that no layer converts one."""
-    ranges = [visible_range(each, window) for each in lengths]
-    starts, blocks = _locate(ranges, address)
-    spans, query = [], 0
-    for each, (first, last), (slot, key_start) in zip(lengths, ranges, starts, strict=True):
+    spans: list[Span] = []
+    blocks: list[int] = []  # that are gathered into slot 0
+    query, is_paged = 0, isinstance(address, BlockAddress)
+    for index, each in enumerate(lengths):
+        first, last = visible_range(each, window)
+        if isinstance(address, BlockAddress):
+            size, table = address.block_size, address.block_tables[index]
+            slot, key_start = 0, len(blocks) * size + first % size
+            blocks += table[first // size : -(-last // size)]
+        else:
+            slot, key_start = address.slots[index], first
         mask, causal = _mask(each, window, place)
         key_end = key_start + last - first
         spans.append(Span(query, query + each.num_queries, slot, key_start, key_end, mask, causal))
         query += each.num_queries
-    return View(tuple(spans), None if blocks is None else torch.tensor(blocks, dtype=torch.int64, device=place.device))
+    return View(tuple(spans), torch.tensor(blocks, dtype=torch.int64, device=place.device) if is_paged else None)
 
 
 def write_index(lengths: Sequence[Lengths], address: Address, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -135,19 +142,6 @@ def _mask(lengths: Lengths, window: Window, place: Placement) -> tuple[Tensor | 
     if window.right != UNLIMITED:
         hidden |= distance > window.right
     return torch.zeros_like(distance, dtype=place.dtype).masked_fill_(hidden, float("-inf")), False
-
-
-def _locate(ranges: Sequence[tuple[int, int]], address: Address) -> tuple[list[tuple[int, int]], list[int] | None]:
-    """Slot and column of each range's first key, and the blocks that are gathered into slot 0 first."""
-    if not isinstance(address, BlockAddress):
-        return [(slot, first) for slot, (first, _) in zip(address.slots, ranges, strict=True)], None
-    size = address.block_size
-    starts: list[tuple[int, int]] = []
-    blocks: list[int] = []
-    for table, (first, last) in zip(address.block_tables, ranges, strict=True):
-        starts.append((0, len(blocks) * size + first % size))
-        blocks.extend(table[first // size : -(-last // size)])
-    return starts, blocks
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
