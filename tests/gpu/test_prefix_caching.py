@@ -50,7 +50,7 @@ def test_a_sharer_has_the_bytes_of_its_source(backend: str) -> None:
         outputs = [llm.generate([[*document, 5, number]], params)[0] for number in range(3)]
         assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
         core = llm.engine.core
-        stats = core.scheduler.block_space_manager.stats
+        stats = core.prefix_cache_stats()
         print(stats)
         assert stats.num_mapped_tokens >= 2 * 16_384 and stats.num_hit_tokens > 2 * DOCUMENT
         cache = core.executor._worker._cache
@@ -83,7 +83,7 @@ def test_random_requests_end_with_steps_in_flight_and_evictions(backend: str) ->
             assert all(update.finish_reason != "error" for update in core.step().updates)
             core.scheduler.check_integrity()
             core.executor.check_integrity()
-        stats = core.scheduler.block_space_manager.stats
+        stats = core.prefix_cache_stats()
         print(stats, core.scheduler.num_preemptions)
         assert stats.num_hit_tokens > 10_000 and stats.num_evicted_rows > 10
     torch.cuda.synchronize()
