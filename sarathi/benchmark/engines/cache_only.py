@@ -12,6 +12,7 @@ from sarathi.messages import (
     Chunk,
     CompletedStep,
     MemoryStats,
+    PrefixChanges,
     Resolution,
     SampledToken,
     SchedulerOutput,
@@ -48,11 +49,12 @@ class CacheOnlyExecutor(Executor):
         self._next_token = next_token
 
     def launch(self, out: SchedulerOutput) -> CompletedStep:
-        self.cache.retain(out.prefixes.retained)
+        prefixes = out.prefixes or PrefixChanges()
+        self.cache.retain(prefixes.retained)
         self.cache.release((*out.preempted, *out.finished))
-        self.cache.change_retained(out.prefixes)
+        self.cache.change_retained(prefixes)
         try:
-            self.cache.prepare(out.chunks, out.prefixes.shared)
+            self.cache.prepare(out.chunks, prefixes.shared)
         except OutOfMemoryError as error:
             return CompletedStep(StepResult(out.step_id, available_rows=error.available))
         self.cache.copy_prefixes()
