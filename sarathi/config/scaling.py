@@ -9,8 +9,9 @@ from sarathi.config.knobs import ConfigError, Section, knob
 
 @dataclass(frozen=True)
 class ScalingConfig(Section):
-    """Engines behind one address."""
+    """API processes over one engine, or engines behind one address."""
 
+    api_workers: int = knob(1, "processes that answer HTTP, over one engine", low=1, high=256)
     replicas: int = knob(
         1, "engines behind one address, through Ray Serve; 1: one engine, without Ray", low=1, high=4096
     )
@@ -31,6 +32,11 @@ class ScalingConfig(Section):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ConfigError(
                 f"max_replicas is {self.max_replicas}: it must be none or at least replicas, {self.replicas}"
+            )
+        if self.uses_ray and self.api_workers > 1:
+            raise ConfigError(
+                f"api_workers is {self.api_workers}: it must be 1 where Ray Serve runs the engines, each of which "
+                "has an API process of its own"
             )
 
     @property

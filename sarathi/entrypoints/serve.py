@@ -15,8 +15,11 @@ def run(args: argparse.Namespace) -> int:
         return run_replicas(engine, server, scaling)
     import uvloop
 
-    from sarathi.entrypoints import anthropic, openai, responses
+    if scaling.api_workers > 1:
+        from sarathi.entrypoints.workers.supervisor import serve as serve_by_workers
+
+        return uvloop.run(serve_by_workers(engine, server, scaling.api_workers))
+    from sarathi.entrypoints.routers import ROUTERS
     from sarathi.entrypoints.server.process.lifecycle import serve
 
-    routers = (*openai.ROUTERS, *responses.ROUTERS, *anthropic.ROUTERS)
-    return uvloop.run(serve(engine, server, routers))
+    return uvloop.run(serve(engine, server, ROUTERS))

@@ -58,6 +58,13 @@ def _wait_for_url(process: "subprocess.Popen[str]", lines: list[str]) -> str:
     raise RuntimeError(f"the server ended with exit code {process.wait()}: {''.join(lines)}")
 
 
+def documented(mark: str) -> Sequence[str]:
+    """The options of the `sarathi serve` in docs/serving.md that has this option."""
+    lines = (ROOT / "docs" / "serving.md").read_text().splitlines()
+    [found] = [line.split() for line in lines if line.startswith("    sarathi serve --") and mark in line]
+    return found[2:]
+
+
 def options(**values: object) -> Sequence[str]:
     """Command line options of names and values."""
     return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), str(value))]

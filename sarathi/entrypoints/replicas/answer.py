@@ -8,7 +8,6 @@ from sarathi.entrypoints.replicas.messages import Begun, Head, Piece, WholeAnswe
 from sarathi.entrypoints.server.errors import as_api_error
 from sarathi.entrypoints.server.streaming import DONE, event, openai_error_event
 
-_UNAVAILABLE = 503
 _ANTHROPIC, _RESPONSES = "/v1/messages", "/v1/responses"
 
 
@@ -22,10 +21,6 @@ class Answer:
         self._is_head_sent = False
         self._num_events = 0
         self.has_begun = False
-
-    def is_refusal(self, piece: Piece) -> bool:
-        """Whether it says that the replica's engine takes no requests, instead of an answer."""
-        return isinstance(piece, Head) and piece.status == _UNAVAILABLE and not self.has_begun
 
     async def put(self, piece: Piece) -> None:
         if isinstance(piece, Head):

@@ -21,9 +21,10 @@ from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, ServerConfig
 from sarathi.entrypoints.replicas.gateway import Gateway, ReplicaLostError
 from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
-from sarathi.entrypoints.replicas.replica import ROUTERS, Replica
+from sarathi.entrypoints.replicas.replica import EngineGoneError, Replica
 from sarathi.entrypoints.replicas.resources import actor_options
 from sarathi.entrypoints.replicas.router import PrefixRouter
+from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 
 _UNLIMITED = 1_000_000  # requests at a replica: the engine's own limits hold, with status 429
@@ -68,7 +69,8 @@ class ServeReplicas:
             async for each in response:
                 yield each
         except (RayError, RayServeException) as error:
-            raise ReplicaLostError(f"a replica was lost ({type(error).__name__})") from None
+            gone = getattr(error, "cause", None)  # what the replica itself raised
+            raise ReplicaLostError(gone.replica if isinstance(gone, EngineGoneError) else "") from None
         finally:
             response.cancel()
 

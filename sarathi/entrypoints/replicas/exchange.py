@@ -22,9 +22,11 @@ class Exchange:
         self._pieces: list[Piece] = []
         self._is_filled = asyncio.Event()
         self._is_received = False
+        self.has_begun = False
 
     def begin(self) -> None:
         """Say that the engine has computed the first token."""
+        self.has_begun = True
         self._put(Begun())
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:

@@ -7,6 +7,7 @@ API. Requests about the server itself go to all replicas.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol
 
 from starlette.datastructures import Headers
@@ -27,7 +28,11 @@ _IDLE_LOOK_S = 0.02
 
 
 class ReplicaLostError(RuntimeError):
-    """The replica died, or its engine did."""
+    """The replica died, or its engine did. name: of a replica that cannot answer, where it said so; else ""."""
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__("the engine that had the request was lost")
+        self.name = name
 
 
 class Replicas(Protocol):
@@ -83,16 +88,15 @@ class Gateway:
                 await self._pass_on(request, answer)
                 return
             except ReplicaLostError as lost:
-                error = EngineUnavailableError(f"{lost}: the request could not be completed")
+                error = EngineUnavailableError(f"{lost}: it could not be completed")
                 if answer.has_begun:
                     break
+                request = replace(request, avoided=(*request.avoided, lost.name))
         await answer.fail(error)
 
     async def _pass_on(self, request: ForwardedRequest, answer: Answer) -> None:
         async with aclosing(self._replicas.stream(request)) as pieces:
             async for each in pieces:
-                if answer.is_refusal(each):
-                    raise ReplicaLostError("the engine of a replica is dead")
                 await answer.put(each)
         await answer.end()
 

@@ -10,7 +10,7 @@ class ForwardedRequest:
     """A whole HTTP request.
 
     path: decoded. query: as it was sent, without "?". prefix: hashes of how its prompt begins, see `prompt_prefix`.
-    owner: the replica that alone can answer it; "": any.
+    owner: the replica that alone can answer it; "": any. avoided: replicas that have said that they cannot.
     """
 
     method: str
@@ -20,6 +20,7 @@ class ForwardedRequest:
     body: bytes
     prefix: tuple[int, ...] = ()
     owner: str = ""
+    avoided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 
 import ray
@@ -16,18 +17,25 @@ from sarathi.engine.core_process.link import CoreLink
 from sarathi.engine.input_processor import Prompt
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.entrypoints import anthropic, openai, responses
 from sarathi.entrypoints.replicas.exchange import CURRENT, Exchange
 from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
 from sarathi.entrypoints.replicas.prefix import response_mark
+from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import create_app
 from sarathi.entrypoints.server.process.log import write_status
 from sarathi.entrypoints.server.process.service import make_context
 from sarathi.sampling_params import SamplingParams
 
-ROUTERS = (*openai.ROUTERS, *responses.ROUTERS, *anthropic.ROUTERS)
 _DEATH_NOTICE_S = 1.0  # for answers that tell of the engine's death to arrive
 _FAILED = 1
+
+
+class EngineGoneError(RuntimeError):
+    """The engine of a replica is dead."""
+
+    def __init__(self, replica: str) -> None:
+        super().__init__(replica)
+        self.replica = replica
 
 
 class Replica:
@@ -41,12 +49,16 @@ class Replica:
         self._app = create_app(context, replace(config, allowed_origins=None), ROUTERS)
         self._tasks = [asyncio.create_task(self._end_with_engine())]
         if config.log_interval_s is not None:
-            self._tasks += [asyncio.create_task(write_status(self._llm, context.metrics, config.log_interval_s))]
+            self._tasks += [asyncio.create_task(write_status(self._llm.stats, context.metrics, config.log_interval_s))]
 
     async def stream(self, request: ForwardedRequest) -> AsyncGenerator[Piece, None]:
-        """The pieces of the answer."""
-        async for each in Exchange(self._app, request).pieces():
-            yield each
+        """The pieces of the answer. EngineGoneError where it has not begun, and the engine is dead."""
+        exchange = Exchange(self._app, request)
+        async with aclosing(exchange.pieces()) as pieces:
+            async for each in pieces:
+                if self._llm.error is not None and not exchange.has_begun:
+                    raise EngineGoneError(self._name)
+                yield each
 
     async def answer(self, request: ForwardedRequest) -> WholeAnswer:
         """The answer in one piece."""

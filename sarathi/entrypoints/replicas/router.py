@@ -21,6 +21,8 @@ class PrefixRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         request = None if pending_request is None else _request_of(pending_request)
         by_name = {each.replica_id.unique_id: each for each in candidate_replicas}
+        if request is not None and by_name.keys() - set(request.avoided):
+            by_name = {name: each for name, each in by_name.items() if name not in request.avoided}
         wanted = None if request is None else self._wanted(request, by_name)
         others = [each for name, each in by_name.items() if name != wanted]
         random.shuffle(others)  # Serve takes the first of equal queues

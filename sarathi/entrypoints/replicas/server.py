@@ -18,8 +18,8 @@ from sarathi.engine.build import build_tokenizer
 from sarathi.engine.core_process.client import CoreStartError
 from sarathi.entrypoints.replicas.application import ServeReplicas, engines
 from sarathi.entrypoints.replicas.gateway import Gateway
-from sarathi.entrypoints.replicas.replica import ROUTERS
 from sarathi.entrypoints.replicas.resources import check_room
+from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 from sarathi.entrypoints.server.process.connections import make_http_server
 from sarathi.entrypoints.server.process.end import End, run_until_ended

@@ -4,10 +4,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from sarathi.engine.async_llm import AsyncLLM
@@ -42,10 +44,15 @@ _COUNTERS: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
 
 
 class ServerMetrics:
-    """All metrics of one model, in a registry of their own."""
+    """All metrics of one model, in a registry of their own.
 
-    def __init__(self, model_name: str) -> None:
+    folder: where several processes count together, as PROMETHEUS_MULTIPROC_DIR named it when prometheus_client was
+    imported; each tells the counts of all. None: this process counts alone.
+    """
+
+    def __init__(self, model_name: str, folder: Path | None = None) -> None:
         self.registry = CollectorRegistry()
+        self._folder = folder
         self._model_name = model_name
         self._core = _CoreCollector(model_name)
         self.registry.register(self._core)
@@ -91,7 +98,11 @@ class ServerMetrics:
 
     def expose(self) -> tuple[bytes, str]:
         """The metrics as text, and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+        registry = self.registry
+        if self._folder is not None:
+            registry = _shared_registry(self._folder)
+            registry.register(self._core)
+        return generate_latest(registry), CONTENT_TYPE_LATEST
 
     def _observe_first(self, output: RequestOutput, num_tokens: int) -> None:
         times = output.metrics
@@ -123,6 +134,28 @@ class ServerMetrics:
     def _histogram(self, name: str, text: str) -> Histogram:
         histogram = Histogram(_PREFIX + name, text, ("model_name",), registry=self.registry, buckets=_SECONDS)
         return histogram.labels(self._model_name)
+
+
+class SharedCounts:
+    """What the processes that count in one folder have counted together."""
+
+    def __init__(self, folder: Path) -> None:
+        self._registry = _shared_registry(folder)
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens of prompts and of outputs so far."""
+        return self._total("prompt_tokens"), self._total("generation_tokens")
+
+    def _total(self, name: str) -> int:
+        families = [each for each in self._registry.collect() if each.name == _PREFIX + name]
+        return int(sum([sample.value for each in families for sample in each.samples]))
+
+
+def _shared_registry(folder: Path) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    return registry
 
 
 @dataclass(slots=True)

@@ -5,20 +5,17 @@ timeout is ended with an error. The second one ends the process at once. When th
 a few seconds before the process ends with exit code 1.
 """
 
-import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 
 from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ServerConfig
 from sarathi.entrypoints.server.app import create_app
-from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.process.connections import make_http_server
 from sarathi.entrypoints.server.process.end import End, run_until_ended
 from sarathi.entrypoints.server.process.listener import bind, url_of
-from sarathi.entrypoints.server.process.log import write_status
+from sarathi.entrypoints.server.process.log import status_lines
 from sarathi.entrypoints.server.process.service import EngineService
 
 DIED = 1
@@ -35,21 +32,8 @@ async def serve(engine: EngineConfig, config: ServerConfig, routers: Sequence[AP
         server = make_http_server(create_app(context, config, routers), config)
         try:
             print(f"{context.model_name} is served on {url_of(listener)}", flush=True)
-            with status_lines(context, config.log_interval_s):
+            with status_lines(context.llm.stats, context.metrics, config.log_interval_s):
                 await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)
         finally:
             await context.llm.shutdown()
     return DIED if context.llm.error else 0
-
-
-@contextmanager
-def status_lines(context: ServerContext, interval_s: float | None) -> Iterator[None]:
-    """Write lines about the load meanwhile."""
-    if interval_s is None:
-        yield
-        return
-    writing = asyncio.create_task(write_status(context.llm, context.metrics, interval_s))
-    try:
-        yield
-    finally:
-        writing.cancel()

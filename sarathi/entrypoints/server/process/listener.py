@@ -3,17 +3,30 @@
 import socket
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Before the model is loaded, so that a taken port is told at once; clients are let in later. OSError."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Before the model is loaded, so that a taken port is told at once; clients are let in later. OSError.
+
+    shared: whether another socket that `share` was called with has the address too.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            share(listener)
         listener.bind((host, port))
     except OSError as error:
         listener.close()
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     return listener
+
+
+def share(listener: socket.socket) -> None:
+    """Let sockets of this user's processes have the same address. The kernel spreads connections over listeners.
+
+    After `bind`, so that the address was not another server's.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def url_of(listener: socket.socket) -> str:

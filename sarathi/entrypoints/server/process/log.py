@@ -3,15 +3,15 @@
 import asyncio
 import sys
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import msgspec
 
-from sarathi.engine.async_llm import AsyncLLM
 from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.core_process.wire import CoreStats
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
-from sarathi.entrypoints.server.metrics import ServerMetrics
 
 
 class RequestLog:
@@ -44,17 +44,40 @@ class RequestLog:
         return found | ({"text": each.text} if self._texts else {})
 
 
-async def write_status(llm: AsyncLLM, metrics: ServerMetrics, interval_s: float) -> None:
+class TokenCounts(Protocol):
+    """num_tokens: of prompts and of outputs so far."""
+
+    @property
+    def num_tokens(self) -> tuple[int, int]: ...
+
+
+GetStats = Callable[[], Awaitable[CoreStats]]
+
+
+@contextmanager
+def status_lines(get_stats: GetStats, counts: TokenCounts, interval_s: float | None) -> Iterator[None]:
+    """Write lines about the load meanwhile."""
+    if interval_s is None:
+        yield
+        return
+    writing = asyncio.create_task(write_status(get_stats, counts, interval_s))
+    try:
+        yield
+    finally:
+        writing.cancel()
+
+
+async def write_status(get_stats: GetStats, counts: TokenCounts, interval_s: float) -> None:
     """A line every interval in which there was work, until the engine dies."""
-    before = metrics.num_tokens
+    before = counts.num_tokens
     while True:
         await asyncio.sleep(interval_s)
-        now = metrics.num_tokens
-        if now != before or llm.num_unfinished:
-            try:
-                stats = await llm.stats()
-            except CoreDiedError:
-                return
+        now = counts.num_tokens
+        try:
+            stats = await get_stats()
+        except CoreDiedError:
+            return
+        if now != before or stats.num_running or stats.num_waiting:
             rates = [(new - old) / interval_s for new, old in zip(now, before, strict=True)]
             print(_status(stats, *rates), file=sys.stderr, flush=True)
         before = now

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 from sarathi.config.schema import EngineConfig
@@ -27,11 +28,12 @@ class StartEngine(Protocol):
 
 
 async def make_context(
-    engine: EngineConfig, config: ServerConfig, start: StartEngine = AsyncLLM.start, id_mark: str = ""
-) -> ServerContext:
-    """Start an engine for an application."""
+    engine: EngineConfig, config: ServerConfig, start: StartEngine = AsyncLLM.start, id_mark: str = "",
+    metrics_folder: Path | None = None,
+) -> ServerContext:  # fmt: skip
+    """Start an engine for an application. For the mark see `ServerContext`, for the folder `ServerMetrics`."""
     names = config.model_names(engine.model.model)
-    metrics = ServerMetrics(names[0])
+    metrics = ServerMetrics(names[0], metrics_folder)
     llm = await start(
         engine, heartbeat_timeout_s=config.heartbeat_timeout_s,
         limits=QueueLimits(config.max_waiting_requests, config.max_waiting_tokens), observe=_observer(config, metrics),
@@ -47,9 +49,12 @@ class EngineService:
         self.context = context
 
     @classmethod
-    async def start(cls, engine: EngineConfig, config: ServerConfig) -> "EngineService":
-        """Load the model in a new process."""
-        return cls(await make_context(engine, config))
+    async def start(
+        cls, engine: EngineConfig, config: ServerConfig, start: StartEngine = AsyncLLM.start,
+        metrics_folder: Path | None = None,
+    ) -> "EngineService":  # fmt: skip
+        """Load the model in a new process, or whatever `start` does."""
+        return cls(await make_context(engine, config, start, metrics_folder=metrics_folder))
 
     async def wait_until_dead(self) -> None:
         await self.context.llm.wait_until_dead()

@@ -1,0 +1,41 @@
+"""What a supervisor hands to each API process, and what it hears of it."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sarathi.config.schema import EngineConfig
+from sarathi.config.server import ServerConfig
+
+READY, ALIVE = b"r", b"."
+"""Written to the supervisor: once when the process takes connections, then every BEAT_S."""
+BEAT_S = 0.5
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """name: of its link to the core. core_folder: of the core's sockets. core_life: see `CoreConnection`.
+
+    port: where the supervisor's socket keeps the address. metrics_folder: where all processes count.
+    """
+
+    engine: EngineConfig
+    server: ServerConfig
+    name: str
+    core_folder: Path
+    core_life: int
+    port: int
+    metrics_folder: Path
+
+
+def share_of(config: ServerConfig, count: int) -> ServerConfig:
+    """The limits of one of `count` processes: an equal part of each, rounded up. The load is logged for all."""
+
+    def part(limit: int | None) -> int | None:
+        return None if limit is None else math.ceil(limit / count)
+
+    return replace(
+        config, max_waiting_requests=part(config.max_waiting_requests),
+        max_waiting_tokens=part(config.max_waiting_tokens),
+        max_connections=math.ceil(config.max_connections / count), log_interval_s=None,
+    )  # fmt: skip

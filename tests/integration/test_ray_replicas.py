@@ -1,0 +1,246 @@
+"""`sarathi serve --replicas 2` and a YAML for Ray Serve, over a real Ray on this machine: answers, routing, deaths."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import yaml
+from http_server import ROOT, RunningServer, documented, options, running_server
+from prometheus_client.parser import text_string_to_metric_families
+from small_models import save_tiny_model
+
+from sarathi import LLM, SamplingParams
+
+pytestmark = pytest.mark.slow
+LONG = {"prompt": [1, 2, 3], "max_tokens": 30000, "ignore_eos": True, "temperature": 0}
+RUNNING = 2  # requests that run at the same time at a replica
+LOCAL_RAY = {"RAY_ADDRESS": "local"}
+LIMIT_S = 300.0  # far more than it takes: the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
+
+
+@pytest.fixture(scope="module")
+def server(model: str) -> Iterator[RunningServer]:
+    chosen = options(max_num_seqs=RUNNING, max_waiting_requests=32, prefix_affinity_lead=1)
+    with running_server(model, *documented("--replicas"), *chosen, "--prefix-caching", env=LOCAL_RAY) as server:
+        yield server
+        started = descendants(server.process.pid)
+        assert server.end(timeout_s=LIMIT_S) == 0
+        until(lambda: not any(map(is_alive, started)), "processes are left")
+
+
+def descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in path.read_text().split()]
+        except OSError:
+            continue
+        found += children + [below for child in children for below in descendants(child)]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(condition, failure: str) -> None:  # type: ignore[no-untyped-def]
+    deadline_s = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, failure
+        time.sleep(0.1)
+
+
+def replica_pids(server: RunningServer) -> list[int]:
+    names = {pid: Path(f"/proc/{pid}/cmdline") for pid in descendants(server.process.pid)}
+    return [pid for pid, path in names.items() if path.exists() and b"ServeReplica" in path.read_bytes()]
+
+
+def by_replica(server: RunningServer, name: str) -> Counter[str]:
+    """A metric of each replica, summed over its other labels."""
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text):
+        for each in family.samples:
+            if each.name == f"sarathi:{name}":
+                found[each.labels["replica"]] += each.value
+    return found
+
+
+def complete(server: RunningServer, **body: object) -> dict:
+    answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, **body}, timeout=LIMIT_S)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def stream_text(server: RunningServer, **body: object) -> str:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S)
+    chunks = client.completions.create(model=client.models.list().data[0].id, stream=True, temperature=0, **body)
+    return "".join(each.choices[0].text for each in chunks)
+
+
+def test_text_is_that_of_one_engine(server: RunningServer, model: str) -> None:
+    prompts = [f"Once upon a time {number}" for number in range(8)]
+    with LLM(model=model, load_format="dummy", memory_bytes="64mb") as llm:
+        expected = [
+            each.outputs[0].text
+            for each in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+        ]
+    with ThreadPoolExecutor(8) as pool:
+        whole = list(pool.map(lambda p: complete(server, prompt=p, max_tokens=40, ignore_eos=False), prompts))
+        streamed = list(pool.map(lambda p: stream_text(server, prompt=p, max_tokens=40), prompts))
+    assert [each["choices"][0]["text"] for each in whole] == expected == streamed
+    assert min(by_replica(server, "request_success_total").values()) > 0
+
+
+def test_a_prompt_goes_where_its_beginning_is_unless_that_replica_is_busy(server: RunningServer) -> None:
+    text = os.urandom(2000).hex()
+    before = by_replica(server, "generation_tokens_total")
+    for number in range(6):
+        complete(server, prompt=text + str(number), max_tokens=1)
+    one = by_replica(server, "generation_tokens_total") - before
+    assert list(one.values()) == [6]
+    assert sum(by_replica(server, "prefix_cache_hits_total").values()) > 0
+    with ExitStack() as streams:
+        for _ in range(RUNNING + 1):  # the first two go where the beginning is
+            body = {**LONG, "prompt": text, "stream": True}
+            streams.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=LIMIT_S))
+        until(lambda: min(by_replica(server, "num_requests_running").values()) > 0, "one replica has all requests")
+    until(lambda: sum(by_replica(server, "num_requests_running").values()) == 0, "requests run on")
+
+
+def test_a_conversation_finds_its_responses(server: RunningServer) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S)
+    name = client.models.list().data[0].id
+    for _ in range(4):
+        first = client.responses.create(model=name, input="a", max_output_tokens=2)
+        second = client.responses.create(model=name, input="b", previous_response_id=first.id, max_output_tokens=2)
+        assert client.responses.retrieve(second.id).previous_response_id == first.id
+
+
+def test_a_client_that_leaves_frees_its_memory(server: RunningServer) -> None:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
+        next(response.iter_lines())
+        until(lambda: sum(by_replica(server, "num_requests_running").values()) == 1, "the request does not run")
+    until(lambda: sum(by_replica(server, "num_requests_running").values()) == 0, "the request runs on")
+
+
+def test_errors_are_those_of_one_server(server: RunningServer) -> None:
+    post = httpx.Client(base_url=server.url, timeout=LIMIT_S, limits=httpx.Limits(max_connections=None)).post
+    assert post("/v1/completions", content=b"{").status_code == 400
+    assert post("/v1/nothing").status_code == 404
+    long = post("/v1/completions", json={"prompt": "x" * 40000})
+    assert long.json()["error"]["code"] == "context_length_exceeded"
+    named = post("/v1/completions", json={**LONG, "max_tokens": 1}, headers={"x-request-id": "mine"})
+    assert named.headers["x-request-id"] == "mine" and named.status_code == 200
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(lambda _: post("/v1/completions", json={**LONG, "max_tokens": 60}), range(200)))
+    statuses = Counter(each.status_code for each in answers)
+    assert set(statuses) == {200, 429} and all("Retry-After" in each.headers for each in answers if each.is_error)
+
+
+class Load:
+    """Streams and whole answers at the same time, each told apart by how it ended."""
+
+    def __init__(self, server: RunningServer, count: int, tokens: int) -> None:
+        self._url = f"{server.url}/v1/completions"
+        self._body = {**LONG, "max_tokens": tokens}
+        self._pool = ThreadPoolExecutor(2 * count)
+        self._ends = [self._pool.submit(each) for each in [self._stream, self._whole] * count]
+
+    def ends(self) -> Counter[str]:
+        return Counter(each.result(LIMIT_S) for each in self._ends)
+
+    def _stream(self) -> str:
+        with httpx.stream("POST", self._url, json={**self._body, "stream": True}, timeout=LIMIT_S) as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        if lines[-1] == "[DONE]":
+            return "stream done"
+        return "stream error" if "error" in json.loads(lines[-1]) else "stream cut"
+
+    def _whole(self) -> str:
+        answer = httpx.post(self._url, json=self._body, timeout=LIMIT_S)
+        told = answer.json()
+        if answer.status_code == 503:
+            return "error" if told["error"]["code"] == "unavailable" else "other error"
+        return "done" if told["usage"]["completion_tokens"] == self._body["max_tokens"] else "short"
+
+
+@pytest.mark.parametrize("victim", ["replica", "engine"])
+def test_the_death_of_a_replica_leaves_nothing_unanswered(server: RunningServer, victim: str) -> None:
+    """What ran there ends with an error, what waited is answered by the other one, and a new one comes up."""
+    until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
+    before, pids = by_replica(server, "num_requests_running").keys(), replica_pids(server)
+    load = Load(server, count=12, tokens=1500)
+    until(lambda: set(by_replica(server, "num_requests_running").values()) == {RUNNING}, "the load does not run")
+    [core] = [pid for pid in descendants(pids[0]) if is_alive(pid)]
+    os.kill(pids[0] if victim == "replica" else core, signal.SIGKILL)
+    ends = load.ends()
+    print(victim, dict(ends))
+    assert sum(ends.values()) == 24 and set(ends) <= {"stream done", "done", "stream error", "error"}
+    assert 1 <= ends["stream error"] + ends["error"] <= RUNNING + 2
+    until(lambda: len(by_replica(server, "num_requests_running")) == 2, "no new replica came up")
+    assert len(by_replica(server, "num_requests_running").keys() & before) == 1
+    assert not any(map(is_alive, (pids[0], core)))
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    complete(server, max_tokens=3)
+
+
+def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    engine = config["applications"][0]["args"]["engine"]
+    engine["model"] = {"model": model, "load_format": "dummy", "device": "cpu"}
+    engine["cache"]["memory_bytes"] = "64mb"
+    config["http_options"] = {"port": free_port()}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    words = (str(Path(sys.executable).parent / "serve"), "run", str(file))
+    env = os.environ | LOCAL_RAY | {"PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+    server = RunningServer(process, f"http://127.0.0.1:{config['http_options']['port']}")
+    try:
+        until(lambda: is_ready(server), "the application is not ready")
+        whole = complete(server, prompt="a", max_tokens=5, ignore_eos=False)["choices"][0]["text"]
+        assert stream_text(server, prompt="a", max_tokens=5) == whole
+        assert len(by_replica(server, "num_requests_running")) == 2
+        assert httpx.post(f"{server.url}/v1/messages", json={}).json()["type"] == "error"
+        started = descendants(process.pid)
+    finally:
+        print((tmp_path / "log").read_text())
+        process.terminate()
+        process.wait(LIMIT_S)
+    until(lambda: not any(map(is_alive, started)), "processes are left")
+
+
+def is_ready(server: RunningServer) -> bool:
+    assert server.process.poll() is None
+    try:
+        return httpx.get(f"{server.url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
