@@ -24,13 +24,14 @@ $(DEMO): pyproject.toml constraints.txt requirements-hashed.txt setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and transformers (a minute or two) ..."
 	$(BIN)/pip install --no-compile --quiet --require-hashes --no-deps --requirement requirements-hashed.txt
-	$(BIN)/pip install --no-compile --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --no-compile --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
+	$(BIN)/pip install --no-compile --quiet --no-deps --no-build-isolation --editable . & compiling=$$!; \
+	$(BIN)/pip install --no-compile --quiet --constraint constraints.txt torch && wait $$compiling
+	$(BIN)/pip install --no-compile --quiet --constraint constraints.txt 'sarathi-vattention[demo]'
 	@touch $@ $(NATIVE)
 
 $(READY): $(DEMO)
 	@echo "Installing the tools (a minute or two) ..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt 'sarathi-vattention[dev]'
 	@touch $@ $(NATIVE)
 
 $(NATIVE): $(DEMO) $(wildcard csrc/vattention/*)

@@ -3,7 +3,7 @@
 import os
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 # Warnings are errors where CI is set, not on the machine of somebody with a newer compiler.
@@ -19,4 +19,5 @@ native = Pybind11Extension(
     libraries=["dl", "pthread"],
 )
 
+ParallelCompile().install()  # a process for each core
 setup(ext_modules=[native], cmdclass={"build_ext": build_ext})

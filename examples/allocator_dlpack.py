@@ -1,7 +1,7 @@
 """The allocator without torch: python examples/allocator_dlpack.py [numpy|jax|cupy]
 
 A region is an array of bytes for any library that takes DLPack, without a copy. JAX arrays are immutable, so NumPy
-writes here and JAX reads the same memory; CuPy does both on a GPU.
+writes here and JAX reads the same memory; CuPy does both, and needs an NVIDIA GPU.
 """
 
 import importlib

@@ -43,7 +43,7 @@ class Work(NamedTuple):
     new: int
 
 
-FULL = (Work("long prompt", 1, 3072, 24), Work("long generation", 4, 32, 256))
+FULL = (Work("long prompt", 1, 2048, 16), Work("long generation", 4, 16, 128))
 SMALL = (Work("long prompt", 2, 96, 6),)
 
 

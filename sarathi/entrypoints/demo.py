@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple
@@ -45,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, logprobs=_CANDIDATES)
     streamed = _stream(config_from(args), params)
     print(f"\nThe same {len(QUESTIONS)} prompts all at once, {args.max_tokens} tokens each:\n")
-    configs = [config_from(args, attention_backend=backend) for backend in BACKENDS]
-    rounds = [[measure(config, args.max_tokens) for config in configs] for _ in range(ROUNDS)]
+    with ExitStack() as stack:
+        engines = [stack.enter_context(LLM.from_config(config_from(args, attention_backend=name))) for name in BACKENDS]
+        rounds = [[measure(llm, args.max_tokens) for llm in engines] for _ in range(ROUNDS)]
     runs = [with_median_time(each) for each in zip(*rounds, strict=True)]
     print(format_table(_HEADER, [each.row() for each in runs]))
     print(f"\ntokens/s: the median of {ROUNDS} rounds, in each of which the three ran in turn")
@@ -117,28 +119,25 @@ class Measured:
         )
 
 
-def measure(config: EngineConfig, max_tokens: int) -> Measured:
+def measure(llm: LLM, max_tokens: int) -> Measured:
     """All questions at once, every answer `max_tokens` long, so that all of them are in the cache at the end."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=_CANDIDATES)
-    with LLM.from_config(config) as llm:
-        prompts = list(_prompts(llm))
-        llm.generate(
-            [prompts[0]], SamplingParams(max_tokens=2), use_tqdm=False
-        )  # first calls set up threads and buffers
-        start_s = time.monotonic()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        elapsed_s = time.monotonic() - start_s
-        facts, capacity = llm.engine.core.facts, llm.engine.core.facts.capacity
-        num_tensors = facts.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
-        return Measured(
-            backend=str(config.model.attention_backend),
-            answers=[output.outputs[0] for output in outputs],
-            elapsed_s=elapsed_s,
-            peak_bytes=llm.memory_stats().peak_mapped_bytes,
-            own_bytes=sum(map(_cached_tokens, outputs)) * facts.token_bytes,
-            pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
-            dtype_eps=facts.resolution.dtype_eps,
-        )
+    prompts = list(_prompts(llm))
+    llm.generate([prompts[0]], SamplingParams(max_tokens=2), use_tqdm=False)  # first calls set up threads and buffers
+    start_s = time.monotonic()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    elapsed_s = time.monotonic() - start_s
+    facts, capacity = llm.engine.core.facts, llm.engine.core.facts.capacity
+    num_tensors = facts.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
+    return Measured(
+        backend=facts.resolution.backend,
+        answers=[output.outputs[0] for output in outputs],
+        elapsed_s=elapsed_s,
+        peak_bytes=llm.memory_stats().peak_mapped_bytes,
+        own_bytes=sum(map(_cached_tokens, outputs)) * facts.token_bytes,
+        pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
+        dtype_eps=facts.resolution.dtype_eps,
+    )
 
 
 def with_median_time(rounds: Sequence[Measured]) -> Measured:

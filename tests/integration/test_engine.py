@@ -15,7 +15,6 @@ import torch
 from small_models import save_tiny_config
 
 from sarathi import LLM, SamplingParams
-from sarathi.config.load import make_config
 from sarathi.entrypoints.chat.conversation import Conversation
 from sarathi.entrypoints.chat.local import LocalModel
 from sarathi.entrypoints.demo import QUESTIONS, measure
@@ -184,7 +183,8 @@ def test_times_of_a_request_are_in_order(llm: LLM) -> None:
 
 
 def test_megacache_maps_little_more_than_the_tokens_of_the_demo() -> None:
-    measured = measure(make_config(device="cpu", attention_backend="sdpa_vattn_megacache", memory_bytes="512mb"), 4)
+    with LLM(device="cpu", attention_backend="sdpa_vattn_megacache", memory_bytes="512mb") as llm:
+        measured = measure(llm, 4)
     assert measured.is_tight, measured.arithmetic()
     assert measured.peak_bytes >= measured.own_bytes > 0
     assert len(measured.answers) == len(QUESTIONS) == 12 and all(
