@@ -42,10 +42,10 @@ def test_a_sub_interpreter_is_refused_by_name():
 
 
 NO_DESCRIPTORS = """
-import os, resource, torch
+import os, resource
 from vattention import OutOfMemoryError, VirtualKVCache
 cache = VirtualKVCache(num_layers=30, num_kv_heads=3, head_size=64, num_slots=700, max_tokens=8192, page_bytes=4096,
-                       dtype=torch.float32, budget_bytes=700 * 60 * 4096)
+                       dtype="float32", budget_bytes=700 * 60 * 4096)
 limit = int(open("/proc/sys/vm/max_map_count").read())
 resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0) + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 try:
@@ -74,13 +74,14 @@ def test_the_limit_of_areas_is_seen_without_free_file_descriptors():
 
 
 NO_MEMORY = """
-import resource, torch
+import resource, numpy
 from vattention import VirtualKVCache
 cache = VirtualKVCache(num_layers=2, num_kv_heads=2, head_size=32, num_slots=4, max_tokens=1024, page_bytes=4096,
-                       dtype=torch.float16, budget_bytes=1 << 60)
+                       dtype="float16", budget_bytes=1 << 60)
 slot = cache.alloc()
 cache.prepare([slot], [500])
-cache.layer(0)[0][slot, :500] = 7
+tokens = numpy.from_dlpack(cache.regions()[0])[slot * cache.slot_bytes :][: 500 * cache.token_bytes]
+tokens[:] = 7
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
@@ -91,7 +92,7 @@ except MemoryError:
     pass
 cache.check_integrity()
 cache.prepare([slot], [1000])
-assert cache.layer(0)[0][slot, :500].eq(7).all()
+assert (tokens == 7).all()
 resource.setrlimit(resource.RLIMIT_AS, limits)
 cache.fill_pool(1 << 20)
 cache.prepare([cache.alloc()], [1024])
