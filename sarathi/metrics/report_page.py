@@ -27,7 +27,8 @@ td, th { padding: 0.15em 0.8em; border-bottom: 1px solid #ddd; text-align: right
 def report_page(records: RunRecords, summary: Mapping[str, Any]) -> str:
     """The page of a run. summary: that of report.summarize, with `environment` and `config`."""
     model = summary.get("config", {}).get("model", {})
-    subject = [str(model[name]) for name in ("name", "attention_backend") if name in model]
+    backend = summary.get("engine", {}).get("backend", model.get("attention_backend"))  # of "auto", what it became
+    subject = [str(each) for each in (model.get("name"), backend) if each is not None]
     told = caption([summary["environment"]], subject)
     body = [f"<h1>{escape(' on '.join(subject)) or 'Run'}</h1>", f"<p>{escape(told)}</p>", _numbers(summary)]
     figures = (_memory(records), _latency(records), _load(records))
@@ -54,7 +55,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _memory(records: RunRecords) -> Panels | None:
-    """Mapped, used and wasted bytes of the KV cache over time, of each replica."""
+    """Bytes of the KV cache over time, of each replica: held, mapped, used and wasted."""
     replicas = sorted({sample.replica for sample in records.memory})
     if not replicas:
         return None
@@ -63,6 +64,7 @@ def _memory(records: RunRecords) -> Panels | None:
         samples = [sample for sample in records.memory if sample.replica == replica]
         times = [sample.at_s - records.origin_s for sample in samples]
         mib = {
+            "held": [sample.stats.created_bytes / MIB for sample in samples],
             "mapped": [sample.stats.mapped_bytes / MIB for sample in samples],
             "used": [(sample.stats.mapped_bytes - sample.stats.idle_bytes) / MIB for sample in samples],
             "wasted": [sample.stats.wasted_bytes / MIB for sample in samples],

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sarathi.benchmark.capacity.grid import CONFIG_PATH, Job, read_jobs, translate
-from sarathi.benchmark.capacity.report import describe, found_in_words, write_capacity
+from sarathi.benchmark.capacity.report import completed_at, describe, found_in_words, write_capacity
 from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, given_rates, measure_all, search
 from sarathi.benchmark.capacity.slos import measures_of, meets_all, slos_of
 from sarathi.benchmark.config.document import print_help
@@ -34,7 +34,7 @@ from sarathi.metrics.tables import Table
 
 RATED = ("poisson", "gamma")
 EXIT_INTERRUPTED = 130
-GRID_COLUMNS = ("models", "traces", "schedulers", "parallel_spec", "capacity_qps", "found")
+GRID_COLUMNS = ("models", "traces", "schedulers", "parallel_spec", "asked_qps", "capacity_qps", "found")
 HELP = """Search the highest request rate at which an engine in this process meets latency targets.
 
 The engine's probes, a table and a plot go to output_dir.
@@ -62,28 +62,33 @@ def main(words: Sequence[str] | None = None) -> int:
             return search_grid(read_jobs(Path(path)), translate(settings))
         config = parse_options(as_words(settings))
         start_logging(config)
-        _, capacity_qps = search_one(config)
+        found = search_one(config)
     except (ValueError, OSError) as error:
         print(f"capacity search: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0 if capacity_qps is not None else 1
+    return 0 if found["capacity_qps"] is not None else 1
 
 
-def search_one(config: BenchmarkConfig) -> tuple[str, float | None]:
-    """Search, write and print; what was found, in words and as a rate. ^C leaves a table of what there is."""
+def search_one(config: BenchmarkConfig) -> dict[str, object]:
+    """Search, write and print; the last three columns of GRID_COLUMNS. ^C leaves a table of what there is.
+
+    asked_qps: the highest rate that met the targets. capacity_qps: what the engine completed at it.
+    """
     log = open_log(config)
     try:
         with ended_by_signals():
-            probes, capacity_qps = find_capacity(config, log)
+            probes, asked_qps = find_capacity(config, log)
     except KeyboardInterrupt:
         write_capacity(config, log.probes())
         raise
     write_capacity(config, probes)
-    print(describe(config, probes, capacity_qps), flush=True)
-    return found_in_words(config, probes, capacity_qps), capacity_qps
+    print(describe(config, probes, asked_qps), flush=True)
+    capacity_qps = None if asked_qps is None else completed_at(probes, asked_qps)
+    told = found_in_words(config, probes, asked_qps)
+    return {"asked_qps": asked_qps, "capacity_qps": capacity_qps, "found": told}
 
 
 def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
@@ -104,11 +109,10 @@ def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
 def _searched(config: BenchmarkConfig) -> dict[str, object]:
     """Columns of one search; one that fails is told and leaves the others."""
     try:
-        found, capacity_qps = search_one(config)
+        return search_one(config)
     except (ValueError, OSError) as error:
         print(f"capacity search: {error}", file=sys.stderr)
-        return {"capacity_qps": None, "found": f"failed: {error}"}
-    return {"capacity_qps": capacity_qps, "found": found}
+        return {"asked_qps": None, "capacity_qps": None, "found": f"failed: {error}"}
 
 
 def open_log(config: BenchmarkConfig) -> ProbeLog:
@@ -127,7 +131,7 @@ def open_log(config: BenchmarkConfig) -> ProbeLog:
 
 
 def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], float | None]:
-    """Probes in order of rate, and the capacity in requests a second."""
+    """Probes in order of rate, and the highest that met the targets."""
     knobs = config.capacity_search
     rates = given_rates(knobs.qps_values)
     with BenchmarkRunner(config, device=replica_devices(config).get("0")) as runner:

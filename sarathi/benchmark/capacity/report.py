@@ -38,12 +38,12 @@ def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
     plot_lines(folder / "capacity.png", lines, "request rate (requests/s)", "share of the target", "o", told)
 
 
-def describe(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
+def describe(config: BenchmarkConfig, probes: Sequence[Probe], asked_qps: float | None) -> str:
     """The table of probes, and the answer."""
     table = table_of(config, probes).replace({"meets": {True: "yes", False: "no"}})
     targets = ", ".join(f"{slo.name} {slo.limit_s:g}" for slo in slos_of(config.capacity_search))
     lines = table.to_string(index=False, float_format="{:.4f}".format)
-    return f"{lines}\ntargets {targets}: {found_in_words(config, probes, capacity_qps)}{_not_kept_up(config, probes)}"
+    return f"{lines}\ntargets {targets}: {found_in_words(config, probes, asked_qps)}{_not_kept_up(config, probes)}"
 
 
 def _not_kept_up(config: BenchmarkConfig, probes: Sequence[Probe]) -> str:
@@ -57,15 +57,20 @@ def _not_kept_up(config: BenchmarkConfig, probes: Sequence[Probe]) -> str:
     )
 
 
-def found_in_words(config: BenchmarkConfig, probes: Sequence[Probe], capacity_qps: float | None) -> str:
-    """The capacity in words, with the rate completed at it and how far it is known."""
-    if capacity_qps is None:
+def completed_at(probes: Sequence[Probe], qps: float) -> float:
+    """Requests a second that the engine completed at a rate that was tried."""
+    return next(probe.completed_qps for probe in probes if probe.qps == qps)
+
+
+def found_in_words(config: BenchmarkConfig, probes: Sequence[Probe], asked_qps: float | None) -> str:
+    """The rate completed at the highest one that met the targets, which is named, and how far the capacity is known."""
+    if asked_qps is None:
         return "no rate met it"
-    done = f"{next(probe.completed_qps for probe in probes if probe.qps == capacity_qps):.3f} completed"
+    done = f"{completed_at(probes, asked_qps):.3f} requests a second, asked for {asked_qps:.3f}"
     bad_qps = min((probe.qps for probe in probes if not probe.meets), default=None)
     if bad_qps is None:
-        return f"capacity at least {capacity_qps:.3f} requests a second ({done}); no rate that was tried missed it"
-    if not is_settled(capacity_qps, bad_qps, config.capacity_search.tolerance):
+        return f"capacity at least {done}; no rate that was tried was too much"
+    if not is_settled(asked_qps, bad_qps, config.capacity_search.tolerance):
         end = "no rate between was tried" if config.capacity_search.qps_values else "max_probes ended the search"
-        return f"capacity from {capacity_qps:.3f} ({done}) to {bad_qps:.3f} requests a second; {end}"
-    return f"capacity {capacity_qps:.3f} requests a second ({done})"
+        return f"capacity at least {done}; {bad_qps:.3f} was too much, and {end}"
+    return f"capacity {done}"

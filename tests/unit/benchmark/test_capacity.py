@@ -127,9 +127,9 @@ def test_what_a_search_cannot_do_is_told(
 @pytest.mark.parametrize(
     ("capacity", "max_probes", "told"),
     [
-        (1e9, 3, "at least 4.000 requests a second (4.000 completed)"),
-        (3.0, 3, "from 2.000 (2.000 completed) to 4.000 "),
-        (3.0, 20, "capacity 3.000 requests a second (3.000 completed)"),
+        (1e9, 3, "capacity at least 4.000 requests a second, asked for 4.000; no rate"),
+        (3.0, 3, "at least 2.000 requests a second, asked for 2.000; 4.000 was too much, and max_probes"),
+        (3.0, 20, "capacity 3.000 requests a second, asked for 3.000"),
         (1e-9, 3, "no rate"),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_grid_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [c.sarathi_scheduler.chunk_size for c in asked][2] == 512
     assert {c.trace_request_length_generator.least_tokens for c in asked} == {0}
     lines = (tmp_path / "o" / "capacity_grid.csv").read_text().splitlines()
-    assert lines[0].startswith("models,traces,schedulers,parallel_spec,capacity_qps") and len(lines) == 7
+    assert lines[0] == "models,traces,schedulers,parallel_spec,asked_qps,capacity_qps,found" and len(lines) == 7
     assert (tmp_path / "o" / "yi-34b_chat_sarathi_512_tp_2" / "capacity.csv").is_file()
 
 
@@ -273,7 +273,7 @@ def test_given_rates_are_run_in_place_of_a_search(
     table = pd.read_csv(tmp_path / "o" / "yi-34b_chat_sarathi_512_tp_2" / "capacity.csv")
     assert table["qps"].tolist() == [0.55, 0.7, 1.0] and table["meets"].tolist() == [True, True, False]
     assert {"p50_ttft_s", "p99_tbt_s"} <= set(table.columns)
-    assert "from 0.700 (0.700 completed) to 1.000 requests a second; no rate between" in capsys.readouterr().out
+    assert "asked for 0.700; 1.000 was too much, and no rate between" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "1,,2", "inf", "nan"])

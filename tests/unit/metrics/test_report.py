@@ -180,7 +180,8 @@ def test_the_page_opens_with_memory_then_latency(
     report_page.report_page(records, json.loads((folder / "summary.json").read_text()))
     stats = records.memory[-1].stats
     mapped, used, wasted = (each / 2**20 for each in (stats.mapped_bytes, 8192 - stats.idle_bytes, stats.wasted_bytes))
-    assert drawn[0] == ("KV cache (MiB)", ["mapped", "used", "wasted"], [mapped, used, wasted])
+    held = stats.created_bytes / 2**20
+    assert drawn[0] == ("KV cache (MiB)", ["held", "mapped", "used", "wasted"], [held, mapped, used, wasted])
     assert [label for label, *_ in drawn[1:4]] == list(report_page.LATENCIES.values())
 
 
