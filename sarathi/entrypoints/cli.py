@@ -55,7 +55,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     message = name_extra(error) or " ".join(str(error).split())
-    if isinstance(error, (ValueError, ImportError)) and message:
+    if isinstance(error, (ValueError, ImportError, OSError)) and message:
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
 

@@ -3,12 +3,15 @@
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import find_knob
 from sarathi.config.schema import EngineConfig
+from sarathi.config.vllm_names import VLLM_NAMES
 
+_NEAR = 0.75  # likeness of names, from 0 to 1
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (?:.* )?--([^\s=]+)")
 
 
@@ -43,7 +46,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line: the list of all options would bury it."""
-        self.exit(2, f"{self.prog}: {message} ({_hint(message)})\n")
+        self.exit(2, f"{self.prog}: {message} ({self._hint(message)})\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Unknown options end here, where the command's own are known; the main parser has none of them."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _hint(self, message: str) -> str:
+        """What to write in place of an unknown option: the nearest one, or what stands for a setting of vLLM here."""
+        found = _UNRECOGNIZED.search(message)
+        if not found:
+            return "--help lists the options"
+        near = get_close_matches(f"--{found[1]}", self._option_string_actions, 1, _NEAR)
+        if near and found[1].lower().replace("-", "_") not in VLLM_NAMES:
+            return f"the nearest option is {near[0]}"
+        try:
+            find_knob(EngineConfig, found[1])
+        except ConfigError as error:
+            return str(error)
+        return "--help lists the options"
 
 
 class _HelpKnobs(argparse.Action):
@@ -54,14 +78,3 @@ class _HelpKnobs(argparse.Action):
         assert isinstance(parser, Parser)
         print(parser.format_full_help(), end="")
         parser.exit()
-
-
-def _hint(message: str) -> str:
-    """What to write in place of an unknown option, where it is like a knob, or a setting of vLLM."""
-    found = _UNRECOGNIZED.search(message)
-    try:
-        if found:
-            find_knob(EngineConfig, found[1])
-    except ConfigError as error:
-        return str(error)
-    return "--help lists the options"

@@ -64,7 +64,12 @@ def test_help_knobs_names_every_option(command: str, capsys: pytest.CaptureFixtu
     ("word", "told"),
     [
         ("--max-num-batched-tokens=5", "it is called chunk_size here"),
-        ("--chunk-sise=5", "the nearest known is 'scheduler.chunk_size'"),
+        ("--chunk-sise=5", "the nearest option is --chunk-size"),
+        (
+            "--tempratur=1",
+            "sarathi generate: unrecognized arguments: --tempratur=1 (the nearest option is --temp",
+        ),
+        ("--quantization=awq", "it is not supported here"),
         ("--colour=red", "no known one is named like it"),
     ],
 )
