@@ -135,7 +135,7 @@ class Attention:
         x, residual: [T, hidden_size].
         """
         heads = self.qkv(x).view(x.shape[0], sum(self._heads), self._head_size)
-        query, key, value = torch.split(heads, self._heads, dim=1)
+        query, key, value = heads.split_with_sizes(self._heads, 1)  # torch.split, without its Python
         if self.head_norms is not None:
             query, key = (norm(each) for norm, each in zip(self.head_norms, (query, key), strict=True))
         new = NewTokens(key, value, step.rope)

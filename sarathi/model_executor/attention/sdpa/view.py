@@ -55,7 +55,7 @@ class View:
         if self.blocks is not None:
             k_cache, v_cache = _gather(k_cache, self.blocks), _gather(v_cache, self.blocks)
         by_head = query.transpose(0, 1).unsqueeze(0)  # [1, Hq, T, D]
-        queries = torch.split(by_head, [span.query_end - span.query_start for span in self.spans], dim=2)
+        queries = by_head.split_with_sizes([span.query_end - span.query_start for span in self.spans], 2)
         keys, values = _keys(k_cache, self.spans), _keys(v_cache, self.spans)
         gqa = query.shape[1] != k_cache.shape[2]
         outputs = []
