@@ -9,11 +9,10 @@ import gguf
 import llamacpp
 import numpy as np
 import pytest
-from gguf_files import MODELS, finish, write_gguf
+from gguf_files import ALPHABET, MODELS, finish, write_gguf, write_vocabulary
 from random_texts import CONTROL, random_text, vocabulary
 from smollm2 import PROMPTS
 from tiny_models import VOCAB_SIZE, build
-from tokenizers import pre_tokenizers
 
 from sarathi import LLM, SamplingParams
 from sarathi.engine.tokenizer.gguf_tokenizer import END_TEXTS, known_splittings
@@ -25,37 +24,9 @@ pytestmark = [
     pytest.mark.skipif(not llamacpp.is_installed(), reason="llama.cpp is not installed: pip install xllamacpp"),
 ]
 NUM_TEXTS = 200
-CONTROL_TYPE = 3
 FILL_IN_THE_MIDDLE = {"<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"}  # ends for llama.cpp, not for us
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # to NFC, as in Qwen's tokenizer.json and transformers; not in llama.cpp
 TIE = 0.05  # of logits: llama.cpp keeps K and V in float16
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def write_model(
-    file: Path, pre: str | None, tokens: list[str], merges: list[str], control: set[str], *extra: tuple[Any, ...]
-) -> Path:  # fmt: skip
-    """One layer of width 32 under a vocabulary: llama.cpp reads whole models only. BOS is `<s>`, if there is one.
-
-    extra: further calls of the writer, as (name of its method, arguments).
-    """
-    writer = gguf.GGUFWriter(file, "llama")
-    for method, *values in [
-        ("add_context_length", 128), ("add_embedding_length", 32), ("add_block_count", 1),
-        ("add_feed_forward_length", 32), ("add_head_count", 1), ("add_head_count_kv", 1),
-        ("add_layer_norm_rms_eps", 1e-6), ("add_rope_dimension_count", 32),
-        ("add_tokenizer_model", "gpt2"), ("add_token_list", tokens), ("add_token_merges", merges),
-        ("add_token_types", [CONTROL_TYPE if token in control else 1 for token in tokens]),
-        *([("add_tokenizer_pre", pre)] if pre else []), *extra,
-        *([("add_bos_token_id", tokens.index("<s>"))] if "<s>" in tokens else []),
-    ]:  # fmt: skip
-        getattr(writer, method)(*values)
-    for name, rows in {"token_embd": len(tokens), "blk.0.attn_norm": 0, "blk.0.ffn_norm": 0, "output_norm": 0}.items():
-        writer.add_tensor(f"{name}.weight", np.ones((rows, 32) if rows else 32, np.float32))
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        writer.add_tensor(f"blk.0.{name}.weight", np.ones((32, 32), np.float32))
-    finish(writer)
-    return file
 
 
 def without_case_beyond_ascii(text: str) -> str:
@@ -72,7 +43,7 @@ def test_every_known_splitting_gives_the_tokens_and_the_bos_of_llama_cpp(tmp_pat
     texts = [random_text(rng) for _ in range(NUM_TEXTS)]
     jobs, ours = {}, {}
     for pre in (*known_splittings(), None):
-        file = write_model(tmp_path / f"{pre}.gguf", pre, *vocabulary(), set(CONTROL))
+        file = write_vocabulary(tmp_path / f"{pre}.gguf", pre, *vocabulary(), set(CONTROL))
         asked = list(map(without_case_beyond_ascii, texts)) if pre == "tekken" else texts
         jobs[str(pre)] = {"path": str(file), "texts": [given_to_llama_cpp(pre, text) for text in asked]}
         tokenizer = load_tokenizer(ModelSource("m", "gguf", file))
@@ -89,7 +60,7 @@ def test_generation_ends_at_the_tokens_of_llama_cpp(tmp_path: Path) -> None:
     for text in sorted(END_TEXTS | FILL_IN_THE_MIDDLE):
         tokens = [*ALPHABET, "ab", text]
         eos = ("add_eos_token_id", len(ALPHABET))
-        file = write_model(tmp_path / f"{len(jobs)}.gguf", "llama-bpe", tokens, ["a b"], set(), eos)
+        file = write_vocabulary(tmp_path / f"{len(jobs)}.gguf", "llama-bpe", tokens, ["a b"], set(), eos)
         jobs[text] = {"path": str(file)}
         ours[text] = sorted(load_end_token_ids(ModelSource("m", "gguf", file)))
     theirs = llamacpp.ask(jobs)

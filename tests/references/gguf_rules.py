@@ -6,8 +6,7 @@ from typing import Any
 import gguf
 import llamacpp
 from comparison import PROMPT, Values, compared, generate, said
-from gguf_files import write_gguf
-from test_llama_cpp import ALPHABET, write_model
+from gguf_files import ALPHABET, write_gguf, write_vocabulary
 from tiny_models import build
 from transformers import Qwen2Tokenizer
 
@@ -30,7 +29,7 @@ def source(file: Path) -> ModelSource:
 
 
 def vocabulary_file(folder: Path, pre: str, *tokens: str, extra: Any = ()) -> Path:
-    return write_model(folder / "m.gguf", pre, [*TOKENS, *tokens], MERGES, set(tokens), *extra)
+    return write_vocabulary(folder / "m.gguf", pre, [*TOKENS, *tokens], MERGES, set(tokens), *extra)
 
 
 def theirs(file: Path, **job: Any) -> dict[str, Any] | None:

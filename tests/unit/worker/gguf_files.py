@@ -1,4 +1,4 @@
-"""Tiny models written as GGUF files, as llama.cpp's converter does."""
+"""Tiny models and vocabularies written as GGUF files, as llama.cpp's converter does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,14 @@ from typing import Any
 import gguf
 import numpy as np
 from tiny_models import TinyModel
+from tokenizers import pre_tokenizers
 from transformers import PretrainedConfig
 
 Calls = Sequence[tuple[Any, ...]]
 """Names of the writer's methods, each with its arguments."""
 
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 letters of byte-level tokens
+CONTROL_TYPE = 3
 NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -69,3 +72,29 @@ def as_stored(full_name: str, weight: np.ndarray, config: PretrainedConfig, fami
         weight = halves.swapaxes(1, 2).reshape(weight.shape)
     prefix = "" if layer is None else f"blk.{layer}."
     return f"{prefix}{NAMES[rest]}.{kind}", np.ascontiguousarray(weight)
+
+
+def write_vocabulary(
+    file: Path, pre: str | None, tokens: list[str], merges: list[str], control: set[str], *extra: tuple[Any, ...]
+) -> Path:  # fmt: skip
+    """A model of one layer of width 32 around a vocabulary: llama.cpp reads whole models. BOS is `<s>`, if it is there.
+
+    extra: further calls of the writer, as (name of its method, arguments).
+    """
+    writer = gguf.GGUFWriter(file, "llama")
+    for method, *values in [
+        ("add_context_length", 128), ("add_embedding_length", 32), ("add_block_count", 1),
+        ("add_feed_forward_length", 32), ("add_head_count", 1), ("add_head_count_kv", 1),
+        ("add_layer_norm_rms_eps", 1e-6), ("add_rope_dimension_count", 32),
+        ("add_tokenizer_model", "gpt2"), ("add_token_list", tokens), ("add_token_merges", merges),
+        ("add_token_types", [CONTROL_TYPE if token in control else 1 for token in tokens]),
+        *([("add_tokenizer_pre", pre)] if pre else []), *extra,
+        *([("add_bos_token_id", tokens.index("<s>"))] if "<s>" in tokens else []),
+    ]:  # fmt: skip
+        getattr(writer, method)(*values)
+    for name, rows in {"token_embd": len(tokens), "blk.0.attn_norm": 0, "blk.0.ffn_norm": 0, "output_norm": 0}.items():
+        writer.add_tensor(f"{name}.weight", np.ones((rows, 32) if rows else 32, np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones((32, 32), np.float32))
+    finish(writer)
+    return file
