@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections import Counter
 from dataclasses import replace
 
 import httpx
@@ -82,6 +81,11 @@ def _drive(engine, rng, prompts, params, expected, canary, shrinks):
         assert got == list(expected[asked[name]]), (name, asked[name])
 
 
+LEAST = {
+    "num_hit_tokens": 500, "num_evicted_rows": 5, "num_mapped_tokens": 100, "num_copied_tokens": 30, "preemptions": 1
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize("backend", [*VATTN, "sdpa_paged_16", "sdpa_paged_4"])
 def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
@@ -94,20 +98,18 @@ def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
     with LLM(folder, **SETTINGS, attention_backend=backend, memory_bytes="4mb", prefix_caching=False) as llm:
         outputs = [llm.generate([prompt], param)[0] for prompt, param in zip(prompts, params, strict=True)]
         expected = [output.outputs[0].token_ids for output in outputs]
-    total = Counter()
     settings = {"memory_bytes": "4mb", "prefix_caching": True, "prefix_eviction": policy}
     with LLM(folder, **SETTINGS, attention_backend=backend, **settings) as llm:
         scheduler = llm.engine.core.scheduler
         canary = _Canary(llm.engine.core.executor._worker._cache)
         llm.engine.core.resize(4 * llm.engine.core.facts.capacity.rows_for(320))
-        for shrinks in (False, True, False, True):
+        for shrinks in (False, True) * 6:  # until everything has happened
             _drive(llm.engine, rng, prompts, params, expected, canary, shrinks)
-        total.update(scheduler.prefix_cache_stats._asdict())
-        total.update(preemptions=scheduler.num_preemptions, canary=canary.num_checked)
-        print(llm.engine.core.facts.capacity, total)
-    assert total["num_hit_tokens"] > 500 and total["num_evicted_rows"] > 5 and total["preemptions"] > 0
-    assert total["num_mapped_tokens"] > 100 and total["num_copied_tokens"] > 30
-    assert total["canary"] > 20 or "vattn" not in backend
+            counts = scheduler.prefix_cache_stats._asdict() | {"preemptions": scheduler.num_preemptions}
+            few = {name: counts[name] for name, least in LEAST.items() if counts[name] < least}
+            if shrinks and not few:
+                break
+    assert not few and (canary.num_checked > 20 or "vattn" not in backend)
 
 
 def test_callers_see_what_was_cached(tmp_path):
