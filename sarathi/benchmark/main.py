@@ -31,6 +31,7 @@ usage: sarathi bench run [--config FILE] [--knob VALUE ...]
     sarathi bench run --model.name ./folder --load_format auto --request_generator.provider trace \\
         --trace_request_generator.trace_file AzureLLMInferenceTrace_conv.csv --num_requests 100
 
+Without knobs of a workload it is vAttention's: 64 prompts of 8,192 to 32,768 tokens, for a model that takes them.
 --help-knobs lists every knob with its default; sarathi/benchmark/README.md explains them.
 """
 
