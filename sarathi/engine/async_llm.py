@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -371,6 +370,7 @@ def _deadline(mailbox: _Mailbox, timeout_s: float | None) -> Iterator[None]:
 
 
 def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """The later output, with what both of them added to the texts."""
-    pairs = zip(earlier.outputs, later.outputs, strict=True)
-    return replace(later, outputs=[replace(after, delta=before.delta + after.delta) for before, after in pairs])
+    """The later output, which nobody has taken yet, now with what both of them added to the texts."""
+    for before, after in zip(earlier.outputs, later.outputs, strict=True):
+        after.delta = before.delta + after.delta
+    return later

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(model: str) -> Iterator[RunningServer]:
-    chosen = options(max_num_seqs=16, max_waiting_requests=8, heartbeat_timeout_s=6)
+    chosen = options(max_num_seqs=16, max_waiting_requests=40, heartbeat_timeout_s=6)
     with running_server(model, *documented("--api-workers"), *chosen) as server:
         yield server
         started = [server.process.pid, *processes(server)]
@@ -128,8 +128,8 @@ def test_a_worker_that_dies_takes_its_own_requests_alone(server: RunningServer, 
 
 
 def test_limits_hold_over_all_workers(server: RunningServer) -> None:
-    with ThreadPoolExecutor(80) as pool:
-        answers = list(pool.map(lambda _: post(server, max_tokens=1000), range(80)))
+    with ThreadPoolExecutor(120) as pool:
+        answers = list(pool.map(lambda _: post(server, max_tokens=1000), range(120)))
     statuses = [each.status_code for each in answers]
     assert set(statuses) == {200, 429} and statuses.count(200) >= 16
     assert all("Retry-After" in each.headers for each in answers if each.is_error)

@@ -29,7 +29,7 @@ from sarathi.entrypoints.server.app import with_middleware
 
 _UNLIMITED = 1_000_000  # requests at a replica: the engine's own limits hold, with status 429
 _HEALTH_PERIOD_S = 1.0
-_ASK_TIMEOUT_S = 5.0
+_ASK_TIMEOUT_S = 10.0
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 

@@ -114,7 +114,8 @@ class ServerMetrics:
             self._prefill.observe(times.first_token_time_s - times.first_scheduled_time_s)
 
     def _count(self, num_prompt: int, num_output: int) -> None:
-        self._prompt_tokens.inc(num_prompt)
+        if num_prompt:
+            self._prompt_tokens.inc(num_prompt)
         self._generation_tokens.inc(num_output)
         self.num_tokens = self.num_tokens[0] + num_prompt, self.num_tokens[1] + num_output
 
