@@ -81,12 +81,33 @@ class PrefixChanges(NamedTuple):
     shared: tuple[SharedPrefix, ...] = ()
 
 
+class Portion(NamedTuple):
+    """Tokens [first, end) of a request, whose keys and values leave for another engine while a step computes them."""
+
+    request_id: str
+    first: int
+    end: int
+
+
+class Arrival(NamedTuple):
+    """A request whose prompt another engine has computed, or has given up.
+
+    num_portions: that were sent of it. token: the one behind its prompt; None where it has ended.
+    """
+
+    request_id: str
+    num_portions: int
+    token: SampledToken | None
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step's work. The order of chunks is the order of the batch.
 
     preempted: release the memory and keep the tokens, which are computed again later.
     finished: drop the request. Both are released before the memory of this step's chunks is prepared.
+    received: prompts that another engine computes: memory is prepared for them as for chunks, and nothing is computed.
+    sent: what this step computes for another engine.
     num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
         it was sent after a failed one, and depends on what that should have computed.
     prefixes: None without prefix caching.
@@ -99,6 +120,14 @@ class SchedulerOutput:
     finished: tuple[str, ...] = ()
     num_recoveries: int = 0
     prefixes: PrefixChanges | None = None
+    received: tuple[Chunk, ...] = ()
+    sent: tuple[Portion, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether workers need not hear of it."""
+        changes = (self.new_requests, self.chunks, self.preempted, self.finished, self.received)
+        return self.prefixes is None and not any(changes)
 
     @property
     def num_tokens(self) -> int:

@@ -170,6 +170,22 @@ class ParallelConfig(Section):
 
 
 @dataclass(frozen=True)
+class TransferConfig(Section):
+    """Prompts on devices of their own, whose keys and values go to those that decode (1P1D)."""
+
+    prefill_decode: bool = knob(
+        False, "compute prompts on as many devices again, and send their keys and values to those that decode"
+    )
+    prefill_chunk_size: int | None = knob(
+        None, "token budget of a step that computes prompts for others; none: chunk_size", low=1, high=_INT32_MAX
+    )
+    max_ranges: int = knob(
+        64, "contiguous ranges that a prompt is sent in, at most, or one piece a layer where those are more",
+        low=2, high=_INT32_MAX,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class EngineConfig(Section):
     """Everything an engine is built from."""
 
@@ -177,3 +193,4 @@ class EngineConfig(Section):
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)

@@ -18,6 +18,8 @@ from sarathi.engine.tokenizer.vocabulary import make_vocabulary
 from sarathi.executor.base import Executor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
+_STEPS_RECEIVED = 4  # of prompts that wait for the engine that computes them, so that it always has work
+
 
 def build_tokenizer(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[int]]:
     """The tokenizer, and the end tokens of it and of the model's own files."""
@@ -29,13 +31,29 @@ def build_tokenizer(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[i
 
 
 def build_core(config: EngineConfig) -> EngineCore:
-    """The core over a new executor, its model loaded."""
+    """The core over a new executor, its model loaded; over two of them where prompts have devices of their own."""
+    if config.transfer.prefill_decode:
+        return _build_prefill_decode(config)
     from sarathi.executor.factory import create_executor  # imports torch, which a tokenizer does not need
 
     _check_group(config)
     executor = create_executor(config, partial(load_vocabulary, config))
     scheduler = build_scheduler(config, executor)
     return EngineCore(scheduler, executor, budget=_budget(config.cache, scheduler, executor))
+
+
+def _build_prefill_decode(config: EngineConfig) -> EngineCore:
+    from sarathi.engine.prefill_decode.core import PrefillDecodeCore
+    from sarathi.engine.prefill_decode.prefill import PrefillCore, Prefills
+    from sarathi.engine.prefill_decode.start import prefill_config, start_executors
+    from sarathi.transfer.portions import Portions
+
+    settings = prefill_config(config)
+    prefill, decode, num_layers = start_executors(settings, config, partial(load_vocabulary, config))
+    portions = Portions(prefill.resolution.backend, num_layers, config.transfer.max_ranges)
+    prefills = Prefills(PrefillCore(build_scheduler(settings, prefill), prefill, portions))
+    most_received = _STEPS_RECEIVED * settings.scheduler.max_step_tokens(prefill.max_model_len)
+    return PrefillDecodeCore(build_scheduler(config, decode, most_received), decode, prefills)
 
 
 def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:
@@ -46,11 +64,16 @@ def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:
     return make_vocabulary(tokenizer, vocab_size, end_token_ids)
 
 
-def build_scheduler(config: EngineConfig, executor: Executor) -> Scheduler:
-    """The scheduler that the configuration asks for, over the block space manager of its backend."""
+def build_scheduler(config: EngineConfig, executor: Executor, most_received_tokens: int = 0) -> Scheduler:
+    """The scheduler that the configuration asks for, over the block space manager of its backend.
+
+    most_received_tokens: see Scheduler.
+    """
     backend, eviction = config.model.attention_backend, config.cache.prefix_eviction
     block_space_manager = make_block_space_manager(backend, executor.capacity, eviction)
-    return make_scheduler(config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages)
+    return make_scheduler(
+        config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages, most_received_tokens
+    )
 
 
 def _check_group(config: EngineConfig) -> None:

@@ -88,9 +88,9 @@ class EngineCore:
         """
         if not self.is_asleep and (self.scheduler.has_work or not self._budget.is_settled):
             started_at_s = self._clock()
-            out = self.scheduler.schedule()
+            out = self._complete(self.scheduler.schedule())
             scheduled_at_s = self._clock()
-            self._steps.append(InFlightStep(out, self.executor.launch(out), started_at_s, scheduled_at_s))
+            self._steps.append(InFlightStep(out, self._launch(out), started_at_s, scheduled_at_s))
         untold, self._untold, self.is_starved = self._untold, [], False
         has_room = len(self._steps) < self.executor.max_in_flight
         if not self._steps or (has_room and self._steps[-1].out.chunks and self.scheduler.has_work):
@@ -172,6 +172,13 @@ class EngineCore:
             self._untold += self._updates(step.out, step.future.result())
         out = self.scheduler.preempt_all()
         self._untold += self._updates(out, self.executor.launch(out).result())
+
+    def _complete(self, out: SchedulerOutput) -> SchedulerOutput:
+        """A scheduled step, with what others than the scheduler add to it."""
+        return out
+
+    def _launch(self, out: SchedulerOutput) -> StepFuture:
+        return self.executor.launch(out)
 
     def _updates(self, out: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
         prompts = [RequestUpdate(each.request_id, prompt_logprobs=each) for each in result.prompt_logprobs]

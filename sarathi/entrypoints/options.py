@@ -60,7 +60,7 @@ _SAMPLING_SWITCHES = {
 def add_config_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """One option for each knob, and --config for a YAML file that they win over. The options but for --model."""
     group = parser.add_argument_group("engine")
-    file_help = "YAML file with sections model, cache, scheduler, parallel"
+    file_help = "YAML file with sections model, cache, scheduler, parallel, transfer"
     options = [group.add_argument("--config", metavar="FILE", help=file_help)]
     options += [_add_knob(group, name, _CONFIG_PREFIX, knob) for name, knob in _named_knobs()]
     return [option for option in options if "--model" not in option.option_strings]

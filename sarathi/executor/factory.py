@@ -10,10 +10,13 @@ class MissingPackageError(ValueError):
     """An executor needs a package that is not installed; the message names it."""
 
 
-def create_executor(config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> Executor:
+def create_executor(
+    config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary, first_device: int = 0
+) -> Executor:
     """parallel.executor; "auto" is a process for each rank where there are several. ValueErrors name the setting.
 
-    make_vocabulary: for grammars; a function that pickle can send.
+    make_vocabulary: for grammars; a function that pickle can send. first_device: CUDA device of rank 0, where ranks are
+    processes of this machine.
     """
     parallel = config.parallel
     num_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
@@ -23,7 +26,7 @@ def create_executor(config: EngineConfig, make_vocabulary: MakeVocabulary = no_v
         return UniprocExecutor(config, make_vocabulary)
     from sarathi.executor.ranks.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
 
-    return MultiprocExecutor(config, make_vocabulary)
+    return MultiprocExecutor(config, make_vocabulary, first_device)
 
 
 def _create_ray_executor(config: EngineConfig, make_vocabulary: MakeVocabulary) -> Executor:

@@ -30,7 +30,7 @@ class Steps:
     def launch(self, out: SchedulerOutput) -> StepFuture:
         """A step launched before the scheduler knew of a shortage fails too: it builds on what was not computed."""
         if self._num_shortages > out.num_recoveries:
-            self._worker.prepare(replace(out, chunks=()))
+            self._worker.prepare(replace(out, chunks=(), received=()))
             return self._failed(out)
         own_rows = self._worker.prepare(out)
         available_rows = self._agree(own_rows)

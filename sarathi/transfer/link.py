@@ -1,60 +1,90 @@
-"""What carries the ranges of a cache from one engine to another."""
+"""What carries the ranges of a cache from a rank to the same rank of another engine."""
 
+import pickle
 from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import count
 from typing import Any, Protocol
 
+import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]  # stubs lack them
+
+SENDER, RECEIVER = 0, 1
+Transfers = Sequence[Any]
+"""Ranges under way."""
+_TIMEOUT = timedelta(days=1)  # executors watch their ranks
 
 
 class Link(Protocol):
-    """One engine's end. Both ends name the same ranges in the same order."""
+    """One end. Both ends name the same ranges in the same order."""
 
-    def send(self, ranges: Sequence[Tensor]) -> None:
+    def announce(self, message: Any) -> None:
+        """Tell the other end what is sent next. Does not wait for it."""
+
+    def next_announcement(self) -> Any:
+        """Waits for it."""
+
+    def send(self, ranges: Sequence[Tensor]) -> Transfers:
         """Start to send contiguous ranges, which stay as they are until `wait` returns. Returns at once."""
 
-    def receive(self, ranges: Sequence[Tensor]) -> None:
+    def receive(self, ranges: Sequence[Tensor]) -> Transfers:
         """Start to fill contiguous ranges, which are not touched until `wait` returns. Returns at once."""
 
-    def wait(self) -> None:
-        """Return when everything that was started has arrived or left."""
-
-    def send_message(self, message: Any) -> None:
-        """A small object that pickle can send."""
-
-    def receive_message(self) -> Any:
-        """The next small object; waits for it."""
+    def wait(self, transfers: Transfers) -> None:
+        """Return when all of it has arrived or left."""
 
 
-class GroupLink(Link):
-    """To the same place of another process: gloo on CPUs, NCCL on GPUs.
+class RankLink(Link):
+    """To a rank in another process: gloo on CPUs, NCCL on GPUs.
 
     On a GPU a range leaves in a stream of its own, after the work that was submitted before and beside what follows.
     """
 
-    def __init__(self, peer: int, group: Any = None) -> None:
-        """peer: its number in the default process group. group: a torch.distributed group of the two; None: default."""
-        self._peer, self._group = peer, group
-        self._started: list[Any] = []
+    def __init__(self, store: tuple[str, int], rank: int, side: int, device: torch.device) -> None:
+        """store: host and port of a TCPStore, where the ends find each other. side: SENDER or RECEIVER.
 
-    def send(self, ranges: Sequence[Tensor]) -> None:
-        self._started += [torch.distributed.isend(each, self._peer, group=self._group) for each in ranges]
+        Waits for the other end.
+        """
+        mine = PrefixStore(f"rank {rank}", TCPStore(*store, is_master=False, timeout=_TIMEOUT))
+        self._announcements, self._numbers, self._peer = mine, count(), 1 - side
+        self._device, self._stream = device, None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            nccl = torch.distributed.ProcessGroupNCCL
+            self._group: Any = nccl(mine, side, 2, nccl.Options())
+        else:
+            self._group = ProcessGroupGloo(mine, side, 2, _TIMEOUT)
 
-    def receive(self, ranges: Sequence[Tensor]) -> None:
-        self._started += [torch.distributed.irecv(each, self._peer, group=self._group) for each in ranges]
+    def announce(self, message: Any) -> None:
+        self._announcements.set(f"announcement {next(self._numbers)}", pickle.dumps(message))  # type: ignore[arg-type]
 
-    def wait(self) -> None:
-        """On a GPU it is the current stream that waits, so the host waits for the stream."""
-        for each in self._started:
-            each.wait()
-        self._started.clear()
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+    def next_announcement(self) -> Any:
+        key = f"announcement {next(self._numbers)}"
+        message = pickle.loads(self._announcements.get(key))
+        self._announcements.delete_key(key)
+        return message
 
-    def send_message(self, message: Any) -> None:
-        torch.distributed.send_object_list([message], self._peer, group=self._group)
+    def send(self, ranges: Sequence[Tensor]) -> Transfers:
+        return [self._group.send([each], self._peer, 0) for each in ranges]
 
-    def receive_message(self) -> Any:
-        found: list[Any] = [None]
-        torch.distributed.recv_object_list(found, self._peer, group=self._group)
-        return found[0]
+    def receive(self, ranges: Sequence[Tensor]) -> Transfers:
+        with self._apart():
+            return [self._group.recv([each], self._peer, 0) for each in ranges]
+
+    def wait(self, transfers: Transfers) -> None:
+        """On a GPU it is a stream that waits for them, and the host for this stream alone."""
+        with self._apart():
+            for each in transfers:
+                each.wait()
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _apart(self) -> Any:
+        """On a GPU, work is not ordered with that of the model."""
+        if self._stream is None:
+            return nullcontext()
+        torch.cuda.set_device(self._device)  # of this thread
+        return torch.cuda.stream(self._stream)

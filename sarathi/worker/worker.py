@@ -29,6 +29,7 @@ from sarathi.worker.cache_engine.factory import create_cache_engine, num_retaine
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
 from sarathi.worker.memory import check_budget, final_budget_bytes, initial_budget_bytes
 from sarathi.worker.model_builder import ModelBuilder, return_free_memory
+from sarathi.worker.sending import NoSending, Sending
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.warm_up import create_runner, warm_up
 from vattention import OutOfMemoryError
@@ -84,6 +85,7 @@ class Worker:
         self.capacity = _common_capacity(self._cache, ranks)
         grammars = GrammarCompiler(self.vocab_size, make_vocabulary) if model.vocab_size else None
         self._sequences = SequenceTable(config.model.seed, grammars)
+        self.sending: Sending = NoSending()
 
     @property
     def cache(self) -> CacheEngine:
@@ -108,6 +110,7 @@ class Worker:
         Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
         """
         released = (*out.preempted, *out.finished)
+        self.sending.settle(released)
         if broken := self._sequences.not_finite.intersection(released):
             self._cache.clear(broken)
         prefixes = out.prefixes
@@ -119,7 +122,7 @@ class Worker:
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            self._cache.prepare(out.chunks, () if prefixes is None else prefixes.shared)
+            self._cache.prepare((*out.chunks, *out.received), () if prefixes is None else prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -127,7 +130,7 @@ class Worker:
 
     def cancel(self, out: SchedulerOutput) -> None:
         """Undo the memory that `prepare` mapped, where another rank has too little for the step."""
-        self._cache.cancel(out.chunks)
+        self._cache.cancel((*out.chunks, *out.received))
 
     def run(self, out: SchedulerOutput) -> StepFuture:
         """Compute a step for which `prepare` returned None."""
@@ -135,6 +138,7 @@ class Worker:
             return CompletedStep(StepResult(out.step_id))
         if out.prefixes is not None and out.prefixes.shared:
             self._cache.copy_prefixes()
+        self.sending.start(out.sent)
         return self._runner.launch(out, self._sequences)
 
     def wait(self) -> None:

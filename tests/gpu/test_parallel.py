@@ -1,11 +1,7 @@
 """Several GPUs: outputs against transformers in float32, graphs against eager steps, failures."""
 
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -78,28 +74,11 @@ def test_a_pipeline_of_two_gpus_chooses_what_transformers_finds_likely(
     check_likely(folder, outputs, backend)
 
 
-@pytest.mark.parametrize("backend", ["fa_vattn", "fa_vattn_megacache"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_one_gpu_prefills_another_decodes(folder: Path, backend: str) -> None:
-    """The same processes as on the CPU, over NCCL."""
-    side = Path(__file__).parents[1] / "integration" / "transfer_side.py"
-    settings = {
-        "model": str(folder), "device": "cuda", "attention_backend": backend, "memory_bytes": 2**30, "max_num_seqs": 8,
-        "enforce_eager": True,
-    }  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [str(port), json.dumps(settings), json.dumps(prompts())]
-    environment = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", **os.environ}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, side, str(number), *words], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for number in range(2)
-    ]
-    counts, outputs = (json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes)
-    chunks = [-(-len(prompt) // 16) for prompt in prompts()]
-    assert counts == [(2 if "megacache" in backend else 2 * 4) * number for number in chunks]
+    """Two engines behind one LLM, keys and values over NCCL."""
+    with LLM(str(folder), attention_backend=backend, prefill_decode=True, memory_bytes="1gb", chunk_size=256) as llm:
+        outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
     check_likely(folder, outputs, backend)
 
 

@@ -1,71 +1,189 @@
-"""Prompts computed in one process and continued in another, against transformers; memory held while it leaves."""
+"""Prompts computed by one engine and continued by another, behind one LLM: outputs, aborts, failures."""
 
-import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-import torch
-from rank_helpers import expected_outputs, settings_for
-from tiny_models import build, random_prompts
-from transfer_side import CHUNK, OUTPUTS
+from rank_helpers import BACKENDS, GREEDY, expected_outputs, is_running, pids_of, settings_for
+from short_rank import SHORT_STEPS
+from tiny_models import TinyModel, build, random_prompts
 
-from sarathi.config.backend import BackendSpec
-from sarathi.messages import Chunk
-from sarathi.worker.cache_engine.base import KVCacheSpec
-from sarathi.worker.cache_engine.factory import create_cache_engine
+from sarathi import LLM, SamplingParams
+from sarathi.engine.core import EngineCore
+from sarathi.engine.prefill_decode.core import PrefillDecodeCore
+from sarathi.executor.ranks import multiproc
+from sarathi.executor.ranks.group import RankError
+from sarathi.messages import StepReport
 
-LAYERS, BLOCK = 3, 4
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32}
 
 
-@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb", f"sdpa_paged_{BLOCK}"])
-def test_what_one_worker_prefills_another_decodes(backend: str, tmp_path: Path) -> None:
-    model = build("llama2", tmp_path)
-    prompts = [prompt for _, prompt in random_prompts(11, 5, 60)]
-    settings, port = settings_for(model, attention_backend=backend), free_port()
-    side = Path(__file__).with_name("transfer_side.py")
-    words = [str(port), json.dumps(settings), json.dumps(prompts)]
-    processes = [
-        subprocess.Popen([sys.executable, side, str(number), *words], stdout=subprocess.PIPE, text=True)
-        for number in range(2)
-    ]
-    counts, outputs = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
-    assert outputs == expected_outputs(model, prompts, OUTPUTS)
-    chunks = [-(-len(prompt) // CHUNK) for prompt in prompts]
-    if "megacache" in backend:
-        assert counts == [2 * number for number in chunks]
-    elif "vattn" in backend:
-        assert counts == [2 * LAYERS * number for number in chunks]
-    else:
-        assert counts == [2 * LAYERS * -(-len(prompt) // BLOCK) for prompt in prompts]
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
-@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb"])
-def test_memory_that_is_held_is_neither_unmapped_nor_reused(backend: str) -> None:
-    spec = KVCacheSpec(LAYERS, 2, 8, torch.float32, max_num_seqs=2, max_model_len=256)
-    cache = create_cache_engine(BackendSpec.parse(backend), spec, torch.device("cpu"), 2**20)
-    cache.prepare([Chunk("a", 0, 100, True, 100)])
-    ranges = [each for layer in cache.ranges("a", 0, 100) for each in layer]
-    assert len(ranges) == (2 if "megacache" in backend else 2 * LAYERS)
-    assert sum(each.nbytes for each in ranges) == 100 * spec.token_bytes
-    for number, each in enumerate(ranges):
-        each.fill_(number + 1)
-    held = cache.hold("a")
-    cache.release(["a"])
-    cache.prepare([Chunk("b", 0, 200, True, 200)])
-    for layer in cache.ranges("b", 0, 200):
-        for each in layer:
-            each.fill_(-1)
-    assert all(bool((each == number + 1).all()) for number, each in enumerate(ranges))
-    cache.let_go(held)
-    cache.prepare([Chunk("c", 0, 100, True, 100)])  # there are two slots
-    cache.check_integrity()
-    cache.close()
+@pytest.fixture(scope="module")
+def llm(tiny: TinyModel) -> Iterator[LLM]:
+    with LLM(**settings_for(tiny, **TWO_ENGINES)) as llm:
+        yield llm
+
+
+def core_of(llm: LLM) -> PrefillDecodeCore:
+    core = llm.engine.core
+    assert isinstance(core, PrefillDecodeCore)
+    return core
+
+
+def check_idle(llm: LLM) -> None:
+    """No memory of either engine is in use, and all of it is accounted for."""
+
+    def check(core: EngineCore) -> None:
+        core.executor.check_integrity()
+        core.scheduler.check_integrity()
+        assert not core.scheduler.block_space_manager.num_used_rows
+
+    core = core_of(llm)
+    check(core)
+    core._prefills.call(check)
+    assert core.memory_stats().mapped_bytes == core.memory_stats().idle_bytes
+
+
+def outputs_of(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    return [list(each.outputs[0].token_ids) for each in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def prompts_of(seed: int) -> list[list[int]]:
+    return [prompt for _, prompt in random_prompts(seed, 10, 100)]
+
+
+def test_what_one_engine_prefills_another_decodes(llm: LLM, tiny: TinyModel) -> None:
+    prompts = prompts_of(11)
+    assert outputs_of(llm, prompts) == expected_outputs(tiny, prompts, 12)
+    check_idle(llm)
+
+
+def test_drawn_tokens_and_logprobs_are_those_of_one_engine(llm: LLM, tiny: TinyModel) -> None:
+    prompts = prompts_of(12)
+    params = SamplingParams(
+        temperature=0.8, top_p=0.9, seed=5, max_tokens=10, ignore_eos=True, repetition_penalty=1.1, min_tokens=4,
+        logprobs=2, prompt_logprobs=1,
+    )  # fmt: skip
+    found = llm.generate(prompts, params, use_tqdm=False)
+    with LLM(**settings_for(tiny)) as one:
+        expected = one.generate(prompts, params, use_tqdm=False)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids)
+        assert ours.prompt_logprobs is not None and len(ours.prompt_logprobs) == len(theirs.prompt_logprobs or ())
+
+
+def test_a_first_token_may_be_the_last(llm: LLM, tiny: TinyModel) -> None:
+    prompts = prompts_of(13)
+    expected = expected_outputs(tiny, prompts, 1)
+    assert outputs_of(llm, prompts, replace(GREEDY, max_tokens=1)) == expected
+    stop = replace(GREEDY, stop_token_ids=[each for (each,) in expected])
+    assert outputs_of(llm, prompts, stop) == expected
+    check_idle(llm)
+
+
+def test_requests_that_are_aborted_at_any_time_leave_nothing_behind(llm: LLM, tiny: TinyModel) -> None:
+    prompts, engine = prompts_of(14), llm.engine
+    kept = outputs_of(llm, prompts[:2])
+    for number in range(40):
+        engine.add_request(f"a{number}", prompts[number % 10], GREEDY)
+    outputs: dict[str, list[int]] = {}
+    for number in range(40):
+        if number % 10 > 1:
+            for output in engine.step():
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
+            engine.abort(f"a{number}")
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id] = list(output.outputs[0].token_ids)
+    assert [outputs[f"a{number}"] for number in (0, 1, 30, 31)] == kept * 2
+    check_idle(llm)
+
+
+def test_an_interrupt_waits_for_what_is_on_its_way(llm: LLM, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, core = prompts_of(15), core_of(llm)
+    start, calls = core._start_prefills, []
+
+    def interrupted(step: StepReport) -> None:
+        start(step)
+        calls.append(step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(core, "_start_prefills", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert outputs_of(llm, prompts[:2]) == expected_outputs(tiny, prompts[:2], 12)
+    check_idle(llm)
+
+
+def test_sleep_gives_the_memory_of_both_engines_back(llm: LLM, tiny: TinyModel) -> None:
+    llm.sleep()
+    llm.wake_up()
+    assert outputs_of(llm, [[1, 2, 3]]) == expected_outputs(tiny, [[1, 2, 3]], 12)
+
+
+def test_what_two_engines_cannot_do_is_refused(llm: LLM, tiny: TinyModel) -> None:
+    for settings, message in [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2: it must be 1 with transfer.prefill_decode"),
+        ({"executor": "uniproc"}, "executor is 'uniproc': it must be auto, multiproc or ray"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LLM(**settings_for(tiny, **TWO_ENGINES, **settings))
+    with pytest.raises(ValueError, match="has 256 tokens"):
+        llm.generate([[1] * 256], GREEDY, use_tqdm=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_ranks_each_send_their_heads_and_preempted_requests_go_on(
+    tiny: TinyModel, backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [[prompt[0]] * 110 + prompt for _, prompt in random_prompts(7, 6, 16)]  # a page holds 128 tokens
+    settings = settings_for(
+        tiny, tensor_parallel_size=2, attention_backend=backend, memory_bytes=5 * 6 * 4096, check_ranks_every=3,
+        prefill_decode=True,
+    )  # fmt: skip
+    with LLM(**settings) as llm:
+        outputs = outputs_of(llm, prompts, replace(GREEDY, max_tokens=25))
+        assert core_of(llm).scheduler.num_preemptions
+        check_idle(llm)
+    assert outputs == expected_outputs(tiny, prompts, 25)
+
+
+@pytest.mark.slow
+def test_shortage_on_one_rank_alone_of_either_engine(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        multiproc, "_PROGRAM", multiproc._PROGRAM.replace("sarathi.executor.ranks.process", "short_rank")
+    )
+    prompts = prompts_of(8)
+    with LLM(**settings_for(tiny, tensor_parallel_size=2, **TWO_ENGINES)) as llm:
+        outputs = outputs_of(llm, prompts)
+        check_idle(llm)
+    assert caplog.text.count("memory ran out in step") >= len(SHORT_STEPS)
+    assert outputs == expected_outputs(tiny, prompts, 12)
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_the_death_of_one_side_ends_both_and_is_told(tiny: TinyModel, side: str) -> None:
+    llm = LLM(**settings_for(tiny, **TWO_ENGINES))
+    core = core_of(llm)
+    sides = {"prefill": pids_of(core._prefills.executor), "decode": pids_of(core.executor)}
+    threading.Timer(0.5, os.kill, (sides[side][0], signal.SIGKILL)).start()
+    message = rf"{side} rank 0 of 1 \(process {sides[side][0]}\) was ended by SIGKILL"
+    with pytest.raises(RankError, match=message):
+        while True:
+            llm.generate(prompts_of(16), GREEDY, use_tqdm=False)
+    assert not any(map(is_running, sides["prefill"] + sides["decode"]))
+    with pytest.raises(RankError, match=message):
+        llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    llm.close()

@@ -24,7 +24,8 @@ _POLICIES: dict[str, type[Scheduler]] = {
 
 
 def make_scheduler(
-    config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int, num_micro_batches: int = 1
-) -> Scheduler:
+    config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int, num_micro_batches: int = 1,
+    most_received_tokens: int = 0,
+) -> Scheduler:  # fmt: skip
     """A scheduler of the policy config.type. For the arguments see Scheduler."""
-    return _POLICIES[config.type](config, block_space_manager, max_model_len, num_micro_batches)
+    return _POLICIES[config.type](config, block_space_manager, max_model_len, num_micro_batches, most_received_tokens)

@@ -33,19 +33,21 @@ class Scheduler(ABC):
     """Decides what each step computes, and keeps the memory of all requests within the block space manager's capacity.
 
     max_model_len: longest prompt plus output, in tokens. A request that reaches it, or fills the whole cache, ends with
-    finish reason "length". num_micro_batches: see RunningRequests.
+    finish reason "length". num_micro_batches: see RunningRequests. most_received_tokens: of prompts that another engine
+    computes for this one at the same time; 0: it computes all itself.
     """
 
     _may_defer = True  # a request that waits for another one to compute its beginning can start in a later step
 
     def __init__(
         self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int,
-        num_micro_batches: int = 1,
+        num_micro_batches: int = 1, most_received_tokens: int = 0,
     ) -> None:  # fmt: skip
         self.config = config
         self.block_space_manager = block_space_manager
         self._prefixes = block_space_manager.prefixes
         self.max_model_len = max_model_len
+        self._most_received_tokens = most_received_tokens
         self._running = RunningRequests(block_space_manager, num_micro_batches)
         self._waiting = WaitingQueue()
         self._memory = MemoryRecovery(block_space_manager, self._running, max_model_len)
@@ -228,6 +230,29 @@ class Scheduler(ABC):
             self._fit(self._memory.full_capacity.rows)
         return self._append_tokens(step, tokens)
 
+    def end_receive(self, request_id: str, update: RequestUpdate | None) -> list[RequestUpdate]:
+        """Another engine is done with a prompt of `SchedulerOutput.received`: go on with its token, or end as it did.
+
+        update: None where the request has ended here meanwhile.
+        """
+        state = self._states.get(request_id) or self._running.finishing[request_id]
+        state.steps_in_flight -= 1
+        state.is_receiving = False
+        if update is None or state.request.is_finished:
+            self._running.release(state)
+            return []
+        state.num_cached_tokens = update.num_cached_tokens
+        ended = RequestUpdate(request_id, (), "error", update.stop_reason)
+        own = state.append(update.tokens[0]) if update.tokens else ended
+        if own.finish_reason is not None:
+            self._end(state, own.finish_reason, own.stop_reason)
+            self._running.remove_ended()
+        return [own]
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether a request of this id has been added and has not ended."""
+        return request_id in self._states
+
     def check_integrity(self) -> None:
         """Raise RuntimeError if requests and memory are inconsistent."""
         self._running.check_integrity(self._states)
@@ -282,6 +307,8 @@ class Scheduler(ABC):
 
     def _start(self, state: RequestState, num_cached: int, step: Step) -> bool:
         request = state.request
+        if self._most_received_tokens and not request.output_token_ids:
+            return self._start_receiving(state, step)
         request.num_computed_tokens = num_cached
         length = self._prefill_policy.chunk_length(request, step, len(self._running.running) + 1)
         is_partial = length < request.num_remaining_tokens
@@ -297,6 +324,19 @@ class Scheduler(ABC):
             step.started.append(state)
         step.add(state, length, length == request.num_remaining_tokens, grant.block_ids)
         step.prefilled.append(request)
+        return True
+
+    def _start_receiving(self, state: RequestState, step: Step) -> bool:
+        """Memory for a whole prompt, which another engine computes next. So many wait for it as keep it busy."""
+        waiting = [each.request.num_computed_tokens for each in self._running.running if each.is_receiving]
+        if waiting and sum(waiting) + state.request.num_tokens > self._most_received_tokens:
+            return False
+        grant = self._first_grant(state)
+        if grant is None:
+            return False
+        self._waiting.pop()
+        step.introduce(state)
+        step.receive(state, grant.block_ids)
         return True
 
     def _first_grant(self, state: RequestState) -> Grant | None:

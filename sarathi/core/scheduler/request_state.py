@@ -39,6 +39,7 @@ class RequestState:
     steps_in_flight: steps scheduled with it and not yet updated; its memory is in use until they are.
     last_step_id: the last step that contains it or has to leave it out.
     is_known: whether the worker has been told about it.
+    is_receiving: whether another engine computes its prompt now; it counts as one more step in flight.
     num_cached_tokens: of its prompt, when it last started. num_deferred: steps for which it waited for another request
         to compute what both begin with.
     """
@@ -51,6 +52,7 @@ class RequestState:
     steps_in_flight: int = 0
     last_step_id: int = -1
     is_known: bool = False
+    is_receiving: bool = False
     num_cached_tokens: int = 0
     num_deferred: int = 0
 
@@ -81,7 +83,9 @@ class Step:
     is_starved: memory ran out and no request could be preempted at once. is_void: rolled back; its result is ignored.
     finished: ids of ended requests that it announces to the worker. num_used_rows: rows in use by all requests.
     prefilled: requests of which it computes tokens, decodes apart.
-    started: requests that it starts with tokens from the cache. withdrawn: ids of those that a failed step started.
+    received, receiving: prompts that another engine computes from this step on, and their requests.
+    started: requests that it starts with tokens from the cache, or from another engine.
+    withdrawn: ids of those that a failed step started.
     """
 
     step_id: int
@@ -100,6 +104,8 @@ class Step:
     started: list[RequestState] = field(default_factory=list)
     withdrawn: tuple[str, ...] = ()
     prefixes: PrefixChanges | None = None
+    received: list[Chunk] = field(default_factory=list)
+    receiving: list[RequestState] = field(default_factory=list)
 
     def add(self, state: RequestState, length: int, samples: bool, block_ids: tuple[int, ...]) -> None:
         """Add the next `length` tokens of a request, which count as computed from now on."""
@@ -118,6 +124,17 @@ class Step:
             self.num_partial += 1
         state.steps_in_flight += 1
         state.last_step_id = self.step_id
+
+    def receive(self, state: RequestState, block_ids: tuple[int, ...]) -> None:
+        """Add a request whose prompt another engine computes from now on, with the token behind it."""
+        request = state.request
+        length = request.num_tokens
+        self.received.append(Chunk(request.request_id, 0, length, False, state.granted_tokens, block_ids))
+        self.started.append(state)
+        self.receiving.append(state)
+        request.num_computed_tokens, request.num_pending_tokens = length, 1
+        state.steps_in_flight += 1
+        state.is_receiving = True
 
     def introduce(self, state: RequestState) -> None:
         """Tell the worker about a request, unless it knows it."""
@@ -141,12 +158,16 @@ class Step:
             state.request.num_computed_tokens = chunk.start
             if not state.request.is_finished:
                 state.request.num_pending_tokens -= chunk.samples
+        for state in self.receiving:
+            state.is_receiving, state.request.num_pending_tokens = False, 0
 
     def output(self, num_recoveries: int) -> SchedulerOutput:
         """The message to the worker."""
         preempted = (*self.withdrawn, *[state.request.request_id for state in self.preempted])
-        new, chunks = tuple(self.new_requests), tuple(self.chunks)
-        return SchedulerOutput(self.step_id, new, chunks, preempted, self.finished, num_recoveries, self.prefixes)
+        new, chunks, received = tuple(self.new_requests), tuple(self.chunks), tuple(self.received)
+        return SchedulerOutput(
+            self.step_id, new, chunks, preempted, self.finished, num_recoveries, self.prefixes, received
+        )  # fmt: skip
 
 
 class WaitingQueue:
@@ -208,6 +229,8 @@ class RunningRequests:
         prefills: list[RequestState] = []
         for state in self.running:
             request = state.request
+            if state.is_receiving:
+                continue
             (decodes if request.num_tokens - request.num_computed_tokens == 1 else prefills).append(state)
         return decodes if self._num_micro_batches == 1 else self._micro_batch(decodes), prefills
 
@@ -229,7 +252,7 @@ class RunningRequests:
 
     def release_ended(self, step: Step) -> None:
         """Account for the end of a step that was rolled back."""
-        for state in step.states:
+        for state in (*step.states, *step.receiving):
             state.steps_in_flight -= 1
             if state.request.is_finished:
                 self.release(state)

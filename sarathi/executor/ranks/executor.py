@@ -31,8 +31,10 @@ class RanksExecutor(Executor):
 
     takes_functions = False
 
-    def __init__(self, transport: Transport, parallel: ParallelConfig) -> None:
-        """transport: to ranks that have started, but may still load their model."""
+    def __init__(self, transport: Transport, parallel: ParallelConfig, store: tuple[str, int]) -> None:
+        """transport: to ranks that have started, but may still load their model. store: host and port of a TCPStore
+        that they can reach."""
+        self.store = store
         self._grid = RankGrid(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         self._ranks = RankGroup(transport, self._grid)
         self._check_every = parallel.check_ranks_every
@@ -48,6 +50,14 @@ class RanksExecutor(Executor):
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """The replies of the ranks that answer a command. Raises RankError where one died, hung or failed."""
         return self._ranks.ask(method, *arguments)
+
+    def join(self, role: str, partner: "RanksExecutor") -> None:
+        """End with another engine's ranks. role: of this engine, for messages."""
+        self._ranks.join(role, partner._ranks)
+
+    def kill(self, reason: str) -> None:
+        """End every rank at once. reason: what later commands are told."""
+        self._ranks.kill(reason)
 
     def launch(self, out: SchedulerOutput) -> LaunchedStep:
         number, self._num_launched = self._num_launched, self._num_launched + 1

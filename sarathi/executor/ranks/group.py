@@ -27,11 +27,24 @@ class RankGroup:
         self._transport, self._grid = transport, grid
         self._number = 0
         self._failure = "they were closed"
+        self._role = ""
+        self._partners: list[RankGroup] = []
         self._stop = weakref.finalize(self, transport.kill)
 
     @property
     def are_running(self) -> bool:
         return self._stop.alive
+
+    def join(self, role: str, partner: "RankGroup") -> None:
+        """These ranks cannot go on without those of another engine. role: of this one, for messages."""
+        self._role = f"{role} "
+        self._partners.append(partner)
+
+    def failure(self) -> str | None:
+        """Why the ranks cannot go on; None where they can. Any thread may ask."""
+        if not self.are_running:
+            return self._failure
+        return next((f"{self._name(rank)} {end.text}" for rank, end in self._ends()), None)
 
     def ask(self, method: str, *arguments: Any, silence_s: float = SILENCE_S, limit_s: float = math.inf) -> list[Any]:
         """Send a command to every rank; returns the replies of those that answer it, in order of rank.
@@ -53,8 +66,10 @@ class RankGroup:
             self.kill()
             raise
 
-    def kill(self) -> None:
-        """End every rank. Idempotent."""
+    def kill(self, reason: str | None = None) -> None:
+        """End every rank. Idempotent. reason: what later commands are told, where the ranks run still."""
+        if reason is not None and self.are_running:
+            self._failure = reason
         self._stop()
 
     def _send(self, message: bytes) -> None:
@@ -84,6 +99,11 @@ class RankGroup:
             silent_s = self._transport.silence_s(rank)
             if silent_s > silence_s:
                 raise RankError(f"{self._name(rank)} hangs: no sign of life for {silent_s:.1f} s")
+        self._check_partners()
+
+    def _check_partners(self) -> None:
+        for failure in filter(None, [partner.failure() for partner in self._partners]):
+            raise RankError(failure)
 
     def _fail(self, first: int | None = None, reply: Reply | None = None) -> NoReturn:
         """Raise what ended the ranks: a user's error, else a death by signal, else what the first one said."""
@@ -94,8 +114,10 @@ class RankGroup:
             time.sleep(0.02)
         ends = self._ends()
         causes = [(rank, end) for rank, end in ends if end.is_cause]
+        if not causes:
+            self._check_partners()
         if not causes and first is not None and reply is not None:
-            raise RankError(f"rank {first} of {self._transport.size} failed: {reply.error}")
+            raise RankError(f"{self._role}rank {first} of {self._transport.size} failed: {reply.error}")
         for rank, end in causes or ends:
             raise RankError(f"{self._name(rank)} {end.text}")
         raise RankError(f"a rank of {self._transport.size} closed its connection")
@@ -105,4 +127,4 @@ class RankGroup:
         return [(rank, end) for rank, end in ends if end is not None]
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} of {self._transport.size} ({self._transport.place(rank)})"
+        return f"{self._role}rank {rank} of {self._transport.size} ({self._transport.place(rank)})"

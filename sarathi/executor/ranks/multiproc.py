@@ -119,32 +119,35 @@ def _receive(pipe: Any) -> Reply | None:
 class MultiprocExecutor(RanksExecutor):
     """The ranks of both parallel sizes on this machine. Raises ValueErrors that name the setting which cannot work."""
 
-    def __init__(self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
+    def __init__(
+        self, config: EngineConfig, make_vocabulary: MakeVocabulary = no_vocabulary, first_device: int = 0
+    ) -> None:
+        """first_device: the CUDA device of rank 0; the others follow."""
         grid = RankGrid(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
-        device = _device_of_ranks(config, grid.size)
+        device = _device_of_ranks(config, grid.size, first_device)
         self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
         num_threads = max(1, torch.get_num_threads() // grid.size)
-        devices = [f"cuda:{rank}" if device == "cuda" else device for rank in range(grid.size)]
+        devices = [f"cuda:{first_device + rank}" if device == "cuda" else device for rank in range(grid.size)]
         store = (_HOST, self._store.port)
         setups = [
             RankSetup(config, rank, grid, name, num_threads, store, make_vocabulary)
             for rank, name in enumerate(devices)
         ]
-        super().__init__(_ProcessTransport(setups), config.parallel)
+        super().__init__(_ProcessTransport(setups), config.parallel, store)
 
 
-def _device_of_ranks(config: EngineConfig, size: int) -> str:
-    """The kind of device; rank i takes the i-th of them."""
+def _device_of_ranks(config: EngineConfig, size: int, first: int) -> str:
+    """The kind of device; rank i takes the i-th of them, counted from `first`."""
     device = choose_device(config.model.device)
     if device.type == "cuda":
-        if device.index is not None and size > 1:
+        if device.index is not None and first + size > 1:
             raise DeviceUnavailableError(
-                f"device={config.model.device!r} is one device, and {size} ranks take the first {size}: use "
+                f"device={config.model.device!r} is one device, and {size} ranks take {size} from cuda:{first} on: use "
                 "device='cuda'"
             )
-        if size > torch.cuda.device_count():
+        if first + size > torch.cuda.device_count():
             raise DeviceUnavailableError(
-                f"tensor_parallel_size x pipeline_parallel_size is {size}: this machine has "
-                f"{torch.cuda.device_count()} CUDA devices"
+                f"tensor_parallel_size x pipeline_parallel_size is {size}, and {first} devices are taken: this machine "
+                f"has {torch.cuda.device_count()} CUDA devices"
             )
     return device.type

@@ -54,7 +54,7 @@ class Reply(NamedTuple):
 _ANSWERED = frozenset(
     (
         "facts", "wait", "memory_stats", "resize_cache", "drop_weights", "load_weights", "check_integrity", "busy_s",
-        "fingerprint", "close",
+        "fingerprint", "close", "start_sending", "start_receiving", "arrive",
     )
 )  # by every rank  # fmt: skip
 

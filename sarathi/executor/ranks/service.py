@@ -13,8 +13,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # stubs la
 from sarathi.config.schema import EngineConfig
 from sarathi.executor.ranks.protocol import Channel, RankFacts, RankSetup, Reply, is_answered
 from sarathi.executor.steps import Agree, Steps
-from sarathi.messages import SampledToken, SchedulerOutput, StepFuture, StepResult
+from sarathi.messages import Arrival, SampledToken, SchedulerOutput, StepFuture, StepResult
 from sarathi.model_executor.parallel.ranks import OneRank, ProcessRanks, Ranks
+from sarathi.transfer.link import RECEIVER, SENDER, RankLink
+from sarathi.transfer.receiver import Receiver
+from sarathi.transfer.sender import Sender
 from sarathi.worker.worker import Worker
 
 _KEPT_STEPS = 8  # whose results may be asked for again
@@ -25,6 +28,7 @@ class RankService:
 
     def __init__(self, setup: RankSetup, agree: Agree) -> None:
         config, ranks = _connect(setup)
+        self._number = setup.rank
         self._has_results = setup.rank == setup.grid.result_rank
         self._worker = Worker(config, ranks, setup.make_vocabulary)
         self._steps = Steps(self._worker, agree)
@@ -76,6 +80,28 @@ class RankService:
 
     def fingerprint(self) -> str:
         return self._worker.fingerprint()
+
+    def start_sending(self, store: tuple[str, int]) -> int:
+        """From now on, send what steps have in `sent` to the same rank of another engine; how many layers there are.
+
+        store: see RankLink.
+        """
+        worker = self._worker
+        link = RankLink(store, self._number, SENDER, worker.model.place.device)
+        worker.sending = Sender(link, worker.cache, worker.model.layers)
+        return len(worker.model.layers)
+
+    def start_receiving(self, store: tuple[str, int]) -> None:
+        """From now on, take in what the same rank of another engine sends."""
+        link = RankLink(store, self._number, RECEIVER, self._worker.model.place.device)
+        self._receiver = Receiver(link, self._worker.cache)
+
+    def arrive(self, arrivals: Sequence[Arrival]) -> None:
+        """Return when they are there, with their tokens known."""
+        for request_id, num_portions, token in arrivals:
+            self._receiver.wait(request_id, num_portions)
+            if token is not None:
+                self._worker.append_tokens([token])
 
     def close(self) -> None:
         """The process ends next, and the process group with it: to destroy NCCL's waits for graphs that hold it."""

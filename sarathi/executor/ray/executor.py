@@ -139,7 +139,7 @@ class RayExecutor(RanksExecutor):
         store = (transport.host, self._store.port)
         name = "cuda:0" if device == "cuda" else device  # the one GPU that Ray shows the actor
         transport.start(lambda rank: RankSetup(config, rank, grid, name, 1, store, make_vocabulary))
-        super().__init__(transport, parallel)
+        super().__init__(transport, parallel, store)
 
 
 def connect() -> None:

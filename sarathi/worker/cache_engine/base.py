@@ -107,12 +107,6 @@ class CacheEngine(Protocol):
         Entry i: ranges that are complete once layer i is computed.
         """
 
-    def hold(self, request_id: str) -> int:
-        """Keep a request's memory as it is, even after its release, until `let_go` of the number returned."""
-
-    def let_go(self, number: int) -> None:
-        """End a `hold`: memory that was released meanwhile is free."""
-
     def lengths(self) -> dict[str, tuple[int, int]]:
         """Tokens of each request, computed and mapped: the same on every rank."""
 

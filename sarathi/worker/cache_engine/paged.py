@@ -136,13 +136,6 @@ class PagedCacheEngine:
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
-    def hold(self, request_id: str) -> int:
-        """Blocks stay as they are until they are granted to another request."""
-        return 0
-
-    def let_go(self, number: int) -> None:
-        """Nothing is kept."""
-
     def lengths(self) -> dict[str, tuple[int, int]]:
         return {name: (self._tokens[name], len(table) * self.block_size) for name, table in self._tables.items()}
 

@@ -67,7 +67,6 @@ class vATTNCacheEngine:
             raise CacheSettingsError(f"{memory}, {lengths}: {error}") from error
         self._share_rows = self._common_rows(_extent_rows(backend) if device.type == "cuda" else 1)
         self._slots: dict[str | int, _Slot] = {}
-        self._is_released: dict[int, bool] = {}  # of slots that are held
         self._started: list[str] = []  # requests that got a slot in the last `prepare`
         self._copies: list[_Copy] = []
         self._over_read_tokens, self._token_bytes = spec.over_read_tokens, spec.token_bytes
@@ -206,15 +205,6 @@ class vATTNCacheEngine:
             return [[] for _ in range(layers - 1)] + [pieces]
         return [[pieces[layer], pieces[layers + layer]] for layer in range(layers)]
 
-    def hold(self, request_id: str) -> int:
-        slot = self._slots[request_id].number
-        self._is_released[slot] = False
-        return slot
-
-    def let_go(self, number: int) -> None:
-        if self._is_released.pop(number):
-            self._cache.free(number)
-
     def lengths(self) -> dict[str, tuple[int, int]]:
         requests = {name: slot for name, slot in self._slots.items() if isinstance(name, str)}
         return {name: (slot.num_tokens, self._cache.slot_state(slot.number)[1]) for name, slot in requests.items()}
@@ -244,9 +234,7 @@ class vATTNCacheEngine:
 
     def _free(self, owner: str | int) -> None:
         slot = self._slots.pop(owner, None)
-        if slot is not None and slot.number in self._is_released:
-            self._is_released[slot.number] = True
-        elif slot is not None:
+        if slot is not None:
             self._cache.free(slot.number)
 
     def _rename(self, owner: str | int, new: str | int) -> None:

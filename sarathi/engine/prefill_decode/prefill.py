@@ -1,0 +1,159 @@
+"""The engine that computes prompts for another one, in a thread of its own."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import NamedTuple, TypeVar
+
+from sarathi.core.scheduler import Scheduler
+from sarathi.engine.core import EngineCore
+from sarathi.executor.ranks.executor import RanksExecutor
+from sarathi.messages import NewRequest, RequestUpdate, SchedulerOutput, StepReport
+from sarathi.transfer.portions import Portions
+
+T = TypeVar("T")
+_LOOK_S = 0.1  # at a thread that may have ended
+
+
+class Prefilled(NamedTuple):
+    """A prompt of which no more will be sent. num_portions: that were. update: with its token, or how it ended without;
+    None where it was aborted."""
+
+    request_id: str
+    num_portions: int
+    update: RequestUpdate | None
+
+
+class PrefillCore(EngineCore):
+    """Computes prompts and the token behind each, and tells its ranks what to send."""
+
+    executor: RanksExecutor
+
+    def __init__(
+        self, scheduler: Scheduler, executor: RanksExecutor, portions: Portions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(scheduler, executor, clock)
+        self._portions = portions
+        self._aborted: list[str] = []
+
+    def prefill(self, new: NewRequest) -> None:
+        """Queue a prompt, of which one `Prefilled` will follow."""
+        params = new.sampling_params
+        one = replace(params, max_tokens=1, min_tokens=min(params.min_tokens, 1))
+        self._portions.add(new)
+        self.add_requests([replace(new, sampling_params=one)])
+
+    def abort(self, request_id: str) -> None:
+        """Compute no more of a prompt. A `Prefilled` follows when nothing of it is left in a step."""
+        self.finish(request_id, "abort")
+        self._aborted.append(request_id)
+
+    def progress(self) -> Iterator[Prefilled | RequestUpdate]:
+        """One step, if there is work: prompts that are done, and log probabilities of others' tokens."""
+        output = self.step() if self.has_work else None
+        if output is not None:
+            self._take_back(output.step)
+            for update in output.updates:
+                if update.prompt_logprobs is not None:
+                    yield update
+                else:
+                    yield from self._ended(update.request_id, update)
+        in_flight = {portion.request_id for step in self._steps for portion in step.out.sent}
+        aborted, self._aborted = self._aborted, [each for each in self._aborted if each in in_flight]
+        for request_id in aborted:
+            if request_id not in in_flight:
+                yield from self._ended(request_id, None)
+
+    def _complete(self, out: SchedulerOutput) -> SchedulerOutput:
+        return replace(out, sent=tuple(self._portions.plan(out.chunks)))
+
+    def _take_back(self, step: StepReport | None) -> None:
+        """A step that found too little memory sent nothing, and neither do those behind it."""
+        if step is not None and step.result.available_rows is not None:
+            self._portions.take_back(step.out.sent)
+
+    def _ended(self, request_id: str, update: RequestUpdate | None) -> Iterator[Prefilled]:
+        if (count := self._portions.finish(request_id)) is not None:
+            yield Prefilled(request_id, count, update)
+
+
+class Prefills:
+    """A PrefillCore in a thread of its own, which alone uses it. Its methods belong to the other engine's thread."""
+
+    def __init__(self, core: PrefillCore) -> None:
+        self.facts, self.executor = core.facts, core.executor
+        self._core = core
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._done: SimpleQueue[Prefilled | RequestUpdate | Exception] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="prefill", daemon=True)
+        self._thread.start()
+
+    def start(self, new: NewRequest) -> None:
+        """See `PrefillCore.prefill`."""
+        self._work.put(partial(self._core.prefill, new))
+
+    def abort(self, request_id: str) -> None:
+        """See `PrefillCore.abort`."""
+        self._work.put(partial(self._core.abort, request_id))
+
+    def take(self, timeout_s: float = 0.0) -> Sequence[Prefilled | RequestUpdate]:
+        """What is there; waits so long for a first one. Raises what ended the thread."""
+        found: list[Prefilled | RequestUpdate] = []
+        try:
+            while True:
+                each = self._done.get(timeout=0 if found else timeout_s) if timeout_s else self._done.get_nowait()
+                if isinstance(each, Exception):
+                    raise each
+                found.append(each)
+        except Empty:
+            return found
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def call(self, method: Callable[[PrefillCore], T]) -> T:
+        """Between two steps. Raises RuntimeError where the thread has ended."""
+        done: Future[T] = Future()
+        self._work.put(lambda: _set(done, partial(method, self._core)))
+        while self.is_running and not done.done():
+            wait([done], timeout=_LOOK_S)
+        if not done.done():
+            raise RuntimeError("the engine that computes prompts has ended")
+        return done.result()
+
+    def shutdown(self) -> None:
+        """Free the engine's memory. Idempotent."""
+        self._work.put(None)
+        self._thread.join()
+        self._core.shutdown()
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                for each in self._core.progress():
+                    self._done.put(each)
+        except Exception as error:
+            self._done.put(error)
+
+    def _obey(self) -> bool:
+        """Run what is asked for; waits for it where there is no other work. False: end."""
+        wait = not self._core.has_work
+        while wait or not self._work.empty():
+            if (each := self._work.get()) is None:
+                return False
+            each()
+            wait = False
+        return True
+
+
+def _set(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)

@@ -1,0 +1,55 @@
+"""The rank that computes prompts: what a layer has computed leaves while later layers compute."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sarathi.messages import Portion
+from sarathi.transfer.link import Link
+from sarathi.worker.sending import Sending
+
+
+class Ranges(Protocol):
+    """The part of a CacheEngine that a transfer needs."""
+
+    def ranges(self, request_id: str, first: int, end: int) -> list[list[Tensor]]: ...
+
+
+class SendingLayer:
+    """A decoder's layer, after which a sender is told."""
+
+    def __init__(self, layer: Any, index: int, sender: "Sender") -> None:
+        self._layer, self._index, self._sender = layer, index, sender
+
+    def __call__(self, stream: Any, step: Any, layer: Any) -> None:
+        self._layer(stream, step, layer)
+        self._sender.on_layer(self._index)
+
+
+class Sender(Sending):
+    """Sends portions of prompts. The model must run eagerly: no CUDA graph tells of a layer."""
+
+    def __init__(self, link: Link, cache: Ranges, layers: list[Any]) -> None:
+        """layers: of the model, which are replaced."""
+        self._link, self._cache = link, cache
+        self._portions: Sequence[Portion] = ()
+        self._ranges: list[list[list[Tensor]]] = []  # of each portion, of each layer
+        self._transfers: defaultdict[str, list[Any]] = defaultdict(list)
+        layers[:] = [SendingLayer(layer, index, self) for index, layer in enumerate(layers)]
+
+    def start(self, portions: Sequence[Portion]) -> None:
+        self._portions = portions
+        self._ranges = [self._cache.ranges(*portion) for portion in portions]
+        if portions:
+            self._link.announce(tuple(portions))
+
+    def on_layer(self, index: int) -> None:
+        """A layer of the step is computed, or on a GPU submitted."""
+        for portion, ranges in zip(self._portions, self._ranges, strict=True):
+            self._transfers[portion.request_id] += self._link.send(ranges[index])
+
+    def settle(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._link.wait(self._transfers.pop(request_id, ()))
