@@ -1,9 +1,10 @@
-"""The process of a rank, with steps in which rank 1 alone has too little memory."""
+"""The process of a rank, with steps in which rank 1 alone has too little memory; not where it sends what it computes."""
 
 from itertools import count
 
 from sarathi.executor.ranks import process, service
 from sarathi.messages import SchedulerOutput
+from sarathi.worker.sending import NoSending
 from sarathi.worker.worker import Worker
 
 SHORT_STEPS = (3, 9, 10)
@@ -16,7 +17,8 @@ class ShortWorker(Worker):
 
     def prepare(self, out: SchedulerOutput) -> int | None:
         rows = super().prepare(out)
-        if self._ranks.number != 1 or rows is not None or not out.chunks or next(self._numbers) not in SHORT_STEPS:
+        may_be_short = self._ranks.number == 1 and isinstance(self.sending, NoSending) and bool(out.chunks)
+        if not may_be_short or rows is not None or next(self._numbers) not in SHORT_STEPS:
             return rows
         self.cancel(out)
         return self.capacity.rows - 1
