@@ -1,4 +1,4 @@
-"""The process of a rank, with steps in which rank 1 alone has too little memory; not where it sends what it computes."""
+"""The process of a rank, with steps in which rank 1 alone has too little memory, unless it computes for others."""
 
 from itertools import count
 

@@ -16,7 +16,7 @@ from itertools import islice
 from operator import attrgetter
 
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant, Hit, PrefixCache
+from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant, Hit
 from sarathi.core.scheduler.memory_recovery import MemoryRecovery
 from sarathi.core.scheduler.prefill_policy import PrefillPolicy
 from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step, WaitingQueue
@@ -220,8 +220,7 @@ class Scheduler(ABC):
         if result.available_rows is not None:
             failed = [step, *self._in_flight.values()]
             rows = self._memory.roll_back(failed, result.available_rows, self._num_steps)
-            if self._prefixes is not None:
-                self._withdraw(failed, self._prefixes)
+            self._withdraw(failed)
             self._running.release_ended(step)
             return self._fit(rows)
         tokens = step.tokens_by_request(result)
@@ -346,14 +345,17 @@ class Scheduler(ABC):
 
     # The end of a step, and of a request.
 
-    def _withdraw(self, steps: Sequence[Step], prefixes: PrefixCache) -> None:
-        """After a step that found too little memory: start requests anew that began with cached tokens."""
-        for state in [state for step in steps for state in step.states]:
-            prefixes.unpublish(state.request)
+    def _withdraw(self, steps: Sequence[Step]) -> None:
+        """After a step that found too little memory: start requests anew that began with cached or received tokens."""
+        prefixes = self._prefixes
+        if prefixes is not None:
+            for state in [state for step in steps for state in step.states]:
+                prefixes.unpublish(state.request)
         for state in [state for step in steps for state in self._memory.withdraw_started(step, prefixes)]:
             self._withdrawn.append(state.request.request_id)
             self._waiting.push(state)
-        prefixes.evict_all()
+        if prefixes is not None:
+            prefixes.evict_all()
 
     def _append_tokens(self, step: Step, tokens: Mapping[str, SampledToken]) -> list[RequestUpdate]:
         updates = []

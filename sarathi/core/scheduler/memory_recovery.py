@@ -176,12 +176,13 @@ class MemoryRecovery:
         logger.warning("memory ran out in step %d: continuing with %d rows", steps[0].step_id, rows)
         return rows
 
-    def withdraw_started(self, step: Step, prefixes: PrefixCache) -> list[RequestState]:
-        """Take requests back that a failed step was to start from the cache: the worker may have nothing of them."""
+    def withdraw_started(self, step: Step, prefixes: PrefixCache | None) -> list[RequestState]:
+        """Take requests back that a failed step was to start from the cache, or from another engine: the worker may
+        have nothing of them."""
         withdrawn = [state for state in step.started if state.request.status is RequestStatus.RUNNING]
         step.started.clear()
         for state in withdrawn:
-            prefixes.discard(state.request)
+            (self._block_space_manager.free if prefixes is None else prefixes.discard)(state.request)
             self._stop(state)
         return withdrawn
 

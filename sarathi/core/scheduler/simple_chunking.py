@@ -14,9 +14,9 @@ class SimpleChunkingScheduler(Scheduler):
 
     def __init__(
         self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int,
-        num_micro_batches: int = 1,
+        num_micro_batches: int = 1, most_received_tokens: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(config, block_space_manager, max_model_len, num_micro_batches)
+        super().__init__(config, block_space_manager, max_model_len, num_micro_batches, most_received_tokens)
         self._is_decodes_turn = False
 
     def _make_prefill_policy(self) -> PrefillPolicy:
