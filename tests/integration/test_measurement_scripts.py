@@ -82,6 +82,12 @@ def test_prefixes(tmp_path: Path) -> None:
     assert (table(joined / "prefix.csv").ratio.dropna() == 1).sum() > 4
 
 
+def test_soak_of_a_server(tmp_path: Path) -> None:
+    assert "passed" in run("soak_server.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "soak_server.csv").set_index("unit").value
+    assert rows["requests"] > 0 and rows["aborts"] > 0 and rows["checks"] > 1
+
+
 def test_soak_and_sanitize(tmp_path: Path) -> None:
     said = run("soak.py", "--test", "--output", tmp_path)
     rows = table(tmp_path / "soak.csv").set_index("unit").value
