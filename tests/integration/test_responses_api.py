@@ -109,6 +109,7 @@ def test_a_response_in_the_background_is_polled_and_cancelled(client: openai.Ope
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\].type is 'web_search'"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice names 'f'"),
         ({"truncation": "auto"}, "truncation is 'auto'"),
+        ({"conversation": "conv_1"}, "conversation is given"),
         ({"top_logprobs": 3}, "top_logprobs is 3"),
         ({"background": True, "stream": True}, "background is true"),
         ({"text": {"format": {"type": "xml"}}}, "type is 'xml'"),

@@ -39,6 +39,8 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -55,6 +57,9 @@ class ResponsesRequest(Body):
             raise ValueError(
                 f"truncation is {self.truncation!r}: it must be disabled, this server cuts no conversation"
             )
+        for name in ("conversation", "prompt"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is given: this server keeps none; it has previous_response_id")
         if self.background and (self.stream or self.store is False):
             raise ValueError("background is true: it needs stream=false and store=true")
         return self
