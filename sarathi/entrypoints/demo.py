@@ -36,6 +36,8 @@ QUESTIONS = (
 )
 ROUNDS = 3
 _HEADER = ("backend", "tokens/s", "peak KV mapped", "tokens' own bytes", "wasted")
+_PREFIX_HEADER = ("prompt", "first token", "tokens found in the cache")
+_PROMPT_TOKENS, _OWN_TOKENS = 1500, 10
 _TOLERANCE = 1.1
 _CANDIDATES = 20  # log-probabilities a token: in bfloat16 more than two tokens may tie
 _TIE_EPS = 64  # logits lie between 16 and 32 and are wrong by a few units in the last place
@@ -53,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
     print(format_table(_HEADER, [each.row() for each in runs]))
     print(f"\ntokens/s: the median of {ROUNDS} rounds, in each of which the three ran in turn")
     print("\n" + runs[-1].arithmetic())
+    first, second = measure_prefix(config_from(args, prefix_caching=True))
+    print(f"\nTwo prompts of {_PROMPT_TOKENS} tokens that differ in the last {_OWN_TOKENS}:\n")
+    print(format_table(_PREFIX_HEADER, [first.row("first"), second.row("second")]))
+    print(
+        f"\nprefix reuse: the second one's first token comes {first.first_token_s / second.first_token_s:.0f}x sooner\n"
+    )
     verdict = compare(streamed, runs)
     print(f"outputs identical: {verdict}")
     return 0 if verdict.passed else 1
@@ -138,6 +146,34 @@ def measure(llm: LLM, max_tokens: int) -> Measured:
         pages_bytes=len(prompts) * num_tensors * capacity.page_bytes,
         dtype_eps=facts.resolution.dtype_eps,
     )
+
+
+class FirstToken(NamedTuple):
+    """When the first token of a prompt came, and how many of the prompt's tokens the cache had."""
+
+    first_token_s: float
+    num_cached_tokens: int
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """Cells of the table."""
+        return name, f"{1e3 * self.first_token_s:.0f} ms", str(self.num_cached_tokens)
+
+
+def measure_prefix(config: EngineConfig) -> tuple[FirstToken, FirstToken]:
+    """Two long prompts, one after the other, that differ in their last tokens alone."""
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    with LLM.from_config(config) as llm:
+        questions = [token for prompt in _prompts(llm) for token in prompt]
+        shared = (questions * _PROMPT_TOKENS)[: _PROMPT_TOKENS - _OWN_TOKENS]
+        llm.generate([questions[:2]], params, use_tqdm=False)  # first calls set up threads and buffers
+        first, second = (_first_token(llm, [*shared, *[own] * _OWN_TOKENS], params) for own in questions[1:3])
+    return first, second
+
+
+def _first_token(llm: LLM, prompt: list[int], params: SamplingParams) -> FirstToken:
+    start_s = time.monotonic()
+    [output] = llm.generate([prompt], params, use_tqdm=False)
+    return FirstToken(time.monotonic() - start_s, output.num_cached_tokens)
 
 
 def with_median_time(rounds: Sequence[Measured]) -> Measured:
