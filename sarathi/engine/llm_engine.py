@@ -124,13 +124,16 @@ class LLMEngine:
         return self._outputs.end(state, "abort")
 
     def release_ended(self) -> None:
-        """Free the memory of ended requests where no other is left, so that no step would tell the executor of them."""
+        """Tell the executor of ended requests and freed memory where no other request is left to be computed."""
         while not self._outputs.states and not self._is_shut_down and self.core.has_work:
             self.step()
 
     def reset_prefix_cache(self) -> bool:
         """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
-        return self.core.reset_prefix_cache()
+        is_reset = self.core.reset_prefix_cache()
+        if is_reset:
+            self.release_ended()
+        return is_reset
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """Tokens found in the cache so far, and what is kept of ended requests."""

@@ -160,6 +160,7 @@ def test_abort_frees_the_request_and_leaves_the_others(llm: LLM) -> None:
     while engine.has_work:
         kept = next((output.outputs[0].text for output in engine.step()), kept)
     assert kept == text_of(llm, PARIS, GREEDY)
+    assert llm.reset_prefix_cache()
     stats = llm.memory_stats()
     assert stats.mapped_bytes == stats.idle_bytes and stats.wasted_bytes == 0
 

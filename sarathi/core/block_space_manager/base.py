@@ -61,6 +61,10 @@ class PrefixCache(Protocol):
         """Free the memory of ended requests, as far as no step in flight uses it."""
 
     @property
+    def has_evicted(self) -> bool:
+        """Whether the workers have yet to be told that retained memory is free."""
+
+    @property
     def stats(self) -> PrefixCacheStats: ...
 
 

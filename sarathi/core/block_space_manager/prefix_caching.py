@@ -332,6 +332,10 @@ class PrefixCachingBlockSpaceManager:
         self._rows.unuse(sequence.tail)
         self._rows.drop(sequence.tail)
 
+    @property
+    def has_evicted(self) -> bool:
+        return bool(self._changes.evicted)
+
     def _take_changes(self) -> PrefixChanges:
         changes, self._changes = self._changes, _Changes()
         shared = [

@@ -68,8 +68,9 @@ class Scheduler(ABC):
 
     @property
     def has_work(self) -> bool:
-        """Whether a request has not ended, or the worker has yet to be told about the end of one."""
-        return bool(self._states or self._running.finished_ids or self._running.finishing)
+        """Whether a request has not ended, or the worker has yet to be told about the end of one, or of free memory."""
+        ended = self._running.finished_ids or self._running.finishing
+        return bool(self._states or ended) or (self._prefixes is not None and self._prefixes.has_evicted)
 
     @property
     def request_ids(self) -> tuple[str, ...]:
