@@ -75,6 +75,11 @@ class CacheOnlyExecutor(Executor):
             return False
         return True
 
+    def drop_weights(self) -> None:
+        """There are no weights."""
+
+    load_weights = drop_weights
+
     def check_integrity(self) -> None:
         self.cache.check_integrity()
 
