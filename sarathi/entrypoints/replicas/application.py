@@ -39,7 +39,10 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
     config = load_config(ServerConfig, overrides=_flat(settings.get("server", {})))
     scaling = load_config(ScalingConfig, overrides=_flat(settings.get("scaling", {})))
     gateway: Any = serve.deployment(GatewayDeployment)
-    application: serve.Application = gateway.options(name="gateway").bind(engines(engine, config, scaling), config)
+    options = gateway.options(
+        name="gateway", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_UNLIMITED, logging_config=_QUIET
+    )
+    application: serve.Application = options.bind(engines(engine, config, scaling), config)
     return application
 
 
@@ -87,8 +90,19 @@ class _CurrentGateway:
     """The ASGI application of the gateway that runs in this process."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
         gateway: Any = serve.get_replica_context().servable_object
-        await gateway.app(scope, receive, send)
+        await gateway.forward(scope, receive, send)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Answer what a server asks an application before the first request and after the last one."""
+    kind = ""
+    while kind != "lifespan.shutdown":
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
 
 
 @serve.ingress(_CurrentGateway())
@@ -96,7 +110,7 @@ class GatewayDeployment:
     """A gateway behind Serve's proxies."""
 
     def __init__(self, replicas: DeploymentHandle[Any], config: ServerConfig) -> None:
-        self.app = with_middleware(Gateway(ServeReplicas(replicas)), config, ROUTERS)
+        self.forward = with_middleware(Gateway(ServeReplicas(replicas)), config, ROUTERS)
 
 
 def _router(scaling: ScalingConfig) -> RequestRouterConfig:
