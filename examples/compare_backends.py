@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from sarathi.benchmark.config.options import parse_options
-from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.entrypoints.script import run_script
 from sarathi.metrics.environment import caption, environment
 from sarathi.metrics.plots import plot_tails

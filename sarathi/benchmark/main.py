@@ -13,11 +13,11 @@ from typing import Any
 from sarathi.benchmark.config.document import print_help
 from sarathi.benchmark.config.options import parse_options, start_logging
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, RunOutcome
-from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.replicas.base import ReplicaError
 from sarathi.benchmark.replicas.run import run_all
 from sarathi.benchmark.results import describe_run, in_own_folder, send_results, write_results
+from sarathi.benchmark.run.outcome import COMPLETED, INTERRUPTED, RunOutcome
+from sarathi.benchmark.run.processes import ended_by_signals
 from sarathi.metrics.wandb_log import WandbError
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 2, 130

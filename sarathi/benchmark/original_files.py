@@ -14,7 +14,7 @@ import yaml
 
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import RunOutcome
+from sarathi.benchmark.run.outcome import RunOutcome
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.config.knobs import knobs_of
 from sarathi.metrics.files import open_replacing

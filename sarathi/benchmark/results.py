@@ -14,7 +14,7 @@ import yaml
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.original_files import remove_original_files, write_original_files
-from sarathi.benchmark.outcome import COMPLETED, DIED, RunOutcome
+from sarathi.benchmark.run.outcome import COMPLETED, DIED, RunOutcome
 from sarathi.benchmark.workload.sharing import PrefixReuse
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge

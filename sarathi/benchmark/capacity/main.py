@@ -21,10 +21,10 @@ from sarathi.benchmark.capacity.slos import measures_of, meets_all, slos_of
 from sarathi.benchmark.config.document import print_help
 from sarathi.benchmark.config.options import as_words, parse_options, read_settings, start_logging
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED
-from sarathi.benchmark.processes import ended_by_signals
 from sarathi.benchmark.replicas.run import replica_devices
-from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.run.outcome import COMPLETED, INTERRUPTED
+from sarathi.benchmark.run.processes import ended_by_signals
+from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.config.knobs import ConfigError
 from sarathi.config.load import to_dict

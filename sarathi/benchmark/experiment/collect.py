@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import COMPLETED
 from sarathi.benchmark.results import CONFIG_FILE, read_config
+from sarathi.benchmark.run.outcome import COMPLETED
 from sarathi.metrics.report import SUMMARY_FILE, TABLES_FOLDER
 
 

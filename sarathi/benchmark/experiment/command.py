@@ -20,7 +20,7 @@ from sarathi.benchmark.experiment.execute import execute
 from sarathi.benchmark.experiment.plan import Experiment, read_experiment
 from sarathi.benchmark.experiment.tables import TABLES, make_table
 from sarathi.benchmark.figures import ENVIRONMENT_FILE, draw
-from sarathi.benchmark.processes import ended_by_signals
+from sarathi.benchmark.run.processes import ended_by_signals
 from sarathi.config.load import read_yaml
 from sarathi.metrics.files import open_replacing
 

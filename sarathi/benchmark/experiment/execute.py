@@ -21,9 +21,9 @@ from sarathi.benchmark.config.engine import without_workload
 from sarathi.benchmark.config.options import as_words, parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import Run
-from sarathi.benchmark.outcome import COMPLETED
-from sarathi.benchmark.processes import Terminated, end_with_parent, locked
 from sarathi.benchmark.results import read_config, write_config
+from sarathi.benchmark.run.outcome import COMPLETED
+from sarathi.benchmark.run.processes import Terminated, end_with_parent, locked
 from sarathi.metrics.report import SUMMARY_FILE, remove_report
 
 LOG_FILE = "log.txt"

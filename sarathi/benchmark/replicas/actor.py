@@ -15,9 +15,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import Planned, RunOutcome
 from sarathi.benchmark.replicas.base import Replica, ReplicaError
-from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.run.outcome import Planned, RunOutcome
+from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.executor.ray.executor import connect, reason_of
 from sarathi.executor.ray.placement import Reservation, check_room, device_of_ranks, reserve

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from sarathi.benchmark.outcome import DIED, Planned, RunOutcome
+from sarathi.benchmark.run.outcome import DIED, Planned, RunOutcome
 
 
 class ReplicaError(RuntimeError):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.processes import ENDING, Terminated, end_with_parent, ended_by_signals
 from sarathi.benchmark.replicas.base import Replica, ReplicaError
-from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.run.processes import ENDING, Terminated, end_with_parent, ended_by_signals
+from sarathi.benchmark.run.runner import BenchmarkRunner
 
 _END_S = 10.0
 

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.outcome import RunOutcome
 from sarathi.benchmark.replicas.base import Replica, run_together
 from sarathi.benchmark.replicas.process import started_processes
-from sarathi.benchmark.runner import BenchmarkRunner
+from sarathi.benchmark.run.outcome import RunOutcome
+from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 
 

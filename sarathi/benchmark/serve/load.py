@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from sarathi.benchmark.processes import ended_by_signals
+from sarathi.benchmark.run.processes import ended_by_signals
 from sarathi.benchmark.serve.client import Endpoint, OutgoingRequest, RequestResult, send
 from sarathi.entrypoints.progress import RequestBar
 

@@ -15,7 +15,7 @@ from sarathi.benchmark.capacity.search import Probe, ProbeLog, SearchLimits, sea
 from sarathi.benchmark.capacity.slos import Slo, measures_of
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig, CapacitySearchConfig
-from sarathi.benchmark.outcome import COMPLETED, RunOutcome
+from sarathi.benchmark.run.outcome import COMPLETED, RunOutcome
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.metrics import RunRecords
 from sarathi.metrics.request_record import RequestRecord

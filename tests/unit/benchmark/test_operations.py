@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sarathi.benchmark import operations
-from sarathi.benchmark.operations import (
+from sarathi.benchmark.run import operations
+from sarathi.benchmark.run.operations import (
     ACTIVATION,
     ATTENTION,
     LAYER_OPERATIONS,

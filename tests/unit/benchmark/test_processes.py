@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sarathi.benchmark.processes import ENDING, Terminated, ended_by_signals, locked
+from sarathi.benchmark.run.processes import ENDING, Terminated, ended_by_signals, locked
 
 PARENT = """
 import os, subprocess, sys, time
 from functools import partial
-from sarathi.benchmark.processes import end_with_parent
+from sarathi.benchmark.run.processes import end_with_parent
 child = subprocess.Popen(["sleep", "60"], preexec_fn=partial(end_with_parent, os.getpid()))
 print(child.pid, flush=True)
 time.sleep(60)
@@ -22,7 +22,7 @@ time.sleep(60)
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sarathi.benchmark.processes import locked
+from sarathi.benchmark.run.processes import locked
 with locked([Path(sys.argv[1])]):
     print("held", flush=True)
     time.sleep(60)

@@ -13,8 +13,8 @@ import yaml
 from sarathi.benchmark import main as main_module
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.main import run_configs
-from sarathi.benchmark.outcome import COMPLETED, RunOutcome
 from sarathi.benchmark.results import in_own_folder, write_results
+from sarathi.benchmark.run.outcome import COMPLETED, RunOutcome
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.messages import Chunk, SampledToken, SchedulerOutput, StepResult
 from sarathi.metrics import MetricsStore, RunRecords

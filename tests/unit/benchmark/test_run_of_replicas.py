@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sarathi.benchmark.outcome import COMPLETED, DIED, INTERRUPTED, RunOutcome
-from sarathi.benchmark.processes import Terminated
 from sarathi.benchmark.replicas.base import Replica, ReplicaError, run_together
+from sarathi.benchmark.run.outcome import COMPLETED, DIED, INTERRUPTED, RunOutcome
+from sarathi.benchmark.run.processes import Terminated
 from sarathi.benchmark.workload.spec import RequestSpec
 
 PLANNED = ((0, RequestSpec(0.0, 5, 2)), (2, RequestSpec(0.0, 5, 2)))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
-from sarathi.benchmark.serving_loop import NumberedSpec, ServingLoop
+from sarathi.benchmark.run.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
+from sarathi.benchmark.run.serving_loop import NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.config.schema import SchedulerConfig

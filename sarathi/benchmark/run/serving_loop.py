@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sarathi.benchmark.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
+from sarathi.benchmark.run.outcome import COMPLETED, INTERRUPTED, TIME_LIMIT
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.engine.llm_engine import LLMEngine

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from sarathi.benchmark.config.engine import engine_config
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.operations import OperationProbe, ProbedExecutor
-from sarathi.benchmark.outcome import INTERRUPTED, Planned, RunOutcome
-from sarathi.benchmark.profiling import profile_window
-from sarathi.benchmark.serving_loop import Listener, NumberedSpec, ServingLoop
+from sarathi.benchmark.run.operations import OperationProbe, ProbedExecutor
+from sarathi.benchmark.run.outcome import INTERRUPTED, Planned, RunOutcome
+from sarathi.benchmark.run.profiling import profile_window
+from sarathi.benchmark.run.serving_loop import Listener, NumberedSpec, ServingLoop
 from sarathi.benchmark.workload import RequestSpec, generate_requests
 from sarathi.benchmark.workload.prompts import PromptMaker
 from sarathi.benchmark.workload.sharing import repeated_tokens

@@ -1,0 +1,1 @@
+"""One run of the benchmark on one engine: requests come as the workload says, and what happened is recorded."""
