@@ -223,7 +223,7 @@ def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: 
         until(lambda: is_ready(server), "the application is not ready")
         whole = complete(server, prompt="a", max_tokens=5, ignore_eos=False)["choices"][0]["text"]
         assert stream_text(server, prompt="a", max_tokens=5) == whole
-        assert len(by_replica(server, "num_requests_running")) == 2
+        until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
         assert httpx.post(f"{server.url}/v1/messages", json={}).json()["type"] == "error"
         started = descendants(process.pid)
     finally:

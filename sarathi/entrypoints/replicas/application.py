@@ -81,7 +81,7 @@ class ServeReplicas:
         asked = self._handle.broadcast("answer", request)
         try:
             answers = await asked.results_async(timeout_s=_ASK_TIMEOUT_S, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, RayError, RayServeException):  # one hangs, or none has come up yet
             return ()
         return [each for each in answers if isinstance(each, WholeAnswer)]
 
