@@ -86,7 +86,7 @@ class ReplicaLLM(AsyncLLM):
 
         def observe_first(output: RequestOutput) -> None:
             exchange = self._exchanges.pop(output.request_id, None)
-            if exchange is not None:
+            if exchange is not None and any(each.num_tokens for each in output.outputs):
                 exchange.begin()
             observe(output)
 
