@@ -231,13 +231,12 @@ class LLM:
             with self._using_engine():
                 if inbox:  # another thread was here in between
                     return
-                outputs = self.engine.step()
-                if not outputs and not any(map(self.engine.is_unfinished, pending)):
+                if not any(map(self.engine.is_unfinished, pending)):
                     raise RuntimeError(
                         "the requests of this stream ended before it: the LLM was closed, or a step failed that "
                         "another stream asked for"
                     )
-                for output in outputs:
+                for output in self.engine.step():
                     if output.request_id in self._inboxes:
                         self._inboxes[output.request_id].append(output)
                     if output.finished:

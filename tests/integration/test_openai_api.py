@@ -163,7 +163,7 @@ def test_errors_are_in_openais_form(server: RunningServer, path: str, body, stat
 
 def test_a_prompt_that_is_too_long_has_a_code_of_its_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match=r"maximum context length is 1024 tokens\. However") as caught:
-        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "word " * 600}])
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "word " * 1200}])
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -212,7 +212,7 @@ def test_the_web_page_has_no_external_parts(server: RunningServer) -> None:
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page.text)
     asked = set(re.findall(r'fetch\("([^"]+)"', page.text))
     assert asked == {"v1/chat/completions", "stats"}
-    fields = re.search(r"JSON.stringify\(\{(\w+), (\w+), stream: true, max_tokens: 1024\}", page.text)
+    fields = re.search(r"JSON.stringify\(\{(\w+), (\w+), stream: true, max_tokens: 1024, temperature", page.text)
     assert fields and set(fields.groups()) == {"model", "messages"}
     stats = httpx.get(f"{server.url}/stats").json()
     shown = set(re.findall(r"stats\.(\w+)", page.text))

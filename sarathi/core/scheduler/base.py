@@ -368,8 +368,7 @@ class Scheduler(ABC):
                     state.request.num_computed_tokens = 0  # what is NaN may not be retained
                 self._running.release(state)
             elif chunk.samples:
-                update = state.append(tokens[chunk.request_id])
-                updates.append(update)
+                updates.append(update := state.append(tokens[chunk.request_id]))
                 if update.finish_reason is not None:
                     self._end(state, update.finish_reason, update.stop_reason)
         if len(self._states) < num_requests:
