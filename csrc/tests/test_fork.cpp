@@ -78,7 +78,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unchanged) {
 TEST(a_child_may_fork_while_the_worker_is_busy) {
   auto cache = make_cache(std::make_shared<HostDevice>(), small_geometry(6, 600, 60), 600);
   const std::uint64_t slot = cache->alloc(0);
-  for (std::int64_t tokens = 40; tokens <= 600; tokens += 40) {
+  for (std::int64_t tokens = 10; tokens <= 600; tokens += 10) {
     cache->prefetch({{at(slot), tokens}});
     CHECK_EQUAL(in_child([&] {
                   cache.reset();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 
 namespace vattention {
 
@@ -15,6 +16,19 @@ class Process {
 
  private:
   std::uint64_t forks_ = 0;
+};
+
+// While it lives, a fork waits for the mutex. So the child finds what the mutex guards complete, although it has no
+// thread that would finish a change, and can destroy it.
+class ForkGuard {
+ public:
+  explicit ForkGuard(std::mutex& mutex);
+  ~ForkGuard();
+  ForkGuard(const ForkGuard&) = delete;
+  ForkGuard& operator=(const ForkGuard&) = delete;
+
+ private:
+  std::mutex& mutex_;
 };
 
 }  // namespace vattention

@@ -61,12 +61,13 @@ class Worker {
  private:
   struct Shared {
     std::mutex mutex;
+    const ForkGuard guard{mutex};
     std::condition_variable changed;
     bool pending = false, stopping = false;
   };
 
-  // In a forked child the thread does not exist, the mutex may be locked for ever and destroying the condition variable
-  // waits for the thread: they are left alone.
+  // In a forked child the thread does not exist, and destroying the condition variable waits for it: they are left
+  // alone.
   void abandon() noexcept {
     shared_.release();
     thread_.release();
