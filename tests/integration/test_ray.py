@@ -98,7 +98,7 @@ def test_ranks_compute_what_transformers_computes(cluster: Cluster, size: int, t
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa_paged_4", "sdpa_vattn_4kb"])
 def test_a_pipeline_and_preemption_change_nothing(cluster: Cluster, tiny: TinyModel, backend: str) -> None:
-    prompts = [[prompt[0]] * 110 + prompt for _, prompt in random_prompts(7, 6, 16)]  # a page holds 128 tokens
+    prompts = [[prompt[0]] * 105 + prompt for _, prompt in random_prompts(7, 6, 16)]  # a page holds 128 tokens
     params = replace(GREEDY, max_tokens=25)
     outputs = []
     for executor in ("ray", "multiproc"):

@@ -296,7 +296,7 @@ class PrefixCachingBlockSpaceManager:
             self.discard(request)
 
     def _keep(self, request: Request, sequence: _Sequence, is_doomed: bool) -> None:
-        """is_doomed: the sequence cannot be found any more, and is evicted when it is not pinned any more."""
+        """is_doomed: the sequence cannot be found any more. What is not pinned of it is evicted now, the rest later."""
         self._in_progress.discard(sequence)
         self._rename(sequence, self._num_keys)
         self._changes.retained.append((request.request_id, self._num_keys))
@@ -305,6 +305,8 @@ class PrefixCachingBlockSpaceManager:
         self._rows.unuse(sequence.tail)
         sequence.is_doomed = is_doomed
         if is_doomed:
+            if unused := self._rows.unused(sequence.tail):
+                self._truncate(sequence, sequence.rows - unused)
             self._index.discard(sequence)
             return
         self._queue.push(sequence)

@@ -350,6 +350,8 @@ class Scheduler(ABC):
         """After a step that found too little memory: start requests anew that began with cached or received tokens."""
         prefixes = self._prefixes
         if prefixes is not None:
+            for state in [state for step in steps for state in step.started if state.request.is_finished]:
+                state.request.num_computed_tokens = 0  # it never got the cached tokens: they are not retained
             for state in [state for step in steps for state in step.states]:
                 prefixes.unpublish(state.request)
         for state in [state for step in steps for state in self._memory.withdraw_started(step, prefixes)]:

@@ -45,7 +45,7 @@ class Row:
 class KnownRequest:
     """What a worker knows of a request, or of a sequence that is kept.
 
-    written: the tokens whose keys and values are in its rows. num_shared: rows at its beginning that it may not write.
+    written: the tokens whose keys and values are in its rows.
     """
 
     tokens: list[int]
@@ -53,7 +53,6 @@ class KnownRequest:
     blocks: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    num_shared: int = 0
 
 
 class FakeWorker:
@@ -97,7 +96,7 @@ class FakeWorker:
             assert not busy & {*out.preempted, *out.finished}, "memory of a step in flight was released"
         for request_id, key in _changes(out).retained:
             sequence = self.sequences[request_id]
-            self.kept[key] = KnownRequest([], 0, sequence.blocks, sequence.written, sequence.rows, sequence.num_shared)
+            self.kept[key] = KnownRequest([], 0, sequence.blocks, sequence.written, sequence.rows)
             self._forget(sequence)
         for request_id in out.preempted:
             self._free(self.sequences[request_id])
@@ -111,7 +110,6 @@ class FakeWorker:
                 sequence = self.kept[each]
                 self._check_not_copied(sequence.rows, rows)
                 del sequence.rows[rows:], sequence.blocks[rows:]
-                sequence.num_shared = min(sequence.num_shared, rows)
                 del sequence.written[self.capacity.tokens_within(rows) :]
                 if not rows:
                     del self.kept[each]
@@ -121,7 +119,7 @@ class FakeWorker:
             known = self.sequences[request_id]
             chunk = next(chunk for chunk in out.chunks if chunk.request_id == request_id)
             known.written = sequence.written[: chunk.start]  # the tokens of a last step may be unknown to the scheduler
-            known.rows, known.num_shared = sequence.rows, sequence.num_shared
+            known.rows = sequence.rows
             assert not self.paged or chunk.block_ids[: len(known.rows)] == tuple(sequence.blocks)
 
     def _learn_new(self, out: SchedulerOutput) -> None:
@@ -135,7 +133,6 @@ class FakeWorker:
             rows = self.capacity.rows_holding(prefix.num_mapped)
             assert self.capacity.tokens_within(rows) == prefix.num_mapped and not target.rows
             target.rows = source.rows[:rows]
-            target.num_shared, source.num_shared = rows, max(source.num_shared, rows)
         for chunk in out.chunks:
             sequence = self.sequences[chunk.request_id]
             assert chunk.granted_tokens >= max(sequence.granted, chunk.start + chunk.num_tokens)
@@ -173,7 +170,9 @@ class FakeWorker:
         assert written == sequence.tokens[: chunk.start], "what is in the cache are not the tokens before the chunk"
         assert chunk.num_tokens >= 1 and end <= len(sequence.tokens)
         first_row = chunk.start * self.capacity.token_bytes // self.capacity.page_bytes
-        assert first_row >= sequence.num_shared, "rows of another sequence are overwritten"
+        others = [each for each in (*self.sequences.values(), *self.kept.values()) if each is not sequence]
+        theirs = {row for each in others for row in each.rows}
+        assert not theirs & set(sequence.rows[first_row:]), "rows of another sequence are overwritten"
         sequence.written = sequence.tokens[:end]
         assert chunk.samples == (end == len(sequence.tokens))
         if not chunk.samples:
@@ -186,7 +185,7 @@ class FakeWorker:
         self._forget(sequence)
 
     def _forget(self, sequence: KnownRequest) -> None:
-        sequence.granted, sequence.num_shared = 0, 0
+        sequence.granted = 0
         sequence.blocks, sequence.written, sequence.rows = [], [], []
 
     def _check_not_copied(self, rows: list[Row], left: int) -> None:
