@@ -109,8 +109,9 @@ def test_outputs_equal_transformers(executor, backend, prompts, continuations) -
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_every_backend_and_schedule_equals_transformers(executor, backend, prompts, continuations, schedule) -> None:
-    found = generate(executor, backend, prompts, scheduling(*schedule))
-    assert [request.output_token_ids for request in found] == continuations(prompts)
+    chosen = prompts[SCHEDULES.index(schedule) % 2 :: 2]  # a backend gets all of them in two schedules
+    found = generate(executor, backend, chosen, scheduling(*schedule))
+    assert [request.output_token_ids for request in found] == continuations(chosen)
 
 
 @pytest.mark.slow
