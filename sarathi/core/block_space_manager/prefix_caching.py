@@ -305,9 +305,9 @@ class PrefixCachingBlockSpaceManager:
         self._rows.unuse(sequence.tail)
         sequence.is_doomed = is_doomed
         if is_doomed:
-            if unused := self._rows.unused(sequence.tail):
-                self._truncate(sequence, sequence.rows - unused)
             self._index.discard(sequence)
+            if unused := self._rows.unused(sequence.tail):
+                self._shrink(sequence, sequence.rows - unused)
             return
         self._queue.push(sequence)
         self._queue.compact(self._num_retained)
@@ -416,12 +416,16 @@ class PrefixCachingBlockSpaceManager:
         return None
 
     def _truncate(self, sequence: _Sequence, rows: int) -> None:
-        """Take the rows from `rows` on from a retained sequence."""
+        """Take the rows from `rows` on from a retained sequence, and their tokens from the index."""
+        self._shrink(sequence, rows)
+        self._index.truncate(sequence, self._capacity.tokens_within(rows))
+
+    def _shrink(self, sequence: _Sequence, rows: int) -> None:
+        """Take the rows from `rows` on from a retained sequence. The index does not change."""
         assert isinstance(sequence.owner, int)
         self._count(num_evicted_rows=sequence.rows - rows)
         sequence.tail = self._rows.shrink(sequence.tail, sequence.rows - rows)
         sequence.rows = rows
-        self._index.truncate(sequence, self._capacity.tokens_within(rows))
         self._changes.evicted[sequence.owner] = rows
 
     def _evict(self, sequence: _Sequence) -> None:
