@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from http_server import RunningServer, options, running_server
+from small_models import save_tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +17,12 @@ def server() -> Iterator[RunningServer]:
     """Of SmolLM2, with a context of 1024 tokens. A test leaves it without requests."""
     with running_server("smollm2-135m", *options(max_model_len=1024)) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of a tiny model for long requests."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
 
 
 @pytest.fixture(scope="session")

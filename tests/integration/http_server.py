@@ -6,12 +6,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
 ROOT = Path(__file__).parents[2]
+LONG = {
+    "prompt": [1, 2, 3],
+    "max_tokens": 30000,
+    "ignore_eos": True,
+    "temperature": 0,
+}  # the body of a request that runs for long
+LIMIT_S = 300.0  # far more than anything takes: the machine may be busy
 _SMALL = ("--device", "cpu", "--memory-bytes", "64mb")
 
 
@@ -68,3 +78,17 @@ def documented(mark: str) -> Sequence[str]:
 def options(**values: object) -> Sequence[str]:
     """Command line options of names and values."""
     return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def metric(server: RunningServer, name: str) -> float:
+    """The sum over labels of what /metrics says."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"sarathi:{name}{{"))
+
+
+def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = LIMIT_S) -> None:
+    """Ask again and again; an AssertionError with the message `failure` after the timeout."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, failure
+        time.sleep(0.05)

@@ -69,13 +69,6 @@ def pids_of(executor: RanksExecutor) -> list[int]:
     return [each.process.pid for each in executor._ranks._transport.processes]  # type: ignore[attr-defined]
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 def step_until_it_fails(executor: RanksExecutor) -> None:
     for step_id in range(10**6):
         new = NewRequest(str(step_id), (3,) * 64, GREEDY)

@@ -3,26 +3,18 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from http_server import RunningServer, documented, options, running_server
-from small_models import save_tiny_model
+from http_server import LIMIT_S, LONG, RunningServer, documented, metric, options, running_server, wait_until
+from process_tree import children, is_alive
 
 from sarathi import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
-LONG = {"prompt": [1, 2, 3], "max_tokens": 30000, "ignore_eos": True, "temperature": 0}
-LIMIT_S = 300.0  # far more than it takes: the machine may be busy
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
 
 
 @pytest.fixture(scope="module")
@@ -32,40 +24,20 @@ def server(model: str) -> Iterator[RunningServer]:
         yield server
         started = [server.process.pid, *processes(server)]
         assert server.end(timeout_s=LIMIT_S) == 0
-        until(lambda: not any(map(is_alive, started)), "processes are left")
+        wait_until(lambda: not any(map(is_alive, started)), "processes are left")
 
 
 def processes(server: RunningServer) -> dict[int, str]:
     """Kinds of the server's own processes by id: "worker" or "core"."""
     found = {}
-    for path in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            words = Path(f"/proc/{child}/cmdline").read_text()
-            found[int(child)] = "worker" if "workers.worker" in words else "core"
+    for child in children(server.process.pid):
+        words = Path(f"/proc/{child}/cmdline").read_text()
+        found[child] = "worker" if "workers.worker" in words else "core"
     return found
 
 
 def workers(server: RunningServer) -> list[int]:
     return [pid for pid, kind in processes(server).items() if kind == "worker"]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def until(condition: Callable[[], bool], failure: str) -> None:
-    deadline_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, failure
-        time.sleep(0.05)
-
-
-def metric(server: RunningServer, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"sarathi:{name}{{"))
 
 
 def post(server: RunningServer, **body: object) -> httpx.Response:
@@ -81,7 +53,7 @@ class Streams:
         self._server = server
         self._pool = ThreadPoolExecutor(self.COUNT)
         self.ends = [self._pool.submit(self._read, tokens) for _ in range(self.COUNT)]
-        until(lambda: metric(server, "num_requests_running") == self.COUNT, "the streams do not run")
+        wait_until(lambda: metric(server, "num_requests_running") == self.COUNT, "the streams do not run")
 
     def _read(self, tokens: int) -> str:
         """How the stream ended: the last data, or "cut"."""
@@ -119,9 +91,9 @@ def test_a_worker_that_dies_takes_its_own_requests_alone(server: RunningServer, 
     os.kill(victim, number)
     ends = streams.last()
     assert set(ends) == {"cut", "[DONE]"}
-    until(lambda: len(workers(server)) == 2 and victim not in workers(server), "no new worker came up")
+    wait_until(lambda: len(workers(server)) == 2 and victim not in workers(server), "no new worker came up")
     assert other in workers(server) and not is_alive(victim)
-    until(lambda: metric(server, "num_requests_running") == 0, "requests of the dead worker run on")
+    wait_until(lambda: metric(server, "num_requests_running") == 0, "requests of the dead worker run on")
     assert metric(server, "kv_cache_usage_perc") == 0
     for _ in range(8):
         assert post(server, max_tokens=2).status_code == 200
@@ -152,7 +124,7 @@ def test_the_death_of_the_core_is_told_by_all_and_ends_the_server(model: str) ->
         os.kill(core, signal.SIGKILL)
         assert all("the core process ended" in json.loads(last)["error"]["message"] for last in streams.last())
         assert server.process.wait(LIMIT_S) == 1
-        until(lambda: not any(map(is_alive, started)), "processes are left")
+        wait_until(lambda: not any(map(is_alive, started)), "processes are left")
 
 
 def test_nothing_outlives_the_supervisor(model: str) -> None:
@@ -160,4 +132,4 @@ def test_nothing_outlives_the_supervisor(model: str) -> None:
         started = processes(server)
         assert sorted(started.values()) == ["core", "worker", "worker"]
         server.process.kill()
-        until(lambda: not any(map(is_alive, started)), "processes are left")
+        wait_until(lambda: not any(map(is_alive, started)), "processes are left")

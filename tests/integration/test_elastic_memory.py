@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from http_server import options, running_server
+from http_server import LONG, metric, options, running_server
 from small_models import save_tiny_model
-from test_server_life import LONG, OpenStream, metric, until
+from test_server_life import OpenStream, until
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sarathi import LLM, SamplingParams

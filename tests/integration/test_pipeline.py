@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from process_tree import is_alive
 from rank_helpers import (
     BACKENDS,
     FAMILIES,
@@ -15,7 +16,6 @@ from rank_helpers import (
     check_family,
     expected_outputs,
     generate,
-    is_running,
     make_executor,
     pids_of,
     settings_for,
@@ -132,7 +132,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     with pytest.raises(RankError, match=rf"rank {rank} of 4 \(process {pids[rank]}\) {message}"):
         step_until_it_fails(executor)
     assert time.monotonic() - began_s < 20
-    assert not any(map(is_running, pids))
+    assert not any(map(is_alive, pids))
     executor.shutdown()
 
 

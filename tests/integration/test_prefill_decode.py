@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from rank_helpers import BACKENDS, GREEDY, expected_outputs, is_running, pids_of, settings_for
+from process_tree import is_alive
+from rank_helpers import BACKENDS, GREEDY, expected_outputs, pids_of, settings_for
 from short_rank import SHORT_STEPS
 from tiny_models import TinyModel, build, random_prompts
 
@@ -184,7 +185,7 @@ def test_the_death_of_one_side_ends_both_and_is_told(tiny: TinyModel, side: str)
     with pytest.raises(RankError, match=message):
         while True:
             llm.generate(prompts_of(16), GREEDY, use_tqdm=False)
-    assert not any(map(is_running, sides["prefill"] + sides["decode"]))
+    assert not any(map(is_alive, sides["prefill"] + sides["decode"]))
     with pytest.raises(RankError, match=message):
         llm.generate([[1, 2]], GREEDY, use_tqdm=False)
     llm.close()

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from process_tree import is_alive
 from random_driver import RandomDriver
-from rank_helpers import GREEDY, is_running, make_executor, settings_for, step_until_it_fails
+from rank_helpers import GREEDY, make_executor, settings_for, step_until_it_fails
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -60,9 +61,9 @@ def pids_of(executor: RanksExecutor) -> list[int]:
 
 def wait_until_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + GONE_S
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_running, pids))
+    assert not any(map(is_alive, pids))
 
 
 def check_nothing_is_left(pids: list[int]) -> None:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,22 +16,15 @@ import httpx
 import openai
 import pytest
 import yaml
-from http_server import ROOT, RunningServer, documented, options, running_server
+from http_server import LIMIT_S, LONG, ROOT, RunningServer, documented, options, running_server, wait_until
+from process_tree import descendants, is_alive
 from prometheus_client.parser import text_string_to_metric_families
-from small_models import save_tiny_model
 
 from sarathi import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
-LONG = {"prompt": [1, 2, 3], "max_tokens": 30000, "ignore_eos": True, "temperature": 0}
 RUNNING = 2  # requests that run at the same time at a replica
 LOCAL_RAY = {"RAY_ADDRESS": "local"}
-LIMIT_S = 300.0  # far more than it takes: the machine may be busy
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +34,7 @@ def server(model: str) -> Iterator[RunningServer]:
         yield server
         started = descendants(server.process.pid)
         assert server.end(timeout_s=LIMIT_S) == 0
-        until(lambda: not any(map(is_alive, started)), "processes are left")
-
-
-def descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in path.read_text().split()]
-        except OSError:
-            continue
-        found += children + [below for child in children for below in descendants(child)]
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def until(condition, failure: str) -> None:  # type: ignore[no-untyped-def]
-    deadline_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, failure
-        time.sleep(0.1)
+        wait_until(lambda: not any(map(is_alive, started)), "processes are left")
 
 
 def replica_pids(server: RunningServer) -> list[int]:
@@ -123,8 +90,8 @@ def test_a_prompt_goes_where_its_beginning_is_unless_that_replica_is_busy(server
         for _ in range(RUNNING + 1):  # the first two go where the beginning is
             body = {**LONG, "prompt": text, "stream": True}
             streams.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=LIMIT_S))
-        until(lambda: min(by_replica(server, "num_requests_running").values()) > 0, "one replica has all requests")
-    until(lambda: sum(by_replica(server, "num_requests_running").values()) == 0, "requests run on")
+        wait_until(lambda: min(by_replica(server, "num_requests_running").values()) > 0, "one replica has all requests")
+    wait_until(lambda: sum(by_replica(server, "num_requests_running").values()) == 0, "requests run on")
 
 
 def test_a_conversation_finds_its_responses(server: RunningServer) -> None:
@@ -140,8 +107,8 @@ def test_a_client_that_leaves_frees_its_memory(server: RunningServer) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
         lines = response.iter_lines()  # closing it closes the connection
         next(lines)
-        until(lambda: sum(by_replica(server, "num_requests_running").values()) == 1, "the request does not run")
-    until(lambda: sum(by_replica(server, "num_requests_running").values()) == 0, "the request runs on")
+        wait_until(lambda: sum(by_replica(server, "num_requests_running").values()) == 1, "the request does not run")
+    wait_until(lambda: sum(by_replica(server, "num_requests_running").values()) == 0, "the request runs on")
 
 
 def test_errors_are_those_of_one_server(server: RunningServer) -> None:
@@ -188,17 +155,17 @@ class Load:
 @pytest.mark.parametrize("victim", ["replica", "engine"])
 def test_the_death_of_a_replica_leaves_nothing_unanswered(server: RunningServer, victim: str) -> None:
     """What ran there ends with an error, what waited is answered by the other one, and a new one comes up."""
-    until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
+    wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
     before, pids = by_replica(server, "num_requests_running").keys(), replica_pids(server)
     load = Load(server, count=12, tokens=600)
-    until(lambda: set(by_replica(server, "num_requests_running").values()) == {RUNNING}, "the load does not run")
+    wait_until(lambda: set(by_replica(server, "num_requests_running").values()) == {RUNNING}, "the load does not run")
     [core] = [pid for pid in descendants(pids[0]) if is_alive(pid)]
     os.kill(pids[0] if victim == "replica" else core, signal.SIGKILL)
     ends = load.ends()
     print(victim, dict(ends))
     assert sum(ends.values()) == 24 and set(ends) <= {"stream done", "done", "stream error", "error"}
     assert 1 <= ends["stream error"] + ends["error"] <= RUNNING + 2
-    until(lambda: len(by_replica(server, "num_requests_running")) == 2, "no new replica came up")
+    wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "no new replica came up")
     assert len(by_replica(server, "num_requests_running").keys() & before) == 1
     assert not any(map(is_alive, (pids[0], core)))
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -220,17 +187,17 @@ def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: 
         process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
     server = RunningServer(process, f"http://127.0.0.1:{config['http_options']['port']}")
     try:
-        until(lambda: is_ready(server), "the application is not ready")
+        wait_until(lambda: is_ready(server), "the application is not ready")
         whole = complete(server, prompt="a", max_tokens=5, ignore_eos=False)["choices"][0]["text"]
         assert stream_text(server, prompt="a", max_tokens=5) == whole
-        until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
+        wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
         assert httpx.post(f"{server.url}/v1/messages", json={}).json()["type"] == "error"
         started = descendants(process.pid)
     finally:
         print((tmp_path / "log").read_text())
         process.terminate()
         process.wait(LIMIT_S)
-    until(lambda: not any(map(is_alive, started)), "processes are left")
+    wait_until(lambda: not any(map(is_alive, started)), "processes are left")
 
 
 def is_ready(server: RunningServer) -> bool:

@@ -14,16 +14,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_server import ROOT, RunningServer, options, running_server
-from small_models import save_tiny_model
+from http_server import LONG, ROOT, RunningServer, metric, options, running_server
+from process_tree import children, is_alive
 
-LONG = {"prompt": [1, 2, 3], "max_tokens": 30000, "ignore_eos": True, "temperature": 0}
 SHORT = {**LONG, "max_tokens": 3}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +32,6 @@ def impatient(model: str) -> Iterator[RunningServer]:
     """With limits that an honest client exceeds on a busy machine."""
     with running_server(model, *options(receive_timeout_s=1, send_timeout_s=1)) as server:
         yield server
-
-
-def metric(server: RunningServer, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"sarathi:{name}{{"))
 
 
 def until(server: RunningServer, name: str, value: float, timeout_s: float = 30) -> None:
@@ -67,18 +56,6 @@ def raw_request(**body: object) -> bytes:
         f"Content-Length: {len(content)}",
     )
     return "\r\n".join(head).encode() + b"\r\n\r\n" + content
-
-
-def children(pid: int) -> list[int]:
-    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return [int(child) for each in lists for child in each]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class OpenStream:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_server import RunningServer, options, running_server
+from http_server import RunningServer, metric, options, running_server
+from process_tree import children
 from small_models import save_tiny_model
-from test_server_life import children, metric, until_idle
+from test_server_life import until_idle
 
 from sarathi import LLM, SamplingParams
 

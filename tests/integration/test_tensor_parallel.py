@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_tree import is_alive
 from random_driver import RandomDriver
 from rank_helpers import (
     BACKENDS,
@@ -21,7 +22,6 @@ from rank_helpers import (
     check_family,
     expected_outputs,
     generate,
-    is_running,
     make_executor,
     pids_of,
     settings_for,
@@ -146,7 +146,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     with pytest.raises(RankError, match=rf"rank {rank} of 2 \(process {pids[rank]}\) {message}"):
         step_until_it_fails(executor)
     assert time.monotonic() - began_s < 20
-    assert not any(map(is_running, pids))
+    assert not any(map(is_alive, pids))
     executor.wait()
     with pytest.raises(RankError, match=f"launch cannot be run, the ranks have ended: rank {rank} of 2"):
         executor.launch(SchedulerOutput(0))
@@ -173,14 +173,14 @@ def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:
     began_s = time.monotonic()
     executor.shutdown()
     executor.shutdown()
-    assert not any(map(is_running, pids)) and time.monotonic() - began_s < 4
+    assert not any(map(is_alive, pids)) and time.monotonic() - began_s < 4
 
 
 def test_an_executor_that_is_dropped_leaves_no_process(tiny: TinyModel) -> None:
     executor = make_executor(tiny, **TWO)
     pids = pids_of(executor)
     del executor
-    assert not any(map(is_running, pids))
+    assert not any(map(is_alive, pids))
 
 
 _KILLED = """
@@ -199,9 +199,9 @@ def test_ranks_end_with_an_executor_that_is_killed(tiny: TinyModel) -> None:
     pids = list(map(int, done.stdout.split()))
     assert done.returncode == -signal.SIGKILL and len(pids) == 2
     deadline = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_running, pids))
+    assert not any(map(is_alive, pids))
 
 
 @pytest.fixture
