@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeExecutor, byte_tokenizer, echo, make_engine, says
+from process_tree import children
 
 from sarathi.config.load import make_config
 from sarathi.core.scheduler import RequestTooLongError
@@ -325,24 +326,18 @@ def core_of(config: object) -> EngineCore:
     return make_core()
 
 
-def test_a_tokenizer_that_fails_ends_the_core_process_that_starts_beside_it(monkeypatch, tmp_path: Path) -> None:
-    started: set[str] = set()
+def test_a_tokenizer_that_fails_ends_the_core_process_that_starts_beside_it(monkeypatch, sockets: Path) -> None:
+    started: set[int] = set()
 
     def fail(config: object) -> None:
-        while not (new := _children() - before):
+        while not (new := set(children(os.getpid())) - before):
             time.sleep(0.01)
         started.update(new)
         raise ValueError("no such tokenizer")
 
-    before = _children()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = set(children(os.getpid()))
     monkeypatch.setattr("sarathi.engine.async_llm.build_core", core_of)
     monkeypatch.setattr("sarathi.engine.async_llm.build_tokenizer", fail)
     with pytest.raises(ValueError, match="no such tokenizer"):
         asyncio.run(AsyncLLM.start(make_config()))
-    assert started and not started & _children() and not list(tmp_path.iterdir())
-
-
-def _children() -> set[str]:
-    """Process ids of all children of this process."""
-    return {child for each in Path("/proc/self/task").glob("*/children") for child in each.read_text().split()}
+    assert started and not started & set(children(os.getpid())) and not list(sockets.iterdir())

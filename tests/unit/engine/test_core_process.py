@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeExecutor, echo, make_engine
+from process_tree import is_alive
 
 from sarathi.engine.core import EngineCore
 from sarathi.engine.core_process import wire
@@ -321,12 +321,11 @@ def test_a_report_that_cannot_be_processed_ends_the_core_and_is_told() -> None:
     with_core(use)
 
 
-def test_a_core_that_hangs_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_core_that_hangs_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch, sockets: Path) -> None:
     monkeypatch.setattr("sarathi.engine.core_process.client._START_SILENCE_S", 1.5)
-    before = set(Path(tempfile.gettempdir()).glob("sarathi-*"))
     with pytest.raises(CoreStartError, match=r"no sign of life for 1\.5 s while it started"):
         with_core(None, stop)
-    assert set(Path(tempfile.gettempdir()).glob("sarathi-*")) <= before
+    assert not list(sockets.iterdir())
 
 
 def test_a_start_that_is_cancelled_leaves_no_process() -> None:
@@ -377,11 +376,10 @@ def test_signals_of_a_service_manager_leave_the_core_to_its_parent() -> None:
         (die, CoreStartError, "exit code 7 while it started"),
     ],
 )
-def test_a_core_that_cannot_start_says_why_and_leaves_nothing(make, kind, message: str) -> None:
-    before = set(Path(tempfile.gettempdir()).glob("sarathi-*"))
+def test_a_core_that_cannot_start_says_why_and_leaves_nothing(make, kind, message: str, sockets: Path) -> None:
     with pytest.raises(kind, match=message):
         with_core(None, make)
-    assert set(Path(tempfile.gettempdir()).glob("sarathi-*")) <= before
+    assert not list(sockets.iterdir())
 
 
 def test_no_core_outlives_its_parent(tmp_path: Path) -> None:
@@ -403,13 +401,6 @@ def test_no_core_outlives_its_parent(tmp_path: Path) -> None:
     while is_alive(int(pid)) or Path(folder).exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # Several front ends.
