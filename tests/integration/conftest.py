@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from forked_ranks import ForkedRank
 from http_server import RunningServer, options, running_server
 from small_models import save_tiny_model
+
+from sarathi.executor.ranks import multiproc
+from sarathi.executor.ranks.group import RankGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +27,20 @@ def server() -> Iterator[RunningServer]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of a tiny model for long requests."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
+
+
+@pytest.fixture(scope="module")
+def forked_ranks() -> Iterator[None]:
+    """Ranks on this machine start as forks and not as interpreters of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiproc, "_start_interpreter", ForkedRank)
+        yield
+
+
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank counts as hung after 4 s without a sign of life, which it shows ten times a second."""
+    monkeypatch.setitem(RankGroup.ask.__kwdefaults__, "silence_s", 4.0)
 
 
 @pytest.fixture(scope="session")

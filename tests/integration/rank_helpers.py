@@ -1,6 +1,7 @@
 """What tests of several ranks share: settings, executors, outputs against transformers, processes."""
 
 import random
+from functools import cache
 from pathlib import Path
 
 from random_driver import RandomDriver
@@ -55,13 +56,16 @@ def generate(settings: dict, prompts: list[list[int]], params: SamplingParams) -
 
 
 def expected_outputs(tiny: TinyModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    outputs = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(count):
-            tokens.append(int(tiny.logprobs(tokens)[-1].argmax()))
-        outputs.append(tokens[len(prompt) :])
-    return outputs
+    """Greedy tokens of transformers, computed once for each prompt."""
+    return [_expected_output(tiny, tuple(prompt), count) for prompt in prompts]
+
+
+@cache
+def _expected_output(tiny: TinyModel, prompt: tuple[int, ...], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(tiny.logprobs(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
 
 
 def pids_of(executor: RanksExecutor) -> list[int]:

@@ -29,6 +29,7 @@ from sarathi.config.schema import SCHEDULERS
 from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankError
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 GRIDS = [
     {"pipeline_parallel_size": 2, "tensor_parallel_size": 1}, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2},
 ]  # fmt: skip
@@ -119,6 +120,7 @@ def test_smollm2_over_stages(sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_silence")
 @pytest.mark.parametrize("rank", range(4))
 @pytest.mark.parametrize(
     ("how", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "hangs: no sign of life")]
@@ -131,7 +133,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     began_s = time.monotonic()
     with pytest.raises(RankError, match=rf"rank {rank} of 4 \(process {pids[rank]}\) {message}"):
         step_until_it_fails(executor)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s < 60
     assert not any(map(is_alive, pids))
     executor.shutdown()
 

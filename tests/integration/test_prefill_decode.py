@@ -19,6 +19,7 @@ from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankError
 from sarathi.messages import StepReport
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import start_interpreter
 from process_tree import is_alive
 from random_driver import RandomDriver
 from rank_helpers import (
@@ -38,6 +39,7 @@ from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
 from sarathi.model_executor.loader.source import resolve_model
 from sarathi.model_executor.parallel.sharding import Shard
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 TWO = {"tensor_parallel_size": 2}
 OTHERS = {"llama-with-biases": {}, "smollm2": {}, "yi": {}, "llama-dynamic": {}}
 PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n", "There was once a fox. " * 40]
@@ -90,7 +92,9 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
     assert outputs == expected_outputs(tiny, prompts, 12)
 
 
-def test_drawn_tokens_are_those_of_one_rank(tiny: TinyModel) -> None:
+def test_drawn_tokens_are_those_of_one_rank(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks in interpreters of their own."""
+    monkeypatch.setattr(multiproc, "_start_interpreter", start_interpreter)
     prompts = [prompt for _, prompt in random_prompts(9, 4, 30)]
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=10, ignore_eos=True, repetition_penalty=1.1)
     two, _ = generate(settings_for(tiny, **TWO), prompts, params)
@@ -133,6 +137,7 @@ def test_any_part_of_a_quantised_tensor_is_that_of_the_whole() -> None:
             assert torch.equal(named.read(part), whole[first * 64 : last * 64]), named.name
 
 
+@pytest.mark.usefixtures("short_silence")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("how", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "hangs: no sign of life")]

@@ -40,13 +40,7 @@ class _RankProcess:
         """board, ring: descriptors of shared memory."""
         self.waker = os.eventfd(0)
         self.pipe, theirs = Pipe()
-        inherited = (theirs.fileno(), board, ring, self.waker)
-        program = _PROGRAM.format(path=sys.path, descriptors=inherited)
-        # A session of its own: Ctrl-C goes to this process alone, which ends the ranks.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program], pass_fds=inherited, env=environment, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+        self.process = _start_interpreter((theirs.fileno(), board, ring, self.waker), environment)
         theirs.close()
 
     def kill(self) -> None:
@@ -56,6 +50,16 @@ class _RankProcess:
         if self.waker >= 0:
             os.close(self.waker)
         self.waker = -1
+
+
+def _start_interpreter(inherited: Sequence[int], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Run a rank in a fresh interpreter. inherited: the descriptors that it is given, in the order of its `main`."""
+    program = _PROGRAM.format(path=sys.path, descriptors=tuple(inherited))
+    # A session of its own: Ctrl-C goes to this process alone, which ends the ranks.
+    return subprocess.Popen(
+        [sys.executable, "-c", program], pass_fds=inherited, env=environment, stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 class _ProcessTransport(Transport):
