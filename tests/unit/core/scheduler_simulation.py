@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -78,7 +79,8 @@ class FakeWorker:
             self.num_failures += 1
             return StepResult(out.step_id, available_rows=self.rows)
         self._copy(out)
-        tokens = [self._compute(chunk) for chunk in out.chunks]
+        holders = Counter(row for each in self._known() for row in each.rows)
+        tokens = [self._compute(chunk, holders) for chunk in out.chunks]
         return StepResult(out.step_id, tuple(token for token in tokens if token is not None), step_s)
 
     def complete(self, step_id: int) -> None:
@@ -87,8 +89,10 @@ class FakeWorker:
         self.copied.pop(step_id, None)
 
     def held_rows(self) -> int:
-        every = [*self.sequences.values(), *self.kept.values()]
-        return len({row for sequence in every for row in sequence.rows})
+        return len({row for sequence in self._known() for row in sequence.rows})
+
+    def _known(self) -> list[KnownRequest]:
+        return [*self.sequences.values(), *self.kept.values()]
 
     def _release(self, out: SchedulerOutput) -> None:
         busy = {chunk.request_id for step in self.in_flight.values() for chunk in step.chunks}
@@ -146,8 +150,7 @@ class FakeWorker:
             source, target = self._source(prefix), self.sequences[prefix.request_id]
             assert target.blocks[:rows] == source.blocks[:rows]
             assert prefix.num_tokens == prefix.num_mapped or prefix.source_block == source.blocks[rows]
-        every = [*self.sequences.values(), *self.kept.values()]
-        blocks = {block for sequence in every for block in sequence.blocks}
+        blocks = {block for sequence in self._known() for block in sequence.blocks}
         assert len(blocks) == (self.held_rows() if self.paged else 0), "a block is shared"
         assert sum(sequence.granted > 0 for sequence in self.sequences.values()) <= self.num_slots
         assert len(self.kept) <= self.capacity.num_retained
@@ -164,15 +167,14 @@ class FakeWorker:
                 count = -(-prefix.num_tokens * self.capacity.token_bytes // self.capacity.page_bytes)
                 self.copied.setdefault(out.step_id, []).append((source.rows, count))
 
-    def _compute(self, chunk: Chunk) -> SampledToken | None:
+    def _compute(self, chunk: Chunk, holders: Counter[Row]) -> SampledToken | None:
+        """holders: how many sequences hold a row."""
         sequence = self.sequences[chunk.request_id]
         written, end = sequence.written, chunk.start + chunk.num_tokens
         assert written == sequence.tokens[: chunk.start], "what is in the cache are not the tokens before the chunk"
         assert chunk.num_tokens >= 1 and end <= len(sequence.tokens)
         first_row = chunk.start * self.capacity.token_bytes // self.capacity.page_bytes
-        others = [each for each in (*self.sequences.values(), *self.kept.values()) if each is not sequence]
-        theirs = {row for each in others for row in each.rows}
-        assert not theirs & set(sequence.rows[first_row:]), "rows of another sequence are overwritten"
+        assert all(holders[row] == 1 for row in sequence.rows[first_row:]), "rows of another sequence are overwritten"
         sequence.written = sequence.tokens[:end]
         assert chunk.samples == (end == len(sequence.tokens))
         if not chunk.samples:

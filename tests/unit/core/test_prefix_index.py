@@ -15,7 +15,6 @@ from sarathi.core.block_space_manager import BlockSpaceError
 from sarathi.core.block_space_manager.eviction import EvictionQueue, lfu, lru
 from sarathi.core.block_space_manager.prefix_index import PrefixIndex
 
-HISTORIES = 10_000
 Sequence = tuple["str | None", list[int]]
 
 
@@ -92,9 +91,10 @@ class Model:
         assert not ending or found.owner in ending, "a sequence that ends there could be continued in place"
 
 
-def test_random_histories_agree_with_the_model() -> None:
+@pytest.mark.parametrize("histories", [3000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_random_histories_agree_with_the_model(histories: int) -> None:
     start = int(os.environ.get("SEED", random.randrange(2**40)))
-    for seed in range(start, start + HISTORIES):
+    for seed in range(start, start + histories):
         print(f"\rSEED={seed}", end="")  # shown if it fails
         Model(random.Random(seed)).play(random.Random(seed).randint(1, 30))
 
