@@ -57,9 +57,9 @@ def serving(behaviour: Behaviour) -> Iterator[Behaviour]:
     try:
         yield behaviour
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(5)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
+        thread.join(60)
         loop.close()
 
 

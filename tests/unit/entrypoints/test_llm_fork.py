@@ -14,7 +14,7 @@ PARAMS = SamplingParams(max_tokens=8)
 
 
 def in_child(act: Callable[[], object]) -> str:
-    """What `act` returned or raised in a forked process, which must end within 20 s."""
+    """What `act` returned or raised in a forked process, which must end within 60 s."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -26,7 +26,7 @@ def in_child(act: Callable[[], object]) -> str:
         os.write(write_end, said.encode())
         os._exit(0)
     os.close(write_end)
-    killer = threading.Timer(20, os.kill, (child, 9))
+    killer = threading.Timer(60, os.kill, (child, 9))
     killer.start()
     with os.fdopen(read_end) as pipe:
         said = pipe.read()

@@ -406,7 +406,7 @@ _write_trace(replace(records, steps=records.steps * 2_000_000), Path({str(tmp_pa
     while process.poll() is None and not list(tmp_path.iterdir()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=60)
     assert b"KeyboardInterrupt" in error and not list(tmp_path.iterdir())
 
 

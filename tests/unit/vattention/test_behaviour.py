@@ -317,6 +317,6 @@ def test_threads_and_the_worker_do_not_deadlock_on_the_gil():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=30)
+            thread.join(timeout=60)
         assert not any(thread.is_alive() for thread in threads) and not failures
         cache.check_integrity()
