@@ -1,5 +1,6 @@
 """`sarathi serve --replicas 2` and a YAML for Ray Serve, over a real Ray on this machine: answers, routing, deaths."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -52,6 +54,10 @@ def by_replica(server: RunningServer, name: str) -> Counter[str]:
     return found
 
 
+def are_full(server: RunningServer) -> bool:
+    return set(by_replica(server, "num_requests_running").values()) == {RUNNING}
+
+
 def complete(server: RunningServer, **body: object) -> dict:
     answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, **body}, timeout=LIMIT_S)
     assert answer.status_code == 200, answer.text
@@ -62,6 +68,23 @@ def stream_text(server: RunningServer, **body: object) -> str:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S)
     chunks = client.completions.create(model=client.models.list().data[0].id, stream=True, temperature=0, **body)
     return "".join(each.choices[0].text for each in chunks)
+
+
+def test_a_burst_is_spread_where_serve_knows_one_queue_only() -> None:
+    """Serve forgets a replica's queue length after seconds without requests, and prefers those that it knows."""
+    from sarathi.entrypoints.replicas.router import PrefixRouter  # it imports ray.serve, which takes seconds
+
+    router = object.__new__(PrefixRouter)
+    router.initialize_state(lead=8)
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
+    sent: Counter[str] = Counter()
+    for _ in range(30):
+        ranks = asyncio.run(router.choose_replicas(replicas, None))
+        assert sorted(each.replica_id.unique_id for rank in ranks for each in rank) == ["a", "b", "c"]
+        chosen = min(ranks[0], key=lambda each: each.replica_id.unique_id).replica_id  # `a` where it may be
+        router.on_request_routed(SimpleNamespace(args=()), chosen, None)
+        sent[chosen.unique_id] += 1
+    assert sent == {"a": 10, "b": 10, "c": 10}
 
 
 def test_text_is_that_of_one_engine(server: RunningServer, model: str) -> None:
@@ -137,6 +160,11 @@ class Load:
     def ends(self) -> Counter[str]:
         return Counter(each.result(LIMIT_S) for each in self._ends)
 
+    def is_under_way(self) -> bool:
+        """AssertionError with the ends of all, or what a client raised, once all have ended."""
+        assert not all(each.done() for each in self._ends), self.ends()
+        return True
+
     def _stream(self) -> str:
         with httpx.stream("POST", self._url, json={**self._body, "stream": True}, timeout=LIMIT_S) as response:
             lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
@@ -158,7 +186,7 @@ def test_the_death_of_a_replica_leaves_nothing_unanswered(server: RunningServer,
     wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
     before, pids = by_replica(server, "num_requests_running").keys(), replica_pids(server)
     load = Load(server, count=12, tokens=600)
-    wait_until(lambda: set(by_replica(server, "num_requests_running").values()) == {RUNNING}, "the load does not run")
+    wait_until(lambda: load.is_under_way() and are_full(server), "the load does not run")
     [core] = [pid for pid in descendants(pids[0]) if is_alive(pid)]
     os.kill(pids[0] if victim == "replica" else core, signal.SIGKILL)
     ends = load.ends()

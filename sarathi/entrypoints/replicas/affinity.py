@@ -28,6 +28,13 @@ class PrefixAffinity:
                 return name if self._running[name] <= fewest + self._lead else None
         return None
 
+    def by_load(self, replicas: Collection[str]) -> list[list[str]]:
+        """The replicas in groups of as many requests each, the fewest first."""
+        groups: dict[int, list[str]] = {}
+        for name in replicas:
+            groups.setdefault(self._running[name], []).append(name)
+        return [groups[count] for count in sorted(groups)]
+
     def start(self, prefix: Sequence[int], replica: str) -> None:
         """A request has gone to a replica."""
         self._running[replica] += 1

@@ -10,7 +10,10 @@ from sarathi.entrypoints.replicas.messages import ForwardedRequest
 
 
 class PrefixRouter(RequestRouter):
-    """Serve chooses the shortest queue among the replicas of the first rank, then of the next where all refuse."""
+    """Ranks by the requests that this router has sent: Serve takes a replica of the first rank, of the next where all
+    of that refuse. Its own queue lengths expire after seconds without requests, and a burst would then go to one
+    replica until the others have been asked.
+    """
 
     def initialize_state(self, **settings: Any) -> None:
         """lead: see `PrefixAffinity`."""
@@ -24,9 +27,11 @@ class PrefixRouter(RequestRouter):
         if request is not None and by_name.keys() - set(request.avoided):
             by_name = {name: each for name, each in by_name.items() if name not in request.avoided}
         wanted = None if request is None else self._wanted(request, by_name)
-        others = [each for name, each in by_name.items() if name != wanted]
-        random.shuffle(others)  # Serve takes the first of equal queues
-        return [others] if wanted is None else [[by_name[wanted]], others]
+        ranks = [[wanted]] if wanted is not None else []
+        ranks += self._affinity.by_load(by_name.keys() - {wanted})
+        for names in ranks:
+            random.shuffle(names)  # Serve takes the first of equals
+        return [[by_name[name] for name in names] for names in ranks]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         request = _request_of(pending_request)

@@ -92,6 +92,15 @@ def test_the_longest_common_beginning_wins_unless_its_replica_is_busy() -> None:
     assert affinity.choose((1, 2), names) == "a"
 
 
+def test_replicas_with_fewer_requests_come_first() -> None:
+    affinity = PrefixAffinity(lead=2)
+    for name in "aab":
+        affinity.start((), name)
+    assert [sorted(group) for group in affinity.by_load({"a", "b", "c", "d"})] == [["c", "d"], ["b"], ["a"]]
+    affinity.end("a")
+    assert [sorted(group) for group in affinity.by_load({"a", "b"})] == [["a", "b"]]
+
+
 def test_the_oldest_beginnings_are_forgotten_and_loads_return_to_nothing() -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
