@@ -10,7 +10,7 @@ _CONSTANTS = (None, True, 17, -2.5, "", 'a"b', "世界", [1, "x"], {"k": None})
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
-    """A schema whose instances are finite: strings, lists and numbers have bounds. The first level is an object."""
+    """A schema whose strings, lists and numbers have bounds, but for fractions of seconds. It begins with an object."""
     schema = _object(rng, depth)
     if rng.random() < 0.4:
         schema["$defs"] = {"shared": _any(rng, 1)}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +13,8 @@ from small_models import save_tiny_config
 from sarathi import LLM, SamplingParams
 from sarathi.structured_outputs import StructuredOutputsParams, check_grammar
 
+ENDLESS = re.compile(r"\d\d:\d\d:\d\d\.\d{100,}$")
+"""A time's fraction of a second, the one part of these schemas that has no bound."""
 SMALL = {"hidden_size": 32, "vocab_size": 49152, "max_position_embeddings": 2048}
 
 
@@ -43,6 +46,9 @@ def test_outputs_for_random_schemas_are_valid(tmp_path: Path, num_schemas: int) 
     lengths = []
     for schema, output in zip(schemas, outputs, strict=True):
         [answer] = output.outputs
+        if ENDLESS.search(answer.text):
+            assert answer.finish_reason == "length" and any(kind in str(schema) for kind in ("'time'", "'date-time'"))
+            continue
         assert answer.finish_reason == "stop", (schema, answer.text)
         jsonschema.validate(json.loads(answer.text), schema, cls=jsonschema.Draft202012Validator)
         lengths.append(answer.num_tokens)

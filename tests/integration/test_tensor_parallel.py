@@ -178,7 +178,7 @@ def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:
     began_s = time.monotonic()
     executor.shutdown()
     executor.shutdown()
-    assert not any(map(is_alive, pids)) and time.monotonic() - began_s < 4
+    assert not any(map(is_alive, pids)) and time.monotonic() - began_s < 15
 
 
 def test_an_executor_that_is_dropped_leaves_no_process(tiny: TinyModel) -> None:

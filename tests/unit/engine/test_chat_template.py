@@ -44,7 +44,7 @@ def test_a_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
     started_s = time.monotonic()
     with pytest.raises(ChatTemplateError, match=r"TemplateTimeoutError: it ran longer than 0.2 s"):
         jinja_renderer(loops, {})(HELLO)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 30
     assert jinja_renderer("{{ messages | length }}", {})(HELLO) == "1"
     time.sleep(0.3)  # the limit of a rendering that has ended interrupts nothing
 
