@@ -10,10 +10,9 @@ JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
 BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integration/test_*.py))
 
-# Threads that wait for each other's share of a product sleep: spinning costs a factor of ten beside other processes.
-export OMP_WAIT_POLICY ?= PASSIVE
-# Tests run JOBS at a time, so that each process has one thread; `make demo` has them all.
+# Tests run JOBS at a time, so that each process has one thread, and none spins; `make demo` has them all.
 test-python test-slow bench-test: export OMP_NUM_THREADS ?= 1
+test-python test-slow bench-test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: wheel setup demo test test-all test-native test-python test-slow fuzz bench-test $(BENCH_TESTS) lint format clean
 
