@@ -106,7 +106,10 @@ class VllmEngine:
 
 def save_config(model: str, max_model_len: int, folder: Path) -> str:
     """The shipped configuration with as many positions as are asked for, in the form that transformers 5 reads."""
-    config = json.loads(resolve_model(model, weights=False).path.read_text())
+    path = resolve_model(model, weights=False).path
+    if path.suffix != ".json":
+        raise ValueError(f"model is {model!r}: it must be an architecture or a folder with config.json")
+    config = json.loads(path.read_text())
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     extra = {
         "max_position_embeddings": max(max_model_len, config["max_position_embeddings"]),
