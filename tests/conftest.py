@@ -6,10 +6,12 @@
 A module that needs the number itself has a variable SEED, which is set anew for each of its tests.
 """
 
+import gc
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Repetitions(config.getoption("seeds")))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items[:] = in_shares(items, config.workerinput["workercount"])
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if uniproc := sys.modules.get("sarathi.executor.uniproc"):
+        uniproc._FROZEN = FROZEN_IMPORTS
     given = item.config.getoption("seed")
     seed = random.SystemRandom().randrange(2**31) if given is None else given
     item.add_report_section("setup", "seed", f"--seed {seed}")
@@ -39,6 +54,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if has_seed(item):
         item.module.SEED = seed
     item.stash[_STATES] = generator_states()
+
+
+class FrozenImports:
+    """In place of the heap that engines in this process freeze: what tests import stays frozen.
+
+    A new engine collects what came after that. A collection of everything takes half a second, and tests make hundreds
+    of engines.
+    """
+
+    def enter(self) -> None:
+        gc.collect()
+
+    def leave(self) -> None:
+        """What is frozen stays so."""
+
+
+FROZEN_IMPORTS = FrozenImports()
 
 
 @pytest.fixture
@@ -78,6 +110,27 @@ class Repetitions:
         runs = [count for name, count in self._runs.items() if name not in self._without]
         if runs:
             terminalreporter.write_line(f"{len(runs)} tests drew random numbers: {min(runs)} to {max(runs)} runs each")
+
+
+def in_shares(items: list[pytest.Item], num_processes: int) -> list[pytest.Item]:
+    """The order for processes that begin with equal shares of the list, and then take from the end of each other's.
+
+    Each share begins with long tests: the first with those of the shared server, the second with the other integration
+    tests, of which those of the reference model come one after the other. Short tests are left for the end.
+    """
+    with_server = files_with("server", items)
+    first = [item for item in items if item.path in with_server]
+    others = [item for item in items if item.path not in with_server]
+    second = [item for item in others if item.path.parent.name == "integration"]
+    with_reference = files_with("reference", items)
+    second.sort(key=lambda item: item.path not in with_reference)
+    short = [item for item in others if item.path.parent.name != "integration"]
+    cut = max(0, len(items) // num_processes - len(first))
+    return [*first, *short[:cut], *second, *short[cut:]]
+
+
+def files_with(fixture: str, items: list[pytest.Item]) -> set[Path]:
+    return {item.path for item in items if fixture in getattr(item, "fixturenames", ())}
 
 
 def repetition_of(item: pytest.Item) -> int:

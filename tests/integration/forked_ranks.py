@@ -3,6 +3,7 @@
 A rank is otherwise as the executor starts it: a session of its own, the same program, descriptors and environment.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -54,6 +55,7 @@ def _number_of(copy: Any) -> int:
 
 def _run(program: str, path: list[str], descriptors: list[int], environment: dict[str, str]) -> None:
     os.setsid()
+    gc.freeze()  # a rank that starts collects its garbage, and need not search all modules for it
     os.environ.clear()
     os.environ.update(environment)
     exec(program.format(path=path, descriptors=tuple(descriptors)))

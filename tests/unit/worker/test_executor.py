@@ -16,6 +16,7 @@ from tiny_models import TinyModel, build, random_prompts
 from sarathi import LLM
 from sarathi.config.load import make_config
 from sarathi.entrypoints.cli import main
+from sarathi.executor import uniproc
 from sarathi.executor.uniproc import UniprocExecutor, UnsupportedParallelismError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 from sarathi.sampling_params import SamplingParams
@@ -322,13 +323,15 @@ def test_a_shutdown_leaves_neither_weights_nor_cache(tiny: TinyModel, backend: s
 
 
 @pytest.fixture
-def thawed() -> Iterator[None]:
-    """Executors of other tests that nobody shut down are gone."""
+def thawed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the heap of executors. Those of other tests that nobody shut down are gone."""
+    monkeypatch.setattr(uniproc, "_FROZEN", uniproc._FrozenHeap())
     gc.unfreeze()
     gc.collect()
     assert gc.get_freeze_count() == 0
     yield
     assert gc.get_freeze_count() == 0
+    gc.freeze()  # as tests/conftest.py does
 
 
 def test_the_last_executor_to_go_thaws_the_heap(tiny: TinyModel, thawed: None) -> None:
