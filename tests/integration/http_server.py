@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -33,7 +34,13 @@ class RunningServer:
     url: str
     lines: list[str] = field(default_factory=list)
 
-    def end(self, signal_number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=LIMIT_S, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=LIMIT_S, **options)
+
+    def end(self, signal_number: int = signal.SIGTERM, timeout_s: float = LIMIT_S) -> int:
         """Send a signal and wait; the exit code."""
         self.process.send_signal(signal_number)
         return self.process.wait(timeout_s)
@@ -82,7 +89,7 @@ def options(**values: object) -> Sequence[str]:
 
 def metric(server: RunningServer, name: str) -> float:
     """The sum over labels of what /metrics says."""
-    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    lines = server.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"sarathi:{name}{{"))
 
 

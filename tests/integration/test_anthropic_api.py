@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
-import httpx
 import jsonschema
 import pytest
 from http_server import RunningServer
@@ -105,7 +104,7 @@ def test_what_does_not_fit_is_a_400_in_anthropics_form(
 def test_unknown_models_and_broken_bodies(server: RunningServer, client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         create(client, model="claude")
-    answer = httpx.post(f"{server.url}/v1/messages", content=b"{", headers={"content-type": "application/json"})
+    answer = server.post("/v1/messages", content=b"{", headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["type"] == "error"
-    missing = httpx.post(f"{server.url}/v1/messages", json={"model": MODEL, "messages": ASK})
+    missing = server.post("/v1/messages", json={"model": MODEL, "messages": ASK})
     assert missing.status_code == 400 and "max_tokens" in json.dumps(missing.json())

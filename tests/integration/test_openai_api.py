@@ -29,7 +29,7 @@ def llm() -> Iterator[LLM]:
 
 
 def post(server: RunningServer, path: str, **body: object) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=60)
+    return server.post(path, json=body)
 
 
 def events(text: str) -> list[dict]:
@@ -173,15 +173,15 @@ def test_null_and_unknown_fields_are_tolerated(server: RunningServer) -> None:
 
 
 def test_broken_json_and_unknown_routes(server: RunningServer) -> None:
-    broken = httpx.post(f"{server.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    broken = server.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 400 and "is no JSON" in broken.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "there is no route /v1/nothing"
-    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert server.get("/v1/nothing").json()["error"]["message"] == "there is no route /v1/nothing"
+    assert server.get("/v1/completions").status_code == 405
 
 
 def test_routes_about_the_server(server: RunningServer, client: openai.OpenAI) -> None:
     for path in ("/health", "/ping", "/ready", "/version", "/load", "/docs", "/openapi.json"):
-        assert httpx.get(server.url + path).status_code == 200, path
+        assert server.get(path).status_code == 200, path
     [model] = client.models.list().data
     assert (model.id, model.root, model.max_model_len) == (MODEL, MODEL, 1024)
     assert client.models.retrieve(MODEL).id == MODEL
@@ -191,7 +191,7 @@ def test_routes_about_the_server(server: RunningServer, client: openai.OpenAI) -
 
 def test_metrics_count_what_was_served(server: RunningServer) -> None:
     def value(name: str) -> float:
-        text = httpx.get(f"{server.url}/metrics").text
+        text = server.get("/metrics").text
         lines = [line for line in text.splitlines() if line.startswith(f"sarathi:{name}{{")]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
@@ -204,7 +204,7 @@ def test_metrics_count_what_was_served(server: RunningServer) -> None:
 
 
 def test_the_web_page_has_no_external_parts(server: RunningServer) -> None:
-    page = httpx.get(f"{server.url}/")
+    page = server.get("/")
     assert (
         page.headers["content-type"].startswith("text/html")
         and "default-src 'none'" in page.headers["content-security-policy"]
@@ -214,6 +214,6 @@ def test_the_web_page_has_no_external_parts(server: RunningServer) -> None:
     assert asked == {"v1/chat/completions", "stats"}
     fields = re.search(r"JSON.stringify\(\{(\w+), (\w+), stream: true, max_tokens: 1024, temperature", page.text)
     assert fields and set(fields.groups()) == {"model", "messages"}
-    stats = httpx.get(f"{server.url}/stats").json()
+    stats = server.get("/stats").json()
     shown = set(re.findall(r"stats\.(\w+)", page.text))
     assert shown == stats.keys() and stats["model"] == MODEL and stats["total_rows"] > 0

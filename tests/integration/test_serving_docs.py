@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
-from http_server import ROOT, RunningServer
+from http_server import LIMIT_S, ROOT, RunningServer
 
 TEXT = (ROOT / "docs" / "serving.md").read_text()
 
@@ -21,19 +20,20 @@ def blocks(language: str, server: RunningServer) -> str:
 
 def test_the_commands_run(server: RunningServer) -> None:
     command = f"set -e\nsarathi() {{ '{sys.executable}' -m sarathi \"$@\"; }}\n{blocks('bash', server)}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "data: [DONE]" in done.stdout and "Successful requests:" in done.stdout
 
 
 def test_the_python_runs(server: RunningServer) -> None:
-    done = subprocess.run([sys.executable, "-c", blocks("python", server)], capture_output=True, text=True, timeout=200)
+    words = [sys.executable, "-c", blocks("python", server)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0 and "CompletionUsage" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(server: RunningServer) -> None:
-    httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
-    published = httpx.get(f"{server.url}/metrics").text
+    server.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    published = server.get("/metrics").text
     asked = set(re.findall(r"sarathi:\w+", json.dumps(json.loads((Path(ROOT) / "docs" / "grafana.json").read_text()))))
     assert len(asked) > 10
     missing = {name for name in asked if not re.search(rf"^{name}(\{{| )", published, re.MULTILINE)}

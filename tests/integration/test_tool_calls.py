@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
@@ -55,13 +56,20 @@ def test_a_call_that_must_be_made_is_made_whole_and_streamed(client: openai.Open
 
 
 def test_a_call_that_max_tokens_cuts_leaks_no_markup(client: openai.OpenAI) -> None:
-    for most in range(1, 24, 3):
-        [cut] = chat(client, tools=[WEATHER], tool_choice="required", max_tokens=most, temperature=0.0).choices
-        assert cut.finish_reason == "length" and not cut.message.content
-        chunks = list(
-            chat(client, tools=[WEATHER], tool_choice="required", max_tokens=most, temperature=0.0, stream=True)
-        )
-        assert not "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    fields = {"tools": [WEATHER], "tool_choice": "required", "temperature": 0.0}
+
+    def whole(most: int) -> Any:
+        return chat(client, **fields, max_tokens=most).choices[0]
+
+    def streamed(most: int) -> list[Any]:
+        return [chunk.choices[0] for chunk in chat(client, **fields, max_tokens=most, stream=True)]
+
+    limits = range(1, 24, 3)
+    with ThreadPoolExecutor(16) as pool:
+        cuts, streams = pool.map(whole, limits), pool.map(streamed, limits)
+    for cut, chunks in zip(cuts, streams, strict=True):
+        assert cut.finish_reason == chunks[-1].finish_reason == "length"
+        assert not cut.message.content and not "".join(chunk.delta.content or "" for chunk in chunks)
 
 
 def test_a_call_and_its_result_are_part_of_a_conversation(client: openai.OpenAI) -> None:
