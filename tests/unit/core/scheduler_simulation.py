@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from zlib import crc32
 
 from sarathi.config.backend import BackendSpec
@@ -79,8 +79,8 @@ class FakeWorker:
             self.num_failures += 1
             return StepResult(out.step_id, available_rows=self.rows)
         self._copy(out)
-        holders = Counter(row for each in self._known() for row in each.rows)
-        tokens = [self._compute(chunk, holders) for chunk in out.chunks]
+        shared = self._shared_rows()
+        tokens = [self._compute(chunk, shared) for chunk in out.chunks]
         return StepResult(out.step_id, tuple(token for token in tokens if token is not None), step_s)
 
     def complete(self, step_id: int) -> None:
@@ -89,7 +89,11 @@ class FakeWorker:
         self.copied.pop(step_id, None)
 
     def held_rows(self) -> int:
-        return len({row for sequence in self._known() for row in sequence.rows})
+        return len(set(chain.from_iterable(each.rows for each in self._known())))
+
+    def _shared_rows(self) -> set[Row]:
+        holders = Counter(chain.from_iterable(each.rows for each in self._known()))
+        return {row for row, count in holders.items() if count > 1}
 
     def _known(self) -> list[KnownRequest]:
         return [*self.sequences.values(), *self.kept.values()]
@@ -167,14 +171,14 @@ class FakeWorker:
                 count = -(-prefix.num_tokens * self.capacity.token_bytes // self.capacity.page_bytes)
                 self.copied.setdefault(out.step_id, []).append((source.rows, count))
 
-    def _compute(self, chunk: Chunk, holders: Counter[Row]) -> SampledToken | None:
-        """holders: how many sequences hold a row."""
+    def _compute(self, chunk: Chunk, shared: set[Row]) -> SampledToken | None:
+        """shared: rows that more than one sequence holds."""
         sequence = self.sequences[chunk.request_id]
         written, end = sequence.written, chunk.start + chunk.num_tokens
         assert written == sequence.tokens[: chunk.start], "what is in the cache are not the tokens before the chunk"
         assert chunk.num_tokens >= 1 and end <= len(sequence.tokens)
         first_row = chunk.start * self.capacity.token_bytes // self.capacity.page_bytes
-        assert all(holders[row] == 1 for row in sequence.rows[first_row:]), "rows of another sequence are overwritten"
+        assert shared.isdisjoint(sequence.rows[first_row:]), "rows of another sequence are overwritten"
         sequence.written = sequence.tokens[:end]
         assert chunk.samples == (end == len(sequence.tokens))
         if not chunk.samples:
