@@ -47,16 +47,18 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> int:
-    """Measure; the exit code."""
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=positive, default=2, help="processes that send")
     parser.add_argument("--requests", type=positive, default=256, help="of each client")
     parser.add_argument("--output-tokens", type=positive, default=512)
     parser.add_argument("--concurrency", type=positive, default=64, help="requests of a client at the same time")
     parser.add_argument("--output", type=Path, default=Path("results/front_end"))
-    options = parser.parse_args()
-    table = Table(options.output / "front_end.csv")
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> tuple[int, float, float]:
+    """Output tokens, seconds, and seconds of a processor that the server took."""
     folder = servers.save_model("llama-3-8b", 8192, Path(tempfile.mkdtemp(prefix="sarathi-model-")))
     port = servers.free_port()
     words = (sys.executable, "-c", _RUN, str(folder), str(port))
@@ -67,7 +69,14 @@ def main() -> int:
         start_s, start_cpu_s = time.perf_counter(), processor_s(started.pid)
         sending = partial(send, url, options.requests, options.output_tokens)
         tokens = sum(pool.map(sending, [options.concurrency for _ in clients]))
-        elapsed_s, cpu_s = time.perf_counter() - start_s, processor_s(started.pid) - start_cpu_s
+        return tokens, time.perf_counter() - start_s, processor_s(started.pid) - start_cpu_s
+
+
+def main() -> int:
+    """Measure; the exit code."""
+    options = read_options()
+    table = Table(options.output / "front_end.csv")
+    tokens, elapsed_s, cpu_s = measure(options)
     num_requests = options.clients * options.requests
     for work, value, unit in (
         ("streams", num_requests / elapsed_s, "requests/s"), ("streams", tokens / elapsed_s, "output tokens/s"),

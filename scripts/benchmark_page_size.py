@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -59,21 +59,18 @@ def final_lengths(trace: str, seed: int) -> list[int]:
     return [spec.num_tokens for spec in read_lengths(trace)]
 
 
-def max_batch(cache: VirtualKVCache, lengths: Sequence[int]) -> tuple[int, float]:
+def max_batch(make_cache: Callable[[], VirtualKVCache], lengths: Sequence[int]) -> tuple[int, float]:
     """Number of requests, in this order, that fit together, and the share of their mapped bytes that no token uses."""
-    slots: list[int] = []
-    try:
-        for length in lengths:
-            slots.append(cache.alloc(length))
-            cache.prepare(slots[-1:], [length])
-    except OutOfMemoryError:
-        pass
-    else:
-        raise ValueError(f"all {len(lengths)} requests of the trace fit: the budget is too large to compare")
-    stats = cache.stats()
-    for slot in slots:
-        cache.free(slot)
-    return len(slots) - 1, stats.wasted_bytes / (stats.mapped_bytes - stats.idle_bytes)
+    count = 0
+    with make_cache() as cache:
+        try:
+            for length in lengths:
+                cache.prepare([cache.alloc(length)], [length])
+                count += 1
+        except OutOfMemoryError:
+            stats = cache.stats()
+            return count, stats.wasted_bytes / (stats.mapped_bytes - stats.idle_bytes)
+    raise ValueError(f"all {len(lengths)} requests of the trace fit: the budget is too large to compare")
 
 
 def samples(lengths: Sequence[int], count: int) -> Iterator[list[int]]:
@@ -93,15 +90,12 @@ def measure(name: str, tensor_parallel: int, lengths: Sequence[int], options: ar
         kv_heads, megacache = max(1, model.kv_heads // tensor_parallel), layout == "megacache"
         if BF16_BYTES * kv_heads * model.head_size * (model.layers if megacache else 1) > page_bytes:
             continue
-        results = []
-        for order in samples(lengths, options.samples):
-            with VirtualKVCache(
-                num_layers=model.layers, num_kv_heads=kv_heads, head_size=model.head_size, num_slots=1024,
-                max_tokens=max(lengths), dtype=torch.bfloat16, budget_bytes=int(budget_bytes), page_bytes=page_bytes,
-                megacache=megacache, deferred_reclamation=False,
-            ) as cache:  # fmt: skip
-                results.append(max_batch(cache, order))
-        batch, wasted = np.mean(results, axis=0)
+        make_cache = partial(
+            VirtualKVCache, num_layers=model.layers, num_kv_heads=kv_heads, head_size=model.head_size, num_slots=1024,
+            max_tokens=max(lengths), dtype=torch.bfloat16, budget_bytes=int(budget_bytes), page_bytes=page_bytes,
+            megacache=megacache, deferred_reclamation=False,
+        )  # fmt: skip
+        batch, wasted = np.mean([max_batch(make_cache, order) for order in samples(lengths, options.samples)], axis=0)
         found.append((page_bytes // KIB, layout, batch, 100 * wasted))
     records = pd.DataFrame(found, columns=["page_kib", "layout", "max_batch", "wasted_percent"])
     records["against_2mib_per_layer"] = (records.max_batch / records.max_batch.iloc[0]).round(3)

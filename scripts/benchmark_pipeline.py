@@ -22,6 +22,19 @@ SCHEDULES = ("sarathi", "vllm")
 
 def measure(options: argparse.Namespace, table: Table, schedule: str) -> None:
     """One engine: share of bubbles of each stage, and output tokens a second."""
+    busy_s, run_s, num_tokens = serve(options, schedule)
+    name = f"pipeline of {len(busy_s)}, {schedule}"
+    for stage, busy in enumerate(busy_s):
+        share = 1 - busy / run_s
+        table.add(
+            Record(options.model, f"bubbles of stage {stage}", name, options.requests, options.prompt, share, "share")
+        )
+    rate = num_tokens / run_s
+    table.add(Record(options.model, "requests", name, options.requests, options.prompt, rate, "output tokens/s"))
+
+
+def serve(options: argparse.Namespace, schedule: str) -> tuple[list[float], float, int]:
+    """Seconds in which each stage computed, seconds of the run, and output tokens."""
     rng = random.Random(options.seed)
     prompts = [[rng.randrange(100)] * rng.randint(options.prompt // 4, options.prompt) for _ in range(options.requests)]
     outputs = [rng.randint(options.outputs // 2, options.outputs) for _ in prompts]
@@ -37,14 +50,7 @@ def measure(options: argparse.Namespace, table: Table, schedule: str) -> None:
         before_s, began_s = executor.busy_s(), time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         run_s, after_s = time.perf_counter() - began_s, executor.busy_s()
-    shares = [1 - (after - before) / run_s for before, after in zip(before_s, after_s, strict=True)]
-    name = f"pipeline of {len(shares)}, {schedule}"
-    for stage, share in enumerate(shares):
-        table.add(
-            Record(options.model, f"bubbles of stage {stage}", name, options.requests, options.prompt, share, "share")
-        )
-    rate = sum(outputs) / run_s
-    table.add(Record(options.model, "requests", name, options.requests, options.prompt, rate, "output tokens/s"))
+    return [after - before for before, after in zip(before_s, after_s, strict=True)], run_s, sum(outputs)
 
 
 def main() -> int:

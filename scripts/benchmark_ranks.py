@@ -64,14 +64,18 @@ def measure_calls(table: Table, batch: int, steps: int) -> None:
     table.add(Record("tiny", "step without work", "a Ray call, 1 actor", batch, 0, used, "us"))
 
 
-def main() -> int:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 256], help="requests that a message names")
     parser.add_argument("--executors", nargs="+", choices=("multiproc", "ray"), default=["multiproc", "ray"])
     parser.add_argument("--steps", type=positive, default=500)
     parser.add_argument("--output", type=Path, default=Path("results/ranks"))
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = read_options()
     table = Table(options.output / "ranks.csv")
     if "ray" in options.executors:
         import ray

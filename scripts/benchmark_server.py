@@ -181,8 +181,7 @@ def _check_lengths(requests: Sequence[OutgoingRequest], answers: Sequence[Reques
         raise RuntimeError(f"{asked} output tokens were asked for, and {given} came")
 
 
-def main() -> int:
-    """Measure; the exit code."""
+def read_options() -> Namespace:
     parser = engine_parser(__doc__, "results/server")
     add_stages(parser, STAGES)
     parser.add_argument("--servers", type=lambda text: text.split(","), default=["sarathi"], help="of sarathi,vllm")
@@ -192,7 +191,12 @@ def main() -> int:
     parser.add_argument("--start-limit", type=float, default=240.0, help="seconds in which a server must be ready")
     parser.set_defaults(max_model_len=8192, chunk_size=8192)
     test = {"rates": "2,inf", "seconds": 2, "num_prompts": 16}
-    options = parse(parser, test)
+    return parse(parser, test)
+
+
+def main() -> int:
+    """Measure; the exit code."""
+    options = read_options()
     measurement = Measurement(options)
     budget = Budget(options.budget, measurement.table.attempts)
     if "rates" in options.stages:

@@ -191,7 +191,7 @@ async def soak_server(folder: Path, options: argparse.Namespace) -> tuple[Soak, 
     return soak, verdict
 
 
-def main() -> int:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1200.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -200,6 +200,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.test:
         options.seconds = 10.0
+    return options
+
+
+def main() -> int:
+    options = read_options()
     with tempfile.TemporaryDirectory() as folder:
         soak, verdict = asyncio.run(soak_server(Path(folder), options))
     options.output.mkdir(parents=True, exist_ok=True)

@@ -155,18 +155,21 @@ def _files_of_a_run(config: BenchmarkConfig) -> dict[str, object]:
     }
 
 
+def _at_rate(config: BenchmarkConfig, qps: float) -> BenchmarkConfig:
+    return replace(
+        config,
+        poisson_request_interval_generator=replace(config.poisson_request_interval_generator, qps=qps),
+        gamma_request_interval_generator=replace(config.gamma_request_interval_generator, qps=qps),
+    )
+
+
 def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Probe:
     """A probe that did not end in time met no target, whatever its first requests showed.
 
     Nor did one whose requests were answered more slowly than they came: latencies of a short run can all be good at
     any rate, for its requests run in one batch.
     """
-    at_rate = replace(
-        config,
-        poisson_request_interval_generator=replace(config.poisson_request_interval_generator, qps=qps),
-        gamma_request_interval_generator=replace(config.gamma_request_interval_generator, qps=qps),
-    )
-    specs = runner.workload(at_rate)
+    specs = runner.workload(_at_rate(config, qps))
     outcome = runner.run(specs)
     if outcome.ended == INTERRUPTED:
         raise KeyboardInterrupt
