@@ -20,20 +20,37 @@ from sarathi.benchmark.serve.vocabulary import load_vocabulary
 INTERRUPTED = 130
 
 
+class Summary:
+    """The numbers of a load that its options ask for."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """ValueError names an option that is wrong."""
+        self._args = args
+        self._metrics = options.parse_metrics(args.percentile_metrics)
+        self._percentiles = options.parse_percentiles(args.metric_percentiles)
+        self._goodput_ms = options.parse_goodput(args.goodput)
+        self._metadata = options.parse_pairs(args.metadata, "--metadata")
+        names = {**self._numbers(LoadOutcome(), NOTHING_PLANNED), **results.details(())}
+        options.check_free("--metadata", self._metadata, names)
+
+    def result(self, outcome: LoadOutcome, planned: Planned) -> dict[str, Any]:
+        """By the names of the JSON file, --metadata with them."""
+        return self._numbers(outcome, planned) | self._metadata
+
+    def block(self, result: dict[str, Any]) -> str:
+        """What is printed."""
+        return results.block(result, self._metrics, self._percentiles)
+
+    def _numbers(self, outcome: LoadOutcome, planned: Planned) -> dict[str, Any]:
+        computed = results.compute(outcome.results, outcome.duration_s, self._goodput_ms)
+        latencies_ms = results.latencies_ms(outcome.results)
+        statistics = results.statistics(latencies_ms, self._metrics, self._percentiles)
+        return _head(self._args, outcome, planned) | computed | statistics
+
+
 def run(args: argparse.Namespace) -> int:
     """Send, print, save; the exit code. ValueError names an option that is wrong."""
-    metrics, percentiles = (
-        options.parse_metrics(args.percentile_metrics),
-        options.parse_percentiles(args.metric_percentiles),
-    )
-    goodput_ms = options.parse_goodput(args.goodput)
-
-    def numbers(outcome: LoadOutcome, planned: Planned = NOTHING_PLANNED) -> dict[str, Any]:
-        found = _head(args, outcome, planned) | results.compute(outcome.results, outcome.duration_s, goodput_ms)
-        return found | results.statistics(results.latencies_ms(outcome.results), metrics, percentiles)
-
-    metadata = options.parse_pairs(args.metadata, "--metadata")
-    options.check_free("--metadata", metadata, {**numbers(LoadOutcome()), **results.details(())})
+    summary = Summary(args)
     vocabulary = load_vocabulary(args.tokenizer) if args.tokenizer else None
     planned = make_requests(args, vocabulary)
     plan = _plan(args, planned.requests)
@@ -41,15 +58,13 @@ def run(args: argparse.Namespace) -> int:
     outcome = run_load(plan)
     if vocabulary is not None:
         results.count_missing(outcome.results, vocabulary.count)
-    result = numbers(outcome, planned) | metadata
-    print(results.block(result, metrics, percentiles))
+    result = summary.result(outcome, planned)
+    print(summary.block(result))
     for error in sorted({each.error for each in outcome.results if each.error})[:5]:
         print(f"error: {error}", file=sys.stderr)
     if _saves(args):
         print(f"result: {_save(args, result, outcome)}")
-    if outcome.interrupted:
-        return INTERRUPTED
-    return 1 if result["failed"] else 0
+    return INTERRUPTED if outcome.interrupted else int(result["failed"] > 0)
 
 
 def main(words: Sequence[str] | None = None) -> int:
