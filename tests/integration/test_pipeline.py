@@ -111,7 +111,7 @@ def test_drawn_tokens_and_logprobs_are_those_of_one_rank(tiny: TinyModel) -> Non
 def test_smollm2_over_stages(sizes: tuple[int, int]) -> None:
     """Each rank reads its layers of a quantised file, and its heads of them."""
     settings = {"model": "smollm2-135m", "device": "cpu", "memory_bytes": "256mb"}
-    params = SamplingParams(temperature=0.0, max_tokens=16)
+    params = SamplingParams(temperature=0.0, max_tokens=8)
     texts = []
     for tensor, pipeline in ((1, 1), sizes):
         with LLM(**settings, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline) as llm:

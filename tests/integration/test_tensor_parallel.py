@@ -110,7 +110,7 @@ def test_one_rank_in_a_process_of_its_own(tiny: TinyModel) -> None:
 def test_smollm2_on_three_ranks() -> None:
     """Nine heads, three of keys and values, and a quantised file of which each rank reads its part."""
     settings = {"model": "smollm2-135m", "device": "cpu", "memory_bytes": "256mb"}
-    params = SamplingParams(temperature=0.0, max_tokens=16)
+    params = SamplingParams(temperature=0.0, max_tokens=8)
     texts = []
     for size in (1, 3):
         with LLM(**settings, tensor_parallel_size=size) as llm:
