@@ -5,7 +5,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from http_server import LONG, metric, options, running_server
@@ -124,7 +123,7 @@ def test_a_server_sleeps_wakes_and_shrinks_for_an_admin_alone(model: str, tmp_pa
     with running_server(model, *chosen, env={"SARATHI_ADMIN_KEYS": "admin"}) as server:
 
         def post(path: str, headers: dict[str, str] = ADMIN, **body: object) -> int:
-            return httpx.post(server.url + path, json=body or None, headers=headers, timeout=20).status_code
+            return server.post(path, json=body or None, headers=headers).status_code
 
         assert post("/sleep", {}) == post("/kv/budget", {}, memory_bytes=2**22) == 403
         stream = OpenStream(server, max_tokens=4000)
@@ -140,5 +139,5 @@ def test_a_server_sleeps_wakes_and_shrinks_for_an_admin_alone(model: str, tmp_pa
         assert stream.last() == "[DONE]"
         assert metric(server, "kv_cache_created_bytes") <= 2**22
         until(server, "num_requests_running", 0)
-        done = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 5}, timeout=60)
+        done = server.post("/v1/completions", json={**LONG, "max_tokens": 5})
         assert done.json()["usage"]["completion_tokens"] == 5

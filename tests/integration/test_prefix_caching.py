@@ -4,7 +4,6 @@ import random
 import time
 from dataclasses import replace
 
-import httpx
 import pytest
 from http_server import options, running_server
 from small_models import save_tiny_model
@@ -81,13 +80,17 @@ def _drive(engine, rng, prompts, params, expected, canary, shrinks):
         assert got == list(expected[asked[name]]), (name, asked[name])
 
 
+PAIRS = [
+    pytest.param(backend, policy, marks=pytest.mark.slow if (row + column) % 2 else ())
+    for row, backend in enumerate([*VATTN, "sdpa_paged_16", "sdpa_paged_4"])
+    for column, policy in enumerate(["lru", "lfu"])
+]  # half of them in `make test`
 LEAST = {
     "num_hit_tokens": 500, "num_evicted_rows": 5, "num_mapped_tokens": 100, "num_copied_tokens": 30, "preemptions": 1
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("backend", [*VATTN, "sdpa_paged_16", "sdpa_paged_4"])
+@pytest.mark.parametrize(("backend", "policy"), PAIRS)
 def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -139,7 +142,7 @@ def test_clients_of_a_server_set_a_salt_and_see_what_was_cached(tmp_path):
     with running_server(model, *chosen, env={"SARATHI_ADMIN_KEYS": "admin"}) as server:
 
         def post(path, headers=None, **body):
-            answer = httpx.post(server.url + path, json=body or None, headers=headers, timeout=60)
+            answer = server.post(path, json=body or None, headers=headers)
             return answer.json() if answer.content else answer.status_code
 
         def cached(**more):
@@ -157,10 +160,10 @@ def test_clients_of_a_server_set_a_salt_and_see_what_was_cached(tmp_path):
         details = [post("/v1/responses", model=model, max_output_tokens=2, **each)["usage"] for each in asked]
         assert [each["input_tokens_details"]["cached_tokens"] > 30 for each in details] == [False, True, False]
         assert "cache_salt is ''" in post("/v1/completions", model=model, prompt="x", cache_salt="")["error"]["message"]
-        assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 403
+        assert server.post("/reset_prefix_cache").status_code == 403
         assert post("/reset_prefix_cache", {"Authorization": "Bearer admin"}) == 200
         assert cached() == {"cached_tokens": 0}
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        lines = server.get("/metrics").text.splitlines()
         values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("sarathi:prefix")}
         assert values["sarathi:prefix_cache_queries_total"] > values["sarathi:prefix_cache_hits_total"] > 3 * 149
         assert values["sarathi:prefix_cache_retained_rows"] > 0
@@ -184,4 +187,4 @@ def test_the_second_of_two_long_prompts_has_its_first_token_much_sooner():
             llm.generate([[*prompt, *[last] * 10]], params)
             spent_s.append(time.process_time() - before_s)
     print(spent_s)
-    assert spent_s[0] > 20 * min(spent_s[1:])
+    assert spent_s[0] > 8 * min(spent_s[1:])
