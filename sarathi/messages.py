@@ -7,7 +7,8 @@ valid even for a step whose result has `available_rows`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import NamedTuple, Protocol
 
 from sarathi.sampling_params import SamplingParams
@@ -365,3 +366,21 @@ class MemoryStats:
     driver_calls: int = 0
     driver_s: float = 0.0
     steps_waited: int = 0
+
+    @classmethod
+    def sum_of(cls, parts: Iterable[MemoryStats]) -> MemoryStats:
+        """The memory of several caches together."""
+        each = [astuple(part) for part in parts]
+        return cls(*[sum(values) for values in zip(*each, strict=True)])
+
+
+class CoreStats(NamedTuple):
+    """A core between two steps. Rows are those of the block space manager."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    used_rows: int
+    total_rows: int
+    memory: MemoryStats
+    prefixes: PrefixCacheStats

@@ -22,13 +22,13 @@ from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
 from sarathi.engine.build import build_core, build_tokenizer
 from sarathi.engine.core_process.client import CoreProcess
 from sarathi.engine.core_process.link import CoreDiedError, CoreLink
-from sarathi.engine.core_process.wire import CoreStats, ResetPrefixCache, SetCacheBudget, Sleep, WakeUp
+from sarathi.engine.core_process.wire import ResetPrefixCache, SetCacheBudget, Sleep, WakeUp
 from sarathi.engine.input_processor import InputProcessor, Prompt, encode_chat
 from sarathi.engine.output_processor import OutputProcessor, RequestState
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
-from sarathi.messages import CoreOutput, EngineFacts
+from sarathi.messages import CoreOutput, CoreStats, EngineFacts
 from sarathi.sampling_params import SamplingParams
 
 T = TypeVar("T")

@@ -32,11 +32,11 @@ def build_tokenizer(config: EngineConfig) -> tuple[Tokenizer | None, frozenset[i
 
 def build_core(config: EngineConfig) -> EngineCore:
     """The core over a new executor, its model loaded; over two of them where prompts have devices of their own."""
+    _check_group(config)
     if config.transfer.prefill_decode:
         return _build_prefill_decode(config)
     from sarathi.executor.factory import create_executor  # imports torch, which a tokenizer does not need
 
-    _check_group(config)
     executor = create_executor(config, partial(load_vocabulary, config))
     scheduler = build_scheduler(config, executor)
     return EngineCore(scheduler, executor, budget=_budget(config.cache, scheduler, executor))
@@ -81,6 +81,8 @@ def _check_group(config: EngineConfig) -> None:
     group, parallel = config.cache.kv_budget_group, config.parallel
     if group is not None and config.cache.memory_bytes is None:
         raise ConfigError(f"kv_budget_group is {group!r}: it needs memory_bytes, the total that the group shares")
+    if group is not None and config.transfer.prefill_decode:
+        raise ConfigError(f"kv_budget_group is {group!r}: it shares the memory of one device, and prefill_decode has two")
     if group is not None and parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         raise ConfigError(f"kv_budget_group is {group!r}: it shares the memory of one device, and this engine has more")
 

@@ -11,6 +11,7 @@ from sarathi.engine.cache_budget.budget import CacheBudget
 from sarathi.executor.base import Executor
 from sarathi.messages import (
     CoreOutput,
+    CoreStats,
     EngineFacts,
     MemoryStats,
     NewRequest,
@@ -153,6 +154,15 @@ class EngineCore:
     def memory_stats(self) -> MemoryStats:
         return self.executor.memory_stats()
 
+    def stats(self) -> CoreStats:
+        """Queues and memory between two steps."""
+        scheduler = self.scheduler
+        rows = scheduler.block_space_manager
+        return CoreStats(
+            scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, rows.num_used_rows,
+            rows.capacity.rows, self.memory_stats(), self.prefix_cache_stats(),
+        )  # fmt: skip
+
     def shutdown(self) -> None:
         try:
             self.reset()
@@ -167,11 +177,15 @@ class EngineCore:
 
     def _preempt_all(self) -> None:
         """Wait for the steps in flight, and have the executor release the memory of every request."""
+        self._take_results()
+        out = self.scheduler.preempt_all()
+        self._untold += self._updates(out, self.executor.launch(out).result())
+
+    def _take_results(self) -> None:
+        """Of all steps in flight."""
         while self._steps:
             step = self._steps.popleft()
             self._untold += self._updates(step.out, step.future.result())
-        out = self.scheduler.preempt_all()
-        self._untold += self._updates(out, self.executor.launch(out).result())
 
     def _complete(self, out: SchedulerOutput) -> SchedulerOutput:
         """A scheduled step, with what others than the scheduler add to it."""

@@ -27,13 +27,34 @@ class Portions:
         each = 2 if spec.megacache else 2 * num_layers
         self._most = None if spec.is_paged else max(1, max_ranges // each)
         self._progress: dict[str, _Progress] = {}
+        self._planned: dict[int, tuple[Portion, ...]] = {}  # by step, of those that have not ended
 
     def add(self, new: NewRequest) -> None:
         """A prompt that is to be sent."""
         self._progress[new.request_id] = _Progress(len(new.token_ids))
 
-    def plan(self, chunks: Iterable[Chunk]) -> Iterator[Portion]:
+    def plan(self, step_id: int, chunks: Iterable[Chunk]) -> tuple[Portion, ...]:
         """What is to leave in a step of these chunks. Prompts that are not known are not sent."""
+        self._planned[step_id] = portions = tuple(self._due(chunks))
+        return portions
+
+    def complete(self, step_id: int) -> None:
+        """The step has run: its portions leave."""
+        self._planned.pop(step_id, None)
+
+    def take_back(self, step_id: int) -> None:
+        """The step has not run, and neither will those planned after it: their portions are planned again."""
+        if step_id in self._planned:  # else it was taken back with one before it
+            for portions in reversed(self._planned.values()):
+                self._undo(portions)
+            self._planned.clear()
+
+    def finish(self, request_id: str) -> int | None:
+        """How many portions were sent of a prompt; None where it is not known (any more)."""
+        progress = self._progress.pop(request_id, None)
+        return None if progress is None else progress.count
+
+    def _due(self, chunks: Iterable[Chunk]) -> Iterator[Portion]:
         for chunk in chunks:
             progress = self._progress.get(chunk.request_id)
             end = chunk.start + chunk.num_tokens
@@ -42,18 +63,12 @@ class Portions:
                 progress.num_sent = end
                 progress.count += 1
 
-    def take_back(self, portions: Iterable[Portion]) -> None:
-        """These belong to a step that did not run. Of several such steps, the newest first."""
+    def _undo(self, portions: Iterable[Portion]) -> None:
         for portion in portions:
             progress = self._progress.get(portion.request_id)
             if progress is not None:
                 progress.num_sent = portion.first
                 progress.count -= 1
-
-    def finish(self, request_id: str) -> int | None:
-        """How many portions were sent of a prompt; None where it is not known (any more)."""
-        progress = self._progress.pop(request_id, None)
-        return None if progress is None else progress.count
 
     def _is_due(self, progress: _Progress, end: int) -> bool:
         unsent = end - progress.num_sent

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,7 @@ from sarathi.engine.core import EngineCore
 from sarathi.engine.prefill_decode.core import PrefillDecodeCore
 from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankError
-from sarathi.messages import StepReport
+from sarathi.messages import Chunk
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32}
@@ -111,12 +111,13 @@ def test_requests_that_are_aborted_at_any_time_leave_nothing_behind(llm: LLM, ti
 
 def test_an_interrupt_waits_for_what_is_on_its_way(llm: LLM, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, core = prompts_of(15), core_of(llm)
-    start, calls = core._start_prefills, []
+    start, calls = core._start_prefills, list[Chunk]()
 
-    def interrupted(step: StepReport) -> None:
-        start(step)
-        calls.append(step)
-        if len(calls) == 2:
+    def interrupted(received: Sequence[Chunk]) -> None:
+        start(received)
+        calls.extend(received)
+        if len(calls) > 1:
+            monkeypatch.undo()
             raise KeyboardInterrupt
 
     monkeypatch.setattr(core, "_start_prefills", interrupted)
@@ -173,6 +174,21 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
         outputs = outputs_of(llm, prompts)
         check_idle(llm)
     assert caplog.text.count("memory ran out in step") == len(SHORT_STEPS)
+    assert outputs == expected_outputs(tiny, prompts, 12)
+
+
+@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_paged_4"])
+def test_prompts_alone_for_which_memory_runs_short_are_computed_where_they_decode(
+    tiny: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In their first step, and in a later one when a part of them has been sent."""
+    program = multiproc._PROGRAM.replace("sarathi.executor.ranks.process", "short_sender")
+    monkeypatch.setattr(multiproc, "_PROGRAM", program)
+    prompts = [[number] * 90 + [5, 6] for number in range(1, 4)]
+    with LLM(**settings_for(tiny, attention_backend=backend, **TWO_ENGINES)) as llm:
+        outputs = [output for prompt in prompts for output in outputs_of(llm, [prompt])]
+        check_idle(llm)
+    assert caplog.text.count("is computed where it decodes") == caplog.text.count("memory ran out in step") == 3
     assert outputs == expected_outputs(tiny, prompts, 12)
 
 

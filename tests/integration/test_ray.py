@@ -15,7 +15,7 @@ import pytest
 import ray
 from process_tree import is_alive
 from random_driver import RandomDriver
-from rank_helpers import GREEDY, make_executor, settings_for, step_until_it_fails
+from rank_helpers import GREEDY, expected_outputs, make_executor, settings_for, step_until_it_fails
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,6 +26,7 @@ from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.replicas.run import run_all
 from sarathi.benchmark.results import write_results
+from sarathi.engine.prefill_decode.core import PrefillDecodeCore
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
 from sarathi.executor.ray import placement
@@ -137,6 +138,23 @@ def test_a_rank_that_dies_or_hangs_is_named(
         executor.launch(SchedulerOutput(0))
     executor.shutdown()
     check_nothing_is_left(pids)
+
+
+@pytest.mark.slow
+def test_what_one_actor_prefills_another_decodes_until_one_of_them_dies(cluster: Cluster, tiny: TinyModel) -> None:
+    prompts = [prompt for _, prompt in random_prompts(11, 8, 100)]
+    llm = LLM(**settings_for(tiny, **RAY, prefill_decode=True, prefill_chunk_size=32))
+    core = llm.engine.core
+    assert isinstance(core, PrefillDecodeCore)
+    prefill, decode = pids_of(core._prefills.executor), pids_of(core.executor)
+    outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    assert outputs == expected_outputs(tiny, prompts, 12)
+    os.kill(prefill[0], signal.SIGKILL)
+    with pytest.raises(RankError, match=rf"prefill rank 0 of 1 \(process {prefill[0]} on [\d.]+\) died: "):
+        while True:
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+    llm.close()
+    check_nothing_is_left(prefill + decode)
 
 
 _KILLED = """

@@ -152,7 +152,8 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
         step_until_it_fails(executor)
     assert time.monotonic() - began_s < 20
     assert not any(map(is_alive, pids))
-    executor.wait()
+    with pytest.raises(RankError, match=f"wait cannot be run, the ranks have ended: rank {rank} of 2"):
+        executor.wait()
     with pytest.raises(RankError, match=f"launch cannot be run, the ranks have ended: rank {rank} of 2"):
         executor.launch(SchedulerOutput(0))
     assert executor.memory_stats().mapped_bytes == 0

@@ -9,6 +9,7 @@ as pending, and is on the device when the next step needs it.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from sarathi.core.scheduler.request_state import RequestState, RunningRequests, 
 from sarathi.messages import NOT_FINITE, PrefixCacheStats, RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
+logger = logging.getLogger(__name__)
 _MOST_REQUESTS = 2**48  # that ever arrive: the order of arrival is within that of priority
 _MAX_DEFERRED = 32  # requests that a step passes over
 _MAX_DEFERRALS = 256  # steps that pass over one request
@@ -231,19 +233,24 @@ class Scheduler(ABC):
         return self._append_tokens(step, tokens)
 
     def end_receive(self, request_id: str, update: RequestUpdate | None) -> list[RequestUpdate]:
-        """Another engine is done with a prompt of `SchedulerOutput.received`: go on with its token, or end as it did.
+        """Another engine is done with a prompt of `SchedulerOutput.received`: go on with its token.
 
-        update: None where the request has ended here meanwhile.
+        update: without a token where it could not compute the prompt: then it is computed here. None where the request
+        has ended here meanwhile.
         """
         state = self._states.get(request_id) or self._running.finishing[request_id]
         state.steps_in_flight -= 1
-        state.is_receiving = False
+        state.is_receiving, state.is_received = False, True
         if update is None or state.request.is_finished:
             self._running.release(state)
             return []
+        if not update.tokens:
+            reason = update.stop_reason or "the other engine has too little memory"
+            logger.warning("the prompt of request %s is computed where it decodes: %s", request_id, reason)
+            state.request.num_computed_tokens = state.request.num_pending_tokens = 0
+            return []
         state.num_cached_tokens = update.num_cached_tokens
-        ended = RequestUpdate(request_id, (), "error", update.stop_reason)
-        own = state.append(update.tokens[0]) if update.tokens else ended
+        own = state.append(update.tokens[0])
         if own.finish_reason is not None:
             self._end(state, own.finish_reason, own.stop_reason)
             self._running.remove_ended()
@@ -307,7 +314,7 @@ class Scheduler(ABC):
 
     def _start(self, state: RequestState, num_cached: int, step: Step) -> bool:
         request = state.request
-        if self._most_received_tokens and not request.output_token_ids:
+        if self._most_received_tokens and not state.is_received:
             return self._start_receiving(state, step)
         request.num_computed_tokens = num_cached
         length = self._prefill_policy.chunk_length(request, step, len(self._running.running) + 1)

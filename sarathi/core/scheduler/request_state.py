@@ -39,7 +39,8 @@ class RequestState:
     steps_in_flight: steps scheduled with it and not yet updated; its memory is in use until they are.
     last_step_id: the last step that contains it or has to leave it out.
     is_known: whether the worker has been told about it.
-    is_receiving: whether another engine computes its prompt now; it counts as one more step in flight.
+    is_receiving: whether another engine computes its prompt now; it counts as one more step in flight. is_received:
+        whether it has done so, or could not: what is lost of the request is computed here.
     num_cached_tokens: of its prompt, when it last started. num_deferred: steps for which it waited for another request
         to compute what both begin with.
     """
@@ -53,6 +54,7 @@ class RequestState:
     last_step_id: int = -1
     is_known: bool = False
     is_receiving: bool = False
+    is_received: bool = False
     num_cached_tokens: int = 0
     num_deferred: int = 0
 

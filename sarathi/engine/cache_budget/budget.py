@@ -15,8 +15,9 @@ class CacheBudget:
 
     look_s: float | None = None
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
-        self._scheduler, self._executor = scheduler, executor
+    def __init__(self, scheduler: Scheduler, executor: Executor, num_engines: int = 1) -> None:
+        """num_engines: that work together. `set_bytes` is told the sum of their budgets, which are equal."""
+        self._scheduler, self._executor, self._num_engines = scheduler, executor, num_engines
         self._rows = self._held_rows = self._reachable_rows = executor.capacity.rows
 
     @property
@@ -25,14 +26,16 @@ class CacheBudget:
         return self._held_rows == self._rows
 
     def set_bytes(self, memory_bytes: int) -> Sequence[RequestUpdate]:
-        """Change the budget to whole rows of memory_bytes, summed over ranks; the ends of requests that are too long.
+        """Change the budget to whole rows of memory_bytes, summed over ranks of all engines; the ends of requests that
+        are too long.
 
         ValueError where not one row fits, or where memory is paged, whose tensors cannot grow in place.
         """
         self._check_virtual()
-        row_bytes = self._row_bytes
+        row_bytes = self._row_bytes * self._num_engines
         if memory_bytes < row_bytes:
-            raise ValueError(f"memory_bytes is {memory_bytes}: it must be at least {row_bytes}, one row of pages")
+            where = " in each engine" if self._num_engines > 1 else ""
+            raise ValueError(f"memory_bytes is {memory_bytes}: it must be at least {row_bytes}, one row of pages{where}")
         self._reachable_rows = memory_bytes // row_bytes
         return self._set_rows(self._reachable_rows)
 

@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from sarathi.engine.core_process import wire
-from sarathi.messages import CoreOutput, EngineFacts, NewRequest
+from sarathi.messages import CoreOutput, CoreStats, EngineFacts, NewRequest
 
 logger = logging.getLogger(__name__)
 _CLOSED = "the core process was asked to end"
@@ -55,7 +55,7 @@ class CoreLink(ABC):
             socket.set_hwm(0)
         self._listener: CoreListener | None = None
         self._has_beaten = False
-        self._stats: asyncio.Future[wire.CoreStats] | None = None
+        self._stats: asyncio.Future[CoreStats] | None = None
         self._changes: deque[asyncio.Future[wire.Done]] = deque()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -87,7 +87,7 @@ class CoreLink(ABC):
         """End requests, as `CoreClient.finish` does."""
         self._send(wire.Finish(tuple(request_ids), reason, stop_reason))
 
-    async def stats(self) -> wire.CoreStats:
+    async def stats(self) -> CoreStats:
         """Queues and memory between two steps. Raises CoreDiedError, also after `close`."""
         self._check_open()
         if self._stats is None:
@@ -135,9 +135,9 @@ class CoreLink(ABC):
             self._listener.on_refused(report.request_ids, report.message)
         elif isinstance(report, wire.StepFailed):
             self._listener.on_step_failed(report.request_ids, report.message)
-        elif isinstance(report, wire.CoreStats) and self._stats is not None:
+        elif isinstance(report, wire.Stats) and self._stats is not None:
             waiting, self._stats = self._stats, None
-            waiting.set_result(report)
+            waiting.set_result(report.core)
         elif isinstance(report, wire.Done):
             self._changes.popleft().set_result(report)
 

@@ -10,7 +10,6 @@ from sarathi.engine.core_process.owners import MAIN, Owners
 from sarathi.engine.core_process.wire import (
     AddRequests,
     Command,
-    CoreStats,
     Done,
     Finish,
     GetStats,
@@ -22,6 +21,7 @@ from sarathi.engine.core_process.wire import (
     Shutdown,
     Sleep,
     Started,
+    Stats,
     WakeUp,
 )
 
@@ -75,7 +75,7 @@ class CoreLoop:
         elif isinstance(command, Finish):
             self._finish(command.request_ids, command.reason, command.stop_reason)
         elif isinstance(command, GetStats):
-            self._channel.send(self._stats(), name)
+            self._channel.send(Stats(self._core.stats()), name)
         elif isinstance(command, MemoryChange):
             self._channel.send(self._change_memory(command), name)
         elif isinstance(command, Join):
@@ -133,11 +133,3 @@ class CoreLoop:
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise error
         self._core.executor.wait()  # raises where the device is lost
-
-    def _stats(self) -> CoreStats:
-        scheduler = self._core.scheduler
-        rows = scheduler.block_space_manager
-        return CoreStats(
-            scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, rows.num_used_rows,
-            rows.capacity.rows, self._core.memory_stats(), scheduler.prefix_cache_stats,
-        )  # fmt: skip

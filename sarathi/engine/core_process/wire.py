@@ -2,7 +2,7 @@
 
 import msgspec
 
-from sarathi.messages import EngineFacts, MemoryStats, NewRequest, PrefixCacheStats, RequestUpdate
+from sarathi.messages import CoreStats, EngineFacts, NewRequest, RequestUpdate
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
@@ -20,7 +20,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
-    """Ask for one CoreStats."""
+    """Ask for one Stats."""
 
 
 class SetCacheBudget(msgspec.Struct, frozen=True, tag=True):
@@ -99,16 +99,10 @@ class StepFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class CoreStats(msgspec.Struct, frozen=True, tag=True):
-    """The core between two steps. Rows are those of the block space manager."""
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """See `EngineCore.stats`."""
 
-    num_running: int
-    num_waiting: int
-    num_preemptions: int
-    used_rows: int
-    total_rows: int
-    memory: MemoryStats
-    prefixes: PrefixCacheStats
+    core: CoreStats
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -121,7 +115,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """The process runs, whatever its step is doing."""
 
 
-Report = Started | StartFailed | StepOutputs | Refused | StepFailed | CoreStats | Done | Heartbeat
+Report = Started | StartFailed | StepOutputs | Refused | StepFailed | Stats | Done | Heartbeat
 """Core to client."""
 
 encode = msgspec.msgpack.encode

@@ -1,26 +1,31 @@
 """The engine that decodes, with another one that computes its prompts.
 
 A request gets its memory here first, for its whole prompt. Then the other engine computes it, and its ranks send what a
-layer has computed while later layers compute. When its token is known, and all has arrived, it is decoded here.
+layer has computed while later layers compute. When its token is known, and all has arrived, it is decoded here. A prompt
+that the other engine cannot compute, as where its memory runs short, is computed here.
 """
 
 import time
 from collections.abc import Callable, Sequence
 
-from sarathi.core.scheduler import RequestTooLongError, Scheduler
+from sarathi.core.scheduler import Scheduler
+from sarathi.engine.cache_budget.budget import CacheBudget
 from sarathi.engine.core import EngineCore
-from sarathi.engine.prefill_decode.prefill import Prefilled, Prefills
+from sarathi.engine.prefill_decode.prefill import NUM_ENGINES, Prefilled, Prefills
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
 from sarathi.messages import (
     Arrival,
+    Chunk,
     CompletedStep,
     CoreOutput,
+    CoreStats,
+    MemoryStats,
     NewRequest,
     PrefixCacheStats,
+    RequestUpdate,
     SchedulerOutput,
     StepFuture,
-    StepReport,
     StepResult,
 )
 
@@ -36,19 +41,13 @@ class PrefillDecodeCore(EngineCore):
         self, scheduler: Scheduler, executor: RanksExecutor, prefills: Prefills,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        super().__init__(scheduler, executor, clock)
+        super().__init__(scheduler, executor, clock, CacheBudget(scheduler, executor, NUM_ENGINES))
         self._prefills = prefills
         self._new: dict[str, NewRequest] = {}  # whose memory is not mapped yet
         self._computing: set[str] = set()  # by the other engine
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
-        most = self._prefills.facts.max_prompt_tokens
         for new in requests:
-            if len(new.token_ids) > most:
-                raise RequestTooLongError(
-                    f"request {new.request_id!r} has {len(new.token_ids)} tokens: the longest prompt that the engine "
-                    f"for prompts can compute has {most}"
-                )
             super().add_requests([new])
             self._new[new.request_id] = new
 
@@ -63,10 +62,8 @@ class PrefillDecodeCore(EngineCore):
             for update in output.updates:
                 if update.finish_reason is not None:
                     self._withdraw(update.request_id)
-            if output.step is not None:
-                self._start_prefills(output.step)
-                if output.step.out.is_empty:
-                    self._take_in(_LOOK_S)
+            if output.step is not None and output.step.out.is_empty:
+                self._take_in(_LOOK_S)
         except RankError as error:
             self._kill(error)
             raise
@@ -86,8 +83,6 @@ class PrefillDecodeCore(EngineCore):
             super().reset()
 
     def sleep(self, level: int = 1) -> None:
-        self._check_level(level)
-        self._wait_for_prefills()
         super().sleep(level)
         self._prefills.call(lambda core: core.sleep(level))
 
@@ -96,13 +91,28 @@ class PrefillDecodeCore(EngineCore):
         super().wake_up()
 
     def set_cache_budget(self, memory_bytes: int) -> None:
-        raise ValueError("transfer.prefill_decode is true: the budget of the KV cache cannot change")
+        """Each engine gets half of it."""
+        self._prefills.call(lambda core: core.set_cache_budget(memory_bytes))
+        super().set_cache_budget(memory_bytes)
 
     def reset_prefix_cache(self) -> bool:
-        return self._prefills.call(lambda core: core.reset_prefix_cache())
+        return super().reset_prefix_cache() and self._prefills.call(lambda core: core.reset_prefix_cache())
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
-        return self._prefills.call(lambda core: core.prefix_cache_stats())
+        return self._prefills.stats.prefixes
+
+    def memory_stats(self) -> MemoryStats:
+        """Of both engines: of the other one as it was less than a second ago, or when it had done its work."""
+        return MemoryStats.sum_of((super().memory_stats(), self._prefills.stats.memory))
+
+    def stats(self) -> CoreStats:
+        """Rows and preemptions of both engines; the other one's requests are some of those here."""
+        ours, theirs = super().stats(), self._prefills.stats
+        return ours._replace(
+            num_preemptions=ours.num_preemptions + theirs.num_preemptions,
+            used_rows=ours.used_rows + theirs.used_rows,
+            total_rows=ours.total_rows + theirs.total_rows,
+        )
 
     def shutdown(self) -> None:
         try:
@@ -114,11 +124,19 @@ class PrefillDecodeCore(EngineCore):
         """Ranks do not hear of a step in which all requests wait for the other engine."""
         return CompletedStep(StepResult(out.step_id)) if out.is_empty else super()._launch(out)
 
-    def _start_prefills(self, step: StepReport) -> None:
-        """Those whose memory is mapped on every rank."""
-        if step.result.available_rows is not None:
-            return
-        for request_id in [chunk.request_id for chunk in step.out.received]:
+    def _updates(self, out: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
+        updates = super()._updates(out, result)
+        if result.available_rows is None:
+            self._start_prefills(out.received)
+        return updates
+
+    def _take_results(self) -> None:
+        super()._take_results()
+        self._wait_for_prefills()
+
+    def _start_prefills(self, received: Sequence[Chunk]) -> None:
+        """Their memory is mapped on every rank."""
+        for request_id in [chunk.request_id for chunk in received]:
             if self.scheduler.is_unfinished(request_id):
                 self._computing.add(request_id)
                 self._prefills.start(self._new.pop(request_id))

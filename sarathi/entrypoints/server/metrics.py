@@ -14,8 +14,8 @@ from prometheus_client.registry import Collector
 
 from sarathi.engine.async_llm import AsyncLLM
 from sarathi.engine.core_process.link import CoreDiedError
-from sarathi.engine.core_process.wire import CoreStats
 from sarathi.engine.outputs import RequestMetrics, RequestOutput
+from sarathi.messages import CoreStats
 
 _PREFIX = "sarathi:"
 _STATS_TIMEOUT_S = 2.0

@@ -1,6 +1,5 @@
 """An executor whose ranks are elsewhere: the part that does not depend on where."""
 
-from dataclasses import fields
 from typing import Any
 
 from sarathi.config.schema import ParallelConfig
@@ -79,15 +78,13 @@ class RanksExecutor(Executor):
         return self.launch(out).result()
 
     def wait(self) -> None:
-        if self._ranks.are_running:
-            self.ask("wait")
+        """Raises RankError where the ranks have ended."""
+        self.ask("wait")
 
     def memory_stats(self) -> MemoryStats:
         if not self._ranks.are_running:
             return MemoryStats()
-        stats: list[MemoryStats] = self.ask("memory_stats")
-        names = [each.name for each in fields(MemoryStats)]
-        return MemoryStats(**{name: sum(getattr(each, name) for each in stats) for name in names})
+        return MemoryStats.sum_of(self.ask("memory_stats"))
 
     def check_integrity(self) -> None:
         if self._ranks.are_running:

@@ -76,14 +76,26 @@ def test_memory_of_an_aborted_request_is_in_use_until_nothing_more_arrives(sched
     assert not scheduler.has_work
 
 
-def test_a_request_may_end_with_its_first_token_or_with_an_error(scheduler: Scheduler) -> None:
+def test_a_request_may_end_with_its_first_token(scheduler: Scheduler) -> None:
     add(scheduler, "a", 4, max_tokens=1)
-    add(scheduler, "b", 4)
     run(scheduler)
     [ended] = scheduler.end_receive("a", token_of("a"))
     assert (ended.finish_reason, len(ended.tokens)) == ("length", 1)
-    [failed] = scheduler.end_receive("b", RequestUpdate("b", (), "error", "not finite"))
-    assert (failed.finish_reason, failed.stop_reason, failed.tokens) == ("error", "not finite", ())
+    run(scheduler)
+    assert not scheduler.has_work and not scheduler.block_space_manager.num_used_rows
+
+
+@pytest.mark.parametrize("length", [1, 10])
+def test_a_prompt_that_the_other_engine_cannot_compute_is_computed_here(scheduler: Scheduler, length: int) -> None:
+    add(scheduler, "a", length, max_tokens=1)
+    run(scheduler)
+    assert scheduler.end_receive("a", RequestUpdate("a", (), "error", "not finite")) == []
+    preempted = scheduler.preempt_all()
+    assert preempted.preempted == ("a",)
+    scheduler.update(preempted, StepResult(preempted.step_id))
+    out, [update] = run(scheduler)
+    assert not out.received and [tuple(chunk[:4]) for chunk in out.chunks] == [("a", 0, length, True)]
+    assert (update.tokens[0].token_id, update.finish_reason) == (9, "length")
     run(scheduler)
     assert not scheduler.has_work and not scheduler.block_space_manager.num_used_rows
 

@@ -148,7 +148,7 @@ def test_stats_are_those_between_two_steps() -> None:
     channel = ScriptedChannel([add("a"), wire.GetStats()])
     CoreLoop(make_core(), channel).run()
     stats = channel.reports[1]
-    assert isinstance(stats, wire.CoreStats) and (stats.num_running, stats.num_waiting) == (0, 1)
+    assert isinstance(stats, wire.Stats) and (stats.core.num_running, stats.core.num_waiting) == (0, 1)
     assert (stats.used_rows, stats.total_rows) == (0, 1000)
 
 
@@ -426,8 +426,8 @@ def test_each_front_end_is_told_of_its_own_requests() -> None:
     )
     CoreLoop(core, channel).run()
     kinds = {(name, type(report)) for name, report in channel.told}
-    assert ("x", wire.Started) in kinds and ("y", wire.Refused) in kinds and ("y", wire.CoreStats) in kinds
-    assert ("x", wire.Refused) not in kinds and ("x", wire.CoreStats) not in kinds
+    assert ("x", wire.Started) in kinds and ("y", wire.Refused) in kinds and ("y", wire.Stats) in kinds
+    assert ("x", wire.Refused) not in kinds and ("x", wire.Stats) not in kinds
     outputs = [(name, report) for name, report in channel.told if isinstance(report, wire.StepOutputs)]
     ends = {(name, each.request_id) for name, report in outputs for each in report.updates if each.finish_reason}
     assert ends == {("x", "a"), ("y", "c")} and {name for name, _ in outputs} == {"x", "y"}

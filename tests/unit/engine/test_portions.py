@@ -36,7 +36,8 @@ def test_a_prompt_is_sent_whole_once_and_in_few_ranges(layers: int, backend: str
     for length in (1, 2, 100, 8192, 131072):
         portions = Portions(backend, layers, max_ranges=64)
         portions.add(NewRequest("a", (1,) * length, SamplingParams()))
-        sent = [portion for chunk in chunks_of(length, rng) for portion in portions.plan([chunk])]
+        chunks = enumerate(chunks_of(length, rng))
+        sent = [portion for step_id, chunk in chunks for portion in portions.plan(step_id, [chunk])]
         assert [portion.first for portion in sent] == [0, *[portion.end for portion in sent[:-1]]]
         assert sent[-1].end == length and len(sent) * each <= max(64, each)
         assert portions.finish("a") == len(sent) and portions.finish("a") is None
@@ -46,11 +47,25 @@ def test_what_did_not_run_is_sent_later() -> None:
     portions = Portions("fa_vattn_megacache", 2, max_ranges=64)
     portions.add(NewRequest("a", (1,) * 30, SamplingParams()))
     first, second = Chunk("a", 0, 10, False, 30), Chunk("a", 10, 10, False, 30)
-    assert list(portions.plan([first, Chunk("b", 0, 5, True, 5)])) == [Portion("a", 0, 10)]
-    portions.take_back(list(portions.plan([second])))
-    assert list(portions.plan([second])) == [Portion("a", 10, 20)]
-    assert list(portions.plan([Chunk("a", 20, 10, True, 30)])) == [Portion("a", 20, 30)]
+    assert portions.plan(0, [first, Chunk("b", 0, 5, True, 5)]) == (Portion("a", 0, 10),)
+    portions.complete(0)
+    portions.plan(1, [second])
+    portions.take_back(1)
+    assert portions.plan(2, [second]) == (Portion("a", 10, 20),)
+    assert portions.plan(3, [Chunk("a", 20, 10, True, 30)]) == (Portion("a", 20, 30),)
     assert portions.finish("a") == 3
+
+
+def test_steps_behind_one_that_did_not_run_are_taken_back_with_it_and_later_ones_are_not() -> None:
+    portions = Portions("fa_vattn_megacache", 2, max_ranges=64)
+    portions.add(NewRequest("a", (1,) * 30, SamplingParams()))
+    portions.plan(0, [Chunk("a", 0, 10, False, 30)])
+    portions.plan(1, [Chunk("a", 10, 10, False, 30)])
+    portions.take_back(0)
+    assert portions.plan(2, [Chunk("a", 0, 5, False, 30)]) == (Portion("a", 0, 5),)
+    portions.take_back(1)  # its result comes after step 2 was planned
+    assert portions.plan(3, [Chunk("a", 5, 25, True, 30)]) == (Portion("a", 5, 30),)
+    assert portions.finish("a") == 2
 
 
 class Pair(Link):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from sarathi.engine.core_process.link import CoreDiedError
-from sarathi.engine.core_process.wire import CoreStats
+from sarathi.messages import CoreStats
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
 
 
