@@ -108,6 +108,7 @@ class SchedulerOutput:
     preempted: release the memory and keep the tokens, which are computed again later.
     finished: drop the request. Both are released before the memory of this step's chunks is prepared.
     received: prompts that another engine computes: memory is prepared for them as for chunks, and nothing is computed.
+        They begin behind the tokens that are cached here.
     sent: what this step computes for another engine.
     num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
         it was sent after a failed one, and depends on what that should have computed.
@@ -128,7 +129,7 @@ class SchedulerOutput:
     def is_empty(self) -> bool:
         """Whether workers need not hear of it."""
         changes = (self.new_requests, self.chunks, self.preempted, self.finished, self.received)
-        return self.prefixes is None and not any(changes)
+        return not any((*changes, *(self.prefixes or ())))
 
     @property
     def num_tokens(self) -> int:

@@ -82,7 +82,9 @@ def _check_group(config: EngineConfig) -> None:
     if group is not None and config.cache.memory_bytes is None:
         raise ConfigError(f"kv_budget_group is {group!r}: it needs memory_bytes, the total that the group shares")
     if group is not None and config.transfer.prefill_decode:
-        raise ConfigError(f"kv_budget_group is {group!r}: it shares the memory of one device, and prefill_decode has two")
+        raise ConfigError(
+            f"kv_budget_group is {group!r}: it shares the memory of one device, and prefill_decode has two"
+        )
     if group is not None and parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         raise ConfigError(f"kv_budget_group is {group!r}: it shares the memory of one device, and this engine has more")
 

@@ -29,9 +29,9 @@ class Portions:
         self._progress: dict[str, _Progress] = {}
         self._planned: dict[int, tuple[Portion, ...]] = {}  # by step, of those that have not ended
 
-    def add(self, new: NewRequest) -> None:
-        """A prompt that is to be sent."""
-        self._progress[new.request_id] = _Progress(len(new.token_ids))
+    def add(self, new: NewRequest, first: int = 0) -> None:
+        """A prompt that is to be sent, from this token on."""
+        self._progress[new.request_id] = _Progress(len(new.token_ids), first)
 
     def plan(self, step_id: int, chunks: Iterable[Chunk]) -> tuple[Portion, ...]:
         """What is to leave in a step of these chunks. Prompts that are not known are not sent."""

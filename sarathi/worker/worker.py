@@ -134,10 +134,10 @@ class Worker:
 
     def run(self, out: SchedulerOutput) -> StepFuture:
         """Compute a step for which `prepare` returned None."""
-        if not out.chunks:
-            return CompletedStep(StepResult(out.step_id))
         if out.prefixes is not None and out.prefixes.shared:
             self._cache.copy_prefixes()
+        if not out.chunks:
+            return CompletedStep(StepResult(out.step_id))
         self.sending.start(out.sent)
         return self._runner.launch(out, self._sequences)
 

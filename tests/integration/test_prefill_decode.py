@@ -1,12 +1,14 @@
 """Prompts computed by one engine and continued by another, behind one LLM: outputs, aborts, failures."""
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
+from http_server import wait_until
 from process_tree import is_alive
 from rank_helpers import BACKENDS, GREEDY, expected_outputs, pids_of, settings_for
 from short_rank import SHORT_STEPS
@@ -17,10 +19,10 @@ from sarathi.engine.core import EngineCore
 from sarathi.engine.prefill_decode.core import PrefillDecodeCore
 from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankError
-from sarathi.messages import Chunk
+from sarathi.messages import Chunk, MemoryStats
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
-TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32}
+TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32, "prefix_caching": True}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,16 @@ def check_idle(llm: LLM) -> None:
         assert not core.scheduler.block_space_manager.num_used_rows
 
     core = core_of(llm)
+    wait_until(llm.reset_prefix_cache, "a request has not ended")  # the other engine may hear of an end later
+    while llm.engine.has_work:
+        llm.engine.step()
     check(core)
     core._prefills.call(check)
-    assert core.memory_stats().mapped_bytes == core.memory_stats().idle_bytes
+    wait_until(lambda: is_unused(core.memory_stats()), "memory is mapped for somebody")
+
+
+def is_unused(memory: MemoryStats) -> bool:
+    return memory.mapped_bytes == memory.idle_bytes
 
 
 def outputs_of(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
@@ -109,6 +118,25 @@ def test_requests_that_are_aborted_at_any_time_leave_nothing_behind(llm: LLM, ti
     check_idle(llm)
 
 
+def test_samples_share_a_prompt_and_what_is_known_of_one_is_not_sent(llm: LLM, tiny: TinyModel) -> None:
+    assert llm.reset_prefix_cache()
+    [prompt] = [prompt for _, prompt in random_prompts(17, 1, 1)]
+    prompt = [*prompt, *range(3, 83)]
+    before = core_of(llm)._prefills.call(lambda core: core.prefix_cache_stats())
+    sampled = replace(GREEDY, temperature=0.9, seed=3, n=4)
+    [found] = llm.generate([prompt], sampled, use_tqdm=False)
+    after = core_of(llm)._prefills.call(lambda core: core.prefix_cache_stats())
+    assert after.num_queried_tokens - before.num_queried_tokens == len(prompt)  # of one sample
+    with LLM(**settings_for(tiny)) as one:
+        [expected] = one.generate([prompt], sampled, use_tqdm=False)
+    assert [each.token_ids for each in found.outputs] == [each.token_ids for each in expected.outputs]
+    answered = [*prompt, *found.outputs[0].token_ids]
+    prompts = [[*answered, 5], [*answered, *range(20, 80)], [*prompt[:50], *range(20, 80)]]
+    assert outputs_of(llm, prompts) == expected_outputs(tiny, prompts, 12)
+    assert core_of(llm).scheduler.prefix_cache_stats.num_hit_tokens > 3 * len(prompt)
+    check_idle(llm)
+
+
 def test_an_interrupt_waits_for_what_is_on_its_way(llm: LLM, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, core = prompts_of(15), core_of(llm)
     start, calls = core._start_prefills, list[Chunk]()
@@ -162,6 +190,25 @@ def test_several_ranks_each_send_their_heads_and_preempted_requests_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prompts_of_a_tree_in_little_memory_share_what_they_begin_with(tiny: TinyModel, backend: str) -> None:
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    trunks = [rng.choices(range(97), k=60) for _ in range(3)]
+    prompts = [
+        [*rng.choice(trunks)[: rng.randint(20, 60)], *rng.choices(range(97), k=rng.randint(1, 50))] for _ in range(40)
+    ]
+    settings = settings_for(tiny, attention_backend=backend, memory_bytes=5 * 6 * 4096, **TWO_ENGINES)
+    with LLM(**settings) as llm:
+        for _ in range(2):
+            assert outputs_of(llm, prompts) == expected_outputs(tiny, prompts, 12)
+        stats = core_of(llm).scheduler.prefix_cache_stats
+        check_idle(llm)
+    assert stats.num_hit_tokens > 0.2 * stats.num_queried_tokens and stats.num_copied_tokens
+
+
+@pytest.mark.slow
 def test_shortage_on_one_rank_alone_fails_the_step_on_all(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,6 +224,7 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
     assert outputs == expected_outputs(tiny, prompts, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_paged_4"])
 def test_prompts_alone_for_which_memory_runs_short_are_computed_where_they_decode(
     tiny: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

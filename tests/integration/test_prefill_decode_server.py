@@ -1,4 +1,4 @@
-"""`sarathi serve --prefill-decode` and AsyncLLM over two engines: texts, ends of requests, of engines and of the server."""
+"""`sarathi serve --prefill-decode` and AsyncLLM over two engines: texts, ends of requests and of engines, memory."""
 
 import asyncio
 import os
@@ -67,7 +67,9 @@ def test_texts_streams_and_stop_strings_are_those_of_one_engine(pair: RunningSer
     for answer, stream, output in zip(answers, streams, expected, strict=True):
         assert [choice["text"] for choice in answer["choices"]] == [output.text] * 2
         assert stream.count("data: ") >= 2 and stream.rstrip().endswith("data: [DONE]")
-        deltas = [httpx.Response(200, text=line[6:]).json() for line in stream.splitlines() if line.startswith("data: {")]
+        deltas = [
+            httpx.Response(200, text=line[6:]).json() for line in stream.splitlines() if line.startswith("data: {")
+        ]
         assert "".join(choice["text"] for each in deltas for choice in each["choices"]) == output.text
     stop = next(char for char in expected[0].text[3:] if char.isascii())
     [stopped] = one.generate(prompts[:1], SamplingParams(temperature=0.0, max_tokens=20, stop=[stop]), use_tqdm=False)
@@ -164,7 +166,9 @@ def test_sigterm_lets_requests_end_on_both_engines(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("index", "how", "end"), [(0, signal.SIGKILL, "was ended by SIGKILL"), (1, signal.SIGSTOP, "hangs")])
+@pytest.mark.parametrize(
+    ("index", "how", "end"), [(0, signal.SIGKILL, "was ended by SIGKILL"), (1, signal.SIGSTOP, "hangs")]
+)
 def test_an_engine_of_the_pair_that_dies_or_hangs_ends_the_server(
     model: str, index: int, how: signal.Signals, end: str
 ) -> None:

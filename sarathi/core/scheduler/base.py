@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _MOST_REQUESTS = 2**48  # that ever arrive: the order of arrival is within that of priority
 _MAX_DEFERRED = 32  # requests that a step passes over
 _MAX_DEFERRALS = 256  # steps that pass over one request
+_FEW_TOKENS = 32  # that are missing of a cached prompt: another engine is not asked for them
 _NO_HIT = Hit()
 
 
@@ -57,6 +58,7 @@ class Scheduler(ABC):
         self._states: dict[str, RequestState] = {}
         self._in_flight: dict[int, Step] = {}
         self._withdrawn: list[str] = []
+        self._arrived: list[Request] = []  # whose prompts another engine has computed since the last step
         self._num_added = 0
         self._num_steps = 0
 
@@ -134,6 +136,7 @@ class Scheduler(ABC):
         self._states.clear()
         self._in_flight.clear()
         self._withdrawn.clear()
+        self._arrived.clear()
         self._waiting = WaitingQueue()
 
     def reset_prefix_cache(self) -> bool:
@@ -202,7 +205,8 @@ class Scheduler(ABC):
         for state in step.preempted:
             self._waiting.push(state)
         if self._prefixes is not None:
-            step.prefixes = self._prefixes.publish(step.prefilled)
+            step.prefixes = self._prefixes.publish([*self._arrived, *step.prefilled])
+            self._arrived.clear()
         step.num_used_rows = self.block_space_manager.num_used_rows
         step.finished = tuple(self._running.finished_ids)
         self._in_flight[step.step_id] = step
@@ -240,16 +244,18 @@ class Scheduler(ABC):
         """
         state = self._states.get(request_id) or self._running.finishing[request_id]
         state.steps_in_flight -= 1
-        state.is_receiving, state.is_received = False, True
+        state.is_receiving, state.is_local = False, True
         if update is None or state.request.is_finished:
+            state.request.num_computed_tokens = state.num_cached_tokens  # of the others some may be missing
             self._running.release(state)
             return []
         if not update.tokens:
             reason = update.stop_reason or "the other engine has too little memory"
             logger.warning("the prompt of request %s is computed where it decodes: %s", request_id, reason)
-            state.request.num_computed_tokens = state.request.num_pending_tokens = 0
+            state.request.num_computed_tokens, state.request.num_pending_tokens = state.num_cached_tokens, 0
             return []
-        state.num_cached_tokens = update.num_cached_tokens
+        self._arrived.append(state.request)
+        state.num_cached_tokens = max(state.num_cached_tokens, update.num_cached_tokens)
         own = state.append(update.tokens[0])
         if own.finish_reason is not None:
             self._end(state, own.finish_reason, own.stop_reason)
@@ -299,7 +305,7 @@ class Scheduler(ABC):
                 break
             hit = _NO_HIT if self._prefixes is None else self._prefixes.find(state.request)
             if self._may_defer and hit.num_awaited_tokens and state.num_deferred < _MAX_DEFERRALS:
-                state.num_deferred += 1
+                state.num_deferred += bool(step.chunks) or not self._most_received_tokens
                 deferred.append(state)
                 self._waiting.pop()
             elif not self._start(state, hit.num_cached_tokens, step):
@@ -314,7 +320,7 @@ class Scheduler(ABC):
 
     def _start(self, state: RequestState, num_cached: int, step: Step) -> bool:
         request = state.request
-        if self._most_received_tokens and not state.is_received:
+        if self._is_computed_elsewhere(state, num_cached):
             return self._start_receiving(state, step)
         request.num_computed_tokens = num_cached
         length = self._prefill_policy.chunk_length(request, step, len(self._running.running) + 1)
@@ -326,12 +332,18 @@ class Scheduler(ABC):
             request.num_computed_tokens = 0
             return False
         self._waiting.pop()
+        state.is_local = True
         step.introduce(state)
         if grant.num_cached_tokens:
             step.started.append(state)
         step.add(state, length, length == request.num_remaining_tokens, grant.block_ids)
         step.prefilled.append(request)
         return True
+
+    def _is_computed_elsewhere(self, state: RequestState, num_cached: int) -> bool:
+        """Whether another engine is to compute a prompt: not where little is missing of a cached one."""
+        is_nearly_cached = num_cached > 0 and state.request.num_tokens - num_cached <= _FEW_TOKENS
+        return self._most_received_tokens > 0 and not state.is_local and not is_nearly_cached
 
     def _start_receiving(self, state: RequestState, step: Step) -> bool:
         """Memory for a whole prompt, which another engine computes next. So many wait for it as keep it busy."""

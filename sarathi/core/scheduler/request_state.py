@@ -39,8 +39,8 @@ class RequestState:
     steps_in_flight: steps scheduled with it and not yet updated; its memory is in use until they are.
     last_step_id: the last step that contains it or has to leave it out.
     is_known: whether the worker has been told about it.
-    is_receiving: whether another engine computes its prompt now; it counts as one more step in flight. is_received:
-        whether it has done so, or could not: what is lost of the request is computed here.
+    is_receiving: whether another engine computes its prompt now; it counts as one more step in flight. is_local:
+        whether it has done so, or need not: what is missing of the request is computed here.
     num_cached_tokens: of its prompt, when it last started. num_deferred: steps for which it waited for another request
         to compute what both begin with.
     """
@@ -54,7 +54,7 @@ class RequestState:
     last_step_id: int = -1
     is_known: bool = False
     is_receiving: bool = False
-    is_received: bool = False
+    is_local: bool = False
     num_cached_tokens: int = 0
     num_deferred: int = 0
 
@@ -128,10 +128,12 @@ class Step:
         state.last_step_id = self.step_id
 
     def receive(self, state: RequestState, block_ids: tuple[int, ...]) -> None:
-        """Add a request whose prompt another engine computes from now on, with the token behind it."""
+        """Add a request whose prompt another engine computes from now on, with the token behind it. What is cached of
+        it here need not be sent."""
         request = state.request
-        length = request.num_tokens
-        self.received.append(Chunk(request.request_id, 0, length, False, state.granted_tokens, block_ids))
+        start, length = request.num_computed_tokens, request.num_tokens
+        chunk = Chunk(request.request_id, start, length - start, False, state.granted_tokens, block_ids)
+        self.received.append(chunk)
         self.started.append(state)
         self.receiving.append(state)
         request.num_computed_tokens, request.num_pending_tokens = length, 1

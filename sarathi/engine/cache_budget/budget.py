@@ -35,7 +35,9 @@ class CacheBudget:
         row_bytes = self._row_bytes * self._num_engines
         if memory_bytes < row_bytes:
             where = " in each engine" if self._num_engines > 1 else ""
-            raise ValueError(f"memory_bytes is {memory_bytes}: it must be at least {row_bytes}, one row of pages{where}")
+            raise ValueError(
+                f"memory_bytes is {memory_bytes}: it must be at least {row_bytes}, one row of pages{where}"
+            )
         self._reachable_rows = memory_bytes // row_bytes
         return self._set_rows(self._reachable_rows)
 

@@ -1,8 +1,8 @@
 """The engine that decodes, with another one that computes its prompts.
 
 A request gets its memory here first, for its whole prompt. Then the other engine computes it, and its ranks send what a
-layer has computed while later layers compute. When its token is known, and all has arrived, it is decoded here. A prompt
-that the other engine cannot compute, as where its memory runs short, is computed here.
+layer has computed while later layers compute. When its token is known, and all has arrived, it is decoded here. What
+the other engine cannot compute, as where its memory runs short, is computed here.
 """
 
 import time
@@ -99,7 +99,9 @@ class PrefillDecodeCore(EngineCore):
         return super().reset_prefix_cache() and self._prefills.call(lambda core: core.reset_prefix_cache())
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
-        return self._prefills.stats.prefixes
+        """Of both engines: tokens that neither has at hand are looked for twice."""
+        both = zip(super().prefix_cache_stats(), self._prefills.stats.prefixes, strict=True)
+        return PrefixCacheStats(*[ours + theirs for ours, theirs in both])
 
     def memory_stats(self) -> MemoryStats:
         """Of both engines: of the other one as it was less than a second ago, or when it had done its work."""
@@ -136,10 +138,10 @@ class PrefillDecodeCore(EngineCore):
 
     def _start_prefills(self, received: Sequence[Chunk]) -> None:
         """Their memory is mapped on every rank."""
-        for request_id in [chunk.request_id for chunk in received]:
+        for request_id, first in [(chunk.request_id, chunk.start) for chunk in received]:
             if self.scheduler.is_unfinished(request_id):
                 self._computing.add(request_id)
-                self._prefills.start(self._new.pop(request_id))
+                self._prefills.start(self._new.pop(request_id), first)
             else:
                 self.scheduler.end_receive(request_id, None)
 

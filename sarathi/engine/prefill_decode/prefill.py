@@ -15,7 +15,7 @@ from sarathi.engine.cache_budget.budget import CacheBudget
 from sarathi.engine.core import EngineCore
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
-from sarathi.messages import CoreStats, NewRequest, RequestUpdate, SchedulerOutput, StepResult
+from sarathi.messages import NewRequest, RequestUpdate, SchedulerOutput, StepResult
 from sarathi.transfer.portions import Portions
 
 T = TypeVar("T")
@@ -47,11 +47,12 @@ class PrefillCore(EngineCore):
         self._portions = portions
         self._aborted: list[str] = []
 
-    def prefill(self, new: NewRequest) -> None:
-        """Queue a prompt, of which one `Prefilled` will follow: at once where it is too long for this cache."""
+    def prefill(self, new: NewRequest, first: int) -> None:
+        """Queue a prompt, which is sent from token `first` on. One `Prefilled` will follow: at once where the prompt is
+        too long for this cache."""
         params = new.sampling_params
         one = replace(params, max_tokens=1, min_tokens=min(params.min_tokens, 1))
-        self._portions.add(new)
+        self._portions.add(new, first)
         try:
             self.add_requests([replace(new, sampling_params=one)])
         except ValueError as error:
@@ -105,9 +106,9 @@ class Prefills:
         self._thread = threading.Thread(target=self._run, name="prefill", daemon=True)
         self._thread.start()
 
-    def start(self, new: NewRequest) -> None:
+    def start(self, new: NewRequest, first: int) -> None:
         """See `PrefillCore.prefill`."""
-        self._work.put(partial(self._core.prefill, new))
+        self._work.put(partial(self._core.prefill, new, first))
 
     def abort(self, request_id: str) -> None:
         """See `PrefillCore.abort`."""
@@ -118,7 +119,9 @@ class Prefills:
         found: list[Prefilled | RequestUpdate] = []
         try:
             while True:
-                found.append(self._done.get(timeout=0 if found else timeout_s) if timeout_s else self._done.get_nowait())
+                found.append(
+                    self._done.get(timeout=0 if found else timeout_s) if timeout_s else self._done.get_nowait()
+                )
         except Empty:
             if not found and self._error is not None:
                 raise self._failure() from self._error
@@ -143,6 +146,7 @@ class Prefills:
         self._work.put(None)
         self._thread.join()
         self._core.shutdown()
+        self._look()
 
     def _run(self) -> None:
         try:

@@ -38,8 +38,7 @@ def start_executors(
     """
     name = "ray" if config.parallel.executor == "ray" else "multiproc"
     parallel = replace(config.parallel, executor=name)
-    cache = replace(config.cache, prefix_caching=False)  # prompts are not computed here
-    sides = (replace(prefill, parallel=parallel), replace(config, parallel=parallel, cache=cache))
+    sides = (replace(prefill, parallel=parallel), replace(config, parallel=parallel))
     size = parallel.tensor_parallel_size
     with ThreadPoolExecutor(2) as pool:
         started = [

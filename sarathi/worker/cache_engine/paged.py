@@ -85,13 +85,17 @@ class PagedCacheEngine:
         self._peak_blocks = max(self._peak_blocks, len(self._holders))
 
     def copy_prefixes(self) -> None:
-        """Only whole blocks are shared, so at most one block is copied, as a whole."""
+        """Only whole blocks are shared, so at most one block is copied: no token behind the prefix, as one may arrive
+        from another engine meanwhile."""
         shared, self._shared = self._shared, []
         if shared:
-            sources = [prefix.source_block for prefix in shared]
+            cuts = [(prefix, slice(prefix.num_tokens - prefix.num_mapped)) for prefix in shared]
             targets = [self._tables[prefix.request_id][prefix.num_mapped // self.block_size] for prefix in shared]
-            for tensor in (self._keys, self._values):
-                tensor[:, targets] = tensor[:, sources]
+            tensors = (self._keys, self._values)
+            torch._foreach_copy_(
+                [each[:, target, cut] for target, (_, cut) in zip(targets, cuts, strict=True) for each in tensors],
+                [each[:, prefix.source_block, cut] for prefix, cut in cuts for each in tensors],
+            )
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
         self._shared = []

@@ -3,6 +3,7 @@
 import pytest
 
 from sarathi.config.schema import SchedulerConfig
+from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.messages import CacheCapacity, RequestUpdate, SampledToken, SchedulerOutput, StepResult
@@ -98,6 +99,57 @@ def test_a_prompt_that_the_other_engine_cannot_compute_is_computed_here(schedule
     assert (update.tokens[0].token_id, update.finish_reason) == (9, "length")
     run(scheduler)
     assert not scheduler.has_work and not scheduler.block_space_manager.num_used_rows
+
+
+@pytest.fixture
+def caching() -> Scheduler:
+    """A row has 4 tokens, and there are 60."""
+    manager = PrefixCachingBlockSpaceManager(CacheCapacity(60, 1, 4, num_retained=4))
+    return make_scheduler(SchedulerConfig(max_num_seqs=8), manager, 250, 1, 500)
+
+
+def started(out: SchedulerOutput) -> list[tuple[str, int, int]]:
+    return [(chunk.request_id, chunk.start, chunk.num_tokens) for chunk in out.chunks]
+
+
+def test_prompts_that_are_alike_are_received_once(caching: Scheduler) -> None:
+    for name in "abc":
+        add(caching, name, 100, max_tokens=5)
+    assert received(run(caching)[0]) == [("a", 0, 100)]
+    for _ in range(300):  # however long that takes
+        assert run(caching)[0].is_empty
+    caching.end_receive("a", token_of("a"))
+    run(caching)
+    out, _ = run(caching)
+    assert not out.received and started(out)[1:] == [("b", 99, 1), ("c", 99, 1)]
+    assert caching.block_space_manager.num_used_rows == 26 + 2  # the last row of each is its own
+    while caching.has_work:
+        run(caching)
+    caching.check_integrity()
+
+
+def test_what_is_cached_of_a_prompt_is_not_received(caching: Scheduler) -> None:
+    add(caching, "a", 100)
+    run(caching)
+    caching.end_receive("a", token_of("a"))
+    while caching.has_work:
+        run(caching)
+    add(caching, "b", 180)
+    add(caching, "c", 110)
+    out, _ = run(caching)
+    assert received(out) == [("b", 100, 80)] and started(out) == [("c", 100, 10)]
+    assert caching.end_receive("b", RequestUpdate("b", (), "error")) == []
+    assert ("b", 100, 80) in started(run(caching)[0])
+
+
+def test_what_may_not_have_arrived_is_not_found(caching: Scheduler) -> None:
+    add(caching, "a", 100)
+    run(caching)
+    caching.abort("a")
+    caching.end_receive("a", None)
+    add(caching, "b", 100)
+    assert received(run(caching)[0]) == [("b", 0, 100)]
+    caching.check_integrity()
 
 
 def test_a_prompt_whose_memory_cannot_be_mapped_is_received_again(scheduler: Scheduler) -> None:

@@ -211,7 +211,7 @@ def test_a_member_that_sleeps_holds_nothing_and_wakes_with_its_share(tmp_path: P
     [
         ({}, "kv_budget_group is 'pair': it needs memory_bytes"),
         ({"memory_bytes": 1000, "tensor_parallel_size": 2}, "it shares the memory of one device"),
-        ({"memory_bytes": 1000, "prefill_decode": True}, "it shares the memory of one device, and prefill_decode has two"),
+        ({"memory_bytes": 1000, "prefill_decode": True}, "of one device, and prefill_decode has two"),
         ({"kv_budget_group": "a/b"}, "kv_budget_group is 'a/b': it must be letters"),
     ],
 )

@@ -149,7 +149,7 @@ def test_stats_are_those_between_two_steps() -> None:
     CoreLoop(make_core(), channel).run()
     stats = channel.reports[1]
     assert isinstance(stats, wire.Stats) and (stats.core.num_running, stats.core.num_waiting) == (0, 1)
-    assert (stats.used_rows, stats.total_rows) == (0, 1000)
+    assert (stats.core.used_rows, stats.core.total_rows) == (0, 1000)
 
 
 # The process.

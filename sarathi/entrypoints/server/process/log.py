@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import msgspec
 
 from sarathi.engine.core_process.link import CoreDiedError
-from sarathi.messages import CoreStats
 from sarathi.engine.outputs import CompletionOutput, RequestOutput
+from sarathi.messages import CoreStats
 
 
 class RequestLog:
