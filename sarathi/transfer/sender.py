@@ -32,11 +32,15 @@ class Sender(Sending):
     """Sends portions of prompts. The model must run eagerly: no CUDA graph tells of a layer."""
 
     def __init__(self, link: Link, cache: Ranges, layers: list[Any]) -> None:
-        """layers: of the model, which are replaced."""
+        """layers: see `attach`."""
         self._link, self._cache = link, cache
         self._portions: Sequence[Portion] = ()
         self._ranges: list[list[list[Tensor]]] = []  # of each portion, of each layer
         self._transfers: defaultdict[str, list[Any]] = defaultdict(list)
+        self.attach(layers)
+
+    def attach(self, layers: list[Any]) -> None:
+        """Replace the entries of the list, which is the model's."""
         layers[:] = [SendingLayer(layer, index, self) for index, layer in enumerate(layers)]
 
     def start(self, portions: Sequence[Portion]) -> None:

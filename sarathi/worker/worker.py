@@ -167,6 +167,7 @@ class Worker:
         """Read the weights again where they were dropped. Raises as the constructor does."""
         if not hasattr(self._runner, "model"):
             self._runner.model = self._builder.build(open_checkpoint(self._builder.config))
+            self.sending.attach(self.model.layers)
 
     def fingerprint(self) -> str:
         """A hash of the requests in the cache: their lengths, and the tokens that are computed."""
