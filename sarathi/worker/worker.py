@@ -1,13 +1,14 @@
 """One rank: its share of the model and of the KV cache, and the tokens of running requests."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
 from sarathi.config.schema import EngineConfig
 from sarathi.messages import (
     CacheCapacity,
+    Chunk,
     CompletedStep,
     MemoryStats,
     Resolution,
@@ -122,7 +123,7 @@ class Worker:
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            self._cache.prepare((*out.chunks, *out.received), () if prefixes is None else prefixes.shared)
+            self._cache.prepare(_in_order(out), () if prefixes is None else prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -183,6 +184,14 @@ class Worker:
 
     def close(self) -> None:
         self._cache.close()
+
+
+def _in_order(out: SchedulerOutput) -> Sequence[Chunk]:
+    """Chunks and received prompts; those that share a prefix as they started, since one may share that of another."""
+    if not out.received or out.prefixes is None:
+        return (*out.chunks, *out.received)
+    order = {prefix.request_id: index for index, prefix in enumerate(out.prefixes.shared)}
+    return sorted((*out.chunks, *out.received), key=lambda chunk: order.get(chunk.request_id, -1))
 
 
 def _can_share(model: Decoder, ranks: Ranks) -> bool:
