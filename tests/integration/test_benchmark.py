@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +36,16 @@ SMALL = [
 RUN = [sys.executable, "-m", "sarathi.benchmark.main", *SMALL]
 
 
+def read_until(process: subprocess.Popen[str], *shown: str) -> None:
+    """Returns when the process has shown all of these patterns on its stderr, in any order."""
+    assert process.stderr is not None
+    said = ""
+    while not all(re.search(each, said) for each in shown):
+        more = os.read(process.stderr.fileno(), 65536).decode(errors="replace")
+        assert more, f"the process ended, and said: {said}"
+        said += more
+
+
 def test_replicas_share_the_requests_and_merge(tmp_path: Path) -> None:
     command(*RUN, "--num_replicas", 2, "--num_requests", 5, "--output_dir", tmp_path)
     summary = check_run(tmp_path)
@@ -52,14 +61,12 @@ def test_a_replica_that_dies_is_told_and_its_requests_are_counted(tmp_path: Path
     words += ["--trace_request_generator.trace_file", str(lengths), "--output_dir", str(tmp_path / "out")]
     words += ["--num_warmup_requests", "0", "--show_progress", "true"]
     process = subprocess.Popen([*RUN, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "replica 0: 100%" not in process.stderr.readline():  # the other has a request of 3,000 tokens
-        assert process.poll() is None
+    read_until(process, "replica 0: 100%")  # the other has a request of 3,000 tokens
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     replicas = sorted(pid for pid, words in commands.items() if b"spawn_main" in words)
     os.kill(replicas[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 2 and "replica 1 ended without a result; 4 requests are lost" in said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["ended"], summary["num_finished"], summary["num_lost"]) == ("a replica died", 5, 4)
@@ -114,15 +121,11 @@ def test_interrupt_writes_what_there_is(number: signal.Signals, tmp_path: Path) 
     process = subprocess.Popen(
         [*RUN, *words, "--output_dir", str(tmp_path), "--show_progress", "true"],
         cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored in the background or under nohup
     )  # fmt: skip
-    assert process.stderr is not None
-    said = ""
-    while not re.search(r" [1-9]\d*/400 ", said):  # the progress bar: requests have been answered
-        said += process.stderr.read(1)
-        assert process.poll() is None
+    read_until(process, r" [1-9]\d*/400 ")  # the progress bar: requests have been answered
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 130
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ended"] == "interrupted" and 0 < summary["num_requests"] < 400
@@ -157,15 +160,12 @@ def test_a_replica_that_is_done_keeps_its_result_through_an_interrupt(number: si
         [*RUN, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    assert process.stderr is not None
-    while "replica 1: 100%" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(5)  # the first replica ends its short requests too
+    read_until(process, "replica 1: 100%", "replica 0: .* 399/400 ")  # the first has ended its short requests too
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)  # as `kill` sends it: to the command alone
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 130, said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["ended"], summary["num_requests"], summary["num_finished"]) == ("interrupted", 800, 799)
@@ -196,9 +196,7 @@ def test_capacity_search_finds_a_rate_and_resumes(tmp_path: Path) -> None:
     done = command(sys.executable, *words)
     assert "capacity at least " in done.stdout and "asked for 16.000; no rate" in done.stdout
     assert len(pd.read_csv(tmp_path / "capacity.csv")) == 2 and (tmp_path / "capacity.png").is_file()
-    start = time.monotonic()
     assert command(sys.executable, *words).stdout == done.stdout
-    assert time.monotonic() - start < 60
     assert len((tmp_path / "probes.jsonl").read_text().splitlines()) == 2
 
 
