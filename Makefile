@@ -8,13 +8,12 @@ READY  := $(VENV)/.installed
 DEMO   := $(VENV)/.demo-installed
 JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
-BENCH_TESTS := $(addprefix bench/,$(shell grep -l pytest.mark.bench tests/integration/test_*.py))
 
 # Tests run JOBS at a time, so that each process has one thread, and none spins; `make demo` has them all.
-test-python test-slow bench-test: export OMP_NUM_THREADS ?= 1
-test-python test-slow bench-test: export OMP_WAIT_POLICY ?= PASSIVE
+test-python test-slow bench-test test-long fuzz: export OMP_NUM_THREADS ?= 1
+test-python test-slow bench-test test-long fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: wheel setup demo test test-all test-native test-python test-slow fuzz bench-test $(BENCH_TESTS) lint format clean
+.PHONY: wheel setup demo test test-all test-native test-histories test-python test-slow bench-test test-long fuzz lint format clean
 
 setup: $(READY) $(NATIVE)
 
@@ -42,29 +41,31 @@ demo: $(DEMO) $(NATIVE)
 
 test: setup test-native test-python
 
-# What takes long: the parity matrix against transformers and every benchmark's short form.
-test-all: test test-slow fuzz bench-test
+# What takes long: the parity matrix against transformers, long histories, fuzzing, every benchmark's short form.
+test-all: test test-histories fuzz test-long
 
 test-native:
 	$(MAKE) --no-print-directory -j$(JOBS) -C csrc/tests
 
+test-histories:
+	$(MAKE) --no-print-directory -j$(JOBS) -C csrc/tests HISTORIES=3000
+
 test-python: setup
 	$(PYTEST) -m "not bench and not slow"
 
+# test-slow and bench-test together leave no process without work at the end of the first.
+test-long: setup
+	$(PYTEST) -m "slow or bench"
+
 test-slow: setup
-	$(MAKE) --no-print-directory -j$(JOBS) -C csrc/tests HISTORIES=3000
 	$(PYTEST) -m slow
 
-# Broken model files, configurations and traces: a minute here, FUZZ_SECONDS=1800 by hand.
-fuzz: setup
-	$(BIN)/python tests/fuzz/run.py --seconds $(or $(FUZZ_SECONDS),60)
-
-# JOBS files at a time, since each process of a test has one thread; make keeps the output of a file together if it can.
 bench-test: setup
-	$(MAKE) --no-print-directory -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(BENCH_TESTS)
+	$(PYTEST) -m bench
 
-$(BENCH_TESTS): bench/%:
-	$(BIN)/python -m pytest -m bench $*
+# Broken model files, configurations and traces: a minute of one core here, FUZZ_SECONDS=1800 by hand.
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py --jobs $(JOBS) --seconds $(or $(FUZZ_SECONDS),60)
 
 # A manylinux wheel of this Python and an sdist, into dist/.
 wheel: $(DEMO)

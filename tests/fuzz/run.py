@@ -18,6 +18,8 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def main(words: list[str] | None = None) -> int:
     """Exit code 0 where nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="of all readers together")
+    parser.add_argument("--jobs", type=int, default=1, help="readers at a time, which share the seconds")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--reader", choices=READERS, action="append", help="one reader; repeatable; none: all")
     parser.add_argument("--output", type=Path, default=Path("results/fuzz"), help="folder of inputs that failed")
@@ -44,7 +47,9 @@ def main(words: list[str] | None = None) -> int:
     seed = random.randrange(10**9) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     names = args.reader or list(READERS)
-    failures = sum(_run_apart(name, args.seconds / len(names), seed, args.output) for name in names)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        run = partial(_run_apart, seconds=args.seconds / len(names), seed=seed, output=args.output)
+        failures = sum(pool.map(run, names))
     return 1 if failures else 0
 
 
