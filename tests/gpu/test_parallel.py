@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,10 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, 1001, (length,), generator=generator).tolist() for length in (1, 7, 64, 300, 900)]
 
 
-def check_likely(folder: Path, outputs: list[list[int]], backend: str) -> None:
-    """Every token against float32 logits of transformers, given the tokens before it."""
+def check_likely(folder: Path, outputs: list[list[int]], backend: str, asked: list[list[int]] | None = None) -> None:
+    """Every token against float32 logits of transformers, given the tokens before it. asked: None: `prompts`."""
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
-    for prompt, output in zip(prompts(), outputs, strict=True):
+    for prompt, output in zip(asked or prompts(), outputs, strict=True):
         with torch.no_grad():
             logits = reference(torch.tensor([[*prompt, *output]], device="cuda")).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(output, device="cuda").unsqueeze(1)).squeeze(1)
@@ -76,10 +77,20 @@ def test_a_pipeline_of_two_gpus_chooses_what_transformers_finds_likely(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_one_gpu_prefills_another_decodes(folder: Path, backend: str) -> None:
-    """Two engines behind one LLM, keys and values over NCCL."""
-    with LLM(str(folder), attention_backend=backend, prefill_decode=True, memory_bytes="1gb", chunk_size=256) as llm:
-        outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
-    check_likely(folder, outputs, backend)
+    """Two engines behind one LLM, keys and values over NCCL; the second time what is cached is not sent."""
+    settings = {"attention_backend": backend, "memory_bytes": "1gb", "chunk_size": 256, "prefix_caching": True}
+    with LLM(str(folder), prefill_decode=True, **settings) as llm:
+        for params in (PARAMS, replace(PARAMS, n=3)):
+            done = llm.generate(prompts(), params, use_tqdm=False)
+            for index in range(params.n):
+                check_likely(folder, [list(each.outputs[index].token_ids) for each in done], backend)
+            llm.sleep()
+            llm.wake_up()
+        for end in (60, 200):  # the second time on top of the first
+            asked = [[*prompt, *range(end)] for prompt in prompts()]
+            done = llm.generate(asked, PARAMS, use_tqdm=False)
+            check_likely(folder, [list(each.outputs[0].token_ids) for each in done], backend, asked)
+        assert all(each.num_cached_tokens for each in done)
 
 
 def test_a_dummy_llama_runs() -> None:
