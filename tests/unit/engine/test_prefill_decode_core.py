@@ -9,6 +9,7 @@ import pytest
 from fake_engine import FakeExecutor
 
 from sarathi.config.schema import SchedulerConfig
+from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, make_scheduler
 from sarathi.engine.prefill_decode.core import PrefillDecodeCore
@@ -39,7 +40,8 @@ class Side(FakeExecutor):
     """Two steps in flight, as on a GPU. Fails a step where `shortages` says so, and what was launched before that is
     known.
 
-    sent: portions of each prompt, of the side that computes prompts. mapped: requests with memory.
+    sent: portions of each prompt, of the side that computes prompts. mapped: requests with memory. firsts: where what
+    is received of a prompt begins.
     """
 
     max_in_flight, takes_functions = 2, False
@@ -49,6 +51,7 @@ class Side(FakeExecutor):
         self.shortages, self.num_shortages = shortages, 0
         self.sent: defaultdict[str, list[Portion]] = defaultdict(list)
         self.mapped: set[str] = set()
+        self.firsts: dict[str, int] = {}
         self.partner: Side | None = None
         self.kill_reason: str | None = None
 
@@ -60,6 +63,7 @@ class Side(FakeExecutor):
             self.execute(SchedulerOutput(out.step_id, out.new_requests, finished=out.finished))
             return CompletedStep(StepResult(out.step_id, available_rows=ROWS - 1))
         self.mapped |= {chunk.request_id for chunk in (*out.chunks, *out.received)}
+        self.firsts |= {chunk.request_id: chunk.start for chunk in out.received}
         self._send(out)
         result = self.execute(out)
         for chunk in out.chunks:
@@ -70,8 +74,9 @@ class Side(FakeExecutor):
         ends = {chunk.request_id: chunk.start + chunk.num_tokens for chunk in out.chunks}
         for portion in out.sent:
             before = self.sent[portion.request_id]
-            assert portion.first == (before[-1].end if before else 0) and portion.end <= ends[portion.request_id]
             assert self.partner is not None and portion.request_id in self.partner.mapped
+            first = before[-1].end if before else self.partner.firsts[portion.request_id]
+            assert portion.first == first < portion.end <= ends[portion.request_id]
             before.append(portion)
 
     def ask(self, method: str, arrivals: Sequence[Arrival]) -> None:
@@ -88,18 +93,19 @@ class Side(FakeExecutor):
         self.kill_reason = reason
 
 
-def scheduler_of(chunk_size: int, most_received: int = 0) -> Scheduler:
-    manager = VirtualBlockSpaceManager(CacheCapacity(ROWS, 1, 1))
+def scheduler_of(num_retained: int, chunk_size: int, most_received: int = 0) -> Scheduler:
+    kind = PrefixCachingBlockSpaceManager if num_retained else VirtualBlockSpaceManager
+    manager = kind(CacheCapacity(ROWS, 1, 1, num_retained=num_retained))
     config = SchedulerConfig(chunk_size=chunk_size, max_num_seqs=8)
     return make_scheduler(config, manager, MAX_MODEL_LEN, 1, most_received)
 
 
-def make_core(prefill_short: Iterator[bool], decode_short: Iterator[bool]) -> PrefillDecodeCore:
+def make_core(prefill_short: Iterator[bool], decode_short: Iterator[bool], num_retained: int = 0) -> PrefillDecodeCore:
     prefill, decode = Side(prefill_short), Side(decode_short)
     prefill.partner, decode.partner = decode, prefill
     portions = Portions("fa_vattn_megacache", 2, max_ranges=64)
-    prefills = Prefills(PrefillCore(scheduler_of(CHUNK), prefill, portions))  # type: ignore[arg-type]
-    return PrefillDecodeCore(scheduler_of(8, MOST_RECEIVED), decode, prefills)  # type: ignore[arg-type]
+    prefills = Prefills(PrefillCore(scheduler_of(num_retained, CHUNK), prefill, portions))  # type: ignore[arg-type]
+    return PrefillDecodeCore(scheduler_of(num_retained, 8, MOST_RECEIVED), decode, prefills)  # type: ignore[arg-type]
 
 
 def never() -> Iterator[bool]:
@@ -113,7 +119,8 @@ def often(rng: random.Random, probability: float) -> Iterator[bool]:
 
 
 def request(name: str, length: int, max_tokens: int, seed: int = 1) -> NewRequest:
-    tokens = tuple(random.Random(seed * 1000 + length).choices(range(1, 250), k=length))
+    """Prompts of one seed begin alike."""
+    tokens = tuple(random.Random(seed).choices(range(1, 250), k=length))
     return NewRequest(name, tokens, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
 
 
@@ -152,14 +159,15 @@ def check_idle(core: PrefillDecodeCore) -> None:
     assert core.stats().used_rows == 0
 
 
+@pytest.mark.parametrize("num_retained", [0, 5])
 @pytest.mark.parametrize("decode_shortage", [0.0, 0.05])
-def test_random_requests_with_shortages_and_aborts_get_their_tokens(decode_shortage: float) -> None:
+def test_random_requests_with_shortages_and_aborts_get_their_tokens(decode_shortage: float, num_retained: int) -> None:
     """Where memory runs short for one that decodes, it ends early, as with one engine."""
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    core = make_core(often(random.Random(seed + 1), 0.2), often(random.Random(seed + 2), decode_shortage))
-    outputs, new = Outputs(core), [request(f"r{i}", rng.randint(1, 50), rng.randint(1, 10), i) for i in range(40)]
+    core = make_core(often(random.Random(seed + 1), 0.2), often(random.Random(seed + 2), decode_shortage), num_retained)
+    outputs, new = Outputs(core), [request(f"r{i}", rng.randint(1, 50), rng.randint(1, 10), i % 3) for i in range(40)]
     aborted: set[str] = set()
     for each in new:
         core.add_requests([each])
@@ -179,6 +187,7 @@ def test_random_requests_with_shortages_and_aborts_get_their_tokens(decode_short
             end, tokens = outputs.ends[each.request_id], outputs.tokens[each.request_id]
             assert (end, tokens) == ("length", expected(each)) or decode_shortage
             assert tokens == expected(each)[: len(tokens)]
+    assert bool(core.prefix_cache_stats().num_hit_tokens) == bool(num_retained)
     check_idle(core)
     core.shutdown()
 
