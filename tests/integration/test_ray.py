@@ -7,20 +7,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
-import ray
+from http_server import wait_until
 from process_tree import is_alive
 from random_driver import RandomDriver
 from rank_helpers import GREEDY, expected_outputs, make_executor, settings_for, step_until_it_fails
+from ray._private import services
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
+import ray
 from sarathi import LLM
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
@@ -34,17 +38,35 @@ from sarathi.messages import SchedulerOutput
 
 RAY = {"executor": "ray"}
 STORE_BYTES = 80 * 2**20
-GONE_S = 20  # Ray kills a stopped process after 5
+GONE_S = 60  # Ray kills a stopped process after 5
+
+
+def patient(get_node: Callable[..., dict]) -> Callable[..., dict]:
+    """Waits for a node to be known. Ray gives up after 30 s, in which a busy machine has not started it."""
+
+    def get(*arguments: object) -> dict:
+        found: list[dict] = []
+
+        def is_known() -> bool:
+            with suppress(RuntimeError):
+                found.append(get_node(*arguments))
+            return bool(found)
+
+        wait_until(is_known, "Ray has not started a node")
+        return found[0]
+
+    return get
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two machines, as far as Ray knows: one CPU and two."""
-    found = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False},
-    )
-    found.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    with mock.patch.object(services, "get_node", patient(services.get_node)):
+        found = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+        )
+        found.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
     ray.init(address=found.address, log_to_driver=False, logging_level="error")
     yield found
     ray.shutdown()
@@ -76,7 +98,7 @@ def check_nothing_is_left(pids: list[int]) -> None:
     assert free == 3
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_compute_what_transformers_computes(cluster: Cluster, size: int, tmp_path: Path) -> None:
     """Two fit on one machine, three do not."""
     model = build("yi", tmp_path, intermediate_size=84)
@@ -121,6 +143,7 @@ def test_a_pipeline_and_preemption_change_nothing(cluster: Cluster, tiny: TinyMo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_silence")
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize(("how", "message"), [(signal.SIGKILL, "died: "), (signal.SIGSTOP, "hangs: no sign of life")])
 def test_a_rank_that_dies_or_hangs_is_named(
@@ -133,7 +156,7 @@ def test_a_rank_that_dies_or_hangs_is_named(
     began_s = time.monotonic()
     with pytest.raises(RankError, match=rf"rank {rank} of 3 \(process {pids[rank]} on [\d.]+\) {message}"):
         step_until_it_fails(executor)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s < 60
     with pytest.raises(RankError, match=f"the ranks have ended: rank {rank} of 3"):
         executor.launch(SchedulerOutput(0))
     executor.shutdown()

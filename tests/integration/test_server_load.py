@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_server import RunningServer, metric, options, running_server
+from http_server import LIMIT_S, RunningServer, metric, options, running_server
 from process_tree import children
 from small_models import save_tiny_model
 from test_server_life import until_idle
@@ -42,8 +42,8 @@ def test_text_under_load_is_that_of_generate() -> None:
     print("seed", seed)
     rng = random.Random(seed)
     questions = ["Write 'good morning' in Japanese:", "Ein Satz über Äpfel:", "1, 2, 3,", "🙂🙂🙃", "def f(x):", "世界"]
-    prompts = [f"{rng.choice(questions)} {rng.randint(0, 99)}" for _ in range(24)]
-    limits = [rng.randint(5, 40) for _ in prompts]
+    prompts = [f"{rng.choice(questions)} {rng.randint(0, 99)}" for _ in range(12)]
+    limits = [rng.randint(5, 24) for _ in prompts]
     with LLM("smollm2-135m", max_model_len=256, device="cpu", memory_bytes="64mb") as llm:
         params = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in limits]
         plain = [each.outputs[0].text for each in llm.generate(prompts, params, use_tqdm=False)]
@@ -65,7 +65,7 @@ def test_text_under_load_is_that_of_generate() -> None:
         return "".join(httpx.Response(200, text=chunk).json()["choices"][0]["text"] for chunk in chunks)
 
     async def run(url: str) -> list[str]:
-        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
             return await asyncio.gather(*(ask(client, number) for number in range(len(prompts))))
 
     with running_server("smollm2-135m", *options(max_model_len=256, max_num_seqs=8)) as server:
@@ -80,7 +80,7 @@ def test_requests_beyond_the_capacity_are_refused_and_nothing_hangs(tiny: Runnin
         return await client.post(f"{tiny.url}/v1/completions", json=body)
 
     async def run() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=NUM_REQUESTS)) as client:
+        async with httpx.AsyncClient(timeout=LIMIT_S, limits=httpx.Limits(max_connections=NUM_REQUESTS)) as client:
             return await asyncio.gather(*(ask(client) for _ in range(NUM_REQUESTS)))
 
     answers = asyncio.run(run())
@@ -106,7 +106,7 @@ def test_a_thousand_connections_that_break_off_leave_nothing(tiny: RunningServer
 
     def break_off() -> None:
         sent = rng.choice([b"", b"GET", whole, whole[: rng.randrange(len(whole))], rng.randbytes(200), b"[" * 5000])
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as client:
             client.sendall(sent)
 
     for _ in range(100):
@@ -119,7 +119,7 @@ def test_a_thousand_connections_that_break_off_leave_nothing(tiny: RunningServer
     assert open_files(pid) <= files + 5
     after = [resident_bytes(each) for each in (pid, *children(pid))]
     assert all(new < old + 2**25 for new, old in zip(after, memory, strict=True)), (memory, after)
-    assert metric(tiny, "kv_cache_usage_perc") == 0 and httpx.get(f"{tiny.url}/health").status_code == 200
+    assert metric(tiny, "kv_cache_usage_perc") == 0 and tiny.get("/health").status_code == 200
 
 
 def test_large_bodies_and_deep_json_are_refused_and_forgotten(tiny: RunningServer) -> None:
@@ -133,7 +133,7 @@ def test_large_bodies_and_deep_json_are_refused_and_forgotten(tiny: RunningServe
 
     def send() -> None:
         for body in bodies:
-            answer = httpx.post(f"{tiny.url}/v1/completions", content=body, headers=headers, timeout=60)
+            answer = tiny.post("/v1/completions", content=body, headers=headers)
             assert answer.status_code == 400
 
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_large_bodies_and_deep_json_are_refused_and_forgotten(tiny: RunningServe
     memory = resident_bytes(pid)
     for _ in range(5):
         send()
-    assert resident_bytes(pid) < memory + 2**26 and httpx.get(f"{tiny.url}/health").status_code == 200
+    assert resident_bytes(pid) < memory + 2**26 and tiny.get("/health").status_code == 200
 
 
 def test_no_request_of_the_published_schema_is_an_error_of_the_server(tiny: RunningServer) -> None:

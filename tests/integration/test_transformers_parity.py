@@ -109,7 +109,7 @@ def test_outputs_equal_transformers(executor, backend, prompts, continuations) -
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_every_backend_and_schedule_equals_transformers(executor, backend, prompts, continuations, schedule) -> None:
-    chosen = prompts[SCHEDULES.index(schedule) % 2 :: 2]  # a backend gets all of them in two schedules
+    chosen = prompts[SCHEDULES.index(schedule) % 3 :: 3]  # a backend gets all of them in three schedules
     found = generate(executor, backend, chosen, scheduling(*schedule))
     assert [request.output_token_ids for request in found] == continuations(chosen)
 
@@ -119,6 +119,7 @@ def test_every_backend_and_schedule_equals_transformers(executor, backend, promp
 def test_outputs_survive_preemption(executor, backend, prompts, continuations) -> None:
     longest = max(map(len, prompts)) + NUM_TOKENS
     rows = executor.capacity.rows_for(longest) + 3 * executor.capacity.rows_for(NUM_TOKENS)
-    found = generate(executor, backend, prompts, scheduling(64, 32), rows)
+    chosen = prompts[1::2]  # with the longest
+    found = generate(executor, backend, chosen, scheduling(64, 32), rows)
     assert sum(request.num_preemptions for request in found) > 0
-    assert [request.output_token_ids for request in found] == continuations(prompts)
+    assert [request.output_token_ids for request in found] == continuations(chosen)
