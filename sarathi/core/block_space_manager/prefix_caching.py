@@ -28,6 +28,7 @@ from sarathi.request import Request
 _MIN_HIT_TOKENS = 16  # fewer are computed again: that takes no longer than to map or copy them
 _MIN_WAIT_TOKENS = 64  # that a request waits for, while another one computes them
 _LOST_SHARE = 128  # one of so many tokens is lost rather than the others are mapped again: that takes as long
+_GROWTH_SHARE = 4  # one of so many rows of the cache is left for running requests rather than to unused sequences
 _EVICTED_SHARE = 64  # one of so many rows of the cache is evicted at a time: pages move between slots in large pieces
 
 
@@ -217,8 +218,8 @@ class PrefixCachingBlockSpaceManager:
         return Grant(self._capacity.tokens_in(total), _ids(sequence.tail))
 
     def _add(self, request: Request, parent: Run | None, own_rows: int, total: int) -> _Sequence:
-        if parent is None and (replaced := self._unused.replace()) is not None:
-            self._evict(replaced)
+        if parent is None:
+            self._replace_unused(own_rows)
         self._make_room(own_rows)
         sequence = _Sequence(request.request_id, self._rows.add(parent, own_rows), total)
         self._sequences[request.request_id] = sequence
@@ -397,6 +398,18 @@ class PrefixCachingBlockSpaceManager:
                 self._truncate(sequence, sequence.rows - self._rows.unused(sequence.tail))
             else:  # nothing is left, or rows whose tokens are found through the others that hold them
                 self._evict(sequence)
+
+    def _replace_unused(self, rows: int) -> None:
+        """Evict sequences that nobody has used, for a request without a hit that is about to take so many rows."""
+        while (sequence := self._unused.replace(is_scarce=self._is_scarce(rows))) is not None:
+            self._evict(sequence)
+            if not self._is_scarce(rows):
+                return
+
+    def _is_scarce(self, more_rows: int) -> bool:
+        """Whether with so many rows more too few are free for running requests to grow into."""
+        rows = self._capacity.rows
+        return self._rows.used + self._rows.kept + more_rows > rows - rows // _GROWTH_SHARE
 
     def _evict_first(self) -> bool:
         sequence = self._first_to_evict()

@@ -2,8 +2,9 @@
 
 A retained sequence keeps its pages, so the next request needs others, which have to be mapped. Most short prompts never
 come again. Once many short sequences are retained that no request has used, each new request replaces the oldest of
-them and finds its pages mapped. When a prompt arrives whose beginning was replaced, the following requests replace
-nothing.
+them and finds its pages mapped. Where rows are scarce, fewer are kept: the pages that a replaced sequence had beyond
+the new prompt stay mapped for its outputs. When a prompt arrives whose beginning was replaced, the following requests
+replace nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from array import array
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-SHORT_TOKENS = 2048  # in a longer sequence, mapping is a small part of the time
-_KEPT = 128  # unused sequences that are not replaced
+SHORT_TOKENS = 4096  # in a longer sequence, mapping is a small part of the time
+_KEPT, _KEPT_WHERE_SCARCE = 128, 16  # unused sequences that are not replaced
 BEGINNING_TOKENS = 64  # by which a prompt is recognized
 _MOST_REPLACED = 4096  # beginnings that are remembered
 _PAUSE = 4096  # requests that replace nothing, after the last prompt that came again
@@ -38,9 +39,12 @@ class UnusedSequences(Generic[Entry]):
         """A sequence is used, or not retained any more. Unknown ones are ignored."""
         self._beginnings.pop(sequence, None)
 
-    def replace(self) -> Entry | None:
-        """Remove the sequence that a request without a hit replaces; None where it should replace none."""
-        if len(self._beginnings) <= _KEPT or self._pause:
+    def replace(self, *, is_scarce: bool) -> Entry | None:
+        """Remove the sequence that a request without a hit replaces; None where it should replace none.
+
+        is_scarce: fewer are kept.
+        """
+        if len(self._beginnings) <= (_KEPT_WHERE_SCARCE if is_scarce else _KEPT) or self._pause:
             return None
         sequence, beginning = next(iter(self._beginnings.items()))
         del self._beginnings[sequence]

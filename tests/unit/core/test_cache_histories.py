@@ -58,7 +58,8 @@ def test_no_step_changes_the_tokens_of_another(
     monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
     monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
     monkeypatch.setattr(prefix_caching, "_LOST_SHARE", 4)
-    monkeypatch.setattr(recycling, "_KEPT", 1)
+    monkeypatch.setattr(recycling, "_KEPT", 3)
+    monkeypatch.setattr(recycling, "_KEPT_WHERE_SCARCE", 1)
     for module in (prefix_caching, recycling):
         monkeypatch.setattr(module, "BEGINNING_TOKENS", 2)
     total: Counter[str] = Counter()
