@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import ray
 from http_server import wait_until
 from process_tree import is_alive
 from random_driver import RandomDriver
@@ -24,7 +25,6 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
-import ray
 from sarathi import LLM
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
