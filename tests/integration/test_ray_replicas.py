@@ -47,7 +47,7 @@ def replica_pids(server: RunningServer) -> list[int]:
 def by_replica(server: RunningServer, name: str) -> Counter[str]:
     """A metric of each replica, summed over its other labels."""
     found: Counter[str] = Counter()
-    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text):
+    for family in text_string_to_metric_families(server.get("/metrics").text):
         for each in family.samples:
             if each.name == f"sarathi:{name}":
                 found[each.labels["replica"]] += each.value
@@ -59,7 +59,7 @@ def are_full(server: RunningServer) -> bool:
 
 
 def complete(server: RunningServer, **body: object) -> dict:
-    answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, **body}, timeout=LIMIT_S)
+    answer = server.post("/v1/completions", json={**LONG, **body})
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -127,7 +127,9 @@ def test_a_conversation_finds_its_responses(server: RunningServer) -> None:
 
 
 def test_a_client_that_leaves_frees_its_memory(server: RunningServer) -> None:
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=LIMIT_S
+    ) as response:
         lines = response.iter_lines()  # closing it closes the connection
         next(lines)
         wait_until(lambda: sum(by_replica(server, "num_requests_running").values()) == 1, "the request does not run")
@@ -196,7 +198,7 @@ def test_the_death_of_a_replica_leaves_nothing_unanswered(server: RunningServer,
     wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "no new replica came up")
     assert len(by_replica(server, "num_requests_running").keys() & before) == 1
     assert not any(map(is_alive, (pids[0], core)))
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.get("/health").status_code == 200
     complete(server, max_tokens=3)
 
 
@@ -219,7 +221,7 @@ def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: 
         whole = complete(server, prompt="a", max_tokens=5, ignore_eos=False)["choices"][0]["text"]
         assert stream_text(server, prompt="a", max_tokens=5) == whole
         wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
-        assert httpx.post(f"{server.url}/v1/messages", json={}).json()["type"] == "error"
+        assert server.post("/v1/messages", json={}).json()["type"] == "error"
         started = descendants(process.pid)
     finally:
         print((tmp_path / "log").read_text())
@@ -231,7 +233,7 @@ def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: 
 def is_ready(server: RunningServer) -> bool:
     assert server.process.poll() is None
     try:
-        return httpx.get(f"{server.url}/ready").status_code == 200
+        return server.get("/ready").status_code == 200
     except httpx.TransportError:
         return False
 
