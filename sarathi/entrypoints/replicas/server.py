@@ -23,7 +23,7 @@ from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 from sarathi.entrypoints.server.process.connections import make_http_server
 from sarathi.entrypoints.server.process.end import End, run_until_ended
-from sarathi.entrypoints.server.process.listener import bind, url_of
+from sarathi.entrypoints.server.process.listener import announce, bind
 
 
 def run(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> int:
@@ -84,7 +84,6 @@ async def _serve(listener: socket.socket, engine: EngineConfig, config: ServerCo
     if service is None:
         return 0
     server = make_http_server(with_middleware(service.gateway, config, ROUTERS), config)
-    name = config.model_names(engine.model.model)[0]
-    print(f"{name} is served on {url_of(listener)}", flush=True)
+    announce(config.model_names(engine.model.model)[0], listener)
     await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)
     return 0

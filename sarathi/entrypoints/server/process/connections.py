@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sarathi.config.server import ServerConfig
+from sarathi.entrypoints.server.process.listener import BACKLOG
 
-_BACKLOG = 2048  # connections that wait to be accepted
 _FAREWELL_S = 5  # for answers to be sent once the server ends
 
 
@@ -31,7 +31,7 @@ def make_http_server(app: ASGIApp, config: ServerConfig) -> HttpServer:
 
     return HttpServer(
         uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="off", log_level="warning", access_log=False, backlog=_BACKLOG,
+            app, http=Protocol, ws="none", lifespan="off", log_level="warning", access_log=False, backlog=BACKLOG,
             limit_concurrency=config.max_connections, timeout_graceful_shutdown=_FAREWELL_S,
         )
     )  # fmt: skip

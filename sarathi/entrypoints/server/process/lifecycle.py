@@ -14,7 +14,7 @@ from sarathi.config.server import ServerConfig
 from sarathi.entrypoints.server.app import create_app
 from sarathi.entrypoints.server.process.connections import make_http_server
 from sarathi.entrypoints.server.process.end import End, run_until_ended
-from sarathi.entrypoints.server.process.listener import bind, url_of
+from sarathi.entrypoints.server.process.listener import announce, bind
 from sarathi.entrypoints.server.process.log import status_lines
 from sarathi.entrypoints.server.process.service import EngineService
 
@@ -31,7 +31,7 @@ async def serve(engine: EngineConfig, config: ServerConfig, routers: Sequence[AP
         context = service.context
         server = make_http_server(create_app(context, config, routers), config)
         try:
-            print(f"{context.model_name} is served on {url_of(listener)}", flush=True)
+            announce(context.model_name, listener)
             with status_lines(context.llm.stats, context.metrics, config.log_interval_s):
                 await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)
         finally:

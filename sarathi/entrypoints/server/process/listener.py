@@ -2,6 +2,8 @@
 
 import socket
 
+BACKLOG = 2048  # connections that wait to be accepted
+
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """Before the model is loaded, so that a taken port is told at once; clients are let in later. OSError.
@@ -27,6 +29,18 @@ def share(listener: socket.socket) -> None:
     After `bind`, so that the address was not another server's.
     """
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def announce(model_name: str, listener: socket.socket) -> None:
+    """Say where the server is, once connections wait to be accepted instead of being refused.
+
+    OSError where another server that was started meanwhile has the address.
+    """
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise OSError(f"cannot listen on {url_of(listener)}: {error.strerror}") from None
+    print(f"{model_name} is served on {url_of(listener)}", flush=True)
 
 
 def url_of(listener: socket.socket) -> str:
