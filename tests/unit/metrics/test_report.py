@@ -393,7 +393,8 @@ def test_a_large_trace_has_to_be_asked_for(
 def test_an_interrupt_ends_the_trace_and_leaves_no_part_of_it(tmp_path: Path) -> None:
     """In a process of its own, which gets SIGINT while it writes a trace of ten million events."""
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_report import long_run
