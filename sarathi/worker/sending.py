@@ -1,4 +1,4 @@
-"""What a worker does for a request whose keys and values another engine takes: nothing, unless it is told to."""
+"""What a worker does for requests whose keys and values another engine takes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -17,16 +17,3 @@ class Sending(Protocol):
 
     def settle(self, request_ids: Iterable[str]) -> None:
         """Return when nothing of these requests is on its way, so that their memory may be used for others."""
-
-
-class NoSending(Sending):
-    """No engine takes anything."""
-
-    def attach(self, layers: list[Any]) -> None:
-        """Nothing is to be told of them."""
-
-    def start(self, portions: Sequence[Portion]) -> None:
-        """There are none."""
-
-    def settle(self, request_ids: Iterable[str]) -> None:
-        """Nothing is on its way."""

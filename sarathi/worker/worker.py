@@ -30,7 +30,7 @@ from sarathi.worker.cache_engine.factory import create_cache_engine, num_retaine
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
 from sarathi.worker.memory import check_budget, final_budget_bytes, initial_budget_bytes
 from sarathi.worker.model_builder import ModelBuilder, return_free_memory
-from sarathi.worker.sending import NoSending, Sending
+from sarathi.worker.sending import Sending
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.warm_up import create_runner, warm_up
 from vattention import OutOfMemoryError
@@ -86,7 +86,7 @@ class Worker:
         self.capacity = _common_capacity(self._cache, ranks)
         grammars = GrammarCompiler(self.vocab_size, make_vocabulary) if model.vocab_size else None
         self._sequences = SequenceTable(config.model.seed, grammars)
-        self.sending: Sending = NoSending()
+        self.sending: Sending | None = None  # where another engine takes what is computed
 
     @property
     def cache(self) -> CacheEngine:
@@ -111,7 +111,8 @@ class Worker:
         Returns None, or, where memory is missing, how many rows there are in all; then no chunk may be run.
         """
         released = (*out.preempted, *out.finished)
-        self.sending.settle(released)
+        if self.sending is not None:
+            self.sending.settle(released)
         if broken := self._sequences.not_finite.intersection(released):
             self._cache.clear(broken)
         prefixes = out.prefixes
@@ -139,7 +140,8 @@ class Worker:
             self._cache.copy_prefixes()
         if not out.chunks:
             return CompletedStep(StepResult(out.step_id))
-        self.sending.start(out.sent)
+        if self.sending is not None:
+            self.sending.start(out.sent)
         return self._runner.launch(out, self._sequences)
 
     def wait(self) -> None:
@@ -168,7 +170,8 @@ class Worker:
         """Read the weights again where they were dropped. Raises as the constructor does."""
         if not hasattr(self._runner, "model"):
             self._runner.model = self._builder.build(open_checkpoint(self._builder.config))
-            self.sending.attach(self.model.layers)
+            if self.sending is not None:
+                self.sending.attach(self.model.layers)
 
     def fingerprint(self) -> str:
         """A hash of the requests in the cache: their lengths, and the tokens that are computed."""

@@ -4,7 +4,6 @@ from itertools import count
 
 from sarathi.executor.ranks import process, service
 from sarathi.messages import SchedulerOutput
-from sarathi.worker.sending import NoSending
 from sarathi.worker.worker import Worker
 
 SHORT_STEPS = (0, 3, 4)
@@ -17,7 +16,7 @@ class ShortSender(Worker):
 
     def prepare(self, out: SchedulerOutput) -> int | None:
         rows = super().prepare(out)
-        may_be_short = not isinstance(self.sending, NoSending) and bool(out.chunks)
+        may_be_short = self.sending is not None and bool(out.chunks)
         if not may_be_short or rows is not None or next(self._numbers) not in SHORT_STEPS:
             return rows
         self.cancel(out)
