@@ -124,7 +124,8 @@ class Worker:
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            self._cache.prepare(_in_order(out), () if prefixes is None else prefixes.shared)
+            chunks = _in_order(out) if out.received else out.chunks
+            self._cache.prepare(chunks, () if prefixes is None else prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -191,7 +192,7 @@ class Worker:
 
 def _in_order(out: SchedulerOutput) -> Sequence[Chunk]:
     """Chunks and received prompts; those that share a prefix as they started, since one may share that of another."""
-    if not out.received or out.prefixes is None:
+    if out.prefixes is None:
         return (*out.chunks, *out.received)
     order = {prefix.request_id: index for index, prefix in enumerate(out.prefixes.shared)}
     return sorted((*out.chunks, *out.received), key=lambda chunk: order.get(chunk.request_id, -1))

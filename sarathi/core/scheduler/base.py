@@ -320,7 +320,7 @@ class Scheduler(ABC):
 
     def _start(self, state: RequestState, num_cached: int, step: Step) -> bool:
         request = state.request
-        if self._is_computed_elsewhere(state, num_cached):
+        if self._most_received_tokens and self._is_computed_elsewhere(state, num_cached):
             return self._start_receiving(state, step)
         request.num_computed_tokens = num_cached
         length = self._prefill_policy.chunk_length(request, step, len(self._running.running) + 1)
@@ -341,9 +341,9 @@ class Scheduler(ABC):
         return True
 
     def _is_computed_elsewhere(self, state: RequestState, num_cached: int) -> bool:
-        """Whether another engine is to compute a prompt: not where little is missing of a cached one."""
+        """Whether the other engine is to compute a prompt: not where little is missing of a cached one."""
         is_nearly_cached = num_cached > 0 and state.request.num_tokens - num_cached <= _FEW_TOKENS
-        return self._most_received_tokens > 0 and not state.is_local and not is_nearly_cached
+        return not state.is_local and not is_nearly_cached
 
     def _start_receiving(self, state: RequestState, step: Step) -> bool:
         """Memory for a whole prompt, which another engine computes next. So many wait for it as keep it busy."""
