@@ -44,7 +44,7 @@ class RankGroup:
         """Why the ranks cannot go on; None where they can. Any thread may ask."""
         if not self.are_running:
             return self._failure
-        return next((f"{self._name(rank)} {end.text}" for rank, end in self._ends()), None)
+        return self._death() or next((self._told(rank, end) for rank, end in self._ends()), None)
 
     def ask(self, method: str, *arguments: Any, silence_s: float = SILENCE_S, limit_s: float = math.inf) -> list[Any]:
         """Send a command to every rank; returns the replies of those that answer it, in order of rank.
@@ -103,24 +103,30 @@ class RankGroup:
 
     def _check_partners(self) -> None:
         for failure in filter(None, [partner.failure() for partner in self._partners]):
-            raise RankError(failure)
+            raise RankError(self._death() or failure)  # the partner ends too where one of these ranks has died
 
     def _fail(self, first: int | None = None, reply: Reply | None = None) -> NoReturn:
         """Raise what ended the ranks: a user's error, else a death by signal, else what the first one said."""
         if reply is not None and isinstance(reply.error, ValueError):
             raise reply.error
         deadline = time.monotonic() + _GRACE_S
-        while not any(end.is_cause for _, end in self._ends()) and time.monotonic() < deadline:
+        while (death := self._death()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        ends = self._ends()
-        causes = [(rank, end) for rank, end in ends if end.is_cause]
-        if not causes:
-            self._check_partners()
-        if not causes and first is not None and reply is not None:
+        if death is not None:
+            raise RankError(death)
+        self._check_partners()
+        if first is not None and reply is not None:
             raise RankError(f"{self._role}rank {first} of {self._transport.size} failed: {reply.error}")
-        for rank, end in causes or ends:
-            raise RankError(f"{self._name(rank)} {end.text}")
+        for rank, end in self._ends():
+            raise RankError(self._told(rank, end))
         raise RankError(f"a rank of {self._transport.size} closed its connection")
+
+    def _death(self) -> str | None:
+        """What ended one of these ranks that the end of no other one explains; None where there is none."""
+        return next((self._told(rank, end) for rank, end in self._ends() if end.is_cause), None)
+
+    def _told(self, rank: int, end: RankEnd) -> str:
+        return f"{self._name(rank)} {end.text}"
 
     def _ends(self) -> list[tuple[int, RankEnd]]:
         ends = [(rank, self._transport.end(rank)) for rank in range(self._transport.size)]
