@@ -22,6 +22,13 @@ class ScalingConfig(Section):
     requests_per_replica: float = knob(
         32.0, "max_replicas: requests under way at each engine, on average, that Ray Serve scales to", low=0.1
     )
+    scale_up_delay_s: float = knob(
+        30.0, "max_replicas: seconds for which engines must have more requests than that before another one starts",
+        low=0.5,
+    )  # fmt: skip
+    scale_down_delay_s: float = knob(
+        600.0, "max_replicas: seconds for which fewer engines must be enough before one is stopped", low=0.5
+    )
     prefix_affinity_lead: int = knob(
         8, "replicas: requests that the engine with a prompt's beginning in its cache may have more than the "
         "idlest one and still be chosen", low=0,

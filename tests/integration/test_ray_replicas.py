@@ -202,6 +202,42 @@ def test_the_death_of_a_replica_leaves_nothing_unanswered(server: RunningServer,
     complete(server, max_tokens=3)
 
 
+class Askers:
+    """Clients that ask again as soon as they have an answer, which must be whole."""
+
+    def __init__(self, server: RunningServer, count: int) -> None:
+        self._server, self._num_wanted = server, count
+        self._pool = ThreadPoolExecutor(count)
+        self._all = [self._pool.submit(self._ask, number) for number in range(count)]
+
+    def keep(self, count: int) -> None:
+        """Return when so many are left."""
+        self._num_wanted = count
+        for each in self._all[count:]:
+            each.result(LIMIT_S)
+
+    def _ask(self, number: int) -> None:
+        while number < self._num_wanted:
+            complete(self._server, max_tokens=200)
+
+
+def test_an_engine_is_started_under_load_and_stopped_after_it(model: str) -> None:
+    """No request is lost on the way up or down."""
+    scaling = options(max_replicas=2, requests_per_replica=2, scale_up_delay_s=1, scale_down_delay_s=1)
+    with running_server(model, *scaling, env=LOCAL_RAY) as server:
+        assert len(replica_pids(server)) == 1
+        askers = Askers(server, 8)
+        try:
+            wait_until(lambda: len(by_replica(server, "request_success_total")) == 2, "no second engine serves")
+            print(dict(by_replica(server, "request_success_total")))
+            askers.keep(1)
+            wait_until(lambda: len(replica_pids(server)) == 1, "the second engine is not stopped")
+        finally:
+            askers.keep(0)
+        assert len(by_replica(server, "num_requests_running")) == 1
+        assert server.end() == 0
+
+
 def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "serving.md").read_text()
     config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])

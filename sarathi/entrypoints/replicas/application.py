@@ -30,6 +30,7 @@ from sarathi.entrypoints.server.app import with_middleware
 _UNLIMITED = 1_000_000  # requests at a replica: the engine's own limits hold, with status 429
 _HEALTH_PERIOD_S = 1.0
 _ASK_TIMEOUT_S = 10.0
+_LONGEST_AVERAGE_S, _REPORTS_PER_AVERAGE = 30.0, 3  # of the number of requests under way, as Serve has them by default
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -124,9 +125,12 @@ def _router(scaling: ScalingConfig) -> RequestRouterConfig:
 def _count(scaling: ScalingConfig) -> dict[str, Any]:
     if scaling.max_replicas is None:
         return {"num_replicas": scaling.replicas}
+    averaged_s = min(scaling.scale_up_delay_s, _LONGEST_AVERAGE_S)
     autoscaling = AutoscalingConfig(
         min_replicas=scaling.replicas, max_replicas=scaling.max_replicas,
-        target_ongoing_requests=scaling.requests_per_replica,
+        target_ongoing_requests=scaling.requests_per_replica, look_back_period_s=averaged_s,
+        metrics_interval_s=averaged_s / _REPORTS_PER_AVERAGE, upscale_delay_s=scaling.scale_up_delay_s,
+        downscale_delay_s=scaling.scale_down_delay_s,
     )  # fmt: skip
     return {"autoscaling_config": autoscaling}
 
