@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import start_interpreter
+from http_server import wait_until
 from process_tree import is_alive
 from random_driver import RandomDriver
 from rank_helpers import (
@@ -150,7 +151,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     began_s = time.monotonic()
     with pytest.raises(RankError, match=rf"rank {rank} of 2 \(process {pids[rank]}\) {message}"):
         step_until_it_fails(executor)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s < 60
     assert not any(map(is_alive, pids))
     with pytest.raises(RankError, match=f"wait cannot be run, the ranks have ended: rank {rank} of 2"):
         executor.wait()
@@ -179,7 +180,7 @@ def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:
     began_s = time.monotonic()
     executor.shutdown()
     executor.shutdown()
-    assert not any(map(is_alive, pids)) and time.monotonic() - began_s < 15
+    assert not any(map(is_alive, pids)) and time.monotonic() - began_s < 60
 
 
 def test_an_executor_that_is_dropped_leaves_no_process(tiny: TinyModel) -> None:
@@ -201,13 +202,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_ranks_end_with_an_executor_that_is_killed(tiny: TinyModel) -> None:
     program = _KILLED.format(settings=settings_for(tiny, **TWO))
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=300, check=False)
     pids = list(map(int, done.stdout.split()))
     assert done.returncode == -signal.SIGKILL and len(pids) == 2
-    deadline = time.monotonic() + 5
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_alive, pids))
+    wait_until(lambda: not any(map(is_alive, pids)), "ranks are left")
 
 
 @pytest.fixture

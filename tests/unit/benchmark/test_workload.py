@@ -1,4 +1,7 @@
-"""Workloads: published quantiles are hit, rates and ratios come out as asked, files are read, seeds repeat exactly."""
+"""Workloads: published quantiles are hit, rates and ratios come out as asked, files are read, seeds repeat exactly.
+
+Tolerances of what is drawn are six standard deviations or more.
+"""
 
 import json
 from collections import Counter
@@ -61,11 +64,11 @@ def test_arxiv_has_the_published_shape(count: int) -> None:
         assert np.quantile(output, share) == pytest.approx(expected, rel=0.03)
     assert np.quantile(output, 0.99) == pytest.approx(4053, rel=0.25 if count < 1000 else 0.06)
     assert prompt.mean() == pytest.approx(10041, rel=0.01)
-    assert output.mean() == pytest.approx(471, rel=0.06 if count < 1000 else 0.03)
+    assert output.mean() == pytest.approx(471, rel=0.12 if count < 1000 else 0.03)
     assert prompt.min() >= 4096 and prompt.max() <= 31805
-    assert prompt.max() == pytest.approx(31805, rel=0.1 if count < 1000 else 0.02)
+    assert prompt.max() == pytest.approx(31805, rel=0.2 if count < 1000 else 0.02)
     assert (prompt + output).max() <= 32768
-    assert np.median(prompt / output) == pytest.approx(28, rel=0.1 if count < 1000 else 0.02)
+    assert np.median(prompt / output) == pytest.approx(28, rel=0.15 if count < 1000 else 0.02)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ def test_uniform_totals_and_ratio() -> None:
     specs = workload(*words, count=4000)
     totals = np.array([spec.num_tokens for spec in specs])
     assert totals.min() >= 100 and totals.max() <= 900
-    assert totals.mean() == pytest.approx(500, rel=0.03)
+    assert totals.mean() == pytest.approx(500, rel=0.05)
     assert outputs_of(specs).tolist() == [-(-total // 21) for total in totals.tolist()]
 
 
@@ -145,7 +148,7 @@ def test_zipf_prefers_short_ones_by_its_law() -> None:
     totals = np.array([spec.num_tokens for spec in workload(*words, count=40_000)])
     harmonic = sum(1 / n for n in range(1, 101))
     for rank in (1, 2, 5):
-        assert (totals == 9 + rank).mean() == pytest.approx(1 / rank / harmonic, rel=0.1)
+        assert (totals == 9 + rank).mean() == pytest.approx(1 / rank / harmonic, rel=0.2)
 
 
 @pytest.mark.parametrize(("provider", "cv"), [("poisson", 1.0), ("gamma", 0.3), ("gamma", 2.5)])
@@ -154,8 +157,8 @@ def test_intervals_have_the_mean_and_spread_asked_for(provider: str, cv: float) 
     words += ["--cv", cv] if provider == "gamma" else []
     gaps = np.diff([spec.arrived_at_s for spec in workload(*words, count=20_000)])
     assert gaps.min() >= 0
-    assert gaps.mean() == pytest.approx(0.2, rel=0.08)
-    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.08)
+    assert gaps.mean() == pytest.approx(0.2, rel=0.15)
+    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.15)
 
 
 def test_lengths_of_a_csv_file(tmp_path: Path) -> None:

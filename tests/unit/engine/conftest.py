@@ -1,10 +1,14 @@
-"""What tests of the core process share."""
+"""What tests of the core process share; and hypothesis, which takes a busy machine for a slow test."""
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture

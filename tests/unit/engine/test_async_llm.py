@@ -153,14 +153,15 @@ def test_a_generator_that_ends_early_aborts_its_request(how: str) -> None:
             await outputs.aclose()
         elif how == "cancel":
             task = asyncio.create_task(read(llm, 1000))
-            await asyncio.sleep(0.1)
+            while not observed:
+                await asyncio.sleep(0.01)
             task.cancel()
             await asyncio.wait([task])
         else:
             await read(llm, 2)
         assert llm.num_unfinished == 0
         assert observed[-1].finished and observed[-1].outputs[0].finish_reason == "abort"
-        await asyncio.wait_for(until_empty(llm), 2)
+        await asyncio.wait_for(until_empty(llm), 3)  # all its tokens take 3.8 s
 
     with_llm(use, make_slow_core, observe=observed.append)
 
@@ -168,7 +169,7 @@ def test_a_generator_that_ends_early_aborts_its_request(how: str) -> None:
 def test_a_slow_reader_gets_all_the_text_in_few_outputs() -> None:
     async def use(llm: AsyncLLM) -> None:
         outputs = await llm.submit("\0", SamplingParams(max_tokens=60))
-        await asyncio.sleep(0.5)
+        await until_empty(llm)
         got = [each async for each in outputs]
         assert len(got) == 1 and got[0].outputs[0].delta == ANSWER
 
@@ -208,12 +209,13 @@ def test_a_full_queue_refuses_and_serves_what_it_took() -> None:
 
 def test_a_failed_step_fails_its_requests_and_the_next_one_is_served() -> None:
     async def use(llm: AsyncLLM) -> None:
-        bystander = asyncio.create_task(last(llm, [1], LONG))
-        await asyncio.sleep(0.1)
+        bystander = await llm.submit([1], LONG)
+        await anext(bystander)
         with pytest.raises(StepFailedError, match="broken by a prompt"):
             await last(llm, [255], LONG)
         with pytest.raises(StepFailedError):
-            await bystander
+            async for _ in bystander:
+                pass
         assert (await last(llm, [1], SamplingParams(max_tokens=2))).finished
 
     with_llm(use, make_slow_core)
@@ -225,7 +227,7 @@ def test_a_failed_step_spares_requests_that_the_core_did_not_have() -> None:
         process = llm._inputs.process
 
         def slow(*arguments):
-            encoding.wait(10)
+            encoding.wait(60)
             return process(*arguments)
 
         llm._inputs.process = slow
@@ -266,13 +268,13 @@ def test_an_id_in_use_is_refused_and_the_first_request_goes_on() -> None:
 def test_completions_count_as_requests_that_wait() -> None:
     async def use(llm: AsyncLLM) -> None:
         many = SamplingParams(n=4, max_tokens=20)
-        first = asyncio.create_task(last(llm, [1], many))
-        await asyncio.sleep(0.1)
-        second = asyncio.create_task(last(llm, [2], many))
-        await asyncio.sleep(0)
+        first = await llm.submit([1], many)
+        await anext(first)  # it has begun
+        second = await llm.submit([2], many)
         with pytest.raises(OverloadedError, match="4 requests are waiting: the limit is 4"):
             await last(llm, [3], many)
-        assert (await first).finished and (await second).finished
+        for outputs in (first, second):
+            assert [each async for each in outputs][-1].finished
 
     with_llm(use, make_slow_core, QueueLimits(max_requests=4))
 

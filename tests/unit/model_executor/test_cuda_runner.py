@@ -30,6 +30,7 @@ from sarathi.worker.cuda_runner import CudaModelRunner
 from sarathi.worker.sequences import SequenceTable
 
 CPU = torch.device("cpu")
+DTYPE = torch.float64  # in float32 some drawn tokens would hang on rounding, which differs with a batch's shape
 SLOTS, LENGTH, VOCAB_SIZE = 7, 64, 50
 ARCH = ModelArchitecture(
     "tiny", num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_size=8,
@@ -112,7 +113,7 @@ def model() -> Decoder:
 
 def make_model() -> Decoder:
     torch.manual_seed(3)
-    decoder = Decoder(ARCH, Placement(torch.float32, CPU), NativeOps(), LoopBackend(), max_positions=LENGTH)
+    decoder = Decoder(ARCH, Placement(DTYPE, CPU), NativeOps(), LoopBackend(), max_positions=LENGTH)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return decoder
@@ -159,7 +160,7 @@ def run(
     model: Decoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int]
 ) -> list[StepResult]:
     shape = (SLOTS, LENGTH, ARCH.num_kv_heads, ARCH.head_size)
-    layers = [CacheLayer(torch.zeros(shape), torch.zeros(shape), None) for _ in range(ARCH.num_layers)]
+    layers = [CacheLayer(*torch.zeros(2, *shape, dtype=DTYPE), None) for _ in range(ARCH.num_layers)]
     cache = Slots({each.request_id: slot for each, slot in zip(requests, slots, strict=False)})
     runner = CudaModelRunner(model, LoopBackend(), cache, layers, Limits(8, LENGTH, 0))
     if graphs:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_driver import RandomDriver
-from tiny_models import TinyModel, build, random_prompts
+from tiny_models import TinyModel, build, compute_in_float64, random_prompts
 
 from sarathi import LLM
 from sarathi.config.load import make_config
@@ -45,7 +45,10 @@ def whole(name: str, tokens: list[int], granted: int | None = None) -> Chunk:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_mixed_batch_gives_what_each_request_alone_gives(tiny: TinyModel, backend: str) -> None:
+def test_a_mixed_batch_gives_what_each_request_alone_gives(
+    tiny: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_in_float64(monkeypatch)
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     prompts = dict(random_prompts(seed, 8, 30))
@@ -142,8 +145,11 @@ def test_wasted_is_what_is_mapped_past_the_last_token_whole_rows_being_granted(t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_request_whose_logits_are_not_finite_ends_alone(tmp_path: Path, backend: str) -> None:
+def test_a_request_whose_logits_are_not_finite_ends_alone(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One token of the vocabulary has an embedding of NaN. The reference: the other requests without that one."""
+    compute_in_float64(monkeypatch)
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     tiny = build("llama2", tmp_path)
@@ -177,8 +183,11 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(tmp_path: Path, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_logits_processor_that_raises_ends_its_own_request(tiny: TinyModel, backend: str) -> None:
+def test_a_logits_processor_that_raises_ends_its_own_request(
+    tiny: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference: the other requests without that one."""
+    compute_in_float64(monkeypatch)
 
     def fail_at_the_third(output: list[int], logits: torch.Tensor) -> torch.Tensor:
         if len(output) == 2:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from sarathi.messages import SampledToken
+from sarathi.model_executor.placement import Placement
 from sarathi.sampling_params import SamplingParams
+from sarathi.worker import worker
 
 VOCAB_SIZE = 97
 EVERYTHING = SamplingParams(temperature=0.0, logprobs=VOCAB_SIZE, max_tokens=64)
@@ -76,6 +79,15 @@ def build(name: str, folder: Path, **changes: Any) -> TinyModel:
         torch.nn.init.normal_(parameter, mean=centre, std=0.25)
     model.save_pretrained(folder, max_shard_size="40KB")
     return TinyModel(folder, model)
+
+
+def compute_in_float64(patch: pytest.MonkeyPatch) -> None:
+    """Workers of this process and of its forks, on the CPU: for tests that compare tokens of random requests.
+
+    In float32, logits of other batch shapes differ by 1e-5: one of 50,000 greedy tokens and one of 200,000 drawn ones
+    hang on that.
+    """
+    patch.setattr(worker, "choose_placement", lambda config, arch: Placement(torch.float64, torch.device("cpu")))
 
 
 def random_prompts(seed: int, count: int, longest: int) -> Iterator[tuple[str, list[int]]]:
