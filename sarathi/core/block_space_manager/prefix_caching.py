@@ -412,12 +412,15 @@ class PrefixCachingBlockSpaceManager:
         return self._rows.used + self._rows.kept + more_rows > rows - rows // _GROWTH_SHARE
 
     def _evict_first(self) -> bool:
-        sequence = self._first_to_evict()
-        while sequence is not None and sequence.num_pins:
+        """Evict the first sequence that no step in flight uses. Others stay in the queue: they have rows to give."""
+        pinned = []
+        while (sequence := self._first_to_evict()) is not None and sequence.num_pins:
             self._queue.pop()
-            sequence = self._first_to_evict()
+            pinned.append(sequence)
         if sequence is not None:
             self._evict(sequence)
+        for each in pinned:
+            self._queue.push(each)
         return sequence is not None
 
     def _first_to_evict(self) -> _Sequence | None:

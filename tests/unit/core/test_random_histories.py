@@ -233,32 +233,45 @@ def check_step(out: SchedulerOutput, config: SchedulerConfig, scheduler: Schedul
         assert sum(prompts) <= (config.max_batched_tokens or scheduler.max_model_len) or len(prompts) == 1
 
 
+@pytest.fixture(autouse=True)
+def small_limits(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that histories of a few tokens reach everything."""
+    caplog.set_level(logging.ERROR, logger="sarathi")
+    monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
+    monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
+    monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
+
+
 @pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])
 @pytest.mark.parametrize("policy", SCHEDULERS)
 @pytest.mark.parametrize("histories", [300, pytest.param(3000, marks=pytest.mark.slow)])
-def test_every_invariant_in_random_histories(
-    policy: str, backend: str, histories: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.ERROR, logger="sarathi")
-    monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
+def test_every_invariant_in_random_histories(policy: str, backend: str, histories: int) -> None:
     play_all(policy, backend, False, histories)
 
 
 @pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])
 @pytest.mark.parametrize("policy", SCHEDULERS)
 @pytest.mark.parametrize("histories", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_every_invariant_with_prefix_caching(
-    policy: str, backend: str, histories: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_invariant_with_prefix_caching(policy: str, backend: str, histories: int) -> None:
     """Also: what a request finds in the cache are its own tokens, and rows go only when no step copies from them."""
-    caplog.set_level(logging.ERROR, logger="sarathi")
-    monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
-    monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
-    monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
     total = play_all(policy, backend, True, histories)
     print(total)
     assert min(total.num_mapped_tokens, total.num_copied_tokens, total.num_evicted_rows) > histories / 10
     assert total.num_hit_tokens > total.num_mapped_tokens + total.num_copied_tokens + histories / 10
+
+
+@pytest.mark.parametrize(
+    ("seed", "policy", "backend"),
+    [
+        (268751273319, "simple_chunking", "sdpa_paged"),  # pinned sequences left the queue with rows to give
+        (519637127202, "sarathi", "sdpa_vattn"),  # doomed sequences kept rows, or were found again
+        (1089654737738, "vllm", "sdpa_vattn"),
+        (808422214161, "simple_chunking", "sdpa_paged"),
+    ],
+)
+def test_histories_that_have_failed_hold(seed: int, policy: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED", str(seed))
+    play_all(policy, backend, True, 1)
 
 
 def play_all(policy: str, backend: str, caches: bool, count: int) -> PrefixCacheStats:
