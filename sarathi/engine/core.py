@@ -69,6 +69,11 @@ class EngineCore:
         """Seconds between two calls of `balance`, also while there is no work; None: it does nothing."""
         return self._budget.look_s
 
+    @property
+    def idle_look_s(self) -> float | None:
+        """Seconds between two calls of `balance` and `check_life` while there is no work; None: they do nothing."""
+        return min(filter(None, (self._budget.look_s, self.executor.look_s)), default=None)
+
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
         if not self.executor.takes_functions and any(new.sampling_params.logits_processors for new in requests):
             raise ValueError(
@@ -128,6 +133,10 @@ class EngineCore:
     def balance(self) -> None:
         """Between two steps: take memory that other servers of the group leave, or leave them some."""
         self._untold += self._budget.balance()
+
+    def check_life(self) -> None:
+        """Without work: raise RankError where a rank has died or hangs."""
+        self.executor.check_life()
 
     def sleep(self, level: int = 1) -> None:
         self._check_level(level)

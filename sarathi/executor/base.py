@@ -19,10 +19,15 @@ class Executor(Protocol):
     resolution: Resolution  # backend, device and dtype
     num_stages: int = 1  # of a pipeline; where there are several, a request's next token waits for the last one's value
     max_in_flight: int  # steps that may be launched before the result of the first of them is taken
+    look_s: float | None = None  # seconds between two calls of `check_life` where there is no work; None: no need
     takes_functions: bool  # whether requests may hold logits processors, which are functions of this process
 
     def launch(self, out: SchedulerOutput) -> StepFuture:
         """Start one step. A step for which memory is missing computes nothing; its result has `available_rows`."""
+
+    def check_life(self) -> None:
+        """Raise RankError where a rank has died or hangs, as a step would."""
+        return
 
     def wait(self) -> None:
         """Return once no launched step is running, also none whose future was lost."""

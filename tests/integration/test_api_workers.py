@@ -127,9 +127,12 @@ def test_the_death_of_the_core_is_told_by_all_and_ends_the_server(model: str) ->
         wait_until(lambda: not any(map(is_alive, started)), "processes are left")
 
 
-def test_nothing_outlives_the_supervisor(model: str) -> None:
+def test_nothing_outlives_the_supervisor_not_even_what_is_stopped(model: str) -> None:
     with running_server(model, *options(api_workers=2)) as server:
         started = processes(server)
         assert sorted(started.values()) == ["core", "worker", "worker"]
+        for pid, kind in started.items():
+            if kind == "worker":
+                os.kill(pid, signal.SIGSTOP)
         server.process.kill()
         wait_until(lambda: not any(map(is_alive, started)), "processes are left")

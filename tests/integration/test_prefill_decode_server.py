@@ -191,6 +191,30 @@ def test_an_engine_of_the_pair_that_dies_or_hangs_ends_the_server(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_engine_of_the_pair_that_hangs_without_work_ends_the_server(model: str, index: int) -> None:
+    with running_server(model, *PAIR) as server:
+        [core] = children(server.process.pid)
+        below = descendants(server.process.pid)
+        stopped = sorted(children(core))[index]
+        os.kill(stopped, signal.SIGSTOP)
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503, "it says that it is healthy")
+        assert server.process.wait(60) == 1
+        wait_until(lambda: not any(map(is_alive, below)), "processes are left")
+        assert re.search(rf"(prefill|decode) rank 0 of 1 \(process {stopped}\) hangs", "".join(server.lines))
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_server_that_is_killed_also_where_it_is_stopped(model: str) -> None:
+    with running_server(model, *PAIR) as server:
+        below = descendants(server.process.pid)
+        for each in below:
+            os.kill(each, signal.SIGSTOP)
+        server.process.kill()
+        wait_until(lambda: not any(map(is_alive, below)), "processes are left")
+
+
+@pytest.mark.slow
 def test_async_llm_over_two_engines(model: str, one: LLM) -> None:
     prompts = prompts_of(8)
     expected = [list(each.outputs[0].token_ids) for each in one.generate(prompts, GREEDY, use_tqdm=False)]

@@ -161,6 +161,18 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
     executor.shutdown()
 
 
+def test_a_rank_that_dies_without_work_is_named(tiny: TinyModel) -> None:
+    executor = make_executor(tiny, **TWO)
+    pids = pids_of(executor)
+    executor.check_life()
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(RankError, match=rf"rank 1 of 2 \(process {pids[1]}\) was ended by SIGKILL"):
+        wait_until(lambda: executor.check_life() is not None, "it is not noticed")
+    assert not any(map(is_alive, pids))
+    with pytest.raises(RankError, match="rank 1 of 2"):
+        executor.check_life()
+
+
 def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: TinyModel) -> None:
     with LLM(**settings_for(tiny, **TWO)) as llm:
         llm.engine.add_request("b", [1, 2], replace(GREEDY, max_tokens=1))
@@ -177,10 +189,9 @@ def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: Ti
 def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:
     executor = make_executor(tiny, **TWO)
     pids = pids_of(executor)
-    began_s = time.monotonic()
     executor.shutdown()
     executor.shutdown()
-    assert not any(map(is_alive, pids)) and time.monotonic() - began_s < 60
+    assert not any(map(is_alive, pids))
 
 
 def test_an_executor_that_is_dropped_leaves_no_process(tiny: TinyModel) -> None:
@@ -195,12 +206,14 @@ import os, signal, sys, time
 from sarathi.config.load import make_config
 from sarathi.executor.ranks.multiproc import MultiprocExecutor
 executor = MultiprocExecutor(make_config(**{settings!r}))
-print(*[each.process.pid for each in executor._ranks._transport.processes], flush=True)
+pids = [each.process.pid for each in executor._ranks._transport.processes]
+print(*pids, flush=True)
+os.kill(pids[1], signal.SIGSTOP)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_ranks_end_with_an_executor_that_is_killed(tiny: TinyModel) -> None:
+def test_ranks_end_with_an_executor_that_is_killed_also_one_that_is_stopped(tiny: TinyModel) -> None:
     program = _KILLED.format(settings=settings_for(tiny, **TWO))
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=300, check=False)
     pids = list(map(int, done.stdout.split()))

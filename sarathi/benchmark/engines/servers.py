@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sarathi.benchmark.engines import vllm
-from sarathi.benchmark.run.processes import end_with_parent
+from sarathi.parent_death import end_with_parent
 
 NAME = "measured"  # what clients call the model
 _END_S = 30.0

@@ -23,8 +23,9 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import Run
 from sarathi.benchmark.results import read_config, write_config
 from sarathi.benchmark.run.outcome import COMPLETED
-from sarathi.benchmark.run.processes import Terminated, end_with_parent, locked
+from sarathi.benchmark.run.processes import Terminated, locked
 from sarathi.metrics.report import SUMMARY_FILE, remove_report
+from sarathi.parent_death import end_with_parent
 
 LOG_FILE = "log.txt"
 TAIL_LINES = 6

@@ -14,8 +14,9 @@ from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.replicas.base import Replica, ReplicaError
-from sarathi.benchmark.run.processes import ENDING, Terminated, end_with_parent, ended_by_signals
+from sarathi.benchmark.run.processes import ENDING, Terminated, ended_by_signals
 from sarathi.benchmark.run.runner import BenchmarkRunner
+from sarathi.parent_death import end_with_parent
 
 _END_S = 10.0
 

@@ -1,8 +1,7 @@
-"""Processes of a benchmark: end on a signal as on ^C, end with the parent, and own their result folder."""
+"""Processes of a benchmark: end on a signal as on ^C, and own their result folder."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Terminated(KeyboardInterrupt):
@@ -38,14 +36,6 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def end_with_parent(parent: int) -> None:
-    """In a child: the kernel kills this process when the thread that started it ends. parent: its process id."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

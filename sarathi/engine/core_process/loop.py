@@ -63,11 +63,15 @@ class CoreLoop:
             self._core.balance()
             if self._core.has_work:
                 self._step()
+            else:
+                self._core.check_life()
 
     def _wait_s(self) -> float | None:
         """No time while there is work that can be done."""
-        look_s = self._core.look_s
-        return 0.0 if self._core.has_work and not (self._core.is_starved and look_s) else look_s
+        core = self._core
+        if not core.has_work:
+            return core.idle_look_s
+        return (core.look_s if core.is_starved else None) or 0.0
 
     def _obey(self, command: Command, name: str) -> None:
         if isinstance(command, AddRequests):

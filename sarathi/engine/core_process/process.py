@@ -19,6 +19,7 @@ import zmq
 from sarathi.engine.core_process.loop import CoreLoop
 from sarathi.engine.core_process.owners import MAIN
 from sarathi.engine.core_process.wire import Command, Heartbeat, Report, StartFailed, decode_command, encode
+from sarathi.parent_death import continue_without_parent
 
 if TYPE_CHECKING:
     from sarathi.engine.core import EngineCore
@@ -35,6 +36,7 @@ def main() -> None:
     folder, parent_id = Path(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager signals all processes: the parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    continue_without_parent()
     watcher = threading.Thread(target=_beat_until_orphaned, args=(folder, parent_id), daemon=True)
     watcher.start()
     channel = _ZmqChannel(folder)

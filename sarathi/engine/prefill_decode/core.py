@@ -69,6 +69,14 @@ class PrefillDecodeCore(EngineCore):
             raise
         return output
 
+    def check_life(self) -> None:
+        try:
+            super().check_life()
+            self._prefills.check_life()
+        except RankError as error:
+            self._kill(error)
+            raise
+
     def reset(self) -> None:
         """What the other engine sends is waited for, so that no memory is released under it."""
         try:

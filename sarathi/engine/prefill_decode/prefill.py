@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -123,9 +124,14 @@ class Prefills:
                     self._done.get(timeout=0 if found else timeout_s) if timeout_s else self._done.get_nowait()
                 )
         except Empty:
-            if not found and self._error is not None:
-                raise self._failure() from self._error
+            if not found:
+                self.check_life()
             return found
+
+    def check_life(self) -> None:
+        """Raise RankError where the thread has ended, as it does soon after one of its ranks."""
+        if self._error is not None:
+            raise self._failure() from self._error
 
     @property
     def is_running(self) -> bool:
@@ -163,11 +169,18 @@ class Prefills:
         """Run what is asked for; waits for it where there is no other work. False: end."""
         wait = not self._core.has_work
         while wait or not self._work.empty():
-            if (each := self._work.get()) is None:
+            if (each := self._next()) is None:
                 return False
             each()
             wait = False
         return True
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is asked for next."""
+        while True:
+            with suppress(Empty):
+                return self._work.get(timeout=self.executor.look_s)
+            self._core.check_life()
 
     def _answer(self, future: Future[T], method: Callable[[PrefillCore], T]) -> None:
         try:

@@ -21,12 +21,14 @@ from sarathi.entrypoints.server.process.lifecycle import DIED
 from sarathi.entrypoints.server.process.listener import bind
 from sarathi.entrypoints.server.process.service import EngineService, Observe, StartEngine
 from sarathi.entrypoints.workers.setup import ALIVE, BEAT_S, READY, WorkerSetup
+from sarathi.parent_death import continue_without_parent
 
 
 def main() -> None:
     """The process; its exit code is that of a server."""
     import uvloop
 
+    continue_without_parent()
     setup: WorkerSetup = pickle.load(sys.stdin.buffer)
     sys.exit(uvloop.run(_serve(setup)))
 

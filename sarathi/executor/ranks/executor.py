@@ -28,7 +28,7 @@ class LaunchedStep:
 class RanksExecutor(Executor):
     """Sends each step to every rank, as one message. A subclass starts the ranks."""
 
-    takes_functions = False
+    takes_functions, look_s = False, 1.0
 
     def __init__(self, transport: Transport, parallel: ParallelConfig, store: tuple[str, int]) -> None:
         """transport: to ranks that have started, but may still load their model. store: host and port of a TCPStore
@@ -76,6 +76,9 @@ class RanksExecutor(Executor):
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Launch one step and wait for its result."""
         return self.launch(out).result()
+
+    def check_life(self) -> None:
+        self._ranks.check_life()
 
     def wait(self) -> None:
         """Raises RankError where the ranks have ended."""

@@ -4,7 +4,8 @@ import math
 import pickle
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from sarathi.executor.ranks.protocol import Command, RankEnd, Reply, Transport, is_answered
@@ -13,6 +14,7 @@ from sarathi.model_executor.parallel.ranks import RankGrid
 SILENCE_S = 8.0  # after which a rank counts as hung; it shows life several times a second
 START_SILENCE_S = 60.0  # the same while libraries are loaded, which may stop all threads of a process
 _LOOK_S = 0.25  # between looks at the ranks while a reply is waited for
+_SECOND_LOOK_S = 0.5  # after which a silent rank is looked at again: this process may have stood still as long
 _GRACE_S = 1.0  # after a first failure, for the one that caused it to show: the others lose their connections
 
 
@@ -56,21 +58,35 @@ class RankGroup:
             raise RankError(f"{method} cannot be run, the ranks have ended: {self._failure}")
         self._number += 1
         message = pickle.dumps(Command(self._number, method, arguments))
-        try:
-            self._check_life(silence_s)
+        with self._ended_by_errors():
+            self._check_silence(silence_s)
             self._send(message)
             answering = [rank for rank in range(self._transport.size) if is_answered(method, rank, self._grid)]
             return self._replies(answering, silence_s, time.monotonic() + limit_s)
-        except (RankError, ValueError) as error:
-            self._failure = str(error)
-            self.kill()
-            raise
+
+    def check_life(self) -> None:
+        """Raise RankError where a rank, or one of a partner's, has died or hangs."""
+        if not self.are_running:
+            raise RankError(self._failure)
+        with self._ended_by_errors():
+            self._check_silence(SILENCE_S)
+            if self._ends():
+                self._fail()
 
     def kill(self, reason: str | None = None) -> None:
         """End every rank. Idempotent. reason: what later commands are told, where the ranks run still."""
         if reason is not None and self.are_running:
             self._failure = reason
         self._stop()
+
+    @contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (RankError, ValueError) as error:
+            self._failure = str(error)
+            self.kill()
+            raise
 
     def _send(self, message: bytes) -> None:
         try:
@@ -89,17 +105,21 @@ class RankGroup:
                     self._fail(rank, reply)
                 if reply.number == self._number:  # not one that was no longer waited for
                     replies[rank] = reply.value
-            self._check_life(silence_s)
+            self._check_silence(silence_s)
             if time.monotonic() > deadline_s and len(replies) < len(answering):
                 raise RankError(f"ranks that did not answer: {sorted(set(answering) - set(replies))}")
         return [replies[rank] for rank in answering]
 
-    def _check_life(self, silence_s: float) -> None:
-        for rank in range(self._transport.size):
-            silent_s = self._transport.silence_s(rank)
-            if silent_s > silence_s:
+    def _check_silence(self, silence_s: float) -> None:
+        if self._silent(silence_s):
+            time.sleep(_SECOND_LOOK_S)
+            for rank in self._silent(silence_s):
+                silent_s = self._transport.silence_s(rank)
                 raise RankError(f"{self._name(rank)} hangs: no sign of life for {silent_s:.1f} s")
         self._check_partners()
+
+    def _silent(self, silence_s: float) -> list[int]:
+        return [rank for rank in range(self._transport.size) if self._transport.silence_s(rank) > silence_s]
 
     def _check_partners(self) -> None:
         for failure in filter(None, [partner.failure() for partner in self._partners]):

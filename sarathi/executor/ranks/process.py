@@ -12,6 +12,7 @@ from sarathi.executor.ranks import service
 from sarathi.executor.ranks.board import Board
 from sarathi.executor.ranks.broadcast import Receiver
 from sarathi.executor.ranks.protocol import RankSetup
+from sarathi.parent_death import continue_without_parent
 
 _BEAT_S = 0.1
 
@@ -31,6 +32,7 @@ class _Channel:
 
 def main(connection: int, board: int, ring: int, waker: int) -> None:
     """Serve until the executor says "close" or is gone. Arguments: inherited file descriptors."""
+    continue_without_parent()
     pipe = Connection(connection)
     setup: RankSetup = pickle.loads(pipe.recv_bytes())
     size, rank = setup.grid.size, setup.rank

@@ -14,7 +14,7 @@ from sarathi.benchmark.run.processes import ENDING, Terminated, ended_by_signals
 PARENT = """
 import os, subprocess, sys, time
 from functools import partial
-from sarathi.benchmark.run.processes import end_with_parent
+from sarathi.parent_death import end_with_parent
 child = subprocess.Popen(["sleep", "60"], preexec_fn=partial(end_with_parent, os.getpid()))
 print(child.pid, flush=True)
 time.sleep(60)

@@ -380,7 +380,7 @@ def test_a_core_that_cannot_start_says_why_and_leaves_nothing(make, kind, messag
     assert not list(sockets.iterdir())
 
 
-def test_no_core_outlives_its_parent(tmp_path: Path) -> None:
+def test_no_core_outlives_its_parent_not_even_one_that_is_stopped(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import asyncio, os, signal\n"
@@ -389,16 +389,31 @@ def test_no_core_outlives_its_parent(tmp_path: Path) -> None:
         "async def run():\n"
         "    core = await CoreProcess.start(make_core)\n"
         "    print(core._process.pid, core.folder, flush=True)\n"
+        "    os.kill(core._process.pid, signal.SIGSTOP)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(run())\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60)
     pid, folder = done.stdout.split()
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while is_alive(int(pid)) or Path(folder).exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def test_ranks_are_looked_at_where_there_is_no_work() -> None:
+    core, channel = make_core(), ScriptedChannel([add("a")])
+    looks = iter((None, None, RuntimeError("rank 1 of 2 hangs")))
+
+    def look() -> None:
+        if (error := next(looks)) is not None:
+            raise error
+
+    core.executor.look_s, core.executor.check_life = 0.25, look
+    with pytest.raises(RuntimeError, match="rank 1 of 2 hangs"):
+        CoreLoop(core, channel).run()
+    assert channel.waits == [0.25, 0.0, 0.0, 0.0, 0.25, 0.25, 0.25]  # three steps
 
 
 # Several front ends.
