@@ -46,10 +46,13 @@ _TIE_EPS = 64  # logits lie between 16 and 32 and are wrong by a few units in th
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 where all backends gave the same tokens, and the same as each prompt alone, but for ties; else 1."""
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, logprobs=_CANDIDATES)
-    streamed = _stream(config_from(args), params)
+    config = config_from(args)
+    streamed, cache_bytes = _stream(config, params)
+    memory_bytes = config.cache.memory_bytes or cache_bytes // len(BACKENDS)
     print(f"\nThe same {len(QUESTIONS)} prompts all at once, {args.max_tokens} tokens each:\n")
     with ExitStack() as stack:
-        engines = [stack.enter_context(LLM.from_config(config_from(args, attention_backend=name))) for name in BACKENDS]
+        configs = [config_from(args, attention_backend=name, memory_bytes=memory_bytes) for name in BACKENDS]
+        engines = [stack.enter_context(LLM.from_config(each)) for each in configs]
         rounds = [[measure(llm, args.max_tokens) for llm in engines] for _ in range(ROUNDS)]
     runs = [with_median_time(each) for each in zip(*rounds, strict=True)]
     print(format_table(_HEADER, [each.row() for each in runs]))
@@ -191,11 +194,12 @@ def compare(streamed: Sequence[CompletionOutput], runs: Sequence[Measured]) -> V
     return Verdict([each for each in partings if each is not None], _TIE_EPS * runs[0].dtype_eps)
 
 
-def _stream(config: EngineConfig, params: SamplingParams) -> list[CompletionOutput]:
-    """The answers, each prompt alone, printed as they come."""
+def _stream(config: EngineConfig, params: SamplingParams) -> tuple[list[CompletionOutput], int]:
+    """The answers, each prompt alone, printed as they come; and the bytes of the cache that this engine alone had."""
     with LLM.from_config(config) as llm:
         print(f"{config.model.model}, one prompt after another:")
-        return [_show(llm, number, prompt, params) for number, prompt in enumerate(_prompts(llm))]
+        answers = [_show(llm, number, prompt, params) for number, prompt in enumerate(_prompts(llm))]
+        return answers, llm.engine.core.facts.num_cache_tokens * llm.engine.core.facts.token_bytes
 
 
 def _show(llm: LLM, number: int, prompt: list[int], params: SamplingParams) -> CompletionOutput:

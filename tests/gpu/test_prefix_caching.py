@@ -41,13 +41,13 @@ def open_llm(backend: str, max_model_len: int = 4096, memory_bytes: str = "256mb
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "vattn" in name])
 def test_a_sharer_has_the_bytes_of_its_source(backend: str) -> None:
-    """Two questions to one document, the second after the first and both of them while a third is decoding."""
+    """Three questions to one document at once: the others share what the first has computed and still decodes."""
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
     document = [rng.randrange(3, 900) for _ in range(DOCUMENT)]
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    params = [SamplingParams(temperature=0, max_tokens=number, ignore_eos=True) for number in (120, 20, 20)]
     with open_llm(backend, 18_432, "1gb") as llm:
-        outputs = [llm.generate([[*document, 5, number]], params)[0] for number in range(3)]
+        outputs = llm.generate([[*document, 5, number] for number in range(3)], params)
         assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 3
         core = llm.engine.core
         stats = core.prefix_cache_stats()
