@@ -1,6 +1,8 @@
 """Creates the executor that a configuration asks for."""
 
-from sarathi.config.schema import EngineConfig
+from typing import Any
+
+from sarathi.config.schema import EngineConfig, ParallelConfig
 from sarathi.executor.base import Executor
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
@@ -21,7 +23,8 @@ def create_executor(
     parallel = config.parallel
     num_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     if parallel.executor == "ray":
-        return _create_ray_executor(config, make_vocabulary)
+        executor: Executor = _ray_executor().RayExecutor(config, make_vocabulary)
+        return executor
     if parallel.executor == "uniproc" or (parallel.executor == "auto" and num_ranks == 1):
         return UniprocExecutor(config, make_vocabulary)
     from sarathi.executor.ranks.multiproc import MultiprocExecutor  # one rank needs no torch.distributed
@@ -29,9 +32,17 @@ def create_executor(
     return MultiprocExecutor(config, make_vocabulary, first_device)
 
 
-def _create_ray_executor(config: EngineConfig, make_vocabulary: MakeVocabulary) -> Executor:
+def connect(parallel: ParallelConfig) -> None:
+    """To what executors that start in threads share. Ray's own processes end with the thread that starts them: this one
+    must live as long as the executors."""
+    if parallel.executor == "ray":
+        _ray_executor().connect()
+
+
+def _ray_executor() -> Any:
+    """The module of it."""
     try:
-        from sarathi.executor.ray.executor import RayExecutor
+        from sarathi.executor.ray import executor
     except ImportError as error:
         raise MissingPackageError(f"executor=ray: {error}; pip install 'sarathi-vattention[ray]'") from error
-    return RayExecutor(config, make_vocabulary)
+    return executor

@@ -7,7 +7,7 @@ from typing import Any
 
 from sarathi.config.knobs import ConfigError
 from sarathi.config.schema import EngineConfig
-from sarathi.executor.factory import create_executor
+from sarathi.executor.factory import connect, create_executor
 from sarathi.executor.ranks.executor import RanksExecutor
 
 PREFILL, DECODE = "prefill", "decode"
@@ -40,6 +40,7 @@ def start_executors(
     parallel = replace(config.parallel, executor=name)
     sides = (replace(prefill, parallel=parallel), replace(config, parallel=parallel))
     size = parallel.tensor_parallel_size
+    connect(parallel)
     with ThreadPoolExecutor(2) as pool:
         started = [
             pool.submit(create_executor, side, make_vocabulary, number * size) for number, side in enumerate(sides)

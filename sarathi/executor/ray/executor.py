@@ -145,7 +145,7 @@ class RayExecutor(RanksExecutor):
 def connect() -> None:
     """To the cluster that RAY_ADDRESS or `ray start` names, else a new one on this machine; where none is connected."""
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
 
 
 def _create_actor(group: Any, bundle: int, device: str) -> Any:
