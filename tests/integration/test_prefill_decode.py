@@ -6,13 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from http_server import wait_until
 from process_tree import is_alive
 from rank_helpers import BACKENDS, GREEDY, expected_outputs, pids_of, settings_for
 from short_rank import SHORT_STEPS
-from tiny_models import TinyModel, build, random_prompts
+from tiny_models import TinyModel, build, compute_in_float64, random_prompts
 
 from sarathi import LLM, SamplingParams
 from sarathi.engine.core import EngineCore
@@ -192,8 +193,12 @@ def test_several_ranks_each_send_their_heads_and_preempted_requests_go_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prompts_of_a_tree_in_little_memory_share_what_they_begin_with(tiny: TinyModel, backend: str) -> None:
-    seed = random.randrange(2**31)
+def test_prompts_of_a_tree_in_little_memory_share_what_they_begin_with(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, seed = build("llama2", tmp_path), random.randrange(2**31)
+    tiny.reference.double()
+    compute_in_float64(monkeypatch)
     print(f"seed {seed}")
     rng = random.Random(seed)
     trunks = [rng.choices(range(97), k=60) for _ in range(3)]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from http_server import options, running_server
 from small_models import save_tiny_model
+from tiny_models import compute_in_float64
 
 from sarathi import LLM, SamplingParams
 from sarathi.messages import NewRequest
@@ -91,7 +92,8 @@ LEAST = {
 
 
 @pytest.mark.parametrize(("backend", "policy"), PAIRS)
-def test_outputs_are_equal_with_and_without(tmp_path, backend, policy):
+def test_outputs_are_equal_with_and_without(tmp_path, backend, policy, monkeypatch):
+    compute_in_float64(monkeypatch)
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)

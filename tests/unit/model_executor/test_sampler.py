@@ -155,15 +155,22 @@ def test_logits_of_tokens_that_are_not_allowed_are_looked_at_too() -> None:
     assert tokens_of(logits, [sequence(params, [1])] * 3) == [-1, -1, 1]
 
 
+def logits_with_a_best() -> torch.Tensor:
+    """[4, VOCAB_SIZE], of which the largest exceeds the others by 10 or more."""
+    logits = 100 * torch.randn(4, VOCAB_SIZE)
+    best = torch.randint(0, VOCAB_SIZE, (4, 1))
+    return logits.scatter_(1, best, logits.amax(1, keepdim=True) + 10)
+
+
 def test_top_k_1_draws_the_best() -> None:
-    logits = torch.randn(4, VOCAB_SIZE)
+    logits = logits_with_a_best()
     found = tokens_of(logits, [sequence(SamplingParams(top_k=1), [1], seed=seed) for seed in range(4)])
     assert found == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 1e-38}, {"temperature": 1e-5}, {"top_p": 1e-50}, {"top_p": 1e-40}])
 def test_what_all_but_rules_out_a_draw_gives_the_best(fields: dict[str, float]) -> None:
-    logits = 100 * torch.randn(4, VOCAB_SIZE)
+    logits = logits_with_a_best()
     found = tokens_of(logits, [sequence(SamplingParams(**fields), [1], seed=seed) for seed in range(4)])
     assert found == logits.argmax(-1).tolist()
 
