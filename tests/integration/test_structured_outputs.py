@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import torch
 from small_models import save_tiny_config
+from tiny_models import compute_in_float64
 
 from sarathi import LLM, SamplingParams, StructuredOutputsParams
 from sarathi.config.load import make_config
@@ -87,11 +88,22 @@ def test_each_kind_of_limit_holds_beside_requests_without_one(llm: LLM, seed: in
     assert (len(free.token_ids), free.finish_reason) == (20, "length")
 
 
-def test_a_limited_request_leaves_the_others_as_they_are_alone(llm: LLM, seed: int) -> None:
+def small_model(folder: Path, **settings: Any) -> LLM:
+    """Of random weights, which draws any token that a grammar lets it."""
+    name = save_tiny_config(folder / "model", vocab_size=49152, max_position_embeddings=256)
+    common = {"tokenizer": "smollm2-135m", "load_format": "dummy", "device": "cpu", "max_num_seqs": 16}
+    return LLM(name, **common, **settings)
+
+
+def test_a_limited_request_leaves_the_others_as_they_are_alone(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_in_float64(monkeypatch)
     free = SamplingParams(max_tokens=24, ignore_eos=True, seed=seed)
-    greedy = limited({"json": PERSON, "disable_any_whitespace": True}, temperature=0.0)
-    alone = [llm.generate(PROMPT, each, use_tqdm=False)[0].outputs[0].token_ids for each in (free, greedy)]
-    together = llm.generate([PROMPT] * 3, [free, greedy, limited({"regex": DATE})], use_tqdm=False)
+    bound = limited({"json": PERSON, "disable_any_whitespace": True}, seed=seed, max_tokens=150)
+    with small_model(tmp_path, memory_bytes="8mb") as small:
+        alone = [small.generate(PROMPT, each, use_tqdm=False)[0].outputs[0].token_ids for each in (free, bound)]
+        together = small.generate([PROMPT] * 3, [free, bound, limited({"regex": DATE})], use_tqdm=False)
     assert [output.outputs[0].token_ids for output in together[:2]] == alone
 
 
@@ -130,13 +142,10 @@ def test_limits_that_leave_no_token_end_the_request_alone(llm: LLM) -> None:
 
 
 def test_preempted_requests_go_on_in_their_grammar(tmp_path: Path, seed: int) -> None:
-    """Of a model of random weights. 18 blocks of 16 tokens hold what 16 requests begin with and not their outputs: some
-    are computed again from their tokens."""
+    """18 blocks of 16 tokens hold what 16 requests begin with and not their outputs: some are computed again."""
     limit = {"json": PERSON, "disable_any_whitespace": True}
     params = [limited(limit, seed=seed + index, max_tokens=150) for index in range(16)]
-    folder = save_tiny_config(tmp_path / "model", vocab_size=49152, max_position_embeddings=256)
-    settings = {"tokenizer": "smollm2-135m", "load_format": "dummy", "device": "cpu", "max_num_seqs": 16}
-    with LLM(folder, **settings, memory_bytes=18 * 16 * 256, attention_backend="sdpa_paged_16") as small:
+    with small_model(tmp_path, memory_bytes=18 * 16 * 256, attention_backend="sdpa_paged_16") as small:
         outputs = texts(small, params)
         assert small.engine.core.scheduler.num_preemptions > 0
     for text in outputs:
