@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA devices", allow_module_level=True)
 pytest.importorskip("vattention._native", reason="the native module is not built")
-from transformers import AutoModelForCausalLM, LlamaConfig
+from likely import check_likely, prompts, save_llama
 
 from sarathi import LLM, SamplingParams
 from sarathi.executor.ranks.group import RankError
@@ -20,42 +19,18 @@ from sarathi.executor.ranks.group import RankError
 pytestmark = pytest.mark.gpu
 BACKENDS = ("fa_vattn", "fa_vattn_megacache", "fi_paged_16", "sdpa_vattn")
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-CLOSE = 0.05  # of the spread of the logits: bf16 sums in another order
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=64, vocab_size=1001, max_position_embeddings=2048,
-    )  # fmt: skip
-    path: Path = tmp_path_factory.mktemp("llama")
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(path)
-    return path
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(0, 1001, (length,), generator=generator).tolist() for length in (1, 7, 64, 300, 900)]
-
-
-def check_likely(folder: Path, outputs: list[list[int]], backend: str, asked: list[list[int]] | None = None) -> None:
-    """Every token against float32 logits of transformers, given the tokens before it. asked: None: `prompts`."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
-    for prompt, output in zip(asked or prompts(), outputs, strict=True):
-        with torch.no_grad():
-            logits = reference(torch.tensor([[*prompt, *output]], device="cuda")).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(output, device="cuda").unsqueeze(1)).squeeze(1)
-        behind = (logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))
-        assert behind.max() < CLOSE, (backend, behind)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_gpus_choose_what_transformers_finds_likely(folder: Path, backend: str, enforce_eager: bool) -> None:
+def test_two_gpus_choose_what_transformers_finds_likely(folder: str, backend: str, enforce_eager: bool) -> None:
     with LLM(
-        str(folder), attention_backend=backend, tensor_parallel_size=2, memory_bytes="1gb", chunk_size=256,
+        folder, attention_backend=backend, tensor_parallel_size=2, memory_bytes="1gb", chunk_size=256,
         enforce_eager=enforce_eager,
     ) as llm:  # fmt: skip
         outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
@@ -65,10 +40,10 @@ def test_two_gpus_choose_what_transformers_finds_likely(folder: Path, backend: s
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pipeline_of_two_gpus_chooses_what_transformers_finds_likely(
-    folder: Path, backend: str, enforce_eager: bool
+    folder: str, backend: str, enforce_eager: bool
 ) -> None:
     with LLM(
-        str(folder), attention_backend=backend, pipeline_parallel_size=2, memory_bytes="1gb", chunk_size=256,
+        folder, attention_backend=backend, pipeline_parallel_size=2, memory_bytes="1gb", chunk_size=256,
         enforce_eager=enforce_eager, check_ranks_every=5,
     ) as llm:  # fmt: skip
         outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
@@ -76,10 +51,10 @@ def test_a_pipeline_of_two_gpus_chooses_what_transformers_finds_likely(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_one_gpu_prefills_another_decodes(folder: Path, backend: str) -> None:
+def test_what_one_gpu_prefills_another_decodes(folder: str, backend: str) -> None:
     """Two engines behind one LLM, keys and values over NCCL; the second time what is cached is not sent."""
     settings = {"attention_backend": backend, "memory_bytes": "1gb", "chunk_size": 256, "prefix_caching": True}
-    with LLM(str(folder), prefill_decode=True, **settings) as llm:
+    with LLM(folder, prefill_decode=True, **settings) as llm:
         for params in (PARAMS, replace(PARAMS, n=3)):
             done = llm.generate(prompts(), params, use_tqdm=False)
             for index in range(params.n):
@@ -101,9 +76,9 @@ def test_a_dummy_llama_runs() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_frees_the_gpus(folder: Path, rank: int, how: signal.Signals) -> None:
+def test_a_rank_that_dies_or_hangs_frees_the_gpus(folder: str, rank: int, how: signal.Signals) -> None:
     free = [torch.cuda.mem_get_info(index)[0] for index in range(2)]
-    llm = LLM(str(folder), tensor_parallel_size=2, memory_bytes="1gb")
+    llm = LLM(folder, tensor_parallel_size=2, memory_bytes="1gb")
     pid = llm.engine.core.executor._ranks._transport.processes[rank].process.pid
     threading.Timer(0.5, os.kill, (pid, how)).start()
     with pytest.raises(RankError, match=f"rank {rank} of 2"):

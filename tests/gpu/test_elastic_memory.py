@@ -1,0 +1,102 @@
+"""A cache on a GPU that sleeps, wakes, shrinks and is shared: captured graphs stay right, and memory is the GPU's."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("vattention._native", reason="the native module is not built")
+from http_server import RunningServer, options, running_server, wait_until
+from likely import check_likely, prompts, save_llama
+
+from sarathi import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ("fa_vattn", "fa_vattn_megacache")
+PARAMS = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
+CACHE_BYTES, ROUNDING_BYTES = 1 << 30, 64 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def free_bytes() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str, level: int) -> None:
+    """Level 1 gives the cache back, level 2 the weights too; graphs were captured with the addresses of both."""
+    with LLM(folder, attention_backend=backend, memory_bytes=CACHE_BYTES, chunk_size=256) as llm:
+        outputs = {}
+        for count, (number, output) in enumerate(llm.stream_all(prompts(), PARAMS)):
+            outputs[number] = list(output.outputs[0].token_ids)
+            if count in (20, 200):
+                before = free_bytes()
+                llm.sleep(level=level)
+                assert free_bytes() - before > CACHE_BYTES - ROUNDING_BYTES
+                threading.Timer(0.1, llm.wake_up).start()
+        llm.engine.core.executor.check_integrity()
+    check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_budget_shrinks_and_grows_under_load(folder: str, backend: str) -> None:
+    with LLM(folder, attention_backend=backend, memory_bytes=CACHE_BYTES, chunk_size=256) as llm:
+        core, outputs = llm.engine.core, {}
+        least = core.facts.num_cache_tokens * core.facts.token_bytes // core.facts.capacity.rows * 2
+        for count, (number, output) in enumerate(llm.stream_all(prompts(), PARAMS)):
+            outputs[number] = list(output.outputs[0].token_ids)
+            if count == 30:
+                core.set_cache_budget(least)
+            if count == 100:
+                assert llm.memory_stats().created_bytes <= least and core.scheduler.num_preemptions > 0
+            if count == 200:
+                core.set_cache_budget(CACHE_BYTES)
+        core.executor.check_integrity()
+    check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
+
+
+NUM_REQUESTS, MAX_TOKENS = 80, 200  # each holds a row of pages
+
+
+def total_rows(server: RunningServer) -> int:
+    return server.get("/stats").json()["total_rows"]
+
+
+def answer(server: RunningServer, number: int) -> int:
+    body = {"prompt": [number, 5, 6], "max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0}
+    done = server.post("/v1/completions", json=body)
+    return done.json()["usage"]["completion_tokens"] if done.status_code == 200 else 0
+
+
+def test_two_servers_share_one_gpu(folder: str, tmp_path: Path) -> None:
+    """One has a peak, then both; one is killed, and its memory is the other's."""
+    pytest.importorskip("fastapi", reason="servers need sarathi-vattention[server]")
+    env = {"XDG_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    chosen = options(
+        device="cuda", attention_backend="fa_vattn_megacache", max_num_seqs=64, memory_bytes="256mb",
+        kv_budget_group="pair",
+    )  # fmt: skip
+    with (
+        running_server(folder, *chosen, env=env) as one, running_server(folder, *chosen, env=env) as other,
+        ThreadPoolExecutor(2 * NUM_REQUESTS) as pool,
+    ):  # fmt: skip
+        total = total_rows(one) + total_rows(other)
+        first = [pool.submit(answer, one, number) for number in range(NUM_REQUESTS)]
+        second = [pool.submit(answer, other, number) for number in range(NUM_REQUESTS)]
+        assert [each.result() for each in [*first, *second]] == [MAX_TOKENS] * (2 * NUM_REQUESTS)
+        assert total_rows(one) + total_rows(other) <= total
+        other.process.send_signal(signal.SIGKILL)
+        wait_until(lambda: total_rows(one) == total, "the killed server's share does not come back")
+        assert answer(one, 3) == MAX_TOKENS
