@@ -44,6 +44,14 @@ def test_cpu(tmp_path: Path) -> None:
     assert set(compared.reference) == {"transformers", "sdpa_paged_16"} and (compared.ratio > 0).all()
 
 
+def test_prefixes_on_a_cpu(tmp_path: Path) -> None:
+    run("benchmark_prefix_cpu.py", "--test", "--output", tmp_path)
+    rows = table(tmp_path / "prefix_cpu.csv")
+    assert (rows.value > 0).all() and list(rows.reference.fillna("")) == [
+        "", "sdpa_vattn", *["sdpa_vattn, caching off"] * 2
+    ]  # fmt: skip
+
+
 def test_transformers_caches(tmp_path: Path) -> None:
     run("benchmark_transformers.py", "--test", "--output", tmp_path)
     rows = table(tmp_path / "transformers.csv").set_index(["work", "backend"]).value
