@@ -82,6 +82,16 @@ class PrefixChanges(NamedTuple):
     shared: tuple[SharedPrefix, ...] = ()
 
 
+class PrefixGroup(NamedTuple):
+    """Requests of a step that decode and begin with the same num_tokens tokens, which attention may read once.
+
+    members: the indices of their chunks. Any member's memory has these tokens.
+    """
+
+    num_tokens: int
+    members: tuple[int, ...]
+
+
 class Portion(NamedTuple):
     """Tokens [first, end) of a request, whose keys and values leave for another engine while a step computes them."""
 
@@ -113,6 +123,7 @@ class SchedulerOutput:
     num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
         it was sent after a failed one, and depends on what that should have computed.
     prefixes: None without prefix caching.
+    prefix_groups: disjoint, those with the most in common first; none without cascade attention.
     """
 
     step_id: int
@@ -124,6 +135,7 @@ class SchedulerOutput:
     prefixes: PrefixChanges | None = None
     received: tuple[Chunk, ...] = ()
     sent: tuple[Portion, ...] = ()
+    prefix_groups: tuple[PrefixGroup, ...] = ()
 
     @property
     def is_empty(self) -> bool:

@@ -1,12 +1,13 @@
 """Measure kernels on a GPU: attention on contiguous and paged memory, matrix products, element-wise kernels.
 
-    python scripts/benchmark_kernels.py --output DIR [--only small|attention|ragged] [--budget SECONDS]
+    python scripts/benchmark_kernels.py --output DIR [--only small|attention|ragged|shared] [--budget SECONDS]
         [--flashinfer [decode] [prefill]]
 
 small: decode attention, products, element-wise kernels; attention: sequences of one length, contiguous and paged;
-ragged: sequences of lengths as in chats, alone and before chunks. The shapes of attention are in
-experiments/kernels.yml. Records are written to DIR/kernels.csv and DIR/ragged.csv as they come, most important first;
-what does not fit the budget is named at the end. The libraries to compare (fa3-fwd, flashinfer, vllm) must be
+ragged: sequences of lengths as in chats, alone and before chunks; shared: groups of sequences that share a prefix,
+which is read once or by each. The shapes of attention are in experiments/kernels.yml. Records are written to
+DIR/kernels.csv, DIR/ragged.csv and DIR/shared.csv as they come, most important first; what does not fit the budget is
+named at the end. The libraries to compare (fa3-fwd, flashinfer, vllm) must be
 importable.
 """
 
@@ -27,6 +28,8 @@ from sarathi.benchmark.kernels.elementwise import measure_elementwise
 from sarathi.benchmark.kernels.ragged import Mixed, measure_chats, measure_mixed
 from sarathi.benchmark.kernels.ragged import warm_up_jobs as warm_up_ragged
 from sarathi.benchmark.kernels.shapes import LLAMA, MODELS, YI, Model, Pages
+from sarathi.benchmark.kernels.shared_prefix import Shared, measure_shared
+from sarathi.benchmark.kernels.shared_prefix import warm_up_jobs as warm_up_shared
 from sarathi.benchmark.kernels.warm_up import processes_at_hand, warm_up
 from sarathi.benchmark.records import Attempts, Budget, Table, Work
 from sarathi.entrypoints.script import run_script
@@ -63,6 +66,12 @@ def ragged(table: Table, options: argparse.Namespace) -> Work:
         yield f"{decodes} chats {name}", partial(measure_chats, table, MODELS[name], decodes)
     for mixed, name in product(options.mixed, options.models):
         yield f"{mixed.work} {name}", partial(measure_mixed, table, MODELS[name], mixed)
+
+
+def shared(table: Table, options: argparse.Namespace) -> Work:
+    """Sequences that share a prefix."""
+    for shape, name in product(options.shared, options.models):
+        yield f"{shape.sequences} decodes, {shape.work} {name}", partial(measure_shared, table, MODELS[name], shape)
 
 
 class Part(NamedTuple):
@@ -117,10 +126,15 @@ def _compile_ragged(options: argparse.Namespace) -> Iterator[Callable[[], object
     return warm_up_ragged([MODELS[name] for name in options.models], counts)
 
 
+def _compile_shared(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
+    return warm_up_shared([MODELS[name] for name in options.models], options.shared)
+
+
 PARTS = {
     "small": Part(small, _compile_small, "kernels"),
     "attention": Part(attention, _compile_attention, "kernels"),
     "ragged": Part(ragged, _compile_ragged, "ragged"),
+    "shared": Part(shared, _compile_shared, "shared"),
 }
 
 
@@ -148,6 +162,14 @@ def _mixed(text: str) -> Mixed:
     return Mixed(*map(int, found.groups()))
 
 
+def _shared(text: str) -> Shared:
+    """Groups, members of each, tokens shared and of each member alone, of a text such as 8x6x32768+256."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be groups x members x tokens + tokens, as 8x6x32768+256")
+    return Shared(*map(int, found.groups()))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -161,6 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flashinfer-pages", nargs="+", type=positive, metavar="TOKENS")
     parser.add_argument("--chats", nargs="+", type=positive, metavar="SEQUENCES", help="lengths as in chats")
     parser.add_argument("--mixed", nargs="+", type=_mixed, metavar="DECODES+CHUNKSxTOKENS", help="of one step")
+    parser.add_argument("--shared", nargs="+", type=_shared, metavar="GROUPSxMEMBERSxSHARED+OWN", help="prefixes")
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds, compilation included")
     parser.add_argument(

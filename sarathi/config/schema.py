@@ -77,6 +77,9 @@ class CacheConfig(Section):
     prefix_eviction: str = knob(
         "lru", "which of them go first: least recently used, or least frequently", choices=EVICTIONS
     )
+    cascade_attention: bool = knob(
+        False, "where many running requests begin alike, decode attention reads what they share once a step"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

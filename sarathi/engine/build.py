@@ -69,8 +69,10 @@ def build_scheduler(config: EngineConfig, executor: Executor, most_received_toke
 
     most_received_tokens: see Scheduler.
     """
-    backend, eviction = config.model.attention_backend, config.cache.prefix_eviction
-    block_space_manager = make_block_space_manager(backend, executor.capacity, eviction)
+    backend, cache = config.model.attention_backend, config.cache
+    block_space_manager = make_block_space_manager(
+        backend, executor.capacity, cache.prefix_eviction, cascades=cache.cascade_attention
+    )
     return make_scheduler(
         config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages, most_received_tokens
     )

@@ -5,7 +5,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from sarathi.messages import Chunk
+from sarathi.messages import Chunk, PrefixGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Batch:
         prompt tokens whose log probabilities are asked for; None where every token is the last of its chunk.
     rope_lengths: [T], max(tokens of the request's prompt, position + 1), see RopeFrequencies; None where a
         model's frequencies do not depend on it.
+    groups: of chunks, see SchedulerOutput.
     """
 
     chunks: tuple[Chunk, ...]
@@ -25,6 +26,7 @@ class Batch:
     positions: Tensor
     sample_indices: Tensor | None
     rope_lengths: Tensor | None = None
+    groups: tuple[PrefixGroup, ...] = ()
 
     @property
     def leading_decodes(self) -> int:

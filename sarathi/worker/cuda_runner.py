@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk, HostTimes, SchedulerOutput, StepResult
+from sarathi.messages import Chunk, HostTimes, PrefixGroup, SchedulerOutput, StepResult
 from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.batch import Batch
@@ -78,6 +78,7 @@ class CudaModelRunner(ModelRunner):
         self._max_num_seqs = limits.max_num_seqs
         num_slots = layers[0].k.shape[0]
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
+        self._cascades = limits.cascade is not None
         self._can_capture = limits.can_capture and backend.can_capture(layers[0])
         sizes = ladder(limits.max_num_seqs) if self._can_capture else []
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
@@ -119,7 +120,8 @@ class CudaModelRunner(ModelRunner):
         address = self._cache.address(chunks)
         plan = self._plan_sampling(chunks, address.slots, sequences)
         started = _mark()
-        compute = self._prepare(chunks, address, sequences, plan)
+        groups = out.prefix_groups if self._cascades else ()
+        compute = self._prepare(chunks, address, sequences, plan, groups)
         prepare_inputs_s = time.perf_counter() - began_s
         launched = LaunchedStep(out, compute(), plan, sequences, started, prepare_inputs_s)
         self._cache.prefetch(chunks)
@@ -143,23 +145,24 @@ class CudaModelRunner(ModelRunner):
         return None if plan is None else with_last_tokens(plan, self._last_tokens)
 
     def _prepare(
-        self, chunks: Many[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None
-    ) -> Callable[[], Sampled | None]:
+        self, chunks: Many[Chunk], address: Address, sequences: SequenceTable, plan: SamplingPlan | None,
+        groups: tuple[PrefixGroup, ...],
+    ) -> Callable[[], Sampled | None]:  # fmt: skip
         """The step, ready to be started."""
-        slots, graph = address.slots, self._graph_for(chunks)
+        slots, graph = address.slots, self._graph_for(chunks, cascades=bool(groups))
         if graph is not None:
             token_ids = sequences.tokens(chunks, slots)
-            return lambda: self._replay(graph, chunks, address, token_ids, plan)
+            return lambda: self._replay(graph, chunks, address, token_ids, plan, groups)
         inputs = self._inputs(chunks, slots, sequences, plan)
-        metadata = self._backend.plan(inputs.batch, address)
+        metadata = self._backend.plan(replace(inputs.batch, groups=groups), address)
         return lambda: self._compute(inputs, metadata, plan)
 
     def _replay(
         self, graph: DecodeGraph, chunks: Many[Chunk], address: Address, token_ids: Many[int],
-        plan: SamplingPlan | None,
+        plan: SamplingPlan | None, groups: Many[PrefixGroup],
     ) -> Sampled:  # fmt: skip
         """Where there is a plan, what it samples after the graph replaces the graph's argmax."""
-        replayed = graph.replay(chunks, address, token_ids, address.slots)
+        replayed = graph.replay(chunks, address, token_ids, address.slots, groups)
         if plan is None:
             return Sampled(replayed.tokens)
         return self._sample_into(replayed.logits, replayed.slots, plan)
@@ -176,8 +179,9 @@ class CudaModelRunner(ModelRunner):
         self._last_tokens[slots] = sampled.token_ids.clamp(min=0)
         return sampled
 
-    def _graph_for(self, chunks: Many[Chunk]) -> DecodeGraph | None:
-        return self._graphs.for_batch(len(chunks)) if all(_is_decode(chunk) for chunk in chunks) else None
+    def _graph_for(self, chunks: Many[Chunk], *, cascades: bool) -> DecodeGraph | None:
+        is_decode = all(_is_decode(chunk) for chunk in chunks)
+        return self._graphs.for_batch(len(chunks), cascades=cascades) if is_decode else None
 
     def _inputs(
         self, chunks: Many[Chunk], slots: Many[int], sequences: SequenceTable, plan: SamplingPlan | None

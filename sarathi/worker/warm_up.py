@@ -40,7 +40,7 @@ def create_runner(
         )
     blocks = -(-spec.max_model_len // cache.block_size) if cache.block_size else 0
     can_capture = bool(ranks.least(backend.can_capture(layers[0])))  # strides may differ between stages
-    limits = Limits(spec.max_num_seqs, spec.max_model_len, blocks, can_capture)
+    limits = Limits(spec.max_num_seqs, spec.max_model_len, blocks, can_capture, backend.cascade)
     return CudaModelRunner(model, backend, cache, layers, limits)
 
 

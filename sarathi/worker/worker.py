@@ -64,6 +64,8 @@ class Worker:
         backend = attention_backend(config.model)
         self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps)
         attention = create_backend(backend, arch, place)
+        if config.cache.cascade_attention and not (config.cache.prefix_caching and attention.enable_cascade()):
+            logger.warning("cascade_attention=True has no effect: it needs prefix_caching, and a GPU's kernel on slots")
         self._builder = ModelBuilder(config.model, share, stage, place, attention, ranks, self.max_model_len)
         model = self._builder.build(checkpoint)
         spec = KVCacheSpec(

@@ -11,11 +11,14 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
+from sarathi.messages import PrefixGroup
+from sarathi.model_executor.attention.cascade import as_cascade, plan_cascade
 from sarathi.model_executor.ops.native import NativeOps, apply_rope
 from sarathi.model_executor.ops.native import decode_attention as native_decode_attention
-from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, DecodeWorkspace, decode_attention
+from sarathi.model_executor.ops.triton.attention.cascade import CascadeConfig, CascadeWorkspace
+from sarathi.model_executor.ops.triton.attention.decode import DecodeConfig, DecodeWorkspace, decode_attention
 from sarathi.model_executor.ops.triton.ops import TritonOps
-from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RopeTable
+from sarathi.model_executor.ops.types import CacheTarget, Cascade, DecodeBatch, NewTokens, RopeTable
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -270,6 +273,78 @@ def test_a_graph_serves_lengths_that_grow(dtype: torch.dtype) -> None:
         batch.lengths.copy_(lengths + torch.randint(0, 700, (4,)))
         replay()
         assert_near(out, native_decode_attention(q, keys, values, batch, 0.09))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("rows", [32, 64, 128])
+def test_cascade_attention(group: int, pdl: bool, rows: int, dtype: torch.dtype) -> None:
+    """Groups, loners and padding; rotated and stored here or before."""
+    kv_heads, head_size = random.choice((1, 2, 8)), random.choice((64, 128))
+    prefixes = [random.choice((17, 1000, 4096)), random.choice((64, 300, 20_000))]
+    numbers = random.sample(range(50), 50)
+    groups = [PrefixGroup(prefixes[0], tuple(numbers[:37])), PrefixGroup(prefixes[1], tuple(numbers[37:42]))]
+    keys, values, batch = _shared_cache(groups, numbers[49], kv_heads, head_size, dtype)
+    packed = torch.randn(50, kv_heads * (group + 2), head_size, dtype=dtype, device=CUDA)
+    q, new_keys, new_values = packed.split((kv_heads * group, kv_heads, kv_heads), dim=1)
+    angles = torch.rand(int(batch.lengths.max()), head_size // 2, device=CUDA) * 7
+    new = random.choice((None, NewTokens(new_keys, new_values, RopeTable(angles.cos(), angles.sin()))))
+    room = CascadeWorkspace.create(
+        NUM_SMS, (kv_heads * group, kv_heads, head_size), CUDA, CascadeConfig(rows=rows, warps=8 if rows > 64 else 4)
+    )
+    workspace = DecodeWorkspace.create(NUM_SMS, head_size, CUDA)._replace(cascade=room)
+    cascade = _cascade(groups, batch, room)
+    print(kv_heads, head_size, prefixes, new is not None)
+    expected = native_decode_attention(q, keys.clone(), values.clone(), batch, head_size**-0.5, new)
+    shared = batch._replace(cascade=cascade)
+    outs = [decode_attention(q, keys, values, shared, head_size**-0.5, workspace, new, pdl=pdl) for _ in range(20)]
+    assert_near(outs[0], expected)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert not outs[0][numbers[49]].any() and not workspace.arrivals.any()
+
+
+def test_a_graph_serves_groups_that_change(dtype: torch.dtype) -> None:
+    sizes = [PrefixGroup(2000, tuple(range(37))), PrefixGroup(700, tuple(range(37, 42)))]
+    keys, values, batch = _shared_cache(sizes, 49, 8, 128, dtype)
+    q = torch.randn(50, 32, 128, dtype=dtype, device=CUDA)
+    room = CascadeWorkspace.create(NUM_SMS, (32, 8, 128), CUDA)
+    workspace = DecodeWorkspace.create(NUM_SMS, 128, CUDA)._replace(cascade=room)
+    expected = native_decode_attention(q, keys, values, batch, 0.09)
+    cascade = _cascade(sizes, batch, room)
+    shared = batch._replace(cascade=cascade)
+    replay, out = _capture(lambda: decode_attention(q, keys, values, shared, 0.09, workspace, pdl=True))
+    for _ in range(8):
+        groups = [
+            PrefixGroup(random.randint(1, each.num_tokens), tuple(random.sample(each.members, 5)))
+            for each in random.sample(sizes, random.randint(0, 2))
+        ]
+        for old, fresh in zip(cascade, _cascade(groups, batch, room), strict=True):
+            old.copy_(fresh)
+        out.zero_()
+        replay()
+        assert_near(out, expected)
+
+
+def _cascade(groups: list[PrefixGroup], batch: DecodeBatch, room: CascadeWorkspace) -> Cascade:
+    num_seqs = len(batch.slots)
+    numbers = plan_cascade(groups, batch.slots.tolist(), num_seqs, room.shape)
+    return as_cascade(torch.tensor(numbers, dtype=torch.int32, device=CUDA), num_seqs, room.shape)
+
+
+def _shared_cache(
+    groups: list[PrefixGroup], padding: int, kv_heads: int, head_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, DecodeBatch]:
+    """50 sequences, whose members have copies of what they share."""
+    lengths = torch.tensor([random.choice((1, 64, 65, random.randint(1, 900))) for _ in range(50)])
+    lengths[padding] = 0
+    for group in groups:
+        lengths[list(group.members)] += group.num_tokens
+    keys, values, batch = _cache(lengths, kv_heads, head_size, dtype, window=None)
+    for cache in (keys, values):
+        for group in groups:
+            slots = batch.slots[list(group.members)].long()
+            cache[slots, : group.num_tokens] = cache[slots[0], : group.num_tokens].clone()
+    return keys, values, batch
 
 
 def _capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -11,7 +11,8 @@ pytest.importorskip("vattention._native", reason="the native module is not built
 
 from sarathi import LLM, SamplingParams
 from sarathi.benchmark.engines.ours import find_model
-from sarathi.messages import NewRequest
+from sarathi.core.block_space_manager import prefix_groups
+from sarathi.messages import NewRequest, PrefixGroup
 from sarathi.model_executor.attention.base import KernelUnavailableError
 
 pytestmark = pytest.mark.gpu
@@ -28,9 +29,10 @@ BACKENDS = (
 DOCUMENT = 17_000  # tokens: two units that are mapped together of 16 pages of 512 tokens, or four of 4 pages of 1,024
 
 
-def open_llm(backend: str, max_model_len: int = 4096, memory_bytes: str = "256mb") -> LLM:
+def open_llm(backend: str, max_model_len: int = 4096, memory_bytes: str = "256mb", *, cascade: bool = False) -> LLM:
     settings = {
-        "max_model_len": max_model_len, "max_num_seqs": 16, "chunk_size": 512, "memory_bytes": memory_bytes
+        "max_model_len": max_model_len, "max_num_seqs": 16, "chunk_size": 512, "memory_bytes": memory_bytes,
+        "cascade_attention": cascade,
     }  # fmt: skip
     model = find_model("two-wide-layers")
     try:
@@ -61,6 +63,38 @@ def test_a_sharer_has_the_bytes_of_its_source(backend: str) -> None:
             first = tensor[slots[0], : DOCUMENT + 1].clone()
             assert all(tensor[slot, : DOCUMENT + 1].equal(first) for slot in slots[1:])
             assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["fa_vattn", "fa_vattn_megacache", "fi_vattn_megacache"])
+def test_cascade_attention_gives_the_same_probabilities(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups and a loner, which end at different times; until a token differs, since bfloat16 rounds otherwise."""
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    monkeypatch.setattr(prefix_groups, "_LEAST_SAVED", 1)
+    found: list[tuple[PrefixGroup, ...]] = []
+    find_groups = prefix_groups.find_groups
+    monkeypatch.setattr(prefix_groups, "find_groups", lambda ends: found.append(find_groups(ends)) or found[-1])
+    prefixes = [[rng.randrange(3, 900) for _ in range(length)] for length in (3000, 1100, 0)]
+    owners = (0, 1, 0, 0, 2, 1, 0, 0)
+    prompts = [prefixes[owner] + [rng.randrange(3, 900) for _ in range(rng.randint(5, 200))] for owner in owners]
+    params = [
+        SamplingParams(temperature=0, max_tokens=rng.randint(10, 50), ignore_eos=True, logprobs=1) for _ in prompts
+    ]
+    outputs = []
+    for cascade in (False, True):
+        with open_llm(backend, cascade=cascade) as llm:
+            outputs.append([output.outputs[0] for output in llm.generate(prompts, params)])
+    assert any(len(groups) == 2 for groups in found) and len(set(found)) > 3
+    num_same = 0
+    for without, ours in zip(*outputs, strict=True):
+        pairs = zip(without.token_ids, ours.token_ids, without.logprobs, ours.logprobs, strict=True)
+        for token, own, logprobs, own_logprobs in pairs:
+            if token != own:
+                break
+            assert own_logprobs[own].logprob == pytest.approx(logprobs[token].logprob, abs=0.05)
+            num_same += 1
+    print(f"{num_same} of {sum(each.max_tokens for each in params)} tokens compared")
+    assert num_same > 100
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,7 @@ from sarathi.model_executor.attention.flash_attn.provider import AttentionParams
 from sarathi.model_executor.attention.metadata import SlotTokens
 
 if TYPE_CHECKING:
-    from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig
+    from sarathi.model_executor.ops.triton.attention.decode import DecodeConfig
 
 Layer = tuple[Tensor, Tensor]  # keys and values, [slots or blocks, columns, kv_heads, head_size] each
 Attend = Callable[[Tensor, Layer], Tensor]  # q [tokens, heads, head_size], cache -> as q
@@ -70,7 +70,7 @@ def triton_decode(
     model: Model, shape: Equal, slots: Tensor, config: "DecodeConfig | None" = None, *, pdl: bool = False
 ) -> Attend:
     """The split-KV decode kernel. config: tile sizes and warps; None: its own choice for the shape."""
-    from sarathi.model_executor.ops.triton.decode_attention import DecodeWorkspace, decode_attention
+    from sarathi.model_executor.ops.triton.attention.decode import DecodeWorkspace, decode_attention
     from sarathi.model_executor.ops.types import DecodeBatch
 
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count

@@ -13,7 +13,7 @@ from sarathi.benchmark.kernels.shapes import MODELS, Model, Pages, random_tensor
 from sarathi.benchmark.kernels.timing import Launch, Sample, compare_us, copies_for, eager_sample, graph_sample
 from sarathi.benchmark.records import Record, Table
 from sarathi.model_executor.attention.flash_attn.fa3 import LONG_CHUNK, PACKAGES
-from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig
+from sarathi.model_executor.ops.triton.attention.decode import DecodeConfig
 
 CONFIGS = [DecodeConfig(tile, programs, warps, stages) for tile, programs, warps, stages in (
     (64, 2, 4, 3), (64, 2, 4, 4), (32, 4, 4, 4), (32, 3, 4, 5), (128, 2, 4, 2), (128, 1, 8, 3), (32, 5, 4, 3),

@@ -20,7 +20,7 @@ from sarathi.model_executor.attention.flash_attn.fa3 import FlashAttention3
 from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 from sarathi.model_executor.attention.metadata import make_step
 from sarathi.model_executor.batch import Batch
-from sarathi.model_executor.ops.triton.decode_attention import DecodeConfig, config_for, distinct_sizes
+from sarathi.model_executor.ops.triton.attention.decode import DecodeConfig, config_for, distinct_sizes
 from sarathi.model_executor.placement import Placement
 from sarathi.model_executor.rope import Rope
 

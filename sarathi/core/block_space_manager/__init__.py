@@ -13,10 +13,11 @@ from sarathi.messages import CacheCapacity
 __all__ = ["BlockSpaceError", "BlockSpaceManager", "Grant", "make_block_space_manager"]
 
 
-def make_block_space_manager(spec: BackendSpec, capacity: CacheCapacity, eviction: str = "lru") -> BlockSpaceManager:
+def make_block_space_manager(
+    spec: BackendSpec, capacity: CacheCapacity, eviction: str = "lru", *, cascades: bool = False
+) -> BlockSpaceManager:
     """The block space manager for a backend's memory model, over a cache of this capacity."""
     if capacity.num_retained:
-        return PrefixCachingBlockSpaceManager(
-            capacity, POLICIES[eviction], BlockPool(capacity.rows) if spec.is_paged else None
-        )
+        pool = BlockPool(capacity.rows) if spec.is_paged else None
+        return PrefixCachingBlockSpaceManager(capacity, POLICIES[eviction], pool, cascades=cascades)
     return PagedBlockSpaceManager(capacity) if spec.is_paged else VirtualBlockSpaceManager(capacity)

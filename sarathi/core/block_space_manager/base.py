@@ -5,10 +5,10 @@ Only `allocate` can refuse. There is no "can allocate" query, because its answer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from sarathi.messages import CacheCapacity, PrefixCacheStats, PrefixChanges
+from sarathi.messages import CacheCapacity, Chunk, PrefixCacheStats, PrefixChanges, PrefixGroup
 from sarathi.request import Request
 
 
@@ -41,6 +41,9 @@ class PrefixCache(Protocol):
 
     def find(self, request: Request) -> Hit:
         """What is cached of a request that may be started next; always less than all of its tokens."""
+
+    def groups(self, chunks: Sequence[Chunk]) -> tuple[PrefixGroup, ...]:
+        """What the decodes among a step's chunks share, as published before it. See SchedulerOutput."""
 
     def publish(self, requests: Iterable[Request]) -> PrefixChanges:
         """The computed tokens of running requests may be shared by the steps from here on.

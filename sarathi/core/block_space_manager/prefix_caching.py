@@ -13,16 +13,25 @@ used rows + retained rows <= capacity, where a row that several sequences share 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from sarathi.core.block_space_manager.base import BlockSpaceError, Grant, Hit
 from sarathi.core.block_space_manager.eviction import EvictionPolicy, EvictionQueue, lru
+from sarathi.core.block_space_manager.prefix_groups import PrefixGroups
 from sarathi.core.block_space_manager.prefix_index import Match, PrefixIndex
 from sarathi.core.block_space_manager.recycling import BEGINNING_TOKENS, SHORT_TOKENS, UnusedSequences
 from sarathi.core.block_space_manager.shared_rows import NoIds, RowPool, Run, SharedRows
-from sarathi.messages import EVERY_KEY, CacheCapacity, PrefixCacheStats, PrefixChanges, SharedPrefix
+from sarathi.messages import (
+    EVERY_KEY,
+    CacheCapacity,
+    Chunk,
+    PrefixCacheStats,
+    PrefixChanges,
+    PrefixGroup,
+    SharedPrefix,
+)
 from sarathi.request import Request
 
 _MIN_HIT_TOKENS = 16  # fewer are computed again: that takes no longer than to map or copy them
@@ -88,9 +97,16 @@ class _Changes:
 
 
 class PrefixCachingBlockSpaceManager:
-    """capacity.num_retained: sequences retained at most. pool: ids of rows, where they have any."""
+    """capacity.num_retained: sequences retained at most. pool: ids of rows, where they have any.
 
-    def __init__(self, capacity: CacheCapacity, policy: EvictionPolicy = lru, pool: RowPool | None = None) -> None:
+    cascades: whether the steps are told what running requests share.
+    """
+
+    def __init__(
+        self, capacity: CacheCapacity, policy: EvictionPolicy = lru, pool: RowPool | None = None, *,
+        cascades: bool = False,
+    ) -> None:  # fmt: skip
+        self._groups = PrefixGroups() if cascades else None
         self._capacity = capacity
         self._policy = policy
         self._pool = pool or NoIds()
@@ -244,6 +260,17 @@ class PrefixCachingBlockSpaceManager:
             return None
         ids = self._grow(sequence, rows - sequence.rows)
         return Grant(self._capacity.tokens_in(rows), ids)
+
+    def groups(self, chunks: Sequence[Chunk]) -> tuple[PrefixGroup, ...]:
+        if self._groups is None:
+            return ()
+        ends = {}
+        for index, chunk in enumerate(chunks):
+            if chunk.num_tokens == 1:
+                indexed = self._index.sequences.get(self._sequences.get(chunk.request_id))
+                if indexed is not None and indexed.length <= chunk.start:
+                    ends[index] = indexed.node
+        return self._groups.of(ends)
 
     def publish(self, requests: Iterable[Request]) -> PrefixChanges:
         for request in requests:

@@ -205,6 +205,7 @@ class Scheduler(ABC):
         for state in step.preempted:
             self._waiting.push(state)
         if self._prefixes is not None:
+            step.prefix_groups = self._prefixes.groups(step.chunks)
             step.prefixes = self._prefixes.publish([*self._arrived, *step.prefilled])
             self._arrived.clear()
         step.num_used_rows = self.block_space_manager.num_used_rows

@@ -13,6 +13,7 @@ from sarathi.messages import (
     Chunk,
     NewRequest,
     PrefixChanges,
+    PrefixGroup,
     RequestUpdate,
     SampledToken,
     SchedulerOutput,
@@ -106,6 +107,7 @@ class Step:
     started: list[RequestState] = field(default_factory=list)
     withdrawn: tuple[str, ...] = ()
     prefixes: PrefixChanges | None = None
+    prefix_groups: tuple[PrefixGroup, ...] = ()
     received: list[Chunk] = field(default_factory=list)
     receiving: list[RequestState] = field(default_factory=list)
 
@@ -170,7 +172,8 @@ class Step:
         preempted = (*self.withdrawn, *[state.request.request_id for state in self.preempted])
         new, chunks, received = tuple(self.new_requests), tuple(self.chunks), tuple(self.received)
         return SchedulerOutput(
-            self.step_id, new, chunks, preempted, self.finished, num_recoveries, self.prefixes, received
+            self.step_id, new, chunks, preempted, self.finished, num_recoveries, self.prefixes, received,
+            prefix_groups=self.prefix_groups,
         )  # fmt: skip
 
 

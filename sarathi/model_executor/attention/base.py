@@ -13,7 +13,7 @@ from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.metadata import DeviceStep
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops import Ops
-from sarathi.model_executor.ops.types import NewTokens
+from sarathi.model_executor.ops.types import CascadeShape, NewTokens
 from sarathi.model_executor.placement import Placement
 
 Metadata = Any  # of the backend's own type: only the backend that made it reads it
@@ -44,6 +44,15 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, batch: Batch, address: Address) -> Metadata:
         """Metadata of a step, computed once before the model runs: indices, masks and lengths shared by all layers."""
+
+    def enable_cascade(self) -> bool:
+        """Read what decodes of a step share once for all of them, from now on; False where the backend cannot."""
+        return False
+
+    @property
+    def cascade(self) -> CascadeShape | None:
+        """Of the plans that a static step may have; None without cascade attention."""
+        return None
 
     def plan_static(self, step: DeviceStep) -> Metadata:
         """Metadata of a decode step whose tensors stay in place and are refilled between replays of a CUDA graph."""

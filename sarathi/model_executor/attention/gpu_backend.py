@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.address import CacheLayer
+from sarathi.model_executor.attention.address import Address, CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
+from sarathi.model_executor.attention.metadata import DeviceStep, make_step, with_cascade
+from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops import create_ops, overlaps_launches
-from sarathi.model_executor.ops.types import NewTokens
+from sarathi.model_executor.ops.types import CascadeShape, NewTokens
 from sarathi.model_executor.placement import Placement
 
 if TYPE_CHECKING:
@@ -24,6 +26,26 @@ class GpuBackend(AttentionBackend):
         """decode: attends decodes on slots, in steps of `fewest` of them or more; None: the library does."""
         self.arch, self.place, self._decode, self._fewest_decodes = arch, place, decode, fewest
         self._ops = create_ops(place.device)
+
+    def enable_cascade(self) -> bool:
+        """See AttentionBackend. The decode kernel serves it, on slots."""
+        if self._decode is None:
+            return False
+        self._decode.enable_cascade(self.arch.num_heads, self.arch.num_kv_heads)
+        return True
+
+    @property
+    def cascade(self) -> CascadeShape | None:
+        """See AttentionBackend."""
+        return None if self._decode is None else self._decode.cascade
+
+    def _make_step(self, batch: Batch, address: Address) -> DeviceStep:
+        """The step of a batch, with what its leading decodes share."""
+        step = make_step(batch.chunks, address, self.place.device)
+        cascade = self.cascade if batch.groups and isinstance(address, SlotAddress) else None
+        if cascade is None:
+            return step
+        return with_cascade(step, batch.groups, address.slots, batch.leading_decodes, cascade)
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sarathi.messages import Chunk
+from sarathi.messages import Chunk, PrefixGroup
 from sarathi.model_executor.attention.address import Address, CacheLayer, SlotAddress
-from sarathi.model_executor.ops.types import CacheTarget
+from sarathi.model_executor.attention.cascade import as_cascade, cascade_size, plan_cascade
+from sarathi.model_executor.ops.types import CacheTarget, Cascade, CascadeShape
 
 _ALIGNMENT = 4  # int32 numbers: Triton compiles another variant of a kernel for tensors not aligned to 16 bytes
 
@@ -38,6 +39,7 @@ class DeviceStep:
     max_length: int  # bound on lengths
     is_decode: bool  # every sequence has one new token: token i belongs to sequence i
     last: SlotTokens | None = None  # the last sequence; None where paged, and in steps whose tensors are refilled
+    cascade: Cascade | None = None  # what its decodes share; None where they share nothing, or it is not used
 
     @property
     def is_slot_decode(self) -> bool:
@@ -64,22 +66,36 @@ def make_step(chunks: Sequence[Chunk], address: Address, device: torch.device) -
 class StaticStep:
     """A decode step whose tensors stay in place: a CUDA graph captures `step`, and `fill` precedes each replay."""
 
-    def __init__(self, batch_size: int, max_length: int, blocks: int, device: torch.device, *, extras: int = 0) -> None:
+    def __init__(
+        self, batch_size: int, max_length: int, blocks: int, device: torch.device, *, extras: int = 0,
+        cascade: CascadeShape | None = None,
+    ) -> None:  # fmt: skip
         """batch_size: sequences, padding included. blocks: columns of the block table, 0 on slots.
 
         extras: number of int32 vectors [batch_size] that travel in the same copy, to `extras`, [extras, batch_size].
+        cascade: room for what the sequences share; None: the step has no cascade.
         """
         size = sum(map(_aligned, _counts(batch_size, blocks)))
-        self._packed = torch.zeros(size + extras * batch_size, dtype=torch.int32, device=device)
-        self._batch_size, self._blocks = batch_size, blocks
-        self.extras = self._packed[size:].view(extras, batch_size)
-        self.step = _split(
-            self._packed[:size], batch_size, blocks, num_tokens=batch_size, max_new=1, max_length=max_length
-        )
+        shared = size + (0 if cascade is None else cascade_size(batch_size, cascade))
+        self._packed = torch.zeros(shared + extras * batch_size, dtype=torch.int32, device=device)
+        self._batch_size, self._blocks, self._shape = batch_size, blocks, cascade
+        self.extras = self._packed[shared:].view(extras, batch_size)
+        step = _split(self._packed[:size], batch_size, blocks, num_tokens=batch_size, max_new=1, max_length=max_length)
+        parts = None if cascade is None else as_cascade(self._packed[size:shared], batch_size, cascade)
+        self.step = replace(step, cascade=parts)
 
-    def fill(self, chunks: Sequence[Chunk], address: Address, extras: Sequence[int] = ()) -> None:
-        """Set the step to at most batch_size chunks of one token each. extras: the vectors, padded, concatenated."""
-        numbers = [*_pack(chunks, address, self._batch_size, self._blocks), *extras]
+    def fill(
+        self, chunks: Sequence[Chunk], address: Address, extras: Sequence[int] = (),
+        groups: Sequence[PrefixGroup] = (),
+    ) -> None:  # fmt: skip
+        """Set the step to at most batch_size chunks of one token each. extras: the vectors, padded, concatenated.
+
+        groups: of chunks, in steps with a cascade.
+        """
+        numbers = _pack(chunks, address, self._batch_size, self._blocks)
+        if self._shape is not None:
+            numbers += plan_cascade(groups, address.slots, self._batch_size, self._shape)
+        numbers += extras
         self._packed.copy_(_pinned(numbers, self._packed.device), non_blocking=True)
 
 
@@ -97,13 +113,26 @@ class StepMetadata:
         return CacheTarget(layer.k, layer.v, *self.slot_mapping)
 
 
+def with_cascade(
+    step: DeviceStep, groups: Sequence[PrefixGroup], slots: Sequence[int], decodes: int, shape: CascadeShape
+) -> DeviceStep:
+    """The step with what the first `decodes` of its sequences share, by another copy to the device. groups: of all."""
+    leading = [group._replace(members=tuple(m for m in group.members if m < decodes)) for group in groups]
+    kept = [group for group in leading if len(group.members) > 1]
+    if not kept:
+        return step
+    device, num_seqs = step.lengths.device, step.lengths.shape[0]
+    packed = _pinned(plan_cascade(kept, slots, num_seqs, shape), device).to(device, non_blocking=True)
+    return replace(step, cascade=as_cascade(packed, num_seqs, shape))
+
+
 def first_decodes(step: DeviceStep, count: int) -> DeviceStep:
     """The step of the first `count` sequences, which have one new token each. Device work only."""
     slots = None if step.slots is None else step.slots[:count]
     table = None if step.block_table is None else step.block_table[:count]
     return DeviceStep(
         step.starts[: count + 1], step.cached[:count], step.lengths[:count], slots, table,
-        num_tokens=count, max_new=1, max_length=step.max_length, is_decode=True,
+        num_tokens=count, max_new=1, max_length=step.max_length, is_decode=True, cascade=step.cascade,
     )  # fmt: skip
 
 

@@ -22,12 +22,32 @@ class CacheTarget(NamedTuple):
     cols: Tensor  # [num_tokens] integers: token within the slot or block
 
 
+class Cascade(NamedTuple):
+    """What sequences of a decode step share, as ranges of tokens that are read once for several queries; int32.
+
+    A sequence shares its first tokens, less than all of it, or none. They are divided into consecutive ranges.
+    """
+
+    sequences: Tensor  # [num_seqs, 4]: tokens shared, first range, number of ranges, index among a range's members
+    ranges: Tensor  # [most, 5]: slot, begin, end, first of its members in `members`, number of members; end 0: unused
+    members: Tensor  # [num_seqs]: sequences, those of one range in a row
+
+
+class CascadeShape(NamedTuple):
+    """How many ranges a step may have, and what they may hold."""
+
+    ranges: int
+    members: int  # most of one range
+    tile: int  # tokens: a range has a multiple of it, the last one of a prefix excepted
+
+
 class DecodeBatch(NamedTuple):
     """One query token for each of several sequences over contiguous slots."""
 
     slots: Tensor  # [num_seqs] int32
     lengths: Tensor  # [num_seqs] int32: tokens in the slot, the query's own included; 0: padding
     window: int | None = None  # how many tokens a query sees, its own included; None: all
+    cascade: Cascade | None = None  # how the work may be divided; it does not change the result
 
 
 class NewTokens(NamedTuple):

@@ -66,7 +66,7 @@ class FakeWorker:
         self.kept: dict[int, KnownRequest] = {}
         self.in_flight: dict[int, SchedulerOutput] = {}
         self.copied: dict[int, list[tuple[list[Row], int]]] = {}  # a step in flight copies the first of these rows
-        self.num_failures = 0
+        self.num_failures = self.num_grouped = 0
 
     def execute(self, out: SchedulerOutput, step_s: float = 0.0) -> StepResult:
         self._release(out)
@@ -79,6 +79,7 @@ class FakeWorker:
             self.num_failures += 1
             return StepResult(out.step_id, available_rows=self.rows)
         self._copy(out)
+        self._check_groups(out)
         shared = self._shared_rows()
         tokens = [self._compute(chunk, shared) for chunk in out.chunks]
         return StepResult(out.step_id, tuple(token for token in tokens if token is not None), step_s)
@@ -171,6 +172,17 @@ class FakeWorker:
                 count = -(-prefix.num_tokens * self.capacity.token_bytes // self.capacity.page_bytes)
                 self.copied.setdefault(out.step_id, []).append((source.rows, count))
 
+    def _check_groups(self, out: SchedulerOutput) -> None:
+        """All members have the tokens that they are said to share, before the step."""
+        for group in out.prefix_groups:
+            chunks = [out.chunks[member] for member in group.members]
+            found = {tuple(self.sequences[chunk.request_id].written[: group.num_tokens]) for chunk in chunks}
+            assert [len(tokens) for tokens in found] == [group.num_tokens], found
+            assert all(chunk.num_tokens == 1 and chunk.start >= group.num_tokens for chunk in chunks)
+        members = [member for group in out.prefix_groups for member in group.members]
+        assert len(set(members)) == len(members)
+        self.num_grouped += len(members)
+
     def _compute(self, chunk: Chunk, shared: set[Row]) -> SampledToken | None:
         """shared: rows that more than one sequence holds."""
         sequence = self.sequences[chunk.request_id]
@@ -205,7 +217,7 @@ def make_pair(
 ) -> tuple[Scheduler, FakeWorker]:  # fmt: skip
     """A scheduler, and the worker that it drives."""
     spec = BackendSpec.parse(backend)
-    manager = make_block_space_manager(spec, capacity, eviction)
+    manager = make_block_space_manager(spec, capacity, eviction, cascades=True)
     scheduler = make_scheduler(config, manager, max_len, num_micro_batches)
     return scheduler, FakeWorker(capacity, spec.is_paged, config.max_num_seqs)
 

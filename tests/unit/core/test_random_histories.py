@@ -14,7 +14,7 @@ import pytest
 from scheduler_simulation import VOCAB, FakeWorker, expected_output, make_pair, make_request
 
 from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
-from sarathi.core.block_space_manager import prefix_caching
+from sarathi.core.block_space_manager import prefix_caching, prefix_groups
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, memory_recovery
 from sarathi.messages import CacheCapacity, PrefixCacheStats, RequestUpdate, SchedulerOutput, StepResult
 from sarathi.request import Request
@@ -240,6 +240,8 @@ def small_limits(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
     monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
     monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
+    for name in ("_LEAST_TOKENS", "_LEAST_SAVED", "_MEMBER_COST"):
+        monkeypatch.setattr(prefix_groups, name, 0)
 
 
 @pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])
@@ -254,8 +256,9 @@ def test_every_invariant_in_random_histories(policy: str, backend: str, historie
 @pytest.mark.parametrize("histories", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_every_invariant_with_prefix_caching(policy: str, backend: str, histories: int) -> None:
     """Also: what a request finds in the cache are its own tokens, and rows go only when no step copies from them."""
-    total = play_all(policy, backend, True, histories)
-    print(total)
+    total, num_grouped = play_all(policy, backend, True, histories)
+    print(total, num_grouped)
+    assert num_grouped > histories / 10
     assert min(total.num_mapped_tokens, total.num_copied_tokens, total.num_evicted_rows) > histories / 10
     assert total.num_hit_tokens > total.num_mapped_tokens + total.num_copied_tokens + histories / 10
 
@@ -274,8 +277,9 @@ def test_histories_that_have_failed_hold(seed: int, policy: str, backend: str, m
     play_all(policy, backend, True, 1)
 
 
-def play_all(policy: str, backend: str, caches: bool, count: int) -> PrefixCacheStats:
-    total = PrefixCacheStats()
+def play_all(policy: str, backend: str, caches: bool, count: int) -> tuple[PrefixCacheStats, int]:
+    """What the cache counted, and how often a request was in a group."""
+    total, num_grouped = PrefixCacheStats(), 0
     start = int(os.environ.get("SEED", random.randrange(2**40)))
     for seed in range(start, start + count):
         history = History(random.Random(seed), policy, backend, caches)
@@ -285,4 +289,5 @@ def play_all(policy: str, backend: str, caches: bool, count: int) -> PrefixCache
         except Exception as error:
             raise AssertionError(f"SEED={seed} {policy} {backend} {caches}: {error!r}") from error
         total = PrefixCacheStats(*map(sum, zip(total, history.scheduler.prefix_cache_stats, strict=True)))
-    return total
+        num_grouped += history.worker.num_grouped
+    return total, num_grouped

@@ -14,13 +14,22 @@ import pytest
 import torch
 from llguidance import LLTokenizer, TokenizerWrapper
 
-from sarathi.messages import NO_TOKEN_LEFT, Chunk, NewRequest, SampledToken, SchedulerOutput, StepResult
+from sarathi.messages import (
+    NO_TOKEN_LEFT,
+    Chunk,
+    NewRequest,
+    PrefixGroup,
+    SampledToken,
+    SchedulerOutput,
+    StepResult,
+)
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
-from sarathi.model_executor.attention.metadata import DeviceStep, make_step, slot_mapping
+from sarathi.model_executor.attention.metadata import DeviceStep, make_step, slot_mapping, with_cascade
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.ops.native import NativeOps, apply_rope
+from sarathi.model_executor.ops.types import CascadeShape
 from sarathi.model_executor.placement import Placement
 from sarathi.model_executor.sampling.grammar import GrammarCompiler
 from sarathi.sampling_params import SamplingParams
@@ -68,6 +77,32 @@ class LoopBackend(AttentionBackend):
         return out
 
 
+class CascadeBackend(LoopBackend):
+    """Reads what sequences share where the plan says, and nowhere else."""
+
+    cascade = CascadeShape(ranges=6, members=2, tile=1)
+
+    def __init__(self) -> None:
+        self.num_shared = 0
+
+    def plan(self, batch, address) -> DeviceStep:
+        step = super().plan(batch, address)
+        return with_cascade(step, batch.groups, address.slots, batch.leading_decodes, self.cascade)
+
+    def attend(self, query, layer, step: DeviceStep):
+        caches = [layer.k.clone(), layer.v.clone()]
+        for index, (tokens, first, count, place) in enumerate([] if step.cascade is None else step.cascade[0].tolist()):
+            own = int(step.slots[index])
+            for cache in caches if tokens else ():
+                cache[own, :tokens] = float("nan")
+            for slot, begin, end, at, size in step.cascade.ranges[first : first + count].tolist():
+                assert int(step.cascade.members[at + place]) == index and place < size <= self.cascade.members
+                for cache, original in zip(caches, layer, strict=False):
+                    cache[own, begin:end] = original[slot, begin:end]
+            self.num_shared += count
+        return super().attend(query, CacheLayer(*caches, None), step)
+
+
 class Slots:
     """A cache's face: each request has the slot that it was given."""
 
@@ -111,9 +146,9 @@ def model() -> Decoder:
     return make_model()
 
 
-def make_model() -> Decoder:
+def make_model(backend: AttentionBackend | None = None) -> Decoder:
     torch.manual_seed(3)
-    decoder = Decoder(ARCH, Placement(DTYPE, CPU), NativeOps(), LoopBackend(), max_positions=LENGTH)
+    decoder = Decoder(ARCH, Placement(DTYPE, CPU), NativeOps(), backend or LoopBackend(), max_positions=LENGTH)
     for _, parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return decoder
@@ -157,19 +192,24 @@ def steps(prompts: dict[str, list[int]], num_outputs: int) -> Iterator[list[Chun
 
 
 def run(
-    model: Decoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int]
-) -> list[StepResult]:
+    model: Decoder, requests: list[NewRequest], *, overlap: bool, graphs: bool, slots: list[int],
+    prefixes: dict[int, int] | None = None,
+) -> list[StepResult]:  # fmt: skip
+    """prefixes: by first token of prompts, how many tokens those that begin with it share."""
     shape = (SLOTS, LENGTH, ARCH.num_kv_heads, ARCH.head_size)
     layers = [CacheLayer(*torch.zeros(2, *shape, dtype=DTYPE), None) for _ in range(ARCH.num_layers)]
     cache = Slots({each.request_id: slot for each, slot in zip(requests, slots, strict=False)})
-    runner = CudaModelRunner(model, LoopBackend(), cache, layers, Limits(8, LENGTH, 0))
+    backend = model.layers[0].attention.backend
+    runner = CudaModelRunner(model, backend, cache, layers, Limits(8, LENGTH, 0, cascade=backend.cascade))
     if graphs:
         runner.capture()
     sequences = SequenceTable(0, GrammarCompiler(VOCAB_SIZE, letters))
     sequences.add(requests)
     flights, results = [], []
     for chunks in steps({each.request_id: list(each.token_ids) for each in requests}, 9):
-        flights.append(runner.launch(SchedulerOutput(0, chunks=tuple(chunks)), sequences))
+        firsts = {each.request_id: each.token_ids[0] for each in requests}
+        out = SchedulerOutput(0, chunks=tuple(chunks), prefix_groups=groups_of(chunks, firsts, prefixes or {}))
+        flights.append(runner.launch(out, sequences))
         if not overlap or len(flights) > 1:
             results.append(flights.pop(0).result())
     return [*results, *(flight.result() for flight in flights)]
@@ -195,6 +235,35 @@ def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: Decoder, gr
         for span, other in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
             check_equal(span.tokens, other.tokens)
     check_prompts(requests, found)
+
+
+def groups_of(chunks: list[Chunk], firsts: dict[str, int], prefixes: dict[int, int]) -> tuple[PrefixGroup, ...]:
+    """Decodes that begin alike."""
+    decodes = [index for index, chunk in enumerate(chunks) if chunk.start and chunk.num_tokens == 1]
+    groups = [
+        PrefixGroup(tokens, tuple(index for index in decodes if firsts[chunks[index].request_id] == first))
+        for first, tokens in prefixes.items()
+    ]
+    return tuple(group for group in groups if len(group.members) > 1)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_what_decodes_share_is_read_where_the_plan_says(model: Decoder, graphs: bool) -> None:
+    """Two groups, whose members begin and pause at other times, in eager, mixed and replayed steps."""
+    rng = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    prefixes = {first: [first, *rng.choices(range(VOCAB_SIZE), k=rng.randint(9, 30))] for first in (7, 8)}
+    owners = [7, 8, 7, 8, 7, 7, 9]
+    prompts = [prefixes.get(first, [9]) + rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 9)) for first in owners]
+    requests = [NewRequest(f"r{i}", tuple(prompt), params_of(rng)) for i, prompt in enumerate(prompts)]
+    slots = rng.sample(range(SLOTS), len(owners))
+    expected = run(model, requests, overlap=False, graphs=False, slots=slots)
+    backend = CascadeBackend()
+    shared = {first: len(tokens) for first, tokens in prefixes.items()}
+    found = run(make_model(backend), requests, overlap=True, graphs=graphs, slots=slots, prefixes=shared)
+    for ours, theirs in zip(found, expected, strict=True):
+        check_equal(ours.tokens, theirs.tokens)
+    assert backend.num_shared > 50
 
 
 LETTERS, LAST = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuv", 49  # token ids 0 to 47, and the end

@@ -9,11 +9,12 @@ from attention_calls import store_and_attend
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
-from sarathi.messages import Chunk
+from sarathi.messages import Chunk, PrefixGroup
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention import slot_pages
 from sarathi.model_executor.attention.address import Address, BlockAddress, CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import KernelUnavailableError
+from sarathi.model_executor.attention.cascade import as_cascade, cascade_size, plan_cascade
 from sarathi.model_executor.attention.flash_attn import backend as flash_attention
 from sarathi.model_executor.attention.flash_attn.backend import FlashAttentionBackend
 from sarathi.model_executor.attention.flash_attn.choice import Candidate, Requirements, candidates, choose
@@ -33,7 +34,7 @@ from sarathi.model_executor.attention.sdpa.view import Lengths, write_index
 from sarathi.model_executor.attention.slot_pages import as_pages, one_slot, page_table
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.ops.native import NativeOps
-from sarathi.model_executor.ops.types import CacheTarget, NewTokens, RopeTable
+from sarathi.model_executor.ops.types import CacheTarget, CascadeShape, NewTokens, RopeTable
 from sarathi.model_executor.placement import Placement
 from vattention import VirtualKVCache
 
@@ -108,6 +109,41 @@ def test_the_host_knows_the_slot_and_length_of_a_steps_one_sequence(decodes: int
     assert step.only == (None if decodes else expected)
     assert rest_of(step, decodes).only == expected
     assert first_decodes(step, 1).only is None
+
+
+def test_a_cascade_has_every_shared_token_once_for_each_member() -> None:
+    shape = CascadeShape(random.randint(1, 40), random.randint(1, 9), random.choice((1, 16, 64)))
+    numbers = random.sample(range(40), 40)
+    groups, first = [], 0
+    for size in (random.randint(2, 20), 2, random.randint(2, 9)):
+        groups.append(PrefixGroup(random.choice((1, 64, 1000, 9000)), tuple(numbers[first : first + size])))
+        first += size
+    slots = random.sample(range(100), 40)
+    plan = plan_cascade(groups, slots, 48, shape)
+    assert len(plan) == cascade_size(48, shape) and len(plan) % 4 == 0
+    found = as_cascade(torch.tensor(plan), 48, shape)
+    taken = [group for group in groups if found.sequences[group.members[0], 0]]
+    assert taken or all(-(-len(group.members) // shape.members) > shape.ranges for group in groups)
+    for sequence, (tokens, begin, count, place) in enumerate(found.sequences.tolist()):
+        group = next((group for group in taken if sequence in group.members), None)
+        assert tokens == (group.num_tokens if group else 0) and bool(count) == bool(group)
+        ends = [0]
+        for slot, start, end, at, size in found.ranges[begin : begin + count].tolist():
+            assert (slot, start) == (slots[group.members[0]], ends[-1]) and place < size <= shape.members
+            assert found.members[at + place] == sequence
+            assert end == tokens or not (end - start) % shape.tile
+            ends.append(end)
+        assert ends[-1] == tokens
+
+
+def test_a_cascade_divides_the_work_evenly() -> None:
+    shape = CascadeShape(33, 16, 64)
+    groups = [PrefixGroup(4096, tuple(range(256)))]
+    ranges = as_cascade(torch.tensor(plan_cascade(groups, range(256), 256, shape)), 256, shape).ranges
+    assert [(end - begin) for _, begin, end, *_ in ranges.tolist()] == [2048] * 32 + [0]
+    groups = [PrefixGroup(32_768, tuple(range(first, first + 6))) for first in range(0, 48, 6)]
+    ranges = as_cascade(torch.tensor(plan_cascade(groups, range(48), 48, shape)), 48, shape).ranges
+    assert [(end - begin) for _, begin, end, *_ in ranges.tolist()] == [8192] * 32 + [0]
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -19,10 +19,14 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported before it could be told to interpret", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before the imports below
 
+from sarathi.messages import PrefixGroup
+from sarathi.model_executor.attention import cascade
+from sarathi.model_executor.attention.cascade import as_cascade, plan_cascade
 from sarathi.model_executor.ops import Ops, native
 from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.ops.triton import elementwise, rope, sampling
-from sarathi.model_executor.ops.triton.decode_attention import (
+from sarathi.model_executor.ops.triton.attention.cascade import CascadeConfig, CascadeWorkspace
+from sarathi.model_executor.ops.triton.attention.decode import (
     DecodeConfig,
     DecodeWorkspace,
     decode_attention,
@@ -104,7 +108,7 @@ def test_argmax_is_the_native_one() -> None:
     assert sampling.argmax(logits).tolist() == NATIVE.argmax(logits).tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_argmax_of_logits_that_are_not_finite_is_the_native_one(dtype: torch.dtype) -> None:
     vocab_size = random.choice((100, 4096, 9000))
     logits, slots = torch.randn(8, vocab_size).to(dtype), torch.randperm(9)[:8].int()
@@ -289,6 +293,48 @@ def test_decode_attention(window: int | None) -> None:
     )
     expected = native.decode_attention(q, keys, values, batch, 0.2)
     torch.testing.assert_close(decode_attention(q, keys, values, batch, 0.2, workspace), expected, **CLOSE)
+    assert not workspace.arrivals.any()
+
+
+@loops
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 4), (1, 8), (3, 1), (1, 3)])
+def test_cascade_attention_is_decode_attention(kv_heads: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups, of which one may need several tiles of queries, loners and padding; against float64."""
+    dtype = random.choice((torch.float32, torch.float16))  # the interpreter has no products of bfloat16
+    monkeypatch.setattr(cascade, "_LEAST_TILES", 1)
+    numbers = random.sample(range(8), 8)
+    groups = [
+        PrefixGroup(random.randint(1, 90), tuple(numbers[:4])),
+        PrefixGroup(random.choice((16, 33)), tuple(numbers[4:6])),
+    ]
+    lengths = [random.randint(1, 70) for _ in numbers]
+    lengths[numbers[7]] = 0
+    for each in groups:
+        for member in each.members:
+            lengths[member] += each.num_tokens
+    cache = torch.full((2, 9, 160, kv_heads, 16), float("nan"), dtype=dtype)
+    slots = random.sample(range(9), 8)
+    for slot, length in zip(slots, lengths, strict=True):
+        cache[:, slot, :length].normal_()
+    for each in groups:
+        for member in each.members:
+            cache[:, slots[member], : each.num_tokens] = cache[:, slots[each.members[0]], : each.num_tokens]
+    packed = torch.randn(8, kv_heads * (group + 2), 16, dtype=dtype)
+    q, key, value = packed.split((kv_heads * group, kv_heads, kv_heads), dim=1)
+    angles = torch.rand(160, 8) * 7
+    new = random.choice((None, NewTokens(key, value, RopeTable(angles.cos(), angles.sin()))))
+    config = CascadeConfig(rows=16, tile=16, fewest_ranges=random.randint(4, 12))
+    room = CascadeWorkspace.create(2, (kv_heads * group, kv_heads, 16), CPU, config)
+    workspace = DecodeWorkspace.create(
+        random.choice((1, 4, 9)), 16, CPU, DecodeConfig(16, run_cost=random.randrange(4), parts=random.randint(1, 9))
+    )._replace(cascade=room)
+    plan = as_cascade(torch.tensor(plan_cascade(groups, slots, 8, room.shape), dtype=torch.int32), 8, room.shape)
+    batch = DecodeBatch(torch.tensor(slots).int(), torch.tensor(lengths).int(), cascade=plan)
+    exact, doubled = cache.double(), None if new is None else NewTokens(key.double(), value.double(), new.table)
+    expected = native.decode_attention(q.double(), *exact, batch, 0.2, doubled)
+    close = CLOSE if dtype is torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(decode_attention(q, *cache, batch, 0.2, workspace, new).double(), expected, **close)
+    torch.testing.assert_close(cache.double(), exact, equal_nan=True, **close)
     assert not workspace.arrivals.any()
 
 

@@ -89,7 +89,7 @@ class FlashAttentionBackend(GpuBackend):
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
         """See AttentionBackend. One copy to the device."""
-        step = make_step(batch.chunks, address, self.place.device)
+        step = self._make_step(batch, address)
         if not isinstance(address, SlotAddress):
             return FlashMetadata(step)
         metadata, decodes = FlashMetadata(step, batch.chunks, address.slots), batch.leading_decodes

@@ -1,17 +1,18 @@
-"""Decode attention on slots by our split-KV kernel (ops/triton/decode_attention.py)."""
+"""Decode attention on slots by our split-KV kernel (ops/triton/attention/decode.py)."""
 
 import torch
 from torch import Tensor
 
 from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.metadata import DeviceStep, StaticStep
-from sarathi.model_executor.ops.triton.decode_attention import (
+from sarathi.model_executor.ops.triton.attention.cascade import CascadeConfig, CascadeWorkspace
+from sarathi.model_executor.ops.triton.attention.decode import (
     DecodeConfig,
     DecodeWorkspace,
     decode_attention,
     distinct_sizes,
 )
-from sarathi.model_executor.ops.types import DecodeBatch, NewTokens
+from sarathi.model_executor.ops.types import CascadeShape, DecodeBatch, NewTokens
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
 MAX_GROUP = 16
@@ -24,13 +25,24 @@ class TritonDecode:
         """config: None for the defaults. pdl: overlap its launch with the kernel before it (Hopper and later)."""
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._workspace = DecodeWorkspace.create(num_sms, head_size, device, config)
-        self._head_size, self._scale = head_size, head_size**-0.5
+        self._device, self._head_size, self._scale = device, head_size, head_size**-0.5
         self._pdl = pdl
 
     @staticmethod
     def supports(num_heads: int, num_kv_heads: int, head_size: int) -> bool:
         """Whether a model's heads fit the kernel."""
         return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
+
+    def enable_cascade(self, num_heads: int, num_kv_heads: int, config: CascadeConfig | None = None) -> None:
+        """Serve steps whose sequences share tokens, of a model with so many heads, from now on."""
+        heads = (num_heads, num_kv_heads, self._head_size)
+        room = CascadeWorkspace.create(self._workspace.num_sms, heads, self._device, config)
+        self._workspace = self._workspace._replace(cascade=room)
+
+    @property
+    def cascade(self) -> CascadeShape | None:
+        """Of the plans that it serves; None: it ignores what sequences share."""
+        return None if self._workspace.cascade is None else self._workspace.cascade.shape
 
     def appends(self, step: DeviceStep, new: NewTokens) -> bool:
         """Whether append_and_attend serves this step: decodes on slots, RoPE over whole heads."""
@@ -40,7 +52,8 @@ class TritonDecode:
         """Compile `attend` for steps of `fewest` to `most` sequences. Touches no memory of the cache."""
         for size in distinct_sizes(fewest, most, self._head_size):
             query = layer.k.new_zeros((size, num_heads, self._head_size))
-            self.attend(query, layer, StaticStep(size, 1, 0, query.device).step)
+            for cascade in {None, self.cascade}:
+                self.attend(query, layer, StaticStep(size, 1, 0, query.device, cascade=cascade).step)
 
     def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
         """query: [B, num_heads, head_size], one token per sequence; its key and value are in the cache.
@@ -58,5 +71,5 @@ class TritonDecode:
     ) -> Tensor:
         if step.slots is None or not step.is_decode:
             raise ValueError("the split-KV kernel takes one new token per sequence, on slots")
-        batch = DecodeBatch(step.slots, step.lengths, layer.window)
+        batch = DecodeBatch(step.slots, step.lengths, layer.window, step.cascade)
         return decode_attention(query, layer.k, layer.v, batch, self._scale, self._workspace, new, out, pdl=self._pdl)

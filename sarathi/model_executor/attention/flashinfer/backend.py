@@ -23,7 +23,7 @@ from sarathi.model_executor.attention.address import Address, BlockAddress, Cach
 from sarathi.model_executor.attention.base import Capabilities, KernelUnavailableError
 from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 from sarathi.model_executor.attention.gpu_backend import GpuBackend, decode_kernel
-from sarathi.model_executor.attention.metadata import StepMetadata, first_decodes, make_step
+from sarathi.model_executor.attention.metadata import StepMetadata, first_decodes
 from sarathi.model_executor.attention.slot_pages import as_pages, fits_block_table
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.placement import Placement
@@ -81,7 +81,7 @@ class FlashInferBackend(GpuBackend):
 
     def plan(self, batch: Batch, address: Address) -> FlashInferMetadata:
         """See AttentionBackend. A paged kernel is planned by the first layer, which knows the strides of the cache."""
-        step = make_step(batch.chunks, address, self.place.device)
+        step = self._make_step(batch, address)
         return FlashInferMetadata(step, batch, address, batch.leading_decodes)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:

@@ -13,6 +13,9 @@ first and last), and the program that is done with its part last joins them, in 
 do not depend on timing. The grid depends on the device and the number of sequences alone, and lengths are read on the
 device: a captured graph serves any lengths.
 
+Where sequences share their first tokens, these are attended before and apart (cascade.py): a run is then a sequence's
+own tokens, and whoever writes its output joins the results of the shared ranges to it.
+
 Where the step's keys and values are handed over too, the program that has a run's last tile rotates and stores them.
 """
 
@@ -22,7 +25,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sarathi.model_executor.ops.triton.decode_attention_kernel import attention_kernel
+from sarathi.model_executor.ops.triton.attention.cascade import CascadeWorkspace, attend_shared
+from sarathi.model_executor.ops.triton.attention.decode_kernel import attention_kernel
 from sarathi.model_executor.ops.types import DecodeBatch, NewTokens, RopeTable
 
 _LOG2_E = 1.4426950408889634
@@ -66,6 +70,7 @@ class DecodeWorkspace(NamedTuple):
     arrivals: Tensor  # [programs] int32: parts done of the run that is cut by the program's end; 0 between launches
     num_sms: int
     config: DecodeConfig | None  # None: by the number of sequences
+    cascade: CascadeWorkspace | None = None  # None: every sequence reads all of its tokens itself
 
     @classmethod
     def create(
@@ -95,6 +100,7 @@ def decode_attention(
     """See ``native.decode_attention``. Any slot, token and head strides; at most 16 query heads to a kv head.
 
     head_size: a power of two. new: None where q is rotated and the cache holds the step's keys and values already.
+    What the batch's cascade says is used where the workspace has room for it, and the batch no window.
     Returns a contiguous tensor like q: `out` where it is given.
     """
     if out is None:
@@ -104,8 +110,12 @@ def decode_attention(
         return out
     config, kv_heads = workspace.config or config_for(num_seqs, head_size), keys.shape[2]
     fresh = new or NewTokens(q, q, RopeTable(q, q))
+    cascade = workspace.cascade if batch.cascade is not None and batch.window is None else None
+    shared = (batch.slots, workspace.parts, workspace.sums)  # not read
+    if cascade is not None:
+        shared = attend_shared(q, keys, values, batch, scale * _LOG2_E, cascade, new, pdl=pdl)
     attention_kernel[(workspace.num_sms * config.programs_per_sm,)](
-        *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], scale * _LOG2_E, num_seqs),
+        *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], *shared, scale * _LOG2_E, num_seqs),
         *(fresh.keys, fresh.values, *fresh.table),
         *(
             *q.stride()[:2],
@@ -125,6 +135,8 @@ def decode_attention(
         WINDOW=batch.window or 0,
         AHEAD=config.ahead,
         RUN_COST=config.run_cost,
+        ROWS=0 if cascade is None else cascade.config.rows,
+        CASCADE=cascade is not None,
         NEW=new is not None,
         PDL=pdl,
         num_warps=config.warps,

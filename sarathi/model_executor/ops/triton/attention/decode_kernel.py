@@ -18,15 +18,18 @@ def _extent_of(lengths, KV_HEADS: tl.constexpr, TILE: tl.constexpr, RUN_COST: tl
 
 @triton.jit
 def _sequence_at(
-    at, ends, lengths_ptr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, RUN_COST: tl.constexpr, SEQS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    at, ends, lengths_ptr, sequences_ptr, KV_HEADS: tl.constexpr, TILE: tl.constexpr, RUN_COST: tl.constexpr,
+    SEQS: tl.constexpr, WINDOW: tl.constexpr, CASCADE: tl.constexpr,
 ):  # fmt: skip
-    """Number, length, first tile, number of tiles, first place and the place behind the sequence at a place."""
+    """Number, length, first token, number of tiles, first place and the place behind the sequence at a place."""
     seq = tl.sum((ends <= at).to(tl.int32), axis=0)
     length = tl.load(lengths_ptr + seq)
-    first, tiles, places = _extent_of(length, KV_HEADS, TILE, RUN_COST, WINDOW)
+    shared = length * 0
+    if CASCADE:
+        shared = tl.load(sequences_ptr + seq * 4)
+    first, tiles, places = _extent_of(length - shared, KV_HEADS, TILE, RUN_COST, WINDOW)
     end = tl.sum(tl.where(tl.arange(0, SEQS) == seq, ends, 0), axis=0)
-    return seq, length, first, tiles, end - places, end
+    return seq, length, shared + first * TILE, tiles, end - places, end
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def _ask_for(row_ptrs, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _rotated(own, other, cos, sin):
+def rotated(own, other, cos, sin):
     """Dimensions of a head, rotated with those of its other half; rounded as a store between would have."""
     return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
 
@@ -68,21 +71,21 @@ def _rotated_queries(q_ptr, heads, stride_head, present, cos, sin, HEAD_SIZE: tl
     dims = tl.arange(0, HEAD_SIZE)
     rows_ptr, read = q_ptr + heads[:, None] * stride_head, present[:, None]
     own = tl.load(rows_ptr + dims[None, :], mask=read, other=0.0)
-    other = tl.load(rows_ptr + _partner(dims, HEAD_SIZE)[None, :], mask=read, other=0.0)
-    return _rotated(own, other, cos[None, :], sin[None, :])
+    other = tl.load(rows_ptr + partner(dims, HEAD_SIZE)[None, :], mask=read, other=0.0)
+    return rotated(own, other, cos[None, :], sin[None, :])
 
 
 @triton.jit
 def _store_new(new_key_ptr, new_value_ptr, key_ptr, value_ptr, cos, sin, HEAD_SIZE: tl.constexpr):
     """One head of the step's key, rotated, and of its value go to their place in the cache."""
     dims = tl.arange(0, HEAD_SIZE)
-    key = _rotated(tl.load(new_key_ptr + dims), tl.load(new_key_ptr + _partner(dims, HEAD_SIZE)), cos, sin)
+    key = rotated(tl.load(new_key_ptr + dims), tl.load(new_key_ptr + partner(dims, HEAD_SIZE)), cos, sin)
     tl.store(key_ptr + dims, key)
     tl.store(value_ptr + dims, tl.load(new_value_ptr + dims))
 
 
 @triton.jit
-def _partner(dims, HEAD_SIZE: tl.constexpr):
+def partner(dims, HEAD_SIZE: tl.constexpr):
     """The dimension of the other half that each is rotated with."""
     return (dims + HEAD_SIZE // 2) % HEAD_SIZE
 
@@ -99,6 +102,9 @@ def attention_kernel(
     peaks_ptr,
     sums_ptr,
     arrivals_ptr,
+    sequences_ptr,
+    shared_ptr,
+    shared_lse_ptr,
     scale,
     num_seqs,
     new_keys_ptr,
@@ -128,6 +134,8 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     AHEAD: tl.constexpr,
     RUN_COST: tl.constexpr,
+    ROWS: tl.constexpr,
+    CASCADE: tl.constexpr,
     NEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -135,8 +143,10 @@ def attention_kernel(
         gdc_launch_dependents()
     program = tl.program_id(0)
     seqs = tl.arange(0, SEQS)
-    lengths = tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0)
-    places = _extent_of(lengths, KV_HEADS, TILE, RUN_COST, WINDOW)[2]
+    own = tl.load(lengths_ptr + seqs, mask=seqs < num_seqs, other=0)
+    if CASCADE:
+        own -= tl.load(sequences_ptr + seqs * 4, mask=seqs < num_seqs, other=0)
+    places = _extent_of(own, KV_HEADS, TILE, RUN_COST, WINDOW)[2]
     ends = tl.cumsum(places, axis=0)
     total = tl.sum(places, axis=0)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
@@ -150,12 +160,12 @@ def attention_kernel(
         if AHEAD > 0 and begin < end:
             # What was cached before this step is there already, and so are lengths and slots.
             seq, length, first, tiles, seq_begin, _ = _sequence_at(
-                begin, ends, lengths_ptr, KV_HEADS, TILE, RUN_COST, SEQS, WINDOW
+                begin, ends, lengths_ptr, sequences_ptr, KV_HEADS, TILE, RUN_COST, SEQS, WINDOW, CASCADE
             )
             slot = tl.load(slots_ptr + seq).to(tl.int64)
             head = (begin - seq_begin) // (tiles + RUN_COST)
-            tile = first + tl.maximum((begin - seq_begin) % (tiles + RUN_COST) - RUN_COST, 0)
-            rows = tl.minimum(tile * TILE + tl.arange(0, AHEAD), length - 1).to(tl.int64)
+            tile = tl.maximum((begin - seq_begin) % (tiles + RUN_COST) - RUN_COST, 0)
+            rows = tl.minimum(first + tile * TILE + tl.arange(0, AHEAD), length - 1).to(tl.int64)
             head_keys_ptr = keys_ptr + slot * keys_stride_slot + head * keys_stride_head
             head_values_ptr = values_ptr + slot * values_stride_slot + head * values_stride_head
             _ask_for(head_keys_ptr + rows * keys_stride_token, HEAD_SIZE)
@@ -165,7 +175,7 @@ def attention_kernel(
     at = begin
     while at < end:
         seq, length, first, tiles, seq_begin, seq_end = _sequence_at(
-            at, ends, lengths_ptr, KV_HEADS, TILE, RUN_COST, SEQS, WINDOW
+            at, ends, lengths_ptr, sequences_ptr, KV_HEADS, TILE, RUN_COST, SEQS, WINDOW, CASCADE
         )
         slot = tl.load(slots_ptr + seq).to(tl.int64)
         wide_seq = seq.to(tl.int64)
@@ -203,13 +213,13 @@ def attention_kernel(
                 else:
                     q_offsets = wide_seq * q_stride_seq + heads[:, None] * q_stride_head + dims[None, :]
                     q = tl.load(q_ptr + q_offsets, mask=present[:, None], other=0.0)
-                peak, sum_, acc = _attend(
+                peak, sum_, acc = attend(
                     q,
                     head_keys_ptr,
                     head_values_ptr,
                     keys_stride_token,
                     values_stride_token,
-                    first + at - head_begin,
+                    first + (at - head_begin) * TILE,
                     stop - at,
                     length,
                     scale,
@@ -217,7 +227,14 @@ def attention_kernel(
                     WINDOW,
                 )
                 out_rows = wide_seq * (KV_HEADS * GROUP) + heads
+                shared_row, num_shared = 0, 0
+                if CASCADE:
+                    shared_row, num_shared = _shared_rows(sequences_ptr + seq * 4, head, KV_HEADS, GROUP, ROWS)
                 if (at == head_begin) & (stop == head_begin + tiles):
+                    if CASCADE:
+                        acc, sum_ = _joined_whole(
+                            acc, peak, sum_, shared_ptr, shared_lse_ptr, shared_row, num_shared, GROUP, KV_HEADS * ROWS
+                        )
                     tl.store(
                         out_ptr + out_rows[:, None] * HEAD_SIZE + dims[None, :],
                         (acc / sum_[:, None]).to(out_ptr.dtype.element_ty),
@@ -230,6 +247,10 @@ def attention_kernel(
                         peaks_ptr,
                         sums_ptr,
                         arrivals_ptr,
+                        shared_ptr,
+                        shared_lse_ptr,
+                        shared_row,
+                        num_shared,
                         acc,
                         peak,
                         sum_,
@@ -242,29 +263,34 @@ def attention_kernel(
                         MEMBERS,
                         PARTS,
                         HEAD_SIZE,
+                        KV_HEADS * ROWS,
+                        CASCADE,
                     )
             at = stop
 
 
 @triton.jit
-def _attend(
+def attend(
     q,
     keys_ptr,
     values_ptr,
     keys_stride_token,
     values_stride_token,
-    first_tile,
+    first_token,
     tiles,
     length,
     scale,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Queries [PADDED, HEAD_SIZE] over some tiles of one head: largest scores, sums of weights, weighted values."""
+    """Queries [N, HEAD_SIZE] over some tiles of one head: largest scores, sums of weights, weighted values.
+
+    The tiles begin with first_token; nothing at or past `length` is read.
+    """
     tokens, dims = tl.arange(0, TILE), tl.arange(0, q.shape[1])
     key_offsets = tokens[:, None] * keys_stride_token + dims[None, :]
     value_offsets = tokens[:, None] * values_stride_token + dims[None, :]
-    start = first_tile.to(tl.int64) * TILE
+    start = first_token.to(tl.int64)
     key_ptr = keys_ptr + start * keys_stride_token
     value_ptr = values_ptr + start * values_stride_token
     token = start.to(tl.int32) + tokens
@@ -312,6 +338,10 @@ def _leave_part(
     peaks_ptr,
     sums_ptr,
     arrivals_ptr,
+    shared_ptr,
+    shared_lse_ptr,
+    shared_row,
+    num_shared,
     acc,
     peak,
     sum_,
@@ -324,6 +354,8 @@ def _leave_part(
     MEMBERS: tl.constexpr,
     PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    SHARED_STEP: tl.constexpr,
+    CASCADE: tl.constexpr,
 ):
     """A part of a run goes to its place to be joined with the others, by the program whose part is there last."""
     group, dims = tl.arange(0, PADDED), tl.arange(0, HEAD_SIZE)
@@ -342,6 +374,10 @@ def _leave_part(
             parts_ptr,
             peaks_ptr,
             sums_ptr,
+            shared_ptr,
+            shared_lse_ptr,
+            shared_row,
+            num_shared,
             first_program,
             last_program,
             first_program * share < run_begin,
@@ -350,6 +386,8 @@ def _leave_part(
             MEMBERS,
             PARTS,
             HEAD_SIZE,
+            SHARED_STEP,
+            CASCADE,
         )
 
 
@@ -359,6 +397,10 @@ def _join(
     parts_ptr,
     peaks_ptr,
     sums_ptr,
+    shared_ptr,
+    shared_lse_ptr,
+    shared_row,
+    num_shared,
     first_program,
     last_program,
     begins_inside,
@@ -367,6 +409,8 @@ def _join(
     MEMBERS: tl.constexpr,
     PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    SHARED_STEP: tl.constexpr,
+    CASCADE: tl.constexpr,
 ):
     """A run from its parts, of programs first to last, past L1, which may hold what an earlier launch left there.
 
@@ -395,6 +439,10 @@ def _join(
             total += weight * tl.load(sums_ptr + row, mask=read, other=0.0, cache_modifier=".cg")
             acc += weight * tl.load(parts_ptr + row * HEAD_SIZE + dims, mask=read, other=0.0, cache_modifier=".cg")
         peak = new_peak
+    if CASCADE:
+        acc, total = _with_shared(
+            acc, peak, total, shared_ptr, shared_lse_ptr, shared_row, num_shared, member, present, SHARED_STEP
+        )
     at = member[:, None] * HEAD_SIZE + dims[None, :]
     tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=present)
 
@@ -407,3 +455,57 @@ def _part(program, first_program, last_program, begins_inside, member, present, 
     """
     place = program * 2 + ((program == first_program) & begins_inside).to(tl.int32)
     return (place * PADDED + member)[:, None], present & (program <= last_program)
+
+
+@triton.jit
+def _shared_rows(sequence_ptr, head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """First row of the results of a sequence's shared ranges for a KV head, and the number of ranges."""
+    first, count, index = tl.load(sequence_ptr + 1), tl.load(sequence_ptr + 2), tl.load(sequence_ptr + 3)
+    return (first * KV_HEADS + head) * ROWS + index * GROUP, count
+
+
+@triton.jit
+def _joined_whole(
+    acc, peak, sum_, shared_ptr, shared_lse_ptr, shared_row, num_shared, GROUP: tl.constexpr,
+    SHARED_STEP: tl.constexpr,
+):  # fmt: skip
+    """A run that lies within one program, joined with its shared ranges: weighted values and sums of weights."""
+    member = tl.arange(0, acc.shape[0])
+    acc, total = _with_shared(
+        acc, peak[:, None], sum_[:, None], shared_ptr, shared_lse_ptr, shared_row, num_shared, member,
+        (member < GROUP)[:, None], SHARED_STEP,
+    )  # fmt: skip
+    return acc, tl.sum(total, axis=1)
+
+
+@triton.jit
+def _with_shared(
+    acc, peak, total, shared_ptr, shared_lse_ptr, shared_row, num_shared, member, present,
+    SHARED_STEP: tl.constexpr,
+):  # fmt: skip
+    """Adds the results of shared ranges, past L1. peak, total, present: [N, 1]; SHARED_STEP: rows between two ranges.
+
+    Several at a time, as in _join.
+    """
+    PARTS: tl.constexpr = 4
+    dims = tl.arange(0, acc.shape[1])[None, :]
+    for start in range(0, num_shared, PARTS):
+        new_peak = peak
+        for offset in tl.static_range(PARTS):
+            row = (shared_row + (start + offset) * SHARED_STEP + member)[:, None]
+            read = present & (start + offset < num_shared)
+            part = tl.load(shared_lse_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
+            new_peak = tl.maximum(new_peak, part)
+        reference = tl.where(present, new_peak, 0.0)
+        shrink = tl.exp2(peak - reference)
+        total *= shrink
+        acc *= shrink
+        for offset in tl.static_range(PARTS):
+            row = (shared_row + (start + offset) * SHARED_STEP + member)[:, None]
+            read = present & (start + offset < num_shared)
+            part = tl.load(shared_lse_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.exp2(part - reference)
+            total += weight
+            acc += weight * tl.load(shared_ptr + row * acc.shape[1] + dims, mask=read, other=0.0, cache_modifier=".cg")
+        peak = new_peak
+    return acc, total
