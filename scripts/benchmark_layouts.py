@@ -11,17 +11,15 @@ medians.
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-
-import pandas as pd
 
 from sarathi.benchmark.config.program import add_stages, engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Load
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
 from sarathi.benchmark.engines.sizes import FULL, SMALL, Sizes
 from sarathi.benchmark.figures import draw
-from sarathi.benchmark.records import COLUMNS, Budget, Record, Table
+from sarathi.benchmark.records import Budget, Record, Table, medians
 from sarathi.config.units import parse_bytes
 from sarathi.entrypoints.script import run_script
 
@@ -58,14 +56,6 @@ def measure(options: argparse.Namespace, table: Table, sizes: Sizes, budget: Bud
         squeeze = partial(crowd, load, engine, parse_bytes(options.little_bytes), requests)
         budget.run([("short requests in little memory", squeeze)])
     engine.close()
-
-
-def medians(samples: Sequence[Record]) -> Iterator[Record]:
-    """A record for each task and backend, with the median of its values."""
-    frame = pd.DataFrame(samples, columns=COLUMNS)
-    keys = [name for name in COLUMNS if name not in ("value", "ratio")]
-    for line in frame.groupby(keys, as_index=False, sort=False)["value"].median().to_dict("records"):
-        yield Record(**{str(name): value for name, value in line.items()})
 
 
 def compare(table: Table, samples: Sequence[Record], ours: str) -> None:

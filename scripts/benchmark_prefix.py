@@ -15,13 +15,13 @@ import os
 import sys
 from pathlib import Path
 
-from sarathi.benchmark.config.program import add_stages, engine_parser, parse
+from sarathi.benchmark.config.program import add_stages, engine_parser, parse, positive
 from sarathi.benchmark.engines.load import Engine, Load
 from sarathi.benchmark.engines.ours import open_engine
 from sarathi.benchmark.engines.prefixes import FULL, SMALL, STAGES, PrefixLoad
 from sarathi.benchmark.engines.sizes import FULL as FULL_LOAD
 from sarathi.benchmark.engines.sizes import SMALL as SMALL_LOAD
-from sarathi.benchmark.records import Budget, Table, join_engines
+from sarathi.benchmark.records import Budget, Table, join_engines, medians
 from sarathi.entrypoints.script import run_script
 
 UNSHARED = "unshared"
@@ -36,22 +36,26 @@ def measure_ours(options: argparse.Namespace, table: Table, budget: Budget, back
     load.warm_up()
     shared = PrefixLoad(load, SMALL if options.test else FULL)
     budget.run(shared.plan([stage for stage in options.stages if stage != UNSHARED]))
-    if UNSHARED in options.stages:
-        budget.run(load.plan(["requests"]))
     engine.close()
 
 
-def measure_without(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
-    """Short requests without prefix caching, and those with it beside them."""
-    engine = open_engine(options, backend, prefix_caching=False)
-    engine.backend = f"{backend}, caching off"
-    load = _load(options, engine, table)
-    load.warm_up()
-    budget.run(load.plan(["requests"]))
-    engine.close()
-    found = {record.task: record for record in table.records if record.backend == engine.backend}
-    for record in [record for record in table.records if record.backend == backend and record.task in found]:
-        table.compare(record, found[record.task])
+def measure_unshared(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
+    """Short requests with prefix caching and without, in turn, each time in a new engine; medians of the rounds."""
+    samples = Table(options.output / "unshared_samples.csv", table.attempts)
+    names = {True: backend, False: f"{backend}, caching off"}
+    for number in range(options.rounds):
+        for caching in (True, False)[:: -1 if number % 2 else 1]:
+            engine = open_engine(options, backend, prefix_caching=caching)
+            engine.backend = names[caching]
+            load = _load(options, engine, samples)
+            load.warm_up()
+            budget.run(load.plan(["requests"]))
+            engine.close()
+    found = [record for record in medians(samples.records) if record.backend in names.values()]
+    without = {record.task: record for record in found if record.backend == names[False]}
+    for record in found:
+        is_compared = record.backend == backend and record.task in without
+        table.add(record.beside(without[record.task]) if is_compared else record)
 
 
 def _load(options: argparse.Namespace, engine: Engine, table: Table) -> Load:
@@ -73,6 +77,7 @@ def read_options() -> argparse.Namespace:
     add_stages(parser, (*STAGES, UNSHARED))
     parser.add_argument("--backends", nargs="+", default=["fa_vattn_megacache"])
     parser.add_argument("--cascade", action="store_true", help="decode attention reads what requests share once a step")
+    parser.add_argument("--rounds", type=positive, default=2, help="engines with and without caching, of `unshared`")
     parser.add_argument("--vllm", action="store_true", help="measure vLLM instead")
     parser.add_argument("--join", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two CSV files instead")
     return parse(parser, {"backends": "sdpa_vattn"})
@@ -90,9 +95,10 @@ def main() -> int:
         sys.stdout.flush()
         os._exit(table.attempts.exit_code())  # vLLM's own shutdown may never return
     for backend in options.backends:
-        measure_ours(options, table, budget, backend)
         if UNSHARED in options.stages:
-            measure_without(options, table, budget, backend)
+            measure_unshared(options, table, budget, backend)
+        if options.stages != [UNSHARED]:
+            measure_ours(options, table, budget, backend)
     return table.attempts.exit_code()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -58,6 +58,14 @@ def read_records(path: Path) -> list[Record]:
     frame = pd.read_csv(path, keep_default_na=False).reindex(columns=COLUMNS, fill_value="")
     found = [Record(**{str(name): value for name, value in line.items()}) for line in frame.to_dict("records")]
     return [replace(record, ratio=float(record.ratio) if record.ratio else None) for record in found]
+
+
+def medians(samples: Sequence[Record]) -> Iterator[Record]:
+    """A record for each task and backend, with the median of its values."""
+    frame = pd.DataFrame(samples, columns=COLUMNS)
+    keys = [name for name in COLUMNS if name not in ("value", "ratio")]
+    for line in frame.groupby(keys, as_index=False, sort=False)["value"].median().to_dict("records"):
+        yield Record(**{str(name): value for name, value in line.items()})
 
 
 class Attempts:
