@@ -159,11 +159,15 @@ def check_idle(core: PrefillDecodeCore) -> None:
     assert core.stats().used_rows == 0
 
 
-@pytest.mark.parametrize("num_retained", [0, 5])
-@pytest.mark.parametrize("decode_shortage", [0.0, 0.05])
-def test_random_requests_with_shortages_and_aborts_get_their_tokens(decode_shortage: float, num_retained: int) -> None:
+@pytest.mark.parametrize(
+    ("decode_shortage", "num_retained", "seed"),
+    [(0.0, 0, None), (0.0, 5, None), (0.05, 0, None), (0.05, 5, None), (0.05, 5, 270270191)],  # the last one had no hit
+)
+def test_random_requests_with_shortages_and_aborts_get_their_tokens(
+    decode_shortage: float, num_retained: int, seed: int | None
+) -> None:
     """Where memory runs short for one that decodes, it ends early, as with one engine."""
-    seed = random.randrange(2**31)
+    seed = random.randrange(2**31) if seed is None else seed
     print(f"seed {seed}")
     rng = random.Random(seed)
     core = make_core(often(random.Random(seed + 1), 0.2), often(random.Random(seed + 2), decode_shortage), num_retained)
@@ -187,6 +191,11 @@ def test_random_requests_with_shortages_and_aborts_get_their_tokens(decode_short
             end, tokens = outputs.ends[each.request_id], outputs.tokens[each.request_id]
             assert (end, tokens) == ("length", expected(each)) or decode_shortage
             assert tokens == expected(each)[: len(tokens)]
+    for side in (core.executor, core._prefills.executor):
+        side.shortages = never()  # type: ignore[attr-defined]
+    for name in "xy":  # the second one begins as the first
+        core.add_requests([request(name, 40, 2)])
+        outputs.run()
     assert bool(core.prefix_cache_stats().num_hit_tokens) == bool(num_retained)
     check_idle(core)
     core.shutdown()
