@@ -1,6 +1,7 @@
 """Compare the engine with transformers on this machine's CPU: same weights, prompts and dtype, alternating in one run.
 
     python scripts/benchmark_cpu.py [--model smollm2-135m] [--repeats 5] [--output experiments/cpu]
+    python scripts/benchmark_cpu.py --stages grammar --repeats 15 --output experiments/cpu/grammar
     python scripts/benchmark_cpu.py --test        # few tokens, once; into results/test/cpu
 
 Writes engine_cpu.csv, where a ratio above 1 means that ours is better, and environment.json.
@@ -11,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from sarathi import LLM, SamplingParams
+from sarathi.benchmark.config.program import add_stages
 from sarathi.benchmark.records import Record
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine
@@ -31,10 +33,19 @@ from sarathi.messages import CompletedStep, SchedulerOutput
 from sarathi.metrics import MetricsStore
 from sarathi.metrics.environment import environment
 from sarathi.model_executor.loader.source import resolve_model
+from sarathi.structured_outputs import StructuredOutputsParams
 
 VOCAB_SIZE = 49_000  # token ids below it are words of the default model
 OURS, PAGED = "sdpa_vattn", "sdpa_paged_16"
+STAGES = ("transformers", "paged", "steps", "grammar")
 SHORT = ("--repeats", "1", "--output", "results/test/cpu")
+SCHEMAS = {
+    "strings of at most 9 characters": {"type": "string", "maxLength": 9},  # the dearest masks
+    "objects": {
+        "type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"], "additionalProperties": False,
+    },
+}  # of the items of a JSON array  # fmt: skip
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, int], object]  # prompts, new tokens of each
 
@@ -47,14 +58,15 @@ class Sizes(NamedTuple):
     prefill: tuple[tuple[int, int, int], ...]
     decode: tuple[int, int, int]
     steps: tuple[tuple[int, int, int], ...]
+    grammar: tuple[int, int, int]
 
 
 MIXED_LENGTHS = (12, 20, 28, 40, 56, 72, 96, 120, 144, 180, 220, 260, 300, 360, 420, 500)
 FULL = Sizes(
     generate=((64,), MIXED_LENGTHS), new_tokens=48, prefill=((4, 512, 1), (2, 2048, 1)), decode=(16, 16, 96),
-    steps=((16, 32, 64), (64, 32, 64)),
+    steps=((16, 32, 64), (64, 32, 64)), grammar=(8, 32, 64),
 )  # fmt: skip
-SMALL = Sizes(((8,), (6, 12)), 4, ((2, 32, 1),), (2, 8, 4), ((2, 8, 4),))
+SMALL = Sizes(((8,), (6, 12)), 4, ((2, 32, 1),), (2, 8, 4), ((2, 8, 4),), (2, 8, 4))
 
 
 class TransformersModel:
@@ -178,20 +190,54 @@ def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Itera
         yield Record(model, name, OURS, batch, prompt + output, 100 * statistics.median(values), "% of a step")
 
 
+def with_grammars(model: str, shape: tuple[int, int, int], repeats: int) -> Iterator[Record]:
+    """Outputs that a JSON schema limits beside free ones: as many tokens, drawn from the same seeds."""
+    batch, prompt, output = shape
+    free = [SamplingParams(max_tokens=output, ignore_eos=True, seed=seed) for seed in range(batch)]
+    with engine(model, OURS) as llm:
+        for name, items in SCHEMAS.items():
+            schema = StructuredOutputsParams(json={"type": "array", "items": items, "minItems": output})
+            bound = [replace(each, ignore_eos=False, structured_outputs=schema) for each in free]
+            runs = [partial(drawn, llm, params) for params in (bound, free)]
+            bound_s, free_s, ratio = alternate(*runs, random_prompts((prompt,) * batch), output, repeats)
+            tokens, work = batch * output, f"JSON array of {name}"
+            other = Record(model, work, "without a grammar", batch, prompt + output, tokens / free_s, "tokens/s")
+            yield replace(other, backend=OURS, value=tokens / bound_s, reference=other.backend, ratio=ratio)
+            yield other
+
+
+def drawn(llm: LLM, params: Sequence[SamplingParams], prompts: Prompts, new_tokens: int) -> None:
+    """RuntimeError where an output is shorter than asked for."""
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    if lengths := {len(each.outputs[0].token_ids) for each in outputs} - {new_tokens}:
+        raise RuntimeError(f"outputs have {lengths} tokens and not {new_tokens}")
+
+
+def measured(options: argparse.Namespace, sizes: Sizes) -> Iterator[Record]:
+    """The records of the stages that are asked for."""
+    model, repeats = options.model, options.repeats
+    if "transformers" in options.stages:
+        yield from against_transformers(model, sizes, repeats)
+    if "paged" in options.stages:
+        yield from against_paged(model, sizes, repeats)
+    if "steps" in options.stages:
+        for shape in sizes.steps:
+            yield from outside_the_model(model, *shape)
+    if "grammar" in options.stages:
+        yield from with_grammars(model, sizes.grammar, repeats)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
+    add_stages(parser, STAGES)
     parser.add_argument("--output", type=Path, default=Path("experiments/cpu"))
     parser.add_argument("--test", action="store_true", help="a short form: few tokens, once")
     options = parser.parse_args()
     options = parser.parse_args([*SHORT, *sys.argv[1:]]) if options.test else options
     sizes = SMALL if options.test else FULL
-    found = pd.DataFrame([
-        *against_transformers(options.model, sizes, options.repeats),
-        *against_paged(options.model, sizes, options.repeats),
-        *(record for shape in sizes.steps for record in outside_the_model(options.model, *shape)),
-    ])  # fmt: skip
+    found = pd.DataFrame(measured(options, sizes))
     options.output.mkdir(parents=True, exist_ok=True)
     found.to_csv(options.output / "engine_cpu.csv", index=False)
     (options.output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")

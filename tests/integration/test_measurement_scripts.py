@@ -41,7 +41,9 @@ def test_cpu(tmp_path: Path) -> None:
     rows = pd.read_csv(tmp_path / "engine_cpu.csv")
     assert list(rows.columns) == COLUMNS and (tmp_path / "environment.json").is_file()
     compared = rows.dropna(subset="ratio")
-    assert set(compared.reference) == {"transformers", "sdpa_paged_16"} and (compared.ratio > 0).all()
+    assert (
+        set(compared.reference) == {"transformers", "sdpa_paged_16", "without a grammar"} and (compared.ratio > 0).all()
+    )
 
 
 def test_prefixes_on_a_cpu(tmp_path: Path) -> None:
