@@ -256,7 +256,7 @@ def test_a_killed_core_is_told_at_once() -> None:
         stats = asyncio.create_task(core.stats())
         await asyncio.sleep(0)
         os.kill(core._process.pid, signal.SIGKILL)
-        await asyncio.wait_for(listener.death.wait(), 8)
+        await asyncio.wait_for(listener.death.wait(), 60)
         with pytest.raises(CoreDiedError, match="exit code -9"):
             await core.stats()
         await asyncio.wait([stats])
@@ -269,9 +269,9 @@ def test_a_killed_core_is_told_at_once() -> None:
 def test_a_stopped_core_is_told_after_the_timeout_and_killed() -> None:
     async def use(core: CoreProcess, listener: Listener) -> None:
         os.kill(core._process.pid, signal.SIGSTOP)
-        await asyncio.wait_for(listener.death.wait(), 10)
+        await asyncio.wait_for(listener.death.wait(), 60)
         assert "no sign of life" in str(core.error)
-        assert await asyncio.wait_for(core._process.wait(), 5) == -9
+        assert await asyncio.wait_for(core._process.wait(), 60) == -9
 
     with_core(use, heartbeat_timeout_s=1.5)
 
@@ -281,8 +281,8 @@ def test_children_of_a_stopped_core_end_with_it(tmp_path: Path) -> None:
         child = int((tmp_path / "child").read_text())
         assert is_alive(child)
         os.kill(core._process.pid, signal.SIGSTOP)
-        await asyncio.wait_for(listener.death.wait(), 10)
-        deadline_s = time.monotonic() + 5
+        await asyncio.wait_for(listener.death.wait(), 60)
+        deadline_s = time.monotonic() + 60
         while is_alive(child):
             assert time.monotonic() < deadline_s
             await asyncio.sleep(0.02)
@@ -297,11 +297,11 @@ def test_stats_fail_where_the_core_is_asked_to_end() -> None:
         await asyncio.sleep(0.1)
         closing = asyncio.create_task(core.close())
         with pytest.raises(CoreDiedError, match="asked to end"):
-            await asyncio.wait_for(asked, 5)
+            await asyncio.wait_for(asked, 60)
         os.kill(core._process.pid, signal.SIGCONT)
         await closing
         with pytest.raises(CoreDiedError, match="asked to end"):
-            await asyncio.wait_for(core.stats(), 5)
+            await asyncio.wait_for(core.stats(), 60)
 
     with_core(use)
 
@@ -313,7 +313,7 @@ def test_a_report_that_cannot_be_processed_ends_the_core_and_is_told() -> None:
 
         listener.on_outputs = broken
         core.add_requests([NewRequest("a", (1,), PARAMS)])
-        await asyncio.wait_for(listener.death.wait(), 5)
+        await asyncio.wait_for(listener.death.wait(), 60)
         assert "could not be processed: KeyError" in str(core.error)
 
     with_core(use)
@@ -344,7 +344,7 @@ def test_a_start_that_is_cancelled_leaves_no_process() -> None:
                 await start
         assert processes[0].returncode == -signal.SIGKILL
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 def test_a_step_longer_than_the_timeout_is_no_death() -> None:
@@ -486,7 +486,7 @@ def test_front_ends_share_a_core_and_notice_its_death() -> None:
         assert (await links[0].stats()).num_running == 0
         await links[0].close()
         core.kill()
-        await asyncio.wait_for(listeners["y"].death.wait(), 30)
+        await asyncio.wait_for(listeners["y"].death.wait(), 60)
         with pytest.raises(CoreDiedError, match="ended"):
             await links[1].stats()
         assert not listeners["x"].death.is_set()
