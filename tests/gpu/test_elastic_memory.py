@@ -1,4 +1,7 @@
-"""A cache on a GPU that sleeps, wakes, shrinks and is shared: captured graphs stay right, and memory is the GPU's."""
+"""A cache on a GPU that sleeps, wakes, shrinks and is shared: captured graphs stay right, and memory is the GPU's.
+
+Free memory of the GPU is measured: run it without other processes there.
+"""
 
 import os
 import signal
@@ -20,7 +23,7 @@ from sarathi import LLM, SamplingParams
 pytestmark = pytest.mark.gpu
 BACKENDS = ("fa_vattn", "fa_vattn_megacache")
 PARAMS = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
-CACHE_BYTES, ROUNDING_BYTES = 1 << 30, 64 << 20
+CACHE_BYTES = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,10 @@ def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str,
         for count, (number, output) in enumerate(llm.stream_all(prompts(), PARAMS)):
             outputs[number] = list(output.outputs[0].token_ids)
             if count in (20, 200):
-                before = free_bytes()
+                before, held = free_bytes(), llm.memory_stats().created_bytes
                 llm.sleep(level=level)
-                assert free_bytes() - before > CACHE_BYTES - ROUNDING_BYTES
+                left = llm.memory_stats().created_bytes
+                assert left < held and free_bytes() - before >= held - left
                 threading.Timer(0.1, llm.wake_up).start()
         llm.engine.core.executor.check_integrity()
     check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
