@@ -28,10 +28,10 @@ _EACH = "triton, each reads all"  # what ratios are to
 CONFIGS = [
     CascadeConfig(),
     CascadeConfig(rows=128, warps=8),
-    CascadeConfig(rows=128, warps=8, programs_per_sm=1),
-    CascadeConfig(rows=128, tile=128, warps=8, stages=2, programs_per_sm=1),
-    CascadeConfig(rows=64, tile=128, stages=2),
-    CascadeConfig(rows=64, tile=64, programs_per_sm=4),
+    CascadeConfig(rows=128, warps=8, programs_per_sm=1, fewest_ranges=16),
+    CascadeConfig(rows=128, tile=128, warps=8, stages=2, programs_per_sm=1, fewest_ranges=16),
+    CascadeConfig(stages=2),
+    CascadeConfig(programs_per_sm=4),
     CascadeConfig(rows=32),
 ]
 

@@ -111,11 +111,12 @@ def decode_attention(
     config, kv_heads = workspace.config or config_for(num_seqs, head_size), keys.shape[2]
     fresh = new or NewTokens(q, q, RopeTable(q, q))
     cascade = workspace.cascade if batch.cascade is not None and batch.window is None else None
-    shared = (batch.slots, workspace.parts, workspace.sums)  # not read
+    shared, rows = (batch.slots, workspace.parts, workspace.sums), _PADDED_GROUP  # not read
     if cascade is not None:
+        rows = cascade.config.rows
         shared = attend_shared(q, keys, values, batch, scale * _LOG2_E, cascade, new, pdl=pdl)
     attention_kernel[(workspace.num_sms * config.programs_per_sm,)](
-        *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], *shared, scale * _LOG2_E, num_seqs),
+        *(q, keys, values, batch.slots, batch.lengths, out, *workspace[:4], *shared, scale * _LOG2_E, num_seqs, rows),
         *(fresh.keys, fresh.values, *fresh.table),
         *(
             *q.stride()[:2],
@@ -135,7 +136,6 @@ def decode_attention(
         WINDOW=batch.window or 0,
         AHEAD=config.ahead,
         RUN_COST=config.run_cost,
-        ROWS=0 if cascade is None else cascade.config.rows,
         CASCADE=cascade is not None,
         NEW=new is not None,
         PDL=pdl,

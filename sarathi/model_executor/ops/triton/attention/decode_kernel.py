@@ -107,6 +107,7 @@ def attention_kernel(
     shared_lse_ptr,
     scale,
     num_seqs,
+    range_rows,
     new_keys_ptr,
     new_values_ptr,
     cos_ptr,
@@ -134,7 +135,6 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     AHEAD: tl.constexpr,
     RUN_COST: tl.constexpr,
-    ROWS: tl.constexpr,
     CASCADE: tl.constexpr,
     NEW: tl.constexpr,
     PDL: tl.constexpr,
@@ -229,11 +229,19 @@ def attention_kernel(
                 out_rows = wide_seq * (KV_HEADS * GROUP) + heads
                 shared_row, num_shared = 0, 0
                 if CASCADE:
-                    shared_row, num_shared = _shared_rows(sequences_ptr + seq * 4, head, KV_HEADS, GROUP, ROWS)
+                    shared_row, num_shared = _shared_rows(sequences_ptr + seq * 4, head, KV_HEADS, GROUP, range_rows)
                 if (at == head_begin) & (stop == head_begin + tiles):
                     if CASCADE:
                         acc, sum_ = _joined_whole(
-                            acc, peak, sum_, shared_ptr, shared_lse_ptr, shared_row, num_shared, GROUP, KV_HEADS * ROWS
+                            acc,
+                            peak,
+                            sum_,
+                            shared_ptr,
+                            shared_lse_ptr,
+                            shared_row,
+                            num_shared,
+                            GROUP,
+                            KV_HEADS * range_rows,
                         )
                     tl.store(
                         out_ptr + out_rows[:, None] * HEAD_SIZE + dims[None, :],
@@ -263,7 +271,7 @@ def attention_kernel(
                         MEMBERS,
                         PARTS,
                         HEAD_SIZE,
-                        KV_HEADS * ROWS,
+                        KV_HEADS * range_rows,
                         CASCADE,
                     )
             at = stop
@@ -295,7 +303,8 @@ def attend(
     value_ptr = values_ptr + start * values_stride_token
     token = start.to(tl.int32) + tokens
     peak = tl.full((q.shape[0],), float("-inf"), tl.float32)
-    sums = tl.zeros((q.shape[0], TILE), tl.float32)
+    # Of few queries by place in the tile, so that the loop needs no exchange between threads for them.
+    sums = tl.zeros((q.shape[0], TILE if q.shape[0] <= 16 else 1), tl.float32)
     acc = tl.zeros((q.shape[0], q.shape[1]), tl.float32)
     for _tile in range(tiles):
         # Past the length lie other requests' numbers, NaN, or no memory at all: never read.
@@ -310,7 +319,7 @@ def attend(
         new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
         weights = tl.exp2(scores * scale - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
-        sums = sums * shrink[:, None] + weights
+        sums = sums * shrink[:, None] + (weights if q.shape[0] <= 16 else tl.sum(weights, axis=1, keep_dims=True))
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc)
         peak = new_peak
@@ -354,7 +363,7 @@ def _leave_part(
     MEMBERS: tl.constexpr,
     PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    SHARED_STEP: tl.constexpr,
+    shared_step,
     CASCADE: tl.constexpr,
 ):
     """A part of a run goes to its place to be joined with the others, by the program whose part is there last."""
@@ -386,7 +395,7 @@ def _leave_part(
             MEMBERS,
             PARTS,
             HEAD_SIZE,
-            SHARED_STEP,
+            shared_step,
             CASCADE,
         )
 
@@ -409,7 +418,7 @@ def _join(
     MEMBERS: tl.constexpr,
     PARTS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    SHARED_STEP: tl.constexpr,
+    shared_step,
     CASCADE: tl.constexpr,
 ):
     """A run from its parts, of programs first to last, past L1, which may hold what an earlier launch left there.
@@ -441,7 +450,7 @@ def _join(
         peak = new_peak
     if CASCADE:
         acc, total = _with_shared(
-            acc, peak, total, shared_ptr, shared_lse_ptr, shared_row, num_shared, member, present, SHARED_STEP
+            acc, peak, total, shared_ptr, shared_lse_ptr, shared_row, num_shared, member, present, shared_step
         )
     at = member[:, None] * HEAD_SIZE + dims[None, :]
     tl.store(out_ptr + at, (acc / total).to(out_ptr.dtype.element_ty), mask=present)
@@ -458,32 +467,30 @@ def _part(program, first_program, last_program, begins_inside, member, present, 
 
 
 @triton.jit
-def _shared_rows(sequence_ptr, head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def _shared_rows(sequence_ptr, head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, range_rows):
     """First row of the results of a sequence's shared ranges for a KV head, and the number of ranges."""
     first, count, index = tl.load(sequence_ptr + 1), tl.load(sequence_ptr + 2), tl.load(sequence_ptr + 3)
-    return (first * KV_HEADS + head) * ROWS + index * GROUP, count
+    return (first * KV_HEADS + head) * range_rows + index * GROUP, count
 
 
 @triton.jit
 def _joined_whole(
-    acc, peak, sum_, shared_ptr, shared_lse_ptr, shared_row, num_shared, GROUP: tl.constexpr,
-    SHARED_STEP: tl.constexpr,
+    acc, peak, sum_, shared_ptr, shared_lse_ptr, shared_row, num_shared, GROUP: tl.constexpr, shared_step,
 ):  # fmt: skip
     """A run that lies within one program, joined with its shared ranges: weighted values and sums of weights."""
     member = tl.arange(0, acc.shape[0])
     acc, total = _with_shared(
         acc, peak[:, None], sum_[:, None], shared_ptr, shared_lse_ptr, shared_row, num_shared, member,
-        (member < GROUP)[:, None], SHARED_STEP,
+        (member < GROUP)[:, None], shared_step,
     )  # fmt: skip
     return acc, tl.sum(total, axis=1)
 
 
 @triton.jit
 def _with_shared(
-    acc, peak, total, shared_ptr, shared_lse_ptr, shared_row, num_shared, member, present,
-    SHARED_STEP: tl.constexpr,
+    acc, peak, total, shared_ptr, shared_lse_ptr, shared_row, num_shared, member, present, shared_step,
 ):  # fmt: skip
-    """Adds the results of shared ranges, past L1. peak, total, present: [N, 1]; SHARED_STEP: rows between two ranges.
+    """Adds the results of shared ranges, past L1. peak, total, present: [N, 1]; shared_step: rows between two ranges.
 
     Several at a time, as in _join.
     """
@@ -492,7 +499,7 @@ def _with_shared(
     for start in range(0, num_shared, PARTS):
         new_peak = peak
         for offset in tl.static_range(PARTS):
-            row = (shared_row + (start + offset) * SHARED_STEP + member)[:, None]
+            row = (shared_row + (start + offset) * shared_step + member)[:, None]
             read = present & (start + offset < num_shared)
             part = tl.load(shared_lse_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
             new_peak = tl.maximum(new_peak, part)
@@ -501,7 +508,7 @@ def _with_shared(
         total *= shrink
         acc *= shrink
         for offset in tl.static_range(PARTS):
-            row = (shared_row + (start + offset) * SHARED_STEP + member)[:, None]
+            row = (shared_row + (start + offset) * shared_step + member)[:, None]
             read = present & (start + offset < num_shared)
             part = tl.load(shared_lse_ptr + row, mask=read, other=float("-inf"), cache_modifier=".cg")
             weight = tl.exp2(part - reference)
