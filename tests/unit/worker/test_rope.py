@@ -99,7 +99,8 @@ def test_logits_equal_transformers_below_across_and_above_the_original_length(ti
     for name, prompt in prompts.items():
         expected = logits_of_generate(tiny, prompt, [token.token_id for token in answers[name]])
         difference = float((ours(answers[name]) - expected).abs().max())
-        assert difference < 1e-4, (seed, len(prompt), difference)
+        text = [*prompt, *(token.token_id for token in answers[name])]
+        assert tiny.beyond_rounding(difference, text) < 1e-4, (seed, len(prompt), difference)
 
 
 def test_a_table_by_position_is_refused_where_frequencies_change_with_length() -> None:
