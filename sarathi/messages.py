@@ -283,12 +283,14 @@ class Resolution(NamedTuple):
 
     backend: the attention backend's name. device, dtype: of weights and activations, as torch names them.
     dtype_eps: difference between 1 and the next larger number in dtype.
+    prefix_caching: whether it is asked for and possible for this model, its ranks and the addresses of the device.
     """
 
     backend: str
     device: str
     dtype: str
     dtype_eps: float
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,8 +368,9 @@ class CacheCapacity:
 class MemoryStats:
     """The cache's memory in bytes, over all layers, and the cost of managing it so far.
 
-    reserved: addresses. created: physical memory held. mapped: the part of it at some address. idle: mapped for nobody
-    now. wasted: mapped for a request but past its last token. steps_waited: steps that had to wait for a page.
+    reserved: addresses. created: physical memory held. mapped: the part of it at some address. idle: mapped for no
+    request now, retained for prompts that begin alike or not; given as soon as a request needs it. wasted: mapped for a
+    request but past its last token. steps_waited: steps that had to wait for a page.
     """
 
     reserved_bytes: int = 0

@@ -119,7 +119,10 @@ class ExecutorClock(CallClock):
 
 
 def engine(model: str, backend: str, max_num_seqs: int = 16) -> LLM:
-    return LLM(model=model, attention_backend=backend, dtype="float32", max_num_seqs=max_num_seqs, chunk_size=512)
+    return LLM(
+        model=model, attention_backend=backend, dtype="float32", max_num_seqs=max_num_seqs, chunk_size=512,
+        prefix_caching=False,
+    )  # fmt: skip
 
 
 def greedy(new_tokens: int) -> SamplingParams:

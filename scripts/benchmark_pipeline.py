@@ -43,7 +43,7 @@ def serve(options: argparse.Namespace, schedule: str) -> tuple[list[float], floa
         options.model, load_format="dummy", device=options.device, attention_backend=options.backend,
         executor="multiproc", pipeline_parallel_size=options.pipeline_parallel_size, scheduler_type=schedule,
         chunk_size=options.chunk_size, max_num_seqs=options.max_num_seqs, max_model_len=options.max_model_len,
-        memory_bytes=options.memory_bytes,
+        memory_bytes=options.memory_bytes, prefix_caching=False,
     ) as llm:  # fmt: skip
         executor = llm.engine.core.executor  # type: ignore[attr-defined]
         llm.generate(prompts[:2], params[:2], use_tqdm=False)

@@ -83,7 +83,7 @@ class Measurement:
         with LLM(
             str(self.folder), load_format="dummy", max_model_len=options.max_model_len, device=options.device,
             max_num_seqs=options.max_num_seqs, chunk_size=options.chunk_size, attention_backend=options.backend,
-            memory_bytes=options.memory_bytes,
+            memory_bytes=options.memory_bytes, prefix_caching=False,
         ) as llm:  # fmt: skip
             prompts = [self._ids(PROMPT_TOKENS, number) for number in range(STREAMS)]
             params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)

@@ -72,7 +72,7 @@ class CacheConfig(Section):
         low=0.01, high=1.0,
     )  # fmt: skip
     prefix_caching: bool = knob(
-        False, "keep the tokens of ended requests while their memory is not needed, for prompts that begin alike"
+        True, "keep the tokens of ended requests while their memory is not needed, for prompts that begin alike"
     )
     prefix_eviction: str = knob(
         "lru", "which of them go first: least recently used, or least frequently", choices=EVICTIONS

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 from sarathi.core.scheduler import Scheduler
@@ -161,7 +162,13 @@ class EngineCore:
         return self.scheduler.prefix_cache_stats
 
     def memory_stats(self) -> MemoryStats:
-        return self.executor.memory_stats()
+        """Retained memory counts as idle. The executor, which may not have been told yet, counts it as in use."""
+        stats, capacity = self.executor.memory_stats(), self.facts.capacity
+        row_bytes = self.facts.token_bytes * capacity.page_bytes // capacity.token_bytes
+        retained_bytes = self.scheduler.prefix_cache_stats.num_retained_rows * row_bytes
+        unused_bytes = stats.mapped_bytes - self.scheduler.block_space_manager.num_used_rows * row_bytes
+        idle_bytes = max(stats.idle_bytes, min(stats.idle_bytes + retained_bytes, unused_bytes))
+        return replace(stats, idle_bytes=idle_bytes)
 
     def stats(self) -> CoreStats:
         """Queues and memory between two steps."""

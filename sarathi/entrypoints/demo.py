@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     memory_bytes = config.cache.memory_bytes or cache_bytes // len(BACKENDS)
     print(f"\nThe same {len(QUESTIONS)} prompts all at once, {args.max_tokens} tokens each:\n")
     with ExitStack() as stack:
-        configs = [config_from(args, attention_backend=name, memory_bytes=memory_bytes) for name in BACKENDS]
+        alike = {"memory_bytes": memory_bytes, "prefix_caching": False}  # every round has the same prompts
+        configs = [config_from(args, attention_backend=name, **alike) for name in BACKENDS]
         engines = [stack.enter_context(LLM.from_config(each)) for each in configs]
         rounds = [[measure(llm, args.max_tokens) for llm in engines] for _ in range(ROUNDS)]
     runs = [with_median_time(each) for each in zip(*rounds, strict=True)]

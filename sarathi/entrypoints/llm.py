@@ -168,7 +168,7 @@ class LLM:
         return (
             f"LLM({self._model!r}, attention_backend={found.backend!r}, dtype={found.dtype!r}, "
             f"device={found.device!r}, max_model_len={facts.max_model_len}, "
-            f"KV cache of {facts.num_cache_tokens} tokens)"
+            f"KV cache of {facts.num_cache_tokens} tokens, prefix_caching={found.prefix_caching})"
         )
 
     def _take(self, engine: LLMEngine, model: str) -> None:

@@ -36,6 +36,7 @@ from sarathi.worker.warm_up import create_runner, warm_up
 from vattention import OutOfMemoryError
 
 logger = logging.getLogger(__name__)
+_TOO_MANY_ADDRESSES = "twice max_num_seqs slots of max_model_len tokens take too many addresses; lower one of the two"
 
 
 class ModelLengthError(ValueError):
@@ -62,7 +63,6 @@ class Worker:
         self.vocab_size = share.arch.vocab_size
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
-        self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps)
         attention = create_backend(backend, arch, place)
         if config.cache.cascade_attention and not (config.cache.prefix_caching and attention.enable_cascade()):
             logger.warning("cascade_attention=True has no effect: it needs prefix_caching, and a GPU's kernel on slots")
@@ -73,10 +73,14 @@ class Worker:
             config.scheduler.max_num_seqs, self.max_model_len, attention.capabilities.over_read_tokens,
         )  # fmt: skip
         if config.cache.prefix_caching:
-            if _can_share(model, ranks):
-                spec = replace(spec, num_retained=ranks.least(num_retained(backend, spec, place.device)))
-            else:
-                logger.warning("prefix_caching=True has no effect for this model and these ranks: no prefix is shared")
+            obstacle = _obstacle_to_sharing(model, ranks)
+            wanted = 0 if obstacle else num_retained(backend, spec, place.device)
+            spec = replace(spec, num_retained=ranks.least(wanted))
+            if not spec.num_retained and not ranks.number:
+                logger.warning("prefixes are not shared: %s", obstacle or _TOO_MANY_ADDRESSES)
+        self.resolution = Resolution(
+            str(backend), str(place.device), place.dtype_name, place.dtype_eps, spec.num_retained > 0
+        )
         self.token_bytes = spec.token_bytes
         budget = ranks.least(
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
@@ -200,15 +204,20 @@ def _in_order(out: SchedulerOutput) -> Sequence[Chunk]:
     return sorted((*out.chunks, *out.received), key=lambda chunk: order.get(chunk.request_id, -1))
 
 
-def _can_share(model: Decoder, ranks: Ranks) -> bool:
-    """Whether a token's keys and values depend on those before it alone, and all ranks divide them into like rows.
+def _obstacle_to_sharing(model: Decoder, ranks: Ranks) -> str | None:
+    """Why prefixes cannot be shared; None where a token's keys and values depend on those before it alone, and all
+    ranks divide them into like rows.
 
     On a CPU a stage's thread computes, which copies of prefixes would overtake.
     """
     num_layers = len(model.layers)
     if ranks.num_stages > 1 and model.place.device.type == "cpu":
-        return False
-    return not model.needs_rope_lengths and ranks.least(num_layers) == -ranks.least(-num_layers)
+        return "stages compute in threads of their own on a CPU"
+    if model.needs_rope_lengths:
+        return "the model's RoPE depends on the length of the sequence"
+    if ranks.least(num_layers) != -ranks.least(-num_layers):
+        return "stages have unlike numbers of layers"
+    return None
 
 
 def _common_capacity(cache: CacheEngine, ranks: Ranks) -> CacheCapacity:

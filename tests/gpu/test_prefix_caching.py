@@ -36,7 +36,7 @@ def open_llm(backend: str, max_model_len: int = 4096, memory_bytes: str = "256mb
     }  # fmt: skip
     model = find_model("two-wide-layers")
     try:
-        return LLM(model, load_format="dummy", attention_backend=backend, prefix_caching=True, **settings)
+        return LLM(model, load_format="dummy", attention_backend=backend, **settings)
     except KernelUnavailableError as error:
         pytest.skip(str(error))
 

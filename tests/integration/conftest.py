@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     """Of SmolLM2, with a context of 1024 tokens and prefix caching. A test leaves it without requests."""
-    with running_server("smollm2-135m", *options(max_model_len=1024), "--prefix-caching") as server:
+    with running_server("smollm2-135m", *options(max_model_len=1024)) as server:
         yield server
 
 

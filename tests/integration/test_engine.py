@@ -205,7 +205,7 @@ def test_deleting_or_closing_gives_the_memory_back(tmp_path: Path, how: str) -> 
     before = shared_memory_bytes()
     tiny = LLM(model, load_format="dummy", device="cpu", memory_bytes="64mb", max_num_seqs=32)
     params = SamplingParams(max_tokens=2, ignore_eos=True)
-    tiny.generate([[1] * 120 for _ in range(32)], params, use_tqdm=False)
+    tiny.generate([[number] * 120 for number in range(32)], params, use_tqdm=False)
     assert shared_memory_bytes() - before > 4 * 2**20
     if how == "close":
         tiny.close()

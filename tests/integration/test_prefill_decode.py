@@ -23,7 +23,7 @@ from sarathi.executor.ranks.group import RankError
 from sarathi.messages import Chunk, MemoryStats
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
-TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32, "prefix_caching": True}
+TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32}
 
 
 @pytest.fixture(scope="module")

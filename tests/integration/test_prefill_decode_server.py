@@ -30,7 +30,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def pair(model: str) -> Iterator[RunningServer]:
-    with running_server(model, *PAIR, "--prefix-caching", env={"SARATHI_ADMIN_KEYS": "admin"}) as server:
+    with running_server(model, *PAIR, env={"SARATHI_ADMIN_KEYS": "admin"}) as server:
         yield server
 
 

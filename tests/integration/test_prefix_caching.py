@@ -10,7 +10,7 @@ from small_models import save_tiny_model
 from tiny_models import compute_in_float64
 
 from sarathi import LLM, SamplingParams
-from sarathi.messages import NewRequest
+from sarathi.messages import NewRequest, PrefixCacheStats
 from sarathi.worker.cache_engine.vattn import vATTNCacheEngine
 
 VATTN = ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb", "sdpa_vattn_sync_4kb"]
@@ -122,7 +122,7 @@ def test_callers_see_what_was_cached(tmp_path):
     print(f"seed {seed}")
     prompt = [rng.randrange(3, 60) for _ in range(100)]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="4mb", prefix_caching=True) as llm:
+    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="4mb") as llm:
 
         def cached(prompt=prompt, **more):
             return llm.generate([prompt], replace(params, **more))[0].num_cached_tokens
@@ -133,14 +133,40 @@ def test_callers_see_what_was_cached(tmp_path):
         assert cached([7] * 100, n=4) == 0
         stats = llm.prefix_cache_stats()
         assert stats.num_hit_tokens >= 99 + 50 + 99 + 3 * 60, "three completions share the prompt of the first"
+        memory = llm.memory_stats()
+        assert memory.mapped_bytes == memory.idle_bytes > 0 and memory.wasted_bytes == 0 < stats.num_retained_rows
+        assert "prefix_caching=True" in repr(llm)
         assert llm.reset_prefix_cache() and llm.prefix_cache_stats().num_retained == 0
         assert [cached(), cached()] == [0, 99]
         llm.engine.core.executor.check_integrity()
 
 
+@pytest.mark.parametrize("backend", [*VATTN, "sdpa_paged_16"])
+def test_retained_memory_is_idle_and_goes_to_whoever_needs_it(tmp_path, backend):
+    rng = random.Random(seed := random.randrange(2**32))
+    print(f"seed {seed}")
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="1mb", attention_backend=backend) as llm:
+        manager = llm.engine.core.scheduler.block_space_manager
+        for _ in range(60):
+            llm.generate([[rng.randrange(3, 60) for _ in range(200)]], params, use_tqdm=False)
+            stats, memory = llm.prefix_cache_stats(), llm.memory_stats()
+            assert manager.num_used_rows == 0 and memory.mapped_bytes == memory.idle_bytes and not memory.wasted_bytes
+        assert stats.num_evicted_rows > 0 and 0 < stats.num_retained_rows <= manager.capacity.rows
+        assert llm.engine.core.scheduler.num_preemptions == 0
+
+
+def test_nothing_is_kept_where_it_is_off(tmp_path):
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="4mb", prefix_caching=False) as llm:
+        found = [llm.generate([[*range(3, 53)]], params, use_tqdm=False)[0].num_cached_tokens for _ in range(2)]
+        assert found == [0, 0] and llm.prefix_cache_stats() == PrefixCacheStats()
+        assert "prefix_caching=False" in repr(llm) and llm.reset_prefix_cache()
+
+
 def test_clients_of_a_server_set_a_salt_and_see_what_was_cached(tmp_path):
     model = save_tiny_model(tmp_path, max_position_embeddings=512)
-    chosen = ("--prefix-caching", *options(max_model_len=512, max_num_seqs=4))
+    chosen = options(max_model_len=512, max_num_seqs=4)
     with running_server(model, *chosen, env={"SARATHI_ADMIN_KEYS": "admin"}) as server:
 
         def post(path, headers=None, **body):
@@ -165,10 +191,12 @@ def test_clients_of_a_server_set_a_salt_and_see_what_was_cached(tmp_path):
         assert server.post("/reset_prefix_cache").status_code == 403
         assert post("/reset_prefix_cache", {"Authorization": "Bearer admin"}) == 200
         assert cached() == {"cached_tokens": 0}
+        rows = server.get("/stats").json()
+        assert rows["used_rows"] == 0 < rows["retained_rows"] <= rows["pooled_rows"] < rows["total_rows"]
         lines = server.get("/metrics").text.splitlines()
         values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("sarathi:prefix")}
         assert values["sarathi:prefix_cache_queries_total"] > values["sarathi:prefix_cache_hits_total"] > 3 * 149
-        assert values["sarathi:prefix_cache_retained_rows"] > 0
+        assert values["sarathi:prefix_cache_retained_rows"] == rows["retained_rows"]
         assert {
             f"sarathi:prefix_cache_{kind}_total" for kind in ("mapped_tokens", "copied_tokens", "evicted_rows")
         } <= {*values}
@@ -181,7 +209,7 @@ def test_the_second_of_two_long_prompts_has_its_first_token_much_sooner():
     print(f"seed {seed}")
     prompt = [rng.randrange(3, 40_000) for _ in range(1490)]
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    with LLM("smollm2-135m", load_format="dummy", device="cpu", max_model_len=2048, prefix_caching=True) as llm:
+    with LLM("smollm2-135m", load_format="dummy", device="cpu", max_model_len=2048) as llm:
         llm.generate([[5] * 40], params)
         spent_s = []
         for last in (7, 9, 11, 13):

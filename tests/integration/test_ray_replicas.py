@@ -32,7 +32,7 @@ LOCAL_RAY = {"RAY_ADDRESS": "local"}
 @pytest.fixture(scope="module")
 def server(model: str) -> Iterator[RunningServer]:
     chosen = options(max_num_seqs=RUNNING, max_waiting_requests=32, prefix_affinity_lead=1)
-    with running_server(model, *documented("--replicas"), *chosen, "--prefix-caching", env=LOCAL_RAY) as server:
+    with running_server(model, *documented("--replicas"), *chosen, env=LOCAL_RAY) as server:
         yield server
         started = descendants(server.process.pid)
         assert server.end(timeout_s=LIMIT_S) == 0

@@ -57,8 +57,8 @@ class BenchmarkModelConfig(Section):
     kv_cache_bytes: int | None = knob(
         None, "budget of the KV cache, as 8gb or in bytes; none: a share of what is free", low=1, unit="bytes"
     )
-    prefix_caching: bool = knob(
-        CacheConfig.prefix_caching, "keep the tokens of ended requests for prompts that begin alike"
+    prefix_caching: bool = knob(  # off: the originals have none, and runs that share an engine repeat their prompts
+        False, "keep the tokens of ended requests for prompts that begin alike; off, unlike the engine's own default"
     )
     prefix_eviction: str = knob(
         CacheConfig.prefix_eviction, "which of them go first: least recently used, or least frequently",

@@ -137,12 +137,15 @@ def _core(engine: LLMEngine) -> EngineCore:
 
 
 def open_engine(options: Namespace, backend: str, **knobs: Any) -> OurEngine:
-    """The engine of a script's options (config/program.py) and of further knobs, with random weights."""
+    """The engine of a script's options (config/program.py) and of further knobs, with random weights.
+
+    Without prefix caching unless a knob asks for it: scripts measure the same prompts several times.
+    """
     chosen: dict[str, Any] = {
         "model": find_model(options.model), "load_format": "dummy", "attention_backend": backend,
         "chunk_size": options.chunk_size,
         "max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs,
         "memory_bytes": options.memory_bytes, "device": options.device,
-        "tensor_parallel_size": options.tensor_parallel_size,
+        "tensor_parallel_size": options.tensor_parallel_size, "prefix_caching": False,
     }  # fmt: skip
-    return OurEngine(LLM(**chosen, **knobs), backend)
+    return OurEngine(LLM(**chosen | knobs), backend)

@@ -50,11 +50,12 @@ class Started(NamedTuple):
 
 
 def our_server(folder: Path, port: int, limits: ServerLimits, options: tuple[str, ...] = ()) -> ServerCommand:
-    """`sarathi serve`; options: more words of its command line."""
+    """`sarathi serve` without prefix caching; options: more words of its command line, which win."""
     words = (
         sys.executable, "-m", "sarathi", "serve", str(folder), "--load-format", "dummy", "--port", str(port),
         "--served-model-name", NAME, "--max-model-len", str(limits.max_model_len),
         "--max-num-seqs", str(limits.max_num_seqs), "--chunk-size", str(limits.chunk_size),
+        "--no-prefix-caching",
     )  # fmt: skip
     return ServerCommand("sarathi", (*words, *options))
 

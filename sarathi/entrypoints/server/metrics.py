@@ -23,12 +23,21 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _GAUGES: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
     "num_requests_running": ("Requests that hold memory", lambda stats: stats.num_running),
     "num_requests_waiting": ("Requests in the scheduler's queue", lambda stats: stats.num_waiting),
-    "kv_cache_usage_perc": ("Used share of the KV cache, 0 to 1", lambda s: s.used_rows / max(s.total_rows, 1)),
-    "prefix_cache_retained_rows": ("Rows of ended requests alone", lambda stats: stats.prefixes.num_retained_rows),
+    "kv_cache_usage_perc": (
+        "Share of the KV cache that requests have, 0 to 1",
+        lambda stats: stats.used_rows / max(stats.total_rows, 1),
+    ),
+    "prefix_cache_retained_rows": (
+        "Rows of ended requests alone, which requests get as they need them",
+        lambda stats: stats.prefixes.num_retained_rows,
+    ),
     "kv_cache_reserved_bytes": ("Virtual addresses of the KV cache", lambda stats: stats.memory.reserved_bytes),
     "kv_cache_created_bytes": ("Physical memory of the KV cache", lambda stats: stats.memory.created_bytes),
     "kv_cache_mapped_bytes": ("Physical memory at some address", lambda stats: stats.memory.mapped_bytes),
-    "kv_cache_pooled_bytes": ("Mapped memory that no request has", lambda stats: stats.memory.idle_bytes),
+    "kv_cache_pooled_bytes": (
+        "Mapped memory that no request has now",
+        lambda stats: stats.memory.idle_bytes,
+    ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
     "num_preemptions": ("Preemptions of requests", lambda stats: stats.num_preemptions),

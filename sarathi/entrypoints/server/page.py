@@ -23,7 +23,10 @@ async def get_page() -> Response:
 
 @router.get("/stats")
 async def get_stats(request: Request) -> dict[str, Any]:
-    """Queues and memory now. Rows are pages at the same offset of every region, or blocks."""
+    """Queues and memory now. Rows are pages at the same offset of every region, or blocks.
+
+    retained: of ended requests, for prompts that begin alike. pooled: mapped for no request, retained or not.
+    """
     context = context_of(request)
     stats, facts = await context.llm.stats(), context.llm.facts
     row_bytes = facts.token_bytes * facts.capacity.page_bytes // facts.capacity.token_bytes
@@ -32,6 +35,7 @@ async def get_stats(request: Request) -> dict[str, Any]:
         "running": stats.num_running,
         "waiting": stats.num_waiting,
         "used_rows": stats.used_rows,
+        "retained_rows": stats.prefixes.num_retained_rows,
         "pooled_rows": stats.memory.idle_bytes // row_bytes,
         "total_rows": stats.total_rows,
         "created_bytes": stats.memory.created_bytes,

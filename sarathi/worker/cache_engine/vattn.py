@@ -183,14 +183,16 @@ class vATTNCacheEngine:
 
     def stats(self) -> MemoryStats:
         stats = self._cache.stats()
-        ahead = sum(slot.num_prepared - slot.num_tokens for slot in self._slots.values())
+        running = [slot for owner, slot in self._slots.items() if isinstance(owner, str)]
+        ahead = sum(slot.num_prepared - slot.num_tokens for slot in running)
+        unused = sum(self._bytes_behind(slot) for owner, slot in self._slots.items() if isinstance(owner, int))
         mapped_bytes = stats.mapped_bytes - self._anchored.mapped_bytes
         return MemoryStats(
             reserved_bytes=stats.reserved_bytes,
             created_bytes=stats.created_bytes - self._anchored.created_bytes,
             mapped_bytes=mapped_bytes,
             idle_bytes=stats.idle_bytes,
-            wasted_bytes=stats.wasted_bytes - self._anchored.wasted_bytes + ahead * self._token_bytes,
+            wasted_bytes=stats.wasted_bytes - self._anchored.wasted_bytes - unused + ahead * self._token_bytes,
             peak_mapped_bytes=stats.peak_mapped_bytes - self._anchored.mapped_bytes,
             driver_calls=stats.driver_calls,
             driver_s=stats.driver_s,
@@ -228,6 +230,11 @@ class vATTNCacheEngine:
     def _mapped(self, num_tokens: int) -> int:
         """Tokens to map for a request of num_tokens: kernels may read past its last one."""
         return min(num_tokens + self._over_read_tokens, self._cache.max_tokens)
+
+    def _bytes_behind(self, slot: _Slot) -> int:
+        """Of the rows up to a slot's prepared length, what lies behind it."""
+        cache = self._cache
+        return cache.rows_for(slot.num_prepared) * cache.row_bytes - slot.num_prepared * self._token_bytes
 
     def _slots_of(self, chunks: Sequence[Chunk]) -> list[int]:
         return [self._slots[chunk.request_id].number for chunk in chunks]

@@ -11,6 +11,7 @@ from sarathi.benchmark.config.options import as_words, canonical, parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.config.knobs import ConfigError, knobs_of
 from sarathi.config.load import load_config, to_dict
+from sarathi.config.schema import CacheConfig
 
 
 def test_default_file_is_the_schema() -> None:
@@ -136,6 +137,12 @@ def test_engine_gets_every_knob_of_the_model() -> None:
     assert (engine.cache.memory_bytes, engine.cache.gpu_memory_utilization) == (2**30, 0.5)
     assert (engine.parallel.tensor_parallel_size, engine.scheduler.max_num_seqs) == (2, 33)
     assert (engine.scheduler.type, engine.scheduler.chunk_size) == ("sarathi", 96)
+
+
+def test_prefixes_are_shared_only_where_that_is_asked_for() -> None:
+    """Sarathi-Serve and vAttention have no prefix caching, and runs that share an engine repeat their prompts."""
+    assert CacheConfig().prefix_caching and not engine_config(parse_options([])).cache.prefix_caching
+    assert engine_config(parse_options(["--prefix_caching=true"])).cache.prefix_caching
 
 
 @pytest.mark.parametrize(

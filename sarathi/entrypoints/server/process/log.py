@@ -84,9 +84,9 @@ async def write_status(get_stats: GetStats, counts: TokenCounts, interval_s: flo
 
 
 def _status(stats: CoreStats, prompt_rate: float, output_rate: float) -> str:
-    usage = stats.used_rows / max(stats.total_rows, 1)
+    used, retained = (rows / max(stats.total_rows, 1) for rows in (stats.used_rows, stats.prefixes.num_retained_rows))
     return (
-        f"running {stats.num_running}, waiting {stats.num_waiting}, KV cache {usage:.1%} used, "
+        f"running {stats.num_running}, waiting {stats.num_waiting}, KV cache {used:.1%} used, {retained:.1%} retained, "
         f"{stats.memory.mapped_bytes / 2**20:.1f} MiB mapped, {prompt_rate:.1f} prompt tokens/s, "
         f"{output_rate:.1f} output tokens/s"
     )

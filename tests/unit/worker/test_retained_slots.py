@@ -1,0 +1,36 @@
+"""How many sequences of ended requests are kept: more slots take more addresses, which a device may not have."""
+
+import pytest
+import torch
+
+from sarathi.config.backend import BackendSpec
+from sarathi.worker.cache_engine.base import KVCacheSpec
+from sarathi.worker.cache_engine.factory import num_retained
+
+
+def smollm2(max_num_seqs: int) -> KVCacheSpec:
+    return KVCacheSpec(30, 3, 64, torch.float32, max_num_seqs, 2048, 0)
+
+
+def llama_8b(max_num_seqs: int, max_model_len: int) -> KVCacheSpec:
+    return KVCacheSpec(32, 8, 128, torch.bfloat16, max_num_seqs, max_model_len, 0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "spec", "expected"),
+    [
+        ("sdpa_paged_16", "cpu", smollm2(1000), 4000),
+        ("sdpa_vattn_megacache", "cpu", smollm2(128), 512),
+        ("sdpa_vattn", "cpu", smollm2(50), 200),
+        ("sdpa_vattn", "cpu", smollm2(128), 40_000 // 120 - 128),  # two areas in each of 60 regions
+        ("sdpa_vattn", "cpu", smollm2(200), 200),
+        ("sdpa_vattn", "cpu", smollm2(256), 0),  # 512 slots have 61,440 areas
+        ("fa_vattn", "cuda", llama_8b(128, 2**17), 512),
+        ("fa_vattn_megacache", "cuda", llama_8b(128, 2**15), 2**39 // 2**31 - 128),
+        ("fa_vattn_megacache", "cuda", llama_8b(64, 2**17), 64),
+        ("fa_vattn_megacache", "cuda", llama_8b(128, 2**17), 0),  # 256 slots of 8 GiB: 2 TiB a region
+        ("fa_vattn", "cuda", llama_8b(2100, 2**17), 0),  # 4,200 slots of 16 GiB in all regions: more than 64 TiB
+    ],
+)
+def test_as_many_as_may_run_at_least_or_none(backend: str, device: str, spec: KVCacheSpec, expected: int) -> None:
+    assert num_retained(BackendSpec.parse(backend), spec, torch.device(device)) == expected
