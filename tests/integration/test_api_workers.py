@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(model: str) -> Iterator[RunningServer]:
-    chosen = options(max_num_seqs=16, max_waiting_requests=40, heartbeat_timeout_s=6)
+    chosen = options(max_num_seqs=16, max_waiting_requests=40, heartbeat_timeout_s=12)
     with running_server(model, *documented("--api-workers"), *chosen) as server:
         yield server
         started = [server.process.pid, *processes(server)]

@@ -137,7 +137,7 @@ def test_prompts_that_begin_alike_are_computed_once_until_the_cache_is_reset(pai
     assert 100 < cached(prompt) < 200 and metric(pair, "prefix_cache_hits_total") > 100
     until_nothing_is_held(pair)
     body = {**LONG, "stream": True}
-    with httpx.stream("POST", f"{pair.url}/v1/completions", json=body, timeout=120) as response:
+    with httpx.stream("POST", f"{pair.url}/v1/completions", json=body, timeout=LIMIT_S) as response:
         lines = response.iter_lines()  # its end would close the connection
         next(lines)
         assert post(pair, "/reset_prefix_cache") == 409
