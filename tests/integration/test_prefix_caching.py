@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from http_server import options, running_server
 from small_models import save_tiny_model
 from tiny_models import compute_in_float64
@@ -13,6 +14,7 @@ from sarathi import LLM, SamplingParams
 from sarathi.messages import NewRequest, PrefixCacheStats
 from sarathi.worker.cache_engine.vattn import vATTNCacheEngine
 
+CLOSE = 1e-6  # of logprobs in float64; other keys and values move them by more than 1e-5
 VATTN = ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb", "sdpa_vattn_sync_4kb"]
 SETTINGS = {
     "device": "cpu", "dtype": "float32", "max_model_len": 320, "max_num_seqs": 6, "load_format": "dummy",
@@ -73,12 +75,15 @@ def _drive(engine, rng, prompts, params, expected, canary, shrinks):
         for update in core.step().updates:
             if update.request_id in tokens:
                 assert update.finish_reason != "error"
-                tokens[update.request_id] += [token.token_id for token in update.tokens]
+                tokens[update.request_id] += [(token.token_id, token.logprob) for token in update.tokens]
         core.scheduler.check_integrity()
         core.executor.check_integrity()
         canary.check()
     for name, got in tokens.items():
-        assert got == list(expected[asked[name]]), (name, asked[name])
+        ids, logprobs = zip(*got, strict=True)
+        expected_ids, expected_logprobs = expected[asked[name]]
+        assert list(ids) == expected_ids, (name, asked[name])
+        assert logprobs == pytest.approx(expected_logprobs, abs=CLOSE), (name, asked[name])
 
 
 PAIRS = [
@@ -91,18 +96,32 @@ LEAST = {
 }  # fmt: skip
 
 
+def logprobs_of(completion):
+    """Of its tokens: tiny models write the same tokens for many a beginning, but not as likely ones."""
+    return [top[token].logprob for token, top in zip(completion.token_ids, completion.logprobs, strict=True)]
+
+
+def copy_at_once(targets, sources):
+    """As a GPU may do it: every source is read before any target is written."""
+    for target, values in zip(targets, [source.clone() for source in sources], strict=True):
+        target.copy_(values)
+
+
 @pytest.mark.parametrize(("backend", "policy"), PAIRS)
 def test_outputs_are_equal_with_and_without(tmp_path, backend, policy, monkeypatch):
     compute_in_float64(monkeypatch)
+    monkeypatch.setattr(torch, "_foreach_copy_", copy_at_once)
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
     folder = save_tiny_model(tmp_path)
     prompts = _prompts(rng)
-    params = [SamplingParams(temperature=0, max_tokens=rng.randint(1, 30), ignore_eos=True) for _ in prompts]
+    params = [
+        SamplingParams(temperature=0, max_tokens=rng.randint(1, 30), ignore_eos=True, logprobs=1) for _ in prompts
+    ]
     with LLM(folder, **SETTINGS, attention_backend=backend, memory_bytes="4mb", prefix_caching=False) as llm:
         outputs = [llm.generate([prompt], param)[0] for prompt, param in zip(prompts, params, strict=True)]
-        expected = [output.outputs[0].token_ids for output in outputs]
+        expected = [(output.outputs[0].token_ids, logprobs_of(output.outputs[0])) for output in outputs]
     settings = {"memory_bytes": "4mb", "prefix_caching": True, "prefix_eviction": policy}
     with LLM(folder, **SETTINGS, attention_backend=backend, **settings) as llm:
         scheduler = llm.engine.core.scheduler
@@ -115,6 +134,24 @@ def test_outputs_are_equal_with_and_without(tmp_path, backend, policy, monkeypat
             if shrinks and not few:
                 break
     assert not few and (canary.num_checked > 20 or "vattn" not in backend)
+
+
+@pytest.mark.parametrize("backend", [*VATTN, "sdpa_paged_16"])
+def test_two_that_start_in_one_step_have_the_tokens_of_the_first(tmp_path, backend, monkeypatch):
+    """The second of them has the first one as its source, which has its own copy in the same step."""
+    compute_in_float64(monkeypatch)
+    monkeypatch.setattr(torch, "_foreach_copy_", copy_at_once)
+    document = [random.randrange(3, 60) for _ in range(230)]
+    prompts = [[*document, 5, number] for number in range(4)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    settings = {**SETTINGS, "attention_backend": backend, "memory_bytes": "4mb"}
+    found = []
+    for caching in (False, True):
+        with LLM(save_tiny_model(tmp_path), **settings, prefix_caching=caching) as llm:
+            found += [logprobs_of(output.outputs[0]) for output in llm.generate(prompts, params)]
+            assert (llm.engine.core.prefix_cache_stats().num_copied_tokens > 0) == caching
+    for without, ours in zip(found[: len(prompts)], found[len(prompts) :], strict=True):
+        assert ours == pytest.approx(without, abs=CLOSE)
 
 
 def test_callers_see_what_was_cached(tmp_path):

@@ -39,6 +39,17 @@ class CacheSettingsError(ValueError):
     """Budget, page or block size leave no room for a request; the message gives the numbers."""
 
 
+def first_sources(copies: Iterable[tuple[int, int]]) -> list[int]:
+    """Where each (source, target) copies from, if all are copied at once in no order.
+
+    A source that is the target of an earlier copy has nothing to read yet: the first source of such a chain is read.
+    """
+    firsts: dict[int, int] = {}  # target -> source
+    for source, target in copies:
+        firsts[target] = firsts.get(source, source)
+    return list(firsts.values())
+
+
 class CacheEngine(Protocol):
     """Keys and values of all requests on one device."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import BlockAddress
-from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec
+from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec, first_sources
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -89,12 +89,13 @@ class PagedCacheEngine:
         from another engine meanwhile."""
         shared, self._shared = self._shared, []
         if shared:
-            cuts = [(prefix, slice(prefix.num_tokens - prefix.num_mapped)) for prefix in shared]
+            cuts = [slice(prefix.num_tokens - prefix.num_mapped) for prefix in shared]
             targets = [self._tables[prefix.request_id][prefix.num_mapped // self.block_size] for prefix in shared]
+            sources = first_sources((each.source_block, target) for each, target in zip(shared, targets, strict=True))
             tensors = (self._keys, self._values)
             torch._foreach_copy_(
-                [each[:, target, cut] for target, (_, cut) in zip(targets, cuts, strict=True) for each in tensors],
-                [each[:, prefix.source_block, cut] for prefix, cut in cuts for each in tensors],
+                [each[:, target, cut] for target, cut in zip(targets, cuts, strict=True) for each in tensors],
+                [each[:, source, cut] for source, cut in zip(sources, cuts, strict=True) for each in tensors],
             )
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:

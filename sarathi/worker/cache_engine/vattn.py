@@ -11,7 +11,7 @@ from torch import Tensor
 from sarathi.config.backend import BackendSpec
 from sarathi.messages import EVERY_KEY, CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import SlotAddress
-from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec
+from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec, first_sources
 from vattention import DeviceError, OutOfMemoryError, VirtualKVCache
 
 _ANCHOR_SLOT = 0
@@ -154,10 +154,11 @@ class vATTNCacheEngine:
     def copy_prefixes(self) -> None:
         copies, self._copies = self._copies, []
         if copies:
-            tensors = self._cache.tensors()
+            tensors, cuts = self._cache.tensors(), [slice(copy.begin, copy.end) for copy in copies]
+            sources = first_sources((copy.source, copy.target) for copy in copies)
             torch._foreach_copy_(
-                [tensor[copy.target, copy.begin : copy.end] for copy in copies for tensor in tensors],
-                [tensor[copy.source, copy.begin : copy.end] for copy in copies for tensor in tensors],
+                [tensor[copy.target, cut] for copy, cut in zip(copies, cuts, strict=True) for tensor in tensors],
+                [tensor[source, cut] for source, cut in zip(sources, cuts, strict=True) for tensor in tensors],
             )
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
