@@ -44,12 +44,12 @@ def measure_unshared(options: argparse.Namespace, table: Table, budget: Budget, 
     samples = Table(options.output / "unshared_samples.csv", table.attempts)
     names = {True: backend, False: f"{backend}, caching off"}
     for number in range(options.rounds):
-        for caching in (True, False)[:: -1 if number % 2 else 1]:
+        for caching in (False, True)[:: -1 if number % 2 else 1]:
             engine = open_engine(options, backend, prefix_caching=caching)
             engine.backend = names[caching]
             load = _load(options, engine, samples)
             load.warm_up()
-            budget.run(load.plan(["requests"]))
+            budget.run((name, work) for name, work in load.plan(["requests"]) if options.only in name)
             engine.close()
     found = [record for record in medians(samples.records) if record.backend in names.values()]
     without = {record.task: record for record in found if record.backend == names[False]}
@@ -78,6 +78,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["fa_vattn_megacache"])
     parser.add_argument("--cascade", action="store_true", help="decode attention reads what requests share once a step")
     parser.add_argument("--rounds", type=positive, default=2, help="engines with and without caching, of `unshared`")
+    parser.add_argument("--only", default="", help="what the names of requests of `unshared` contain, as 1000")
     parser.add_argument("--vllm", action="store_true", help="measure vLLM instead")
     parser.add_argument("--join", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two CSV files instead")
     return parse(parser, {"backends": "sdpa_vattn"})
