@@ -36,21 +36,22 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-@pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str, level: int) -> None:
-    """Level 1 gives the cache back, level 2 the weights too; graphs were captured with the addresses of both."""
+def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str) -> None:
+    """The cache goes back to the GPU; weights stay, since graphs have their addresses."""
     with LLM(folder, attention_backend=backend, memory_bytes=CACHE_BYTES, chunk_size=256) as llm:
         outputs = {}
         for count, (number, output) in enumerate(llm.stream_all(prompts(), PARAMS)):
             outputs[number] = list(output.outputs[0].token_ids)
             if count in (20, 200):
                 before, held = free_bytes(), llm.memory_stats().created_bytes
-                llm.sleep(level=level)
+                llm.sleep()
                 left = llm.memory_stats().created_bytes
                 assert left < held and free_bytes() - before >= held - left
                 threading.Timer(0.1, llm.wake_up).start()
         llm.engine.core.executor.check_integrity()
+        with pytest.raises(ValueError, match="level is 2: weights on cuda stay"):
+            llm.sleep(level=2)
     check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
 
 
