@@ -50,6 +50,8 @@ def find_knob(schema: type[Section], name: str) -> Knob:
 
     ConfigError otherwise, with the nearest known name, or what stands for a setting of vLLM here.
     """
+    if not isinstance(name, str):  # a key of YAML may be anything
+        raise ConfigError(f"unknown setting {short_repr(name)}: a setting's name is text")
     knobs = knobs_of(schema)
     wanted = name.strip().lower().replace("-", "_")
     for form in ("path", "flat", "tail", "leaf"):

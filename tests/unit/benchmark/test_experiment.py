@@ -177,6 +177,8 @@ def test_what_a_table_needs_is_on_by_default(kind: TableKind) -> None:
         (f"{HEAD}{{seed: []}}", r"axis 'seed' is \[\]: it must be a non-empty list of values"),
         (f"{HEAD}{{size: {{small: 3}}}}", "axis 'size': small is 3: it must be a mapping"),
         (f"{HEAD}{{sede: [3]}}", "unknown setting 'sede'"),
+        (f"{HEAD}{{12: [3]}}", "unknown setting 12: a setting's name is text"),
+        (f"{HEAD}{{seed: [3]}}\nbase: {{null: 3}}", "unknown setting None: a setting's name is text"),
     ],
 )
 def test_what_is_no_experiment_is_told_before_any_run(
