@@ -11,7 +11,6 @@ medians.
 
 import argparse
 import time
-from collections.abc import Sequence
 from functools import partial
 
 from sarathi.benchmark.config.program import add_stages, engine_parser, parse, positive
@@ -19,7 +18,7 @@ from sarathi.benchmark.engines.load import Load
 from sarathi.benchmark.engines.ours import OurEngine, open_engine
 from sarathi.benchmark.engines.sizes import FULL, SMALL, Sizes
 from sarathi.benchmark.figures import draw
-from sarathi.benchmark.records import Budget, Record, Table, medians
+from sarathi.benchmark.records import Budget, Table
 from sarathi.config.units import parse_bytes
 from sarathi.entrypoints.script import run_script
 
@@ -58,15 +57,6 @@ def measure(options: argparse.Namespace, table: Table, sizes: Sizes, budget: Bud
     engine.close()
 
 
-def compare(table: Table, samples: Sequence[Record], ours: str) -> None:
-    """The medians of every record, those of `ours` beside the other layout's."""
-    found = list(medians(samples))
-    others = {record.task: record for record in found if record.backend != ours}
-    for record in found:
-        is_compared = record.backend == ours and record.task in others
-        table.add(record.beside(others[record.task]) if is_compared else record)
-
-
 def main() -> int:
     parser = engine_parser(__doc__, "results/layouts")
     parser.set_defaults(max_num_seqs=1024, max_model_len=36864)
@@ -85,7 +75,7 @@ def main() -> int:
             print(f"# {backend}, round {number}", flush=True)
             measure(options, samples, sizes, budget, backend)
     table = Table(options.output / "layouts.csv", samples.attempts)
-    compare(table, samples.records, layouts[1])
+    table.add_medians(samples.records, layouts[1])
     draw(table.path)
     return samples.attempts.exit_code()
 

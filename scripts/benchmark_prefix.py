@@ -21,7 +21,7 @@ from sarathi.benchmark.engines.ours import open_engine
 from sarathi.benchmark.engines.prefixes import FULL, SMALL, STAGES, PrefixLoad
 from sarathi.benchmark.engines.sizes import FULL as FULL_LOAD
 from sarathi.benchmark.engines.sizes import SMALL as SMALL_LOAD
-from sarathi.benchmark.records import Budget, Table, join_engines, medians
+from sarathi.benchmark.records import Budget, Table, join_engines
 from sarathi.entrypoints.script import run_script
 
 UNSHARED = "unshared"
@@ -51,11 +51,7 @@ def measure_unshared(options: argparse.Namespace, table: Table, budget: Budget, 
             load.warm_up()
             budget.run((name, work) for name, work in load.plan(["requests"]) if options.only in name)
             engine.close()
-    found = [record for record in medians(samples.records) if record.backend in names.values()]
-    without = {record.task: record for record in found if record.backend == names[False]}
-    for record in found:
-        is_compared = record.backend == backend and record.task in without
-        table.add(record.beside(without[record.task]) if is_compared else record)
+    table.add_medians([record for record in samples.records if record.backend in names.values()], backend)
 
 
 def _load(options: argparse.Namespace, engine: Engine, table: Table) -> Load:

@@ -60,7 +60,7 @@ def read_records(path: Path) -> list[Record]:
     return [replace(record, ratio=float(record.ratio) if record.ratio else None) for record in found]
 
 
-def medians(samples: Sequence[Record]) -> Iterator[Record]:
+def _medians(samples: Sequence[Record]) -> Iterator[Record]:
     """A record for each task and backend, with the median of its values."""
     frame = pd.DataFrame(samples, columns=COLUMNS)
     keys = [name for name in COLUMNS if name not in ("value", "ratio")]
@@ -132,6 +132,14 @@ class Table:
         best = min(others, key=lambda record: record.value, default=None)
         for record in records:
             self.add(record if best is None or record in others else record.beside(best))
+
+    def add_medians(self, samples: Sequence[Record], ours: str) -> None:
+        """Add the median of each task's samples by backend; those of `ours` beside the other backend's."""
+        found = list(_medians(samples))
+        others = {record.task: record for record in found if record.backend != ours}
+        for record in found:
+            is_compared = record.backend == ours and record.task in others
+            self.add(record.beside(others[record.task]) if is_compared else record)
 
     def _write(self) -> None:
         frame = pd.DataFrame(self.records, columns=COLUMNS)

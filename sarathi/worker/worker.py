@@ -64,8 +64,6 @@ class Worker:
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
         attention = create_backend(backend, arch, place)
-        if config.cache.cascade_attention and not (config.cache.prefix_caching and attention.enable_cascade()):
-            logger.warning("cascade_attention=True has no effect: it needs prefix_caching, and a GPU's kernel on slots")
         self._builder = ModelBuilder(config.model, share, stage, place, attention, ranks, self.max_model_len)
         model = self._builder.build(checkpoint)
         spec = KVCacheSpec(
@@ -78,9 +76,10 @@ class Worker:
             spec = replace(spec, num_retained=ranks.least(wanted))
             if not spec.num_retained and not ranks.number:
                 logger.warning("prefixes are not shared: %s", obstacle or _TOO_MANY_ADDRESSES)
-        self.resolution = Resolution(
-            str(backend), str(place.device), place.dtype_name, place.dtype_eps, spec.num_retained > 0
-        )
+        shares = spec.num_retained > 0
+        if config.cache.cascade_attention and not (shares and attention.enable_cascade()):
+            logger.warning("cascade_attention=True has no effect: it needs shared prefixes and a GPU's kernel on slots")
+        self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps, shares)
         self.token_bytes = spec.token_bytes
         budget = ranks.least(
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
@@ -130,8 +129,7 @@ class Worker:
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            chunks = _in_order(out) if out.received else out.chunks
-            self._cache.prepare(chunks, () if prefixes is None else prefixes.shared)
+            self._cache.prepare(_in_order(out), () if prefixes is None else prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -198,6 +196,8 @@ class Worker:
 
 def _in_order(out: SchedulerOutput) -> Sequence[Chunk]:
     """Chunks and received prompts; those that share a prefix as they started, since one may share that of another."""
+    if not out.received:
+        return out.chunks
     if out.prefixes is None:
         return (*out.chunks, *out.received)
     order = {prefix.request_id: index for index, prefix in enumerate(out.prefixes.shared)}

@@ -15,8 +15,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("vattention._native", reason="the native module is not built")
-from http_server import RunningServer, options, running_server, wait_until
+from http_server import options, running_server, wait_until
 from likely import check_likely, prompts, save_llama
+from test_budget_group import MAX_TOKENS, NUM_REQUESTS, answer, total_rows
 
 from sarathi import LLM, SamplingParams
 
@@ -70,19 +71,6 @@ def test_a_budget_shrinks_and_grows_under_load(folder: str, backend: str) -> Non
                 core.set_cache_budget(CACHE_BYTES)
         core.executor.check_integrity()
     check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
-
-
-NUM_REQUESTS, MAX_TOKENS = 80, 200  # each holds a row of pages
-
-
-def total_rows(server: RunningServer) -> int:
-    return server.get("/stats").json()["total_rows"]
-
-
-def answer(server: RunningServer, number: int) -> int:
-    body = {"prompt": [number, 5, 6], "max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0}
-    done = server.post("/v1/completions", json=body)
-    return done.json()["usage"]["completion_tokens"] if done.status_code == 200 else 0
 
 
 def test_two_servers_share_one_gpu(folder: str, tmp_path: Path) -> None:
