@@ -120,6 +120,7 @@ class PrefixCachingBlockSpaceManager:
         self._sequences: dict[str | int, _Sequence] = {}
         self._pins: dict[str, _Pin] = {}
         self._queue = EvictionQueue(self._eviction_key)
+        self._without_rows: list[_Sequence] = []  # pinned, all rows in use: return to the queue later
         self._unused: UnusedSequences[_Sequence] = UnusedSequences()
         self._num_retained = 0
         self._changes = _Changes()
@@ -297,12 +298,9 @@ class PrefixCachingBlockSpaceManager:
     def _unpin(self, pin: _Pin) -> None:
         sequence = pin.sequence
         sequence.num_pins -= 1
-        self._rows.unuse(pin.end)
-        if sequence.is_retained and not sequence.num_pins:
-            if sequence.is_doomed:
-                self._evict(sequence)
-            else:
-                self._queue.push(sequence)
+        self._unuse(pin.end)
+        if sequence.is_doomed and not sequence.num_pins:
+            self._evict(sequence)
 
     # A request ends, or is preempted.
 
@@ -330,7 +328,7 @@ class PrefixCachingBlockSpaceManager:
         self._changes.retained.append((request.request_id, self._num_keys))
         self._num_keys += 1
         self._num_retained += 1
-        self._rows.unuse(sequence.tail)
+        self._unuse(sequence.tail)
         sequence.is_doomed = is_doomed
         if is_doomed:
             self._index.discard(sequence)
@@ -359,7 +357,7 @@ class PrefixCachingBlockSpaceManager:
         del self._sequences[request.request_id]
         self._in_progress.discard(sequence)
         self._index.discard(sequence)
-        self._rows.unuse(sequence.tail)
+        self._unuse(sequence.tail)
         self._rows.drop(sequence.tail)
 
     @property
@@ -451,12 +449,20 @@ class PrefixCachingBlockSpaceManager:
         return sequence is not None
 
     def _first_to_evict(self) -> _Sequence | None:
-        """A pinned sequence with nothing to give returns to the queue when it is not pinned any more."""
+        """A pinned sequence with nothing to give leaves the queue until other requests use fewer rows."""
         while (sequence := self._queue.first()) is not None:
             if not sequence.num_pins or self._rows.unused(sequence.tail):
                 return sequence
             self._queue.pop()
+            self._without_rows.append(sequence)
         return None
+
+    def _unuse(self, end: Run) -> None:
+        """One sequence or pin less uses the rows up to `end`, which may be those of sequences that had none to give."""
+        self._rows.unuse(end)
+        for sequence in self._without_rows:
+            self._queue.push(sequence)
+        self._without_rows.clear()
 
     def _truncate(self, sequence: _Sequence, rows: int) -> None:
         """Take the rows from `rows` on from a retained sequence, and their tokens from the index."""

@@ -270,6 +270,7 @@ def test_every_invariant_with_prefix_caching(policy: str, backend: str, historie
         (519637127202, "sarathi", "sdpa_vattn"),  # doomed sequences kept rows, or were found again
         (1089654737738, "vllm", "sdpa_vattn"),
         (808422214161, "simple_chunking", "sdpa_paged"),
+        (922586169188, "vllm", "sdpa_paged"),  # a pinned sequence left the queue while a request used all of its rows
     ],
 )
 def test_histories_that_have_failed_hold(seed: int, policy: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
