@@ -109,9 +109,8 @@ class DecodeGraphs:
         self._last_tokens = last_tokens
         self._captured: dict[tuple[int, bool], DecodeGraph] = {}
 
-    def capture(self, model: Decoder, backend: AttentionBackend, layers: Sequence[CacheLayer]) -> None:
+    def capture(self, model: Decoder, backend: AttentionBackend, layers: Sequence[CacheLayer], pool: Any) -> None:
         """All graphs."""
-        pool = torch.cuda.graph_pool_handle()
         logits = model.head.weight.new_empty((max(self._made)[0], model.vocab_size))
 
         def compute(token_ids: Tensor, step: DeviceStep) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sarathi.messages import Chunk, HostTimes, PrefixGroup, SchedulerOutput, StepResult
 from sarathi.model_executor.attention.address import Address, CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
+from sarathi.model_executor.attention.gpu_backend import GpuBackend
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
 from sarathi.model_executor.sampling.plan import SamplingPlan, TokenMasks, plan_sampling, with_last_tokens
@@ -30,6 +31,7 @@ from sarathi.worker.model_runner import (
     make_batch,
     read_outputs,
 )
+from sarathi.worker.piecewise_graphs import Parts, PiecewiseGraphs
 from sarathi.worker.sequences import Sequence, SequenceTable
 from sarathi.worker.transfer import to_device, to_host
 
@@ -67,7 +69,10 @@ class _Inputs:
 
 
 class CudaModelRunner(ModelRunner):
-    """Decode steps replay CUDA graphs where the backend allows it, others are eager; two steps may be in flight."""
+    """Decode steps replay one CUDA graph where the backend allows it, other steps of few tokens one for each layer.
+
+    All others are eager. Two steps may be in flight.
+    """
 
     max_in_flight = 2
 
@@ -82,6 +87,9 @@ class CudaModelRunner(ModelRunner):
         self._can_capture = limits.can_capture and backend.can_capture(layers[0])
         sizes = ladder(limits.max_num_seqs) if self._can_capture else []
         self._graphs = DecodeGraphs(sizes, limits, self._last_tokens)
+        self._pieces: PiecewiseGraphs | None = None
+        if isinstance(backend, GpuBackend):
+            self._pieces = PiecewiseGraphs(Parts(model, backend, layers, self._last_tokens))
         self._newest: LaunchedStep | None = None
 
     @torch.inference_mode()
@@ -92,10 +100,13 @@ class CudaModelRunner(ModelRunner):
         self._warm_up_sampling()
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture the graphs. Needs no memory of the cache: padding is not stored."""
+    def capture(self, max_tokens: int) -> None:
+        """Capture the graphs. Needs no memory of the cache: padding is not stored. max_tokens: of a step."""
+        pool = torch.cuda.graph_pool_handle()
         if self._can_capture:
-            self._graphs.capture(self.model, self._backend, self._layers)
+            self._graphs.capture(self.model, self._backend, self._layers, pool)
+        if self._pieces is not None:
+            self._pieces.capture(max_tokens, pool)
 
     def _warm_up_sampling(self) -> None:
         """For as many samples as a step can have: compiles kernels, and takes the memory before the cache does."""
@@ -168,8 +179,17 @@ class CudaModelRunner(ModelRunner):
         return self._sample_into(replayed.logits, replayed.slots, plan)
 
     def _compute(self, inputs: _Inputs, metadata: Metadata, plan: SamplingPlan | None) -> Sampled | None:
-        logits = self.model(inputs.batch, self._layers, metadata, self._last_tokens)
+        logits = self._logits(inputs.batch, metadata)
         return self._sample_into(logits, inputs.sample_slots, plan) if len(logits) else None
+
+    def _logits(self, batch: Batch, metadata: Metadata) -> Tensor:
+        """See Decoder."""
+        num_tokens = len(batch.token_ids)
+        graph = None if self._pieces is None else self._pieces.for_tokens(num_tokens)
+        if graph is None:
+            return self.model(batch, self._layers, metadata, self._last_tokens)
+        stream = graph.run(batch, metadata)
+        return self.model.logits(stream, slice(num_tokens) if batch.sample_indices is None else batch.sample_indices)
 
     def _sample_into(self, logits: Tensor, slots: Tensor, plan: SamplingPlan | None) -> Sampled:
         """logits: [S, vocab_size], then of prompt tokens; slots: [S], whose last tokens become the sampled ones."""

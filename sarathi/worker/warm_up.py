@@ -61,7 +61,7 @@ def warm_up(
         _run(runner, cache, capacity, [_SHORT_PROMPT] * min(_PROMPTS, spec.max_num_seqs), spec)
         for tokens in takewhile(max_tokens.__gt__, _STEP_TOKENS):
             _run(runner, cache, capacity, [tokens], spec)
-        runner.capture()
+        runner.capture(max_tokens)
 
 
 def largest_step(max_tokens: int, spec: KVCacheSpec) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -46,6 +47,10 @@ class GpuBackend(AttentionBackend):
         if cascade is None:
             return step
         return with_cascade(step, batch.groups, address.slots, batch.leading_decodes, cascade)
+
+    @abstractmethod
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata, out: Tensor | None = None) -> Tensor:
+        """See AttentionBackend. Returns `out`, contiguous, where it is given."""
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata

@@ -75,15 +75,25 @@ class Decoder:
         last_tokens: [slots] int64, what the batch's placeholder tokens stand for. out: where the logits go, contiguous.
         Safe to capture in a CUDA graph where the backend's `plan_static` made the metadata.
         """
+        return self.logits(self.run_layers(batch, cache, metadata, last_tokens), batch.sample_indices, out)
+
+    def run_layers(
+        self, batch: Batch, cache: Sequence[CacheLayer], metadata: Metadata, last_tokens: Tensor | None = None
+    ) -> Tensor:
+        """The first part of a run: the residual stream behind the last layer, [T, hidden_size]."""
         stream = self.embedding(batch.token_ids, last_tokens)
         step = self._attention_step(batch, metadata)
         for layer, kept in zip(self.layers, cache, strict=True):
             layer(stream, step, kept)
+        return stream
+
+    def logits(self, stream: Tensor, indices: Tensor | slice | None, out: Tensor | None = None) -> Tensor:
+        """The last part: logits of these tokens of the stream, all for None; or the stream is passed on."""
         if self.pass_on is not None:
             self.pass_on(stream)
             return stream.new_empty(0, 1)
-        if batch.sample_indices is not None:
-            stream = stream[batch.sample_indices]
+        if indices is not None:
+            stream = stream[indices]
         return self.head(self.norm(stream), out)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:

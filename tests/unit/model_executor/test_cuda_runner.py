@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Semaphore, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -26,9 +27,10 @@ from sarathi.messages import (
 from sarathi.model_executor.architecture import ModelArchitecture, Rope
 from sarathi.model_executor.attention.address import CacheLayer, SlotAddress
 from sarathi.model_executor.attention.base import AttentionBackend, Capabilities
-from sarathi.model_executor.attention.metadata import DeviceStep, make_step, slot_mapping, with_cascade
+from sarathi.model_executor.attention.gpu_backend import GpuBackend
+from sarathi.model_executor.attention.metadata import DeviceStep, StepMetadata, make_step, with_cascade
 from sarathi.model_executor.models.decoder import Decoder
-from sarathi.model_executor.ops.native import NativeOps, apply_rope
+from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.ops.types import CascadeShape
 from sarathi.model_executor.placement import Placement
 from sarathi.model_executor.sampling.grammar import GrammarCompiler
@@ -36,6 +38,7 @@ from sarathi.sampling_params import SamplingParams
 from sarathi.worker import cuda_runner
 from sarathi.worker.cuda_graphs import DecodeGraph, Limits
 from sarathi.worker.cuda_runner import CudaModelRunner
+from sarathi.worker.piecewise_graphs import PiecewiseGraph
 from sarathi.worker.sequences import SequenceTable
 
 CPU = torch.device("cpu")
@@ -47,26 +50,22 @@ ARCH = ModelArchitecture(
 )  # fmt: skip
 
 
-class LoopBackend(AttentionBackend):
+class LoopBackend(GpuBackend):
     """Attention over slots, one sequence after the other."""
 
     capabilities = Capabilities(captures_cuda_graphs=True)
 
-    def plan(self, batch, address) -> DeviceStep:
-        return make_step(batch.chunks, address, CPU)
+    def __init__(self) -> None:
+        super().__init__(ARCH, Placement(DTYPE, CPU), decode=None, fewest=1)
 
-    def plan_static(self, step: DeviceStep) -> DeviceStep:
-        return step
+    def plan(self, batch, address) -> StepMetadata:
+        return StepMetadata(make_step(batch.chunks, address, CPU))
 
-    def rope_and_store(self, query, new, positions, layer, step: DeviceStep) -> None:
-        apply_rope(query, new.keys, positions, new.table)
-        rows, cols = slot_mapping(step, LENGTH)
-        kept = rows >= 0
-        for cache, values in ((layer.k, new.keys), (layer.v, new.values)):
-            cache[rows[kept].long(), cols[kept].long()] = values[kept]
+    def plan_static(self, step: DeviceStep) -> StepMetadata:
+        return StepMetadata(step)
 
-    def attend(self, query, layer, step: DeviceStep):
-        out = torch.zeros_like(query)
+    def attend(self, query, layer, metadata: StepMetadata, out=None):
+        out, step = torch.zeros_like(query) if out is None else out, metadata.step
         for index, (first, last) in enumerate(zip(step.starts[:-1].tolist(), step.starts[1:].tolist(), strict=True)):
             slot, start, length = int(step.slots[index]), int(step.cached[index]), int(step.lengths[index])
             keys, values = (x[slot, :length].repeat_interleave(2, dim=1) for x in (layer.k, layer.v))
@@ -83,14 +82,15 @@ class CascadeBackend(LoopBackend):
     cascade = CascadeShape(ranges=6, members=2, tile=1)
 
     def __init__(self) -> None:
+        super().__init__()
         self.num_shared = 0
 
-    def plan(self, batch, address) -> DeviceStep:
-        step = super().plan(batch, address)
-        return with_cascade(step, batch.groups, address.slots, batch.leading_decodes, self.cascade)
+    def plan(self, batch, address) -> StepMetadata:
+        step = make_step(batch.chunks, address, CPU)
+        return StepMetadata(with_cascade(step, batch.groups, address.slots, batch.leading_decodes, self.cascade))
 
-    def attend(self, query, layer, step: DeviceStep):
-        caches = [layer.k.clone(), layer.v.clone()]
+    def attend(self, query, layer, metadata: StepMetadata, out=None):
+        caches, step = [layer.k.clone(), layer.v.clone()], metadata.step
         for index, (tokens, first, count, place) in enumerate([] if step.cascade is None else step.cascade[0].tolist()):
             own = int(step.slots[index])
             for cache in caches if tokens else ():
@@ -100,7 +100,7 @@ class CascadeBackend(LoopBackend):
                 for cache, original in zip(caches, layer, strict=False):
                     cache[own, begin:end] = original[slot, begin:end]
             self.num_shared += count
-        return super().attend(query, CacheLayer(*caches, None), step)
+        return super().attend(query, CacheLayer(*caches, None), metadata, out)
 
 
 class Slots:
@@ -139,6 +139,39 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         graph._graph.replay = lambda: graph._tokens.copy_(graph._run(compute, ops)[0])  # where they always are
 
     monkeypatch.setattr(DecodeGraph, "capture", capture_as_function)
+    capture_pieces = PiecewiseGraph.capture
+
+    def capture_as_pieces(graph: PiecewiseGraph, pool) -> None:
+        capture_pieces(graph, pool)
+        pieces = Pieces(graph)
+        for number, each in enumerate(graph._graphs):
+            each.replay = pieces.resume if number else pieces.start
+
+    monkeypatch.setattr(PiecewiseGraph, "capture", capture_as_pieces)
+
+
+class Pieces:
+    """Runs a step's layers again, up to the next call of attention at a time: in a thread that pauses there."""
+
+    def __init__(self, graph: PiecewiseGraph) -> None:
+        self._graph, self._goes_on, self._has_paused = graph, Semaphore(0), Semaphore(0)
+
+    def start(self) -> None:
+        Thread(target=self._run).start()
+        self._has_paused.acquire()
+
+    def resume(self) -> None:
+        self._goes_on.release()
+        self._has_paused.acquire()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        self._graph._stream.copy_(self._graph._run_layers(self._pause))
+        self._has_paused.release()
+
+    def _pause(self) -> None:
+        self._has_paused.release()
+        self._goes_on.acquire()
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +235,7 @@ def run(
     backend = model.layers[0].attention.backend
     runner = CudaModelRunner(model, backend, cache, layers, Limits(8, LENGTH, 0, cascade=backend.cascade))
     if graphs:
-        runner.capture()
+        runner.capture(max_tokens=40)
     sequences = SequenceTable(0, GrammarCompiler(VOCAB_SIZE, letters))
     sequences.add(requests)
     flights, results = [], []

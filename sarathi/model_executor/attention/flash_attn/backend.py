@@ -104,16 +104,18 @@ class FlashAttentionBackend(GpuBackend):
         """See AttentionBackend. A static step's slots are unknown to the host: one call must address all of them."""
         return self._decode is not None or self._addresses_all(layer.k)
 
-    def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata) -> Tensor:
-        """See AttentionBackend."""
+    def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata, out: Tensor | None = None) -> Tensor:
+        """See GpuBackend."""
         if self._decode is not None and metadata.step.is_slot_decode:
-            return self._decode.attend(query, layer, metadata.step)
+            return self._decode.attend(query, layer, metadata.step, out)
         if self._decode is not None and metadata.split is not None:
-            return self._attend_split(self._decode, query, layer, metadata.split)
-        return self._call(query, layer, metadata)
+            return self._attend_split(self._decode, query, layer, metadata.split, out)
+        return self._call(query, layer, metadata, out)
 
-    def _attend_split(self, decode: TritonDecode, query: Tensor, layer: CacheLayer, split: Split) -> Tensor:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    def _attend_split(
+        self, decode: TritonDecode, query: Tensor, layer: CacheLayer, split: Split, out: Tensor | None
+    ) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
         decodes = split.decodes.num_tokens
         decode.attend(query[:decodes], layer, split.decodes, out[:decodes])
         self._call(query[decodes:], layer, split.rest, out[decodes:])

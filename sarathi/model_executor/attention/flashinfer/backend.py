@@ -84,8 +84,14 @@ class FlashInferBackend(GpuBackend):
         step = self._make_step(batch, address)
         return FlashInferMetadata(step, batch, address, batch.leading_decodes)
 
-    def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
-        """See AttentionBackend."""
+    def attend(
+        self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        """See GpuBackend."""
+        attended = self._attend(query, layer, metadata)
+        return attended if out is None else out.copy_(attended)
+
+    def _attend(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata) -> Tensor:
         chunks, decodes = metadata.batch.chunks, metadata.leading_decodes
         if isinstance(metadata.address, BlockAddress):
             return self._run_paged(query, layer, (layer.k, layer.v), metadata)
