@@ -27,6 +27,7 @@ from sarathi.model_executor.ops.native import NativeOps
 from sarathi.model_executor.sampling.plan import plan_sampling
 from sarathi.model_executor.sampling.sampler import filtered
 from sarathi.worker.cuda_graphs import DecodeGraph
+from sarathi.worker.piecewise_graphs import PiecewiseGraph
 from sarathi.worker.sequences import SequenceTable
 
 pytestmark = pytest.mark.gpu
@@ -312,6 +313,23 @@ def test_sampled_decodes_run_by_graph_and_wait_for_nothing(model: Model, monkeyp
         monkeypatch.setattr(DecodeGraph, "replay", lambda *given: replays.append(given) or replay(*given))
         llm.generate(prompts, params, use_tqdm=False)
     assert len(replays) >= 10
+
+
+@pytest.mark.parametrize("backend", ["fa_vattn", "fa_vattn_megacache", "fa_paged_16", "fi_vattn", "fi_paged_16"])
+def test_steps_of_few_tokens_replay_graphs(model: Model, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, chunks beside decodes, and decodes where the backend captures none: all but steps of decodes alone."""
+    prompts, by_pieces, steps = [*random_prompts(8, 60), *random_prompts(3, 900)], [], []
+    with open_llm(model, backend) as llm:
+        runner = llm.engine.core.executor._worker._runner
+        launch, run = runner.launch, PiecewiseGraph.run
+        monkeypatch.setattr(runner, "launch", lambda out, sequences: steps.append(out.chunks) or launch(out, sequences))
+        monkeypatch.setattr(PiecewiseGraph, "run", lambda *given: by_pieces.append(given) or run(*given))
+        outputs = llm.generate(prompts, greedy(20), use_tqdm=False)
+        captures_decodes = runner._can_capture
+    expected = [chunks for chunks in steps if not captures_decodes or any(each.num_tokens > 1 for each in chunks)]
+    assert len(by_pieces) == len(expected) > 10
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert model.shortfall(prompt, output.outputs[0].token_ids) < 1
 
 
 def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
