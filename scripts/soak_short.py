@@ -22,7 +22,7 @@ from sarathi.entrypoints.script import run_script
 
 GROWTH_BYTES = 32 * 2**20
 BATCH = 100
-SHOWN = (BATCH, 1000, 3000, *range(10_000, 60_000, 10_000))
+SHOWN = (BATCH, 1000, *range(5000, 60_000, 5000))
 VOCAB_SIZE = 512
 
 

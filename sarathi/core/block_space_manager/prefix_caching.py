@@ -322,7 +322,7 @@ class PrefixCachingBlockSpaceManager:
             self.discard(request)
 
     def _keep(self, request: Request, sequence: _Sequence, is_doomed: bool) -> None:
-        """is_doomed: the sequence cannot be found any more. What is not pinned of it is evicted now, the rest later."""
+        """is_doomed: the sequence cannot be found any more. What nobody uses of it is evicted now, the rest later."""
         self._in_progress.discard(sequence)
         self._rename(sequence, self._num_keys)
         self._changes.retained.append((request.request_id, self._num_keys))
@@ -330,13 +330,13 @@ class PrefixCachingBlockSpaceManager:
         self._num_retained += 1
         self._unuse(sequence.tail)
         sequence.is_doomed = is_doomed
+        self._queue.push(sequence)
+        self._queue.compact(self._num_retained)
         if is_doomed:
             self._index.discard(sequence)
             if unused := self._rows.unused(sequence.tail):
                 self._shrink(sequence, sequence.rows - unused)
             return
-        self._queue.push(sequence)
-        self._queue.compact(self._num_retained)
         needed = self._capacity.whole_shares(self._capacity.rows_for(self._index.sequences[sequence].length))
         if needed < sequence.rows and not sequence.num_pins:
             self._truncate(sequence, needed)
@@ -467,7 +467,8 @@ class PrefixCachingBlockSpaceManager:
     def _truncate(self, sequence: _Sequence, rows: int) -> None:
         """Take the rows from `rows` on from a retained sequence, and their tokens from the index."""
         self._shrink(sequence, rows)
-        self._index.truncate(sequence, self._capacity.tokens_within(rows))
+        if not sequence.is_doomed:
+            self._index.truncate(sequence, self._capacity.tokens_within(rows))
 
     def _shrink(self, sequence: _Sequence, rows: int) -> None:
         """Take the rows from `rows` on from a retained sequence. The index does not change."""
@@ -521,6 +522,9 @@ class PrefixCachingBlockSpaceManager:
             self._index.insert(sequence, more, request.sampling_params.cache_salt)
 
     def _eviction_key(self, sequence: _Sequence) -> tuple[int, ...] | None:
+        """Rows of doomed sequences go first."""
+        if sequence.is_doomed and sequence.num_pins:
+            return ()
         indexed = self._index.sequences.get(sequence)
         return self._policy(indexed) if indexed and sequence.is_retained else None
 

@@ -10,8 +10,10 @@ from scheduler_simulation import make_request
 from sarathi.config.backend import BackendSpec
 from sarathi.core.block_space_manager import BlockSpaceError, make_block_space_manager
 from sarathi.core.block_space_manager.paged import PagedBlockSpaceManager
+from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.messages import CacheCapacity
+from sarathi.request import Request
 
 
 def test_capacity_arithmetic_is_exact_for_token_sizes_that_do_not_fit_the_page() -> None:
@@ -76,6 +78,44 @@ def test_a_shrunken_capacity_refuses_even_those_who_want_nothing_new_until_it_fi
     assert manager.num_used_rows > manager.capacity.rows and manager.allocate(first, 5) is None
     manager.free(second)
     assert manager.allocate(first, 6) is not None and manager.num_used_rows <= manager.capacity.rows
+
+
+def start(manager: PrefixCachingBlockSpaceManager, name: str, prompt: list[int]) -> Request:
+    """Its prompt is computed in a step that is in flight."""
+    request = make_request(name, prompt)
+    assert manager.allocate(request, len(prompt)) is not None
+    request.num_computed_tokens = len(prompt)
+    manager.publish([request])
+    return request
+
+
+def end(manager: PrefixCachingBlockSpaceManager, request: Request, reason: str) -> None:
+    manager.end_step([request.request_id])
+    request.end(reason)
+    manager.free(request)
+
+
+@pytest.mark.parametrize("reason", ["length", "error"])
+def test_rows_behind_those_that_a_step_copies_are_free_when_nobody_uses_them(reason: str) -> None:
+    """They were in use when nothing of their sequence could be evicted. reason: how the sequence ended."""
+    manager = PrefixCachingBlockSpaceManager(CacheCapacity(6, 1, 16, num_retained=4))
+    source = start(manager, "source", [*range(48)])
+    shares_two_rows = start(manager, "shares two rows", [*range(32), *range(100, 116)])
+    manager.end_step(["shares two rows"])
+    shares_one_row = start(manager, "shares one row", [*range(16), *range(200, 216)])
+    end(manager, source, reason)
+    manager.resize(3)
+    manager.resize(6)
+    end(manager, shares_two_rows, "error")
+    manager.check_integrity()
+    assert manager.num_used_rows == 2 and manager.stats.num_retained_rows == 1
+    other = start(manager, "other", [*range(300, 364)])
+    manager.check_integrity()
+    assert manager.num_used_rows == 6 and manager.stats.num_retained_rows == 0
+    end(manager, shares_one_row, "error")
+    end(manager, other, "error")
+    manager.check_integrity()
+    assert manager.num_used_rows == 0
 
 
 def test_inconsistent_accounting_is_noticed() -> None:

@@ -17,7 +17,7 @@ from sarathi.core.block_space_manager import make_block_space_manager, prefix_ca
 from sarathi.core.scheduler import Scheduler, make_scheduler, memory_recovery
 from sarathi.worker.cache_engine.base import KVCacheSpec
 
-HISTORIES = int(os.environ.get("HISTORIES", "100"))
+HISTORIES = int(os.environ.get("HISTORIES", "3400"))
 BACKENDS = ("sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb", "sdpa_vattn_sync_4kb")
 
 
