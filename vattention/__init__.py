@@ -1,10 +1,11 @@
 """KV cache that is contiguous in virtual memory and mapped to physical pages on demand.
 
-`VirtualKVCache` is the interface; docs/allocator.md explains it. The functions are those of the original vAttention
-release, all on one cache of their own.
+`VirtualKVCache` is the interface, and `Arena` is for other tensors whose memory comes and goes; docs/allocator.md
+explains both. The functions are those of the original vAttention release, all on one cache of their own.
 """
 
 from vattention import _interpreter  # noqa: F401  # first: it refuses interpreters in which the others hang
+from vattention.arena import Arena
 from vattention.classic import ClassicAPI, as_function
 from vattention.errors import (
     DeviceError,
@@ -33,6 +34,7 @@ set_verbose = as_function(_classic.set_verbose)
 cleanup = as_function(_classic.cleanup)
 
 __all__ = [
+    "Arena",
     "CacheStats",
     "DeviceError",
     "ForkError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from vattention import _native
@@ -11,6 +12,7 @@ from vattention import _native
 if TYPE_CHECKING:
     import torch
 
+DEFAULT_HOST_PAGE_BYTES = 64 * 1024
 _MAX_BYTES = 1 << 62
 _ITEM_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
@@ -31,6 +33,11 @@ def open_device(device: str | int | torch.device) -> _native.Device:
     if kind == "cuda" and (index is None or index >= 0):
         return _native.cuda_device(_current_cuda_device() if index is None else index)
     raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N', a CUDA index or a torch.device, got {device!r}")
+
+
+def default_page_bytes(memory: _native.Device) -> int:
+    """64 KiB on the CPU, the granularity of the driver on CUDA."""
+    return memory.granularity if memory.is_cuda else max(DEFAULT_HOST_PAGE_BYTES, memory.granularity)
 
 
 def element_bytes(dtype: Any) -> int:
@@ -71,6 +78,13 @@ def in_range(name: str, value: object, least: int, most: int) -> int:
     if not least <= number <= most:
         raise ValueError(f"{name} is {number}: it must be from {least} to {most}")
     return number
+
+
+def sizes(name: str, value: object) -> tuple[int, ...]:
+    """Of a shape. Raises TypeError for what is no sequence of integers, and ValueError for negative ones."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
+    return tuple(in_range(name, size, 0, _MAX_BYTES) for size in value)
 
 
 def byte_count(name: str, value: object, least: int = 0) -> int:

@@ -7,15 +7,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from vattention import _native
-from vattention.arguments import byte_count, element_bytes, flag, in_range, open_device, positive, share_of_one
+from vattention.arguments import (
+    byte_count,
+    default_page_bytes,
+    element_bytes,
+    flag,
+    in_range,
+    open_device,
+    positive,
+    share_of_one,
+)
 from vattention.errors import DeviceError
 from vattention.regions import Region
 from vattention.stats import CacheStats
 
 if TYPE_CHECKING:
     import torch
-
-DEFAULT_HOST_PAGE_BYTES = 64 * 1024
 
 
 class VirtualKVCache:
@@ -80,7 +87,7 @@ class VirtualKVCache:
         self.num_regions = 2 if megacache else 2 * self.num_layers
         elements = self.num_kv_heads * self.head_size * (self.num_layers if megacache else 1)
         self.token_bytes = byte_count("bytes of a token in a region", elements * element_bytes(dtype))
-        page_bytes = _default_page_bytes(memory) if page_bytes is None else page_bytes
+        page_bytes = default_page_bytes(memory) if page_bytes is None else page_bytes
         self.page_bytes = byte_count("page_bytes", page_bytes, least=1)
         self.row_bytes = self.num_regions * self.page_bytes
         try:
@@ -305,7 +312,3 @@ def report_faults() -> None:
     the handler that was installed before, such as faulthandler's. The handler stays for the life of the process.
     """
     _native.report_faults()
-
-
-def _default_page_bytes(memory: _native.Device) -> int:
-    return memory.granularity if memory.is_cuda else max(DEFAULT_HOST_PAGE_BYTES, memory.granularity)

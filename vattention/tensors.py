@@ -15,7 +15,11 @@ def region_tensor(region: Region, dtype: torch.dtype | str) -> torch.Tensor:
 
     DLPack does not know every type torch has (the float8 family, for one), so the region travels as bytes.
     """
-    data: torch.Tensor = from_dlpack(region.__dlpack__())
+    return typed(from_dlpack(region.__dlpack__()), dtype)
+
+
+def typed(data: torch.Tensor, dtype: torch.dtype | str) -> torch.Tensor:
+    """The same bytes as a tensor of `dtype`."""
     return data.view(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vattention
-from vattention import NoFreeSlotError, OutOfMemoryError, VirtualKVCache
+from vattention import Arena, NoFreeSlotError, OutOfMemoryError, VirtualKVCache
 from vattention.arguments import open_device
 
 pytestmark = [
@@ -312,6 +312,33 @@ def test_decode_growth_loses_no_capacity_to_large_extents():
         with pytest.raises(OutOfMemoryError):
             cache.prepare(slots[:1], [33 * 512])
         cache.check_integrity()
+
+
+def test_an_arena_gives_its_memory_back_and_keeps_its_addresses():
+    arena = Arena(torch.cuda.mem_get_info()[1] * 2, "cuda")
+    shapes = [(3000, 4096), (7,), (300 * MIB,), (4096, 11008)]
+    tensors = [arena.empty(shape, torch.bfloat16) for shape in shapes]
+    addresses, num_bytes = [each.data_ptr() for each in tensors], sum(each.numel() * 2 for each in tensors)
+    torch.cuda.empty_cache()
+    for number in range(3):
+        before = used_bytes()
+        arena.map()
+        assert used_bytes() - before >= num_bytes - arena.page_bytes
+        for index, tensor in enumerate(tensors):
+            tensor.fill_(10 * number + index)
+        assert all(each.eq(10 * number + index).all() for index, each in enumerate(tensors))
+        arena.check_integrity()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        arena.release()
+        assert used_bytes() - before < 32 * MIB and arena.created_bytes <= arena.page_bytes
+    assert [each.data_ptr() for each in tensors] == addresses
+    arena.empty((torch.cuda.mem_get_info()[1],), torch.int8)
+    with pytest.raises(OutOfMemoryError):
+        arena.map()
+    assert not arena.is_mapped and arena.created_bytes <= arena.page_bytes
+    arena.check_integrity()
+    arena.close()
 
 
 READ_UNMAPPED = """

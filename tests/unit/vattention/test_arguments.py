@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 import vattention
-from vattention import VirtualKVCache
+from vattention import Arena, VirtualKVCache
 from vattention.transformers import VirtualCache
 
 SIZES = {
@@ -75,6 +75,11 @@ def test_no_public_method_is_forgotten() -> None:
     methods = {name: value for name, value in vars(VirtualKVCache).items() if inspect.isfunction(value)}
     with_arguments = {name for name, each in methods.items() if len(inspect.signature(each).parameters) > 1}
     assert {name for name in with_arguments if not name.startswith("_")} == set(CALLS)
+
+
+def test_an_arena_names_what_does_not_fit() -> None:
+    refuse(Arena, {"max_bytes": 1 << 20, "device": "cpu"})
+    refuse(Arena(1 << 20).empty, {"shape": (3, 4), "dtype": "float16"})
 
 
 def test_the_functions_of_the_original_release_name_what_does_not_fit() -> None:
