@@ -284,6 +284,7 @@ class Resolution(NamedTuple):
     backend: the attention backend's name. device, dtype: of weights and activations, as torch names them.
     dtype_eps: difference between 1 and the next larger number in dtype.
     prefix_caching: whether it is asked for and possible for this model, its ranks and the addresses of the device.
+    mapped_weights: whether the memory of weights can be given back while their addresses stay.
     """
 
     backend: str
@@ -291,6 +292,7 @@ class Resolution(NamedTuple):
     dtype: str
     dtype_eps: float
     prefix_caching: bool = False
+    mapped_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)

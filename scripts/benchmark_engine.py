@@ -1,6 +1,7 @@
 """Measure the engine with random weights, and its kernels alone as a bound: engine.csv and engine.png.
 
     python scripts/benchmark_engine.py --model llama-3-8b --backend fa_vattn --output DIR [--stages prefill,decode,...]
+        [--mapped-weights]
 
 One engine is built per run. It measures prefill (whole and chunked), decode, short requests, the static traces of the
 vAttention paper, decode with sampling and with a metrics store, and the GPU's work in a decode step. Then the engine is
@@ -91,7 +92,7 @@ def roofline_work(
 
 def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -> Mapping[Record, float]:
     """Run every stage that needs the engine, and close it. Returns Load.contexts."""
-    engine = open_engine(options, options.backend)
+    engine = open_engine(options, options.backend, mapped_weights=options.mapped_weights)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
     budget.run(load.plan([stage for stage in options.stages if stage in STAGES]))
@@ -121,6 +122,7 @@ def main() -> int:
     parser = engine_parser(__doc__, "results/engine")
     add_stages(parser, (*STAGES, *OWN_STAGES))
     add_ratios(parser)
+    parser.add_argument("--mapped-weights", action="store_true", help="weights in memory that sleep level 2 gives back")
     options = parse(parser)
     sizes, table = SMALL if options.test else FULL.with_ratios(options.ratios), Table(options.output / "engine.csv")
     budget = Budget(options.budget, table.attempts)

@@ -47,6 +47,10 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = knob(False, "run Python code that a model folder brings for its tokenizer")
     enforce_eager: bool = knob(False, "no CUDA graphs: every kernel of a step is started by itself, and can be timed")
+    mapped_weights: bool = knob(
+        False, "weights in memory that /sleep?level=2 gives back on a GPU too; on a CPU, where it always does, weights "
+        "are then not packed, and products are slower",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ VLLM_NAMES: dict[str, str] = {
     "disable_log_stats": "not needed here: nothing is logged while requests run",
     "async_scheduling": "not needed here: the next step is always scheduled beside the running one on a GPU",
     "disable_cascade_attn": "called cascade_attention here, which is off by default",
+    "enable_sleep_mode": "not needed here for sleep level 1; called mapped_weights here for level 2 on a GPU",
     "skip_tokenizer_init": "not needed here: a model without a tokenizer takes token ids",
     "tokenizer_mode": "not needed here: tokenizers are always fast ones",
     "hf_token": "read from HF_TOKEN by the hub's client",

@@ -188,8 +188,12 @@ class EngineCore:
     def _check_level(self, level: int) -> None:
         if level not in (1, 2):
             raise ValueError(f"level is {level!r}: it must be 1, the cache, or 2, the weights too")
-        if level == 2 and (device := self.executor.resolution.device) != "cpu":
-            raise ValueError(f"level is 2: weights on {device} stay, since CUDA graphs contain their addresses; use 1")
+        found = self.executor.resolution
+        if level == 2 and found.device != "cpu" and not found.mapped_weights:
+            raise ValueError(
+                f"level is 2: weights on {found.device} stay, since CUDA graphs contain their addresses, unless the "
+                "engine is started with mapped_weights=True; use 1"
+            )
 
     def _preempt_all(self) -> None:
         """Wait for the steps in flight, and have the executor release the memory of every request."""

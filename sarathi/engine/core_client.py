@@ -42,7 +42,7 @@ class CoreClient(Protocol):
         """Preempt every request, and give the cache's memory back to the system. Requests wait until `wake_up`.
 
         level: 2: the memory of the weights too; they are read from the checkpoint again. ValueError for another level,
-        and for 2 on a GPU.
+        and for 2 on a GPU without mapped_weights.
         """
 
     def wake_up(self) -> None:

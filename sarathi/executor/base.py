@@ -44,7 +44,7 @@ class Executor(Protocol):
     def drop_weights(self) -> None:
         """Give the weights' memory back to the system on every rank. No step may run until `load_weights`.
 
-        ValueError on a GPU, where CUDA graphs contain the weights' addresses.
+        On a GPU only with `resolution.mapped_weights`: CUDA graphs contain the weights' addresses.
         """
 
     def load_weights(self) -> None:

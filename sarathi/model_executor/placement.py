@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +22,7 @@ class Placement:
     def dtype_eps(self) -> float:
         """The step from 1 to the next number."""
         return torch.finfo(self.dtype).eps
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor for weights, with undefined contents."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

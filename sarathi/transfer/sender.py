@@ -1,7 +1,7 @@
 """The rank that computes prompts: what a layer has computed leaves while later layers compute."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,6 +26,11 @@ class SendingLayer:
     def __call__(self, stream: Any, step: Any, layer: Any) -> None:
         self._layer(stream, step, layer)
         self._sender.on_layer(self._index)
+
+    def parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """The layer's, for weights that are read again."""
+        parameters: Iterator[tuple[str, Tensor]] = self._layer.parameters(prefix)
+        return parameters
 
 
 class Sender(Sending):

@@ -28,8 +28,9 @@ from sarathi.model_executor.sampling.grammar import GrammarCompiler, MakeVocabul
 from sarathi.worker.cache_engine.base import CacheEngine, KVCacheSpec
 from sarathi.worker.cache_engine.factory import create_cache_engine, num_retained
 from sarathi.worker.device import attention_backend, choose_cache_dtype, choose_placement
+from sarathi.worker.mapped_weights import in_mapped_memory
 from sarathi.worker.memory import check_budget, final_budget_bytes, initial_budget_bytes
-from sarathi.worker.model_builder import ModelBuilder, return_free_memory
+from sarathi.worker.model_builder import ModelBuilder
 from sarathi.worker.sending import Sending
 from sarathi.worker.sequences import SequenceTable
 from sarathi.worker.warm_up import create_runner, warm_up
@@ -64,7 +65,9 @@ class Worker:
         self.max_model_len = _model_length(config, arch)
         backend = attention_backend(config.model)
         attention = create_backend(backend, arch, place)
-        self._builder = ModelBuilder(config.model, share, stage, place, attention, ranks, self.max_model_len)
+        builder = ModelBuilder(config.model, share, stage, place, attention, ranks, self.max_model_len)
+        mapped = config.model.mapped_weights
+        self._builder = in_mapped_memory(builder) if mapped else builder
         model = self._builder.build(checkpoint)
         spec = KVCacheSpec(
             arch.num_layers, arch.num_kv_heads, arch.head_size, choose_cache_dtype(config.cache, place),
@@ -79,7 +82,7 @@ class Worker:
         shares = spec.num_retained > 0
         if config.cache.cascade_attention and not (shares and attention.enable_cascade()):
             logger.warning("cascade_attention=True has no effect: it needs shared prefixes and a GPU's kernel on slots")
-        self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps, shares)
+        self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps, shares, mapped)
         self.token_bytes = spec.token_bytes
         budget = ranks.least(
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)
@@ -167,16 +170,12 @@ class Worker:
     def drop_weights(self) -> None:
         """Give the weights' memory back; no step may run until `load_weights`. See `Executor.drop_weights`."""
         self._runner.wait()
-        if hasattr(self._runner, "model"):
-            del self._runner.model
-            return_free_memory()
+        self._builder.drop_weights(self._runner)
 
     def load_weights(self) -> None:
         """Read the weights again where they were dropped. Raises as the constructor does."""
-        if not hasattr(self._runner, "model"):
-            self._runner.model = self._builder.build(open_checkpoint(self._builder.config))
-            if self.sending is not None:
-                self.sending.attach(self.model.layers)
+        if self._builder.reload_weights(self._runner) and self.sending is not None:
+            self.sending.attach(self.model.layers)
 
     def fingerprint(self) -> str:
         """A hash of the requests in the cache: their lengths, and the tokens that are computed."""

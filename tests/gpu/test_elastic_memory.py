@@ -3,11 +3,13 @@
 Free memory of the GPU is measured: run it without other processes there.
 """
 
+import json
 import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +22,18 @@ from likely import check_likely, prompts, save_llama
 from test_budget_group import MAX_TOKENS, NUM_REQUESTS, answer, total_rows
 
 from sarathi import LLM, SamplingParams
+from sarathi.worker.cuda_graphs import DecodeGraph
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("fa_vattn", "fa_vattn_megacache")
 PARAMS = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
 CACHE_BYTES = 1 << 30
+LARGE = {  # 0.6 GB in bfloat16, most of it in mapped extents of every size
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def free_bytes() -> int:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str) -> None:
-    """The cache goes back to the GPU; weights stay, since graphs have their addresses."""
+    """The cache goes back to the GPU; weights that are not mapped stay, since graphs have their addresses."""
     with LLM(folder, attention_backend=backend, memory_bytes=CACHE_BYTES, chunk_size=256) as llm:
         outputs = {}
         for count, (number, output) in enumerate(llm.stream_all(prompts(), PARAMS)):
@@ -54,6 +63,69 @@ def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str)
         with pytest.raises(ValueError, match="level is 2: weights on cuda stay"):
             llm.sleep(level=2)
     check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Grows by one with each call of a DecodeGraph's method."""
+    calls, method = [], getattr(DecodeGraph, name)
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(name)
+        return method(*arguments)
+
+    monkeypatch.setattr(DecodeGraph, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_are_right_with_weights_that_are_read_again(
+    folder: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures, replays = count_calls(monkeypatch, "capture"), count_calls(monkeypatch, "replay")
+    with LLM(
+        folder, attention_backend=backend, memory_bytes=CACHE_BYTES, chunk_size=256, mapped_weights=True
+    ) as llm:  # fmt: skip
+        num_captures, outputs = len(captures), {}
+        for count, (number, output) in enumerate(llm.stream_all(prompts(), PARAMS)):
+            outputs[number] = list(output.outputs[0].token_ids)
+            if count in (20, 200):
+                llm.sleep(level=2)
+                threading.Timer(0.1, llm.wake_up).start()
+        llm.engine.core.executor.check_integrity()
+    assert num_captures and len(captures) == num_captures and len(replays) > PARAMS.max_tokens
+    check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
+
+
+def test_mapped_weights_leave_the_gpu_and_come_back_at_their_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    captures, replays = count_calls(monkeypatch, "capture"), count_calls(monkeypatch, "replay")
+    with LLM(
+        str(tmp_path), load_format="dummy", attention_backend=BACKENDS[0], memory_bytes=CACHE_BYTES,
+        mapped_weights=True, prefix_caching=False,
+    ) as llm:  # fmt: skip
+        model, num_captures = llm.engine.core.executor.model, len(captures)
+        weights = dict(model.parameters())
+        copies = {name: tensor.cpu() for name, tensor in weights.items()}
+        addresses = {name: tensor.data_ptr() for name, tensor in weights.items()}
+        num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in weights.values())
+        arena = model.place.arena
+        expected = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
+        for _ in range(2):
+            llm.sleep(level=1)
+            before, num_replays = free_bytes(), len(replays)
+            llm.sleep(level=2)
+            given_back = free_bytes() - before
+            print(f"{num_bytes} bytes of weights, {given_back} given back")
+            assert given_back >= num_bytes - arena.page_bytes > 600_000_000
+            llm.wake_up()
+            assert {name: tensor.data_ptr() for name, tensor in model.parameters()} == addresses
+            assert all(weights[name].cpu().equal(copy) for name, copy in copies.items())
+            outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
+            assert outputs == expected
+            assert num_captures and len(captures) == num_captures and len(replays) > num_replays
+        arena.check_integrity()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

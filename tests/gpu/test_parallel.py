@@ -54,18 +54,29 @@ def test_a_pipeline_of_two_gpus_chooses_what_transformers_finds_likely(
 def test_what_one_gpu_prefills_another_decodes(folder: str, backend: str) -> None:
     """Two engines behind one LLM, keys and values over NCCL; the second time what is cached is not sent."""
     settings = {"attention_backend": backend, "memory_bytes": "1gb", "chunk_size": 256, "prefix_caching": True}
-    with LLM(folder, prefill_decode=True, **settings) as llm:
-        for params in (PARAMS, replace(PARAMS, n=3)):
+    with LLM(folder, prefill_decode=True, mapped_weights=True, **settings) as llm:
+        for level, params in enumerate((PARAMS, replace(PARAMS, n=3)), 1):
             done = llm.generate(prompts(), params, use_tqdm=False)
             for index in range(params.n):
                 check_likely(folder, [list(each.outputs[index].token_ids) for each in done], backend)
-            llm.sleep()
+            llm.sleep(level)
             llm.wake_up()
         for end in (60, 200):  # the second time on top of the first
             asked = [[*prompt, *range(end)] for prompt in prompts()]
             done = llm.generate(asked, PARAMS, use_tqdm=False)
             check_likely(folder, [list(each.outputs[0].token_ids) for each in done], backend, asked)
         assert all(each.num_cached_tokens for each in done)
+
+
+@pytest.mark.parametrize("grid", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_the_weights_of_two_gpus_go_and_come(folder: str, grid: str) -> None:
+    settings = {"attention_backend": BACKENDS[0], "memory_bytes": "1gb", "chunk_size": 256, grid: 2}
+    with LLM(folder, mapped_weights=True, **settings) as llm:
+        for _ in range(2):
+            llm.sleep(level=2)
+            llm.wake_up()
+            outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts(), PARAMS, use_tqdm=False)]
+            check_likely(folder, outputs, grid)
 
 
 def test_a_dummy_llama_runs() -> None:

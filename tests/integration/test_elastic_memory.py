@@ -39,9 +39,9 @@ def save_random_weights(folder: Path) -> tuple[str, int]:
 
 
 def resident_bytes() -> int:
-    """Of this process, without the pages of files and of the cache."""
+    """Of this process, without the pages of files."""
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    return 1024 * sum(int(status.partition(f"{kind}:")[2].split()[0]) for kind in ("RssAnon", "RssShmem"))
 
 
 def row_bytes(llm: LLM) -> int:
@@ -63,16 +63,19 @@ def test_an_engine_that_sleeps_in_the_middle_gives_the_same_tokens(model: str) -
         llm.engine.core.executor.check_integrity()
 
 
-def test_an_engine_without_weights_takes_no_memory_for_them_and_reads_them_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped_weights", [False, True])
+def test_an_engine_without_weights_takes_no_memory_for_them_and_reads_them_again(
+    tmp_path: Path, mapped_weights: bool
+) -> None:
     model, num_bytes = save_random_weights(tmp_path / "model")
     few = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    with LLM(model, **SETTINGS | {"load_format": "safetensors"}) as llm:
+    with LLM(model, **SETTINGS | {"load_format": "safetensors", "mapped_weights": mapped_weights}) as llm:
         expected, outputs = texts(llm, few), {}
         for count, (number, output) in enumerate(llm.stream_all(PROMPTS, few)):
             outputs[number] = output
             if count == 20:
-                before = resident_bytes()
                 llm.sleep(level=1)
+                before = resident_bytes()
                 llm.sleep(level=2)
                 assert before - resident_bytes() > 0.9 * num_bytes
                 threading.Timer(0.1, llm.wake_up).start()

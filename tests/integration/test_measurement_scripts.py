@@ -24,7 +24,7 @@ def table(path: Path) -> pd.DataFrame:
 
 
 def test_engine_and_join(tmp_path: Path) -> None:
-    run("benchmark_engine.py", "--test", "--output", tmp_path)
+    run("benchmark_engine.py", "--test", "--mapped-weights", "--output", tmp_path)
     rows = table(tmp_path / "engine.csv")
     measured = rows[rows.work.str.startswith("prefill") & (rows.backend == "sdpa_vattn")]
     assert len(measured) == 4 and (measured.ratio > 0).all() and (tmp_path / "engine.png").is_file()

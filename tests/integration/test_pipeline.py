@@ -96,6 +96,15 @@ def test_shortage_on_one_rank_alone_fails_the_step_on_all(
     assert outputs == expected_outputs(tiny, prompts, 12)
 
 
+def test_the_weights_of_every_rank_go_and_come(tiny: TinyModel) -> None:
+    with LLM(**settings_for(tiny, mapped_weights=True, **GRIDS[1])) as llm:
+        for _ in range(2):
+            llm.sleep(level=2)
+            llm.wake_up()
+            [output] = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+            assert [list(output.outputs[0].token_ids)] == expected_outputs(tiny, [[1, 2, 3]], 12)
+
+
 def test_drawn_tokens_and_logprobs_are_those_of_one_rank(tiny: TinyModel) -> None:
     prompts = [prompt for _, prompt in random_prompts(9, 4, 30)]
     params = SamplingParams(

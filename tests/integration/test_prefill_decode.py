@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def llm(tiny: TinyModel) -> Iterator[LLM]:
-    with LLM(**settings_for(tiny, **TWO_ENGINES)) as llm:
+    with LLM(**settings_for(tiny, mapped_weights=True, **TWO_ENGINES)) as llm:
         yield llm
 
 

@@ -52,7 +52,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
 def load_weights(
     model: Decoder, checkpoint: Checkpoint, seed: int, shards: Mapping[str, Shard] = _WHOLE, stage: Stage | None = None
 ) -> None:
-    """Fills `model` in place and packs it for its device; `seed` is for weights that are drawn.
+    """Fills `model` in place; `seed` is for weights that are drawn.
 
     shards: the parts of tensors that the model holds, by the end of their names; of the others it holds all.
     stage: which layers of the checkpoint it holds; None: all.
@@ -61,7 +61,6 @@ def load_weights(
         _fill_randomly(model, seed)
     else:
         _fill(model, checkpoint.tensors, shards, stage or Stage(checkpoint.architecture))
-    model.pack()
 
 
 def _open(source: ModelSource) -> Checkpoint:

@@ -27,8 +27,8 @@ class Linear:
     def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool, place: Placement, ops: Ops) -> None:
         self.parts = dict(parts)
         out_features = sum(parts.values())
-        self.weight = torch.empty(out_features, in_features, dtype=place.dtype, device=place.device)
-        self.bias = torch.empty(out_features, dtype=place.dtype, device=place.device) if bias else None
+        self.weight = place.empty(out_features, in_features)
+        self.bias = place.empty(out_features) if bias else None
         self.ops = ops
 
     @classmethod
@@ -66,7 +66,7 @@ class Embedding:
     """A vector of `weight`, [vocab_size, hidden_size], for each token."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Placement, ops: Ops) -> None:
-        self.weight = torch.empty(vocab_size, hidden_size, dtype=place.dtype, device=place.device)
+        self.weight = place.empty(vocab_size, hidden_size)
         self.ops = ops
 
     def __call__(self, token_ids: Tensor, last_tokens: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class RMSNorm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
 
     def __init__(self, size: int, eps: float, place: Placement, ops: Ops) -> None:
-        self.weight = torch.empty(size, dtype=place.dtype, device=place.device)
+        self.weight = place.empty(size)
         self._eps, self.ops = eps, ops
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -116,6 +116,22 @@ def test_the_facts_are_those_of_the_executor() -> None:
     assert (facts.vocab_size, facts.max_model_len, facts.capacity.rows, facts.token_bytes) == (257, 200, 77, 1)
 
 
+@pytest.mark.parametrize(
+    ("device", "mapped_weights", "dropped"), [("cpu", False, 1), ("cuda", False, 0), ("cuda:1", True, 1)]
+)
+def test_weights_on_a_gpu_are_dropped_from_mapped_memory_alone(device: str, mapped_weights: bool, dropped: int) -> None:
+    core, calls = make_engine().core, []
+    executor = core.executor
+    executor.resolution = executor.resolution._replace(device=device, mapped_weights=mapped_weights)
+    executor.drop_weights = lambda: calls.append(1)
+    if dropped:
+        core.sleep(2)
+    else:
+        with pytest.raises(ValueError, match=f"level is 2: weights on {device} stay.*mapped_weights=True; use 1"):
+            core.sleep(2)
+    assert len(calls) == dropped and core.is_asleep == bool(dropped)
+
+
 ENDS = {
     "end token": ("ab", {}, ("stop", None)),
     "stop token": ("ab", {"stop_token_ids": [98]}, ("stop", 98)),

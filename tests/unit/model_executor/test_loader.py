@@ -54,9 +54,9 @@ def make_decoder(arch: ModelArchitecture) -> Decoder:
 def load(model: str | Path, load_format: str = "auto", seed: int = 0, packed: bool = True) -> Decoder:
     checkpoint = open_checkpoint(ModelConfig(model=str(model), load_format=load_format))
     decoder = make_decoder(checkpoint.architecture)
-    if not packed:
-        decoder.pack = lambda: None
     load_weights(decoder, checkpoint, seed)
+    if packed:
+        decoder.pack()
     return decoder
 
 
