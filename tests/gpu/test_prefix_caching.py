@@ -11,7 +11,7 @@ pytest.importorskip("vattention._native", reason="the native module is not built
 
 from sarathi import LLM, SamplingParams
 from sarathi.benchmark.engines.ours import find_model
-from sarathi.core.block_space_manager import prefix_groups
+from sarathi.core.block_space_manager.prefix_caching import groups
 from sarathi.messages import NewRequest, PrefixGroup
 from sarathi.model_executor.attention.base import KernelUnavailableError
 
@@ -70,10 +70,10 @@ def test_cascade_attention_gives_the_same_probabilities(backend: str, monkeypatc
     """Two groups and a loner, which end at different times; until a token differs, since bfloat16 rounds otherwise."""
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
-    monkeypatch.setattr(prefix_groups, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(groups, "_LEAST_SAVED", 1)
     found: list[tuple[PrefixGroup, ...]] = []
-    find_groups = prefix_groups.find_groups
-    monkeypatch.setattr(prefix_groups, "find_groups", lambda ends: found.append(find_groups(ends)) or found[-1])
+    find_groups = groups.find_groups
+    monkeypatch.setattr(groups, "find_groups", lambda ends: found.append(find_groups(ends)) or found[-1])
     prefixes = [[rng.randrange(3, 900) for _ in range(length)] for length in (3000, 1100, 0)]
     owners = (0, 1, 0, 0, 2, 1, 0, 0)
     prompts = [prefixes[owner] + [rng.randrange(3, 900) for _ in range(rng.randint(5, 200))] for owner in owners]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sarathi.config.backend import BackendSpec
 from sarathi.core.block_space_manager.base import BlockSpaceError, BlockSpaceManager, Grant
-from sarathi.core.block_space_manager.eviction import POLICIES
 from sarathi.core.block_space_manager.paged import BlockPool, PagedBlockSpaceManager
-from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
+from sarathi.core.block_space_manager.prefix_caching.eviction import POLICIES
+from sarathi.core.block_space_manager.prefix_caching.manager import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.messages import CacheCapacity
 

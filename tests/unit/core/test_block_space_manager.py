@@ -10,7 +10,7 @@ from scheduler_simulation import make_request
 from sarathi.config.backend import BackendSpec
 from sarathi.core.block_space_manager import BlockSpaceError, make_block_space_manager
 from sarathi.core.block_space_manager.paged import PagedBlockSpaceManager
-from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
+from sarathi.core.block_space_manager.prefix_caching.manager import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.messages import CacheCapacity
 from sarathi.request import Request

@@ -13,7 +13,8 @@ from cache_worker import CacheWorker
 from test_random_histories import History
 
 from sarathi.config.backend import BackendSpec
-from sarathi.core.block_space_manager import make_block_space_manager, prefix_caching, recycling
+from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.block_space_manager.prefix_caching import manager, recycling
 from sarathi.core.scheduler import Scheduler, make_scheduler, memory_recovery
 from sarathi.worker.cache_engine.base import KVCacheSpec
 
@@ -36,8 +37,8 @@ class CacheHistory(History):
         )  # fmt: skip
         row_tokens = 4096 / (4 * head_size * (num_layers if spec.megacache else 1))
         worker = CacheWorker(spec, cache, 2 + int(self.max_len * rng.uniform(0.6, 2.5) / row_tokens))
-        manager = make_block_space_manager(spec, worker.capacity, eviction)
-        return make_scheduler(self.config, manager, self.max_len, self.num_micro_batches), worker
+        ledger = make_block_space_manager(spec, worker.capacity, eviction)
+        return make_scheduler(self.config, ledger, self.max_len, self.num_micro_batches), worker
 
     def _check_rows(self) -> None:
         """Failed steps map nothing, and no step maps what kernels would read past the longest sequence."""
@@ -55,12 +56,12 @@ def test_no_step_changes_the_tokens_of_another(
     """Also: outputs are those of each request alone, and the books of ledger, index and cache agree."""
     caplog.set_level(logging.ERROR, logger="sarathi")
     monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
-    monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
-    monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
-    monkeypatch.setattr(prefix_caching, "_LOST_SHARE", 4)
+    monkeypatch.setattr(manager, "_MIN_HIT_TOKENS", 1)
+    monkeypatch.setattr(manager, "_MIN_WAIT_TOKENS", 2)
+    monkeypatch.setattr(manager, "_LOST_SHARE", 4)
     monkeypatch.setattr(recycling, "_KEPT", 3)
     monkeypatch.setattr(recycling, "_KEPT_WHERE_SCARCE", 1)
-    for module in (prefix_caching, recycling):
+    for module in (manager, recycling):
         monkeypatch.setattr(module, "BEGINNING_TOKENS", 2)
     total: Counter[str] = Counter()
     start = int(os.environ.get("SEED", random.randrange(2**40)))

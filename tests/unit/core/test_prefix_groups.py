@@ -7,9 +7,9 @@ from itertools import takewhile
 
 import pytest
 
-from sarathi.core.block_space_manager import prefix_groups
-from sarathi.core.block_space_manager.prefix_groups import PrefixGroups, find_groups, saved_tokens
-from sarathi.core.block_space_manager.prefix_index import PrefixIndex
+from sarathi.core.block_space_manager.prefix_caching import groups
+from sarathi.core.block_space_manager.prefix_caching.groups import PrefixGroups, find_groups, saved_tokens
+from sarathi.core.block_space_manager.prefix_caching.index import PrefixIndex
 from sarathi.messages import PrefixGroup
 
 
@@ -39,9 +39,9 @@ def random_sequences(rng: random.Random) -> list[list[int]]:
 
 @pytest.mark.parametrize("cost", [0, 3])
 def test_groups_share_what_they_claim_and_save_the_most(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_groups, "_MEMBER_COST", cost)
-    monkeypatch.setattr(prefix_groups, "_LEAST_TOKENS", 2)
-    monkeypatch.setattr(prefix_groups, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(groups, "_MEMBER_COST", cost)
+    monkeypatch.setattr(groups, "_LEAST_TOKENS", 2)
+    monkeypatch.setattr(groups, "_LEAST_SAVED", 1)
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
     for _ in range(200):
@@ -49,13 +49,13 @@ def test_groups_share_what_they_claim_and_save_the_most(cost: int, monkeypatch: 
         for number, tokens in enumerate(sequences):
             index.insert(number, array("i", tokens))
         running = rng.sample(range(len(sequences)), rng.randint(1, len(sequences)))  # the others are retained
-        groups = find_groups({number: index.sequences[number].node for number in running})
-        members = [member for group in groups for member in group.members]
+        found = find_groups({number: index.sequences[number].node for number in running})
+        members = [member for group in found for member in group.members]
         assert len(set(members)) == len(members) and set(members) <= set(running)
-        for group in groups:
-            found = {tuple(sequences[member][: group.num_tokens]) for member in group.members}
-            assert [len(tokens) for tokens in found] == [group.num_tokens]
-        saved = [saved_tokens(len(group.members), group.num_tokens) for group in groups]
+        for group in found:
+            starts = {tuple(sequences[member][: group.num_tokens]) for member in group.members}
+            assert [len(tokens) for tokens in starts] == [group.num_tokens]
+        saved = [saved_tokens(len(group.members), group.num_tokens) for group in found]
         assert saved == sorted(saved, reverse=True)
         assert sum(saved) == most_saved([sequences[number] for number in running])
 

@@ -12,8 +12,8 @@ from types import FrameType
 import pytest
 
 from sarathi.core.block_space_manager import BlockSpaceError
-from sarathi.core.block_space_manager.eviction import EvictionQueue, lfu, lru
-from sarathi.core.block_space_manager.prefix_index import PrefixIndex
+from sarathi.core.block_space_manager.prefix_caching.eviction import EvictionQueue, lfu, lru
+from sarathi.core.block_space_manager.prefix_caching.index import PrefixIndex
 
 Sequence = tuple["str | None", list[int]]
 

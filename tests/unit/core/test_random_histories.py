@@ -14,7 +14,7 @@ import pytest
 from scheduler_simulation import VOCAB, FakeWorker, expected_output, make_pair, make_request
 
 from sarathi.config.schema import CHUNKED_SCHEDULERS, SCHEDULERS, SchedulerConfig
-from sarathi.core.block_space_manager import prefix_caching, prefix_groups
+from sarathi.core.block_space_manager.prefix_caching import groups, manager
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, memory_recovery
 from sarathi.messages import CacheCapacity, PrefixCacheStats, RequestUpdate, SchedulerOutput, StepResult
 from sarathi.request import Request
@@ -238,10 +238,10 @@ def small_limits(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
     """So that histories of a few tokens reach everything."""
     caplog.set_level(logging.ERROR, logger="sarathi")
     monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
-    monkeypatch.setattr(prefix_caching, "_MIN_HIT_TOKENS", 1)
-    monkeypatch.setattr(prefix_caching, "_MIN_WAIT_TOKENS", 2)
+    monkeypatch.setattr(manager, "_MIN_HIT_TOKENS", 1)
+    monkeypatch.setattr(manager, "_MIN_WAIT_TOKENS", 2)
     for name in ("_LEAST_TOKENS", "_LEAST_SAVED", "_MEMBER_COST"):
-        monkeypatch.setattr(prefix_groups, name, 0)
+        monkeypatch.setattr(groups, name, 0)
 
 
 @pytest.mark.parametrize("backend", ["sdpa_paged", "sdpa_vattn"])

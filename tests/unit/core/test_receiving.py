@@ -3,7 +3,7 @@
 import pytest
 
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
+from sarathi.core.block_space_manager.prefix_caching.manager import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.messages import CacheCapacity, RequestUpdate, SampledToken, SchedulerOutput, StepResult

@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeExecutor
 
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager.prefix_caching import PrefixCachingBlockSpaceManager
+from sarathi.core.block_space_manager.prefix_caching.manager import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, make_scheduler
 from sarathi.engine.prefill_decode.core import PrefillDecodeCore

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-from sarathi.core.block_space_manager.prefix_index import IndexedSequence
+from sarathi.core.block_space_manager.prefix_caching.index import IndexedSequence
 
 EvictionPolicy = Callable[[IndexedSequence], tuple[int, ...]]
 """The sequence with the smallest key is evicted first. Using a sequence may only make its key larger."""

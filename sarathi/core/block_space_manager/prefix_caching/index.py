@@ -11,6 +11,7 @@ names one of them, which makes a lookup O(length of the prompt) with array compa
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -18,8 +19,7 @@ from typing import NamedTuple
 
 from sarathi.core.block_space_manager.base import BlockSpaceError
 
-Owner = Hashable  # who holds a sequence: a slot of contiguous memory, or a block table
-Tokens = "array[int]"  # typecode "i", 4 bytes for each token id
+Owner = Hashable  # who holds a sequence
 
 
 class Match(NamedTuple):
@@ -37,14 +37,15 @@ class Match(NamedTuple):
 class _Node:
     """tokens: of the edge that leads here. depth: tokens from the root to the end of that edge.
 
-    owners: sequences that end here. named: the sequence below that the node names.
+    owners: sequences that end here, in an order that is the same in every run. named: the sequence below that the node
+    names.
     """
 
     tokens: array[int]
     parent: _Node | None
     depth: int
     named: Owner | None = None
-    owners: set[Owner] = field(default_factory=set)
+    owners: dict[Owner, None] = field(default_factory=dict)
     children: dict[int, _Node] = field(default_factory=dict)
 
     def choose(self) -> None:
@@ -72,7 +73,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self.sequences: dict[Owner, IndexedSequence] = {}
         self._roots: dict[str | None, _Node] = {}
-        self._clock = 0
+        self._clock = itertools.count()
 
     def match(self, tokens: array[int], salt: str | None = None) -> Match:
         """The longest prefix of `tokens` in the index. O(len(tokens))."""
@@ -87,29 +88,34 @@ class PrefixIndex:
                 break
         return Match(position, node.named if position else None)
 
+    def length(self, owner: Owner) -> int:
+        """Tokens of a sequence that can be found; 0 where there is none of this owner."""
+        sequence = self.sequences.get(owner)
+        return sequence.node.depth if sequence is not None else 0
+
     def use(self, owner: Owner) -> None:
         """Count a hit of a sequence, for the eviction policies."""
         sequence = self.sequences[owner]
         sequence.num_uses += 1
-        sequence.last_used = self._tick()
+        sequence.last_used = next(self._clock)
 
     def insert(self, owner: Owner, tokens: array[int], salt: str | None = None) -> None:
         """Add a sequence. ValueError if it has no tokens, or if the owner has one already."""
         if owner in self.sequences or not tokens:
             raise ValueError(f"{owner!r} holds a sequence already, or has no tokens: {len(tokens)}")
         root = self._roots.setdefault(salt, _Node(array("i"), None, 0))
-        self.sequences[owner] = IndexedSequence(self._place(owner, root, tokens, 0), salt, self._tick())
+        self.sequences[owner] = IndexedSequence(self._place(owner, root, tokens, 0), salt, next(self._clock))
 
     def extend(self, owner: Owner, tokens: array[int]) -> None:
         """Append computed tokens to a sequence. O(len(tokens)) if no other sequence shares its end."""
         sequence = self.sequences[owner]
-        sequence.last_used = self._tick()
+        sequence.last_used = next(self._clock)
         node = sequence.node
         if not node.children and len(node.owners) == 1:
             node.tokens.extend(tokens)
             node.depth += len(tokens)
         elif tokens:
-            node.owners.discard(owner)
+            node.owners.pop(owner, None)
             sequence.node = self._place(owner, node, tokens, 0)
             self._tidy(node, owner, until=node.parent)
 
@@ -119,13 +125,10 @@ class PrefixIndex:
         old = node = sequence.node
         if length >= old.depth:
             return
-        old.owners.discard(owner)
         if length <= 0:
-            del self.sequences[owner]
-            self._tidy(old, owner, until=None)
-            if not self._roots[sequence.salt].children:
-                del self._roots[sequence.salt]
+            self.discard(owner)
             return
+        old.owners.pop(owner, None)
         while node.parent is not None and node.parent.depth >= length:
             node = node.parent
         sequence.node = self._end_at(owner, node, length - (node.depth - len(node.tokens)))
@@ -133,8 +136,13 @@ class PrefixIndex:
 
     def discard(self, owner: Owner) -> None:
         """Forget a sequence, if there is one of this owner."""
-        if owner in self.sequences:
-            self.truncate(owner, 0)
+        sequence = self.sequences.pop(owner, None)
+        if sequence is None:
+            return
+        sequence.node.owners.pop(owner, None)
+        self._tidy(sequence.node, owner, until=None)
+        if not self._roots[sequence.salt].children:
+            del self._roots[sequence.salt]
 
     def check_integrity(self) -> None:
         """Raise BlockSpaceError unless tree and sequences agree."""
@@ -147,30 +155,26 @@ class PrefixIndex:
         if ends != {owner: sequence.node for owner, sequence in self.sequences.items()}:
             raise BlockSpaceError(f"sequences end at other nodes than recorded: {ends.keys()}")
 
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
-
     def _place(self, owner: Owner, node: _Node, tokens: array[int], position: int) -> _Node:
         """The node where the path from the end of `node` through tokens[position:] ends, created if necessary."""
         while position < len(tokens):
             child = node.children.get(tokens[position])
             if child is None:
                 rest = tokens[position:]
-                leaf = _Node(rest, node, node.depth + len(rest), owner, {owner})
+                leaf = _Node(rest, node, node.depth + len(rest), owner, {owner: None})
                 node.children[rest[0]] = leaf
                 return leaf
             length = _common_length(child.tokens, tokens, position)
             position += length
             node = child if length == len(child.tokens) else _split(child, length)
-        node.owners.add(owner)
+        node.owners[owner] = None
         node.choose()
         return node
 
     def _end_at(self, owner: Owner, node: _Node, length: int) -> _Node:
         """Let a sequence end after `length` tokens of the edge to `node`."""
         end = node if length == len(node.tokens) else _split(node, length)
-        end.owners.add(owner)
+        end.owners[owner] = None
         end.choose()
         return end
 
@@ -229,7 +233,7 @@ def _check_subtree(top: _Node, ends: dict[Owner, _Node]) -> None:
         order += node.children.values()
     below: dict[int, set[Owner]] = {}
     for node in reversed(order):
-        held = node.owners.union(*[below.pop(id(child)) for child in node.children.values()])
+        held = set(node.owners).union(*[below.pop(id(child)) for child in node.children.values()])
         below[id(node)] = held
         ends.update(dict.fromkeys(node.owners, node))
         is_linked = node.parent is not None and node.parent.children[node.tokens[0]] is node

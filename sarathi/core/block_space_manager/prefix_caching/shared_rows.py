@@ -70,6 +70,11 @@ class Run:
             yield run
             run = run.parent
 
+    def path_ids(self) -> tuple[int, ...]:
+        """Ids of all rows up to the end of this run, in order."""
+        runs = [run.ids for run in self.path()]
+        return tuple([id for ids in reversed(runs) for id in ids])
+
 
 class SharedRows:
     """used: distinct rows of running and pinned sequences. kept: those that only other sequences hold."""
@@ -100,10 +105,7 @@ class SharedRows:
     def shrink(self, tail: Run, rows: int) -> Run:
         """Remove the last rows of a sequence, fewer than it has and none that is used; returns its last run."""
         end = self.split(tail, _sum_rows(tail.path()) - rows)
-        for run in tail.path():
-            if run is end:
-                break
-            self._leave(run)
+        self.drop(tail, end)
         return end
 
     def use(self, end: Run) -> None:
@@ -120,12 +122,17 @@ class SharedRows:
             run.users -= 1
             if not run.users:
                 self.used -= run.rows
-                self._keep_or_free(run)
+                self.kept += run.rows
+                self._free_unheld(run)
 
-    def drop(self, tail: Run) -> None:
-        """Remove a sequence that does not run."""
+    def drop(self, tail: Run, end: Run | None = None) -> None:
+        """Remove the rows behind `end` of a sequence that does not run; all of them where it is None."""
         for run in tail.path():
-            self._leave(run)
+            if run is end:
+                break
+            run.holders -= 1
+            if not run.users:
+                self._free_unheld(run)
 
     def split(self, tail: Run, rows: int) -> Run:
         """The run that ends with the sequence's first `rows` rows, cut where necessary."""
@@ -149,7 +156,7 @@ class SharedRows:
             end = begin
         return kept
 
-    def loose(self, tail: Run) -> int:
+    def exclusive(self, tail: Run) -> int:
         """Rows at the end of a sequence that nobody else holds or uses."""
         return _sum_rows(takewhile(lambda run: run.holders == 1 and not run.users, tail.path()))
 
@@ -180,17 +187,10 @@ class SharedRows:
         if (used, kept) != (self.used, self.kept) or len(set(ids)) < len(ids):
             raise BlockSpaceError(f"{self.used} rows are counted as used and {self.kept} as kept: {used} and {kept}")
 
-    def _leave(self, run: Run) -> None:
-        """One sequence less holds it."""
-        run.holders -= 1
-        if not run.users and not run.holders:
+    def _free_unheld(self, run: Run) -> None:
+        """Free the rows of a run that nobody uses, where no sequence holds it either."""
+        if not run.holders:
             self.kept -= run.rows
-            self._pool.put(run.ids)
-
-    def _keep_or_free(self, run: Run) -> None:
-        if run.holders:
-            self.kept += run.rows
-        else:
             self._pool.put(run.ids)
 
 
