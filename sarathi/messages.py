@@ -82,6 +82,9 @@ class PrefixChanges(NamedTuple):
     shared: tuple[SharedPrefix, ...] = ()
 
 
+NO_CHANGES = PrefixChanges()
+
+
 class PrefixGroup(NamedTuple):
     """Requests of a step that decode and begin with the same num_tokens tokens, which attention may read once.
 
@@ -122,7 +125,6 @@ class SchedulerOutput:
     sent: what this step computes for another engine.
     num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
         it was sent after a failed one, and depends on what that should have computed.
-    prefixes: None without prefix caching.
     prefix_groups: disjoint, those with the most in common first; none without cascade attention.
     """
 
@@ -132,7 +134,7 @@ class SchedulerOutput:
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     num_recoveries: int = 0
-    prefixes: PrefixChanges | None = None
+    prefixes: PrefixChanges = NO_CHANGES
     received: tuple[Chunk, ...] = ()
     sent: tuple[Portion, ...] = ()
     prefix_groups: tuple[PrefixGroup, ...] = ()
@@ -141,7 +143,7 @@ class SchedulerOutput:
     def is_empty(self) -> bool:
         """Whether workers need not hear of it."""
         changes = (self.new_requests, self.chunks, self.preempted, self.finished, self.received)
-        return not any((*changes, *(self.prefixes or ())))
+        return not any((*changes, *self.prefixes))
 
     @property
     def num_tokens(self) -> int:

@@ -123,16 +123,11 @@ class Worker:
             self.sending.settle(released)
         if broken := self._sequences.not_finite.intersection(released):
             self._cache.clear(broken)
-        prefixes = out.prefixes
-        if prefixes is not None:
-            self._cache.retain(prefixes.retained)
-        self._cache.release(released)
-        if prefixes is not None:
-            self._cache.change_retained(prefixes)
+        self._cache.release(released, out.prefixes)
         self._sequences.drop(out.finished)
         self._sequences.add(out.new_requests)
         try:
-            self._cache.prepare(_in_order(out), () if prefixes is None else prefixes.shared)
+            self._cache.prepare(_in_order(out), out.prefixes.shared)
         except OutOfMemoryError as error:
             logger.warning("rank %d has no memory for step %d: %s", self._ranks.number, out.step_id, error)
             return error.available
@@ -144,7 +139,7 @@ class Worker:
 
     def run(self, out: SchedulerOutput) -> StepFuture:
         """Compute a step for which `prepare` returned None."""
-        if out.prefixes is not None and out.prefixes.shared:
+        if out.prefixes.shared:
             self._cache.copy_prefixes()
         if not out.chunks:
             return CompletedStep(StepResult(out.step_id))
@@ -197,8 +192,6 @@ def _in_order(out: SchedulerOutput) -> Sequence[Chunk]:
     """Chunks and received prompts; those that share a prefix as they started, since one may share that of another."""
     if not out.received:
         return out.chunks
-    if out.prefixes is None:
-        return (*out.chunks, *out.received)
     order = {prefix.request_id: index for index, prefix in enumerate(out.prefixes.shared)}
     return sorted((*out.chunks, *out.received), key=lambda chunk: order.get(chunk.request_id, -1))
 

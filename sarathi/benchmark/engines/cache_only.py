@@ -12,7 +12,6 @@ from sarathi.messages import (
     Chunk,
     CompletedStep,
     MemoryStats,
-    PrefixChanges,
     Resolution,
     SampledToken,
     SchedulerOutput,
@@ -49,12 +48,9 @@ class CacheOnlyExecutor(Executor):
         self._next_token = next_token
 
     def launch(self, out: SchedulerOutput) -> CompletedStep:
-        prefixes = out.prefixes or PrefixChanges()
-        self.cache.retain(prefixes.retained)
-        self.cache.release((*out.preempted, *out.finished))
-        self.cache.change_retained(prefixes)
+        self.cache.release((*out.preempted, *out.finished), out.prefixes)
         try:
-            self.cache.prepare(out.chunks, prefixes.shared)
+            self.cache.prepare(out.chunks, out.prefixes.shared)
         except OutOfMemoryError as error:
             return CompletedStep(StepResult(out.step_id, available_rows=error.available))
         self.cache.copy_prefixes()

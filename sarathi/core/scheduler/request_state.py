@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from sarathi.core.block_space_manager.base import BlockSpaceManager
 from sarathi.messages import (
+    NO_CHANGES,
     NO_TOKEN_LEFT,
     NOT_FINITE,
     Chunk,
@@ -106,7 +107,7 @@ class Step:
     prefilled: list[Request] = field(default_factory=list)
     started: list[RequestState] = field(default_factory=list)
     withdrawn: tuple[str, ...] = ()
-    prefixes: PrefixChanges | None = None
+    prefixes: PrefixChanges = NO_CHANGES
     prefix_groups: tuple[PrefixGroup, ...] = ()
     received: list[Chunk] = field(default_factory=list)
     receiving: list[RequestState] = field(default_factory=list)

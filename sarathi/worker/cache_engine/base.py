@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
+from sarathi.messages import NO_CHANGES, CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import Address
 
 
@@ -76,16 +76,11 @@ class CacheEngine(Protocol):
         What others share stays: they are cleared too, if there is a NaN in it. To be called before release.
         """
 
-    def release(self, request_ids: Iterable[str]) -> None:
-        """Free the memory of requests that no step in flight uses. Requests without memory are ignored."""
+    def release(self, request_ids: Iterable[str], changes: PrefixChanges = NO_CHANGES) -> None:
+        """Free the memory of requests that no step in flight uses, except of those that `changes` retains.
 
-    def retain(self, retained: Iterable[tuple[str, int]]) -> None:
-        """Keep the memory of ended requests as it is, each under its key, instead of releasing it."""
-
-    def change_retained(self, changes: PrefixChanges) -> None:
-        """Shorten, release and hand over what is kept: `evicted`, then `continued`.
-
-        Keys that are unknown belong to steps that an exception kept from the worker.
+        Then shorten, free and hand over what is retained, as `changes` says. Requests without memory are ignored, and
+        unknown keys, which belong to steps that an exception kept from the worker.
         """
 
     def prepare(self, chunks: Sequence[Chunk], shared: Sequence[SharedPrefix] = ()) -> None:

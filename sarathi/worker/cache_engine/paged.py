@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
-from sarathi.messages import CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
+from sarathi.messages import NO_CHANGES, CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import BlockAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec, first_sources
 
@@ -59,19 +59,14 @@ class PagedCacheEngine:
             blocks = self._tables.get(request_id, [])
             self._keys[:, blocks] = self._values[:, blocks] = 0
 
-    def release(self, request_ids: Iterable[str]) -> None:
+    def release(self, request_ids: Iterable[str], changes: PrefixChanges = NO_CHANGES) -> None:
+        """The block space manager keeps retained blocks: here they are in no table."""
         for request_id in request_ids:
             self._forget(self._tables.pop(request_id, ()))
             self._tokens.pop(request_id, None)
             number = self._numbers.pop(request_id, None)
             if number is not None:
                 self._free_numbers.append(number)
-
-    def retain(self, retained: Iterable[tuple[str, int]]) -> None:
-        """The block space manager keeps blocks; here they are in no table."""
-
-    def change_retained(self, changes: PrefixChanges) -> None:
-        """Nothing is kept here."""
 
     def prepare(self, chunks: Sequence[Chunk], shared: Sequence[SharedPrefix] = ()) -> None:
         for chunk in chunks:

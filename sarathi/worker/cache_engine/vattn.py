@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sarathi.config.backend import BackendSpec
-from sarathi.messages import EVERY_KEY, CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
+from sarathi.messages import EVERY_KEY, NO_CHANGES, CacheCapacity, Chunk, MemoryStats, PrefixChanges, SharedPrefix
 from sarathi.model_executor.attention.address import SlotAddress
 from sarathi.worker.cache_engine.base import CacheSettingsError, KVCacheSpec, first_sources
 from vattention import DeviceError, OutOfMemoryError, VirtualKVCache
@@ -96,15 +96,11 @@ class vATTNCacheEngine:
                     for tensor in self._cache.view(slot.number, layer):
                         tensor[slot.num_shared :].zero_()
 
-    def release(self, request_ids: Iterable[str]) -> None:
+    def release(self, request_ids: Iterable[str], changes: PrefixChanges = NO_CHANGES) -> None:
+        for request_id, key in changes.retained:
+            self._rename(request_id, key)
         for request_id in request_ids:
             self._free(request_id)
-
-    def retain(self, retained: Iterable[tuple[str, int]]) -> None:
-        for request_id, key in retained:
-            self._rename(request_id, key)
-
-    def change_retained(self, changes: PrefixChanges) -> None:
         for key, rows in changes.evicted:
             for each in [other for other in self._slots if isinstance(other, int)] if key == EVERY_KEY else [key]:
                 self._shorten(each, rows)

@@ -65,9 +65,7 @@ class CacheWorker:
 
     def _release(self, out: SchedulerOutput) -> None:
         changes = out.prefixes
-        self.cache.retain(changes.retained)
-        self.cache.release((*out.preempted, *out.finished))
-        self.cache.change_retained(changes)
+        self.cache.release((*out.preempted, *out.finished), changes)
         for request_id, key in changes.retained:
             if request_id in self.written:
                 self.written[key] = self.written.pop(request_id)

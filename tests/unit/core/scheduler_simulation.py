@@ -16,7 +16,6 @@ from sarathi.messages import (
     EVERY_KEY,
     CacheCapacity,
     Chunk,
-    PrefixChanges,
     SampledToken,
     SchedulerOutput,
     SharedPrefix,
@@ -27,10 +26,6 @@ from sarathi.sampling_params import SamplingParams
 
 VOCAB = 23
 EOS = 0
-
-
-def _changes(out: SchedulerOutput) -> PrefixChanges:
-    return PrefixChanges() if out.prefixes is None else out.prefixes
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -103,7 +98,7 @@ class FakeWorker:
         busy = {chunk.request_id for step in self.in_flight.values() for chunk in step.chunks}
         if not self.num_failures:
             assert not busy & {*out.preempted, *out.finished}, "memory of a step in flight was released"
-        for request_id, key in _changes(out).retained:
+        for request_id, key in out.prefixes.retained:
             sequence = self.sequences[request_id]
             self.kept[key] = KnownRequest([], 0, sequence.blocks, sequence.written, sequence.rows)
             self._forget(sequence)
@@ -114,7 +109,7 @@ class FakeWorker:
                 self._free(self.sequences.pop(request_id))
 
     def _change_kept(self, out: SchedulerOutput) -> None:
-        for key, rows in _changes(out).evicted:
+        for key, rows in out.prefixes.evicted:
             for each in list(self.kept) if key == EVERY_KEY else [key]:
                 sequence = self.kept[each]
                 self._check_not_copied(sequence.rows, rows)
@@ -122,7 +117,7 @@ class FakeWorker:
                 del sequence.written[self.capacity.tokens_within(rows) :]
                 if not rows:
                     del self.kept[each]
-        for request_id, key in _changes(out).continued:
+        for request_id, key in out.prefixes.continued:
             sequence = self.kept.pop(key)
             self._learn_new(out)
             known = self.sequences[request_id]
@@ -137,7 +132,7 @@ class FakeWorker:
 
     def _learn(self, out: SchedulerOutput) -> None:
         self._learn_new(out)
-        for prefix in _changes(out).shared:
+        for prefix in out.prefixes.shared:
             source, target = self._source(prefix), self.sequences[prefix.request_id]
             rows = self.capacity.rows_holding(prefix.num_mapped)
             assert self.capacity.tokens_within(rows) == prefix.num_mapped and not target.rows
@@ -150,7 +145,7 @@ class FakeWorker:
             needed = self.capacity.rows_for(sequence.granted)
             sequence.rows += [Row() for _ in range(needed - len(sequence.rows))]
             assert len(sequence.blocks) == (needed if self.paged else 0)
-        for prefix in _changes(out).shared if self.paged else ():
+        for prefix in out.prefixes.shared if self.paged else ():
             rows = self.capacity.rows_holding(prefix.num_mapped)
             source, target = self._source(prefix), self.sequences[prefix.request_id]
             assert target.blocks[:rows] == source.blocks[:rows]
@@ -165,7 +160,7 @@ class FakeWorker:
 
     def _copy(self, out: SchedulerOutput) -> None:
         """Of tokens that earlier steps have written: those of this step are not yet there."""
-        for prefix in _changes(out).shared:
+        for prefix in out.prefixes.shared:
             source, target = self._source(prefix), self.sequences[prefix.request_id]
             target.written = source.written[: prefix.num_tokens]
             if prefix.num_tokens > prefix.num_mapped:
