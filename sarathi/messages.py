@@ -287,6 +287,7 @@ class Resolution(NamedTuple):
     dtype_eps: difference between 1 and the next larger number in dtype.
     prefix_caching: whether it is asked for and possible for this model, its ranks and the addresses of the device.
     mapped_weights: whether the memory of weights can be given back while their addresses stay.
+    cascade_attention: whether it is asked for, prefixes are shared, and the backend has the kernel.
     """
 
     backend: str
@@ -295,6 +296,7 @@ class Resolution(NamedTuple):
     dtype_eps: float
     prefix_caching: bool = False
     mapped_weights: bool = False
+    cascade_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Measure prompts that share a prefix, in our engine and in vLLM: prefix.csv.
 
     python scripts/benchmark_prefix.py --model llama-3-8b --output DIR [--backends fa_vattn_megacache fa_vattn]
-        [--cascade]
+        [--no-cascade]
     python scripts/benchmark_prefix.py --vllm --model llama-3-8b --output OTHER       # where vllm can be imported
     python scripts/benchmark_prefix.py --join DIR/prefix.csv OTHER/prefix.csv --output JOINED
 
@@ -29,9 +29,9 @@ UNSHARED = "unshared"
 
 def measure_ours(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
     """Every stage with prefix caching, in one engine."""
-    engine = open_engine(options, backend, prefix_caching=True, cascade_attention=options.cascade)
-    if options.cascade:
-        engine.backend = f"{backend}, cascade"
+    engine = open_engine(options, backend, prefix_caching=True, cascade_attention=not options.no_cascade)
+    if options.no_cascade:
+        engine.backend = f"{backend}, no cascade"
     load = _load(options, engine, table)
     load.warm_up()
     shared = PrefixLoad(load, SMALL if options.test else FULL)
@@ -72,7 +72,7 @@ def read_options() -> argparse.Namespace:
     parser.set_defaults(max_model_len=36864)
     add_stages(parser, (*STAGES, UNSHARED))
     parser.add_argument("--backends", nargs="+", default=["fa_vattn_megacache"])
-    parser.add_argument("--cascade", action="store_true", help="decode attention reads what requests share once a step")
+    parser.add_argument("--no-cascade", action="store_true", help="each request reads what it shares with others")
     parser.add_argument("--rounds", type=positive, default=2, help="engines with and without caching, of `unshared`")
     parser.add_argument("--only", default="", help="what the names of requests of `unshared` contain, as 1000")
     parser.add_argument("--vllm", action="store_true", help="measure vLLM instead")

@@ -82,7 +82,7 @@ class CacheConfig(Section):
         "lru", "which of them go first: least recently used, or least frequently", choices=EVICTIONS
     )
     cascade_attention: bool = knob(
-        False, "where many running requests begin alike, decode attention reads what they share once a step"
+        True, "where many running requests begin alike, decode attention reads what they share once a step, on a GPU"
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ VLLM_NAMES: dict[str, str] = {
     "max_seq_len_to_capture": "only enforce_eager here",
     "disable_log_stats": "not needed here: nothing is logged while requests run",
     "async_scheduling": "not needed here: the next step is always scheduled beside the running one on a GPU",
-    "disable_cascade_attn": "called cascade_attention here, which is off by default",
+    "disable_cascade_attn": "called cascade_attention here, which is on by default",
     "enable_sleep_mode": "not needed here for sleep level 1; called mapped_weights here for level 2 on a GPU",
     "skip_tokenizer_init": "not needed here: a model without a tokenizer takes token ids",
     "tokenizer_mode": "not needed here: tokenizers are always fast ones",

@@ -71,7 +71,7 @@ def build_scheduler(config: EngineConfig, executor: Executor, most_received_toke
     """
     backend, cache = config.model.attention_backend, config.cache
     block_space_manager = make_block_space_manager(
-        backend, executor.capacity, cache.prefix_eviction, cascades=cache.cascade_attention
+        backend, executor.capacity, cache.prefix_eviction, cascades=executor.resolution.cascade_attention
     )
     return make_scheduler(
         config.scheduler, block_space_manager, executor.max_model_len, executor.num_stages, most_received_tokens

@@ -80,9 +80,10 @@ class Worker:
             if not spec.num_retained and not ranks.number:
                 logger.warning("prefixes are not shared: %s", obstacle or _TOO_MANY_ADDRESSES)
         shares = spec.num_retained > 0
-        if config.cache.cascade_attention and not (shares and attention.enable_cascade()):
-            logger.warning("cascade_attention=True has no effect: it needs shared prefixes and a GPU's kernel on slots")
-        self.resolution = Resolution(str(backend), str(place.device), place.dtype_name, place.dtype_eps, shares, mapped)
+        cascades = shares and config.cache.cascade_attention and attention.enable_cascade()
+        self.resolution = Resolution(
+            str(backend), str(place.device), place.dtype_name, place.dtype_eps, shares, mapped, cascades
+        )
         self.token_bytes = spec.token_bytes
         budget = ranks.least(
             initial_budget_bytes(config.cache, place.device, spec.token_bytes, can_grow=not backend.is_paged)

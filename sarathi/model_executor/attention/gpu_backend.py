@@ -63,7 +63,8 @@ class GpuBackend(AttentionBackend):
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
         """See AttentionBackend."""
         if self._decode is not None:
-            self._decode.warm_up(self.arch.num_heads, layer, self._fewest_decodes, max_num_seqs)
+            fewest = self._fewest_decodes if self.cascade is None else 1
+            self._decode.warm_up(self.arch.num_heads, layer, fewest, max_num_seqs)
 
 
 def decode_kernel(arch: ModelArchitecture, place: Placement) -> TritonDecode | None:

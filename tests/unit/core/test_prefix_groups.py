@@ -40,7 +40,6 @@ def random_sequences(rng: random.Random) -> list[list[int]]:
 @pytest.mark.parametrize("cost", [0, 3])
 def test_groups_share_what_they_claim_and_save_the_most(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "_MEMBER_COST", cost)
-    monkeypatch.setattr(groups, "_LEAST_TOKENS", 2)
     monkeypatch.setattr(groups, "_LEAST_SAVED", 1)
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
@@ -68,6 +67,22 @@ def test_a_group_needs_much_in_common() -> None:
     assert find_groups(ends) == (PrefixGroup(4000, tuple(range(10))),)
     assert find_groups({number: ends[number] for number in (2, 5)}) == ()
     assert saved_tokens(256, 100) == saved_tokens(1, 100_000) == 0
+
+
+def test_groups_stay_while_requests_grow_and_are_found_anew_when_they_part() -> None:
+    """The second half writes the same tokens for a while."""
+    index, groups = PrefixIndex(), PrefixGroups()
+    for number in range(20):
+        index.insert(number, array("i", [*range(4000), min(number, 10)]))
+    for step in range(4):
+        for number in range(20):
+            index.extend(number, array("i", [step if number < 10 or step < 2 else number]))
+            ends = {place: index.sequences[place].node for place in range(20)}
+            assert groups.of(ends) == find_groups(ends)
+    grown = groups.of(ends)
+    for number in range(20):
+        index.extend(number, array("i", [number, 7]))
+    assert groups.of({place: index.sequences[place].node for place in range(20)}) is grown
 
 
 def test_groups_are_found_anew_when_requests_change() -> None:

@@ -240,7 +240,7 @@ def small_limits(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(memory_recovery, "_RETRY_STEPS", 20)
     monkeypatch.setattr(manager, "_MIN_HIT_TOKENS", 1)
     monkeypatch.setattr(manager, "_MIN_WAIT_TOKENS", 2)
-    for name in ("_LEAST_TOKENS", "_LEAST_SAVED", "_MEMBER_COST"):
+    for name in ("_LEAST_SAVED", "_MEMBER_COST"):
         monkeypatch.setattr(groups, name, 0)
 
 

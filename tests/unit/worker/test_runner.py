@@ -36,7 +36,8 @@ class Noting(CudaModelRunner):
     def warm_up(self) -> None:
         self.noted.append("warm_up")
 
-    def capture(self) -> None:
+    def capture(self, max_tokens: int) -> None:
+        assert max_tokens >= max(map(sum, (step for step in self.noted if step != "warm_up")))
         self.noted.append("capture")
 
 

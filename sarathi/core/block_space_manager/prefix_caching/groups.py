@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 
 from sarathi.messages import PrefixGroup
 
-_LEAST_TOKENS = 256  # of a prefix: shorter ones are a few tiles of each sequence
-_LEAST_SAVED = 16_384  # tokens that need not be read: from there on the gain exceeds the launch of another kernel
-_MEMBER_COST = 64  # tokens that could be read in the time that it takes to join a member's two parts
+# In tokens that could be read in that time, from experiments/h200/shared.csv.
+_LEAST_SAVED = 32_768  # the launch of another kernel
+_MEMBER_COST = 300  # the join of a member's two parts
 
 
 class Node(Protocol):
@@ -33,8 +33,6 @@ def saved_tokens(num_members: int, num_tokens: int) -> int:
 
     Reading once saves all members but one the prefix, and costs each of them the join of its own tokens with it.
     """
-    if num_tokens < _LEAST_TOKENS:
-        return 0
     return max(0, (num_members - 1) * num_tokens - num_members * _MEMBER_COST)
 
 
@@ -86,15 +84,18 @@ def _depth(node: Node) -> int:
 
 
 class PrefixGroups:
-    """The groups of a step, found anew when other requests decode than in the step before."""
+    """The groups of a step, found anew when other requests decode than in the step before, or begin alike.
+
+    A node grows while one request ends there and nothing is below it; what requests share has nodes that do not grow.
+    """
 
     def __init__(self) -> None:
-        self._key: list[tuple[int, Node, int]] = []
+        self._key: list[tuple[int, Node, Node | None]] = []
         self._groups: tuple[PrefixGroup, ...] = ()
 
     def of(self, ends: Mapping[int, Node]) -> tuple[PrefixGroup, ...]:
         """See find_groups."""
-        key = [(index, node, node.depth) for index, node in ends.items()]
+        key = [(index, node, node.parent) for index, node in ends.items()]
         if key != self._key:
             self._key, self._groups = key, find_groups(ends)
         return self._groups

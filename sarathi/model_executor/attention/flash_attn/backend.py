@@ -93,7 +93,8 @@ class FlashAttentionBackend(GpuBackend):
         if not isinstance(address, SlotAddress):
             return FlashMetadata(step)
         metadata, decodes = FlashMetadata(step, batch.chunks, address.slots), batch.leading_decodes
-        is_divided = self._decode is not None and self._fewest_decodes <= decodes < len(batch.chunks)
+        fewest = self._fewest_decodes if step.cascade is None else 1  # only our kernel reads what they share once
+        is_divided = self._decode is not None and fewest <= decodes < len(batch.chunks)
         return metadata.divided(decodes) if is_divided else metadata
 
     def plan_static(self, step: DeviceStep) -> FlashMetadata:
