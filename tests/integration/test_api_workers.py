@@ -72,7 +72,7 @@ class Streams:
 
 def test_text_is_that_of_one_process_and_counts_are_those_of_all(server: RunningServer, model: str) -> None:
     prompts = [f"Once upon a time {number}" for number in range(12)]
-    with LLM(model=model, load_format="dummy", memory_bytes="64mb") as llm:
+    with LLM(model=model, memory_bytes="64mb") as llm:
         params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
         expected = [each.outputs[0].text for each in llm.generate(prompts, params, use_tqdm=False)]
     before = metric(server, "generation_tokens_total"), metric(server, "request_success_total")

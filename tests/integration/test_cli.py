@@ -12,18 +12,7 @@ from small_models import save_tiny_config, save_tiny_model
 from sarathi import __version__
 from sarathi.entrypoints.cli import main
 
-SMALL = [
-    "--load-format",
-    "dummy",
-    "--device",
-    "cpu",
-    "--memory-bytes",
-    "8mb",
-    "--max-num-seqs",
-    "4",
-    "--max-tokens",
-    "6",
-]
+SMALL = ["--device", "cpu", "--memory-bytes", "8mb", "--max-num-seqs", "4", "--max-tokens", "6"]
 
 
 @pytest.fixture
@@ -131,7 +120,10 @@ def test_standard_input_is_one_prompt(
 
 
 def test_token_ids_are_prompts_where_there_is_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate(save_tiny_config(tmp_path / "bare"), "--prompt-token-ids", "1,2,3", "--json") == 0
+    assert (
+        generate(save_tiny_config(tmp_path / "bare"), "--load-format", "dummy", "--prompt-token-ids", "1,2,3", "--json")
+        == 0
+    )
     [answer] = json.loads(capsys.readouterr().out)["outputs"]
     assert answer["text"] == "" and len(answer["token_ids"]) == 6
 

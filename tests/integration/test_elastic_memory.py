@@ -16,7 +16,7 @@ from sarathi import LLM, SamplingParams
 
 ADMIN = {"Authorization": "Bearer admin"}
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-SETTINGS = {"load_format": "dummy", "device": "cpu", "attention_backend": "sdpa_vattn", "memory_bytes": "16mb"}
+SETTINGS = {"device": "cpu", "attention_backend": "sdpa_vattn", "memory_bytes": "16mb"}
 PROMPTS = [[number, 5, 6, 7] for number in range(8)]
 
 
@@ -69,7 +69,7 @@ def test_an_engine_without_weights_takes_no_memory_for_them_and_reads_them_again
 ) -> None:
     model, num_bytes = save_random_weights(tmp_path / "model")
     few = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    with LLM(model, **SETTINGS | {"load_format": "safetensors", "mapped_weights": mapped_weights}) as llm:
+    with LLM(model, **SETTINGS, mapped_weights=mapped_weights) as llm:
         expected, outputs = texts(llm, few), {}
         for count, (number, output) in enumerate(llm.stream_all(PROMPTS, few)):
             outputs[number] = output

@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt model": ({"model": "smolm2-135m"}, r"did you mean 'smollm2-135m'"),
     "corrupt weights": ({"model": "broken", "load_format": "auto"}, r"model\.safetensors.*corrupt"),
     "truncated weights": ({"model": "truncated", "load_format": "auto"}, r"model\.safetensors.*corrupt"),
-    "no weights": ({"load_format": "auto"}, r"without weights"),
+    "no weights": ({"load_format": "auto", "model": "bare"}, r"without weights"),
     "budget below a row": ({"memory_bytes": "1kb"}, r"1024.*262144"),
     "budget beyond the machine": (
         {"attention_backend": "sdpa_paged_16", "memory_bytes": "900tb"},
@@ -74,6 +74,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown stop token": ("hi", {"stop_token_ids": [300]}, r"token id 300: it must be from 0 to 299"),
 }
 MODELS: dict[str, Callable[[Path], str]] = {
+    "bare": save_tiny_config,
     "wide": lambda folder: save_tiny_config(folder, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8),
     "broken": write_broken,
     "truncated": write_truncated,
@@ -133,7 +134,7 @@ def test_requests_on_the_command_line(case: str, tmp_path: Path, capsys: pytest.
 
 
 def test_requests_in_python_leave_the_engine_alive(tmp_path: Path) -> None:
-    with LLM(save_tiny_model(tmp_path / "model"), **KNOBS) as llm:
+    with LLM(save_tiny_model(tmp_path / "model"), **{**KNOBS, "load_format": "auto"}) as llm:
         expected = good_answer(llm)
         for prompt, params, message in REQUESTS.values():
             with pytest.raises(ValueError, match=message):
@@ -158,7 +159,7 @@ def test_a_prompt_larger_than_the_cache_is_refused_and_a_smaller_one_runs(tmp_pa
 
 
 def test_a_step_that_fails_leaves_the_engine_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM(save_tiny_model(tmp_path / "model"), **KNOBS) as llm:
+    with LLM(save_tiny_model(tmp_path / "model"), **{**KNOBS, "load_format": "auto"}) as llm:
         expected, launch = good_answer(llm), llm.engine.core.executor.launch
         calls = iter(range(100))
 

@@ -36,7 +36,7 @@ def pair(model: str) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def one(model: str) -> Iterator[LLM]:
-    with LLM(model, load_format="dummy", device="cpu", attention_backend=BACKEND, memory_bytes=MEMORY_BYTES) as llm:
+    with LLM(model, device="cpu", attention_backend=BACKEND, memory_bytes=MEMORY_BYTES) as llm:
         yield llm
 
 
@@ -251,7 +251,7 @@ def test_async_llm_over_two_engines(model: str, one: LLM) -> None:
     prompts = prompts_of(8)
     expected = [list(each.outputs[0].token_ids) for each in one.generate(prompts, GREEDY, use_tqdm=False)]
     config = make_config(
-        model=model, load_format="dummy", device="cpu", attention_backend=BACKEND, memory_bytes=MEMORY_BYTES,
+        model=model, device="cpu", attention_backend=BACKEND, memory_bytes=MEMORY_BYTES,
         prefill_decode=True, prefill_chunk_size=32,
     )  # fmt: skip
 

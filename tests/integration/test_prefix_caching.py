@@ -16,9 +16,9 @@ from sarathi.worker.cache_engine.vattn import vATTNCacheEngine
 
 CLOSE = 1e-6  # of logprobs in float64; other keys and values move them by more than 1e-5
 VATTN = ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb", "sdpa_vattn_sync_4kb"]
+POSITIONS = {"max_position_embeddings": 320}
 SETTINGS = {
-    "device": "cpu", "dtype": "float32", "max_model_len": 320, "max_num_seqs": 6, "load_format": "dummy",
-    "chunk_size": 40,
+    "device": "cpu", "dtype": "float32", "max_model_len": 320, "max_num_seqs": 6, "chunk_size": 40,
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_outputs_are_equal_with_and_without(tmp_path, backend, policy, monkeypat
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    folder = save_tiny_model(tmp_path)
+    folder = save_tiny_model(tmp_path, **POSITIONS)
     prompts = _prompts(rng)
     params = [
         SamplingParams(temperature=0, max_tokens=rng.randint(1, 30), ignore_eos=True, logprobs=1) for _ in prompts
@@ -147,7 +147,7 @@ def test_two_that_start_in_one_step_have_the_tokens_of_the_first(tmp_path, backe
     settings = {**SETTINGS, "attention_backend": backend, "memory_bytes": "4mb"}
     found = []
     for caching in (False, True):
-        with LLM(save_tiny_model(tmp_path), **settings, prefix_caching=caching) as llm:
+        with LLM(save_tiny_model(tmp_path, **POSITIONS), **settings, prefix_caching=caching) as llm:
             found += [logprobs_of(output.outputs[0]) for output in llm.generate(prompts, params)]
             assert (llm.engine.core.prefix_cache_stats().num_copied_tokens > 0) == caching
     for without, ours in zip(found[: len(prompts)], found[len(prompts) :], strict=True):
@@ -159,7 +159,7 @@ def test_callers_see_what_was_cached(tmp_path):
     print(f"seed {seed}")
     prompt = [rng.randrange(3, 60) for _ in range(100)]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="4mb") as llm:
+    with LLM(save_tiny_model(tmp_path, **POSITIONS), **SETTINGS, memory_bytes="4mb") as llm:
 
         def cached(prompt=prompt, **more):
             return llm.generate([prompt], replace(params, **more))[0].num_cached_tokens
@@ -183,7 +183,7 @@ def test_retained_memory_is_idle_and_goes_to_whoever_needs_it(tmp_path, backend)
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="1mb", attention_backend=backend) as llm:
+    with LLM(save_tiny_model(tmp_path, **POSITIONS), **SETTINGS, memory_bytes="1mb", attention_backend=backend) as llm:
         manager = llm.engine.core.scheduler.block_space_manager
         for _ in range(60):
             llm.generate([[rng.randrange(3, 60) for _ in range(200)]], params, use_tqdm=False)
@@ -195,7 +195,7 @@ def test_retained_memory_is_idle_and_goes_to_whoever_needs_it(tmp_path, backend)
 
 def test_nothing_is_kept_where_it_is_off(tmp_path):
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    with LLM(save_tiny_model(tmp_path), **SETTINGS, memory_bytes="4mb", prefix_caching=False) as llm:
+    with LLM(save_tiny_model(tmp_path, **POSITIONS), **SETTINGS, memory_bytes="4mb", prefix_caching=False) as llm:
         found = [llm.generate([[*range(3, 53)]], params, use_tqdm=False)[0].num_cached_tokens for _ in range(2)]
         assert found == [0, 0] and llm.prefix_cache_stats() == PrefixCacheStats()
         assert "prefix_caching=False" in repr(llm) and llm.reset_prefix_cache()

@@ -89,7 +89,7 @@ def test_a_burst_is_spread_where_serve_knows_one_queue_only() -> None:
 
 def test_text_is_that_of_one_engine(server: RunningServer, model: str) -> None:
     prompts = [f"Once upon a time {number}" for number in range(8)]
-    with LLM(model=model, load_format="dummy", memory_bytes="64mb") as llm:
+    with LLM(model=model, memory_bytes="64mb") as llm:
         expected = [
             each.outputs[0].text
             for each in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
@@ -242,7 +242,7 @@ def test_the_yaml_of_the_docs_deploys_engines_behind_serve_s_own_address(model: 
     text = (ROOT / "docs" / "serving.md").read_text()
     config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     engine = config["applications"][0]["args"]["engine"]
-    engine["model"] = {"model": model, "load_format": "dummy", "device": "cpu"}
+    engine["model"] = {"model": model, "device": "cpu"}
     engine["cache"]["memory_bytes"] = "64mb"
     config["http_options"] = {"port": free_port()}
     file = tmp_path / "serve.yaml"
