@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,10 +54,6 @@ def by_replica(server: RunningServer, name: str) -> Counter[str]:
     return found
 
 
-def are_full(server: RunningServer) -> bool:
-    return set(by_replica(server, "num_requests_running").values()) == {RUNNING}
-
-
 def complete(server: RunningServer, **body: object) -> dict:
     answer = server.post("/v1/completions", json={**LONG, **body})
     assert answer.status_code == 200, answer.text
@@ -76,13 +72,17 @@ def test_a_burst_is_spread_where_serve_knows_one_queue_only() -> None:
 
     router = object.__new__(PrefixRouter)
     router.initialize_state(lead=8)
+    router._use_replica_queue_len_cache = False
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
     sent: Counter[str] = Counter()
     for _ in range(30):
         ranks = asyncio.run(router.choose_replicas(replicas, None))
         assert sorted(each.replica_id.unique_id for rank in ranks for each in rank) == ["a", "b", "c"]
         chosen = min(ranks[0], key=lambda each: each.replica_id.unique_id).replica_id  # `a` where it may be
-        router.on_request_routed(SimpleNamespace(args=()), chosen, None)
+        router.on_send_request(chosen)
+        for each in replicas:  # as when it sends to all
+            router.on_send_request(each.replica_id)
+            router.on_request_completed(each.replica_id, "")
         sent[chosen.unique_id] += 1
     assert sent == {"a": 10, "b": 10, "c": 10}
 
@@ -151,55 +151,86 @@ def test_errors_are_those_of_one_server(server: RunningServer) -> None:
 
 
 class Load:
-    """Streams and whole answers at the same time, each told apart by how it ended."""
+    """Requests by how they end: those that run at both replicas until they are cut off, and those that wait there."""
 
-    def __init__(self, server: RunningServer, count: int, tokens: int) -> None:
-        self._url = f"{server.url}/v1/completions"
-        self._body = {**LONG, "max_tokens": tokens}
-        self._pool = ThreadPoolExecutor(2 * count)
-        self._ends = [self._pool.submit(each) for each in [self._stream, self._whole] * count]
+    def __init__(self, server: RunningServer, client: httpx.AsyncClient) -> None:
+        self._server, self._client = server, client
+        self.running: list[asyncio.Task[str]] = []
+        self.waiting: list[asyncio.Task[str]] = []
 
-    def ends(self) -> Counter[str]:
-        return Counter(each.result(LIMIT_S) for each in self._ends)
+    async def start(self, count: int) -> None:
+        """Return when a stream and a whole answer run at each replica, and `count` of each kind wait."""
+        for send in (self._stream, self._stream, self._whole, self._whole):
+            self.running.append(asyncio.create_task(send(LONG)))  # one by one: each goes to the idlest replica
+            await self._until("num_requests_running", len(self.running))
+        body = {**LONG, "max_tokens": 200}
+        self.waiting = [asyncio.create_task(send(body)) for send in [self._stream, self._whole] * count]
+        await self._until("num_requests_waiting", len(self.waiting))
 
-    def is_under_way(self) -> bool:
-        """AssertionError with the ends of all, or what a client raised, once all have ended."""
-        assert not all(each.done() for each in self._ends), self.ends()
-        return True
+    async def end(self) -> tuple[Counter[str], Counter[str]]:
+        """How those end that have run where something died, and those that waited anywhere."""
+        await until(lambda: sum(each.done() for each in self.running) == RUNNING, "requests of the dead run on")
+        lost = Counter(each.result() for each in self.running if each.done())
+        for each in self.running:
+            each.cancel()
+        return lost, Counter(await asyncio.gather(*self.waiting))
 
-    def _stream(self) -> str:
-        with httpx.stream("POST", self._url, json={**self._body, "stream": True}, timeout=LIMIT_S) as response:
-            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    async def _until(self, name: str, total: int) -> None:
+        await until(lambda: sum(by_replica(self._server, name).values()) == total, f"{name} is not {total}")
+
+    async def _stream(self, body: dict) -> str:
+        lines = []
+        async with self._client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+            async for line in response.aiter_lines():
+                lines += [line.removeprefix("data: ")] if line else []
         if lines[-1] == "[DONE]":
             return "stream done"
         return "stream error" if "error" in json.loads(lines[-1]) else "stream cut"
 
-    def _whole(self) -> str:
-        answer = httpx.post(self._url, json=self._body, timeout=LIMIT_S)
+    async def _whole(self, body: dict) -> str:
+        answer = await self._client.post("/v1/completions", json=body)
         told = answer.json()
         if answer.status_code == 503:
             return "error" if told["error"]["code"] == "unavailable" else "other error"
-        return "done" if told["usage"]["completion_tokens"] == self._body["max_tokens"] else "short"
+        return "done" if told["usage"]["completion_tokens"] == body["max_tokens"] else "short"
+
+
+async def until(condition: Callable[[], bool], failure: str) -> None:
+    await asyncio.to_thread(wait_until, condition, failure)
+
+
+def wait_for_both(server: RunningServer) -> set[str]:
+    """The names of both replicas, when requests are sent to either."""
+
+    def both_answer() -> bool:
+        complete(server, max_tokens=1)
+        counts = by_replica(server, "request_success_total")
+        return len(counts) == 2 and min(counts.values()) > 0
+
+    wait_until(both_answer, "there are not two replicas")
+    return set(by_replica(server, "num_requests_running"))
 
 
 @pytest.mark.parametrize("victim", ["replica", "engine"])
 def test_the_death_of_a_replica_leaves_nothing_unanswered(server: RunningServer, victim: str) -> None:
     """What ran there ends with an error, what waited is answered by the other one, and a new one comes up."""
-    wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "there are not two replicas")
-    before, pids = by_replica(server, "num_requests_running").keys(), replica_pids(server)
-    load = Load(server, count=12, tokens=600)
-    wait_until(lambda: load.is_under_way() and are_full(server), "the load does not run")
-    [core] = [pid for pid in descendants(pids[0]) if is_alive(pid)]
-    os.kill(pids[0] if victim == "replica" else core, signal.SIGKILL)
-    ends = load.ends()
-    print(victim, dict(ends))
-    assert sum(ends.values()) == 24 and set(ends) <= {"stream done", "done", "stream error", "error"}
-    assert 1 <= ends["stream error"] + ends["error"] <= RUNNING + 2
-    wait_until(lambda: len(by_replica(server, "num_requests_running")) == 2, "no new replica came up")
-    assert len(by_replica(server, "num_requests_running").keys() & before) == 1
-    assert not any(map(is_alive, (pids[0], core)))
+    before, pid = wait_for_both(server), replica_pids(server)[0]
+    [core] = [each for each in descendants(pid) if is_alive(each)]
+
+    async def ends() -> tuple[Counter[str], Counter[str]]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=LIMIT_S, limits=limits) as client:
+            load = Load(server, client)
+            await load.start(6)
+            os.kill(pid if victim == "replica" else core, signal.SIGKILL)
+            return await load.end()
+
+    lost, answered = asyncio.run(ends())
+    assert lost == {"stream error": 1, "error": 1}
+    assert answered == {"stream done": 6, "done": 6}
+    wait_until(lambda: not any(map(is_alive, (pid, core))), "what was killed runs on")
+    assert len(wait_for_both(server) & before) == 1
     assert server.get("/health").status_code == 200
-    complete(server, max_tokens=3)
 
 
 class Askers:

@@ -35,9 +35,12 @@ class PrefixAffinity:
             groups.setdefault(self._running[name], []).append(name)
         return [groups[count] for count in sorted(groups)]
 
-    def start(self, prefix: Sequence[int], replica: str) -> None:
-        """A request has gone to a replica."""
+    def start(self, replica: str) -> None:
+        """A request goes to a replica."""
         self._running[replica] += 1
+
+    def remember(self, prefix: Sequence[int], replica: str) -> None:
+        """A replica has taken a prompt that begins so."""
         for block in prefix:
             self._replicas[block] = replica
             self._replicas.move_to_end(block)

@@ -33,9 +33,14 @@ class PrefixRouter(RequestRouter):
             random.shuffle(names)  # Serve takes the first of equals
         return [[by_name[name] for name in names] for names in ranks]
 
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Serve calls it for what is sent to all replicas too, and later `on_request_completed` for each."""
+        super().on_send_request(replica_id)
+        self._affinity.start(replica_id.unique_id)
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        request = _request_of(pending_request)
-        self._affinity.start(request.prefix if request else (), replica_id.unique_id)
+        if request := _request_of(pending_request):
+            self._affinity.remember(request.prefix, replica_id.unique_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._affinity.end(replica_id.unique_id)

@@ -79,14 +79,15 @@ def test_the_id_of_a_response_names_its_replica() -> None:
 def test_the_longest_common_beginning_wins_unless_its_replica_is_busy() -> None:
     affinity, names = PrefixAffinity(lead=2), {"a", "b"}
     assert affinity.choose((1, 2), names) is None
-    affinity.start((1, 2), "a")
-    affinity.start((1, 9), "b")
+    for prefix, name in (((1, 2), "a"), ((1, 9), "b")):
+        affinity.start(name)
+        affinity.remember(prefix, name)
     assert affinity.choose((1, 2, 3), names) == "a"
     assert affinity.choose((1,), names) == "b"  # the last one that had it
     assert affinity.choose((1, 2), {"b"}) == "b"
     assert affinity.choose((2,), {"b"}) is None
     for _ in range(3):
-        affinity.start((), "a")
+        affinity.start("a")
     assert affinity.choose((1, 2), names) is None
     affinity.end("a")
     assert affinity.choose((1, 2), names) == "a"
@@ -95,7 +96,7 @@ def test_the_longest_common_beginning_wins_unless_its_replica_is_busy() -> None:
 def test_replicas_with_fewer_requests_come_first() -> None:
     affinity = PrefixAffinity(lead=2)
     for name in "aab":
-        affinity.start((), name)
+        affinity.start(name)
     assert [sorted(group) for group in affinity.by_load({"a", "b", "c", "d"})] == [["c", "d"], ["b"], ["a"]]
     affinity.end("a")
     assert [sorted(group) for group in affinity.by_load({"a", "b"})] == [["a", "b"]]
@@ -107,7 +108,8 @@ def test_the_oldest_beginnings_are_forgotten_and_loads_return_to_nothing() -> No
     rng = random.Random(seed)
     affinity, open_requests = PrefixAffinity(lead=0, most_blocks=50), []
     for number in range(400):
-        affinity.start((number, -number - 1), name := rng.choice("abc"))
+        affinity.start(name := rng.choice("abc"))
+        affinity.remember((number, -number - 1), name)
         open_requests.append(name)
         if rng.random() < 0.7:
             affinity.end(open_requests.pop(rng.randrange(len(open_requests))))
