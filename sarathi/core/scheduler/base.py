@@ -11,32 +11,27 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
-from operator import attrgetter
+from collections.abc import Iterable, Mapping
 
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant, Hit
-from sarathi.core.scheduler.memory_recovery import MemoryRecovery
 from sarathi.core.scheduler.prefill_policy import PrefillPolicy
-from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step, WaitingQueue
-from sarathi.messages import NOT_FINITE, PrefixCacheStats, RequestUpdate, SampledToken, SchedulerOutput, StepResult
+from sarathi.core.scheduler.request_lifecycle import RequestLifecycle
+from sarathi.core.scheduler.request_state import RequestState, Step, WaitingQueue
+from sarathi.messages import NOT_FINITE, RequestUpdate, SampledToken, SchedulerOutput, StepResult
 from sarathi.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)
-_MOST_REQUESTS = 2**48  # that ever arrive: the order of arrival is within that of priority
 _MAX_DEFERRED = 32  # requests that a step passes over
 _MAX_DEFERRALS = 256  # steps that pass over one request
 _FEW_TOKENS = 32  # that are missing of a cached prompt: another engine is not asked for them
 _NO_HIT = Hit()
 
 
-class Scheduler(ABC):
+class Scheduler(RequestLifecycle, ABC):
     """Decides what each step computes, and keeps the memory of all requests within the block space manager's capacity.
 
-    max_model_len: longest prompt plus output, in tokens. A request that reaches it, or fills the whole cache, ends with
-    finish reason "length". num_micro_batches: see RunningRequests. most_received_tokens: of prompts that another engine
+    max_model_len, num_micro_batches: see RequestLifecycle. most_received_tokens: of prompts that another engine
     computes for this one at the same time; 0: it computes all itself.
     """
 
@@ -46,20 +41,12 @@ class Scheduler(ABC):
         self, config: SchedulerConfig, block_space_manager: BlockSpaceManager, max_model_len: int,
         num_micro_batches: int = 1, most_received_tokens: int = 0,
     ) -> None:  # fmt: skip
-        self.config = config
-        self.block_space_manager = block_space_manager
-        self._prefixes = block_space_manager.prefixes
-        self.max_model_len = max_model_len
+        super().__init__(config, block_space_manager, max_model_len, num_micro_batches)
         self._most_received_tokens = most_received_tokens
-        self._running = RunningRequests(block_space_manager, num_micro_batches)
-        self._waiting = WaitingQueue()
-        self._memory = MemoryRecovery(block_space_manager, self._running, max_model_len)
         self._prefill_policy = self._make_prefill_policy()
-        self._states: dict[str, RequestState] = {}
         self._in_flight: dict[int, Step] = {}
         self._withdrawn: list[str] = []
         self._arrived: list[Request] = []  # whose prompts another engine has computed since the last step
-        self._num_added = 0
         self._num_steps = 0
 
     @abstractmethod
@@ -69,113 +56,6 @@ class Scheduler(ABC):
     @abstractmethod
     def _fill(self, step: Step) -> None:
         """Fill `step` in this policy's order."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a request has not ended, or the worker has yet to be told about the end of one, or of free memory."""
-        ended = self._running.finished_ids or self._running.finishing
-        return bool(self._states or ended) or (self._prefixes is not None and self._prefixes.has_evicted)
-
-    @property
-    def request_ids(self) -> tuple[str, ...]:
-        """Requests that have not ended."""
-        return tuple(self._states)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running.running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._states) - len(self._running.running)
-
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions so far, of all requests together."""
-        return self._memory.num_preemptions
-
-    @property
-    def prefix_cache_stats(self) -> PrefixCacheStats:
-        return PrefixCacheStats() if self._prefixes is None else self._prefixes.stats
-
-    def add(self, request: Request) -> None:
-        """Queue a request. RequestTooLongError if it could never run; ValueError if its id is in use."""
-        if request.request_id in self._states or request.request_id in self._running.finishing:
-            raise ValueError(f"request id {request.request_id!r} belongs to a request that has not ended")
-        if not self._states and self._memory.is_short:
-            self._fit(self._memory.full_capacity.rows)
-        self._memory.check_length(request)
-        order = request.priority * _MOST_REQUESTS + self._num_added
-        state = RequestState(request, order, self._memory.max_output_tokens(request))
-        self._num_added += 1
-        self._states[request.request_id] = state
-        self._waiting.push(state)
-
-    def abort(self, request_id: str) -> bool:
-        """End a request at once, whatever its state; False if no request has this id."""
-        return self.finish(request_id, "abort")
-
-    def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
-        """End a request for a reason found by the caller, such as a stop string; False if it has already ended."""
-        state = self._states.get(request_id)
-        if state is not None:
-            self._end(state, reason, stop_reason)
-            self._running.remove_ended()
-        return state is not None
-
-    def reset(self) -> None:
-        """End every request with reason "error", whatever state an exception left; no step may be in flight.
-
-        The next step tells the worker about the end of every request that it may know, of some for the second time.
-        """
-        told = [request_id for step in self._in_flight.values() for request_id in step.finished]
-        for state in self._states.values():
-            if not state.request.is_finished:
-                state.request.end("error")
-        self._running.reset([*told, *self._states])
-        self._states.clear()
-        self._in_flight.clear()
-        self._withdrawn.clear()
-        self._arrived.clear()
-        self._waiting = WaitingQueue()
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
-        if self._states or self._running.finishing:
-            return False
-        if self._prefixes is not None:
-            self._prefixes.evict_all()
-        return True
-
-    def resize(self, rows: int, reachable_rows: int | None = None) -> list[RequestUpdate]:
-        """Change the size of the cache permanently; returns the ends of requests that are too long for it.
-
-        reachable_rows: to which it may grow later, so that requests may be as long; None: `rows`.
-        """
-        rows_later = rows if reachable_rows is None else reachable_rows
-        full = replace(self._memory.full_capacity, rows=rows)
-        self._memory.full_capacity, self._memory.reachable_capacity = full, replace(full, rows=rows_later)
-        return self._fit(rows)
-
-    def wanted_rows(self, most: int) -> int:
-        """Rows that requests would hold if there were any number, `most` at most: a row more than now for each, and
-        those of the requests that wait, as far as they could run."""
-        rows = self.block_space_manager.num_used_rows
-        for state in islice(self._states.values(), self.config.max_num_seqs):
-            if rows >= most:
-                break
-            is_running = state.request.status is RequestStatus.RUNNING
-            rows += 1 if is_running else self.block_space_manager.capacity.rows_for(state.request.num_tokens) + 1
-        return min(rows, most)
-
-    def oldest_need(self) -> tuple[str | None, int]:
-        """The request that goes before all others, and the rows with which it goes on; None, 0: there is none."""
-        candidates = [*self._running.running[:1], *filter(None, [self._waiting.first()])]
-        oldest = min(candidates, key=attrgetter("arrival"), default=None)
-        if oldest is None:
-            return None, 0
-        rows = self.block_space_manager.capacity.rows_for(oldest.request.num_tokens + 1)
-        return oldest.request.request_id, rows + 1
 
     def schedule(self) -> SchedulerOutput:
         """The next step. It is empty if every request is in flight already, or if it only announces ended requests."""
@@ -200,6 +80,22 @@ class Scheduler(ABC):
         if self._prefixes is not None:
             self._prefixes.evict_all()
         return self._send(step)
+
+    def reset(self) -> None:
+        """End every request with reason "error", whatever state an exception left; no step may be in flight.
+
+        The next step tells the worker about the end of every request that it may know, of some for the second time.
+        """
+        told = [request_id for step in self._in_flight.values() for request_id in step.finished]
+        for state in self._states.values():
+            if not state.request.is_finished:
+                state.request.end("error")
+        self._running.reset([*told, *self._states])
+        self._states.clear()
+        self._in_flight.clear()
+        self._withdrawn.clear()
+        self._arrived.clear()
+        self._waiting = WaitingQueue()
 
     def _send(self, step: Step) -> SchedulerOutput:
         for state in step.preempted:
@@ -228,7 +124,9 @@ class Scheduler(ABC):
         if result.available_rows is not None:
             failed = [step, *self._in_flight.values()]
             rows = self._memory.roll_back(failed, result.available_rows, self._num_steps)
-            self._withdraw(failed)
+            for state in self._memory.withdraw_started(failed):
+                self._withdrawn.append(state.request.request_id)
+                self._waiting.push(state)
             self._running.release_ended(step)
             return self._fit(rows)
         tokens = step.tokens_by_request(result)
@@ -262,14 +160,6 @@ class Scheduler(ABC):
             self._end(state, own.finish_reason, own.stop_reason)
             self._running.remove_ended()
         return [own]
-
-    def is_unfinished(self, request_id: str) -> bool:
-        """Whether a request of this id has been added and has not ended."""
-        return request_id in self._states
-
-    def check_integrity(self) -> None:
-        """Raise RuntimeError if requests and memory are inconsistent."""
-        self._running.check_integrity(self._states)
 
     # Building blocks of policies.
 
@@ -364,21 +254,7 @@ class Scheduler(ABC):
         spare_rows = int(self.config.watermark * self.block_space_manager.capacity.rows) if len(self._running) else 0
         return self._memory.start(state, state.request.num_tokens, spare_rows)
 
-    # The end of a step, and of a request.
-
-    def _withdraw(self, steps: Sequence[Step]) -> None:
-        """After a step that found too little memory: start requests anew that began with cached or received tokens."""
-        prefixes = self._prefixes
-        if prefixes is not None:
-            for state in [state for step in steps for state in step.started if state.request.is_finished]:
-                state.request.num_computed_tokens = 0  # it never got the cached tokens: they are not retained
-            for state in [state for step in steps for state in step.states]:
-                prefixes.unpublish(state.request)
-        for state in [state for step in steps for state in self._memory.withdraw_started(step, prefixes)]:
-            self._withdrawn.append(state.request.request_id)
-            self._waiting.push(state)
-        if prefixes is not None:
-            prefixes.evict_all()
+    # The end of a step.
 
     def _append_tokens(self, step: Step, tokens: Mapping[str, SampledToken]) -> list[RequestUpdate]:
         updates = []
@@ -395,24 +271,4 @@ class Scheduler(ABC):
                     self._end(state, update.finish_reason, update.stop_reason)
         if len(self._states) < num_requests:
             self._running.remove_ended()
-        return updates
-
-    def _end(self, state: RequestState, reason: str, stop_reason: int | str | None = None) -> None:
-        """The one place where a request ends, except for reset(). It stays in `running` until remove_ended()."""
-        request = state.request
-        was_running = request.status is RequestStatus.RUNNING
-        request.end(reason, stop_reason)
-        if not was_running:
-            self._waiting.note_ended()
-        if state.is_known:
-            self._running.release(state)
-        del self._states[request.request_id]
-
-    def _fit(self, rows: int) -> list[RequestUpdate]:
-        """Set the current capacity, and end the running requests that would not fit in it even alone."""
-        updates = []
-        for state, reason in self._memory.resize(rows, self._states.values()):
-            self._end(state, reason)
-            updates.append(RequestUpdate(state.request.request_id, finish_reason=reason))
-        self._running.remove_ended()
         return updates

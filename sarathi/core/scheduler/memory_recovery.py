@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
-from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant, PrefixCache
+from sarathi.core.block_space_manager.base import BlockSpaceManager, Grant
 from sarathi.core.scheduler.request_state import RequestState, RunningRequests, Step
 from sarathi.request import Request, RequestStatus
 
@@ -176,14 +176,24 @@ class MemoryRecovery:
         logger.warning("memory ran out in step %d: continuing with %d rows", steps[0].step_id, rows)
         return rows
 
-    def withdraw_started(self, step: Step, prefixes: PrefixCache | None) -> list[RequestState]:
-        """Take requests back that a failed step was to start from the cache, or from another engine: the worker may
-        have nothing of them."""
-        withdrawn = [state for state in step.started if state.request.status is RequestStatus.RUNNING]
-        step.started.clear()
+    def withdraw_started(self, steps: Sequence[Step]) -> list[RequestState]:
+        """Take requests back that failed steps were to start from the cache, or from another engine: the worker may
+        have nothing of them, nor of what the steps were to compute for others. Returns those that start anew."""
+        prefixes = self._block_space_manager.prefixes
+        started = [state for step in steps for state in step.started]
+        withdrawn = [state for state in started if state.request.status is RequestStatus.RUNNING]
+        if prefixes is not None:
+            for state in [each for each in started if each.request.is_finished]:
+                state.request.num_computed_tokens = 0  # it never got the cached tokens: they are not retained
+            for state in [each for step in steps for each in step.states]:
+                prefixes.unpublish(state.request)
         for state in withdrawn:
             (self._block_space_manager.free if prefixes is None else prefixes.discard)(state.request)
             self._stop(state)
+        for step in steps:
+            step.started.clear()
+        if prefixes is not None:
+            prefixes.evict_all()
         return withdrawn
 
     def resize(self, rows: int, states: Iterable[RequestState]) -> list[tuple[RequestState, str]]:

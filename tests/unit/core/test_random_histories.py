@@ -186,7 +186,7 @@ class History:
             victim = self.rng.choice(self.requests)
             if not victim.is_finished:
                 self.aborted.add(victim.request_id)
-            self.scheduler.abort(victim.request_id)
+            self.scheduler.finish(victim.request_id, "abort")
         elif event < 0.015:
             self.worker.rows = self.rng.randint(0, self.worker.rows)
         elif event < 0.03:

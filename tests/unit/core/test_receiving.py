@@ -70,7 +70,7 @@ def test_a_prompt_longer_than_that_is_received_alone(scheduler: Scheduler) -> No
 def test_memory_of_an_aborted_request_is_in_use_until_nothing_more_arrives(scheduler: Scheduler) -> None:
     add(scheduler, "a", 10)
     run(scheduler)
-    assert scheduler.abort("a") and not scheduler.is_unfinished("a")
+    assert scheduler.finish("a", "abort") and not scheduler.is_unfinished("a")
     assert not run(scheduler)[0].finished and scheduler.block_space_manager.num_used_rows == 3
     assert scheduler.end_receive("a", None) == []
     assert run(scheduler)[0].finished == ("a",) and not scheduler.block_space_manager.num_used_rows
@@ -145,7 +145,7 @@ def test_what_is_cached_of_a_prompt_is_not_received(caching: Scheduler) -> None:
 def test_what_may_not_have_arrived_is_not_found(caching: Scheduler) -> None:
     add(caching, "a", 100)
     run(caching)
-    caching.abort("a")
+    caching.finish("a", "abort")
     caching.end_receive("a", None)
     add(caching, "b", 100)
     assert received(run(caching)[0]) == [("b", 0, 100)]
@@ -166,7 +166,7 @@ def test_a_prompt_whose_memory_cannot_be_mapped_is_received_again(scheduler: Sch
 def test_a_request_that_ends_while_its_memory_cannot_be_mapped_is_gone(scheduler: Scheduler) -> None:
     add(scheduler, "a", 10)
     out = scheduler.schedule()
-    scheduler.abort("a")
+    scheduler.finish("a", "abort")
     scheduler.update(out, StepResult(out.step_id, available_rows=ROWS))
     assert run(scheduler)[0].finished == ("a",) and not scheduler.has_work
     assert not scheduler.block_space_manager.num_used_rows

@@ -57,7 +57,7 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
         scheduler.add(make_request("r", 5))
     out = scheduler.schedule()
     result = worker.execute(out)
-    scheduler.abort("r")
+    scheduler.finish("r", "abort")
     with pytest.raises(ValueError, match="has not ended"):
         scheduler.add(make_request("r", 5))
     worker.complete(out.step_id)
@@ -97,15 +97,15 @@ def test_abort_in_every_state_gives_all_memory_back(policy: str) -> None:
     requests = [make_request(f"r{i}", 20, 50, ignore_eos=True) for i in range(4)]
     for request in requests:
         scheduler.add(request)
-    assert scheduler.abort("r3") and not scheduler.abort("r3") and not scheduler.abort("nobody")
+    assert scheduler.finish("r3", "abort") and not scheduler.finish("r3", "abort") and not scheduler.finish("nobody", "abort")
     step(scheduler, worker)
-    assert scheduler.abort("r0")
+    assert scheduler.finish("r0", "abort")
     assert "r0" in step(scheduler, worker).finished
     out = scheduler.schedule()
     result = worker.execute(out)
     names = [chunk.request_id for chunk in out.chunks]
     for name in ("r1", "r2"):
-        scheduler.abort(name)
+        scheduler.finish(name, "abort")
     worker.complete(out.step_id)
     assert scheduler.update(out, result) == [], "an aborted request got a token"
     assert scheduler.block_space_manager.num_used_rows == 0
@@ -123,7 +123,7 @@ def test_requests_aborted_behind_one_that_cannot_start_are_forgotten() -> None:
         scheduler.add(request)
         for j in range(200):
             scheduler.add(make_request(f"{i}.{j}", 5))
-            scheduler.abort(f"{i}.{j}")
+            scheduler.finish(f"{i}.{j}", "abort")
         step(scheduler, worker)
     assert len(scheduler._waiting._heap) <= 2 * len(kept)
     run_to_end(scheduler, worker)
@@ -136,7 +136,7 @@ def test_memory_of_a_step_in_flight_is_held_until_its_update() -> None:
     scheduler.add(make_request("b", 20, ignore_eos=True))
     first = scheduler.schedule()
     result = worker.execute(first)
-    scheduler.abort("a")
+    scheduler.finish("a", "abort")
     behind = scheduler.schedule()
     assert not behind.finished and not behind.chunks, "its slot and its rows are still in use"
     behind_result = worker.execute(behind)
