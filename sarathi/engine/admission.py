@@ -1,12 +1,19 @@
-"""How many requests may wait for their first step, and when a caller who is refused should come back."""
+"""Which requests are taken: how many may wait for their first step, when a caller who is refused should come back, and
+how long a prompt may be."""
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sarathi.containers import is_list
+from sarathi.core.scheduler import RequestTooLongError
+from sarathi.engine.tokenizer.chat_template import Conversation
+from sarathi.messages import EngineFacts
+
 _MAX_RETRY_S = 60
+_MOST_CHARACTERS_A_TOKEN = 256  # the longest tokens of usual vocabularies are 128 spaces
 _RATE_WINDOW = 256  # starts of requests that the rate is measured over
 
 
@@ -93,3 +100,25 @@ class _Waiting:
 
     n: int
     num_tokens: int = 0
+
+
+def check_tokens(count: int, facts: EngineFacts) -> None:
+    """RequestTooLongError for a prompt of more tokens than can run."""
+    most = facts.max_prompt_tokens
+    if count > most:
+        raise RequestTooLongError(f"the prompt has {count} tokens: the longest that can run has {most}")
+
+
+def check_characters(count: int, facts: EngineFacts) -> None:
+    """RequestTooLongError for text that is certainly too long: tokenizing it would take seconds for each 10 MB."""
+    most = facts.max_prompt_tokens
+    if count > most * _MOST_CHARACTERS_A_TOKEN:
+        raise RequestTooLongError(f"the prompt has {count} characters: the longest that can run has {most} tokens")
+
+
+def num_characters(conversation: Conversation) -> int:
+    """Of the contents, of whatever kind they are: what is wrong with them is told later."""
+    if not is_list(conversation):
+        return 0
+    contents = [each.get("content") for each in conversation if isinstance(each, Mapping)]
+    return sum([len(each) if isinstance(each, str) else len(repr(each)) for each in contents])

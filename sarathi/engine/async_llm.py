@@ -9,21 +9,21 @@ await llm.shutdown()
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from sarathi.config.schema import EngineConfig
 from sarathi.containers import is_list
-from sarathi.core.scheduler import RequestTooLongError
-from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits
+from sarathi.engine.admission import UNLIMITED, Admission, QueueLimits, check_characters, check_tokens, num_characters
 from sarathi.engine.build import build_core, build_tokenizer
 from sarathi.engine.core_process.client import CoreProcess
 from sarathi.engine.core_process.link import CoreDiedError, CoreLink
 from sarathi.engine.core_process.wire import ResetPrefixCache, SetCacheBudget, Sleep, WakeUp
 from sarathi.engine.input_processor import InputProcessor, Prompt, encode_chat
+from sarathi.engine.mailbox import Mailbox
 from sarathi.engine.output_processor import OutputProcessor, RequestState
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
@@ -34,7 +34,6 @@ from sarathi.sampling_params import SamplingParams
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 _TOKENIZER_THREADS = 2
-_MOST_CHARACTERS_A_TOKEN = 256  # the longest tokens of usual vocabularies are 128 spaces
 _IDLE_LOOK_S = 0.02
 _FAREWELL_S = 1.0  # for callers to take the error that ends their request
 
@@ -45,10 +44,6 @@ class EngineUnavailableError(RuntimeError):
 
 class StepFailedError(RuntimeError):
     """A step failed with all requests that were in the engine; it takes new ones."""
-
-
-class RequestTimeoutError(TimeoutError):
-    """A request was not done in the time that it had."""
 
 
 class AsyncLLM:
@@ -67,7 +62,7 @@ class AsyncLLM:
         self._inputs = InputProcessor(tokenizer, core.facts.vocab_size, end_token_ids)
         self._outputs = OutputProcessor(tokenizer, time.monotonic)
         self._admission = Admission(limits)
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         self._ids = map(str, itertools.count())
         self._core_ids = itertools.count()
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
@@ -155,7 +150,7 @@ class AsyncLLM:
 
     async def encode_chat(self, conversation: Conversation, **options: Any) -> list[int]:
         """Token ids of a conversation; for the options see `encode_chat` of the input processor."""
-        self._check_characters(_num_characters(conversation))
+        check_characters(num_characters(conversation), self.facts)
         return await self.in_thread(encode_chat, self.tokenizer, conversation, **options)
 
     async def stats(self) -> CoreStats:
@@ -219,7 +214,7 @@ class AsyncLLM:
         for its caller, whatever is the reason."""
         mailbox = self._enter(request_id, params.n)
         try:
-            with _deadline(mailbox, timeout_s):
+            with mailbox.deadline(timeout_s):
                 await self._add(request_id, prompt, params, priority)
                 yield None
                 while True:
@@ -230,7 +225,7 @@ class AsyncLLM:
         finally:
             self._leave(request_id)
 
-    def _enter(self, request_id: str, n: int) -> "_Mailbox":
+    def _enter(self, request_id: str, n: int) -> Mailbox:
         if self._core.error is not None:
             raise self._core.error
         if self._refusal is not None:
@@ -238,34 +233,23 @@ class AsyncLLM:
         if request_id in self._mailboxes:
             raise ValueError(f"request id {request_id!r} belongs to a request that has not ended")
         self._admission.enter(request_id, n)
-        return self._mailboxes.setdefault(request_id, _Mailbox())
+        return self._mailboxes.setdefault(request_id, Mailbox())
 
     async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         """The core gets an id that no other request ever has: it may still compute one that its caller has left."""
         arrived_at_s = time.monotonic()
         if isinstance(prompt, str):
-            self._check_characters(len(prompt))
+            check_characters(len(prompt), self.facts)
         elif is_list(prompt):
-            self._check_length(len(prompt))
+            check_tokens(len(prompt), self.facts)
         core_id = f"{request_id}.{self._core.name}{next(self._core_ids)}"
         requests = await self.in_thread(self._inputs.process, core_id, prompt, params, priority)
-        self._check_length(len(requests[0].token_ids))
+        check_tokens(len(requests[0].token_ids), self.facts)
         self._admission.set_length(request_id, len(requests[0].token_ids))
         if self._core.error is not None:
             raise self._core.error
         self._outputs.add(request_id, prompt if isinstance(prompt, str) else None, requests, arrived_at_s)
         self._core.add_requests(requests)
-
-    def _check_length(self, num_tokens: int) -> None:
-        most = self.facts.max_prompt_tokens
-        if num_tokens > most:
-            raise RequestTooLongError(f"the prompt has {num_tokens} tokens: the longest that can run has {most}")
-
-    def _check_characters(self, count: int) -> None:
-        """Refuse without tokenizing what is certainly too long: that would take seconds for each 10 MB."""
-        most = self.facts.max_prompt_tokens
-        if count > most * _MOST_CHARACTERS_A_TOKEN:
-            raise RequestTooLongError(f"the prompt has {count} characters: the longest that can run has {most} tokens")
 
     def _leave(self, request_id: str) -> None:
         del self._mailboxes[request_id]
@@ -309,68 +293,8 @@ class AsyncLLM:
         self._died.set()
 
 
-class _Mailbox:
-    """The newest output of a request, until its caller takes it: a caller that is slow needs no more memory."""
-
-    def __init__(self) -> None:
-        self._output: RequestOutput | None = None
-        self._error: Exception | None = None
-        self._is_filled = asyncio.Event()
-        self.is_awaited = False  # not where the caller does something else between two outputs
-
-    def put(self, output: RequestOutput) -> None:
-        self._output = output if self._output is None else _merged(self._output, output)
-        self._is_filled.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._is_filled.set()
-
-    async def take(self) -> RequestOutput:
-        self.is_awaited = True
-        try:
-            await self._is_filled.wait()
-        finally:
-            self.is_awaited = False
-        output, self._output = self._output, None
-        if self._error is not None and not (output and output.finished):
-            raise self._error
-        self._is_filled.clear()
-        assert output is not None
-        return output
-
-
 async def _abandon(starting: "asyncio.Task[CoreProcess]") -> None:
     """End a core process, also one that is not or just now started."""
     starting.cancel()
     with suppress(Exception, asyncio.CancelledError):
         await (await starting).close()
-
-
-def _num_characters(conversation: Conversation) -> int:
-    """Of the contents, of whatever kind they are: what is wrong with them is told later."""
-    if not is_list(conversation):
-        return 0
-    contents = [each.get("content") for each in conversation if isinstance(each, Mapping)]
-    return sum([len(each) if isinstance(each, str) else len(repr(each)) for each in contents])
-
-
-@contextmanager
-def _deadline(mailbox: _Mailbox, timeout_s: float | None) -> Iterator[None]:
-    """Fail the request unless this ends in time."""
-    if timeout_s is None:
-        yield
-        return
-    error = RequestTimeoutError(f"the request was not done within {timeout_s:g} s")
-    timer = asyncio.get_running_loop().call_later(timeout_s, mailbox.fail, error)
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """The later output, which nobody has taken yet, now with what both of them added to the texts."""
-    for before, after in zip(earlier.outputs, later.outputs, strict=True):
-        after.delta = before.delta + after.delta
-    return later

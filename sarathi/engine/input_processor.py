@@ -20,6 +20,9 @@ from sarathi.structured_outputs import StructuredOutputsParams, check_grammar
 from sarathi.wording import short_repr
 
 Prompt = str | Sequence[int]
+AnyPrompt = Prompt | Mapping[str, Any]
+Prompts = AnyPrompt | Sequence[AnyPrompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
 _KEPT_GRAMMARS = 256
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring seeds and indices never meet
 
@@ -139,6 +142,42 @@ class _GrammarCheck:
     def _make_vocabulary(self) -> Any:
         assert self._tokenizer is not None
         return make_vocabulary(self._tokenizer, self._vocab_size, self._end_token_ids)
+
+
+def list_prompts(prompts: Prompts) -> Sequence[Any]:
+    """One prompt becomes a list of one; a list of integers is one prompt of token ids."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not is_list(prompts):
+        raise ValueError(f"prompts is {short_repr(prompts)}: it must be text, a list of token ids, or a list of those")
+    return [prompts] if len(prompts) and is_integer(prompts[0]) else prompts
+
+
+def plain_prompt(prompt: Mapping[str, Any]) -> Prompt:
+    """The prompt of `{"prompt": ...}` or `{"prompt_token_ids": ...}`."""
+    for key, allowed in (("prompt_token_ids", "a list of token ids"), ("prompt", "text")):
+        if key in prompt:
+            plain: Prompt = prompt[key]
+            if not (isinstance(plain, str) if key == "prompt" else is_list(plain)):
+                raise ValueError(f"{key} is {short_repr(plain)}: it must be {allowed}")
+            return plain
+    raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
+
+
+def params_of_each(params: Params, count: int) -> Sequence[SamplingParams]:
+    """The parameters of each of `count` prompts; None: the defaults."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence):
+        raise ValueError(
+            f"sampling_params is {short_repr(params)}: it must be a SamplingParams, or a list of one a prompt"
+        )
+    if len(params) != count:
+        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one for all or one each")
+    for number, each in enumerate(params):
+        if not isinstance(each, SamplingParams):
+            raise ValueError(f"sampling_params[{number}] is {short_repr(each)}: each entry must be a SamplingParams")
+    return params
 
 
 def encode_chat(

@@ -20,8 +20,16 @@ from typing import Any, NoReturn
 
 from sarathi.config.load import make_config
 from sarathi.config.schema import EngineConfig
-from sarathi.containers import is_integer, is_list
-from sarathi.engine.input_processor import Prompt, encode_chat
+from sarathi.containers import is_list
+from sarathi.engine.input_processor import (
+    AnyPrompt,
+    Params,
+    Prompts,
+    encode_chat,
+    list_prompts,
+    params_of_each,
+    plain_prompt,
+)
 from sarathi.engine.llm_engine import LLMEngine
 from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.chat_template import Conversation
@@ -31,9 +39,6 @@ from sarathi.messages import MemoryStats, PrefixCacheStats
 from sarathi.sampling_params import SamplingParams
 from sarathi.wording import short_repr
 
-AnyPrompt = Prompt | Mapping[str, Any]
-Prompts = AnyPrompt | Sequence[AnyPrompt]
-Params = SamplingParams | Sequence[SamplingParams] | None
 logger = logging.getLogger(__name__)
 _ASLEEP_LOOK_S = 0.01
 _Lock = Any  # an RLock, which alone knows its owner: _is_owned() is what threading.Condition asks too
@@ -76,7 +81,7 @@ class LLM:
         mixed. `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at
         fault; nothing runs then, and the engine stays usable.
         """
-        given = _as_list(prompts)
+        given = list_prompts(prompts)
         with closing(self._stream(given, sampling_params)) as stream:
             outputs = show_progress(stream, len(given)) if use_tqdm else stream
             finished = {number: output for number, output in outputs if output.finished}
@@ -186,7 +191,7 @@ class LLM:
         return None if self.tokenizer is None else self.tokenizer.decode(prompt, skip_special_tokens=False)
 
     def _stream(self, prompts: Sequence[AnyPrompt], params: Params) -> Generator[tuple[int, RequestOutput], None, None]:
-        each_params = _for_each(params, len(prompts))
+        each_params = params_of_each(params, len(prompts))
         numbers = {next(self._ids): number for number in range(len(prompts))}
         pending, inbox = set(numbers), deque[RequestOutput]()
         try:
@@ -213,7 +218,7 @@ class LLM:
             for request_id, number in numbers.items():
                 prompt = prompts[number]
                 self.engine.add_request(
-                    request_id, _plain(prompt) if isinstance(prompt, Mapping) else prompt, params[number]
+                    request_id, plain_prompt(prompt) if isinstance(prompt, Mapping) else prompt, params[number]
                 )
         except ValueError as error:
             if len(prompts) == 1:
@@ -289,41 +294,3 @@ def _shut_down(engine: LLMEngine, queue: threading.Lock, lock: _Lock, process_id
     if os.getpid() == process_id:
         with queue, lock:
             engine.shutdown()
-
-
-def _as_list(prompts: Prompts) -> Sequence[Any]:
-    """One prompt becomes a list of one; a list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not is_list(prompts):
-        raise ValueError(f"prompts is {short_repr(prompts)}: it must be text, a list of token ids, or a list of those")
-    return [prompts] if len(prompts) and is_integer(prompts[0]) else prompts
-
-
-def _plain(prompt: Mapping[str, Any]) -> Prompt:
-    for key, fits, allowed in (("prompt_token_ids", is_list, "a list of token ids"), ("prompt", _is_text, "text")):
-        if key in prompt:
-            plain: Prompt = prompt[key]
-            if not fits(plain):
-                raise ValueError(f"{key} is {short_repr(plain)}: it must be {allowed}")
-            return plain
-    raise ValueError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', this one has {list(prompt)}")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _for_each(params: Params, count: int) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, Sequence):
-        raise ValueError(
-            f"sampling_params is {short_repr(params)}: it must be a SamplingParams, or a list of one a prompt"
-        )
-    if len(params) != count:
-        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one for all or one each")
-    for number, each in enumerate(params):
-        if not isinstance(each, SamplingParams):
-            raise ValueError(f"sampling_params[{number}] is {short_repr(each)}: each entry must be a SamplingParams")
-    return params

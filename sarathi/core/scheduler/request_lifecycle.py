@@ -79,8 +79,10 @@ class RequestLifecycle:
         self._waiting.push(state)
 
     def finish(self, request_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
-        """End a request at once, whatever its state, for a reason of the caller's: "abort", or "stop" with a stop string.
-        False if no request has this id (any more)."""
+        """End a request at once, whatever its state; False if no request has this id (any more).
+
+        reason: the caller's: "abort", or "stop" with the stop string as stop_reason.
+        """
         state = self._states.get(request_id)
         if state is not None:
             self._end(state, reason, stop_reason)

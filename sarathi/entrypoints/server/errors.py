@@ -14,8 +14,9 @@ from starlette.types import Scope
 
 from sarathi.core.scheduler import RequestTooLongError
 from sarathi.engine.admission import OverloadedError
-from sarathi.engine.async_llm import EngineUnavailableError, RequestTimeoutError, StepFailedError
+from sarathi.engine.async_llm import EngineUnavailableError, StepFailedError
 from sarathi.engine.core_process.link import CoreDiedError
+from sarathi.engine.mailbox import RequestTimeoutError
 from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams
 
