@@ -13,7 +13,8 @@ from sarathi.engine.cache_budget.budget import CacheBudget
 from sarathi.engine.cache_budget.group import BudgetGroup
 from sarathi.engine.cache_budget.shared import SharedCacheBudget
 from sarathi.engine.core import EngineCore
-from sarathi.engine.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.load import TOKENIZER_FILES, load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.engine.tokenizer.vocabulary import make_vocabulary
 from sarathi.executor.base import Executor
 from sarathi.model_executor.loader.source import ModelSource, resolve_model

@@ -16,7 +16,7 @@ from sarathi.benchmark.workload.generate import read_arrivals
 from sarathi.benchmark.workload.lengths import read_lengths
 from sarathi.config.load import load_config
 from sarathi.config.schema import EngineConfig, ModelConfig
-from sarathi.engine.tokenizer.tokenizer import load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.load import load_end_token_ids, load_tokenizer
 from sarathi.model_executor.loader.loader import open_checkpoint
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 

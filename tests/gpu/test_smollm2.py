@@ -22,7 +22,7 @@ from smollm2 import PROMPTS, greedy, load_reference
 from transformers import PreTrainedModel
 
 from sarathi import LLM, SamplingParams
-from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+from sarathi.engine.tokenizer.load import load_tokenizer
 from sarathi.model_executor.attention.base import KernelUnavailableError
 from sarathi.model_executor.loader.source import ModelNotFoundError, resolve_model
 

@@ -8,6 +8,7 @@ import torch
 from forked_ranks import ForkedRank
 from http_server import RunningServer, options, running_server
 from small_models import save_tiny_model
+from tiny_models import TinyModel, build
 
 from sarathi.executor.ranks import multiproc
 from sarathi.executor.ranks.group import RankGroup
@@ -27,6 +28,12 @@ def server() -> Iterator[RunningServer]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of a tiny model for long requests."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=32768)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A Llama 2 of a few layers, for engines and for transformers. A test leaves its folder as it is."""
+    return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn_4kb", "sdpa_vattn_megacache_sync_4kb")
 # Two KV heads on two ranks; yi has one, which both ranks hold.
 FAMILIES = {"llama2": {}, "mistral": {}, "qwen2": {}, "qwen3": {"num_key_value_heads": 2}}
+TEXTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n", "There was once a fox. " * 40]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 

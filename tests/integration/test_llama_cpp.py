@@ -16,7 +16,7 @@ from tiny_models import VOCAB_SIZE, build
 
 from sarathi import LLM, SamplingParams
 from sarathi.engine.tokenizer.gguf_tokenizer import END_TEXTS, known_splittings
-from sarathi.engine.tokenizer.tokenizer import load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.load import load_end_token_ids, load_tokenizer
 from sarathi.model_executor.loader.source import ModelSource, resolve_model
 
 pytestmark = [

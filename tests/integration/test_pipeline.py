@@ -13,6 +13,7 @@ from rank_helpers import (
     BACKENDS,
     FAMILIES,
     GREEDY,
+    TEXTS,
     check_family,
     expected_outputs,
     generate,
@@ -22,7 +23,7 @@ from rank_helpers import (
     step_until_it_fails,
 )
 from short_rank import SHORT_STEPS
-from tiny_models import TinyModel, build, random_prompts
+from tiny_models import TinyModel, random_prompts
 
 from sarathi import LLM, SamplingParams
 from sarathi.config.schema import SCHEDULERS
@@ -33,12 +34,6 @@ pytestmark = pytest.mark.usefixtures("forked_ranks")
 GRIDS = [
     {"pipeline_parallel_size": 2, "tensor_parallel_size": 1}, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2},
 ]  # fmt: skip
-TEXTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n", "There was once a fox. " * 40]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -27,11 +27,6 @@ TWO_ENGINES = {"prefill_decode": True, "prefill_chunk_size": 32}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return build("llama2", tmp_path_factory.mktemp("llama2"))
-
-
-@pytest.fixture(scope="module")
 def llm(tiny: TinyModel) -> Iterator[LLM]:
     with LLM(**settings_for(tiny, mapped_weights=True, **TWO_ENGINES)) as llm:
         yield llm

@@ -73,11 +73,6 @@ def cluster() -> Iterator[Cluster]:
     found.shutdown()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return build("llama2", tmp_path_factory.mktemp("llama2"))
-
-
 def pids_of(executor: RanksExecutor) -> list[int]:
     return [place.pid for place in executor._ranks._transport.places]  # type: ignore[attr-defined]
 

@@ -21,6 +21,7 @@ from rank_helpers import (
     BACKENDS,
     FAMILIES,
     GREEDY,
+    TEXTS,
     check_family,
     expected_outputs,
     generate,
@@ -43,12 +44,6 @@ from sarathi.model_executor.parallel.sharding import Shard
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 TWO = {"tensor_parallel_size": 2}
 OTHERS = {"llama-with-biases": {}, "smollm2": {}, "yi": {}, "llama-dynamic": {}}
-PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):\n", "There was once a fox. " * 40]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return build("llama2", tmp_path_factory.mktemp("llama2"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -115,7 +110,7 @@ def test_smollm2_on_three_ranks() -> None:
     texts = []
     for size in (1, 3):
         with LLM(**settings, tensor_parallel_size=size) as llm:
-            outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+            outputs = llm.generate(TEXTS, params, use_tqdm=False)
             texts.append([output.outputs[0].text for output in outputs])
     assert texts[0] == texts[1] and texts[1][0].startswith(" Paris.")
     refusal = "num_attention_heads=9, num_key_value_heads=3; possible are 1, 3$"

@@ -13,7 +13,7 @@ from sarathi.config.load import make_config
 from sarathi.config.schema import SchedulerConfig
 from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.scheduler import make_scheduler
-from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+from sarathi.engine.tokenizer.load import load_tokenizer
 from sarathi.executor.uniproc import UniprocExecutor
 from sarathi.model_executor.loader.gguf_checkpoint import GGUFCheckpoint
 from sarathi.model_executor.loader.source import resolve_model

@@ -7,7 +7,7 @@ import torch
 from smollm2 import load_reference
 from transformers import DynamicCache, PreTrainedModel
 
-from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+from sarathi.engine.tokenizer.load import load_tokenizer
 from sarathi.model_executor.loader.source import resolve_model
 from vattention.transformers import VirtualCache
 

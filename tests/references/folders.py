@@ -11,7 +11,7 @@ from tiny_models import TinyModel, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sarathi.config.schema import ModelConfig
-from sarathi.engine.tokenizer.tokenizer import load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.load import load_end_token_ids, load_tokenizer
 from sarathi.model_executor.loader.loader import open_checkpoint
 from sarathi.model_executor.loader.source import ModelSource
 

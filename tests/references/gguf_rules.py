@@ -10,7 +10,8 @@ from gguf_files import ALPHABET, write_gguf, write_vocabulary
 from tiny_models import build
 from transformers import Qwen2Tokenizer
 
-from sarathi.engine.tokenizer.tokenizer import Tokenizer, load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.load import load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.model_executor.loader.source import ModelSource
 
 TOKENIZE, GREEDY = "llama.cpp `llama_tokenize`", "llama.cpp `llama_decode`"

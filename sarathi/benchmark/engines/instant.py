@@ -18,7 +18,7 @@ from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.async_llm import AsyncLLM
 from sarathi.engine.core import EngineCore
 from sarathi.engine.core_process.client import CoreProcess
-from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+from sarathi.engine.tokenizer.load import load_tokenizer
 from sarathi.executor.base import Executor
 from sarathi.messages import (
     CacheCapacity,

@@ -56,7 +56,7 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 def _load(name: str) -> Tokenizer:
     if name.lower() == DEFAULT_MODEL or name.endswith(".gguf"):
-        from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+        from sarathi.engine.tokenizer.load import load_tokenizer
         from sarathi.model_executor.loader.source import resolve_model
 
         tokenizer = load_tokenizer(resolve_model(name))

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sarathi.engine.tokenizer import chat_template
 from sarathi.engine.tokenizer.chat_template import ChatTemplateError, jinja_renderer, normalize
-from sarathi.engine.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from sarathi.engine.tokenizer.load import load_tokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.model_executor.loader.source import ModelSource
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from sarathi.engine.tokenizer.detokenizer import Detokenizer
 from sarathi.engine.tokenizer.gguf_tokenizer import END_TEXTS, build_tokenizer
-from sarathi.engine.tokenizer.tokenizer import Tokenizer, load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.load import load_end_token_ids, load_tokenizer
+from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.model_executor.loader.gguf_file import GGUFFile
 from sarathi.model_executor.loader.reading import CheckpointError
 from sarathi.model_executor.loader.source import ModelSource
@@ -300,7 +301,7 @@ def test_it_is_read_without_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
     code = (
         "import sys; from pathlib import Path\n"
-        "from sarathi.engine.tokenizer.tokenizer import load_tokenizer\n"
+        "from sarathi.engine.tokenizer.load import load_tokenizer\n"
         "from sarathi.model_executor.loader.source import ModelSource\n"
         "assert load_tokenizer(ModelSource('m', 'safetensors', Path(sys.argv[1]))).encode('ab')\n"
         "print('torch' in sys.modules)"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import ModelConfig
-from sarathi.engine.tokenizer.tokenizer import load_tokenizer
+from sarathi.engine.tokenizer.load import load_tokenizer
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.base import KernelUnavailableError, create_backend
 from sarathi.model_executor.fields import UnsupportedModelError
