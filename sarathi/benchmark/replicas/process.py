@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -14,7 +14,7 @@ from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.replicas.base import Replica, ReplicaError
-from sarathi.benchmark.run.processes import ENDING, Terminated, ended_by_signals
+from sarathi.benchmark.run.processes import Terminated, ended_by_signals, stopped_by_signals
 from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.parent_death import end_with_parent
 
@@ -73,15 +73,16 @@ def _start(config: BenchmarkConfig, number: int, device: str | None) -> ProcessR
 def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, pipe: Connection, parent: int) -> None:
     """In a process of its own; ^C and SIGTERM end its run with what there is.
 
-    A replica that is done before the others waits until its result is taken: no signal must end it then.
+    From the start of the run on they set an event: an exception could come while the outcome is made or sent.
     """
     end_with_parent(parent)
-    with suppress(KeyboardInterrupt, EOFError), ended_by_signals(), BenchmarkRunner(config, replica, device) as runner:
+    stop = threading.Event()
+    with suppress(KeyboardInterrupt, EOFError), ExitStack() as stack:
+        stack.enter_context(ended_by_signals())
+        runner = stack.enter_context(BenchmarkRunner(config, replica, device, stop))
         specs = runner.workload()
         runner.warm_up(specs)
         pipe.send(runner.planned(specs))
         pipe.recv()  # EOFError where another replica died before the start
-        outcome = runner.run(specs, Path(config.output_dir))
-        for number in (signal.SIGINT, *ENDING):
-            signal.signal(number, signal.SIG_IGN)
-        pipe.send(outcome)
+        stack.enter_context(stopped_by_signals(stop))
+        pipe.send(runner.run(specs, Path(config.output_dir)))

@@ -39,6 +39,21 @@ def ended_by_signals() -> Iterator[None]:
 
 
 @contextmanager
+def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Within the block ^C, SIGTERM and SIGHUP set `stop` and raise nothing. Those that are ignored stay so."""
+    handlers = {
+        number: signal.signal(number, lambda number, frame: stop.set())
+        for number in (signal.SIGINT, *ENDING)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
     """Only one process at a time is in this block for any of the folders, which are created. ValueError names a folder
     that another process is in."""

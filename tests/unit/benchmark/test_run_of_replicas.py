@@ -1,13 +1,19 @@
 """Replicas of a run as their own process sees them: what they tell, how they end, and interrupts."""
 
+import signal
+import threading
 from collections import deque
+from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sarathi.benchmark.config.options import parse_options
+from sarathi.benchmark.replicas import process
 from sarathi.benchmark.replicas.base import Replica, ReplicaError, run_together
 from sarathi.benchmark.run.outcome import COMPLETED, DIED, INTERRUPTED, RunOutcome
-from sarathi.benchmark.run.processes import Terminated
+from sarathi.benchmark.run.processes import ENDING, Terminated
 from sarathi.benchmark.workload.spec import RequestSpec
 
 PLANNED = ((0, RequestSpec(0.0, 5, 2)), (2, RequestSpec(0.0, 5, 2)))
@@ -80,3 +86,51 @@ def test_an_interrupt_reaches_all_and_their_results_count(interrupt: type[Keyboa
 def test_an_interrupt_before_the_start_has_no_result() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_together([FakeReplica(0, KeyboardInterrupt(), ReplicaError("ended"))])
+
+
+class InterruptedRunner:
+    """In place of BenchmarkRunner: a signal comes when all requests have been answered."""
+
+    number: signal.Signals
+
+    def __init__(self, config: object, replica: int, device: None, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def __enter__(self) -> "InterruptedRunner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def workload(self) -> list[RequestSpec]:
+        return []
+
+    def warm_up(self, specs: list[RequestSpec]) -> None:
+        pass
+
+    def planned(self, specs: list[RequestSpec]) -> object:
+        return PLANNED
+
+    def run(self, specs: list[RequestSpec], profile_folder: Path) -> RunOutcome:
+        signal.raise_signal(self.number)
+        assert self._stop.is_set()
+        return outcome()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
+def test_a_replica_tells_its_outcome_though_a_signal_comes_while_it_makes_it(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "BenchmarkRunner", InterruptedRunner)
+    monkeypatch.setattr(process, "end_with_parent", lambda parent: None)
+    monkeypatch.setattr(InterruptedRunner, "number", number, raising=False)
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored here
+    ours, theirs = Pipe()
+    try:
+        ours.send(None)
+        process._run_replica(parse_options([]), 0, None, theirs, 0)
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    theirs.close()
+    assert (ours.recv(), ours.recv()) == (PLANNED, outcome())
