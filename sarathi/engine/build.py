@@ -7,7 +7,7 @@ from typing import Any
 from sarathi.config.knobs import ConfigError
 from sarathi.config.runtime import runtime_folder
 from sarathi.config.schema import CacheConfig, EngineConfig, ModelConfig
-from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.cache_budget.budget import CacheBudget
 from sarathi.engine.cache_budget.group import BudgetGroup

@@ -11,7 +11,7 @@ from smollm2 import PROMPTS, greedy
 from sarathi.config.backend import BackendSpec
 from sarathi.config.load import make_config
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.tokenizer.load import load_tokenizer
 from sarathi.executor.uniproc import UniprocExecutor

@@ -14,7 +14,7 @@ import torch
 
 from sarathi import LLM, SamplingParams
 from sarathi.config.backend import BackendSpec
-from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.engine.llm_engine import LLMEngine

@@ -14,7 +14,7 @@ from sarathi.benchmark.workload.sharing import PrefixReuse, repeated_tokens
 from sarathi.benchmark.workload.spec import RequestSpec
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import make_scheduler
 from sarathi.engine.core import EngineCore
 from sarathi.messages import NewRequest, SchedulerOutput

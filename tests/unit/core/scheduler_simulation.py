@@ -10,7 +10,7 @@ from zlib import crc32
 
 from sarathi.config.backend import BackendSpec
 from sarathi.config.schema import SchedulerConfig
-from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler
 from sarathi.messages import (
     EVERY_KEY,

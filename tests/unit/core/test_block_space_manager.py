@@ -8,10 +8,11 @@ import pytest
 from scheduler_simulation import make_request
 
 from sarathi.config.backend import BackendSpec
-from sarathi.core.block_space_manager import BlockSpaceError, make_block_space_manager
+from sarathi.core.block_space_manager.base import BlockSpaceError
 from sarathi.core.block_space_manager.paged import PagedBlockSpaceManager
 from sarathi.core.block_space_manager.prefix_caching.manager import PrefixCachingBlockSpaceManager
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.messages import CacheCapacity
 from sarathi.request import Request
 

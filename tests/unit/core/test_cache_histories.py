@@ -13,8 +13,8 @@ from cache_worker import CacheWorker
 from test_random_histories import History
 
 from sarathi.config.backend import BackendSpec
-from sarathi.core.block_space_manager import make_block_space_manager
 from sarathi.core.block_space_manager.prefix_caching import manager, recycling
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import Scheduler, make_scheduler, memory_recovery
 from sarathi.worker.cache_engine.base import KVCacheSpec
 

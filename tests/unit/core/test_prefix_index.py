@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from sarathi.core.block_space_manager import BlockSpaceError
+from sarathi.core.block_space_manager.base import BlockSpaceError
 from sarathi.core.block_space_manager.prefix_caching.eviction import EvictionQueue, lfu, lru
 from sarathi.core.block_space_manager.prefix_caching.index import PrefixIndex
 

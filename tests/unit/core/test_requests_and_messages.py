@@ -133,7 +133,7 @@ def test_the_scheduler_runs_without_torch() -> None:
     program = f"""
 import sys
 from sarathi.config.load import make_config
-from sarathi.core.block_space_manager import make_block_space_manager
+from sarathi.core.factory import make_block_space_manager
 from sarathi.core.scheduler import make_scheduler
 from sarathi.messages import CacheCapacity, SampledToken, StepResult
 from sarathi.request import Request
