@@ -327,7 +327,7 @@ def test_steps_of_few_tokens_replay_graphs(model: Model, backend: str, monkeypat
         outputs = llm.generate(prompts, greedy(20), use_tqdm=False)
         captures_decodes = runner._can_capture
     expected = [chunks for chunks in steps if not captures_decodes or any(each.num_tokens > 1 for each in chunks)]
-    assert len(by_pieces) == len(expected) > 10
+    assert len(by_pieces) == len(expected) > 4
     for prompt, output in zip(prompts, outputs, strict=True):
         assert model.shortfall(prompt, output.outputs[0].token_ids) < 1
 

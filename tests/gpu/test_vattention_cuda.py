@@ -320,7 +320,7 @@ def test_an_arena_gives_its_memory_back_and_keeps_its_addresses():
     tensors = [arena.empty(shape, torch.bfloat16) for shape in shapes]
     addresses, num_bytes = [each.data_ptr() for each in tensors], sum(each.numel() * 2 for each in tensors)
     torch.cuda.empty_cache()
-    for number in range(3):
+    for number in range(4):
         before = used_bytes()
         arena.map()
         assert used_bytes() - before >= num_bytes - arena.page_bytes
@@ -331,7 +331,9 @@ def test_an_arena_gives_its_memory_back_and_keeps_its_addresses():
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         arena.release()
-        assert used_bytes() - before < 32 * MIB and arena.created_bytes <= arena.page_bytes
+        if number:  # the first round loads kernels
+            assert used_bytes() - before < 32 * MIB
+        assert arena.created_bytes <= arena.page_bytes
     assert [each.data_ptr() for each in tensors] == addresses
     arena.empty((torch.cuda.mem_get_info()[1],), torch.int8)
     with pytest.raises(OutOfMemoryError):
