@@ -186,7 +186,10 @@ class Worker:
         self._cache.check_integrity()
 
     def close(self) -> None:
-        self._cache.close()
+        try:
+            self._runner.wait()  # steps in flight, as after an interrupt, use what is to be unmapped
+        finally:
+            self._cache.close()
 
 
 def _in_order(out: SchedulerOutput) -> Sequence[Chunk]:

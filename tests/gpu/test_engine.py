@@ -332,6 +332,17 @@ def test_steps_of_few_tokens_replay_graphs(model: Model, backend: str, monkeypat
         assert model.shortfall(prompt, output.outputs[0].token_ids) < 1
 
 
+def test_an_interrupt_in_the_middle_leaves_the_device_usable(model: Model) -> None:
+    """Steps are in flight when the cache is closed."""
+    for _ in range(3):
+        with open_llm(model, "fa_vattn_megacache", max_num_seqs=64) as llm:
+            for number, prompt in enumerate(random_prompts(64, 900)):
+                llm.engine.add_request(str(number), prompt, greedy(100))
+            for _ in range(random.randint(3, 30)):
+                llm.engine.step()
+        torch.cuda.synchronize()
+
+
 def test_nothing_is_compiled_while_requests_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All is compiled before the first request, whatever the number of sequences and tokens of a step."""
     model = make_model(tmp_path, hidden_size=640, num_attention_heads=40, num_key_value_heads=20, head_dim=64)
