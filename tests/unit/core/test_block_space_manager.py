@@ -130,3 +130,13 @@ def test_inconsistent_accounting_is_noticed() -> None:
     virtual.num_used_rows -= 1
     with pytest.raises(BlockSpaceError, match="2 rows are counted, but requests hold 3"):
         virtual.check_integrity()
+
+
+@pytest.mark.parametrize(("reason", "found"), [("length", 47), ("stop", 47), ("error", 0)])
+def test_what_may_be_wrong_is_not_kept_for_others(reason: str, found: int) -> None:
+    """Keys and values of a request that ended in an error may be NaN."""
+    manager = PrefixCachingBlockSpaceManager(CacheCapacity(6, 1, 16, num_retained=4))
+    end(manager, start(manager, "first", [*range(48)]), reason)
+    grant = manager.allocate(make_request("second", [*range(48)]), 48)
+    assert grant is not None and grant.num_cached_tokens == found
+    manager.check_integrity()

@@ -87,9 +87,11 @@ def test_stop_tokens_end_with_their_id_as_the_reason_and_are_not_shown() -> None
     assert (output.text, output.finish_reason, output.stop_reason) == ("a", "stop", ord("b"))
 
 
-def test_min_tokens_lets_stop_strings_pass() -> None:
-    output = answer(make_engine(says("axbxc")), [0], stop="x", min_tokens=3).outputs[0]
-    assert (output.text, output.stop_reason) == ("axb", "x")
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, "a"), (1, "a"), (2, "axb"), (3, "axb"), (4, "axbxc")])
+def test_min_tokens_lets_stop_strings_pass(min_tokens: int, text: str) -> None:
+    """One that is complete with the token of that number passes too, as in vLLM."""
+    output = answer(make_engine(says("axbxc")), [0], stop="x", min_tokens=min_tokens).outputs[0]
+    assert (output.text, output.stop_reason) == (text, "x" if len(text) < 5 else None)
 
 
 def test_logprobs_name_the_chosen_token_first() -> None:

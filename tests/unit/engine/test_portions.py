@@ -150,3 +150,22 @@ def test_ranges_arrive_layer_by_layer_and_are_settled_before_their_memory_is_rel
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
     for cache in (source, target):
         cache.close()
+
+
+def test_a_prompt_is_there_when_all_of_its_portions_are() -> None:
+    source, target, link = make_cache(BACKENDS[0]), make_cache(BACKENDS[0]), Pair()
+    layers: list[Any] = [lambda *_: None] * LAYERS
+    sender, receiver = Sender(link, source, layers), Receiver(link, target)
+    waits = threading.Thread(target=receiver.wait, args=("a", 2))
+    waits.start()
+    for portion in (Portion("a", 0, 60), Portion("a", 60, LENGTH)):
+        waits.join(timeout=0.05)
+        assert waits.is_alive(), "it went on before the next portion was announced"
+        sender.start([portion])
+        for layer in layers:
+            layer(None, None, None)
+        link.deliver(sum(len(ranges) for ranges in source.ranges(*portion)))
+    waits.join(timeout=60)
+    assert not waits.is_alive()
+    for cache in (source, target):
+        cache.close()
