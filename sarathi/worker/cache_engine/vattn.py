@@ -125,6 +125,7 @@ class vATTNCacheEngine:
         for chunk, target in zip(chunks, targets, strict=True):
             slot = self._slots[chunk.request_id]
             slot.num_tokens = chunk.start + chunk.num_tokens
+            slot.num_shared = min(slot.num_shared, chunk.start)  # those that it maps alone again are written from here
             slot.num_prepared = max(slot.num_prepared, target)
 
     def _enter(self, new: Iterable[Chunk], shared: Mapping[str, SharedPrefix]) -> None:

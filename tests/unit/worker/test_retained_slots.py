@@ -1,11 +1,12 @@
-"""How many sequences of ended requests are kept: more slots take more addresses, which a device may not have."""
+"""Sequences of ended requests: how many are kept, since slots take addresses, and who goes on in their slots."""
 
 import pytest
 import torch
 
 from sarathi.config.backend import BackendSpec
+from sarathi.messages import Chunk, PrefixChanges, SharedPrefix
 from sarathi.worker.cache_engine.base import KVCacheSpec
-from sarathi.worker.cache_engine.factory import num_retained
+from sarathi.worker.cache_engine.factory import create_cache_engine, num_retained
 
 
 def smollm2(max_num_seqs: int) -> KVCacheSpec:
@@ -34,3 +35,22 @@ def llama_8b(max_num_seqs: int, max_model_len: int) -> KVCacheSpec:
 )
 def test_as_many_as_may_run_at_least_or_none(backend: str, device: str, spec: KVCacheSpec, expected: int) -> None:
     assert num_retained(BackendSpec.parse(backend), spec, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb"])
+def test_a_request_that_goes_on_where_others_shared_clears_all_that_it_has_written(backend: str) -> None:
+    """Its logits were not finite. The tokens that the slot's last owner shared are this request's from its start on."""
+    spec = KVCacheSpec(2, 1, 64, torch.float32, 4, 512, 0, num_retained=4)
+    cache = create_cache_engine(BackendSpec.parse(backend), spec, torch.device("cpu"), 1 << 20)
+    cache.prepare([Chunk("first", 0, 64, True, 64)])
+    cache.prepare([Chunk("sharer", 48, 1, True, 64)], [SharedPrefix("sharer", "first", 48, 48)])
+    cache.release(["sharer"], PrefixChanges(retained=(("first", 1),), continued=(("second", 1),)))
+    cache.prepare([Chunk("second", 16, 8, True, 24)])
+    slot = cache.address([Chunk("second", 16, 8, True, 24)]).slots[0]
+    layers = [tensor for index in range(spec.num_layers) for tensor in cache.layer(index)]
+    for tensor in layers:
+        tensor[slot, :16], tensor[slot, 16:24] = 1.0, torch.nan
+    cache.clear(["second"])
+    for tensor in layers:
+        assert tensor[slot, :16].eq(1).all() and tensor[slot, 16:24].eq(0).all()
+    cache.close()
