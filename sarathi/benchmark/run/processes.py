@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,22 +30,22 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(signal.Signals(number).name)
 
-    handlers = {number: signal.signal(number, end) for number in ENDING if signal.getsignal(number) != signal.SIG_IGN}
-    try:
+    with _handled(ENDING, end):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Within the block ^C, SIGTERM and SIGHUP set `stop` and raise nothing. Those that are ignored stay so."""
-    handlers = {
-        number: signal.signal(number, lambda number, frame: stop.set())
-        for number in (signal.SIGINT, *ENDING)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
+    """Within the block ^C, SIGTERM and SIGHUP set `stop` and raise nothing."""
+    with _handled((signal.SIGINT, *ENDING), lambda number, frame: stop.set()):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block these signals call `handle`. Those that are ignored stay so."""
+    taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, handle) for number in taken}
     try:
         yield
     finally:
