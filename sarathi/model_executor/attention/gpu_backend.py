@@ -63,8 +63,15 @@ class GpuBackend(AttentionBackend):
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:
         """See AttentionBackend."""
         if self._decode is not None:
-            fewest = self._fewest_decodes if self.cascade is None else 1
+            fewest = self._fewest_apart(cascades=self.cascade is not None)
             self._decode.warm_up(self.arch.num_heads, layer, fewest, max_num_seqs)
+
+    def _fewest_apart(self, *, cascades: bool) -> int:
+        """Decodes of a mixed step from which on the decode kernel attends them.
+
+        cascades: whether they share tokens, which only that kernel reads once.
+        """
+        return 1 if cascades else self._fewest_decodes
 
 
 def decode_kernel(arch: ModelArchitecture, place: Placement) -> TritonDecode | None:

@@ -93,7 +93,7 @@ class FlashAttentionBackend(GpuBackend):
         if not isinstance(address, SlotAddress):
             return FlashMetadata(step)
         metadata, decodes = FlashMetadata(step, batch.chunks, address.slots), batch.leading_decodes
-        fewest = self._fewest_decodes if step.cascade is None else 1  # only our kernel reads what they share once
+        fewest = self._fewest_apart(cascades=step.cascade is not None)
         is_divided = self._decode is not None and fewest <= decodes < len(batch.chunks)
         return metadata.divided(decodes) if is_divided else metadata
 
