@@ -44,11 +44,18 @@ bool is_refused(Call call) {
   return false;
 }
 
+// A thread that is just starting holds the lock of AddressSanitizer's allocator, which a child would wait for for ever.
+void let_worker_start(KVCache& cache, std::uint64_t slot) {
+  cache.prefetch({{at(slot), 1}});
+  cache.wait();
+}
+
 }  // namespace
 
 TEST(a_forked_child_is_refused_and_its_parent_unchanged) {
   auto cache = make_cache(std::make_shared<HostDevice>(), small_geometry(), 100);
   const std::uint64_t slot = cache->alloc(0);
+  let_worker_start(*cache, slot);
   cache->prepare({{at(slot), 100}});
   const SlotBytes bytes(*cache, slot);
   bytes.fill(0, 25 * kPage, 7);
@@ -78,6 +85,7 @@ TEST(a_forked_child_is_refused_and_its_parent_unchanged) {
 TEST(a_child_may_fork_while_the_worker_is_busy) {
   auto cache = make_cache(std::make_shared<HostDevice>(), small_geometry(6, 600, 60), 600);
   const std::uint64_t slot = cache->alloc(0);
+  let_worker_start(*cache, slot);
   for (std::int64_t tokens = 10; tokens <= 600; tokens += 10) {
     cache->prefetch({{at(slot), tokens}});
     CHECK_EQUAL(in_child([&] {
@@ -92,6 +100,7 @@ TEST(a_child_may_fork_while_the_worker_is_busy) {
 
 TEST(a_child_has_caches_of_its_own) {
   const auto parents = make_cache(std::make_shared<HostDevice>(), small_geometry(), 100);
+  let_worker_start(*parents, parents->alloc(0));
   CHECK_EQUAL(in_child([] {
                 const auto cache = make_cache(std::make_shared<HostDevice>(), small_geometry(), 100);
                 const std::uint64_t slot = cache->alloc(0);
