@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -26,17 +27,20 @@ class ForkedRank:
         arguments = (multiproc._PROGRAM, sys.path, copies, dict(environment))
         self._process = _CONTEXT.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
+        self._waiting = threading.Lock()  # the exit code comes once, to the thread that asks first
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        with self._waiting:
+            return self._process.exitcode
 
     def kill(self) -> None:
         self._process.kill()
 
     def wait(self) -> int | None:
-        self._process.join()
-        return self._process.exitcode
+        with self._waiting:
+            self._process.join()
+            return self._process.exitcode
 
 
 class _Descriptor:

@@ -1,9 +1,14 @@
 """What tests of several ranks share: settings, executors, outputs against transformers, processes."""
 
+import os
 import random
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import pytest
 from random_driver import RandomDriver
 from tiny_models import EVERYTHING, TinyModel, build, largest_difference, random_prompts
 
@@ -11,6 +16,7 @@ from sarathi import LLM, SamplingParams
 from sarathi.config.load import make_config
 from sarathi.executor.factory import create_executor
 from sarathi.executor.ranks.executor import RanksExecutor
+from sarathi.executor.ranks.group import RankError
 from sarathi.messages import Chunk, NewRequest, SchedulerOutput
 
 BACKENDS = ("sdpa_paged_4", "sdpa_vattn_4kb", "sdpa_vattn_megacache_sync_4kb")
@@ -79,3 +85,25 @@ def step_until_it_fails(executor: RanksExecutor) -> None:
         new = NewRequest(str(step_id), (3,) * 64, GREEDY)
         executor.execute(SchedulerOutput(step_id, (new,), (Chunk(str(step_id), 0, 64, True, 64),)))
         executor.execute(SchedulerOutput(step_id, finished=(str(step_id),)))
+
+
+def check_that_a_kill_ends_waiting_commands(executor: RanksExecutor, stopped: int) -> None:
+    """stopped: the process of a rank, which will not answer. The command waits in another thread than the kill."""
+    os.kill(stopped, signal.SIGSTOP)
+    transport = executor._ranks._transport
+    is_waiting = threading.Event()
+
+    def receive(timeout_s: float) -> list:
+        is_waiting.set()
+        return type(transport).receive(transport, timeout_s)
+
+    transport.receive = receive  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        command = pool.submit(executor.memory_stats)
+        assert is_waiting.wait(60)
+        executor.kill("the other engine has ended")
+        with pytest.raises(RankError, match=r"^the other engine has ended$"):
+            command.result(60)
+    with pytest.raises(RankError, match="the ranks have ended: the other engine has ended"):
+        executor.execute(SchedulerOutput(0))
+    executor.shutdown()

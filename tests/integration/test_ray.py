@@ -18,7 +18,14 @@ import ray
 from http_server import wait_until
 from process_tree import is_alive
 from random_driver import RandomDriver
-from rank_helpers import GREEDY, expected_outputs, make_executor, settings_for, step_until_it_fails
+from rank_helpers import (
+    GREEDY,
+    check_that_a_kill_ends_waiting_commands,
+    expected_outputs,
+    make_executor,
+    settings_for,
+    step_until_it_fails,
+)
 from ray._private import services
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
@@ -173,6 +180,14 @@ def test_what_one_actor_prefills_another_decodes_until_one_of_them_dies(cluster:
             llm.generate(prompts, GREEDY, use_tqdm=False)
     llm.close()
     check_nothing_is_left(prefill + decode)
+
+
+@pytest.mark.slow
+def test_a_kill_from_another_thread_ends_a_command_that_waits(cluster: Cluster, tiny: TinyModel) -> None:
+    executor = make_executor(tiny, **RAY, tensor_parallel_size=2)
+    pids = pids_of(executor)
+    check_that_a_kill_ends_waiting_commands(executor, pids[1])
+    check_nothing_is_left(pids)
 
 
 _KILLED = """

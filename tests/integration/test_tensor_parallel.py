@@ -23,6 +23,7 @@ from rank_helpers import (
     GREEDY,
     TEXTS,
     check_family,
+    check_that_a_kill_ends_waiting_commands,
     expected_outputs,
     generate,
     make_executor,
@@ -179,6 +180,13 @@ def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: Ti
             outputs += llm.engine.step()
     assert [output.request_id for output in outputs] == ["b"]
     assert outputs[0].outputs[0].token_ids == [int(tiny.logprobs([1, 2])[-1].argmax())]
+
+
+def test_a_kill_from_another_thread_ends_a_command_that_waits(tiny: TinyModel) -> None:
+    executor = make_executor(tiny, tensor_parallel_size=2)
+    pids = pids_of(executor)
+    check_that_a_kill_ends_waiting_commands(executor, pids[1])
+    assert not any(map(is_alive, pids))
 
 
 def test_a_shutdown_leaves_no_process(tiny: TinyModel) -> None:

@@ -121,4 +121,4 @@ class RanksExecutor(Executor):
         except RankError:
             pass  # it is gone, as it should be
         finally:
-            self._ranks.kill()
+            self._ranks.close()

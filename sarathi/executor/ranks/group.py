@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from sarathi.executor.ranks.protocol import Command, RankEnd, Reply, Transport, is_answered
+from sarathi.executor.ranks.protocol import Command, RankEnd, Reply, Transport, is_answered, kill_and_close
 from sarathi.model_executor.parallel.ranks import RankGrid
 
 SILENCE_S = 8.0  # after which a rank counts as hung; it shows life several times a second
@@ -23,7 +23,10 @@ class RankError(RuntimeError):
 
 
 class RankGroup:
-    """The ranks behind a transport. They end with this object, at the latest."""
+    """The ranks behind a transport, which end with this object at the latest.
+
+    One thread at a time sends commands. Any thread may call `failure` and `kill`, also while another waits for replies.
+    """
 
     def __init__(self, transport: Transport, grid: RankGrid) -> None:
         self._transport, self._grid = transport, grid
@@ -31,11 +34,8 @@ class RankGroup:
         self._failure = "they were closed"
         self._role = ""
         self._partners: list[RankGroup] = []
-        self._stop = weakref.finalize(self, transport.kill)
-
-    @property
-    def are_running(self) -> bool:
-        return self._stop.alive
+        self.are_running = True
+        self._close = weakref.finalize(self, kill_and_close, transport)
 
     def join(self, role: str, partner: "RankGroup") -> None:
         """These ranks cannot go on without those of another engine. role: of this one, for messages."""
@@ -74,18 +74,26 @@ class RankGroup:
                 self._fail()
 
     def kill(self, reason: str | None = None) -> None:
-        """End every rank. Idempotent. reason: what later commands are told, where the ranks run still."""
+        """End every rank. Idempotent. reason: the error of commands that are waiting or come later, unless the ranks
+        have already ended."""
         if reason is not None and self.are_running:
             self._failure = reason
-        self._stop()
+        self.are_running = False
+        self._transport.kill()
+
+    def close(self) -> None:
+        """End every rank and close the connections to them. Idempotent. No thread may be waiting for a reply."""
+        self.kill()
+        self._close()
 
     @contextmanager
     def _ended_by_errors(self) -> Iterator[None]:
         try:
             yield
         except (RankError, ValueError) as error:
-            self._failure = str(error)
-            self.kill()
+            if not self.are_running:  # killed by another thread, whose reason is the cause of this error
+                raise RankError(self._failure) from error
+            self.kill(str(error))
             raise
 
     def _send(self, message: bytes) -> None:

@@ -21,7 +21,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.executor.ranks.board import Board
 from sarathi.executor.ranks.broadcast import Broadcast, create_ring
 from sarathi.executor.ranks.executor import RanksExecutor
-from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
+from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport, kill_and_close
 from sarathi.model_executor.parallel.ranks import RankGrid
 from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabulary
 from sarathi.worker.device import DeviceUnavailableError, choose_device
@@ -43,9 +43,7 @@ class _RankProcess:
         self.process = _start_interpreter((theirs.fileno(), board, ring, self.waker), environment)
         theirs.close()
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def close(self) -> None:
         self.pipe.close()
         if self.waker >= 0:
             os.close(self.waker)
@@ -77,7 +75,7 @@ class _ProcessTransport(Transport):
                 self.processes[-1].pipe.send_bytes(pickle.dumps(setup))
             self._messages = Broadcast(ring, [each.waker for each in self.processes], _SEND_S)
         except BaseException:
-            self.kill()
+            kill_and_close(self)
             raise
         finally:
             os.close(board)
@@ -108,7 +106,11 @@ class _ProcessTransport(Transport):
         for each in self.processes:
             each.process.kill()
         for each in self.processes:
-            each.kill()
+            each.process.wait()
+
+    def close(self) -> None:
+        for each in self.processes:
+            each.close()
 
 
 def _receive(pipe: Any) -> Reply | None:

@@ -101,4 +101,13 @@ class Transport(Protocol):
         """Its process, in words."""
 
     def kill(self) -> None:
-        """End every rank, also one that is stopped, and free what they run on. May be called again."""
+        """End every rank, also one that is stopped, and free what they run on. Any thread may call it, again too; one
+        that waits in `receive` returns."""
+
+    def close(self) -> None:
+        """Close the connections to ranks that were killed. May be called again; not while another thread uses them."""
+
+
+def kill_and_close(transport: Transport) -> None:
+    transport.kill()
+    transport.close()

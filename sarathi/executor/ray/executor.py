@@ -22,7 +22,7 @@ from sarathi.config.schema import EngineConfig
 from sarathi.executor.ranks import service
 from sarathi.executor.ranks.executor import RanksExecutor
 from sarathi.executor.ranks.group import RankError
-from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport
+from sarathi.executor.ranks.protocol import RankEnd, RankSetup, Reply, Transport, kill_and_close
 from sarathi.executor.ray.channel import Hub, HubAddresses, Link, Votes
 from sarathi.executor.ray.placement import device_of_ranks, reserve
 from sarathi.model_executor.parallel.ranks import RankGrid
@@ -68,10 +68,10 @@ class _ActorTransport(Transport):
             self._actors = [_create_actor(self._place.group, bundle, device) for bundle in self._place.bundles]
             self.places: list[Place] = ray.get([actor.place.remote() for actor in self._actors])
         except RayError as error:
-            self.kill()
+            kill_and_close(self)
             raise RankError(f"Ray could not start {size} ranks: {error}") from error
         except BaseException:
-            self.kill()
+            kill_and_close(self)
             raise
 
     def start(self, make_setup: Callable[[int], RankSetup]) -> None:
@@ -81,7 +81,7 @@ class _ActorTransport(Transport):
                 self._served.append(actor.serve.remote(make_setup(rank), self._hub.addresses))
             self._hub.wait_for_ranks(self._check_starting)
         except BaseException:
-            self.kill()
+            kill_and_close(self)
             raise
 
     def send(self, message: bytes) -> None:
@@ -115,6 +115,8 @@ class _ActorTransport(Transport):
             for actor in self._actors:
                 ray.kill(actor)
             self._place.release()
+
+    def close(self) -> None:
         self._hub.close()
 
     def _check_starting(self) -> None:
