@@ -14,6 +14,7 @@ from sarathi import LLM, SamplingParams
 MODEL = "smollm2-135m"
 PROMPT = "The capital of France is"
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
+CHAT = {"model": MODEL, "messages": MESSAGES}
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +140,53 @@ def test_tokenize_and_detokenize(server: RunningServer, llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "message"),
     [
-        ("completions", {"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "valid integer"),
-        ("completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens", "valid integer"),
-        ("completions", {"prompt": {"a": 1}}, 400, "prompt", "valid string"),
-        ("completions", {"prompt": []}, 400, None, "at least one prompt"),
-        ("completions", {"prompt": "a", "best_of": 3}, 400, None, "best_of is 3"),
-        ("completions", {"prompt": "a", "suffix": "b"}, 400, None, "suffix is given"),
+        (
+            "completions",
+            {"prompt": "a", "max_tokens": "5"},
+            400,
+            "max_tokens",
+            "max_tokens is '5': it should",
+        ),
+        ("completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens", "it should be a valid integer"),
+        ("completions", {"prompt": {"a": 1}}, 400, "prompt", "it should be a valid string"),
+        ("completions", {"prompt": [1, 1.5]}, 400, "prompt", "1.5 in it should be a valid integer"),
+        (
+            "completions",
+            {"prompt": "a", "logit_bias": {"5": "x"}},
+            400,
+            "logit_bias",
+            "'x' in it should be a valid number",
+        ),
+        ("completions", {"prompt": []}, 400, "prompt", "at least one prompt"),
+        ("completions", {"max_tokens": 5}, 400, "prompt", "prompt is missing"),
+        (
+            "completions",
+            {"prompt": "a", "stream": True, "stream_options": {"include_usage": 3}},
+            400,
+            "stream_options",
+            "3 in it should be a valid boolean",
+        ),
+        ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of", "best_of is 3"),
+        ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix", "suffix is given"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1"),
-        ("completions", {"prompt": [49152]}, 400, None, "token id 49152"),
+        ("completions", {"prompt": [49152]}, 400, "prompt", "token id 49152"),
         ("completions", {"prompt": "a", "model": "other"}, 404, "model", "does not exist"),
         ("chat/completions", {"model": MODEL, "messages": []}, 400, "messages", "at least 1"),
         ("chat/completions", {"model": MODEL, "messages": [{"role": "user"}]}, 400, None, "message 0 must be"),
-        ("chat/completions", {"model": MODEL, "messages": MESSAGES, "top_logprobs": 2}, 400, None, "needs logprobs"),
-        ("chat/completions", {"model": MODEL, "messages": MESSAGES, "stream_options": {}}, 400, None, "needs stream"),
+        (
+            "chat/completions",
+            {"model": MODEL, "messages": MESSAGES, "top_logprobs": 2},
+            400,
+            "top_logprobs",
+            "needs logprobs",
+        ),
+        (
+            "chat/completions",
+            {"model": MODEL, "messages": MESSAGES, "stream_options": {}},
+            400,
+            "stream_options",
+            "needs stream",
+        ),
     ],
 )
 def test_errors_are_in_openais_form(server: RunningServer, path: str, body, status, param, message: str) -> None:

@@ -1,7 +1,7 @@
 """Errors as clients see them: a status, and a JSON object in OpenAI's form or in that of the API whose route it is."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,6 +19,7 @@ from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.engine.mailbox import RequestTimeoutError
 from sarathi.engine.outputs import RequestOutput
 from sarathi.sampling_params import SamplingParams
+from sarathi.wording import short_repr
 
 logger = logging.getLogger(__name__)
 ERROR_BODY = "sarathi.error_body"  # entry of a request's scope: an ErrorBody, or nothing
@@ -81,7 +82,7 @@ def user_errors(prompt_field: str, max_model_len: int) -> Iterator[None]:
         raise APIError(400, message, param=prompt_field, code="context_length_exceeded") from None
     except ValueError as error:
         field = str(error).partition(" ")[0]
-        raise APIError(400, str(error), param=field if field in _SAMPLING_FIELDS else None) from None
+        raise APIError(400, str(error), param=field if field in {prompt_field, *_SAMPLING_FIELDS} else None) from None
 
 
 def check_not_failed(output: RequestOutput) -> None:
@@ -150,10 +151,33 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 
 def _invalid_request(error: RequestValidationError) -> APIError:
-    """The first problem in words, with the field that has it. The values themselves are not repeated."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    """All problems of the first field that has one."""
+    problems = error.errors()
+    first = problems[0]
+    source, *path = first["loc"]
     if first["type"] == "json_invalid":
-        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at {where[0]}")
-    message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
-    return APIError(400, message, param=where[0] if where else None)
+        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at {path[0]}")
+    if first["type"] == "value_error":  # raised by a validator of ours, with its whole message
+        message = str(first["ctx"]["error"])
+        return APIError(400, message, param=_named_field(message, error.body))
+    if not path:
+        return APIError(400, _describe(f"the {source}", first["input"], problems))
+    field = str(path[0])
+    if first["type"] == "missing" and len(path) == 1:
+        return APIError(400, f"{field} is missing: it is required", param=field)
+    value = error.body[field] if source == "body" else first["input"]
+    of_field = [each for each in problems if each["loc"][:2] == first["loc"][:2]]
+    return APIError(400, _describe(field, value, of_field), param=field)
+
+
+def _named_field(message: str, body: Any) -> str | None:
+    """The field of the body that a message begins with."""
+    field = message.partition(" ")[0]
+    return field if isinstance(body, Mapping) and field in body else None
+
+
+def _describe(field: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
+    """problems: of the value, or of what it holds; several where a value of several types is allowed."""
+    subjects = ["it" if each["input"] is value else f"{short_repr(each['input'])} in it" for each in problems]
+    messages = [each["msg"].replace("Input", subject, 1) for subject, each in zip(subjects, problems, strict=True)]
+    return f"{field} is {short_repr(value)}: {', or '.join(dict.fromkeys(messages))}"
