@@ -15,7 +15,6 @@ SILENCE_S = 8.0  # after which a rank counts as hung; it shows life several time
 START_SILENCE_S = 60.0  # the same while libraries are loaded, which may stop all threads of a process
 _LOOK_S = 0.25  # between looks at the ranks while a reply is waited for
 _SECOND_LOOK_S = 0.5  # after which a silent rank is looked at again: this process may have stood still as long
-_GRACE_S = 1.0  # after a first failure, for the one that caused it to show: the others lose their connections
 
 
 class RankError(RuntimeError):
@@ -137,7 +136,7 @@ class RankGroup:
         """Raise what ended the ranks: a user's error, else a death by signal, else what the first one said."""
         if reply is not None and isinstance(reply.error, ValueError):
             raise reply.error
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + self._transport.end_delay_s
         while (death := self._death()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if death is not None:

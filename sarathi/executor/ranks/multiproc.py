@@ -63,6 +63,8 @@ def _start_interpreter(inherited: Sequence[int], environment: Mapping[str, str])
 class _ProcessTransport(Transport):
     """Shared memory for messages to processes and for their signs of life, and pipes for their replies."""
 
+    end_delay_s = 3.0  # a GPU process that ends closes its sockets before its memory is freed
+
     def __init__(self, setups: Sequence[RankSetup]) -> None:
         self.size = len(setups)
         board, ring = Board.create(self.size), create_ring(self.size)

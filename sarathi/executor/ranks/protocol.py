@@ -81,9 +81,13 @@ class RankEnd(NamedTuple):
 
 
 class Transport(Protocol):
-    """The executor's end: messages to and from all ranks, and what is known of the life of each."""
+    """The executor's end: messages to and from all ranks, and what is known of the life of each.
+
+    end_delay_s: at most so long after others have lost their connection to a rank, `end` tells of its end.
+    """
 
     size: int
+    end_delay_s: float
 
     def send(self, message: bytes) -> None:
         """To every rank. Raises OSError where one cannot be reached."""

@@ -57,6 +57,8 @@ class RankActor:
 class _ActorTransport(Transport):
     """Actors in a placement group, and the sockets to them."""
 
+    end_delay_s = 5.0  # Ray tells of an actor's death through several processes, on a busy machine too
+
     def __init__(self, size: int, device: str, strategy: str) -> None:
         self.size = size
         self.host = ray.util.get_node_ip_address()
