@@ -251,13 +251,18 @@ def run(
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("attempt", range(5))
 def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(model: Decoder, graphs: bool, attempt: int) -> None:
+    """In the first attempts no step waits for tokens on the host: all are read from the device."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)
+    needs_host = {} if attempt > 2 else {"bad_words": (), "logits_processors": ()}
     requests = [
-        NewRequest(f"r{i}", tuple(rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 12))), params_of(rng))
+        NewRequest(
+            f"r{i}", tuple(rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 12))), replace(params_of(rng), **needs_host)
+        )
         for i in range(5)
     ]
+    assert attempt > 2 or not any(each.sampling_params.needs_host_tokens for each in requests)
     slots = rng.sample(range(SLOTS), 5)
     expected = run(model, requests, overlap=False, graphs=False, slots=slots)
     found = run(model, requests, overlap=True, graphs=graphs, slots=slots)
