@@ -1,4 +1,4 @@
-"""Measurements of a running engine: how they are recorded (store, records) and reported (report)."""
+"""Metrics of a running engine: recording (store, records) and reporting (report)."""
 
 from sarathi.metrics.records import RunRecords, StepTimes, merge
 from sarathi.metrics.store import MetricsSink, MetricsStore

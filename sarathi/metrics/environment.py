@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "numpy", "triton", "flashinfer-python", "fl
 
 
 def environment() -> dict[str, Any]:
-    """Properties of this process that a result depends on, as JSON values. Only installed packages are listed."""
+    """The environment of this process, as JSON values. Packages that are not installed are left out."""
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
 
 
 def caption(runs: Iterable[Mapping[str, Any]], models: Iterable[str] = ()) -> str:
-    """A line under a figure: models (or else commands), hardware, torch and revisions of the runs that it shows."""
+    """The caption of a figure of `runs`: models (default: commands), hardware, torch version and git revisions."""
     found = list(runs)
     subjects = list(models) or [str(run.get("command", "")) for run in found]
     hardware = [str(run.get("device") or run.get("processor", "")) for run in found]
@@ -36,7 +36,7 @@ def caption(runs: Iterable[Mapping[str, Any]], models: Iterable[str] = ()) -> st
 
 
 def git_revision() -> dict[str, Any] | None:
-    """The commit of the running code, and whether tracked files differ from it; None outside a checkout."""
+    """The commit of the running code, and whether tracked files are modified; None outside a git checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """Count and name of the processors if /proc/cpuinfo has them, else the architecture."""
+    """Count and name of the CPUs from /proc/cpuinfo, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -70,7 +70,7 @@ def _processor() -> str:
 
 
 def _device() -> str | None:
-    """Count and name of the GPUs; None if there is none or if the process has not imported torch."""
+    """Count and name of the GPUs; None without a GPU or if torch is not imported."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None

@@ -1,4 +1,4 @@
-"""Files of a result. Each is written beside its place and renamed, so a reader never finds a part of one."""
+"""Result files. Writes are atomic: to a temporary file that is then renamed."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ PART_SUFFIX = ".part"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end of the block, or is removed if the block raises."""
+    """A temporary path: renamed to `path` at the end of the block, removed if the block raises."""
     part = path.with_name(path.name + PART_SUFFIX)
     try:
         yield part
@@ -27,13 +27,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_replacing(path: Path) -> Iterator[TextIO]:
-    """A text file in UTF-8, lines ended by what is written, that becomes `path` at the end of the block."""
+    """A UTF-8 text file without newline translation, renamed to `path` at the end of the block."""
     with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         yield file
 
 
 def write_table(path: Path, table: Table) -> None:
-    """A CSV file with a header; None is an empty cell, values of columns that the table does not name are left out."""
+    """Write a CSV file with a header. None is an empty cell; keys that are not columns are ignored."""
     with open_replacing(path) as file:
         writer = csv.DictWriter(file, table.columns, extrasaction="ignore")
         writer.writeheader()
@@ -41,7 +41,7 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def write_columns(path: Path, names: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
-    """A CSV file with a header of `names`."""
+    """Write a CSV file whose header is `names`."""
     with open_replacing(path) as file:
         writer = csv.writer(file)
         writer.writerow(names)
@@ -49,11 +49,11 @@ def write_columns(path: Path, names: Iterable[str], lines: Iterable[Iterable[obj
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON; values that JSON does not have, such as paths, are written as text."""
+    """Write indented JSON. Values that JSON cannot represent, such as paths, become strings."""
     with open_replacing(path) as file:
         file.write(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def is_file_name(name: object) -> bool:
-    """Whether `name` names a file directly in a folder: text without a separator, not empty, "." or ".."."""
+    """Whether `name` is a plain file name: a string without path separators, not empty, "." or ".."."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(char in name for char in "/\\\0")

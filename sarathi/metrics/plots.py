@@ -1,4 +1,4 @@
-"""How figures are drawn: panels under one caption, lines, bars and tails. matplotlib is imported when one is drawn."""
+"""Matplotlib figures: panels with a caption, lines, bars and percentile plots. matplotlib is imported on first use."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def is_available() -> bool:
-    """Whether matplotlib is installed. If it is not, a warning names the package."""
+    """Whether matplotlib is installed. Logs a warning if it is not."""
     if find_spec("matplotlib") is None:
         logger.warning("no figures are drawn: matplotlib is not installed (pip install 'sarathi-vattention[bench]')")
         return False
@@ -29,9 +29,9 @@ def is_available() -> bool:
 
 
 class Panels:
-    """A grid of axes. It needs no display and is not registered in pyplot.
+    """A figure with a grid of axes. Needs no display and no pyplot state.
 
-    width: inches of a column. heights: inches of each row.
+    width: of a column, in inches. heights: of each row, in inches.
     """
 
     def __init__(self, columns: int = 1, width: float = 6.4, heights: Sequence[float] = (3.6,)) -> None:
@@ -43,16 +43,16 @@ class Panels:
         self.axes = list(grid.flatten())
 
     def save(self, path: Path, caption: str = "") -> None:
-        """Write a PNG, in place of an older one."""
+        """Write a PNG; replaces an existing file."""
         with replacing(path) as part:
             part.write_bytes(self._png(caption))
 
     def data_uri(self, caption: str = "") -> str:
-        """The PNG as the source of an <img>."""
+        """The PNG as a data URI for <img src>."""
         return f"data:image/png;base64,{base64.b64encode(self._png(caption)).decode()}"
 
     def legend(self, axis: Any) -> None:
-        """The names of one axis's lines, above all panels."""
+        """A legend of one axis's lines, above all panels."""
         self.figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=_SMALL)
 
     def _png(self, caption: str) -> bytes:
@@ -91,11 +91,11 @@ def draw_lines(axis: Any, lines: Mapping[str, Points], x_label: str, y_label: st
 
 
 def draw_tails(axis: Any, samples: Mapping[str, Sequence[float]], label: str, colors: Sequence[str] = ()) -> None:
-    """The percentiles of distributions. The axis is logarithmic in the share above, so that each tail has room."""
+    """Complementary CDFs on a logarithmic axis, labelled by percentile."""
     for (name, values), color in zip_longest(samples.items(), colors[: len(samples)]):
         ordered = np.sort(np.asarray(values, dtype=float))
-        share_from = 1 - np.arange(len(ordered)) / max(len(ordered), 1)  # of the values, this one included
-        axis.plot(ordered, share_from, label=name, color=color, drawstyle="steps-post", linewidth=1.2)
+        at_least = 1 - np.arange(len(ordered)) / max(len(ordered), 1)  # fraction of the values >= this one
+        axis.plot(ordered, at_least, label=name, color=color, drawstyle="steps-post", linewidth=1.2)
     shares = {0.5: "P50", 0.1: "P90", 0.01: "P99", 0.001: "P99.9", 0.0001: "P99.99"}
     lowest = 1 / max((len(values) for values in samples.values()), default=1)
     shown = {share: name for share, name in shares.items() if share >= lowest} or {0.5: "P50"}
@@ -108,7 +108,7 @@ def draw_tails(axis: Any, samples: Mapping[str, Sequence[float]], label: str, co
 
 
 def draw_bars(axis: Any, heights: Mapping[str, float], label: str, bold: Sequence[str] = ()) -> None:
-    """A horizontal bar with its number for each name; those of `bold` in colour, all where none is named."""
+    """Horizontal bars labelled with their values. bold: names in colour; empty: all."""
     colors = [OURS if name in bold or not bold else OTHERS for name in heights]
     bars = axis.barh(range(len(heights)), list(heights.values()), color=colors)
     axis.bar_label(bars, [f"{value:.4g}" for value in heights.values()], fontsize=_SMALL, padding=2)
@@ -119,7 +119,7 @@ def draw_bars(axis: Any, heights: Mapping[str, float], label: str, bold: Sequenc
 
 
 def draw_ratios(axis: Any, ratios: Mapping[str, float], label: str, shown: tuple[float, float] = (0.6, 1.4)) -> None:
-    """A bar from 1 to each ratio, with its number; one that the ends of the axis cut off has a gap near its end."""
+    """Horizontal bars from 1 to each ratio, labelled. A bar clipped at the axis limits has a gap near its end."""
     low, high = shown
     lengths = [min(max(ratio, low), high) - 1 for ratio in ratios.values()]
     colors = [OURS if ratio >= 1 else AGAINST for ratio in ratios.values()]

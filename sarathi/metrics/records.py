@@ -1,6 +1,6 @@
-"""Records of a run: steps, operations, memory and schedule; and how records of several replicas are merged.
+"""Records of a run (steps, operations, memory, schedule), and the merge of several replicas' records.
 
-Times are seconds of one monotonic clock.
+All times are seconds of one monotonic clock.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from sarathi.metrics.request_record import RequestRecord
 
 
 class StepTimes(NamedTuple):
-    """When a step was started, scheduled and executed, and when its outputs were returned."""
+    """Timestamps of a step: start, end of scheduling, end of execution, outputs returned."""
 
     started_at_s: float
     scheduled_at_s: float
@@ -24,11 +24,9 @@ class StepTimes(NamedTuple):
 class StepRecord(NamedTuple):
     """One step.
 
-    replica: index of the engine. model_s: time on the device. host: times on the CPU.
-    busy_from_s: start of the step, or end of the previous step if that is later, so that the spans of steps do not
-        overlap.
-    num_decode_tokens: tokens of decodes, one for each. All others are prefill, including those recomputed after a
-        preemption.
+    replica: index of the engine. model_s: device time. host: CPU times.
+    busy_from_s: start of the step, or end of the previous step if that is later: spans of steps do not overlap.
+    num_decode_tokens: one for each decode. All other tokens are prefill, also those recomputed after a preemption.
     """
 
     step_id: int
@@ -48,7 +46,7 @@ class StepRecord(NamedTuple):
 
     @property
     def duration_s(self) -> float:
-        """Time that the step added to the run; with overlapping steps, from the end of one to the end of the next."""
+        """Time that the step added to the run. With overlapping steps: since the end of the previous step."""
         return self.times.ended_at_s - self.busy_from_s
 
     @property
@@ -68,7 +66,7 @@ class OperationRecord(NamedTuple):
 
 
 class MemoryRecord(NamedTuple):
-    """The memory of the cache at one time; its counters start with the engine."""
+    """A sample of the KV cache's memory. Counters are cumulative since the engine's start."""
 
     at_s: float
     step_id: int
@@ -87,9 +85,9 @@ class ScheduleRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecords:
-    """All records of one run. origin_s: time zero of its series. ended_at_s: when recording ended.
+    """All records of one run. origin_s: time zero of its time series. ended_at_s: when recording ended.
 
-    page_bytes: size of a page of physical memory; None if the cache has no pages.
+    page_bytes: size of a physical page; None if the cache has no pages.
     """
 
     origin_s: float
@@ -103,17 +101,16 @@ class RunRecords:
 
     @property
     def duration_s(self) -> float:
-        """From time zero to the last token or step; if there is none, to the end of recording."""
+        """From time zero to the last token or step; without either, to the end of recording."""
         last = [step.times.ended_at_s for step in self.steps]
         last += [request.finished_at_s for request in self.requests if request.finished_at_s is not None]
         return max(last, default=self.ended_at_s) - self.origin_s
 
 
 def merge(parts: Iterable[RunRecords]) -> RunRecords:
-    """The records of several replicas in order of time. Their clocks must agree, as do the monotonic ones of one
-    machine.
+    """The records of several replicas in order of time. Their clocks must be synchronized.
 
-    inter_arrival_s is recomputed over the requests of all replicas. ValueError if there is no replica.
+    inter_arrival_s is recomputed over the requests of all replicas. ValueError if `parts` is empty.
     """
     records = list(parts)
     if not records:

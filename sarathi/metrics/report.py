@@ -1,12 +1,12 @@
-"""Files of a result: a page to read, CSV tables, a JSON summary, a trace, distributions and series as CSV.
+"""The report of a run: HTML page, CSV tables, JSON summary, trace, distributions and time series.
 
 summary.json  report.html  chrome_trace.json  schedule.jsonl
 replica_0/  sequence_metrics.csv  batch_metrics.csv  token_metrics.csv  allocator_metrics.csv  memory_metrics.csv
             operation_metrics.csv  cpu_operation_metrics.csv
 replica_0/plots/  <metric>.csv  <series>_time_series.csv  decode_token_execution_plus_preemption_time_list.csv
 
-Scripts of Sarathi-Serve and vAttention find tables by their names anywhere below a folder, and a run's name in the path
-before replica_0: the tables of all replicas together are there, and nowhere else.
+Scripts of Sarathi-Serve and vAttention search a folder tree for tables by file name and read the run's name from the
+path before replica_0. Therefore replica_0/ holds the merged tables of all replicas, and no other folder has tables.
 """
 
 import json
@@ -58,11 +58,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What is written.
+    """Optional parts of the report.
 
-    plots: report.html. chrome_trace: None for runs of at most MAX_TRACE_EVENTS events. individual_batches: one line for
-    each step and each token, in addition to the distributions. operations, cpu_operations: times of operations.
-    config: saved with the summary.
+    plots: report.html. chrome_trace: None: only for runs of at most MAX_TRACE_EVENTS events. individual_batches: a line
+    for each step and each token. operations, cpu_operations: operation times. config: saved in the summary.
     """
 
     plots: bool = True
@@ -74,9 +73,9 @@ class ReportOptions:
 
 
 def remove_report(folder: Path) -> None:
-    """Remove the files of an earlier report, of which the summary goes first and the list of metrics in it last.
+    """Remove the files of an earlier report.
 
-    Whenever this is interrupted, there is no summary of files that are missing, and the next call removes the rest.
+    Safe to interrupt: the summary is renamed first and deleted last, so the next call removes the rest.
     """
     listing = folder / (SUMMARY_FILE + PART_SUFFIX)
     with suppress(FileNotFoundError):
@@ -88,12 +87,12 @@ def remove_report(folder: Path) -> None:
 
 
 def plots_folder(folder: Path) -> Path:
-    """Where a report in `folder` has its distributions and series."""
+    """The folder of a report's distributions and time series."""
     return folder / TABLES_FOLDER / "plots"
 
 
 def _listed_metrics(summary: Path) -> set[str]:
-    """Names of the files in plots/. The summary may be anyone's, so a name that leads elsewhere is ignored."""
+    """Names of the files in plots/. The summary is untrusted: names with path separators are ignored."""
     names: set[object] = set()
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         names = set(json.loads(summary.read_text(encoding="utf-8"))["metrics"])
@@ -103,10 +102,9 @@ def _listed_metrics(summary: Path) -> set[str]:
 def write_report(
     records: RunRecords, folder: Path, options: ReportOptions, status: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write the files into `folder`, which is created if necessary; returns the summary, with `status` added to it.
+    """Write the report into `folder`, created if necessary; returns the summary, which includes `status`.
 
-    An earlier report there has to be removed before. The summary gets its name last, so a folder that has one has all
-    its files.
+    Remove an earlier report first. The summary is written last: a folder with a summary is complete.
     """
     plots_folder(folder).mkdir(parents=True, exist_ok=True)
     summary = summarize(records) | {"environment": environment(), "config": dict(options.config)} | dict(status or {})
@@ -145,7 +143,7 @@ def summarize(records: RunRecords) -> dict[str, Any]:
 
 
 def _memory_summary(records: RunRecords) -> dict[str, float]:
-    """Peaks since the start of the engines, and increments of the counters during the run, over all replicas."""
+    """Peaks since the engines' start, and increments of the counters during the run, summed over replicas."""
     last = {sample.replica: sample.stats for sample in records.memory}.values()
     first = {sample.replica: sample.stats for sample in reversed(records.memory)}.values()
     return {
@@ -175,7 +173,7 @@ def _tables(records: RunRecords, options: ReportOptions) -> Iterable[tuple[str, 
 
 
 def _write_plotted(records: RunRecords, folder: Path, options: ReportOptions) -> None:
-    """Each distribution as a CDF, each series as running totals over time, and every gap between tokens."""
+    """Write each distribution as a CDF, each time series as running totals, and every gap between tokens."""
     for name, values in distributions(records).items():
         write_columns(folder / f"{name}.csv", (name, "cdf"), zip(*cdf(values), strict=True))
     for name, points in time_series(records).items():
@@ -185,12 +183,12 @@ def _write_plotted(records: RunRecords, folder: Path, options: ReportOptions) ->
 
 
 def _series_file(name: str) -> str:
-    """The file of a series by its name in Sarathi-Serve."""
+    """Sarathi-Serve's file name of a time series."""
     return f"{name}_time_series"
 
 
 def _write_schedule(records: RunRecords, folder: Path) -> None:
-    """One line for each step: its requests and their tokens; only if the schedule was kept."""
+    """Write one line for each step: its requests and their tokens. Nothing if the schedule was not recorded."""
     if not records.schedule:
         return
     with open_replacing(folder / "schedule.jsonl") as file:

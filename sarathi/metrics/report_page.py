@@ -1,4 +1,4 @@
-"""report.html: memory over time, latency and load of a run, all of its metrics and its configuration, in one file."""
+"""report.html: one self-contained page with a run's memory, latency, load, metrics and configuration."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +25,9 @@ td, th { padding: 0.15em 0.8em; border-bottom: 1px solid #ddd; text-align: right
 
 
 def report_page(records: RunRecords, summary: Mapping[str, Any]) -> str:
-    """The page of a run. summary: that of report.summarize, with `environment` and `config`."""
+    """The HTML page of a run. summary: from report.summarize, with `environment` and `config`."""
     model = summary.get("config", {}).get("model", {})
-    backend = summary.get("engine", {}).get("backend", model.get("attention_backend"))  # of "auto", what it became
+    backend = summary.get("engine", {}).get("backend", model.get("attention_backend"))  # the resolved value of "auto"
     subject = [str(each) for each in (model.get("name"), backend) if each is not None]
     told = caption([summary["environment"]], subject)
     body = [f"<h1>{escape(' on '.join(subject)) or 'Run'}</h1>", f"<p>{escape(told)}</p>", _numbers(summary)]
@@ -43,7 +43,7 @@ def report_page(records: RunRecords, summary: Mapping[str, Any]) -> str:
 
 
 def _numbers(summary: Mapping[str, Any]) -> str:
-    """Counts and rates of the whole run."""
+    """A table of the run's counts and rates."""
     named = {name: summary[name] for name in ("num_requests", "num_completed", "num_steps", "duration_s")}
     return _table(["", "value"], [[name, f"{value:.6g}"] for name, value in {**named, **summary["throughput"]}.items()])
 
@@ -55,7 +55,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _memory(records: RunRecords) -> Panels | None:
-    """Bytes of the KV cache over time, of each replica: held, mapped, used and wasted."""
+    """A panel for each replica: held, mapped, used and wasted bytes of its KV cache over time."""
     replicas = sorted({sample.replica for sample in records.memory})
     if not replicas:
         return None
@@ -76,7 +76,7 @@ def _memory(records: RunRecords) -> Panels | None:
 
 
 def _latency(records: RunRecords) -> Panels | None:
-    """Percentiles of the latencies, a panel for each."""
+    """A percentile plot of each latency."""
     found = distributions(records)
     samples = {label: found[name] for name, label in LATENCIES.items() if name in found}
     if not samples:

@@ -1,14 +1,14 @@
-"""One request of a run, and its metrics by their published names.
+"""One request of a run, and its metrics under their published names.
 
-Times are seconds of one monotonic clock. The spans of a request's lifetime that the metrics are computed from:
+Times are seconds of one monotonic clock. Metrics are computed from these phases of a request:
 
     arrived        scheduled                first token                          finished
     |--------------|========|···|===========|=====|··|=====|········|=====|=====|
      scheduling     = in a step  · between steps               preempted
      delay          (execution)    (preemption, including the time spent preempted)
 
-Names and denominators are those of Sarathi-Serve's metrics store, so notebooks written for its CSV files can read
-these. Metrics of events that have not happened are None.
+Names and denominators are those of Sarathi-Serve's metrics store: notebooks for its CSV files read these too.
+Metrics of events that have not happened are None.
 """
 
 from array import array
@@ -23,9 +23,9 @@ class RequestRecord:
     """The observations of one request, and the metrics computed from them.
 
     token_times_s: when each output token was returned, in order.
-    execution_s: total duration of the steps that contained it. num_steps: number of those steps.
+    execution_s: total duration of the steps that contained the request. num_steps: number of those steps.
     num_restarts: number of preemptions.
-    capacity: of the cache, to count the rows that the request used; None if unknown.
+    capacity: of the KV cache, to count the rows that the request used; None if unknown.
     """
 
     request_id: str
@@ -43,12 +43,12 @@ class RequestRecord:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it finished by itself: not refused, not aborted, and not cut off at the end of the run."""
+        """Whether it finished normally: not refused, not aborted, and not cut off at the end of the run."""
         return self.finish_reason in ("stop", "length") and bool(self.token_times_s)
 
     @property
     def finished_at_s(self) -> float | None:
-        """When it ended, or the time of its last token if that was recorded later in the same step."""
+        """End time, or the time of the last token if that was recorded later in the same step."""
         if self.closed_at_s is None or not self.token_times_s:
             return self.closed_at_s
         return max(self.closed_at_s, self.token_times_s[-1])
@@ -77,7 +77,7 @@ class RequestRecord:
 
     @property
     def num_stored_tokens(self) -> int:
-        """Tokens in the cache at its end. The last output token is never computed, so it is not among them."""
+        """Tokens in the cache at its end: all but the last output token, which is never an input."""
         return self.num_prompt_tokens + max(len(self.token_times_s) - 1, 0)
 
     @property
@@ -94,7 +94,7 @@ class RequestRecord:
 
     @property
     def request_num_pauses(self) -> int:
-        """Number of steps that contained it: a request pauses after each of them."""
+        """Number of steps that contained it: Sarathi-Serve counts a pause after each."""
         return self.num_steps
 
     @property
@@ -104,12 +104,12 @@ class RequestRecord:
 
     @property
     def kv_blocks_mapped(self) -> int | None:
-        """Rows that its tokens used at its end: pages of each region, or blocks for paged memory."""
+        """Rows in use at its end: pages of each region, or blocks of paged memory."""
         return self.capacity.rows_for(self.num_stored_tokens) if self.capacity else None
 
     @property
     def kv_fragmentation_percent(self) -> float | None:
-        """The part of these rows that no token filled, in percent."""
+        """Unfilled part of these rows, in percent."""
         if not self.capacity or not self.kv_blocks_mapped:
             return None
         used = self.num_stored_tokens * self.capacity.token_bytes
@@ -137,7 +137,7 @@ class RequestRecord:
 
     @property
     def request_preemption_time(self) -> float | None:
-        """Time between its first step and its end during which no step contained it."""
+        """Time between its first step and its end in which it was in no step."""
         served = self.request_execution_plus_preemption_time
         return None if served is None else max(served - self.execution_s, 0.0)
 

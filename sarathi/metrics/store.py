@@ -12,7 +12,7 @@ Clock = Callable[[], float]
 
 
 class MetricsSink(Protocol):
-    """What an engine reports about itself, in order of time."""
+    """Callbacks through which an engine reports its metrics, in order of time."""
 
     def on_request_arrived(self, request_id: str, num_prompt_tokens: int, arrived_at_s: float) -> None: ...
 
@@ -26,12 +26,12 @@ class MetricsSink(Protocol):
 
 
 class MetricsStore:
-    """The records of one engine.
+    """Records the metrics of one engine.
 
     clock: the engine's clock, in seconds.
     replica: index of the engine; prefix of its request ids.
-    capacity: of the cache, to count the rows that requests used; None: they are not counted.
-    page_bytes: size of a page of the cache's physical memory; None if it has no pages.
+    capacity: of the KV cache, to count the rows that requests used; None: rows are not counted.
+    page_bytes: size of a physical page; None if the cache has no pages.
     keep_schedule: also keep the chunks of each step, about 100 bytes each.
     """
 
@@ -48,7 +48,7 @@ class MetricsStore:
         self.reset()
 
     def reset(self) -> None:
-        """Discard all records, for example after a warm-up; time zero is now. The engine's step ids continue."""
+        """Discard all records, e.g. after a warm-up, and set time zero to now. Step ids continue."""
         self._origin_s = self._clock()
         self._last_arrival_s: float | None = None
         self._last_end_s = self._origin_s
@@ -83,7 +83,7 @@ class MetricsStore:
             record.finish_reason = finish_reason
 
     def on_step(self, out: SchedulerOutput, result: StepResult, times: StepTimes) -> None:
-        """Record a step and its tokens. Steps that computed nothing, and requests from before a reset, are ignored."""
+        """Record a step and its tokens. Ignores empty steps, and requests that arrived before a reset."""
         self._step_id = out.step_id
         self._note_preempted(out.preempted)
         if not out.chunks or result.available_rows is not None:
@@ -108,7 +108,7 @@ class MetricsStore:
         self._memory.append(MemoryRecord(self._clock(), self._step_id, self._replica, stats))
 
     def _note_chunks(self, chunks: tuple[Chunk, ...], busy_from_s: float, duration_s: float) -> int:
-        """Record which requests the step contained; returns the number of decodes."""
+        """Record the step's requests; returns the number of decodes."""
         find, num_decodes = self._by_id.get, 0
         for request_id, start, num_tokens, *_ in chunks:
             record = find(request_id)
@@ -127,11 +127,11 @@ class MetricsStore:
                 self._by_id[request_id].num_restarts += 1
 
     def _note_tokens(self, result: StepResult, times: StepTimes) -> None:
-        """Tokens of requests that ended while the step was running are dropped, as the engine drops them."""
+        """Record token times. Drops tokens of requests that ended during the step, as the engine does."""
         find = self._by_id.get
         for token in result.tokens:
             record = find(token[0])
-            if token[1] < 0:  # none could be drawn
+            if token[1] < 0:  # no token was sampled
                 continue
             if record is not None and (record.closed_at_s is None or record.closed_at_s >= times.executed_at_s):
                 record.token_times_s.append(times.ended_at_s)

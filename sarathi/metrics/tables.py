@@ -1,6 +1,6 @@
-"""Tables, distributions and series computed from records, under the names of Sarathi-Serve's metrics store.
+"""Tables, distributions and time series computed from records, under the names of Sarathi-Serve's metrics store.
 
-Units: seconds, but milliseconds for operations, as there; `kv_*_bytes` are bytes.
+Units are Sarathi-Serve's: milliseconds for operations, else seconds; `kv_*_bytes` are bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -68,10 +68,10 @@ class Table:
 
 
 def request_table(records: RunRecords) -> Table:
-    """One line for each request that has ended.
+    """One record for each request that has ended.
 
-    Times are given for complete requests only, counts for those that started. A request that never started has its
-    arrival only, so it does not skew the distributions: as in Sarathi-Serve, it is counted as ignored.
+    Complete requests have times, started requests counts. A request that never started has its arrival alone and
+    counts as ignored, as in Sarathi-Serve: it does not skew the distributions.
     """
     ended = [record for record in records.requests if record.closed_at_s is not None]
     return Table((REQUEST_ID, *REQUEST_TIMES, *REQUEST_COUNTS), [_request_row(record) for record in ended])
@@ -84,7 +84,7 @@ def _request_row(record: RequestRecord) -> dict[str, Any]:
 
 
 def batch_table(records: RunRecords) -> Table:
-    """One line for each step."""
+    """One record for each step."""
     last_end: dict[int, float] = {}
     table = Table((BATCH_ID, *BATCH_COUNTS, *BATCH_TIMES), [])
     for step in records.steps:
@@ -102,7 +102,7 @@ def _batch_id(record: StepRecord | OperationRecord | MemoryRecord) -> int | str:
 
 
 def token_table(records: RunRecords) -> Table:
-    """One line for each token except the first of each request: seconds since the previous token."""
+    """One record for each token but the first of a request: seconds since the previous token."""
     table = Table((TOKEN_ID, TOKEN_LIST), [])
     for record in records.requests:
         for index, gap_s in enumerate(record.token_gaps_s, start=1):
@@ -133,7 +133,7 @@ def _cpu_times_ms(step: StepRecord) -> dict[str, Any]:
 
 
 def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:
-    """Start and end of each part of a step, in seconds. Computing starts when the previous step ends."""
+    """Start and end of each phase of a step, in seconds. Computing starts when the previous step ends."""
     times = step.times
     computing = (step.computing_from_s, times.executed_at_s)
     spans = ((times.started_at_s, times.scheduled_at_s), computing, (times.executed_at_s, times.ended_at_s))
@@ -141,7 +141,7 @@ def cpu_spans(step: StepRecord) -> dict[str, tuple[float, float]]:
 
 
 def memory_table(records: RunRecords) -> Table:
-    """One line for each sample of the memory; kv_mapping_time and kv_steps_waited count from the previous sample."""
+    """One record for each memory sample. kv_mapping_time and kv_steps_waited are increments since the last sample."""
     pages = (PAGES,) if records.page_bytes else ()
     table = Table((BATCH_ID, TIME, *pages, *MEMORY_COUNTS), [])
     last: dict[int, MemoryRecord] = {}
@@ -158,7 +158,7 @@ def memory_table(records: RunRecords) -> Table:
 
 
 def distributions(records: RunRecords) -> dict[str, list[float]]:
-    """The values of every metric by name, without metrics that have none."""
+    """The values of every metric by name; metrics without values are left out."""
     found = {}
     for table, names in (
         (request_table(records), (*REQUEST_TIMES, *REQUEST_COUNTS)),
@@ -174,9 +174,9 @@ def distributions(records: RunRecords) -> dict[str, list[float]]:
 
 
 def time_series(records: RunRecords) -> dict[str, list[tuple[float, float]]]:
-    """Running totals over time, as (seconds since time zero, total): requests, prompt tokens, output tokens.
+    """Cumulative requests, prompt tokens and output tokens over time, as (seconds since time zero, total).
 
-    Requests that were cut off at the end of the run, aborted or refused count as arrivals, not as completions.
+    Requests that were cut off, aborted or refused count as arrivals, not as completions.
     """
     arrivals, completions, prefills, decodes = events = [list[tuple[float, float]]() for _ in TIME_SERIES]
     for record in records.requests:
@@ -197,7 +197,7 @@ def _running_total(points: list[tuple[float, float]], origin_s: float) -> list[t
 
 
 def cdf(values: Iterable[float]) -> tuple[list[float], list[float]]:
-    """Sorted values, and for each the fraction of values that are not larger."""
+    """The empirical CDF: sorted values, and for each the fraction of values <= it."""
     ordered = sorted(values)
     return ordered, [(index + 1) / len(ordered) for index in range(len(ordered))]
 
@@ -206,7 +206,7 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 
 
 def describe(values: Sequence[float]) -> dict[str, float]:
-    """Count, sum, mean, standard deviation, extremes, and quantiles (linearly interpolated, as numpy's)."""
+    """Count, sum, mean, standard deviation, minimum, maximum, and quantiles (linear interpolation)."""
     data = np.asarray(values, dtype=float)
     summary = {"count": len(values), "sum": data.sum(), "mean": data.mean(), "std": data.std(), "min": data.min()}
     summary |= {"max": data.max()}

@@ -1,7 +1,7 @@
 """Trace of a run for Perfetto and chrome://tracing: steps, operations, page mapping and requests.
 
 Format: complete ("X"), counter ("C") and metadata ("M") events of the Trace Event Format; times in microseconds since
-time zero. Each replica is a process with threads for steps, operations on the device and mapping; another process has a
+time zero. Each replica is a process with threads for steps, device operations and page mapping; one more process has a
 thread for each request.
 """
 
@@ -21,13 +21,13 @@ Event = dict[str, Any]
 
 
 def trace_events(records: RunRecords) -> Iterator[Event]:
-    """Every event of the trace."""
+    """All events of the trace."""
     for part in (_names, _steps, _operations, _mapping, _requests):
         yield from part(records)
 
 
 def num_trace_events(records: RunRecords) -> int:
-    """About how many events the trace has; each takes about 150 bytes."""
+    """Estimated number of events in the trace; each takes about 150 bytes."""
     return 5 * len(records.steps) + len(records.operations) + 2 * len(records.memory) + 4 * len(records.requests)
 
 
@@ -63,7 +63,7 @@ def _step_args(step: StepRecord) -> dict[str, Any]:
 
 
 def _operations(records: RunRecords) -> Iterator[Event]:
-    """Operations whose start is unknown are placed one after the other from the start of their step."""
+    """Device operations. Those without a start time are laid end to end from the start of their step."""
     cursor = {(step.replica, step.step_id): step.computing_from_s for step in records.steps}
     for operation in records.operations:
         key = (operation.replica, operation.step_id)
@@ -77,7 +77,7 @@ def _operations(records: RunRecords) -> Iterator[Event]:
 
 
 def _mapping(records: RunRecords) -> Iterator[Event]:
-    """Mapping between two samples of the memory: its duration is known, its start is not."""
+    """Page mapping between two memory samples: its duration is known, its start is not."""
     last: dict[int, float] = {}
     for sample, cells in zip(records.memory, memory_table(records).records, strict=True):
         at_us = _span(records, sample.at_s, sample.at_s)[0]
@@ -100,7 +100,7 @@ def _requests(records: RunRecords) -> Iterator[Event]:
 
 
 def _phases(record: RequestRecord, end_of_run_s: float) -> Iterator[tuple[str, float, float]]:
-    """Waiting, prefill and decode, as far as the request got."""
+    """Waiting, prefill and decode, up to the phase that the request reached."""
     names = ("waiting", "prefill", "decode")
     times = [record.arrived_at_s, record.scheduled_at_s, record.first_token_at_s]
     end_s = record.finished_at_s if record.finished_at_s is not None else end_of_run_s

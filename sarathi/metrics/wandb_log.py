@@ -9,12 +9,12 @@ from sarathi.metrics.report import PAGE_FILE
 
 
 class WandbError(RuntimeError):
-    """The result was not sent; the files on disk are complete."""
+    """The upload failed; the files on disk are complete."""
 
 
 @dataclass(frozen=True)
 class WandbTarget:
-    """Where results go; wandb chooses what is empty. WANDB_MODE=offline keeps everything on disk."""
+    """Destination of results; wandb picks a value for empty fields. WANDB_MODE=offline keeps everything on disk."""
 
     project: str
     group: str = ""
@@ -24,7 +24,7 @@ class WandbTarget:
 
 
 def log_report(folder: Path, summary: Mapping[str, Any], target: WandbTarget) -> None:
-    """Upload the configuration, every number of the summary, and report.html of `folder` where there is one.
+    """Upload the configuration, the summary's numbers, and report.html of `folder` if it exists.
 
     WandbError if wandb is not installed or refuses the result.
     """
@@ -58,7 +58,7 @@ def _send(wandb: Any, folder: Path, summary: Mapping[str, Any], target: WandbTar
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts by dotted names, without configuration and environment."""
+    """The numbers in nested dicts under dotted names, without configuration and environment."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and name not in ("config", "environment"):
             yield from _numbers(value, f"{prefix}{name}.")
