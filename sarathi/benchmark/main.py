@@ -59,7 +59,7 @@ def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
                 if code == EXIT_INTERRUPTED:
                     break
     except KeyboardInterrupt:
-        print("benchmark: interrupted before there was a result", file=sys.stderr)
+        print("benchmark: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, ReplicaError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
@@ -72,7 +72,8 @@ def _finish(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> int:
     summary = write_results(config, outcomes)
     print(f"{describe_run(summary)}\nresults: {config.output_dir}", flush=True)
     try:
-        send_results(config, summary)
+        with ended_by_signals():  # ^C ends an upload at once: the files are written
+            send_results(config, summary)
     except WandbError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return _exit_code(summary) or EXIT_ERROR

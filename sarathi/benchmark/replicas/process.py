@@ -79,7 +79,7 @@ def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, pipe
     stop = threading.Event()
     with suppress(KeyboardInterrupt, EOFError), ExitStack() as stack:
         stack.enter_context(ended_by_signals())
-        runner = stack.enter_context(BenchmarkRunner(config, replica, device, stop))
+        runner = stack.enter_context(BenchmarkRunner(config, replica, device=device, stop=stop))
         specs = runner.workload()
         runner.warm_up(specs)
         pipe.send(runner.planned(specs))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.replicas.base import Replica, run_together
 from sarathi.benchmark.replicas.process import started_processes
 from sarathi.benchmark.run.outcome import RunOutcome
+from sarathi.benchmark.run.processes import stopped_by_signals
 from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 
@@ -18,20 +20,40 @@ from sarathi.config.knobs import ConfigError
 def run_all(configs: Sequence[BenchmarkConfig]) -> Iterator[list[RunOutcome]]:
     """For each configuration the outcome of each replica, in their order. ReplicaError where one died before its start.
 
-    The configurations differ in their workload alone: one engine serves them all, but replicas are made anew.
+    The configurations differ in their workload alone: one engine serves them all, but replicas are started for each. A
+    signal that arrives while the caller writes an outcome raises KeyboardInterrupt at the next iteration, not before.
     """
     devices = replica_devices(configs[0])
     for config in configs:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if configs[0].cluster.num_replicas > 1:
+        yield from _run_replicas(configs, devices)
+    else:
+        yield from _run_engine(configs, devices.get("0"))
+
+
+def _run_engine(configs: Sequence[BenchmarkConfig], device: str | None) -> Iterator[list[RunOutcome]]:
+    stop = threading.Event()
+    with BenchmarkRunner(configs[0], device=device, stop=stop) as runner:
         for config in configs:
+            specs = runner.workload(config)
+            runner.warm_up(specs)
+            with stopped_by_signals(stop):
+                yield [runner.run(specs, Path(config.output_dir))]
+            if stop.is_set():
+                raise KeyboardInterrupt
+
+
+def _run_replicas(configs: Sequence[BenchmarkConfig], devices: Mapping[str, str]) -> Iterator[list[RunOutcome]]:
+    stop = threading.Event()
+    for config in configs:
+        with ExitStack() as signals:
             with _started(config, devices) as replicas:
                 outcomes = run_together(replicas)
+                signals.enter_context(stopped_by_signals(stop))
             yield outcomes
-        return
-    with BenchmarkRunner(configs[0], device=devices.get("0")) as runner:
-        for config in configs:
-            yield [runner.run(runner.workload(config), Path(config.output_dir))]
+        if stop.is_set():
+            raise KeyboardInterrupt
 
 
 def replica_devices(config: BenchmarkConfig) -> Mapping[str, str]:

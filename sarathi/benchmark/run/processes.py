@@ -1,4 +1,4 @@
-"""Processes of a benchmark: end on a signal as on ^C, and own their result folder."""
+"""Signals that end a benchmark, and locks on result folders."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise Terminated, once: a second one must not interrupt writing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Within the block ^C raises KeyboardInterrupt, and the first SIGTERM or SIGHUP raises Terminated; later ones are
+    ignored, so they do not interrupt the writing of files."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in ENDING:
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(signal.Signals(number).name)
 
-    with _handled(ENDING, end):
+    with _handled([signal.SIGINT], signal.default_int_handler), _handled(ENDING, end):
         yield
 
 
@@ -43,7 +41,11 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def _handled(numbers: Iterable[signal.Signals], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within the block these signals call `handle`. Those that are ignored stay so."""
+    """Within the block these signals call `handle`. Ignored signals stay ignored; in another thread than the main one
+    nothing changes, for Python handles signals in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, handle) for number in taken}
     try:

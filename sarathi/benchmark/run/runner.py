@@ -68,8 +68,10 @@ class BenchmarkRunner:
         """Serve the first few requests and short ones beside them, all at once, and forget them.
 
         The short ones end one after another: kernels have met every batch size, and decodes beside a prompt.
-        ^C ends it with a KeyboardInterrupt.
+        Raises KeyboardInterrupt on ^C. Only the first call does anything.
         """
+        if self._is_warm:
+            return
         config = self._config
         short = [RequestSpec(0.0, WARM_UP_TOKENS, 2 + index) for index in range(config.num_warmup_batch_sizes)]
         like = specs[: config.num_warmup_requests]
@@ -82,8 +84,7 @@ class BenchmarkRunner:
 
     def run(self, specs: Sequence[RequestSpec], profile_folder: Path | None = None) -> RunOutcome:
         """Serve this replica's share of `specs`; ends early at the time limit or at ^C, with what there is."""
-        if not self._is_warm:
-            self.warm_up(specs)
+        self.warm_up(specs)
         share = self._share(specs)
         limit_s = self._config.time_limit or math.inf
         with ExitStack() as stack:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sarathi.benchmark.run.processes import stopped_by_signals
 from sarathi.benchmark.serve import options, results
 from sarathi.benchmark.serve.client import STREAMING, OutgoingRequest
 from sarathi.benchmark.serve.dataset import NOTHING_PLANNED, Planned, make_requests
 from sarathi.benchmark.serve.load import LoadOutcome, LoadPlan, run_load
-from sarathi.benchmark.serve.vocabulary import load_vocabulary
+from sarathi.benchmark.serve.vocabulary import Vocabulary, load_vocabulary
+from sarathi.metrics.files import write_json
 
 INTERRUPTED = 130
 
@@ -56,6 +58,13 @@ def run(args: argparse.Namespace) -> int:
     plan = _plan(args, planned.requests)
     _make_folder(args)
     outcome = run_load(plan)
+    with stopped_by_signals(threading.Event()):  # signals are ignored until the result is written
+        return _report(args, summary, outcome, planned, vocabulary)
+
+
+def _report(
+    args: argparse.Namespace, summary: Summary, outcome: LoadOutcome, planned: Planned, vocabulary: Vocabulary | None
+) -> int:
     if vocabulary is not None:
         results.count_missing(outcome.results, vocabulary.count)
     result = summary.result(outcome, planned)
@@ -132,7 +141,7 @@ def _save(args: argparse.Namespace, result: dict[str, Any], outcome: LoadOutcome
     name = args.result_filename or f"{args.backend}-{result['request_rate']}qps-{model}-{result['date']}.json"
     content = result | (results.details(outcome.results) if args.save_detailed else {})
     path = Path(args.result_dir) / name
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path
 
 

@@ -117,7 +117,7 @@ def test_an_interrupt_before_there_is_a_result_is_one_line(
 
     monkeypatch.setattr(main_module, "run_all", interrupt)
     assert run_configs(lambda: [parse_options([f"--output_dir={tmp_path}"])]) == 130
-    assert capsys.readouterr().err == "benchmark: interrupted before there was a result\n"
+    assert capsys.readouterr().err == "benchmark: interrupted\n"
 
 
 def test_a_result_that_cannot_be_sent_ends_no_other_run(

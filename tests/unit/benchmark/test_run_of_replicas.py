@@ -1,16 +1,21 @@
 """Replicas of a run as their own process sees them: what they tell, how they end, and interrupts."""
 
+import json
 import signal
 import threading
 from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sarathi.benchmark import main as main_module
 from sarathi.benchmark.config.options import parse_options
-from sarathi.benchmark.replicas import process
+from sarathi.benchmark.main import EXIT_INTERRUPTED, run_configs
+from sarathi.benchmark.replicas import process, run
 from sarathi.benchmark.replicas.base import Replica, ReplicaError, run_together
 from sarathi.benchmark.run.outcome import COMPLETED, DIED, INTERRUPTED, RunOutcome
 from sarathi.benchmark.run.processes import ENDING, Terminated
@@ -93,7 +98,7 @@ class InterruptedRunner:
 
     number: signal.Signals
 
-    def __init__(self, config: object, replica: int, device: None, stop: threading.Event) -> None:
+    def __init__(self, config: object, replica: int = 0, *, device: None, stop: threading.Event) -> None:
         self._stop = stop
 
     def __enter__(self) -> "InterruptedRunner":
@@ -102,7 +107,7 @@ class InterruptedRunner:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def workload(self) -> list[RequestSpec]:
+    def workload(self, config: object = None) -> list[RequestSpec]:
         return []
 
     def warm_up(self, specs: list[RequestSpec]) -> None:
@@ -134,3 +139,39 @@ def test_a_replica_tells_its_outcome_though_a_signal_comes_while_it_makes_it(
         signal.signal(number, before)
     theirs.close()
     assert (ours.recv(), ours.recv()) == (PLANNED, outcome())
+
+
+@contextmanager
+def finished_replicas(*_: object) -> Iterator[Sequence[Replica]]:
+    """In place of started_processes."""
+    yield [FakeReplica(number, PLANNED, outcome()) for number in range(2)]
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
+def test_a_signal_after_the_last_request_does_not_lose_the_result(
+    number: signal.Signals, num_replicas: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The signal comes before the files are written and twice while they are; the second run is not started."""
+    monkeypatch.setattr(run, "BenchmarkRunner", InterruptedRunner)
+    monkeypatch.setattr(run, "started_processes", finished_replicas)
+    monkeypatch.setattr(InterruptedRunner, "number", number, raising=False)
+
+    def write_report(*words: Any) -> Any:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        return write_results(*words)
+
+    write_results = main_module.write_results
+    monkeypatch.setattr(main_module, "write_results", write_report)
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored here
+    folders = [tmp_path / "first", tmp_path / "second"]
+    words = [f"--num_replicas={num_replicas}"]
+    try:
+        code = run_configs(lambda: [parse_options([*words, f"--output_dir={folder}"]) for folder in folders])
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert code == EXIT_INTERRUPTED
+    assert json.loads((folders[0] / "summary.json").read_text())["ended"] == COMPLETED
+    assert not (folders[1] / "summary.json").exists()
