@@ -44,7 +44,7 @@ def measure_sampled(engine: OurEngine, load: Load, batch: int, context: int) -> 
 
     drawn, likeliest = row(engine.backend, SAMPLING), row("temperature 0", GREEDY)
     load.table.add(likeliest)
-    load.table.add(drawn.beside(likeliest))
+    load.table.add(drawn.compared_to(likeliest))
 
 
 def measure_metrics(engine: OurEngine, load: Load, batch: int, context: int) -> None:
@@ -57,7 +57,7 @@ def measure_metrics(engine: OurEngine, load: Load, batch: int, context: int) -> 
 
     off, on = row("metrics off", on=False), row(engine.backend, on=True)
     load.table.add(off)
-    load.table.add(on.beside(off))
+    load.table.add(on.compared_to(off))
 
 
 def short_work(engine: OurEngine, load: Load, name: str, measure: Callable[..., None]) -> Work:

@@ -70,7 +70,9 @@ def measure(table: Table, layout: str, length: int, devices: Sequence[torch.devi
     assert all(bool((each == 1).all()) for each in received)
     one = Record("llama-3-8b", "move a request", "one copy", 1, length, num_bytes / GIB / one_s, "GiB/s")
     table.add(Record("llama-3-8b", "ranges of a request", layout, 1, length, len(sent), "ranges"))
-    table.add(Record("llama-3-8b", "move a request", layout, 1, length, num_bytes / GIB / moved_s, "GiB/s").beside(one))
+    table.add(
+        Record("llama-3-8b", "move a request", layout, 1, length, num_bytes / GIB / moved_s, "GiB/s").compared_to(one)
+    )
     for cache in (source, target):
         cache.close()  # type: ignore[attr-defined]
 

@@ -149,7 +149,7 @@ def compare(table: Table, work: Work, options: argparse.Namespace) -> None:
     found = {name: records_of(name, work, options.model, runs[name]) for name in CACHES}
     for name, records in found.items():
         for record, dynamic in zip(records, found[DYNAMIC], strict=True):
-            table.add(record if name == DYNAMIC else record.beside(dynamic))
+            table.add(record if name == DYNAMIC else record.compared_to(dynamic))
 
 
 def read_options() -> argparse.Namespace:

@@ -1,1 +1,1 @@
-"""Experiments on the engine and on servers: workloads, runner, capacity search, load generator. Above the engine."""
+"""Benchmarks of the engine and of servers: workloads, runner, capacity search, load generator."""

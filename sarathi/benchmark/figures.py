@@ -1,4 +1,4 @@
-"""The figure of each table: NAME.png from NAME.csv, as it is measured or long afterwards."""
+"""Draw NAME.png from the measurements in NAME.csv."""
 
 from __future__ import annotations
 
@@ -20,26 +20,20 @@ from sarathi.metrics.plots import AGAINST, LIGHT, OTHERS, OURS, Panels
 
 MIB = 2**20
 ENVIRONMENT_FILE = "environment.json"
-NO_MODEL = "none"  # of records about no model
+NO_MODEL = "none"  # model of records that involve none
 LABELS = {
     "p50": "P50 normalized latency (s/token)", "p90": "P90 normalized latency (s/token)",
     "p99": "P99 normalized latency (s/token)", "qps": "request rate (requests/s)", "makespan_s": "makespan (s)",
     "prefill_tokens_per_s": "prefill (tokens/s)", "decode_tokens_per_s": "decode (tokens/s)",
     "context": "context (tokens)", "batch_size": "batch size (requests)", "max_batch": "requests that fit",
 }  # fmt: skip
-WHOLE_WORK = (
-    "s",
-    "ms/token",
-    "output tokens/s",
-    "tokens",
-    "requests",
-)  # units of records that are no part of another one
+END_TO_END_UNITS = ("s", "ms/token", "output tokens/s", "tokens", "requests")  # not a share of another record
 
 
 def draw(path: Path) -> None:
-    """Draw a table's figure beside it. Nothing is drawn of a table that has no figure, or nothing to compare.
+    """Draw a table's figure next to it. Does nothing for tables without a figure or without comparable records.
 
-    The caption names the models, and hardware and revision of NAME.environment.json or the folder's environment.json.
+    The caption names models, hardware and revision, from NAME.environment.json or the folder's environment.json.
     """
     figure = next((make for pattern, make in FIGURES.items() if fnmatch(path.stem, pattern)), None)
     if figure is None or not plots.is_available():
@@ -52,20 +46,20 @@ def draw(path: Path) -> None:
 
 
 def _models(path: Path, table: pd.DataFrame) -> list[str]:
-    """Of a table, or of the one that it was made with."""
-    beside = path.with_name(f"{_made_with(path)}.csv")
-    named = table if "model" in table or not beside.exists() else pd.read_csv(beside)
+    """Models of a table, or of its main table."""
+    main = path.with_name(f"{_main_table(path)}.csv")
+    named = table if "model" in table or not main.exists() else pd.read_csv(main)
     return [name for name in named["model"].unique() if name != NO_MODEL] if "model" in named else []
 
 
-def _made_with(path: Path) -> str:
-    """allocator_steps.csv was made with allocator.csv."""
+def _main_table(path: Path) -> str:
+    """The table written by the same run: "allocator" for allocator_steps.csv."""
     return path.stem.partition("_")[0]
 
 
 def read_environments(path: Path) -> list[Mapping[str, Any]]:
-    """The environments of the runs that made a table; none where they are not known."""
-    names = (path.stem, _made_with(path))
+    """The environments of the runs that wrote a table; empty if unknown."""
+    names = (path.stem, _main_table(path))
     places = [*(path.with_name(f"{name}.{ENVIRONMENT_FILE}") for name in names), path.with_name(ENVIRONMENT_FILE)]
     found = next((place for place in places if place.exists()), None)
     content = [] if found is None else json.loads(found.read_text(encoding="utf-8"))
@@ -73,13 +67,13 @@ def read_environments(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _grid(count: int, height: float, columns: int = 2, width: float = 6.0) -> Panels:
-    """At least `count` panels of one size."""
+    """At least `count` panels of equal size."""
     columns = min(columns, count)
     return Panels(columns, width, [height] * -(-count // columns))
 
 
 def _ratios(records: pd.DataFrame) -> Panels | None:
-    """A row for each reference, a panel for each model; beside the bound, how much of it is reached."""
+    """A row of panels for each reference, a column for each model. The roofline's panels show percent of it."""
     compared = records.dropna(subset=["ratio"])
     if compared.empty:
         return None
@@ -94,7 +88,7 @@ def _ratios(records: pd.DataFrame) -> Panels | None:
 
 
 def _draw_ratios(axis: Any, records: pd.DataFrame) -> None:
-    """Records of one model, compared with one reference."""
+    """Draw the ratios of one model's records to one reference."""
     reference = records["reference"].iloc[0]
     tasks = records.apply(_task, axis=1)
     tasks = tasks.where(~tasks.duplicated(keep=False), tasks + ": " + records["backend"])
@@ -107,21 +101,21 @@ def _draw_ratios(axis: Any, records: pd.DataFrame) -> None:
 
 
 def _whole_work(records: pd.DataFrame) -> Panels | None:
-    """Ratios of whole work alone: no parts of it, no single steps, and decode at the shortest context."""
-    is_part = records["work"].str.contains(": ") | ~records["unit"].isin(WHOLE_WORK)
+    """End-to-end ratios: without breakdowns and single steps, and decode only at the shortest context."""
+    is_part = records["work"].str.contains(": ") | ~records["unit"].isin(END_TO_END_UNITS)
     decodes = records["work"] == "decode"
     is_longer = decodes & (records["context"] > records.loc[decodes, "context"].min())
     return _by_size(records[~is_part & ~is_longer])
 
 
 def _by_size(records: pd.DataFrame) -> Panels | None:
-    """Ratios with each work's records by context and batch."""
+    """Ratios, the records of each workload sorted by context and batch."""
     work = records.groupby("work", sort=False).ngroup()
     return _ratios(records.assign(order=work).sort_values(["order", "context", "batch"], kind="stable"))
 
 
 def _task(record: pd.Series) -> str:
-    """Work and its shape. Work that names its requests names their number and lengths."""
+    """The workload with batch and context, unless its name already has number and lengths of the requests."""
     names_shape = "requests" in record["work"] or not record["context"]
     return str(record["work"]) if names_shape else f"{record['work']}, {record['batch']} x {_tokens(record['context'])}"
 
@@ -131,7 +125,7 @@ def _tokens(count: int) -> str:
 
 
 def _kernels(records: pd.DataFrame) -> Panels | None:
-    """Time over that of the best paged kernel, against context; a panel for each work, batch and model."""
+    """Time relative to the best paged kernel, over context; a panel for each workload, batch and model."""
     is_time = records["work"].str.fullmatch(r"decode|prefill|prefill \d+") & (records["context"] > 0)
     times = records[is_time].drop_duplicates(["model", "work", "batch", "context", "backend"], keep="last")
     found = times.groupby(["work", "batch", "model"])
@@ -147,7 +141,7 @@ def _kernels(records: pd.DataFrame) -> Panels | None:
 
 
 def _draw_kernels(axis: Any, times: pd.DataFrame) -> None:
-    """times: by context and kernel. The engine runs its own kernel on decodes and FlashAttention 3 on prompts."""
+    """times: context x kernel. The engine decodes with its own kernel and prefills with FlashAttention 3."""
     paged = times.filter(like="paged")
     reference = times if paged.empty else paged
     over = times.div(reference.min(axis=1), axis=0)
@@ -175,8 +169,8 @@ def _draw_kernels(axis: Any, times: pd.DataFrame) -> None:
 
 
 def _steps(steps: pd.DataFrame) -> Panels:
-    """Every decode step of each backend, and the tail of their durations. Runs on mapped slots are the reference."""
-    in_order = (OTHERS, AGAINST, OURS)  # the last one lies on top
+    """Every decode step of each backend, and the percentiles. Runs on premapped slots are the reference."""
+    in_order = (OTHERS, AGAINST, OURS)  # the last one is drawn on top
 
     def color(name: str) -> str:
         return OTHERS if "mapped before" in name else AGAINST if "sync" in name else OURS
@@ -206,7 +200,7 @@ def _page_sizes(records: pd.DataFrame) -> Panels:
 
 
 def _makespans(records: pd.DataFrame) -> Panels | None:
-    """A panel for each model and workload; virtual memory in colour."""
+    """A panel for each model and workload; virtual-memory backends in colour."""
     groups = list(records.dropna(subset=["makespan_s"]).groupby(["model", "workload"], sort=False))
     if not groups:
         return None
@@ -220,7 +214,7 @@ def _makespans(records: pd.DataFrame) -> Panels | None:
 
 
 def _lines(records: pd.DataFrame, x: str, ys: tuple[str, ...]) -> Panels | None:
-    """A row for each model, in it a panel for each y: lines over x, one for each backend and what else differs."""
+    """A row for each model, a column for each y: lines over x, one for each backend and variant."""
     known = records.dropna(subset=[x, *ys]).sort_values(x)
     models = list(known.groupby("model", sort=False))
     if not models:
@@ -235,7 +229,7 @@ def _lines(records: pd.DataFrame, x: str, ys: tuple[str, ...]) -> Panels | None:
 
 
 def _percentiles(records: pd.DataFrame, columns: tuple[str, ...], label: str) -> Panels | None:
-    """A panel for each model: the percentiles of each run, on a logarithmic axis."""
+    """A panel for each model: percentiles of each run, on a logarithmic axis."""
     models = list(records.groupby("model", sort=False))
     panels = _grid(len(models), 3.2)
     for axis, (model, group) in zip(panels.axes, models, strict=False):
@@ -249,10 +243,7 @@ def _percentiles(records: pd.DataFrame, columns: tuple[str, ...], label: str) ->
 
 
 def _memory(table: pd.DataFrame) -> Panels:
-    """Bytes of tokens, wasted behind them, and idle, over the steps of a run; a panel a backend, on one scale.
-
-    Above them the physical memory that the cache holds, mapped or not.
-    """
+    """Used, wasted, idle, mapped and held bytes over the steps of a run; a panel for each backend, on one scale."""
     runs = list(table.groupby("backend", sort=False))
     panels = Panels(columns=len(runs), width=3.6, heights=(3.0,))
     top = 1.1 * table["kv_created_bytes"].max() / MIB
@@ -273,7 +264,7 @@ def _is_paged(backends: pd.Series) -> pd.Series:
 
 
 def _names(records: pd.DataFrame) -> pd.Series:
-    """Backends, each with what else the run differs in from others."""
+    """Backend and variant of each record."""
     variants = records["variant"].astype("string").fillna("") if "variant" in records else ""
     return (records["backend"] + " " + variants).str.strip()
 

@@ -1,7 +1,7 @@
-"""python -m sarathi.benchmark.main [--config FILE] [--knob value ...]: one run, its files and a few lines of result.
+"""python -m sarathi.benchmark.main [--config FILE] [--knob value ...]: run one benchmark, write and print its results.
 
-Exit codes: 0 the run completed; 1 an error; 2 some requests were refused, or the time limit ended it; 130 ^C, SIGTERM
-or SIGHUP ended it, and the files hold what there was.
+Exit codes: 0 completed; 1 error; 2 some requests were refused, or the time limit was reached; 130 ended by ^C, SIGTERM
+or SIGHUP, with partial results written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sarathi.benchmark.run.processes import ended_by_signals
 from sarathi.metrics.wandb_log import WandbError
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 2, 130
-HELP = """One run of a workload on an engine in this process; its files go to output_dir.
+HELP = """Run a workload on an engine in this process and write the results to output_dir.
 
 usage: sarathi bench run [--config FILE] [--knob VALUE ...]
 
@@ -31,13 +31,13 @@ usage: sarathi bench run [--config FILE] [--knob VALUE ...]
     sarathi bench run --model.name ./folder --load_format auto --request_generator.provider trace \\
         --trace_request_generator.trace_file AzureLLMInferenceTrace_conv.csv --num_requests 100
 
-Without knobs of a workload it is vAttention's: 64 prompts of 8,192 to 32,768 tokens, for a model that takes them.
+The default workload is vAttention's: 64 prompts of 8,192 to 32,768 tokens. It needs a model with such a context.
 --help-knobs lists every knob with its default; sarathi/benchmark/README.md explains them.
 """
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """One run; its exit code."""
+    """Run one benchmark; returns the exit code."""
     words = sys.argv[1:] if words is None else words
     if print_help(words, HELP):
         return 0
@@ -45,9 +45,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
-    """Runs that differ in their workload alone, one after another; the worst exit code.
+    """Run configurations that differ only in their workload, one after another; returns the highest exit code.
 
-    ^C, SIGTERM and SIGHUP end them all.
+    ^C, SIGTERM and SIGHUP end all of them.
     """
     code = 0
     try:
@@ -68,7 +68,7 @@ def run_configs(read: Callable[[], Sequence[BenchmarkConfig]]) -> int:
 
 
 def _finish(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> int:
-    """Write, print and upload the result of one run; returns its exit code. A failed upload ends no other run."""
+    """Write, print and upload the result of one run; returns its exit code. A failed upload is not an exception."""
     summary = write_results(config, outcomes)
     print(f"{describe_run(summary)}\nresults: {config.output_dir}", flush=True)
     try:

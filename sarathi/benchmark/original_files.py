@@ -1,4 +1,4 @@
-"""Files that the plot scripts and notebooks of Sarathi-Serve and vAttention look for beside the report's tables.
+"""Files that the plot scripts and notebooks of Sarathi-Serve and vAttention read in addition to the report's tables.
 
 benchmark_config.yml  requests.json  replica_0/config.yml
 """
@@ -21,7 +21,7 @@ from sarathi.metrics.files import open_replacing
 from sarathi.metrics.report import TABLES_FOLDER
 
 CONFIG_FILE, REQUESTS_FILE = "benchmark_config.yml", "requests.json"
-# Names in replica_0/config.yml, which are those of their engine's arguments, and our knobs.
+# Sarathi-Serve's engine arguments, as named in replica_0/config.yml -> our knobs.
 _ENGINE_NAMES = {
     "model": "model.model", "tokenizer": "model.tokenizer", "dtype": "model.dtype", "seed": "model.seed",
     "load_format": "model.load_format", "max_model_len": "model.max_model_len",
@@ -34,7 +34,7 @@ _ENGINE_NAMES = {
 
 
 def write_original_files(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> None:
-    """All of them into output_dir, which exists."""
+    """Write all of them into output_dir, which must exist."""
     folder = Path(config.output_dir)
     _write_yaml(folder / CONFIG_FILE, {each.flat: attrgetter(each.path)(config) for each in knobs_of(BenchmarkConfig)})
     if config.write_json_trace:
@@ -47,13 +47,13 @@ def write_original_files(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]
 
 
 def remove_original_files(folder: Path) -> None:
-    """Those of an older run; nothing else."""
+    """Remove these files of an older run."""
     for path in (folder / TABLES_FOLDER / "config.yml", folder / CONFIG_FILE, folder / REQUESTS_FILE):
         path.unlink(missing_ok=True)
 
 
 def _write_requests(path: Path, outcomes: Sequence[RunOutcome]) -> None:
-    """What was asked of the engine, in order of arrival: also of requests that were refused or cut off."""
+    """Write the requests in order of arrival, including refused and unfinished ones."""
     numbered = sorted((each for outcome in outcomes for each in outcome.requests), key=lambda each: each[0])
     with open_replacing(path) as file:
         json.dump([_request(number, spec) for number, spec in numbered], file, indent=2)

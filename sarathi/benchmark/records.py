@@ -1,4 +1,4 @@
-"""Records of measurements, written to a CSV file as they come, within a budget of time."""
+"""Measurement records in a CSV file, and a time budget for measuring them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pandas as pd
 from sarathi.metrics.environment import environment
 
 T = TypeVar("T")
-Work = Iterable[tuple[str, Callable[[], object]]]  # name of a measurement, what measures it
-NOT_COMPARED = ("MHz", "W")  # units of which neither more nor less is better
+Work = Iterable[tuple[str, Callable[[], object]]]  # (name, function) of each measurement
+NOT_COMPARED = ("MHz", "W")  # units in which neither higher nor lower is better
 BOUND = "products and attention alone"  # the backend of records of roofline.py
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement. ratio: above 1 where it is better than that of the backend `reference`."""
+    """One measurement. ratio: to that of backend `reference`; above 1 is better."""
 
     model: str
     work: str
@@ -34,14 +34,14 @@ class Record:
     reference: str = ""
     ratio: float | None = None
 
-    def beside(self, other: Record) -> Record:
-        """The record with the other as its reference."""
+    def compared_to(self, other: Record) -> Record:
+        """This record with `other` as its reference."""
         ratio = self.value / other.value if is_rate(self.unit) else other.value / self.value
         return replace(self, reference=other.backend, ratio=ratio)
 
     @property
     def task(self) -> tuple[object, ...]:
-        """What was measured, apart from the backend."""
+        """Key of records that can be compared: everything but backend and value."""
         return self.model, self.work, self.batch, self.context, self.unit
 
 
@@ -49,19 +49,19 @@ COLUMNS = [field.name for field in fields(Record)]
 
 
 def is_rate(unit: str) -> bool:
-    """Whether higher is better: counts and rates, not times."""
+    """Whether higher is better: true for counts and rates, false for times."""
     return unit.endswith("/s") or unit in ("tokens", "requests")
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file that a Table wrote; columns that it lacks are empty."""
+    """The records of a Table's file; missing columns are empty."""
     frame = pd.read_csv(path, keep_default_na=False).reindex(columns=COLUMNS, fill_value="")
     found = [Record(**{str(name): value for name, value in line.items()}) for line in frame.to_dict("records")]
     return [replace(record, ratio=float(record.ratio) if record.ratio else None) for record in found]
 
 
 def _medians(samples: Sequence[Record]) -> Iterator[Record]:
-    """A record for each task and backend, with the median of its values."""
+    """The median of each task and backend."""
     frame = pd.DataFrame(samples, columns=COLUMNS)
     keys = [name for name in COLUMNS if name not in ("value", "ratio")]
     for line in frame.groupby(keys, as_index=False, sort=False)["value"].median().to_dict("records"):
@@ -69,14 +69,14 @@ def _medians(samples: Sequence[Record]) -> Iterator[Record]:
 
 
 class Attempts:
-    """Runs measurements that may fail: the others go on, and failed ones are named at the end."""
+    """Runs measurements and collects failures, so that one failure does not stop the others."""
 
     def __init__(self) -> None:
         self.failed: list[str] = []
         self._running: list[str] = []  # names of nested measurements
 
     def run(self, name: str, measure: Callable[[], T]) -> T | None:
-        """What ``measure`` returns, or None with its error printed."""
+        """The result of ``measure``; on an exception, prints it and returns None."""
         self._running.append(name)
         try:
             return measure()
@@ -88,7 +88,7 @@ class Attempts:
             self._running.pop()
 
     def exit_code(self) -> int:
-        """1 after printing the names of the failed ones, 0 if none failed."""
+        """Print the failed measurements; 1 if there are any, else 0."""
         if self.failed:
             print(f"# {len(self.failed)} failed: {', '.join(self.failed)}", flush=True)
         return int(bool(self.failed))
@@ -97,7 +97,7 @@ class Attempts:
 class Table:
     """A CSV file that is rewritten with every record, and NAME.environment.json with an entry for each run.
 
-    Records are added to those of earlier runs into the same folder.
+    Records of earlier runs into the same file are kept.
     """
 
     def __init__(self, path: Path, attempts: Attempts | None = None, **facts: object) -> None:
@@ -119,27 +119,27 @@ class Table:
         print(f"{what} {record.value:>9.6g} {record.unit}{against}", flush=True)
 
     def compare(self, record: Record, reference: Record) -> None:
-        """Compare a record of this table with a reference that was measured later."""
-        compared = record.beside(reference)
+        """Set the reference of a record that was measured before its reference."""
+        compared = record.compared_to(reference)
         self.records[self.records.index(record)] = compared
         self._write()
         shape = f"{record.batch} x {record.context}"
         print(f"    {record.work} {shape}: {compared.ratio:.3f}x {reference.backend}", flush=True)
 
     def add_compared(self, records: list[Record], reference: str) -> None:
-        """Add times of one shape, each beside the best of those whose backend contains `reference`."""
+        """Add times of one shape, compared with the best backend whose name contains `reference`."""
         others = [record for record in records if reference in record.backend]
         best = min(others, key=lambda record: record.value, default=None)
         for record in records:
-            self.add(record if best is None or record in others else record.beside(best))
+            self.add(record if best is None or record in others else record.compared_to(best))
 
     def add_medians(self, samples: Sequence[Record], ours: str) -> None:
-        """Add the median of each task's samples by backend; those of `ours` beside the other backend's."""
+        """Add the median of each task and backend; those of `ours` are compared with the other backend's."""
         found = list(_medians(samples))
         others = {record.task: record for record in found if record.backend != ours}
         for record in found:
             is_compared = record.backend == ours and record.task in others
-            self.add(record.beside(others[record.task]) if is_compared else record)
+            self.add(record.compared_to(others[record.task]) if is_compared else record)
 
     def _write(self) -> None:
         frame = pd.DataFrame(self.records, columns=COLUMNS)
@@ -149,18 +149,18 @@ class Table:
 
 
 def join_engines(ours: Path, theirs: Path, joined: Path) -> None:
-    """Write each record that both engines have: ours with its ratio to theirs, then theirs."""
+    """Write the records that both engines have: ours with its ratio to theirs, then theirs."""
     found, mine = {record.task: record for record in read_records(theirs)}, read_records(ours)
     table = Table(joined, ours=str(ours), theirs=str(theirs))
     for record in mine:
         other = found.get(record.task)
         if other is not None and record.backend != BOUND:
-            table.add(record if record.unit in NOT_COMPARED else record.beside(other))
+            table.add(record if record.unit in NOT_COMPARED else record.compared_to(other))
             table.add(other)
 
 
 class Budget:
-    """Seconds left for measuring. Work comes most important first; what does not fit is named."""
+    """A time budget. Runs work in the given order and lists what it had no time for."""
 
     def __init__(self, seconds: float, attempts: Attempts) -> None:
         self._attempts = attempts
@@ -171,7 +171,7 @@ class Budget:
         return self._end - time.monotonic()
 
     def run(self, work: Work) -> None:
-        """Run each while time is left; one that fails is reported and the next one runs."""
+        """Run each measurement while time is left. A failure is reported and does not stop the others."""
         skipped = []
         for name, measure in work:
             if self.left_s <= 0:

@@ -1,4 +1,4 @@
-"""Files of a run: the report, its configuration, and the responses."""
+"""Result files of a run: report, configuration and responses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEADLINES = (
 
 
 def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
-    """Everything into output_dir, in place of an older run's; returns the summary."""
+    """Write everything into output_dir, replacing an older run's files; returns the summary."""
     remove_results(Path(config.output_dir), keep_profiles=config.enable_profiling)
     folder = write_config(config)
     status = _status(outcomes)
@@ -52,9 +52,9 @@ def write_results(config: BenchmarkConfig, outcomes: Sequence[RunOutcome]) -> di
 
 
 def in_own_folder(config: BenchmarkConfig) -> BenchmarkConfig:
-    """A run that writes into a folder of its own in output_dir, where timestamped_output asks for it.
+    """`config` with a new timestamped folder in output_dir if timestamped_output is set.
 
-    Otherwise a warning tells if output_dir has a run of another configuration, which this one will replace.
+    Otherwise logs a warning if this run will replace results of another configuration.
     """
     folder = Path(config.output_dir)
     if config.timestamped_output:
@@ -62,15 +62,15 @@ def in_own_folder(config: BenchmarkConfig) -> BenchmarkConfig:
     with suppress(OSError, ValueError):
         older = read_config(folder)
         if (folder / SUMMARY_FILE).exists() and replace(older, output_dir=config.output_dir) != config:
-            told = (
-                "%r holds a run of another configuration, which this one will replace; --timestamped_output keeps both"
+            warning = (
+                "%r holds results of another configuration, which this run replaces; --timestamped_output keeps both"
             )
-            logger.warning(told, config.output_dir)
+            logger.warning(warning, config.output_dir)
     return config
 
 
 def remove_results(folder: Path, keep_profiles: bool) -> None:
-    """An older run's files: those that this run does not write would pass for its own. Nothing else is removed."""
+    """Remove an older run's files, and nothing else."""
     remove_report(folder)
     remove_original_files(folder)
     (folder / RESPONSES_FILE).unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def remove_results(folder: Path, keep_profiles: bool) -> None:
 
 
 def write_config(config: BenchmarkConfig) -> Path:
-    """The configuration into its output_dir, which is made if need be and returned."""
+    """Write the configuration into output_dir, created if necessary; returns the folder."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
@@ -87,12 +87,12 @@ def write_config(config: BenchmarkConfig) -> Path:
 
 
 def read_config(folder: Path) -> BenchmarkConfig:
-    """The configuration of a run that was written to `folder`."""
+    """The configuration of a run in `folder`."""
     return load_config(BenchmarkConfig, folder / CONFIG_FILE)
 
 
 def describe_run(summary: Mapping[str, Any]) -> str:
-    """A few lines for people."""
+    """A summary in a few lines of text."""
     lines = [f"{summary['ended']}: {summary['num_finished']} requests in {summary['run_s']:.2f} s"]
     if engine := summary.get("engine"):
         shown = "engine: {backend}, {dtype} on {device}, KV cache of {kv_cache_tokens} tokens"
@@ -101,7 +101,7 @@ def describe_run(summary: Mapping[str, Any]) -> str:
     if reuse.num_repeated or reuse.num_found:
         lines.append(str(reuse))
     if summary["num_lost"]:
-        lines.append(f"lost with the replica that had them: {summary['num_lost']} requests")
+        lines.append(f"lost with a dead replica: {summary['num_lost']} requests")
     if summary["refused"]:
         lines.append(
             f"refused: {len(summary['refused'])} requests, the first: {next(iter(summary['refused'].values()))}"
@@ -117,7 +117,7 @@ def describe_run(summary: Mapping[str, Any]) -> str:
 
 
 def _status(outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
-    """How the run ended: as its worst replica did."""
+    """Status of the run: totals over the replicas, and the first ending that is not COMPLETED."""
     endings = [outcome.ended for outcome in outcomes if outcome.ended != COMPLETED]
     return {
         "ended": endings[0] if endings else COMPLETED,
@@ -143,7 +143,7 @@ def _options(config: BenchmarkConfig) -> ReportOptions:
 
 
 def send_results(config: BenchmarkConfig, summary: Mapping[str, Any]) -> None:
-    """What was written, to Weights & Biases where a project is named. WandbError where it cannot be sent."""
+    """Upload the results to Weights & Biases if wandb_project is set. WandbError if that fails."""
     knobs = config.metrics_store
     if knobs.wandb_project:
         names = (knobs.wandb_project, knobs.wandb_group, knobs.wandb_run_name, knobs.wandb_run_id, knobs.wandb_sweep_id)

@@ -1,1 +1,1 @@
-"""The highest request rate that meets a latency target: the search itself, and runs as its probes."""
+"""Search for the highest request rate that meets latency targets."""

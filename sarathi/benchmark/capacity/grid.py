@@ -1,4 +1,4 @@
-"""Grids of searches in Sarathi-Serve's YAML: models x traces x schedulers x parallel_spec, each a search of its own.
+"""Grids of capacity searches in Sarathi-Serve's YAML: one search per model x trace x scheduler x parallel_spec.
 
 python -m sarathi.benchmark.capacity.main --config-path FILE --output-dir FOLDER [--tbt-slo-value S] [--knob value ...]
 
@@ -35,7 +35,7 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One search of a grid. name: of its folder. labels: section -> name in it. settings: knobs by whole paths."""
+    """One search of a grid. name: of its folder. labels: section -> entry's name. settings: knobs by full path."""
 
     name: str
     labels: Mapping[str, str]
@@ -43,9 +43,9 @@ class Job:
 
 
 def translate(settings: Mapping[str, str]) -> dict[str, str]:
-    """Options of the original's search as knobs; names of knobs stay. ConfigError for those that have no meaning here.
+    """Translate options of Sarathi-Serve's search to knobs; knobs pass unchanged. ConfigError for unsupported options.
 
-    time_limit is in minutes there, of which runs at given rates have more, and min_search_granularity in percent.
+    Sarathi-Serve's time_limit is in minutes, with another default for --qps-values; min_search_granularity in percent.
     """
     knobs = {name.replace("-", "_"): value for name, value in settings.items()}
     if unused := [name for name in _UNUSED if name in knobs]:
@@ -62,7 +62,7 @@ def translate(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """All searches of a file, in its order; ConfigError names what is wrong in it."""
+    """The searches of a file, in file order. ConfigError if the file is invalid."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds {short_repr(content)}: it must hold {', '.join(_SECTIONS)}")
@@ -84,7 +84,7 @@ def _entries(path: Path, content: Mapping[str, Any], section: str) -> Sequence[E
 
 
 def _is_wanted(model: Entry, trace: Entry, scheduler: Entry, parallel: Entry) -> bool:
-    """Whether the model's lists of names, where it has them, hold the others' names."""
+    """Whether the model's optional lists of names select this combination."""
     names = {"traces": trace["name"], "schedulers": scheduler["name"], "parallel_spec": parallel["name"]}
     return all(names[section] in (model.get(key) or [names[section]]) for key, section in _LIMITS.items())
 

@@ -1,7 +1,7 @@
-"""python -m sarathi.benchmark.capacity.main [--config FILE] [--knob value ...]: a search, a table and a plot.
+"""python -m sarathi.benchmark.capacity.main [--config FILE] [--knob value ...]: capacity search with table and plot.
 
-Takes the knobs of a run; section capacity_search says what is looked for. One engine serves all probes. With
---config-path, a grid of searches in Sarathi-Serve's YAML (grid.py).
+Takes the knobs of a run; section capacity_search configures the search. One engine serves all probes. --config-path
+runs a grid of searches in Sarathi-Serve's YAML (grid.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXIT_INTERRUPTED = 130
 GRID_COLUMNS = ("models", "traces", "schedulers", "parallel_spec", "asked_qps", "capacity_qps", "found")
 HELP = """Search the highest request rate at which an engine in this process meets latency targets.
 
-The engine's probes, a table and a plot go to output_dir.
+The probes, a table and a plot are written to output_dir.
 
 usage: sarathi bench capacity [--config FILE] [--knob VALUE ...]
 
@@ -51,7 +51,7 @@ usage: sarathi bench capacity [--config FILE] [--knob VALUE ...]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Search, write, print; the exit code: 0 a rate was found, 1 an error or none was, 130 on ^C."""
+    """Search, write and print. Exit code: 0 a rate was found, 1 error or no rate found, 130 on ^C."""
     words = sys.argv[1:] if words is None else words
     if print_help(words, HELP):
         return 0
@@ -73,9 +73,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def search_one(config: BenchmarkConfig) -> dict[str, object]:
-    """Search, write and print; the last three columns of GRID_COLUMNS. ^C leaves a table of what there is.
+    """Search, write and print; returns the last three columns of GRID_COLUMNS. ^C leaves a partial table.
 
-    asked_qps: the highest rate that met the targets. capacity_qps: what the engine completed at it.
+    asked_qps: the highest rate that met the targets. capacity_qps: the completion rate at it.
     """
     log = open_log(config)
     try:
@@ -87,12 +87,12 @@ def search_one(config: BenchmarkConfig) -> dict[str, object]:
     write_capacity(config, probes)
     print(describe(config, probes, asked_qps), flush=True)
     capacity_qps = None if asked_qps is None else completed_at(probes, asked_qps)
-    told = found_in_words(config, probes, asked_qps)
-    return {"asked_qps": asked_qps, "capacity_qps": capacity_qps, "found": told}
+    found = found_in_words(config, probes, asked_qps)
+    return {"asked_qps": asked_qps, "capacity_qps": capacity_qps, "found": found}
 
 
 def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
-    """One search a job, into a folder of its own, and capacity_grid.csv; 1 where one failed or found no rate."""
+    """Run each job in its own folder, and write capacity_grid.csv. Returns 1 if a job failed or found no rate."""
     given = [word for name, value in settings.items() for word in (f"--{name}", value)]
     folder = Path(parse_options(given).output_dir)
     lines: list[dict[str, object]] = []
@@ -107,7 +107,7 @@ def search_grid(jobs: Sequence[Job], settings: Mapping[str, str]) -> int:
 
 
 def _searched(config: BenchmarkConfig) -> dict[str, object]:
-    """Columns of one search; one that fails is told and leaves the others."""
+    """Columns of one search. An error is printed and does not stop the other searches."""
     try:
         return search_one(config)
     except (ValueError, OSError) as error:
@@ -116,7 +116,7 @@ def _searched(config: BenchmarkConfig) -> dict[str, object]:
 
 
 def open_log(config: BenchmarkConfig) -> ProbeLog:
-    """The probes in output_dir. ConfigError where nothing can be searched with this configuration."""
+    """The probe log in output_dir. ConfigError if this configuration cannot be searched."""
     slos_of(config.capacity_search), given_rates(config.capacity_search.qps_values)
     provider = config.synthetic_request_generator.interval_provider
     if provider not in RATED or config.request_generator.provider != "synthetic":
@@ -131,7 +131,7 @@ def open_log(config: BenchmarkConfig) -> ProbeLog:
 
 
 def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], float | None]:
-    """Probes in order of rate, and the highest that met the targets."""
+    """Probes in order of rate, and the highest rate that met the targets."""
     knobs = config.capacity_search
     rates = given_rates(knobs.qps_values)
     with BenchmarkRunner(config, device=replica_devices(config).get("0")) as runner:
@@ -145,7 +145,7 @@ def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], 
 
 
 def _files_of_a_run(config: BenchmarkConfig) -> dict[str, object]:
-    """Knobs that ask for what only a run writes or sends."""
+    """Knobs that are set but only supported by a run."""
     return {
         "enable_profiling": config.enable_profiling,
         "write_json_trace": config.write_json_trace,
@@ -164,10 +164,9 @@ def _at_rate(config: BenchmarkConfig, qps: float) -> BenchmarkConfig:
 
 
 def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Probe:
-    """A probe that did not end in time met no target, whatever its first requests showed.
+    """Run one probe. A probe that hits the time limit, or completes requests more slowly than they arrive, fails.
 
-    Nor did one whose requests were answered more slowly than they came: latencies of a short run can all be good at
-    any rate, for its requests run in one batch.
+    The completion rate matters because a short run can have good latencies at any rate: one batch holds all requests.
     """
     specs = runner.workload(_at_rate(config, qps))
     outcome = runner.run(specs)
@@ -185,13 +184,13 @@ def _measure(runner: BenchmarkRunner, config: BenchmarkConfig, qps: float) -> Pr
 
 
 def arrival_rate(specs: Sequence[RequestSpec]) -> float:
-    """Requests a second, from the first arrival to the last; infinite where all come at once."""
+    """Requests per second between the first and the last arrival; infinite if all arrive at once."""
     times = [spec.arrived_at_s for spec in specs]
     return (len(times) - 1) / (max(times) - min(times)) if len(times) > 1 and max(times) > min(times) else math.inf
 
 
 def key_of(config: BenchmarkConfig) -> str:
-    """What decides a probe's value: everything but where it is written, how much is said, and how long is searched."""
+    """The settings that a probe's result depends on: all but output folder, log level and search limits."""
     settings = to_dict(config)
     settings["timed_operations"] = config.metrics_store.enable_op_level_metrics  # without graphs, one step at a time
     for name in ("output_dir", "log_level", "show_progress", "metrics_store", "profiling"):

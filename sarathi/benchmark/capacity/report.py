@@ -1,4 +1,4 @@
-"""What a search found: a table and a plot in files, and the answer in words."""
+"""Report of a capacity search: CSV table, plot and text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sarathi.metrics.plots import is_available, plot_lines
 
 
 def table_of(config: BenchmarkConfig, probes: Sequence[Probe]) -> pd.DataFrame:
-    """A record for each probe: rate asked and completed, seconds of each quantile, and whether all targets are met."""
+    """A record for each probe: requested and completed rate, quantiles in seconds, and whether all targets are met."""
     names = [slo.name for slo in measures_of(config.capacity_search)]
     columns = ["qps", "completed_qps", *names, "meets", "num_completed"]
     return pd.DataFrame([{**vars(probe), **probe.values_s} for probe in probes], columns=columns)
 
 
 def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
-    """capacity.csv and capacity.png in output_dir; nothing where there is no probe."""
+    """Write capacity.csv and capacity.png into output_dir, if there is a probe."""
     if not probes:
         return
     folder, table = Path(config.output_dir), table_of(config, probes)
@@ -34,12 +34,12 @@ def write_capacity(config: BenchmarkConfig, probes: Sequence[Probe]) -> None:
     rates, slos = table["qps"].tolist(), slos_of(config.capacity_search)
     lines = {slo.name: (rates, (table[slo.name] / slo.limit_s).tolist()) for slo in slos}
     lines["target"] = (rates, [1.0] * len(rates))
-    told = caption([environment()], [config.model.name, config.model.attention_backend])
-    plot_lines(folder / "capacity.png", lines, "request rate (requests/s)", "share of the target", "o", told)
+    title = caption([environment()], [config.model.name, config.model.attention_backend])
+    plot_lines(folder / "capacity.png", lines, "request rate (requests/s)", "share of the target", "o", title)
 
 
 def describe(config: BenchmarkConfig, probes: Sequence[Probe], asked_qps: float | None) -> str:
-    """The table of probes, and the answer."""
+    """The table of probes and the result, as text."""
     table = table_of(config, probes).replace({"meets": {True: "yes", False: "no"}})
     targets = ", ".join(f"{slo.name} {slo.limit_s:g}" for slo in slos_of(config.capacity_search))
     lines = table.to_string(index=False, float_format="{:.4f}".format)
@@ -47,7 +47,7 @@ def describe(config: BenchmarkConfig, probes: Sequence[Probe], asked_qps: float 
 
 
 def _not_kept_up(config: BenchmarkConfig, probes: Sequence[Probe]) -> str:
-    """A sentence about the lowest rate that was too much, if the engine met every latency there but did not keep up."""
+    """A hint if the lowest failed rate met every latency target but requests completed more slowly than they came."""
     first = next((probe for probe in probes if not probe.meets), None)
     if first is None or not meets_all(config.capacity_search, first.values_s):
         return ""
@@ -58,12 +58,12 @@ def _not_kept_up(config: BenchmarkConfig, probes: Sequence[Probe]) -> str:
 
 
 def completed_at(probes: Sequence[Probe], qps: float) -> float:
-    """Requests a second that the engine completed at a rate that was tried."""
+    """The completion rate of the probe at `qps`, in requests per second."""
     return next(probe.completed_qps for probe in probes if probe.qps == qps)
 
 
 def found_in_words(config: BenchmarkConfig, probes: Sequence[Probe], asked_qps: float | None) -> str:
-    """The rate completed at the highest one that met the targets, which is named, and how far the capacity is known."""
+    """The completion rate at the highest rate that met the targets, and the bounds of the capacity."""
     if asked_qps is None:
         return "no rate met it"
     done = f"{completed_at(probes, asked_qps):.3f} requests a second, asked for {asked_qps:.3f}"

@@ -1,4 +1,4 @@
-"""Bracketing and bisection over request rates. A probe is a function; its result is kept in a file.
+"""Bracketing and bisection over request rates. Results of probes are kept in a file.
 
 rate   1 ok   2 ok   4 ok   8 too much   6 ok   7 too much   6.5 ok ...
 """
@@ -16,9 +16,9 @@ from sarathi.config.knobs import ConfigError
 
 @dataclass(frozen=True)
 class Probe:
-    """One rate that was tried. values_s: name of each latency target -> what was measured.
+    """The measurement at one rate. values_s: name of each latency target -> measured seconds.
 
-    completed_qps: requests completed a second, from the first arrival to the last token. meets: whether every latency
+    completed_qps: requests completed per second, from the first arrival to the last token. meets: whether every latency
     target is met and the engine kept up with the rate.
     """
 
@@ -31,7 +31,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """Rates start at start_qps; the search ends when the bounds differ by `tolerance`, or after max_probes."""
+    """Start rate, and when to stop: when the bounds differ by `tolerance` (relative), or after max_probes."""
 
     start_qps: float
     tolerance: float
@@ -39,10 +39,9 @@ class SearchLimits:
 
 
 class ProbeLog:
-    """Probes on disk, one JSON line each, so that a search goes on where it was interrupted.
+    """Probes on disk as JSON lines: an interrupted search resumes from them.
 
-    key: what the probes were measured with; a file of another key is refused with a ValueError, not mixed in.
-    A last line that was not written to its end is dropped.
+    key: settings that the probes depend on; ValueError if the file has another key. An incomplete last line is dropped.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -53,7 +52,7 @@ class ProbeLog:
         return self._known.get(qps)
 
     def probes(self) -> list[Probe]:
-        """All of them in order of rate."""
+        """All probes in order of rate."""
         return [self._known[qps] for qps in sorted(self._known)]
 
     def add(self, probe: Probe) -> None:
@@ -74,7 +73,7 @@ class ProbeLog:
             keys = {line.pop("key") for line in lines}
             probes = [_probe(line) for line in lines]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._path} is no file of probes ({error}); remove it") from None
+            raise ValueError(f"{self._path} is not a probe file ({error}); remove it") from None
         if keys - {self._key}:
             raise ValueError(
                 f"{self._path} holds probes of another configuration; name another output_dir, or remove it"
@@ -87,9 +86,9 @@ def _probe(line: Mapping[str, Any]) -> Probe:
 
 
 def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimits) -> tuple[list[Probe], float | None]:
-    """All probes in order of rate, and the highest rate that met the target; None where none did.
+    """All probes in order of rate, and the highest rate that met the targets, or None.
 
-    The rate is doubled while it meets the target, or halved while it does not; then the gap is bisected.
+    Doubles the rate until it fails, or halves it until it passes; then bisects.
     """
     tried: list[Probe] = []
     good, bad = 0.0, float("inf")
@@ -105,13 +104,13 @@ def search(measure: Callable[[float], Probe], log: ProbeLog, limits: SearchLimit
 def measure_all(
     measure: Callable[[float], Probe], log: ProbeLog, rates: Sequence[float]
 ) -> tuple[list[Probe], float | None]:
-    """Probes of these rates, in order, and the highest that met the target; None where none did."""
+    """Probes at these rates, in order, and the highest rate that met the targets, or None."""
     probes = [_known_or_measured(measure, log, qps) for qps in sorted(rates)]
     return probes, max((probe.qps for probe in probes if probe.meets), default=None)
 
 
 def given_rates(text: str | None) -> list[float]:
-    """Rates of a knob such as 0.5,1,2; none of None. ConfigError where one is no rate."""
+    """Parse rates such as 0.5,1,2; None has none. ConfigError if one is not a positive number."""
     try:
         rates = [float(part) for part in (text or "").split(",") if text]
     except ValueError:
@@ -130,7 +129,7 @@ def _known_or_measured(measure: Callable[[float], Probe], log: ProbeLog, qps: fl
 
 
 def is_settled(good: float, bad: float, tolerance: float) -> bool:
-    """Whether a rate that met the target and one that did not are as near as `tolerance` asks."""
+    """Whether the bounds are within `tolerance` of each other."""
     return good > 0 and bad - good <= tolerance * good
 
 

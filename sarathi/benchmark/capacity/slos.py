@@ -1,4 +1,4 @@
-"""Latency targets (SLOs): quantiles of a run's latencies, each with the seconds that it may reach."""
+"""Latency targets (SLOs): quantiles of a run's latencies with limits in seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METRICS: Mapping[str, Latencies] = {
 
 @dataclass(frozen=True)
 class Slo:
-    """The share `quantile` of a metric's values must be at most limit_s seconds. metric: one of METRICS."""
+    """The `quantile` (0 to 1) of a metric must be at most limit_s seconds. metric: one of METRICS."""
 
     metric: str
     quantile: float
@@ -35,14 +35,14 @@ class Slo:
         return f"p{100 * self.quantile:g}_{self.metric}_s"
 
     def measure(self, records: RunRecords) -> float:
-        """The quantile in seconds, over all requests; infinite where nothing was measured."""
+        """The quantile in seconds over all requests; infinite without samples."""
         latencies = METRICS[self.metric]
         values = [value for record in records.requests for value in latencies(record) if value is not None]
         return float(np.quantile(values, self.quantile)) if values else float("inf")
 
 
 def slos_of(config: CapacitySearchConfig) -> list[Slo]:
-    """Those that are targets; ConfigError where none is."""
+    """The configured targets. ConfigError if there is none."""
     found = [slo for slo in measures_of(config) if slo.limit_s < math.inf]
     if not found:
         names = ", ".join(f"{metric}_slo_value" for metric in METRICS)
@@ -51,7 +51,7 @@ def slos_of(config: CapacitySearchConfig) -> list[Slo]:
 
 
 def measures_of(config: CapacitySearchConfig) -> list[Slo]:
-    """Every metric at its quantile; the limit of one that is no target is infinite."""
+    """Every metric at its quantile; metrics without a target have an infinite limit."""
     limits = {metric: getattr(config, f"{metric}_slo_value") for metric in METRICS}
     return [
         Slo(metric, getattr(config, f"{metric}_slo_quantile"), math.inf if limit_s is None else limit_s)
@@ -60,5 +60,5 @@ def measures_of(config: CapacitySearchConfig) -> list[Slo]:
 
 
 def meets_all(config: CapacitySearchConfig, values_s: Mapping[str, float]) -> bool:
-    """Whether every target is met. values_s: name -> what was measured."""
+    """Whether every target is met. values_s: name -> measured seconds."""
     return all(values_s[slo.name] <= slo.limit_s for slo in slos_of(config))

@@ -1,1 +1,1 @@
-"""What configures a run: schema (every knob), default.yml (the same as a file), options, and the engine's share."""
+"""Configuration of a run: schema (every knob), default.yml (generated from it), options, engine configuration."""

@@ -1,4 +1,4 @@
-"""default.yml and the README's table, written from the schema.
+"""Generate default.yml and the README's table of knobs from the schema.
 
 python -m sarathi.benchmark.config.document writes both into this package.
 """
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- knobs -->", "<!-- end of knobs -->"
 
 
 def default_yaml() -> str:
-    """Every knob with its default, under a comment that explains it."""
+    """Every knob with its default, and its help text as a comment."""
     head = "# Every knob of a run, with its default. Copy what you change; the command line wins over the file."
     lines = [head, *_yaml_knobs(BenchmarkConfig, "")]
     for name, section in sections_of(BenchmarkConfig).items():
@@ -29,7 +29,7 @@ def default_yaml() -> str:
 
 
 def print_help(words: Sequence[str], text: str) -> bool:
-    """Print `text` for --help, and default_yaml() for --help-knobs; False where neither is asked for."""
+    """Print `text` for --help and default_yaml() for --help-knobs; returns False for neither."""
     if {"-h", "--help"} & set(words):
         print(text, end="")
     elif "--help-knobs" in words:
@@ -48,7 +48,7 @@ def knob_table() -> str:
 
 
 def readme_with_table(text: str) -> str:
-    """`text` with what lies between its marks replaced by the table of today."""
+    """`text` with the current table between its markers."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{knob_table()}\n{END}{after}"

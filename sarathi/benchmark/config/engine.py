@@ -1,6 +1,6 @@
-"""The engine's configuration, from that of a benchmark run.
+"""The engine's configuration, from a benchmark's.
 
-Every knob that says something of the engine is passed on or refused; none is dropped on the way.
+Every engine knob is passed on or rejected; none is silently ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineConfig:
-    """What the engine of one replica is built from; `device` wins over model.device."""
+    """The engine configuration of one replica; `device` overrides model.device."""
     model, scheduler = config.model, config.replica_scheduler
     settings: dict[str, object] = {
         "model.model": model.name,
@@ -47,14 +47,14 @@ def engine_config(config: BenchmarkConfig, device: str | None = None) -> EngineC
 
 
 def without_workload(config: BenchmarkConfig) -> BenchmarkConfig:
-    """A run less its requests and its folder: runs of which this is the same can share an engine."""
+    """`config` without workload and output folder: runs for which this is equal can share an engine."""
     sections = sections_of(BenchmarkConfig).items()
     none: dict[str, Any] = {name: make() for name, make in sections if name.endswith("_generator")}
     return replace(config, output_dir="", **none)
 
 
 def sized_backend(name: str, block_size: str | None) -> str:
-    """The backend's name with the granularity that block_size gives: tokens where paged, bytes elsewhere."""
+    """The backend's name with block_size as suffix: tokens for paged memory, page bytes for virtual memory."""
     if block_size is None:
         return name
     if name == AUTO:
@@ -85,7 +85,7 @@ def _sarathi_settings(config: BenchmarkConfig) -> dict[str, object]:
     if knobs.enable_dynamic_chunking_schedule and knobs.target_step_time is not None:
         raise ConfigError(
             f"sarathi_scheduler.target_step_time is {knobs.target_step_time}: it must be none where "
-            "enable_dynamic_chunking_schedule is true, for a budget is either scheduled or learned"
+            "enable_dynamic_chunking_schedule is true: the budget is either scheduled or learned"
         )
     settings: dict[str, object] = {
         "scheduler.chunk_size": knobs.chunk_size,

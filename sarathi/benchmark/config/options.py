@@ -1,9 +1,9 @@
-"""From the words of a command line to a configuration.
+"""Parse command-line words into a configuration. All of these name the same knob or set a switch:
 
---model.attention_backend fa_vattn    the path
---model_attention_backend fa_vattn    the path in one word
---attention_backend=FA_VATTN          the last part, where only one knob ends so
---write_metrics                       a switch alone is true
+--model.attention_backend fa_vattn    full path
+--model_attention_backend fa_vattn    path with underscores
+--attention_backend=FA_VATTN          last part, if unique
+--write_metrics                       a switch without a value is true
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def parse_options(words: Sequence[str]) -> BenchmarkConfig:
-    """The configuration that `--config FILE` and overrides give. ConfigError names an unknown knob and the nearest.
+    """The configuration of `--config FILE` with overrides. ConfigError names an unknown knob and the nearest known one.
 
-    A knob on the command line that the selected providers do not read is told as a warning.
+    Logs a warning for a knob on the command line that the selected providers do not read.
     """
     settings = read_settings(words)
     path = settings.pop(CONFIG_FLAG, None)
@@ -34,16 +34,16 @@ def parse_options(words: Sequence[str]) -> BenchmarkConfig:
 
 
 def read_settings(words: Sequence[str], switches: Sequence[str] = (), lists: Sequence[str] = ()) -> dict[str, str]:
-    """Names and values as they were written; a name without a value must be a switch, and is true.
+    """Option names and values as written. A name without a value must be a switch and means true.
 
-    switches: names that are none of a knob. lists: names that take several words, which are joined with commas.
+    switches: further switches that are not knobs. lists: options that take several words, joined with commas.
     """
     settings: dict[str, str] = {}
     left = list(words)
     while left:
         word = left.pop(0)
         if not word.startswith("--") or len(word) < 3:
-            raise ConfigError(f"{word!r} stands where the name of a knob should: write --name value")
+            raise ConfigError(f"unexpected argument {word!r}: write --name value")
         name, equals, value = word[2:].partition("=")
         if not equals:
             has_value = left and not left[0].startswith("--")
@@ -55,23 +55,23 @@ def read_settings(words: Sequence[str], switches: Sequence[str] = (), lists: Seq
 
 
 def _alone(name: str) -> str:
-    """What a name without a value means; ConfigError for one that is no switch."""
+    """The value of an option without one: true for a switch, else ConfigError."""
     if name == CONFIG_FLAG or find_knob(BenchmarkConfig, name).value_type is not bool:
         raise ConfigError(f"--{name} needs a value")
     return "true"
 
 
 def as_words(settings: Mapping[str, object]) -> list[str]:
-    """Settings as a command line that parse_options reads back."""
+    """Settings as command-line words for parse_options."""
     return [word for name, value in settings.items() for word in (f"--{name}", "none" if value is None else str(value))]
 
 
 def start_logging(config: BenchmarkConfig) -> None:
-    """To standard error, from the level that the configuration names on."""
+    """Log to standard error at the configured level."""
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
 
 def canonical(settings: Mapping[str, object]) -> dict[str, object]:
-    """The same settings by whole paths, values as the knobs hold them; ConfigError names what is wrong."""
+    """The settings by full path, with converted values. ConfigError if one is invalid."""
     found = ((find_knob(BenchmarkConfig, name), value) for name, value in settings.items())
     return {each.path: each.coerce(value) for each, value in found}

@@ -1,4 +1,4 @@
-"""Options of the measuring scripts: what they share, and YAML files in which they stand as on a command line.
+"""Shared command-line options of the benchmark scripts, and their YAML files.
 
 program: allocator              # scripts/benchmark_allocator.py
 base: {option: value, ...}
@@ -27,7 +27,7 @@ _TEST = {
 
 
 def engine_parser(description: str | None, output: str) -> argparse.ArgumentParser:
-    """Options of every script that runs engines."""
+    """A parser with the options of every script that runs engines."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="llama-3-8b", help="a shipped name; or tiny, two-wide-layers: random weights"
@@ -47,7 +47,7 @@ def engine_parser(description: str | None, output: str) -> argparse.ArgumentPars
 
 
 def add_stages(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
-    """--stages: which of these to measure, in which order; all of them by default."""
+    """Add --stages: the stages to measure, in order; default: all."""
 
     def chosen(text: str) -> list[str]:
         found = text.split(",")
@@ -59,7 +59,7 @@ def add_stages(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
 
 
 def add_ratios(parser: argparse.ArgumentParser) -> None:
-    """--ratios: which static traces to run; each takes minutes."""
+    """Add --ratios: the static traces to run; each takes minutes."""
     parser.add_argument(
         "--ratios", type=lambda text: [int(each) for each in text.split(",")], default=[500, 50],
         help="prompt tokens for one output token, of the static traces",
@@ -69,9 +69,9 @@ def add_ratios(parser: argparse.ArgumentParser) -> None:
 def parse(
     parser: argparse.ArgumentParser, test: Mapping[str, object] = MappingProxyType({}), program: str | None = None
 ) -> argparse.Namespace:
-    """The options of the command line, over those of --test, over those of experiments/PROGRAM.yml if one is named.
+    """Parse the command line. Its options override those of --test, which override experiments/PROGRAM.yml.
 
-    test: what --test changes beside the tiny model on the CPU, by the options' names.
+    test: options that --test changes, in addition to model and device.
     """
     short = [word for name, value in {**_TEST, **test}.items() for word in as_words(name, [value])]
     if program is not None:
@@ -83,11 +83,10 @@ def parse(
 def parse_with_file(
     parser: argparse.ArgumentParser, name: str, folder: Path = EXPERIMENTS, short: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """The options of folder/NAME.yml, or of the --figure with the same keys, and over them the command line's.
+    """Parse the command line over the options of folder/NAME.yml, or of the file given by --figure.
 
-    Options with values may stand in the file, flags may not. short: words of --test, which test.base adds to. A key
-    that is unknown or missing, and a value that an option does not take, end the program with an error that names the
-    file, the key and what is allowed.
+    The file may set options with values, but not flags. short: words of --test, extended by test.base. Exits with an
+    error that names file, key and allowed values if a key is unknown or missing, or a value is invalid.
     """
     shipped = folder / f"{name}.yml"
     parser.add_argument("--figure", type=Path, default=shipped, help="YAML of these options")
@@ -103,19 +102,19 @@ def parse_with_file(
 
 
 def as_words(name: str, values: Sequence[object]) -> list[str]:
-    """An option as a command line has it."""
+    """An option as command-line words."""
     return [f"--{name.replace('_', '-')}", *map(str, values)]
 
 
 def positive(text: str) -> int:
-    """An option's type: a count or a size."""
+    """Type of an option: an integer of at least 1."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: it must be an integer, at least 1")
     return int(text)
 
 
 def size_bytes(text: str) -> int:
-    """An option's type: bytes, as 2mb."""
+    """Type of an option: bytes, as 2mb."""
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -123,7 +122,7 @@ def size_bytes(text: str) -> int:
 
 
 def _read(path: Path, program: str) -> dict[str, Mapping[Any, Any]]:
-    """The options of a file by section, base and test.base."""
+    """The options of a file's sections base and test.base."""
     content = _mapping(read_yaml(path), "it")
     if unknown := set(content) - {"program", "base", "test"}:
         raise ConfigError(f"{unknown.pop()!r} is unknown; a program's file has program, base and test")
@@ -145,7 +144,7 @@ def _words(
     parser: argparse.ArgumentParser, given: argparse.Namespace, shipped: Mapping[str, Mapping[Any, Any]],
     content: Mapping[str, Mapping[Any, Any]], short: Sequence[str],
 ) -> list[str]:  # fmt: skip
-    """The file's options as a command line has them, those of the short form last where it is asked for."""
+    """The file's options as command-line words; with --test, the short form's words last."""
     if missing := [key for key in shipped["base"] if key not in content["base"]]:
         raise ConfigError(f"base.{missing[0]} is missing; a file has {', '.join(shipped['base'])}")
     known = [key for key, value in vars(given).items() if not isinstance(value, bool) and key not in _NOT_IN_FILES]
@@ -156,7 +155,7 @@ def _words(
 def _checked(
     parser: argparse.ArgumentParser, known: Sequence[str], section: str, content: Mapping[Any, Any]
 ) -> Iterator[str]:
-    """Every option of a section, after it has been tried alone, so that an error is about one key."""
+    """The section's options, each parsed alone so that an error names one key."""
     for key, value in content.items():
         name = f"{section}.{key}"
         if key not in known:

@@ -1,4 +1,4 @@
-"""Which sections a run reads: a provider selects its own, and knobs of the others have no effect."""
+"""Which sections a run reads: a provider selects its own section, and the others have no effect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _REQUESTS = "request_generator.provider"
 _LENGTHS = "synthetic_request_generator.length_provider"
 _INTERVALS = "synthetic_request_generator.interval_provider"
 _POLICY = "replica_scheduler.provider"
-# Section -> knob that selects it, and the values that do. The first value is the one to set.
+# Section -> the knob that selects it, and the selecting values; messages suggest the first one.
 SELECTORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "trace_request_generator": (_REQUESTS, ("trace",)),
     "synthetic_request_generator": (_REQUESTS, ("synthetic",)),
@@ -32,7 +32,7 @@ _ALWAYS_READ = ("synthetic_request_generator.num_requests",)  # it cuts a replay
 
 
 def without_effect(config: BenchmarkConfig, paths: Iterable[str]) -> list[str]:
-    """A sentence for each of these knobs, given by whole paths, that the run does not read: what to set instead."""
+    """A warning for each of these knobs (full paths) that the run does not read: what to set instead."""
     found = ((path, _missing(config, path)) for path in paths if path not in _ALWAYS_READ)
     return [
         f"{path} has no effect: {knob} is {attrgetter(knob)(config)}, and only {' or '.join(values)} reads it"
@@ -42,7 +42,7 @@ def without_effect(config: BenchmarkConfig, paths: Iterable[str]) -> list[str]:
 
 
 def _missing(config: BenchmarkConfig, path: str) -> tuple[str, tuple[str, ...]] | None:
-    """The knob that would have to select the section of `path`, directly or above it; None where it is selected."""
+    """The knob that should select the section of `path` or one above it; None if it is selected."""
     selector = SELECTORS.get(path.partition(".")[0])
     if selector is None:
         return None

@@ -102,7 +102,7 @@ def add_paged_first(table: Table, records: list[Record]) -> None:
     for record in records:
         same_binary = by_backend.get(record.backend.replace("contiguous", "paged 16"))
         if same_binary is not None and same_binary is not record:
-            table.add(replace(record, work=f"{record.work}, same binary").beside(same_binary))
+            table.add(replace(record, work=f"{record.work}, same binary").compared_to(same_binary))
 
 
 def exact_output(inputs: Inputs) -> tuple[Tensor, Tensor]:

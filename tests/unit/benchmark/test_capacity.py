@@ -81,7 +81,7 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}\n", "[1]\n", "qps\n", '{"key": "k", "speed": 3}\n'])
 def test_a_file_of_something_else_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"p.jsonl is no file of probes"):
+    with pytest.raises(ValueError, match=r"p.jsonl is not a probe file"):
         ProbeLog(tmp_path / "p.jsonl", "k")
 
 

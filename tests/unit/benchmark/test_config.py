@@ -84,7 +84,7 @@ def test_a_truth_value_is_no_text(tmp_path: Path) -> None:
         (["--model.atention_backend", "x"], "nearest known is 'model.attention_backend'"),
         (["--chunk_size", "64"], "sarathi_scheduler.chunk_size or simple_chunking_scheduler.chunk_size"),
         (["--replica_scheduler_provider", "sarthi"], "the nearest is 'sarathi'"),
-        (["seed", "3"], "'seed' stands where the name of a knob should"),
+        (["seed", "3"], "unexpected argument 'seed'"),
         (["--seed", "-1"], "seed is '-1'"),
         (["--output_dir", "--seed", "3"], "--output_dir needs a value"),
         (["--write_metrics", "--seed"], "--seed needs a value"),

@@ -106,7 +106,7 @@ def test_runs_that_share_an_output_dir(tmp_path: Path, caplog: pytest.LogCapture
     write_results(plain, [OUTCOME])
     assert in_own_folder(plain) == plain and "another configuration" not in caplog.text
     in_own_folder(parse_options([f"--output_dir={tmp_path}", "--seed=9"]))
-    assert "holds a run of another configuration, which this one will replace" in caplog.text
+    assert "holds results of another configuration, which this run replaces" in caplog.text
 
 
 def test_an_interrupt_before_there_is_a_result_is_one_line(

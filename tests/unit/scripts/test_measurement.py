@@ -142,7 +142,7 @@ def test_rows_survive_the_file_and_are_added_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("unit", "ratio"), [("ms", 2.0), ("s", 2.0), ("output tokens/s", 0.5), ("tokens", 0.5)])
 def test_a_ratio_above_one_is_better(unit: str, ratio: float) -> None:
     ours, other = (Record("m", "w", name, 1, 1, value, unit) for name, value in (("a", 1.0), ("b", 2.0)))
-    assert ours.beside(other).ratio == ratio
+    assert ours.compared_to(other).ratio == ratio
 
 
 def test_budget_goes_on_after_a_failure_and_names_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
