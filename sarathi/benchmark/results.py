@@ -19,7 +19,7 @@ from sarathi.benchmark.workload.sharing import PrefixReuse
 from sarathi.config.load import load_config, to_dict
 from sarathi.metrics import merge
 from sarathi.metrics.environment import environment
-from sarathi.metrics.files import write_json
+from sarathi.metrics.files import open_replacing, write_json
 from sarathi.metrics.report import SUMMARY_FILE, ReportOptions, remove_report, write_report
 from sarathi.metrics.wandb_log import WandbTarget, log_report
 
@@ -82,7 +82,8 @@ def write_config(config: BenchmarkConfig) -> Path:
     """Write the configuration into output_dir, created if necessary; returns the folder."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    with open_replacing(folder / CONFIG_FILE) as file:
+        file.write(yaml.safe_dump(to_dict(config), sort_keys=False))
     return folder
 
 

@@ -163,7 +163,8 @@ def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
     path, records = folder / f"{table}.csv", make_table(TABLES[table], runs)
     with open_replacing(path) as file:
         records.to_csv(file, index=False)
-    (folder / ENVIRONMENT_FILE).write_text(json.dumps(environments(runs), indent=2) + "\n", encoding="utf-8")
+    with open_replacing(folder / ENVIRONMENT_FILE) as file:
+        file.write(json.dumps(environments(runs), indent=2) + "\n")
     known = records.dropna(axis="columns", how="all")
     print(known.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     draw(path)

@@ -70,8 +70,12 @@ class RayReplica(Replica):
     def begin(self) -> None:
         self._answer = self._actor.run.remote()
 
-    def interrupt(self, reason: KeyboardInterrupt) -> None:
+    def interrupt(self) -> None:
         self._actor.stop.remote()
+
+    def is_ready(self, timeout_s: float) -> bool:
+        ready, _ = ray.wait([self._answer], timeout=timeout_s)
+        return bool(ready)
 
     def end(self) -> None:
         try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from sarathi.benchmark.run.outcome import DIED, Planned, RunOutcome
+
+_POLL_S = 0.1
 
 
 class ReplicaError(RuntimeError):
@@ -39,8 +42,12 @@ class Replica(ABC):
         return self._outcome
 
     @abstractmethod
-    def interrupt(self, reason: KeyboardInterrupt) -> None:
+    def interrupt(self) -> None:
         """Have it end its run with what it has, after ^C or a signal to this process."""
+
+    @abstractmethod
+    def is_ready(self, timeout_s: float) -> bool:
+        """Whether it has told something that was not received yet, or has ended. Waits for that up to `timeout_s`."""
 
     @abstractmethod
     def end(self) -> None:
@@ -59,31 +66,34 @@ class Replica(ABC):
         return outcome
 
 
-def run_together(replicas: Sequence[Replica]) -> list[RunOutcome]:
-    """The outcomes of replicas that start at the same time. ReplicaError where one died before the start, or all did.
-
-    Waits through one interrupt, which replicas answer with what they have. KeyboardInterrupt if they have nothing.
-    """
+def plan_together(replicas: Sequence[Replica], stop: threading.Event) -> None:
+    """Wait until all engines are warm. ReplicaError where one died. An interrupt sets `stop` and ends them."""
     try:
         for replica in replicas:
             replica.plan()
-        for replica in replicas:
-            replica.begin()
-        outcomes = [replica.outcome() for replica in replicas]
-    except KeyboardInterrupt as interrupt:
-        for replica in replicas:
-            replica.interrupt(interrupt)
-        outcomes = _after_interrupt(replicas)
+    except KeyboardInterrupt:
+        stop.set()
+        _wait(replicas, stop)
+        raise
+
+
+def run_together(replicas: Sequence[Replica], stop: threading.Event) -> list[RunOutcome]:
+    """The outcomes of replicas that start at the same time. ReplicaError where all died.
+
+    Where `stop` is set they end with what they have. KeyboardInterrupt if that is nothing.
+    """
+    for replica in replicas:
+        replica.begin()
+    _wait(replicas, stop)
+    outcomes = [replica.outcome() for replica in replicas]
     if all(outcome.ended == DIED for outcome in outcomes):
-        raise ReplicaError("every replica ended without a result")
+        raise KeyboardInterrupt if stop.is_set() else ReplicaError("every replica ended without a result")
     return outcomes
 
 
-def _after_interrupt(replicas: Sequence[Replica]) -> list[RunOutcome]:
-    try:
-        outcomes = [replica.outcome() for replica in replicas]
-    except ReplicaError:
-        raise KeyboardInterrupt from None
-    if any(outcome.ended == DIED for outcome in outcomes):
-        raise KeyboardInterrupt
-    return outcomes
+def _wait(replicas: Sequence[Replica], stop: threading.Event) -> None:
+    """Until all have told something or ended. Interrupts all of them, once, where `stop` is set."""
+    running, to_interrupt = list(replicas), list(replicas)
+    while running := [replica for replica in running if not replica.is_ready(_POLL_S)]:
+        while stop.is_set() and to_interrupt:
+            to_interrupt.pop().interrupt()

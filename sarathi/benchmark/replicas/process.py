@@ -14,7 +14,7 @@ from typing import Any
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.replicas.base import Replica, ReplicaError
-from sarathi.benchmark.run.processes import Terminated, ended_by_signals, stopped_by_signals
+from sarathi.benchmark.run.processes import ended_by_signals, stopped_by_signals
 from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.parent_death import end_with_parent
 
@@ -32,10 +32,12 @@ class ProcessReplica(Replica):
         with suppress(OSError):  # it is gone: `outcome` tells
             self._pipe.send(None)
 
-    def interrupt(self, reason: KeyboardInterrupt) -> None:
-        """^C reaches the process by itself."""
-        if isinstance(reason, Terminated):
-            self._process.terminate()
+    def interrupt(self) -> None:
+        """A ^C of the terminal has reached the process already: a second signal changes nothing."""
+        self._process.terminate()
+
+    def is_ready(self, timeout_s: float) -> bool:
+        return self._pipe.poll(timeout_s)
 
     def end(self) -> None:
         self._pipe.close()

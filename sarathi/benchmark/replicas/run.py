@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from sarathi.benchmark.config.schema import BenchmarkConfig
-from sarathi.benchmark.replicas.base import Replica, run_together
+from sarathi.benchmark.replicas.base import Replica, plan_together, run_together
 from sarathi.benchmark.replicas.process import started_processes
 from sarathi.benchmark.run.outcome import RunOutcome
-from sarathi.benchmark.run.processes import stopped_by_signals
+from sarathi.benchmark.run.processes import ended_by_signals, held_signals, stopped_by_signals
 from sarathi.benchmark.run.runner import BenchmarkRunner
 from sarathi.config.knobs import ConfigError
 
@@ -39,7 +39,9 @@ def _run_engine(configs: Sequence[BenchmarkConfig], device: str | None) -> Itera
             specs = runner.workload(config)
             runner.warm_up(specs)
             with stopped_by_signals(stop):
-                yield [runner.run(specs, Path(config.output_dir))]
+                outcomes = [runner.run(specs, Path(config.output_dir))]
+                with held_signals(stop):
+                    yield outcomes
             if stop.is_set():
                 raise KeyboardInterrupt
 
@@ -47,13 +49,20 @@ def _run_engine(configs: Sequence[BenchmarkConfig], device: str | None) -> Itera
 def _run_replicas(configs: Sequence[BenchmarkConfig], devices: Mapping[str, str]) -> Iterator[list[RunOutcome]]:
     stop = threading.Event()
     for config in configs:
-        with ExitStack() as signals:
-            with _started(config, devices) as replicas:
-                outcomes = run_together(replicas)
-                signals.enter_context(stopped_by_signals(stop))
-            yield outcomes
+        with stopped_by_signals(stop):
+            outcomes = _serve_on_replicas(config, devices, stop)
+            with held_signals(stop):
+                yield outcomes
         if stop.is_set():
             raise KeyboardInterrupt
+
+
+def _serve_on_replicas(config: BenchmarkConfig, devices: Mapping[str, str], stop: threading.Event) -> list[RunOutcome]:
+    with ExitStack() as stack:
+        with ended_by_signals():
+            replicas = stack.enter_context(_started(config, devices))
+            plan_together(replicas, stop)
+        return run_together(replicas, stop)
 
 
 def replica_devices(config: BenchmarkConfig) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Terminated(KeyboardInterrupt):
@@ -34,13 +35,38 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Within the block ^C, SIGTERM and SIGHUP set `stop` and raise nothing."""
-    with _handled((signal.SIGINT, *ENDING), lambda number, frame: stop.set()):
+    """Within the block ^C, SIGTERM and SIGHUP set `stop`; a second ^C raises KeyboardInterrupt. For measuring."""
+    note = _setter_of(stop)
+
+    def note_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.default_int_handler)
+        note(number, frame)
+
+    with _handled(ENDING, note), _handled([signal.SIGINT], note_once):
         yield
 
 
 @contextmanager
-def _handled(numbers: Iterable[signal.Signals], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def held_signals(stop: threading.Event) -> Iterator[None]:
+    """Within the block ^C, SIGTERM and SIGHUP set `stop` and raise nothing. For writing files."""
+    with _handled((signal.SIGINT, *ENDING), _setter_of(stop)):
+        yield
+
+
+def _setter_of(stop: threading.Event) -> Handler:
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        is_first = not noted
+        noted.append(number)
+        if is_first:  # Event.set holds a lock: a signal that comes during it must not call it
+            stop.set()
+
+    return note
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handle: Handler) -> Iterator[None]:
     """Within the block these signals call `handle`. Ignored signals stay ignored; in another thread than the main one
     nothing changes, for Python handles signals in the main thread."""
     if threading.current_thread() is not threading.main_thread():

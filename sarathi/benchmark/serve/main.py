@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sarathi.benchmark.run.processes import stopped_by_signals
+from sarathi.benchmark.run.processes import held_signals
 from sarathi.benchmark.serve import options, results
 from sarathi.benchmark.serve.client import STREAMING, OutgoingRequest
 from sarathi.benchmark.serve.dataset import NOTHING_PLANNED, Planned, make_requests
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     planned = make_requests(args, vocabulary)
     plan = _plan(args, planned.requests)
     _make_folder(args)
-    outcome = run_load(plan)
-    with stopped_by_signals(threading.Event()):  # signals are ignored until the result is written
+    with held_signals(threading.Event()):  # a signal ends the load, but not the writing
+        outcome = run_load(plan)
         return _report(args, summary, outcome, planned, vocabulary)
 
 

@@ -4,12 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sarathi.benchmark.run.processes import ENDING, Terminated, ended_by_signals, locked
+from sarathi.benchmark.run.processes import (
+    ENDING,
+    Terminated,
+    ended_by_signals,
+    held_signals,
+    locked,
+    stopped_by_signals,
+)
 
 PARENT = """
 import os, subprocess, sys, time
@@ -59,6 +69,44 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_interrupt_ends_measuring_but_not_writing() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+    stop = threading.Event()
+    try:
+        with pytest.raises(KeyboardInterrupt), stopped_by_signals(stop):
+            signal.raise_signal(signal.SIGINT)
+            with held_signals(stop):
+                signal.raise_signal(signal.SIGINT)
+            assert stop.is_set()
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("held", [held_signals, stopped_by_signals])
+def test_a_signal_that_comes_while_another_is_noted_is_noted_too(held: Callable[..., Any]) -> None:
+    class Interrupted(threading.Event):
+        """SIGTERM comes while `set` has begun, which holds a lock."""
+
+        has_begun = False
+
+        def set(self) -> None:
+            assert not self.has_begun
+            self.has_begun = True
+            signal.raise_signal(signal.SIGTERM)
+            super().set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop = Interrupted()
+    try:
+        with held(stop):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:

@@ -16,9 +16,9 @@ from sarathi.benchmark import main as main_module
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.main import EXIT_INTERRUPTED, run_configs
 from sarathi.benchmark.replicas import process, run
-from sarathi.benchmark.replicas.base import Replica, ReplicaError, run_together
+from sarathi.benchmark.replicas.base import Replica, ReplicaError, plan_together, run_together
 from sarathi.benchmark.run.outcome import COMPLETED, DIED, INTERRUPTED, RunOutcome
-from sarathi.benchmark.run.processes import ENDING, Terminated
+from sarathi.benchmark.run.processes import ENDING
 from sarathi.benchmark.workload.spec import RequestSpec
 
 PLANNED = ((0, RequestSpec(0.0, 5, 2)), (2, RequestSpec(0.0, 5, 2)))
@@ -31,16 +31,21 @@ def outcome(ended: str = COMPLETED) -> RunOutcome:
 class FakeReplica(Replica):
     """Tells what it is given; an exception is raised."""
 
-    def __init__(self, number: int, *told: Any) -> None:
+    def __init__(self, number: int, *told: Any, waits: bool = False) -> None:
         super().__init__(number)
+        self._waits = waits
         self._told = deque(told)
         self.began, self.interrupts = False, 0
 
     def begin(self) -> None:
         self.began = True
 
-    def interrupt(self, reason: KeyboardInterrupt) -> None:
+    def interrupt(self) -> None:
         self.interrupts += 1
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Where it waits, it has something to tell after an interrupt alone."""
+        return not self._waits or self.interrupts > 0
 
     def end(self) -> None:
         pass
@@ -54,13 +59,13 @@ class FakeReplica(Replica):
 
 def test_a_replica_without_requests_is_waited_for_once() -> None:
     replicas = [FakeReplica(0, PLANNED, outcome()), FakeReplica(1, (), outcome())]
-    assert run_together(replicas) == [outcome(), outcome()]
+    assert run_together(replicas, threading.Event()) == [outcome(), outcome()]
     assert all(each.began for each in replicas)
 
 
 def test_requests_of_a_replica_that_dies_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     replicas = [FakeReplica(0, PLANNED, outcome()), FakeReplica(1, PLANNED, ReplicaError("replica 1 died: killed"))]
-    first, second = run_together(replicas)
+    first, second = run_together(replicas, threading.Event())
     assert first == outcome() and (second.ended, second.requests) == (DIED, PLANNED)
     assert capsys.readouterr().err == "benchmark: replica 1 died: killed; 2 requests are lost\n"
 
@@ -68,29 +73,45 @@ def test_requests_of_a_replica_that_dies_are_counted(capsys: pytest.CaptureFixtu
 def test_where_one_dies_before_the_start_none_starts() -> None:
     replicas = [FakeReplica(0, PLANNED), FakeReplica(1, ReplicaError("replica 1 failed: no such model"))]
     with pytest.raises(ReplicaError, match="replica 1 failed: no such model"):
-        run_together(replicas)
+        plan_together(replicas, threading.Event())
     assert not any(each.began for each in replicas)
 
 
 def test_where_all_die_there_is_no_result() -> None:
     replicas = [FakeReplica(number, PLANNED, ReplicaError("killed")) for number in range(2)]
     with pytest.raises(ReplicaError, match="every replica ended without a result"):
-        run_together(replicas)
+        run_together(replicas, threading.Event())
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, Terminated])
-def test_an_interrupt_reaches_all_and_their_results_count(interrupt: type[KeyboardInterrupt]) -> None:
-    replicas = [
-        FakeReplica(0, PLANNED, interrupt(), outcome(INTERRUPTED)),
-        FakeReplica(1, PLANNED, outcome(INTERRUPTED)),
-    ]
-    assert [each.ended for each in run_together(replicas)] == [INTERRUPTED, INTERRUPTED]
+def test_an_interrupt_reaches_all_once_and_their_results_count() -> None:
+    stop = threading.Event()
+    replicas = [FakeReplica(number, PLANNED, outcome(INTERRUPTED), waits=True) for number in range(2)]
+    plan_together(replicas, stop)
+    stop.set()
+    assert [each.ended for each in run_together(replicas, stop)] == [INTERRUPTED, INTERRUPTED]
     assert [each.interrupts for each in replicas] == [1, 1]
 
 
-def test_an_interrupt_before_the_start_has_no_result() -> None:
+def test_an_interrupt_keeps_the_results_of_others_where_one_died(capsys: pytest.CaptureFixture[str]) -> None:
+    stop = threading.Event()
+    stop.set()
+    replicas = [FakeReplica(0, PLANNED, outcome(INTERRUPTED)), FakeReplica(1, PLANNED, ReplicaError("replica 1 died"))]
+    assert [each.ended for each in run_together(replicas, stop)] == [INTERRUPTED, DIED]
+    assert capsys.readouterr().err == "benchmark: replica 1 died; 2 requests are lost\n"
+
+
+def test_an_interrupt_before_the_start_reaches_all_and_has_no_result() -> None:
+    replicas = [FakeReplica(0, PLANNED, waits=True), FakeReplica(1, KeyboardInterrupt(), waits=True)]
     with pytest.raises(KeyboardInterrupt):
-        run_together([FakeReplica(0, KeyboardInterrupt(), ReplicaError("ended"))])
+        plan_together(replicas, threading.Event())
+    assert [each.interrupts for each in replicas] == [1, 1] and not any(each.began for each in replicas)
+
+
+def test_an_interrupt_has_no_result_where_all_died() -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        run_together([FakeReplica(0, PLANNED, ReplicaError("ended"))], stop)
 
 
 class InterruptedRunner:
