@@ -45,16 +45,16 @@ def build_core(config: EngineConfig) -> EngineCore:
 
 def _build_prefill_decode(config: EngineConfig) -> EngineCore:
     from sarathi.engine.prefill_decode.core import PrefillDecodeCore
-    from sarathi.engine.prefill_decode.prefill import PrefillCore, Prefills
+    from sarathi.engine.prefill_decode.prefill import PrefillCore, PrefillThread
     from sarathi.engine.prefill_decode.start import prefill_config, start_executors
     from sarathi.transfer.portions import Portions
 
     settings = prefill_config(config)
     prefill, decode, num_layers = start_executors(settings, config, partial(load_vocabulary, config))
     portions = Portions(prefill.resolution.backend, num_layers, config.transfer.max_ranges)
-    prefills = Prefills(PrefillCore(build_scheduler(settings, prefill), prefill, portions))
+    prefill_thread = PrefillThread(PrefillCore(build_scheduler(settings, prefill), prefill, portions))
     most_received = _STEPS_RECEIVED * settings.scheduler.max_step_tokens(prefill.max_model_len)
-    return PrefillDecodeCore(build_scheduler(config, decode, most_received), decode, prefills)
+    return PrefillDecodeCore(build_scheduler(config, decode, most_received), decode, prefill_thread)
 
 
 def load_vocabulary(config: EngineConfig, vocab_size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Engine core: scheduler, executor and the steps in flight. Token ids in, one message a step out; no text."""
+"""Engine core: scheduler, executor and the steps in flight. It takes token ids and returns one message per step."""
 
 import time
 from collections import deque
@@ -27,7 +27,7 @@ from sarathi.request import Request
 
 
 class InFlightStep(NamedTuple):
-    """A launched step whose result has not been taken, and when its scheduling began and ended (clock seconds)."""
+    """A launched step whose result has not been processed. Scheduling began and ended at these clock seconds."""
 
     out: SchedulerOutput
     future: StepFuture
@@ -36,18 +36,16 @@ class InFlightStep(NamedTuple):
 
 
 class EngineCore:
-    """The core in this process, which is also its own client: see `CoreClient` for what the methods promise.
+    """A `CoreClient` of the core in this process. Callers exchange only messages with it.
 
-    Messages only cross this boundary: the caller shares no object with the scheduler or the executor.
-
-    is_starved: whether the last step computed nothing, and the next will not either without more memory or a command.
+    is_starved: the last step computed nothing, and the next one cannot without more memory or a command.
     """
 
     def __init__(
         self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float] = time.monotonic,
         budget: CacheBudget | None = None,
     ) -> None:  # fmt: skip
-        """budget: None: the executor's capacity, for this core alone."""
+        """budget: None means that this core alone uses the executor's capacity."""
         self.scheduler = scheduler
         self.executor = executor
         self.facts = EngineFacts(
@@ -55,31 +53,31 @@ class EngineCore:
         )
         self._clock = clock
         self._steps: deque[InFlightStep] = deque()
-        self._untold: list[RequestUpdate] = []  # of requests that ended between steps
+        self._pending_updates: list[RequestUpdate] = []  # returned by the next step
         self._budget = budget or CacheBudget(scheduler, executor)
         self.is_asleep = self.is_starved = False
 
     @property
     def has_work(self) -> bool:
         if self.is_asleep:
-            return bool(self._untold)
-        return self.scheduler.has_work or bool(self._steps or self._untold) or not self._budget.is_settled
+            return bool(self._pending_updates)
+        return self.scheduler.has_work or bool(self._steps or self._pending_updates) or not self._budget.is_settled
 
     @property
-    def look_s(self) -> float | None:
-        """Seconds between two calls of `balance`, also while there is no work; None: it does nothing."""
-        return self._budget.look_s
+    def poll_interval_s(self) -> float | None:
+        """Seconds between two calls of `balance`, with or without work; None: no calls are needed."""
+        return self._budget.poll_interval_s
 
     @property
-    def idle_look_s(self) -> float | None:
-        """Seconds between two calls of `balance` and `check_life` while there is no work; None: they do nothing."""
-        return min(filter(None, (self._budget.look_s, self.executor.look_s)), default=None)
+    def idle_poll_interval_s(self) -> float | None:
+        """Seconds between two calls of `balance` and `check_health` without work; None: no calls are needed."""
+        return min(filter(None, (self._budget.poll_interval_s, self.executor.health_check_interval_s)), default=None)
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
         if not self.executor.takes_functions and any(new.sampling_params.logits_processors for new in requests):
             raise ValueError(
-                "logits_processors must be empty with tensor_parallel_size > 1 or an executor of other processes: they "
-                "are functions of this process"
+                "logits_processors must be empty with tensor_parallel_size > 1 or an executor that uses other "
+                "processes: they are functions of this process"
             )
         for new in requests:
             request = Request(new.request_id, new.token_ids, new.sampling_params, new.eos_token_ids, new.priority)
@@ -89,24 +87,24 @@ class EngineCore:
         self.scheduler.finish(request_id, reason, stop_reason)
 
     def step(self) -> CoreOutput:
-        """Launch one step, and wait for the oldest where no more may be in flight. Asleep: no step.
+        """Launch one step unless asleep; wait for the oldest step if no more may be in flight.
 
-        A step without requests still tells the executor of memory that is to be released.
+        A step without requests still tells the executor which memory to release.
         """
         if not self.is_asleep and (self.scheduler.has_work or not self._budget.is_settled):
             started_at_s = self._clock()
-            out = self._complete(self.scheduler.schedule())
+            out = self._finalize(self.scheduler.schedule())
             scheduled_at_s = self._clock()
             self._steps.append(InFlightStep(out, self._launch(out), started_at_s, scheduled_at_s))
-        untold, self._untold, self.is_starved = self._untold, [], False
+        pending, self._pending_updates, self.is_starved = self._pending_updates, [], False
         has_room = len(self._steps) < self.executor.max_in_flight
         if not self._steps or (has_room and self._steps[-1].out.chunks and self.scheduler.has_work):
-            return CoreOutput(tuple(untold))  # the next call launches another step behind the newest one
+            return CoreOutput(tuple(pending))  # the next call launches another step behind the newest one
         step = self._steps[0]
         result = step.future.result()
         self._steps.popleft()
         executed_at_s = self._clock()
-        updates = (*untold, *self._updates(step.out, result))
+        updates = (*pending, *self._updates(step.out, result))
         self._budget.settle()
         self.is_starved = not (step.out.chunks or self._steps or updates)
         report = StepReport(step.out, result, step.started_at_s, step.scheduled_at_s, executed_at_s)
@@ -114,30 +112,30 @@ class EngineCore:
         return CoreOutput(updates, report, first_scheduled, step.started_at_s)
 
     def reset(self) -> None:
-        """The memory of a request must not be released under a running step, so all steps are waited for first."""
+        """Waits for all steps first: a running step may still use the memory of its requests."""
         try:
             self._wait_for_steps()
         finally:
             self._steps.clear()
-            self._untold.clear()
+            self._pending_updates.clear()
             self.scheduler.reset()
 
     def resize(self, rows: int) -> None:
-        """Let requests hold this many rows from now on. The next step tells of those that this ended."""
-        self._untold += self.scheduler.resize(rows)
+        """Limit requests to this many rows. The next step returns the updates of requests that this ends."""
+        self._pending_updates += self.scheduler.resize(rows)
 
     def set_cache_budget(self, memory_bytes: int) -> None:
-        """Shrink or grow the cache with its physical memory, which is given back as soon as no request has it. The next
-        step tells of requests that are too long for it. ValueError: see `CacheBudget.set_bytes`."""
-        self._untold += self._budget.set_bytes(memory_bytes)
+        """Shrink or grow the cache and its physical memory, which is freed as soon as no request uses it. The next step
+        ends requests that are too long for it. ValueError: see `CacheBudget.set_bytes`."""
+        self._pending_updates += self._budget.set_bytes(memory_bytes)
 
     def balance(self) -> None:
-        """Between two steps: take memory that other servers of the group leave, or leave them some."""
-        self._untold += self._budget.balance()
+        """Exchange memory with the other servers of the budget group. Call it between two steps."""
+        self._pending_updates += self._budget.balance()
 
-    def check_life(self) -> None:
-        """Without work: raise RankError where a rank has died or hangs."""
-        self.executor.check_life()
+    def check_health(self) -> None:
+        """Raise RankError if a rank has died or hangs. Call it while there is no work."""
+        self.executor.check_health()
 
     def sleep(self, level: int = 1) -> None:
         self._check_level(level)
@@ -149,7 +147,7 @@ class EngineCore:
             self.executor.drop_weights()
 
     def wake_up(self) -> None:
-        """Preempted requests are computed again, and none is lost."""
+        """The preempted requests are computed again."""
         if self.is_asleep:
             self.executor.load_weights()
             self._budget.restore()
@@ -162,7 +160,7 @@ class EngineCore:
         return self.scheduler.prefix_cache_stats
 
     def memory_stats(self) -> MemoryStats:
-        """Retained memory counts as idle. The executor, which may not have been told yet, counts it as in use."""
+        """Count retained memory as idle. The executor counts it as in use, since it may not know yet."""
         stats, capacity = self.executor.memory_stats(), self.facts.capacity
         row_bytes = self.facts.token_bytes * capacity.page_bytes // capacity.token_bytes
         retained_bytes = self.scheduler.prefix_cache_stats.num_retained_rows * row_bytes
@@ -171,7 +169,7 @@ class EngineCore:
         return replace(stats, idle_bytes=idle_bytes)
 
     def stats(self) -> CoreStats:
-        """Queues and memory between two steps."""
+        """Queue lengths and memory; valid between two steps."""
         scheduler = self.scheduler
         rows = scheduler.block_space_manager
         return CoreStats(
@@ -187,28 +185,28 @@ class EngineCore:
 
     def _check_level(self, level: int) -> None:
         if level not in (1, 2):
-            raise ValueError(f"level is {level!r}: it must be 1, the cache, or 2, the weights too")
+            raise ValueError(f"level is {level!r}: it must be 1 (release the cache) or 2 (release the weights too)")
         found = self.executor.resolution
         if level == 2 and found.device != "cpu" and not found.mapped_weights:
             raise ValueError(
-                f"level is 2: weights on {found.device} stay, since CUDA graphs contain their addresses, unless the "
-                "engine is started with mapped_weights=True; use 1"
+                f"level is 2: weights on {found.device} cannot be released, since CUDA graphs contain their addresses; "
+                "use 1, or start the engine with mapped_weights=True"
             )
 
     def _preempt_all(self) -> None:
-        """Wait for the steps in flight, and have the executor release the memory of every request."""
-        self._take_results()
+        """Wait for the steps in flight, then have the executor release the memory of every request."""
+        self._drain_steps()
         out = self.scheduler.preempt_all()
-        self._untold += self._updates(out, self.executor.launch(out).result())
+        self._pending_updates += self._updates(out, self.executor.launch(out).result())
 
-    def _take_results(self) -> None:
-        """Of all steps in flight."""
+    def _drain_steps(self) -> None:
+        """Wait for all steps in flight and process their results."""
         while self._steps:
             step = self._steps.popleft()
-            self._untold += self._updates(step.out, step.future.result())
+            self._pending_updates += self._updates(step.out, step.future.result())
 
-    def _complete(self, out: SchedulerOutput) -> SchedulerOutput:
-        """A scheduled step, with what others than the scheduler add to it."""
+    def _finalize(self, out: SchedulerOutput) -> SchedulerOutput:
+        """Hook for subclasses: amend a scheduled step before it is launched."""
         return out
 
     def _launch(self, out: SchedulerOutput) -> StepFuture:
@@ -219,9 +217,9 @@ class EngineCore:
         return prompts + self.scheduler.update(out, result)
 
     def _wait_for_steps(self) -> None:
-        """Wait for the steps in flight, then for everything the executor runs, whatever ends the first wait.
+        """Wait for the steps in flight, then for everything the executor runs, even if the first wait is interrupted.
 
-        Ctrl-C may have come between a launch and its entry among the steps, or may come again during the wait.
+        Ctrl-C may come between a launch and its entry in `_steps`, or again during the wait.
         """
         try:
             for step in self._steps:

@@ -8,37 +8,37 @@ from sarathi.messages import CacheCapacity, MemoryStats, Resolution, SchedulerOu
 class Executor(Protocol):
     """Runs the scheduler's steps on every rank.
 
-    A step is two calls on each rank: `prepare` maps memory for the step's tokens and may answer that there is too
-    little; `run` computes. Only where every rank is prepared does any rank run.
+    A step is two calls on each rank: `prepare` maps memory for the step's tokens and may report a shortage; `run`
+    computes. No rank runs unless every rank has prepared.
     """
 
-    capacity: CacheCapacity  # rows of KV cache that the block space manager may grant: the least of all ranks
+    capacity: CacheCapacity  # rows of KV cache that the block space manager may allocate: the minimum over ranks
     vocab_size: int  # token ids are in [0, vocab_size)
     max_model_len: int  # tokens of the longest request, prompt and output together
     token_bytes: int  # of one token's keys and values, in all layers of all ranks
     resolution: Resolution  # backend, device and dtype
-    num_stages: int = 1  # of a pipeline; where there are several, a request's next token waits for the last one's value
-    max_in_flight: int  # steps that may be launched before the result of the first of them is taken
-    look_s: float | None = None  # seconds between two calls of `check_life` where there is no work; None: no need
-    takes_functions: bool  # whether requests may hold logits processors, which are functions of this process
+    num_stages: int = 1  # of the pipeline; with several, a request's next token waits for the last one's value
+    max_in_flight: int  # steps that may be launched before the first one's result is processed
+    health_check_interval_s: float | None = None  # between two calls of `check_health` without work; None: none needed
+    takes_functions: bool  # whether requests may have logits processors, which are functions of this process
 
     def launch(self, out: SchedulerOutput) -> StepFuture:
-        """Start one step. A step for which memory is missing computes nothing; its result has `available_rows`."""
+        """Start one step. A step that lacks memory computes nothing; its result then has `available_rows`."""
 
-    def check_life(self) -> None:
-        """Raise RankError where a rank has died or hangs, as a step would."""
+    def check_health(self) -> None:
+        """Raise RankError if a rank has died or hangs, as a step would."""
         return
 
     def wait(self) -> None:
-        """Return once no launched step is running, also none whose future was lost."""
+        """Return once no launched step is running, including steps whose futures were lost."""
 
     def memory_stats(self) -> MemoryStats:
         """Memory of the KV cache now, summed over ranks."""
 
     def resize_cache(self, rows: int) -> bool:
-        """Change the cache's physical memory on every rank; False, to be tried again, where requests still hold more.
+        """Change the cache's physical memory on every rank; False if requests still use more: then call it again.
 
-        rows: of `capacity`; 0: all but one row, which a cache cannot do without. Only virtual memory changes.
+        rows: of `capacity`; 0 keeps one row, the minimum of a cache. Only a virtual cache changes its size.
         """
 
     def drop_weights(self) -> None:
@@ -48,10 +48,10 @@ class Executor(Protocol):
         """
 
     def load_weights(self) -> None:
-        """Read the weights from the checkpoint again where they were dropped; raises what a new executor would."""
+        """Read the weights from the checkpoint again if they were dropped; raises what a new executor would."""
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError where a cache's accounting is inconsistent."""
+        """Raise RuntimeError if a cache's accounting is inconsistent."""
 
     def shutdown(self) -> None:
         """Release model and cache of every rank. Idempotent; `launch` raises RuntimeError afterwards."""

@@ -60,7 +60,7 @@ def test_graphs_are_right_after_a_sleep_in_the_middle(folder: str, backend: str)
                 assert left < held and free_bytes() - before >= held - left
                 threading.Timer(0.1, llm.wake_up).start()
         llm.engine.core.executor.check_integrity()
-        with pytest.raises(ValueError, match="level is 2: weights on cuda stay"):
+        with pytest.raises(ValueError, match="level is 2: weights on cuda cannot be released"):
             llm.sleep(level=2)
     check_likely(folder, [outputs[number] for number in range(len(outputs))], backend)
 

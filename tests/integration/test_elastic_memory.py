@@ -89,7 +89,7 @@ def test_an_engine_without_weights_takes_no_memory_for_them_and_reads_them_again
         hidden.rename(weights)
         llm.wake_up()
         assert texts(llm, few) == expected
-        with pytest.raises(ValueError, match="level is 3: it must be 1, the cache, or 2"):
+        with pytest.raises(ValueError, match=r"level is 3: it must be 1 .release the cache. or 2"):
             llm.sleep(level=3)
 
 

@@ -51,7 +51,7 @@ def check_idle(llm: LLM) -> None:
     while llm.engine.has_work:
         llm.engine.step()
     check(core)
-    core._prefills.call(check)
+    core._prefill_thread.call(check)
     wait_until(lambda: is_unused(core.memory_stats()), "memory is mapped for somebody")
 
 
@@ -118,10 +118,10 @@ def test_samples_share_a_prompt_and_what_is_known_of_one_is_not_sent(llm: LLM, t
     assert llm.reset_prefix_cache()
     [prompt] = [prompt for _, prompt in random_prompts(17, 1, 1)]
     prompt = [*prompt, *range(3, 83)]
-    before = core_of(llm)._prefills.call(lambda core: core.prefix_cache_stats())
+    before = core_of(llm)._prefill_thread.call(lambda core: core.prefix_cache_stats())
     sampled = replace(GREEDY, temperature=0.9, seed=3, n=4)
     [found] = llm.generate([prompt], sampled, use_tqdm=False)
-    after = core_of(llm)._prefills.call(lambda core: core.prefix_cache_stats())
+    after = core_of(llm)._prefill_thread.call(lambda core: core.prefix_cache_stats())
     assert after.num_queried_tokens - before.num_queried_tokens == len(prompt)  # of one sample
     with LLM(**settings_for(tiny)) as one:
         [expected] = one.generate([prompt], sampled, use_tqdm=False)
@@ -245,7 +245,7 @@ def test_prompts_alone_for_which_memory_runs_short_are_computed_where_they_decod
 def test_the_death_of_one_side_ends_both_and_is_told(tiny: TinyModel, side: str) -> None:
     llm = LLM(**settings_for(tiny, **TWO_ENGINES))
     core = core_of(llm)
-    sides = {"prefill": pids_of(core._prefills.executor), "decode": pids_of(core.executor)}
+    sides = {"prefill": pids_of(core._prefill_thread.executor), "decode": pids_of(core.executor)}
     threading.Timer(0.5, os.kill, (sides[side][0], signal.SIGKILL)).start()
     message = rf"{side} rank 0 of 1 \(process {sides[side][0]}\) was ended by SIGKILL"
     with pytest.raises(RankError, match=message):

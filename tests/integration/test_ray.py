@@ -171,7 +171,7 @@ def test_what_one_actor_prefills_another_decodes_until_one_of_them_dies(cluster:
     llm = LLM(**settings_for(tiny, **RAY, prefill_decode=True, prefill_chunk_size=32))
     core = llm.engine.core
     assert isinstance(core, PrefillDecodeCore)
-    prefill, decode = pids_of(core._prefills.executor), pids_of(core.executor)
+    prefill, decode = pids_of(core._prefill_thread.executor), pids_of(core.executor)
     outputs = [list(each.outputs[0].token_ids) for each in llm.generate(prompts, GREEDY, use_tqdm=False)]
     assert outputs == expected_outputs(tiny, prompts, 12)
     os.kill(prefill[0], signal.SIGKILL)

@@ -160,13 +160,13 @@ def test_a_rank_that_dies_or_hangs_is_named(tiny: TinyModel, rank: int, how: sig
 def test_a_rank_that_dies_without_work_is_named(tiny: TinyModel) -> None:
     executor = make_executor(tiny, **TWO)
     pids = pids_of(executor)
-    executor.check_life()
+    executor.check_health()
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(RankError, match=rf"rank 1 of 2 \(process {pids[1]}\) was ended by SIGKILL"):
-        wait_until(lambda: executor.check_life() is not None, "it is not noticed")
+        wait_until(lambda: executor.check_health() is not None, "it is not noticed")
     assert not any(map(is_alive, pids))
     with pytest.raises(RankError, match="rank 1 of 2"):
-        executor.check_life()
+        executor.check_health()
 
 
 def test_functions_of_this_process_are_refused_and_other_requests_go_on(tiny: TinyModel) -> None:

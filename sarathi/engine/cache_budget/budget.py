@@ -10,10 +10,10 @@ from sarathi.messages import RequestUpdate
 class CacheBudget:
     """Grows memory before the scheduler counts on it, and gives it back once no request has it any more.
 
-    look_s: seconds after which `balance` is to be called again, with or without work; None: never.
+    poll_interval_s: seconds after which `balance` is to be called again, with or without work; None: never.
     """
 
-    look_s: float | None = None
+    poll_interval_s: float | None = None
 
     def __init__(self, scheduler: Scheduler, executor: Executor, num_engines: int = 1) -> None:
         """num_engines: that work together. `set_bytes` is told the sum of their budgets, which are equal."""

@@ -16,7 +16,7 @@ _RESERVE = 32  # a member without work still wishes for this part of the total, 
 class SharedCacheBudget(CacheBudget):
     """Holds as much of the total as the group allows: idle members leave theirs to those that are short."""
 
-    look_s = 0.1
+    poll_interval_s = 0.1
 
     def __init__(
         self, scheduler: Scheduler, executor: Executor, group: BudgetGroup, clock: Callable[[], float] = time.monotonic
@@ -27,7 +27,7 @@ class SharedCacheBudget(CacheBudget):
         self._group, self._clock = group, clock
         self._is_released = False
         self._oldest: tuple[str | None, float] = None, 0.0  # request, and since when it is the oldest
-        self._next_look_s = 0.0
+        self._next_poll_s = 0.0
         self._set_rows(0)  # nothing has been granted yet
         self.balance()
 
@@ -36,9 +36,9 @@ class SharedCacheBudget(CacheBudget):
 
     def balance(self) -> Sequence[RequestUpdate]:
         now_s = self._clock()
-        if now_s < self._next_look_s:
+        if now_s < self._next_poll_s:
             return ()
-        self._next_look_s = now_s + self.look_s
+        self._next_poll_s = now_s + self.poll_interval_s
         allowed = self._group.exchange(self._claim(now_s), self._held_rows * self._row_bytes)
         rows = min(allowed // self._row_bytes, self._reachable_rows)
         return () if rows == self._rows or self._is_released else self._set_rows(rows)
@@ -46,12 +46,12 @@ class SharedCacheBudget(CacheBudget):
     def release(self) -> None:
         self._set_rows(0)
         self._is_released = True
-        self._next_look_s = 0.0
+        self._next_poll_s = 0.0
 
     def restore(self) -> None:
         """What the group allows comes with the next `balance`."""
         self._is_released = False
-        self._next_look_s = 0.0
+        self._next_poll_s = 0.0
 
     def _claim(self, now_s: float) -> Claim:
         if self._is_released:

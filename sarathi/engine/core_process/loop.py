@@ -59,21 +59,21 @@ class CoreLoop:
                 if isinstance(command, Shutdown):
                     return
                 if not self._owners.has_left(name):
-                    self._obey(command, name)
+                    self._execute(command, name)
             self._core.balance()
             if self._core.has_work:
                 self._step()
             else:
-                self._core.check_life()
+                self._core.check_health()
 
     def _wait_s(self) -> float | None:
         """No time while there is work that can be done."""
         core = self._core
         if not core.has_work:
-            return core.idle_look_s
-        return (core.look_s if core.is_starved else None) or 0.0
+            return core.idle_poll_interval_s
+        return (core.poll_interval_s if core.is_starved else None) or 0.0
 
-    def _obey(self, command: Command, name: str) -> None:
+    def _execute(self, command: Command, name: str) -> None:
         if isinstance(command, AddRequests):
             self._add(command, name)
         elif isinstance(command, Finish):

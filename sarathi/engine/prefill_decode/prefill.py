@@ -1,4 +1,4 @@
-"""The engine that computes prompts for another one, in a thread of its own."""
+"""The prefill engine of prefill/decode disaggregation. It runs in a thread of its own."""
 
 import logging
 import threading
@@ -22,13 +22,13 @@ from sarathi.transfer.portions import Portions
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 NUM_ENGINES = 2
-_STATS_S = 0.5  # between two looks at a core that is busy
-_LOOK_S = 0.1  # at a thread that may have ended
+_STATS_INTERVAL_S = 0.5  # between two refreshes of the stats of a busy core
+_POLL_INTERVAL_S = 0.1  # at a thread that may have ended
 
 
-class Prefilled(NamedTuple):
-    """A prompt of which no more will be sent. num_portions: that were. update: with its token, or without one where it
-    could not be computed; None where it was aborted."""
+class PrefillResult(NamedTuple):
+    """A prompt whose transfer has ended. num_portions: portions sent. update: contains the first token, or no token if
+    the prompt could not be computed; None if it was aborted."""
 
     request_id: str
     num_portions: int
@@ -36,7 +36,7 @@ class Prefilled(NamedTuple):
 
 
 class PrefillCore(EngineCore):
-    """Computes prompts and the token behind each, and tells its ranks what to send."""
+    """Computes prompts and their first tokens, and tells its ranks which portions to send."""
 
     executor: RanksExecutor
 
@@ -49,23 +49,23 @@ class PrefillCore(EngineCore):
         self._aborted: list[str] = []
 
     def prefill(self, new: NewRequest, first: int) -> None:
-        """Queue a prompt, which is sent from token `first` on. One `Prefilled` will follow: at once where the prompt is
-        too long for this cache."""
+        """Queue a prompt and send it from token `first` on. One `PrefillResult` follows, at once if the prompt is too
+        long for this cache."""
         params = new.sampling_params
         one = replace(params, max_tokens=1, min_tokens=min(params.min_tokens, 1))
         self._portions.add(new, first)
         try:
             self.add_requests([replace(new, sampling_params=one)])
         except ValueError as error:
-            self._untold.append(RequestUpdate(new.request_id, (), "error", str(error)))
+            self._pending_updates.append(RequestUpdate(new.request_id, (), "error", str(error)))
 
     def abort(self, request_id: str) -> None:
-        """Compute no more of a prompt. A `Prefilled` follows when nothing of it is left in a step."""
+        """Stop computing a prompt. Its `PrefillResult` follows once no step in flight contains it."""
         self.finish(request_id, "abort")
         self._aborted.append(request_id)
 
-    def progress(self) -> Iterator[Prefilled | RequestUpdate]:
-        """One step, if there is work: prompts that are done, and log probabilities of others' tokens."""
+    def progress(self) -> Iterator[PrefillResult | RequestUpdate]:
+        """Run one step if there is work. Yields finished prompts, and updates with the prompts' log probabilities."""
         output = self.step() if self.has_work else None
         for update in () if output is None else output.updates:
             if update.prompt_logprobs is not None:
@@ -78,58 +78,58 @@ class PrefillCore(EngineCore):
             if request_id not in in_flight:
                 yield from self._ended(request_id, None)
 
-    def _complete(self, out: SchedulerOutput) -> SchedulerOutput:
+    def _finalize(self, out: SchedulerOutput) -> SchedulerOutput:
         return replace(out, sent=self._portions.plan(out.step_id, out.chunks))
 
     def _updates(self, out: SchedulerOutput, result: StepResult) -> list[RequestUpdate]:
-        """A step that found too little memory sent nothing, and neither do those behind it."""
-        (self._portions.complete if result.available_rows is None else self._portions.take_back)(out.step_id)
+        """A step that lacked memory sent nothing; the steps launched after it send nothing either."""
+        (self._portions.complete if result.available_rows is None else self._portions.roll_back)(out.step_id)
         return super()._updates(out, result)
 
-    def _ended(self, request_id: str, update: RequestUpdate | None) -> Iterator[Prefilled]:
+    def _ended(self, request_id: str, update: RequestUpdate | None) -> Iterator[PrefillResult]:
         if (count := self._portions.finish(request_id)) is not None:
-            yield Prefilled(request_id, count, update)
+            yield PrefillResult(request_id, count, update)
 
 
-class Prefills:
-    """A PrefillCore in a thread of its own, which alone uses it. Its methods belong to the other engine's thread.
+class PrefillThread:
+    """Runs a PrefillCore in a thread. Only the decode engine's thread may call the methods.
 
-    stats: of the core, when it had done its last work, or less than a second ago.
+    stats: of the core, less than a second old or from when the core became idle.
     """
 
     def __init__(self, core: PrefillCore) -> None:
         self.executor, self.stats = core.executor, core.stats()
         self._core = core
-        self._looked_at_s = time.monotonic()
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._done: SimpleQueue[Prefilled | RequestUpdate] = SimpleQueue()
+        self._refreshed_at_s = time.monotonic()
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._results: SimpleQueue[PrefillResult | RequestUpdate] = SimpleQueue()
         self._error: Exception | None = None  # that ended the thread
         self._thread = threading.Thread(target=self._run, name="prefill", daemon=True)
         self._thread.start()
 
-    def start(self, new: NewRequest, first: int) -> None:
+    def submit(self, new: NewRequest, first: int) -> None:
         """See `PrefillCore.prefill`."""
-        self._work.put(partial(self._core.prefill, new, first))
+        self._commands.put(partial(self._core.prefill, new, first))
 
     def abort(self, request_id: str) -> None:
         """See `PrefillCore.abort`."""
-        self._work.put(partial(self._core.abort, request_id))
+        self._commands.put(partial(self._core.abort, request_id))
 
-    def take(self, timeout_s: float = 0.0) -> Sequence[Prefilled | RequestUpdate]:
-        """What is there; waits so long for a first one. Raises RankError where the thread has ended."""
-        found: list[Prefilled | RequestUpdate] = []
+    def get_results(self, timeout_s: float = 0.0) -> Sequence[PrefillResult | RequestUpdate]:
+        """All queued results; waits up to timeout_s for the first. Raises RankError if the thread has ended."""
+        found: list[PrefillResult | RequestUpdate] = []
         try:
             while True:
                 found.append(
-                    self._done.get(timeout=0 if found else timeout_s) if timeout_s else self._done.get_nowait()
+                    self._results.get(timeout=0 if found else timeout_s) if timeout_s else self._results.get_nowait()
                 )
         except Empty:
             if not found:
-                self.check_life()
+                self.check_health()
             return found
 
-    def check_life(self) -> None:
-        """Raise RankError where the thread has ended, as it does soon after one of its ranks."""
+    def check_health(self) -> None:
+        """Raise RankError if the thread has ended. It ends soon after one of its ranks does."""
         if self._error is not None:
             raise self._failure() from self._error
 
@@ -138,65 +138,65 @@ class Prefills:
         return self._thread.is_alive()
 
     def call(self, method: Callable[[PrefillCore], T]) -> T:
-        """Between two steps. Raises RankError where the thread has ended."""
+        """Run a function on the core between two steps. Raises RankError if the thread has ended."""
         done: Future[T] = Future()
-        self._work.put(partial(self._answer, done, method))
+        self._commands.put(partial(self._resolve, done, method))
         while self.is_running and not done.done():
-            wait([done], timeout=_LOOK_S)
+            wait([done], timeout=_POLL_INTERVAL_S)
         if not done.done():
             raise self._failure()
         return done.result()
 
     def shutdown(self) -> None:
         """Free the engine's memory. Idempotent."""
-        self._work.put(None)
+        self._commands.put(None)
         self._thread.join()
         self._core.shutdown()
-        self._look()
+        self._refresh_stats()
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._run_commands():
                 for each in self._core.progress():
-                    self._done.put(each)
-                if not self._core.has_work or time.monotonic() - self._looked_at_s > _STATS_S:
-                    self._look()
+                    self._results.put(each)
+                if not self._core.has_work or time.monotonic() - self._refreshed_at_s > _STATS_INTERVAL_S:
+                    self._refresh_stats()
         except Exception as error:
-            logger.exception("the engine that computes prompts has ended")
+            logger.exception("the prefill engine has ended")
             self._error = error
 
-    def _obey(self) -> bool:
-        """Run what is asked for; waits for it where there is no other work. False: end."""
+    def _run_commands(self) -> bool:
+        """Run the queued commands; wait for one if the core has no work. False: the thread must end."""
         wait = not self._core.has_work
-        while wait or not self._work.empty():
-            if (each := self._next()) is None:
+        while wait or not self._commands.empty():
+            if (command := self._next_command()) is None:
                 return False
-            each()
+            command()
             wait = False
         return True
 
-    def _next(self) -> Callable[[], None] | None:
-        """What is asked for next."""
+    def _next_command(self) -> Callable[[], None] | None:
+        """Wait for a command; check the ranks' health meanwhile."""
         while True:
             with suppress(Empty):
-                return self._work.get(timeout=self.executor.look_s)
-            self._core.check_life()
+                return self._commands.get(timeout=self.executor.health_check_interval_s)
+            self._core.check_health()
 
-    def _answer(self, future: Future[T], method: Callable[[PrefillCore], T]) -> None:
+    def _resolve(self, future: Future[T], method: Callable[[PrefillCore], T]) -> None:
         try:
             answer = method(self._core)
-            self._look()
+            self._refresh_stats()
         except Exception as error:
             future.set_exception(error)
         else:
             future.set_result(answer)
 
-    def _look(self) -> None:
-        self.stats, self._looked_at_s = self._core.stats(), time.monotonic()
+    def _refresh_stats(self) -> None:
+        self.stats, self._refreshed_at_s = self._core.stats(), time.monotonic()
 
     def _failure(self) -> RankError:
         error = self._error
         if isinstance(error, RankError):
             return RankError(str(error))
         reason = "it was closed" if error is None else f"{type(error).__name__}: {error}"
-        return RankError(f"the engine that computes prompts has ended: {reason}")
+        return RankError(f"the prefill engine has ended: {reason}")

@@ -1,4 +1,4 @@
-"""Starts the ranks of both engines, and connects each with the same rank of the other."""
+"""Starts the ranks of both engines and connects each rank with its peer in the other engine."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +14,9 @@ PREFILL, DECODE = "prefill", "decode"
 
 
 def prefill_config(config: EngineConfig) -> EngineConfig:
-    """That of the engine that computes prompts. ConfigError where two engines cannot serve `config`.
+    """The prefill engine's configuration. ConfigError if `config` does not support disaggregation.
 
-    Its layers are called one by one, which a CUDA graph would hide.
+    It runs without CUDA graphs, because it must send each layer as soon as the layer is computed.
     """
     parallel, scheduler = config.parallel, config.scheduler
     if parallel.pipeline_parallel_size > 1:
@@ -32,7 +32,8 @@ def prefill_config(config: EngineConfig) -> EngineConfig:
 def start_executors(
     prefill: EngineConfig, config: EngineConfig, make_vocabulary: Any
 ) -> tuple[RanksExecutor, RanksExecutor, int]:
-    """Those of both engines, at the same time, and how many layers their model has. ValueErrors name the setting.
+    """Start the executors of both engines concurrently; return them with the model's number of layers. ValueErrors name
+    the setting at fault.
 
     prefill: see `prefill_config`.
     """
@@ -63,7 +64,7 @@ def start_executors(
 
 
 def _results(futures: Sequence[Future[Any]], undo: Callable[[Any], None]) -> list[Any]:
-    """Of all; where one failed, undo the others and raise its error."""
+    """The results of all futures. If one failed, undo the others and raise its error."""
     errors = [future.exception() for future in futures]
     for error in filter(None, errors):
         for future in futures:

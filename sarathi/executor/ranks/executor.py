@@ -28,7 +28,7 @@ class LaunchedStep:
 class RanksExecutor(Executor):
     """Sends each step to every rank, as one message. A subclass starts the ranks."""
 
-    takes_functions, look_s = False, 1.0
+    takes_functions, health_check_interval_s = False, 1.0
 
     def __init__(self, transport: Transport, parallel: ParallelConfig, store: tuple[str, int]) -> None:
         """transport: to ranks that have started, but may still load their model. store: host and port of a TCPStore
@@ -44,7 +44,7 @@ class RanksExecutor(Executor):
         self.vocab_size, self.max_model_len = facts[0].vocab_size, facts[0].max_model_len
         self.resolution, self.max_in_flight = facts[0].resolution, facts[0].max_in_flight
         self._num_launched = 0
-        self._untold: list[SampledToken] = []  # tokens that the stages before the last have yet to hear of
+        self._pending_tokens: list[SampledToken] = []  # tokens that the stages before the last have yet to hear of
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """The replies of the ranks that answer a command. Raises RankError where one died, hung or failed."""
@@ -60,7 +60,7 @@ class RanksExecutor(Executor):
 
     def launch(self, out: SchedulerOutput) -> LaunchedStep:
         number, self._num_launched = self._num_launched, self._num_launched + 1
-        tokens, self._untold = self._untold, []
+        tokens, self._pending_tokens = self._pending_tokens, []
         self.ask("launch", number, out, tokens)
         if self._check_every is not None and number % self._check_every == 0:
             self._compare_ranks(number)
@@ -70,15 +70,15 @@ class RanksExecutor(Executor):
         """The result of a launch by its number, counted from 0."""
         result: StepResult = self.ask("result", number)[0]
         if self.num_stages > 1:
-            self._untold += [SampledToken(token.request_id, token.token_id) for token in result.tokens]
+            self._pending_tokens += [SampledToken(token.request_id, token.token_id) for token in result.tokens]
         return result
 
     def execute(self, out: SchedulerOutput) -> StepResult:
         """Launch one step and wait for its result."""
         return self.launch(out).result()
 
-    def check_life(self) -> None:
-        self._ranks.check_life()
+    def check_health(self) -> None:
+        self._ranks.check_health()
 
     def wait(self) -> None:
         """Raises RankError where the ranks have ended."""

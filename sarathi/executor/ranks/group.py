@@ -63,7 +63,7 @@ class RankGroup:
             answering = [rank for rank in range(self._transport.size) if is_answered(method, rank, self._grid)]
             return self._replies(answering, silence_s, time.monotonic() + limit_s)
 
-    def check_life(self) -> None:
+    def check_health(self) -> None:
         """Raise RankError where a rank, or one of a partner's, has died or hangs."""
         if not self.are_running:
             raise RankError(self._failure)

@@ -37,7 +37,7 @@ class FakeExecutor:
     vocab_size, max_model_len, token_bytes = VOCAB_SIZE, MAX_MODEL_LEN, 1
     resolution = Resolution("no_op_vattn", "cpu", "float32", 2.0**-23)
     max_in_flight, takes_functions = 1, True
-    look_s: float | None = None
+    health_check_interval_s: float | None = None
 
     def __init__(
         self, next_token: Callable[[Sequence[int], SamplingParams], int], capacity: CacheCapacity = CAPACITY
@@ -72,7 +72,7 @@ class FakeExecutor:
             return SampledToken(request_id, token_id)
         return SampledToken(request_id, token_id, -0.5, tuple((rank, -1.0 - rank) for rank in range(params.logprobs)))
 
-    def check_life(self) -> None:
+    def check_health(self) -> None:
         """There is no rank that could die."""
 
     def wait(self) -> None:

@@ -402,7 +402,7 @@ def test_no_core_outlives_its_parent_not_even_one_that_is_stopped(tmp_path: Path
         time.sleep(0.05)
 
 
-def test_ranks_are_looked_at_where_there_is_no_work() -> None:
+def test_ranks_are_checked_while_there_is_no_work() -> None:
     core, channel = make_core(), ScriptedChannel([add("a")])
     looks = iter((None, None, RuntimeError("rank 1 of 2 hangs")))
 
@@ -410,7 +410,7 @@ def test_ranks_are_looked_at_where_there_is_no_work() -> None:
         if (error := next(looks)) is not None:
             raise error
 
-    core.executor.look_s, core.executor.check_life = 0.25, look
+    core.executor.health_check_interval_s, core.executor.check_health = 0.25, look
     with pytest.raises(RuntimeError, match="rank 1 of 2 hangs"):
         CoreLoop(core, channel).run()
     assert channel.waits == [0.25, 0.0, 0.0, 0.0, 0.25, 0.25, 0.25]  # three steps

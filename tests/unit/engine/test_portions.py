@@ -50,7 +50,7 @@ def test_what_did_not_run_is_sent_later() -> None:
     assert portions.plan(0, [first, Chunk("b", 0, 5, True, 5)]) == (Portion("a", 0, 10),)
     portions.complete(0)
     portions.plan(1, [second])
-    portions.take_back(1)
+    portions.roll_back(1)
     assert portions.plan(2, [second]) == (Portion("a", 10, 20),)
     assert portions.plan(3, [Chunk("a", 20, 10, True, 30)]) == (Portion("a", 20, 30),)
     assert portions.finish("a") == 3
@@ -61,9 +61,9 @@ def test_steps_behind_one_that_did_not_run_are_taken_back_with_it_and_later_ones
     portions.add(NewRequest("a", (1,) * 30, SamplingParams()))
     portions.plan(0, [Chunk("a", 0, 10, False, 30)])
     portions.plan(1, [Chunk("a", 10, 10, False, 30)])
-    portions.take_back(0)
+    portions.roll_back(0)
     assert portions.plan(2, [Chunk("a", 0, 5, False, 30)]) == (Portion("a", 0, 5),)
-    portions.take_back(1)  # its result comes after step 2 was planned
+    portions.roll_back(1)  # its result comes after step 2 was planned
     assert portions.plan(3, [Chunk("a", 5, 25, True, 30)]) == (Portion("a", 5, 30),)
     assert portions.finish("a") == 2
 

@@ -13,7 +13,7 @@ from sarathi.core.block_space_manager.prefix_caching.manager import PrefixCachin
 from sarathi.core.block_space_manager.virtual import VirtualBlockSpaceManager
 from sarathi.core.scheduler import RequestTooLongError, Scheduler, make_scheduler
 from sarathi.engine.prefill_decode.core import PrefillDecodeCore
-from sarathi.engine.prefill_decode.prefill import PrefillCore, Prefills
+from sarathi.engine.prefill_decode.prefill import PrefillCore, PrefillThread
 from sarathi.executor.ranks.group import RankError
 from sarathi.messages import (
     Arrival,
@@ -104,8 +104,8 @@ def make_core(prefill_short: Iterator[bool], decode_short: Iterator[bool], num_r
     prefill, decode = Side(prefill_short), Side(decode_short)
     prefill.partner, decode.partner = decode, prefill
     portions = Portions("fa_vattn_megacache", 2, max_ranges=64)
-    prefills = Prefills(PrefillCore(scheduler_of(num_retained, CHUNK), prefill, portions))  # type: ignore[arg-type]
-    return PrefillDecodeCore(scheduler_of(num_retained, 8, MOST_RECEIVED), decode, prefills)  # type: ignore[arg-type]
+    prefill_thread = PrefillThread(PrefillCore(scheduler_of(num_retained, CHUNK), prefill, portions))  # type: ignore[arg-type]
+    return PrefillDecodeCore(scheduler_of(num_retained, 8, MOST_RECEIVED), decode, prefill_thread)  # type: ignore[arg-type]
 
 
 def never() -> Iterator[bool]:
@@ -155,7 +155,7 @@ def check_idle(core: PrefillDecodeCore) -> None:
         side.scheduler.check_integrity()
         return side.scheduler.block_space_manager.num_used_rows
 
-    assert check(core) == core._prefills.call(check) == 0
+    assert check(core) == core._prefill_thread.call(check) == 0
     assert core.stats().used_rows == 0
 
 
@@ -191,7 +191,7 @@ def test_random_requests_with_shortages_and_aborts_get_their_tokens(
             end, tokens = outputs.ends[each.request_id], outputs.tokens[each.request_id]
             assert (end, tokens) == ("length", expected(each)) or decode_shortage
             assert tokens == expected(each)[: len(tokens)]
-    for side in (core.executor, core._prefills.executor):
+    for side in (core.executor, core._prefill_thread.executor):
         side.shortages = never()  # type: ignore[attr-defined]
     for name in "xy":  # the second one begins as the first
         core.add_requests([request(name, 40, 2)])
@@ -224,7 +224,7 @@ def test_a_budget_is_for_both_engines_and_prompts_that_do_not_fit_are_refused() 
     core, new = make_core(never(), never()), request("a", 20, 4)
     outputs = Outputs(core)
     core.set_cache_budget(61)  # bytes; a row has one, 30 rows each
-    assert (core.executor.cache_rows, core._prefills.executor.cache_rows) == (30, 30)  # type: ignore[attr-defined]
+    assert (core.executor.cache_rows, core._prefill_thread.executor.cache_rows) == (30, 30)  # type: ignore[attr-defined]
     assert core.stats().total_rows == 60
     with pytest.raises(RequestTooLongError, match="has 31 tokens: the whole cache holds 30"):
         core.add_requests([request("b", 31, 4)])
@@ -253,9 +253,9 @@ def test_a_budget_that_shrinks_under_requests_changes_no_token() -> None:
 
 def test_what_is_wrong_in_the_other_engine_ends_both() -> None:
     core = make_core(never(), never())
-    core._prefills.executor.fail_next = AssertionError("a defect")  # type: ignore[attr-defined]
+    core._prefill_thread.executor.fail_next = AssertionError("a defect")  # type: ignore[attr-defined]
     core.add_requests([request("a", 5, 4)])
-    message = "the engine that computes prompts has ended: AssertionError: a defect"
+    message = "the prefill engine has ended: AssertionError: a defect"
     for _ in range(2):
         with pytest.raises(RankError, match=message):
             for _ in range(100):
@@ -279,7 +279,7 @@ def test_the_prefix_cache_is_reset_only_without_a_request() -> None:
 
 def test_numbers_of_a_busy_engine_do_not_wait_for_its_step() -> None:
     core, hold = make_core(never(), never()), threading.Event()
-    side = core._prefills.executor
+    side = core._prefill_thread.executor
     launch = side.launch
     side.launch = lambda out: (hold.wait(60), launch(out))[1]  # type: ignore[assignment, method-assign]
     core.add_requests([request("a", 5, 2)])
