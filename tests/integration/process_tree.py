@@ -1,6 +1,9 @@
 """Processes as /proc shows them: whether one lives, and what it has started."""
 
-from contextlib import suppress
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,3 +27,15 @@ def children(pid: int) -> list[int]:
 def descendants(pid: int) -> list[int]:
     """Children, and theirs."""
     return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """Processes that do nothing meanwhile, however slow the test is."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)

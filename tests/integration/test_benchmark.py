@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from process_tree import children
 from processes import ROOT, check_run, command, environment
 
 from sarathi.benchmark.config.options import parse_options
@@ -62,10 +63,8 @@ def test_a_replica_that_dies_is_told_and_its_requests_are_counted(tmp_path: Path
     words += ["--num_warmup_requests", "0", "--show_progress", "true"]
     process = subprocess.Popen([*RUN, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     read_until(process, "replica 0: 100%")  # the other has a request of 3,000 tokens
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    replicas = sorted(pid for pid, words in commands.items() if b"spawn_main" in words)
-    os.kill(replicas[1], signal.SIGKILL)
+    newest = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]
+    os.kill(newest, signal.SIGKILL)  # replica 0 may have ended
     _, said = process.communicate(timeout=240)
     assert process.returncode == 2 and "replica 1 ended without a result; 4 requests are lost" in said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

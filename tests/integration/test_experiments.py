@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from http_server import wait_until
+from process_tree import stopped
 from processes import ROOT, check_run, environment, script
 
 pytestmark = pytest.mark.bench
@@ -56,9 +57,10 @@ def test_an_experiment_that_is_ended_leaves_no_process_behind(number: signal.Sig
     while len(processes_that_name(str(tmp_path))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    refused = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    with stopped([process.pid]):
+        refused = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        process.send_signal(number)
     assert refused.returncode == 1 and " is in use: another process writes its results there" in refused.stderr
-    process.send_signal(number)
     process.communicate(timeout=240)
     assert process.returncode == (130 if number == signal.SIGTERM else -number)
     wait_until(lambda: not processes_that_name(str(tmp_path)), "processes are left")

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 from http_server import LIMIT_S, LONG, RunningServer, metric, options, running_server, wait_until
-from process_tree import children, descendants, is_alive
-from test_server_life import OpenStream, until_idle
+from process_tree import children, descendants, is_alive, stopped
+from test_server_life import PATIENT, OpenStream, until_idle
 
 from sarathi import LLM, SamplingParams
 from sarathi.config.load import make_config
@@ -172,12 +172,13 @@ def test_both_engines_sleep_wake_and_shrink(pair: RunningServer, one: LLM) -> No
 
 @pytest.mark.slow
 def test_sigterm_lets_requests_end_on_both_engines(model: str) -> None:
-    with running_server(model, *PAIR) as server:
+    with running_server(model, *PAIR, *PATIENT) as server:
         stream = OpenStream(server, max_tokens=500, prompt=[5] * 200)
         below = descendants(server.process.pid)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.get("/ready").status_code == 503, "it takes requests")
-        assert complete(server, [1]).status_code == 503
+        with stopped(children(server.process.pid)):
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.get("/ready").status_code == 503, "it takes requests")
+            assert complete(server, [1]).status_code == 503
         assert stream.last() == "[DONE]" and server.process.wait(LIMIT_S) == 0
         assert len(below) >= 3 and not any(map(is_alive, below))
 

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import ray
 from http_server import wait_until
-from process_tree import is_alive
+from process_tree import descendants, is_alive
 from random_driver import RandomDriver
 from rank_helpers import (
     GREEDY,
@@ -254,9 +254,13 @@ def replicas_config(tiny: TinyModel, folder: Path, *words: str) -> BenchmarkConf
 
 
 def replica_pids(method: str) -> list[int]:
-    """Processes of replicas in which a method runs: Ray gives them such names."""
-    names = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()}
-    return [int(pid) for pid, name in names.items() if name.startswith(f"ray::ReplicaActor.{method}".encode())]
+    """Processes of this test's replicas in which a method runs: Ray gives them such names."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with suppress(OSError):
+            name = Path(f"/proc/{pid}/cmdline").read_bytes()
+            found += [pid] if name.startswith(f"ray::ReplicaActor.{method}".encode()) else []
+    return found
 
 
 @pytest.mark.slow

@@ -11,15 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 from http_server import LIMIT_S, LONG, ROOT, RunningServer, metric, options, running_server, wait_until
-from process_tree import children, is_alive
+from process_tree import children, is_alive, stopped
 
 SHORT = {**LONG, "max_tokens": 3}
+PATIENT = options(heartbeat_timeout_s=LIMIT_S)  # a stopped engine counts as alive
 
 
 @pytest.fixture(scope="module")
@@ -169,21 +170,32 @@ def test_other_origins_are_refused_by_default(shared: RunningServer) -> None:
 
 
 def test_a_lower_priority_value_goes_first(shared: RunningServer) -> None:
-    running = [OpenStream(shared, max_tokens=1000) for _ in range(2)]
-    ends: list[int] = []
+    """In the order of the server's log: which client hears of its answer first is luck."""
+    lengths = {
+        31: 5,
+        32: 5,
+        33: -1,
+        34: 0,
+    }  # priorities by the lengths of prompts, which tell requests apart in the log
 
-    def ask(priority: int) -> None:
-        shared.post("/v1/completions", json={**LONG, "max_tokens": 100, "priority": priority})
-        ends.append(priority)
+    def ask(length: int) -> None:
+        body = {**LONG, "prompt": [1] * length, "max_tokens": 150 if lengths[length] == 5 else 100}
+        shared.post("/v1/completions", json={**body, "priority": lengths[length]})
 
-    with ThreadPoolExecutor(4) as pool:
-        for priority in (5, 5, -1, 0):
-            pool.submit(ask, priority)
-            time.sleep(0.1)
-        until(shared, "num_requests_waiting", 4)
-    assert set(ends[:2]) == {-1, 0}
-    for each in running:
-        assert each.last() == "[DONE]"
+    with ThreadPoolExecutor(len(lengths)) as pool, ExitStack() as running:
+        for _ in range(2):
+            stream = httpx.stream(
+                "POST", f"{shared.url}/v1/completions", json={**LONG, "stream": True}, timeout=LIMIT_S
+            )
+            running.enter_context(stream)
+        until(shared, "num_requests_running", 2)
+        for count, length in enumerate(lengths, start=1):
+            pool.submit(ask, length)
+            until(shared, "num_requests_waiting", count)
+    wait_until(lambda: all(logged(shared, length) for length in lengths), "a request is not logged")
+    entries = [json.loads(line)["prompt_tokens"] for line in shared.lines if line.startswith("{")]
+    assert {lengths[length] for length in [each for each in entries if each in lengths][:2]} == {-1, 0}
+    until_idle(shared)
 
 
 def test_keys_deadlines_origins_and_texts_in_the_log(model: str, tmp_path: Path) -> None:
@@ -243,13 +255,14 @@ def logged(server: RunningServer, prompt_tokens: int) -> dict | None:
 
 
 def test_sigterm_lets_requests_end_and_refuses_new_ones(model: str) -> None:
-    with running_server(model) as server:
+    with running_server(model, *PATIENT) as server:
         stream = OpenStream(server, max_tokens=1000)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.get("/ready").status_code == 503, "the server does not drain")
-        refused = server.post("/v1/completions", json=SHORT)
-        assert refused.status_code == 503 and "draining" in refused.json()["error"]["message"]
-        assert server.get("/health").status_code == 200
+        with stopped(children(server.process.pid)):
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.get("/ready").status_code == 503, "the server does not drain")
+            refused = server.post("/v1/completions", json=SHORT)
+            assert refused.status_code == 503 and "draining" in refused.json()["error"]["message"]
+            assert server.get("/health").status_code == 200
         assert stream.last() == "[DONE]" and server.process.wait(LIMIT_S) == 0
 
 

@@ -41,16 +41,24 @@ def make_echoing_core() -> EngineCore:
 class SlowExecutor(FakeExecutor):
     """20 ms a step; a prompt that begins with 255 breaks it."""
 
+    step_s = 0.02
+
     def launch(self, out):
         if any(new.token_ids[0] == 255 for new in out.new_requests):
             raise RuntimeError("broken by a prompt")
-        time.sleep(0.02)
+        time.sleep(self.step_s)
         return super().launch(out)
 
 
 def make_slow_core() -> EngineCore:
     core = make_engine(echo, max_num_seqs=2).core
     core.executor = SlowExecutor(echo)
+    return core
+
+
+def make_very_slow_core() -> EngineCore:
+    core = make_slow_core()
+    core.executor.step_s = 0.1
     return core
 
 
@@ -161,9 +169,9 @@ def test_a_generator_that_ends_early_aborts_its_request(how: str) -> None:
             await read(llm, 2)
         assert llm.num_unfinished == 0
         assert observed[-1].finished and observed[-1].outputs[0].finish_reason == "abort"
-        await asyncio.wait_for(until_empty(llm), 3)  # all its tokens take 3.8 s
+        await asyncio.wait_for(until_empty(llm), 15)  # all its tokens take 19 s
 
-    with_llm(use, make_slow_core, observe=observed.append)
+    with_llm(use, make_very_slow_core, observe=observed.append)
 
 
 def test_a_slow_reader_gets_all_the_text_in_few_outputs() -> None:

@@ -243,10 +243,11 @@ def test_an_idle_core_takes_no_processor_time() -> None:
         def ticks() -> int:
             return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
 
-        await asyncio.sleep(0.3)
-        before = ticks()
-        await asyncio.sleep(1.0)
-        assert ticks() - before <= 3  # hundredths of a second
+        spent = [ticks()]
+        while len(spent) < 2 or (spent[-1] - spent[-2] > 3 and len(spent) < 20):  # at first it may still be starting
+            await asyncio.sleep(1.0)
+            spent.append(ticks())
+        assert spent[-1] - spent[-2] <= 3, spent  # hundredths of a second
 
     with_core(use)
 
@@ -338,7 +339,9 @@ def test_a_start_that_is_cancelled_leaves_no_process() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(asyncio, "create_subprocess_exec", noted)
-            await asyncio.sleep(1.0)
+            while not processes:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)  # it waits for the core
             start.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await start
