@@ -34,8 +34,8 @@ from sarathi.sampling_params import SamplingParams
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 _TOKENIZER_THREADS = 2
-_IDLE_LOOK_S = 0.02
-_FAREWELL_S = 1.0  # for callers to take the error that ends their request
+_IDLE_POLL_S = 0.02
+_DELIVERY_TIMEOUT_S = 1.0  # for callers to take the error that ends their request
 
 
 class EngineUnavailableError(RuntimeError):
@@ -187,7 +187,7 @@ class AsyncLLM:
     async def wait_until_idle(self) -> None:
         """Return when no request is under way."""
         while self._mailboxes:
-            await asyncio.sleep(_IDLE_LOOK_S)
+            await asyncio.sleep(_IDLE_POLL_S)
 
     async def wait_until_dead(self) -> None:
         """Return when the core has died."""
@@ -201,7 +201,7 @@ class AsyncLLM:
         """End every request with EngineUnavailableError, and the core process. May be called again."""
         self.refuse_requests("the engine is shut down")
         self._fail_all(EngineUnavailableError("the engine was shut down before the request had ended"))
-        deadline_s = time.monotonic() + _FAREWELL_S
+        deadline_s = time.monotonic() + _DELIVERY_TIMEOUT_S
         while any(each.is_awaited for each in self._mailboxes.values()) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.01)  # their generators run
         await self._core.close()

@@ -1,7 +1,7 @@
-"""What the front end may ask of an engine core.
+"""The front end's interface to an engine core.
 
-`EngineCore` itself is the client of a core in this process. A client for a core in another process implements the same
-protocol, since every argument and every result is a plain message.
+`EngineCore` implements it for a core in this process. A client of a core in another process can implement it too, since
+all arguments and results are plain messages.
 """
 
 from collections.abc import Sequence
@@ -11,51 +11,51 @@ from sarathi.messages import CoreOutput, EngineFacts, MemoryStats, NewRequest, P
 
 
 class CoreClient(Protocol):
-    """One thread at a time may call it."""
+    """Not thread-safe: only one thread at a time may call it."""
 
     facts: EngineFacts
     is_asleep: bool
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything, if only release the memory of requests that have ended."""
+        """Whether a step would do anything, including releasing the memory of finished requests."""
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
-        """Queue requests, in order. Where one is refused, those before it stay queued.
+        """Queue requests in order. If one is rejected, those before it stay queued.
 
-        Raises RequestTooLongError where a request could never run, ValueError where an id is in use.
+        Raises RequestTooLongError for a request that could never run, ValueError for an id that is in use.
         """
 
     def finish(self, request_id: str, reason: str, stop_reason: str | None = None) -> None:
-        """End a request for a reason found outside: "abort", or "stop" with the stop string. No update of it follows.
+        """End a request from outside: "abort", or "stop" with the stop string. No update of it follows.
 
-        Nothing happens where there is no such request (any more).
+        An unknown request id is ignored.
         """
 
     def step(self) -> CoreOutput:
-        """One step's updates. After an exception, call `reset`."""
+        """Run one step and return its updates. After an exception, call `reset`."""
 
     def reset(self) -> None:
-        """End every request, in whatever state an exception left them. No update of them follows."""
+        """End every request, even after an exception. No update of them follows."""
 
     def sleep(self, level: int = 1) -> None:
-        """Preempt every request, and give the cache's memory back to the system. Requests wait until `wake_up`.
+        """Preempt every request and return the cache's memory to the system. Requests wait until `wake_up`.
 
-        level: 2: the memory of the weights too; they are read from the checkpoint again. ValueError for another level,
-        and for 2 on a GPU without mapped_weights.
+        level: 1, or 2 to release the weights too; `wake_up` reads them from the checkpoint. ValueError for another
+        level, and for 2 on a GPU without mapped_weights.
         """
 
     def wake_up(self) -> None:
-        """Take the memory again, and go on. ValueError where weights cannot be read any more: it goes on sleeping."""
+        """Allocate the memory again and resume. ValueError if the weights cannot be read: the core stays asleep."""
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+        """Drop the cached prefixes of finished requests; False, without effect, while a request is unfinished."""
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
-        """Tokens found in the cache so far, and what is kept of ended requests."""
+        """Prefix cache hits so far, and the memory retained for finished requests."""
 
     def memory_stats(self) -> MemoryStats:
-        """Memory of the KV cache now."""
+        """Current memory of the KV cache."""
 
     def shutdown(self) -> None:
-        """End every request as `reset` does, and free the executor's memory. May be called again."""
+        """End every request as `reset` does, and free the executor's memory. Idempotent."""

@@ -1,4 +1,4 @@
-"""What a request's task waits for: the newest output, an error, or the end of its time."""
+"""Passes a request's newest output, an error or a timeout to the task that waits for it."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,25 +8,25 @@ from sarathi.engine.outputs import RequestOutput
 
 
 class RequestTimeoutError(TimeoutError):
-    """A request was not done in the time that it had."""
+    """A request did not finish within its timeout."""
 
 
 class Mailbox:
-    """The newest output of a request, until its caller takes it: a caller that is slow needs no more memory."""
+    """Holds a request's newest output until its caller takes it. Outputs are merged, so slow callers use no memory."""
 
     def __init__(self) -> None:
         self._output: RequestOutput | None = None
         self._error: Exception | None = None
         self._is_filled = asyncio.Event()
-        self.is_awaited = False  # not where the caller does something else between two outputs
+        self.is_awaited = False  # whether a caller is waiting in `take`
 
     def put(self, output: RequestOutput) -> None:
-        """Replace an output that has not been taken; its delta is kept."""
+        """Store an output. An output that has not been taken yet is merged into it."""
         self._output = output if self._output is None else _merged(self._output, output)
         self._is_filled.set()
 
     def fail(self, error: Exception) -> None:
-        """Have `take` raise this, unless the last output waits to be taken."""
+        """Make `take` raise this error, unless the final output is already stored."""
         self._error = error
         self._is_filled.set()
 
@@ -46,7 +46,7 @@ class Mailbox:
 
     @contextmanager
     def deadline(self, timeout_s: float | None) -> Iterator[None]:
-        """Fail with RequestTimeoutError unless this ends in time. None: any time."""
+        """Fail with RequestTimeoutError unless the block ends in time. None: no timeout."""
         if timeout_s is None:
             yield
             return
@@ -59,7 +59,7 @@ class Mailbox:
 
 
 def _merged(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """The later output, which nobody has taken yet, now with what both of them added to the texts."""
+    """The later output with the deltas of both."""
     for before, after in zip(earlier.outputs, later.outputs, strict=True):
         after.delta = before.delta + after.delta
     return later

@@ -117,7 +117,7 @@ def test_a_budget_without_a_row_is_refused(model: str, memory_bytes: int, messag
 
 def test_paged_memory_cannot_change(model: str) -> None:
     paged = {**SETTINGS, "attention_backend": "sdpa_paged_16"}
-    with LLM(model, **paged) as llm, pytest.raises(ValueError, match="only the budget of virtual memory"):
+    with LLM(model, **paged) as llm, pytest.raises(ValueError, match="the budget of a paged cache cannot change"):
         llm.engine.core.set_cache_budget(2**20)
 
 

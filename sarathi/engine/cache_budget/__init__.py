@@ -1,1 +1,1 @@
-"""The size of the KV cache while it is used: of one server, or of several that share a total. Imports nothing."""
+"""Resizes the KV cache at run time, for one server or for several that share a total. Imports nothing."""

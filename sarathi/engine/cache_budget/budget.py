@@ -1,4 +1,4 @@
-"""The size of the KV cache while it is used: rows for the scheduler, physical memory on every rank."""
+"""The KV cache's budget: rows for the scheduler and physical memory on every rank."""
 
 from collections.abc import Sequence
 
@@ -8,28 +8,28 @@ from sarathi.messages import RequestUpdate
 
 
 class CacheBudget:
-    """Grows memory before the scheduler counts on it, and gives it back once no request has it any more.
+    """Grows memory before the scheduler uses it, and frees memory once no request uses it.
 
-    poll_interval_s: seconds after which `balance` is to be called again, with or without work; None: never.
+    poll_interval_s: between two calls of `balance`, with or without work; None: no calls are needed.
     """
 
     poll_interval_s: float | None = None
 
     def __init__(self, scheduler: Scheduler, executor: Executor, num_engines: int = 1) -> None:
-        """num_engines: that work together. `set_bytes` is told the sum of their budgets, which are equal."""
+        """num_engines: number of engines that divide the budget of `set_bytes` equally."""
         self._scheduler, self._executor, self._num_engines = scheduler, executor, num_engines
         self._rows = self._held_rows = self._reachable_rows = executor.capacity.rows
 
     @property
     def is_settled(self) -> bool:
-        """Whether no memory over the budget waits to be given back."""
+        """Whether no memory above the budget remains to be freed."""
         return self._held_rows == self._rows
 
     def set_bytes(self, memory_bytes: int) -> Sequence[RequestUpdate]:
-        """Change the budget to whole rows of memory_bytes, summed over ranks of all engines; the ends of requests that
-        are too long.
+        """Set the budget to the whole rows in memory_bytes (sum over all ranks of all engines). Returns the updates of
+        requests that end because they are now too long.
 
-        ValueError where not one row fits, or where memory is paged, whose tensors cannot grow in place.
+        ValueError if no row fits, or for a paged cache, whose tensors cannot grow in place.
         """
         self._check_virtual()
         row_bytes = self._row_bytes * self._num_engines
@@ -42,20 +42,20 @@ class CacheBudget:
         return self._set_rows(self._reachable_rows)
 
     def balance(self) -> Sequence[RequestUpdate]:
-        """Change the budget where others need memory, or leave some; the ends of requests that are too long."""
+        """Adjust the budget to the other members' needs. Returns updates that end requests that are now too long."""
         return ()
 
     def settle(self) -> None:
-        """Give memory back that is over the budget, where that has not been possible so far."""
+        """Free the memory above the budget, as soon as that is possible."""
         if not self.is_settled and self._executor.resize_cache(self._rows):
             self._held_rows = self._rows
 
     def release(self) -> None:
-        """Give all memory back; no request may hold any."""
+        """Free all memory. No request may use any."""
         self._executor.resize_cache(0)
 
     def restore(self) -> None:
-        """Take the budget's memory again after `release`."""
+        """Allocate the budget's memory again after `release`."""
         self._executor.resize_cache(self._rows)
 
     @property
@@ -66,7 +66,7 @@ class CacheBudget:
     def _check_virtual(self) -> None:
         backend = self._executor.resolution.backend
         if "paged" in backend:
-            raise ValueError(f"attention_backend is {backend}: only the budget of virtual memory can change")
+            raise ValueError(f"attention_backend is {backend}: the budget of a paged cache cannot change")
 
     def _set_rows(self, rows: int) -> Sequence[RequestUpdate]:
         grows, self._rows = rows > self._held_rows, rows

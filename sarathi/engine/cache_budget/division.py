@@ -1,16 +1,16 @@
-"""Who of several members may hold how much of a total: the largest equal share that no member leaves unused."""
+"""Divides a total of memory among members by max-min fairness."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_LEAST_SHARE = 64  # of the total: less that is free is not worth a change
+_MIN_CHANGE = 64  # spare memory below 1/64 of the total is not worth a change
 
 
 class Claim(NamedTuple):
-    """What a member asks for, in bytes.
+    """A member's demand, in bytes.
 
-    wish: what it could use. need: without which its oldest request cannot go on. since_s: when that request became its
-    oldest, by a clock that members share.
+    wish: what it could use. need: the minimum for its oldest request to continue. since_s: when that request became its
+    oldest, by a clock that all members share.
     """
 
     wish: int = 0
@@ -19,17 +19,17 @@ class Claim(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """A member's claim, and the bytes that it may have in use."""
+    """A member's claim, and the bytes that it may be using."""
 
     claim: Claim
     held: int
 
 
 def divide(total: int, claims: Sequence[Claim]) -> list[int]:
-    """The share of each claim, in order; together at most `total`.
+    """The share of each claim, in order; the sum is at most `total`.
 
-    Needs are met first, that of the oldest request before others: so it ends, and then the next. What is left is
-    divided so that the members with the smallest shares have the most.
+    Needs come first, in order of their oldest requests, so that these finish one after the other. The rest is divided
+    by max-min fairness.
     """
     floors, left = [0] * len(claims), total
     for number in sorted(range(len(claims)), key=lambda each: claims[each].since_s):
@@ -46,9 +46,9 @@ def divide(total: int, claims: Sequence[Claim]) -> list[int]:
 
 
 def allowance(total: int, own: Holding, others: Sequence[Holding]) -> int:
-    """The bytes that a member may hold from now on: more at once, less as soon as it can.
+    """The bytes that a member may hold from now on. It may grow at once, and shrinks as soon as it can.
 
-    Nobody gives up memory unless another one lacks it. What nobody lacks is divided among those who wish for any.
+    A member gives up memory only if another member lacks it. Spare memory is divided among members with a wish.
     """
     own_share, *shares = divide(total, [own.claim, *(each.claim for each in others)])
     free = max(0, total - own.held - sum(each.held for each in others))
@@ -58,7 +58,7 @@ def allowance(total: int, own: Holding, others: Sequence[Holding]) -> int:
     if lacking > free:
         return max(own_share, own.held - (lacking - free))
     spare = (free - lacking) // (1 + sum(each.claim.wish > 0 for each in others))
-    return own.held + (spare if own.claim.wish and spare >= total // _LEAST_SHARE else 0)
+    return own.held + (spare if own.claim.wish and spare >= total // _MIN_CHANGE else 0)
 
 
 def _shares(level: int, claims: Sequence[Claim], floors: Sequence[int]) -> list[int]:

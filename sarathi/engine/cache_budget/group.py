@@ -1,7 +1,7 @@
-"""Processes of one user that share a total of memory, through files.
+"""A group of one user's processes that share a total of memory; they communicate through files.
 
-A member has a file, which it locks as long as it lives: the kernel releases the lock however the member ends, and the
-others then take its share. Files change under a lock of the whole group, which nobody waits for.
+Each member locks its own file while it lives. The kernel releases the lock when the member ends, for whatever reason;
+the others then take its share. A group lock, which is only tried and never awaited, protects all changes.
 """
 
 import fcntl
@@ -16,32 +16,32 @@ from pathlib import Path
 from sarathi.engine.cache_budget.division import Claim, Holding, allowance
 
 _RECORD = struct.Struct("<QQQQd")  # total, held, wish, need, since
-_JOIN_S = 10.0
+_JOIN_TIMEOUT_S = 10.0
 
 
 class BudgetGroup:
-    """A membership. It ends with the process, or with `leave`."""
+    """A membership in the group. It ends with the process, or with `leave`."""
 
     def __init__(self, folder: Path, total_bytes: int) -> None:
-        """ValueError where the members that are there share another total, TimeoutError where one of them is stopped
-        while it changes the files."""
+        """ValueError if the present members share another total, TimeoutError if a stopped member holds the group's
+        lock."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._total = folder, total_bytes
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         self._file, self._path = -1, folder
-        deadline_s = time.monotonic() + _JOIN_S
+        deadline_s = time.monotonic() + _JOIN_TIMEOUT_S
         while not self._try_to_join():
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"a member of the budget group at {folder} holds its lock and does not go on")
+                raise TimeoutError(f"a member of the budget group at {folder} holds its lock and makes no progress")
             time.sleep(0.01)
 
     def exchange(self, claim: Claim, held: int) -> int:
-        """Tell the others, and learn how many bytes this member may hold; it counts as holding the larger number.
+        """Publish this member's claim and return the bytes that it may hold. It counts as holding the larger number.
 
-        held: bytes that may be in use now. Returns `held` where another member is just changing the files.
+        held: bytes that may be in use now; returned unchanged if another member has the group's lock.
         """
-        with self._locked() as is_mine:
-            if not is_mine:
+        with self._locked() as is_locked:
+            if not is_locked:
                 return held
             own = Holding(claim, held)
             allowed = allowance(self._total, own, [holding for holding, _ in self._others()])
@@ -49,7 +49,7 @@ class BudgetGroup:
         return allowed
 
     def leave(self) -> None:
-        """End the membership. May be called again."""
+        """End the membership. Idempotent."""
         if self._file >= 0:
             self._path.unlink(missing_ok=True)
             os.close(self._file)
@@ -57,14 +57,14 @@ class BudgetGroup:
             self._file = -1
 
     def _try_to_join(self) -> bool:
-        with self._locked() as is_mine:
-            if is_mine:
+        with self._locked() as is_locked:
+            if is_locked:
                 self._check_total()
                 self._file, name = tempfile.mkstemp(prefix="member-", dir=self._folder)
                 self._path = Path(name)
                 fcntl.flock(self._file, fcntl.LOCK_EX)
                 self._write(Holding(Claim(), 0))
-        return is_mine
+        return is_locked
 
     def _check_total(self) -> None:
         for _, total in self._others():
@@ -75,7 +75,7 @@ class BudgetGroup:
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Whether this member has the group's lock now."""
+        """Try to take the group's lock; yields whether it was taken."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -87,7 +87,7 @@ class BudgetGroup:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def _others(self) -> list[tuple[Holding, int]]:
-        """The members that live, with the total that each shares; the files of the others are removed."""
+        """The living members with their totals. Removes the files of members that have ended."""
         found = []
         for path in self._folder.glob("member-*"):
             if path != self._path:
@@ -101,7 +101,7 @@ class BudgetGroup:
 
 
 def _read(path: Path) -> list[tuple[Holding, int]]:
-    """What a member has told; nothing of one that has ended."""
+    """A member's holding and total; an empty list, and the file is removed, if the member has ended."""
     file = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

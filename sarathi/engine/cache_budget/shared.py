@@ -1,4 +1,4 @@
-"""The budget of a KV cache that shares a total with other servers on its device."""
+"""The budget of a KV cache that shares a total with other servers on the same device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,29 +10,29 @@ from sarathi.engine.cache_budget.group import BudgetGroup
 from sarathi.executor.base import Executor
 from sarathi.messages import RequestUpdate
 
-_RESERVE = 32  # a member without work still wishes for this part of the total, so that a first request need not wait
+_RESERVE = 32  # an idle member still wishes for 1/32 of the total, so that a first request need not wait
 
 
 class SharedCacheBudget(CacheBudget):
-    """Holds as much of the total as the group allows: idle members leave theirs to those that are short."""
+    """Holds as much of the total as the group allows. Idle members leave memory to those that need it."""
 
     poll_interval_s = 0.1
 
     def __init__(
         self, scheduler: Scheduler, executor: Executor, group: BudgetGroup, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """The executor's capacity is the total."""
+        """executor: its capacity is the group's total."""
         super().__init__(scheduler, executor)
         self._check_virtual()
         self._group, self._clock = group, clock
         self._is_released = False
-        self._oldest: tuple[str | None, float] = None, 0.0  # request, and since when it is the oldest
+        self._oldest: tuple[str | None, float] = None, 0.0  # request id, and the time at which it became the oldest
         self._next_poll_s = 0.0
         self._set_rows(0)  # nothing has been granted yet
         self.balance()
 
     def set_bytes(self, memory_bytes: int) -> Sequence[RequestUpdate]:
-        raise ValueError("this server shares its memory in a kv_budget_group, which decides about its budget")
+        raise ValueError("the budget of this server cannot be set: its kv_budget_group determines it")
 
     def balance(self) -> Sequence[RequestUpdate]:
         now_s = self._clock()
@@ -49,7 +49,7 @@ class SharedCacheBudget(CacheBudget):
         self._next_poll_s = 0.0
 
     def restore(self) -> None:
-        """What the group allows comes with the next `balance`."""
+        """The next `balance` allocates what the group allows."""
         self._is_released = False
         self._next_poll_s = 0.0
 

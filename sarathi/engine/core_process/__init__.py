@@ -1,1 +1,1 @@
-"""An engine core in a process of its own, behind messages over ZeroMQ. The client's side needs no torch."""
+"""An engine core in its own process, which exchanges messages over ZeroMQ. The client side does not import torch."""

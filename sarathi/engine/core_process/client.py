@@ -1,4 +1,4 @@
-"""The core process as its parent sees it: starts it, links to it, ends it. Needs no torch."""
+"""The parent's handle of a core process: starts it, connects to it and ends it. Does not import torch."""
 
 import asyncio
 import logging
@@ -23,18 +23,18 @@ from sarathi.engine.core_process.process import COMMANDS, REPORTS, MakeCore
 
 logger = logging.getLogger(__name__)
 _RUN = "from sarathi.engine.core_process.process import main; main()"
-_EXIT_S = 10.0  # for a core to end after it was asked to
-_START_SILENCE_S = 60.0  # without a sign of life while libraries are loaded, which may stop all threads of a process
+_EXIT_TIMEOUT_S = 10.0  # from the shutdown command to the exit
+_START_TIMEOUT_S = 60.0  # between heartbeats during start: loading a library can block every thread
 
 
 class CoreStartError(RuntimeError):
-    """The core process could not make its core."""
+    """The core process could not build its core."""
 
 
 class CoreProcess(CoreLink):
-    """A running core process, and the link of the process that started it.
+    """A running core process and the link of its parent to it.
 
-    folder: of the sockets, which is this core's own and goes with it.
+    folder: contains the sockets; removed when the core ends.
     """
 
     def __init__(self, process: Process, folder: Path, heartbeat_timeout_s: float) -> None:
@@ -49,11 +49,11 @@ class CoreProcess(CoreLink):
     async def start(
         cls, make_core: MakeCore, heartbeat_timeout_s: float = 10.0, pass_fds: Sequence[int] = ()
     ) -> "CoreProcess":
-        """Start a process, and return when its core is made.
+        """Start a process and return once its core is built.
 
-        make_core: a function that pickle can send. heartbeat_timeout_s: silence after which the core counts as dead.
-        pass_fds: files that it has open as long as it lives.
-        Raises what make_core raised as ValueError where it is the user's, else CoreStartError.
+        make_core: must be picklable. heartbeat_timeout_s: time without heartbeats after which the core counts as dead.
+        pass_fds: file descriptors that the process inherits.
+        Raises ValueError for a user error in make_core, else CoreStartError.
         """
         folder = Path(tempfile.mkdtemp(prefix="sarathi-"))
         try:
@@ -64,30 +64,30 @@ class CoreProcess(CoreLink):
         try:
             await core._wait_until_started(pickle.dumps(make_core))
         except BaseException:
-            await core._end_at_once()
+            await core._kill_and_wait()
             raise
         return core
 
     def leave(self, name: str) -> None:
-        """Say that another front end is gone: its requests end."""
+        """Report that another front end has gone; the core ends its requests."""
         self._send(wire.Leave(name))
 
     async def close(self) -> None:
-        """End the process: it is asked to, and killed where it does not obey. May be called again."""
+        """Ask the process to exit, and kill it after a timeout. Idempotent."""
         self._stop()
         self._send(wire.Shutdown())
         try:
-            await asyncio.wait_for(self._process.wait(), _EXIT_S)
+            await asyncio.wait_for(self._process.wait(), _EXIT_TIMEOUT_S)
         except asyncio.TimeoutError:
-            logger.warning("the core process did not end within %g s: it is killed", _EXIT_S)
+            logger.warning("the core process did not exit within %g s and is killed", _EXIT_TIMEOUT_S)
         finally:
-            await self._end_at_once()
+            await self._kill_and_wait()
 
     def _watch(self) -> Sequence[Coroutine[Any, Any, None]]:
         return self._watch_exit(), self._watch_heartbeat()
 
     def kill(self) -> None:
-        """End the process and its own, as the ranks, at once; their memory is the system's again."""
+        """Kill the process and its descendants (ranks)."""
         if self._process.returncode is None:
             descendants = _descendants(self._process.pid)
             self._process.kill()
@@ -95,7 +95,7 @@ class CoreProcess(CoreLink):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    async def _end_at_once(self) -> None:
+    async def _kill_and_wait(self) -> None:
         self.kill()
         try:
             await self._process.wait()
@@ -114,40 +114,40 @@ class CoreProcess(CoreLink):
         self.facts = report.facts
 
     async def _first_report(self) -> wire.Report:
-        """The first one that is no heartbeat."""
+        """The first report that is not a heartbeat."""
         exit_code = asyncio.create_task(self._process.wait())
         try:
             while True:
-                report = await self._report_of_start(exit_code)
+                report = await self._startup_report(exit_code)
                 if not isinstance(report, wire.Heartbeat):
                     return report
         finally:
             exit_code.cancel()
 
-    async def _report_of_start(self, exit_code: "asyncio.Task[int]") -> wire.Report:
+    async def _startup_report(self, exit_code: "asyncio.Task[int]") -> wire.Report:
         message = asyncio.ensure_future(self._reports.recv())
         try:
-            await asyncio.wait({message, exit_code}, timeout=_START_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({message, exit_code}, timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if message.done():
                 return wire.decode_report(message.result())
         finally:
             message.cancel()
         if exit_code.done():
-            raise CoreStartError(f"the core process ended with exit code {exit_code.result()} while it started")
-        raise CoreStartError(f"the core process gave no sign of life for {_START_SILENCE_S:g} s while it started")
+            raise CoreStartError(f"the core process ended with exit code {exit_code.result()} during its start")
+        raise CoreStartError(f"the core process sent no heartbeat for {_START_TIMEOUT_S:g} s during its start")
 
     async def _watch_exit(self) -> None:
-        self._die(f"the core process ended with exit code {await self._process.wait()}")
+        self._fail(f"the core process ended with exit code {await self._process.wait()}")
 
     async def _watch_heartbeat(self) -> None:
-        """Beats are counted, not timed: where this process itself stood still, all beats of that time are unread."""
+        """Checks for new reports, not for their times: a pause of this process must not look like a dead core."""
         interval_s = min(1.0, self._heartbeat_timeout_s / 2)
         silence_s = 0.0
         while silence_s < self._heartbeat_timeout_s:
             await asyncio.sleep(interval_s)
-            silence_s = 0.0 if self._has_beaten else silence_s + interval_s
-            self._has_beaten = False
-        self._die(f"the core process gave no sign of life for {silence_s:g} s")
+            silence_s = 0.0 if self._got_report else silence_s + interval_s
+            self._got_report = False
+        self._fail(f"the core process sent no heartbeat for {silence_s:g} s")
 
     def _release(self) -> None:
         super()._release()
@@ -155,17 +155,19 @@ class CoreProcess(CoreLink):
 
 
 def _descendants(pid: int) -> list[int]:
-    """Process ids of the children of a process, and of theirs."""
+    """Process ids of all descendants of a process."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             children = [int(child) for child in path.read_text().split()]
-            found += children + [below for child in children for below in _descendants(child)]
+            found += children + [descendant for child in children for descendant in _descendants(child)]
     return found
 
 
 async def _spawn(folder: Path, pass_fds: Sequence[int]) -> Process:
-    """A session of its own keeps Ctrl-C of the terminal from it."""
-    words = (sys.executable, "-c", _RUN, str(folder), str(os.getpid()))
+    """Starts a new session, so that the terminal's Ctrl-C does not reach the process."""
+    command = (sys.executable, "-c", _RUN, str(folder), str(os.getpid()))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return await asyncio.create_subprocess_exec(*words, stdin=PIPE, env=env, start_new_session=True, pass_fds=pass_fds)
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=PIPE, env=env, start_new_session=True, pass_fds=pass_fds
+    )

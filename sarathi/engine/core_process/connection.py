@@ -1,4 +1,4 @@
-"""The link of a front end to a core that another process started."""
+"""A front end's link to a core that another process started."""
 
 import asyncio
 import os
@@ -16,9 +16,9 @@ _ENDED = "the core process ended"
 
 
 class CoreConnection(CoreLink):
-    """A link that joins and leaves.
+    """A link to a running core.
 
-    core_life: a pipe's end for reading, whose other end the core process alone has open: it ends with the core.
+    core_life: read end of a pipe. Only the core process holds the write end, so end of file means that the core ended.
     """
 
     def __init__(self, folder: Path, name: str, core_life: int) -> None:
@@ -32,7 +32,7 @@ class CoreConnection(CoreLink):
 
     @classmethod
     async def join(cls, folder: Path, name: str, core_life: int) -> "CoreConnection":
-        """Connect to a core that runs. folder: of its sockets. Raises CoreDiedError where it does not."""
+        """Connect to a running core. folder: contains its sockets. Raises CoreDiedError if the core has ended."""
         link = cls(folder, name, core_life)
         try:
             await link._join()
@@ -42,18 +42,18 @@ class CoreConnection(CoreLink):
         return link
 
     def kill(self) -> None:
-        """The core belongs to another process."""
+        """No effect: the core belongs to another process."""
 
     async def close(self) -> None:
         self._stop()
         self._release()
 
     def _watch(self) -> Sequence[Coroutine[Any, Any, None]]:
-        return (self._watch_end(),)
+        return (self._watch_exit(),)
 
-    async def _watch_end(self) -> None:
+    async def _watch_exit(self) -> None:
         await self._ended.wait()
-        self._die(_ENDED)
+        self._fail(_ENDED)
 
     async def _join(self) -> None:
         await self._reports.send(wire.encode(wire.Join()))

@@ -1,4 +1,4 @@
-"""The link of a front end to a core process: sends commands, passes reports on, notices the core's death. No torch."""
+"""A front end's link to a core process: sends commands, dispatches reports, detects the core's death. No torch."""
 
 import asyncio
 import logging
@@ -15,15 +15,15 @@ from sarathi.engine.core_process import wire
 from sarathi.messages import CoreOutput, CoreStats, EngineFacts, NewRequest
 
 logger = logging.getLogger(__name__)
-_CLOSED = "the core process was asked to end"
+_CLOSED = "the link to the core process is closed"
 
 
 class CoreDiedError(RuntimeError):
-    """The core process has ended, or gave no sign of life for too long. It is not started again."""
+    """The core process has ended, or its heartbeats have stopped. It is not restarted."""
 
 
 class CoreListener(Protocol):
-    """Whom a link passes reports to, on the event loop."""
+    """Receives a link's reports, on the event loop."""
 
     def on_outputs(self, output: CoreOutput) -> None: ...
 
@@ -34,14 +34,14 @@ class CoreListener(Protocol):
         """These requests have ended without another update."""
 
     def on_death(self, error: CoreDiedError) -> None:
-        """Called once, and not after `close`."""
+        """Called at most once, and never after `close`."""
 
 
 class CoreLink(ABC):
-    """A link that belongs to one event loop.
+    """Belongs to one event loop.
 
-    name: unique among the front ends of a core, and in its whole life. facts: what the core told when it had started.
-    reports: what the core sends to this front end comes from this kind of socket.
+    name: unique among all front ends that the core ever has. facts: reported by the core after its start.
+    reports: ZeroMQ type of the socket on which this front end receives reports.
     """
 
     def __init__(self, name: str, reports: int) -> None:
@@ -49,27 +49,27 @@ class CoreLink(ABC):
         self.facts: EngineFacts
         self.error: CoreDiedError | None = None
         self._context = zmq.asyncio.Context()
-        self._commands = zmq.Socket(self._context, zmq.PUSH)  # with an unbounded queue, sending never waits
+        self._commands = zmq.Socket(self._context, zmq.PUSH)  # its queue is unbounded: sending never blocks
         self._reports = self._context.socket(reports)
         for socket in (self._commands, self._reports):
             socket.set_hwm(0)
         self._listener: CoreListener | None = None
-        self._has_beaten = False
-        self._stats: asyncio.Future[CoreStats] | None = None
-        self._changes: deque[asyncio.Future[wire.Done]] = deque()
+        self._got_report = False
+        self._pending_stats: asyncio.Future[CoreStats] | None = None
+        self._pending_changes: deque[asyncio.Future[wire.Done]] = deque()
         self._tasks: list[asyncio.Task[None]] = []
 
     @abstractmethod
     def kill(self) -> None:
-        """End what runs at the other end, where this process may."""
+        """Kill the core process if this process started it."""
 
     @abstractmethod
     async def close(self) -> None:
-        """End the link. May be called again."""
+        """Close the link. Idempotent."""
 
     @abstractmethod
     def _watch(self) -> Sequence[Coroutine[Any, Any, None]]:
-        """What runs beside the reading of reports, and calls `_die`."""
+        """Background tasks that detect the core's death and then call `_fail`."""
 
     def listen(self, listener: CoreListener) -> None:
         """Pass all reports from now on to `listener`."""
@@ -77,29 +77,29 @@ class CoreLink(ABC):
         self._tasks = [asyncio.create_task(each) for each in (self._read(), *self._watch())]
 
     def add_requests(self, requests: Sequence[NewRequest]) -> None:
-        """Queue requests, all or none. Raises ValueError where their parameters cannot go to another process."""
+        """Queue requests, all or none. Raises ValueError for parameters that cannot be serialized."""
         try:
             self._send(wire.AddRequests(tuple(requests)))
         except (TypeError, OverflowError) as error:
-            raise ValueError(f"the request holds what cannot be sent to the core process: {error}") from None
+            raise ValueError(f"the request cannot be serialized for the core process: {error}") from None
 
     def finish(self, request_ids: Sequence[str], reason: str, stop_reason: str | None = None) -> None:
         """End requests, as `CoreClient.finish` does."""
         self._send(wire.Finish(tuple(request_ids), reason, stop_reason))
 
     async def stats(self) -> CoreStats:
-        """Queues and memory between two steps. Raises CoreDiedError, also after `close`."""
+        """Queue lengths and memory between two steps. Raises CoreDiedError, also after `close`."""
         self._check_open()
-        if self._stats is None:
-            self._stats = asyncio.get_running_loop().create_future()
+        if self._pending_stats is None:
+            self._pending_stats = asyncio.get_running_loop().create_future()
             self._send(wire.GetStats())
-        return await asyncio.shield(self._stats)
+        return await asyncio.shield(self._pending_stats)
 
     async def change_memory(self, command: wire.MemoryChange) -> None:
-        """Return when it is done. Raises ValueError where it is refused, CoreDiedError."""
+        """Return once the change is done. Raises ValueError if it is rejected, CoreDiedError."""
         self._check_open()
         done = asyncio.get_running_loop().create_future()
-        self._changes.append(done)
+        self._pending_changes.append(done)
         self._send(command)
         report: wire.Done = await asyncio.shield(done)
         if report.error is not None:
@@ -114,19 +114,19 @@ class CoreLink(ABC):
     def _send(self, command: wire.Command) -> None:
         if self._commands.closed:
             return
-        with suppress(zmq.Again):  # nobody is there any more, which is told soon
+        with suppress(zmq.Again):  # the core has ended; `_watch` reports it
             self._commands.send_multipart((self.name.encode(), wire.encode(command)), zmq.NOBLOCK)
 
     async def _read(self) -> None:
         try:
             while True:
-                self._take(wire.decode_report(await self._reports.recv()))
+                self._dispatch(wire.decode_report(await self._reports.recv()))
         except Exception as error:
             logger.exception("a report of the core process could not be processed")
-            self._die(f"a report of the core process could not be processed: {type(error).__name__}: {error}")
+            self._fail(f"a report of the core process could not be processed: {type(error).__name__}: {error}")
 
-    def _take(self, report: wire.Report) -> None:
-        self._has_beaten = True
+    def _dispatch(self, report: wire.Report) -> None:
+        self._got_report = True
         assert self._listener is not None
         if isinstance(report, wire.StepOutputs):
             output = CoreOutput(report.updates, None, report.first_scheduled, report.scheduled_at_s)
@@ -135,13 +135,13 @@ class CoreLink(ABC):
             self._listener.on_refused(report.request_ids, report.message)
         elif isinstance(report, wire.StepFailed):
             self._listener.on_step_failed(report.request_ids, report.message)
-        elif isinstance(report, wire.Stats) and self._stats is not None:
-            waiting, self._stats = self._stats, None
+        elif isinstance(report, wire.Stats) and self._pending_stats is not None:
+            waiting, self._pending_stats = self._pending_stats, None
             waiting.set_result(report.core)
         elif isinstance(report, wire.Done):
-            self._changes.popleft().set_result(report)
+            self._pending_changes.popleft().set_result(report)
 
-    def _die(self, message: str) -> None:
+    def _fail(self, message: str) -> None:
         if self.error is not None:
             return
         self.error = CoreDiedError(message)
@@ -150,24 +150,27 @@ class CoreLink(ABC):
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        self._fail_answers(self.error)
+        self._fail_pending(self.error)
         self._release()
         assert self._listener is not None
         self._listener.on_death(self.error)
 
     def _stop(self) -> None:
-        """Read no more, and fail what waits for an answer."""
+        """Stop reading and fail pending calls."""
         for task in self._tasks:
             task.cancel()
-        self._fail_answers(CoreDiedError(_CLOSED))
+        self._fail_pending(CoreDiedError(_CLOSED))
 
-    def _fail_answers(self, error: CoreDiedError) -> None:
-        waiting: list[asyncio.Future[Any]] = [*self._changes, *([] if self._stats is None else [self._stats])]
+    def _fail_pending(self, error: CoreDiedError) -> None:
+        waiting: list[asyncio.Future[Any]] = [
+            *self._pending_changes,
+            *([] if self._pending_stats is None else [self._pending_stats]),
+        ]
         for each in waiting:
             each.set_exception(error)
-            each.exception()  # its callers may have gone
-        self._changes.clear()
-        self._stats = None
+            each.exception()  # marks it as retrieved: its caller may have gone
+        self._pending_changes.clear()
+        self._pending_stats = None
 
     def _release(self) -> None:
         self._commands.close(linger=0)

@@ -1,4 +1,4 @@
-"""The loop of a core process: takes commands, runs a step, tells its outputs; waits for commands without work."""
+"""The main loop of a core process: receives commands, runs a step, sends its outputs; blocks while there is no work."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ _MAX_FAILED_STEPS = 3
 
 
 class Channel(Protocol):
-    """Where commands come from and reports go to. Clients have names, the process that started the core MAIN."""
+    """Receives commands and sends reports. Each client has a name; the process that started the core is MAIN."""
 
-    def receive(self, wait_s: float | None) -> Sequence[tuple[str, Command]]:
-        """All commands that have arrived with who sent them, in order. wait_s: until there is one at most; None: any
-        time."""
+    def receive(self, timeout_s: float | None) -> Sequence[tuple[str, Command]]:
+        """All queued commands in order, with their senders' names. timeout_s: for the first one; None: no limit."""
 
     def send(self, report: Report, name: str = MAIN) -> None: ...
 
 
 class CoreLoop:
-    """Serves its clients. A step that raises ends its requests and not the loop, unless nothing can run any more."""
+    """Serves a core's clients. A failed step ends all requests; the loop continues unless later steps must fail too."""
 
     def __init__(self, core: EngineCore, channel: Channel) -> None:
         self._core = core
@@ -52,13 +51,13 @@ class CoreLoop:
         self._num_failed = 0  # steps in a row
 
     def run(self) -> None:
-        """Until Shutdown. Raises what the last step raised where the device is lost, or three steps in a row failed."""
+        """Run until Shutdown. Re-raises a step's error if the device is lost or three steps in a row failed."""
         self._channel.send(Started(self._core.facts))
         while True:
-            for name, command in self._channel.receive(self._wait_s()):
+            for name, command in self._channel.receive(self._poll_timeout_s()):
                 if isinstance(command, Shutdown):
                     return
-                if not self._owners.has_left(name):
+                if not self._owners.is_gone(name):
                     self._execute(command, name)
             self._core.balance()
             if self._core.has_work:
@@ -66,8 +65,8 @@ class CoreLoop:
             else:
                 self._core.check_health()
 
-    def _wait_s(self) -> float | None:
-        """No time while there is work that can be done."""
+    def _poll_timeout_s(self) -> float | None:
+        """0 while a step can compute anything; None: no limit."""
         core = self._core
         if not core.has_work:
             return core.idle_poll_interval_s
@@ -101,7 +100,7 @@ class CoreLoop:
             elif isinstance(command, WakeUp):
                 self._core.wake_up()
             elif not self._core.reset_prefix_cache():
-                return Done("a request has not ended: the prefix cache can be reset only without one")
+                return Done("a request is unfinished: the prefix cache can be reset only without requests")
         except ValueError as error:
             return Done(str(error))
         return Done()
@@ -114,7 +113,7 @@ class CoreLoop:
         except ValueError as error:
             for request_id in request_ids:
                 self._core.finish(request_id, "error")
-            self._owners.tell_refused(name, request_ids, str(error))
+            self._owners.send_refused(name, request_ids, str(error))
 
     def _step(self) -> None:
         try:
@@ -125,14 +124,14 @@ class CoreLoop:
         if output.step is not None:
             self._num_failed = 0
         if output.updates or output.first_scheduled:
-            self._owners.tell_outputs(output)
+            self._owners.send_outputs(output)
 
     def _recover(self, error: Exception) -> None:
-        """End every request; raise the error again where no later step can succeed."""
+        """End every request; re-raise the error if no later step can succeed."""
         logger.exception("a step failed: all requests end with an error")
         request_ids = self._core.scheduler.request_ids
         self._core.reset()
-        self._owners.tell_failed(request_ids, f"{type(error).__name__}: {error}")
+        self._owners.send_failed(request_ids, f"{type(error).__name__}: {error}")
         self._num_failed += 1
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise error

@@ -1,7 +1,7 @@
-"""The core process itself: started by `client.py`, it builds a core, serves it, and ends with its parent.
+"""The core process: started by `client.py`, it builds and serves a core, and ends with its parent.
 
-It is a fresh interpreter and not a fork or a child of multiprocessing: CUDA survives no fork, and multiprocessing would
-run the caller's script a second time.
+It is a new interpreter, neither a fork nor a multiprocessing child: CUDA does not survive a fork, and multiprocessing
+would run the caller's script again.
 """
 
 import os
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from sarathi.engine.core import EngineCore
 
 MakeCore = Callable[[], "EngineCore"]
-COMMANDS, REPORTS = "commands", "reports"  # sockets in the folder, of the process that starts the core
-SHARED_COMMANDS, SHARED_REPORTS = "shared-commands", "shared-reports"  # of the core, for other front ends
+COMMANDS, REPORTS = "commands", "reports"  # file names of the sockets that the parent binds
+SHARED_COMMANDS, SHARED_REPORTS = "shared-commands", "shared-reports"  # those that the core binds, for other front ends
 HEARTBEAT_S = 0.5
 FAILED = 1
 
@@ -34,10 +34,10 @@ FAILED = 1
 def main() -> None:
     """Arguments: the sockets' folder and the parent's process id. Input: the pickled function that makes a core."""
     folder, parent_id = Path(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager signals all processes: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # service managers signal all processes; only the parent reacts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     continue_without_parent()
-    watcher = threading.Thread(target=_beat_until_orphaned, args=(folder, parent_id), daemon=True)
+    watcher = threading.Thread(target=_send_heartbeats, args=(folder, parent_id), daemon=True)
     watcher.start()
     channel = _ZmqChannel(folder)
     try:
@@ -62,8 +62,8 @@ def _serve(channel: "_ZmqChannel") -> None:
         core.shutdown()
 
 
-def _beat_until_orphaned(folder: Path, parent_id: int) -> None:
-    """A sign of life every half second; ends the process when its parent is gone."""
+def _send_heartbeats(folder: Path, parent_id: int) -> None:
+    """Send a heartbeat every half second; end the process once its parent has ended."""
     socket = _connect(zmq.Context(), zmq.PUSH, folder / REPORTS)
     beat, wait = encode(Heartbeat()), threading.Event().wait
     while os.getppid() == parent_id:
@@ -74,8 +74,8 @@ def _beat_until_orphaned(folder: Path, parent_id: int) -> None:
 
 
 class _ZmqChannel:
-    """All commands come to one socket. Reports to front ends go over another, which drops those for one that is gone;
-    over it a front end also joins, since a report finds only a name that has spoken there."""
+    """One socket receives all commands. A ROUTER sends reports to other front ends, and drops them for a front end that
+    has gone. Front ends send Join to it, since a ROUTER only knows peers that have sent a message."""
 
     def __init__(self, folder: Path) -> None:
         self._context = zmq.Context()
@@ -89,9 +89,9 @@ class _ZmqChannel:
         for each in (self._inbox, self._front_ends):
             self._poller.register(each, zmq.POLLIN)
 
-    def receive(self, wait_s: float | None) -> Sequence[tuple[str, Command]]:
+    def receive(self, timeout_s: float | None) -> Sequence[tuple[str, Command]]:
         commands: list[tuple[str, Command]] = []
-        timeout_ms = None if wait_s is None else int(wait_s * 1e3)
+        timeout_ms = None if timeout_s is None else int(timeout_s * 1e3)
         while ready := self._poller.poll(timeout_ms):
             for socket, _ in ready:
                 name, command = socket.recv_multipart()
@@ -106,7 +106,7 @@ class _ZmqChannel:
             self._front_ends.send_multipart((name.encode(), encode(report)))
 
     def close(self) -> None:
-        """Wait a second for the clients to take what was sent."""
+        """Wait up to a second until the clients have received everything."""
         self._inbox.close(linger=0)
         self._outbox.close(linger=1000)
         self._front_ends.close(linger=1000)

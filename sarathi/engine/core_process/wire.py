@@ -1,4 +1,4 @@
-"""What passes between a core process and its clients, as MessagePack. Needs the `server` extra."""
+"""Messages between a core process and its clients, encoded as MessagePack. Needs the `server` extra."""
 
 import msgspec
 
@@ -12,7 +12,7 @@ class AddRequests(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """End requests for a reason found outside; for the fields see `CoreClient.finish`."""
+    """End requests from outside; for the fields see `CoreClient.finish`."""
 
     request_ids: tuple[str, ...]
     reason: str
@@ -20,7 +20,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
-    """Ask for one Stats."""
+    """Answered by Stats."""
 
 
 class SetCacheBudget(msgspec.Struct, frozen=True, tag=True):
@@ -48,11 +48,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """A front end has come. Answered by Started."""
+    """Register a front end. Answered by Started."""
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
-    """The front end of this name is gone: its requests end."""
+    """The front end of this name has gone; its requests end."""
 
     name: str
 
@@ -70,14 +70,14 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """The process ends. is_user_error: whether the message names something that the user can put right."""
+    """The process ends. is_user_error: whether the user can correct what the message names."""
 
     message: str
     is_user_error: bool
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought; for the fields see `CoreOutput`."""
+    """One step's outputs; for the fields see `CoreOutput`."""
 
     updates: tuple[RequestUpdate, ...]
     first_scheduled: tuple[str, ...] = ()
@@ -85,15 +85,14 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """These requests of one AddRequests are not queued."""
+    """The requests of one AddRequests were rejected."""
 
     request_ids: tuple[str, ...]
     message: str
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True):
-    """A step raised: these requests, all that the core had of this client, have ended without another update. It takes
-    new ones."""
+    """A step failed: all requests of this client have ended without another update. The core accepts new ones."""
 
     request_ids: tuple[str, ...]
     message: str
@@ -106,13 +105,13 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """The oldest change of memory that was not answered is done, or refused with a message."""
+    """The oldest pending MemoryChange is done, or rejected with this error."""
 
     error: str | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The process runs, whatever its step is doing."""
+    """The process is alive, whatever its current step does."""
 
 
 Report = Started | StartFailed | StepOutputs | Refused | StepFailed | Stats | Done | Heartbeat

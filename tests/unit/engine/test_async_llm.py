@@ -288,7 +288,7 @@ def test_completions_count_as_requests_that_wait() -> None:
 
 
 def test_shutdown_does_not_wait_for_a_caller_who_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_llm, "_FAREWELL_S", 30.0)
+    monkeypatch.setattr(async_llm, "_DELIVERY_TIMEOUT_S", 30.0)
 
     async def use(llm: AsyncLLM) -> None:
         outputs = await llm.submit([1], LONG)

@@ -202,7 +202,7 @@ def test_a_member_that_sleeps_holds_nothing_and_wakes_with_its_share(tmp_path: P
             core.balance()
             tokens += [token for update in core.step().updates for token in update.tokens] if core.has_work else []
     assert len(tokens) == 3
-    with pytest.raises(ValueError, match="kv_budget_group, which decides"):
+    with pytest.raises(ValueError, match="its kv_budget_group determines it"):
         one.set_cache_budget(10)
 
 

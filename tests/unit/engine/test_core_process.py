@@ -78,11 +78,11 @@ class ScriptedChannel:
         self.reports: list[wire.Report] = []
         self.waits: list[float | None] = []
 
-    def receive(self, wait_s: float | None) -> Sequence[tuple[str, wire.Command]]:
-        self.waits.append(wait_s)
+    def receive(self, timeout_s: float | None) -> Sequence[tuple[str, wire.Command]]:
+        self.waits.append(timeout_s)
         if self.script:
             return self.script.popleft()
-        return [(MAIN, wire.Shutdown())] if wait_s is None else []
+        return [(MAIN, wire.Shutdown())] if timeout_s is None else []
 
     def send(self, report: wire.Report, name: str = MAIN) -> None:
         self.reports.append(wire.decode_report(wire.encode(report)))
@@ -223,7 +223,7 @@ def test_tokens_come_back_and_the_process_ends_in_order() -> None:
 def test_parameters_that_no_process_can_get_are_refused() -> None:
     async def use(core: CoreProcess, listener: Listener) -> None:
         params = SamplingParams(logits_processors=[lambda tokens, logits: logits])
-        with pytest.raises(ValueError, match="cannot be sent to the core process"):
+        with pytest.raises(ValueError, match="cannot be serialized for the core process"):
             core.add_requests([NewRequest("a", (1,), params)])
 
     with_core(use)
@@ -271,7 +271,7 @@ def test_a_stopped_core_is_told_after_the_timeout_and_killed() -> None:
     async def use(core: CoreProcess, listener: Listener) -> None:
         os.kill(core._process.pid, signal.SIGSTOP)
         await asyncio.wait_for(listener.death.wait(), 60)
-        assert "no sign of life" in str(core.error)
+        assert "no heartbeat" in str(core.error)
         assert await asyncio.wait_for(core._process.wait(), 60) == -9
 
     with_core(use, heartbeat_timeout_s=1.5)
@@ -297,11 +297,11 @@ def test_stats_fail_where_the_core_is_asked_to_end() -> None:
         asked = asyncio.create_task(core.stats())
         await asyncio.sleep(0.1)
         closing = asyncio.create_task(core.close())
-        with pytest.raises(CoreDiedError, match="asked to end"):
+        with pytest.raises(CoreDiedError, match="link to the core process is closed"):
             await asyncio.wait_for(asked, 60)
         os.kill(core._process.pid, signal.SIGCONT)
         await closing
-        with pytest.raises(CoreDiedError, match="asked to end"):
+        with pytest.raises(CoreDiedError, match="link to the core process is closed"):
             await asyncio.wait_for(core.stats(), 60)
 
     with_core(use)
@@ -321,8 +321,8 @@ def test_a_report_that_cannot_be_processed_ends_the_core_and_is_told() -> None:
 
 
 def test_a_core_that_hangs_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch, sockets: Path) -> None:
-    monkeypatch.setattr("sarathi.engine.core_process.client._START_SILENCE_S", 1.5)
-    with pytest.raises(CoreStartError, match=r"no sign of life for 1\.5 s while it started"):
+    monkeypatch.setattr("sarathi.engine.core_process.client._START_TIMEOUT_S", 1.5)
+    with pytest.raises(CoreStartError, match=r"no heartbeat for 1\.5 s during its start"):
         with_core(None, stop)
     assert not list(sockets.iterdir())
 
@@ -374,7 +374,7 @@ def test_signals_of_a_service_manager_leave_the_core_to_its_parent() -> None:
     [
         (partial(fail, ValueError("max_num_seqs is -1")), ValueError, "^max_num_seqs is -1$"),
         (partial(fail, RuntimeError("out of memory")), CoreStartError, "^RuntimeError: out of memory$"),
-        (die, CoreStartError, "exit code 7 while it started"),
+        (die, CoreStartError, "exit code 7 during its start"),
     ],
 )
 def test_a_core_that_cannot_start_says_why_and_leaves_nothing(make, kind, message: str, sockets: Path) -> None:
