@@ -3,12 +3,16 @@
 A request that passes here and the scheduler's own length check can harm no other request in its batch.
 """
 
+from __future__ import annotations
+
 import itertools
-import operator
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
+
+import numpy
 
 from sarathi.containers import is_integer, is_list
 from sarathi.engine.tokenizer.chat_template import Conversation, check_template_names
@@ -46,12 +50,12 @@ class InputProcessor:
         Raises ValueError for an empty prompt, one that is neither text nor token ids, text that cannot be encoded, a
         token id outside the vocabulary, and parameters that do not fit the model.
         """
-        ids = self._encode(prompt) if isinstance(prompt, str) else _integers(prompt)
+        ids = self._token_ids(prompt)
         if not -(2**31) <= priority < 2**31:
             raise ValueError(f"priority is {short_repr(priority)}: it must be from {-(2**31)} to {2**31 - 1}")
         if not ids:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
-        self._check_ids("prompt", ids)
+        self._check_range("prompt", *_least_and_greatest(ids))
         params = self._fit(params)
         single = params if params.n == 1 else replace(params, n=1)
         first = NewRequest(request_id, ids, single, self._end_token_ids, priority)
@@ -106,17 +110,34 @@ class InputProcessor:
         if len(spaced) == len(bare) and spaced[0] != bare[0]:
             yield spaced
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _token_ids(self, prompt: Prompt) -> array[int]:
+        """int64, whose range is not checked yet."""
+        if isinstance(prompt, str):
+            return array("q", self._encode(prompt))
+        try:
+            if not is_list(prompt) or (len(prompt) and not is_integer(prompt[0])):
+                raise TypeError
+            return array("q", prompt)
+        except TypeError:
+            raise ValueError(f"the prompt must be text or a list of token ids, got {short_repr(prompt)}") from None
+        except OverflowError:
+            self._check_ids("prompt", prompt)
+            raise
+
+    def _encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
             raise ValueError(f"the prompt is text ({text[:40]!r}), but this model has no tokenizer: give token ids")
         try:
-            return tuple(self._tokenizer.encode(text)) if text else ()
+            return self._tokenizer.encode(text) if text else []
         except UnencodableTextError as error:
             raise ValueError(f"the prompt holds {error}") from None
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        given = ids if isinstance(ids, tuple) else tuple(ids)
-        for token_id in (min(given, default=0), max(given, default=0)):
+        given = tuple(ids)
+        self._check_range(field, min(given, default=0), max(given, default=0))
+
+    def _check_range(self, field: str, least: int, greatest: int) -> None:
+        for token_id in (least, greatest):
             if not 0 <= token_id < self._vocab_size:
                 raise ValueError(
                     f"{field} holds token id {short_repr(token_id)}: it must be from 0 to {self._vocab_size - 1}"
@@ -216,12 +237,7 @@ def _completion(first: NewRequest, index: int) -> NewRequest:
     return replace(first, request_id=f"{first.request_id}#{index}", sampling_params=params)
 
 
-def _integers(prompt: Sequence[int]) -> tuple[int, ...]:
-    if is_list(prompt) and set(map(type, prompt)) == {int}:  # the usual case, in a tenth of the time
-        return tuple(prompt)
-    try:
-        if not is_list(prompt) or not all(map(is_integer, prompt)):
-            raise TypeError
-        return tuple(map(operator.index, prompt))
-    except TypeError:
-        raise ValueError(f"the prompt must be text or a list of token ids, got {short_repr(prompt)}") from None
+def _least_and_greatest(ids: array[int]) -> tuple[int, int]:
+    """By numpy: min() and max() of 32K tokens take 3 ms."""
+    values = numpy.frombuffer(ids, numpy.int64)
+    return int(values.min()), int(values.max())

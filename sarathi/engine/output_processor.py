@@ -79,7 +79,7 @@ class RequestState:
         self.metrics = RequestMetrics(arrived_at_s)
         self.completions = [Completion(self, request, index, tokenizer) for index, request in enumerate(requests)]
         self.num_open = len(self.completions)  # of them, how many have not ended
-        self.prompt_token_ids = requests[0].token_ids
+        self.prompt_token_ids = tuple(requests[0].token_ids)
         self.num_cached_tokens = 0  # of the first completion: the others find its prompt
         self._prompt = prompt
         with_logprobs = requests[0].sampling_params.prompt_logprobs is not None

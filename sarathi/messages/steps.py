@@ -7,6 +7,7 @@ valid even for a step whose result has `available_rows`.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,13 +19,13 @@ class NewRequest:
     """A request, from the front end to the core; and from the core to the workers, before its first chunk.
 
     A worker keeps the tokens and appends those that it samples.
-    token_ids: the prompt.
+    token_ids: the prompt, int64 (typecode q).
     eos_token_ids: the model's end tokens, which are not sampled before sampling_params.min_tokens tokens.
     priority: the lower goes first, before all of a higher one whenever they arrived.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: array  # type: ignore[type-arg] # msgspec evaluates it: array[int] needs Python 3.12
     sampling_params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
     priority: int = 0

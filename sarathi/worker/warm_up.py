@@ -1,5 +1,6 @@
 """Creates the runner of a model, and warms it up before the first request."""
 
+from array import array
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -82,7 +83,7 @@ def _run(
         if length < 1:
             break
         request_id, blocks = f"warm-up-{number}", range(rows, rows + capacity.rows_for(length))
-        sequences.add([NewRequest(request_id, (0,) * length, SamplingParams(temperature=0.0))])
+        sequences.add([NewRequest(request_id, array("q", bytes(8 * length)), SamplingParams(temperature=0.0))])
         chunks.append(Chunk(request_id, 0, length, True, length, tuple(blocks)))
         rows = blocks.stop
     cache.prepare(chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -87,4 +88,4 @@ def with_short_outputs(specs: Sequence[RequestSpec], divisor: int) -> list[Reque
 
 def _request(number: int, spec: RequestSpec, prompts: PromptMaker) -> NewRequest:
     params = SamplingParams(temperature=0.0, max_tokens=spec.num_decode_tokens, ignore_eos=True)
-    return NewRequest(str(number), tuple(prompts.token_ids(spec, number)), params)
+    return NewRequest(str(number), array("q", prompts.token_ids(spec, number)), params)

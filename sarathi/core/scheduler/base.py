@@ -169,7 +169,7 @@ class Scheduler(RequestLifecycle, ABC):
             request = state.request
             if state.last_step_id == step.step_id:
                 continue  # left out, or preempted, for a request before it
-            if len(request.output_token_ids) + request.num_pending_tokens < state.max_output_tokens:
+            if request.num_computed_tokens + 1 < request.num_prompt_tokens + state.max_output_tokens:
                 self._add_chunk(state, 1, True, step)
 
     def _add_prefills(self, states: Iterable[RequestState], step: Step) -> None:

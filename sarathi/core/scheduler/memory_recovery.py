@@ -78,7 +78,7 @@ class MemoryRecovery:
         is_limited = self.is_short and request.status is RequestStatus.RUNNING
         capacity = self._block_space_manager.capacity if is_limited else self.reachable_capacity
         longest = min(self._max_model_len, capacity.tokens_in(capacity.rows) + 1)
-        room = longest - len(request.prompt_token_ids)
+        room = longest - request.num_prompt_tokens
         wanted = request.sampling_params.max_tokens
         return room if wanted is None else min(wanted, room)
 
@@ -208,7 +208,7 @@ class MemoryRecovery:
         return too_long
 
     def _finish_reason(self, request: Request) -> str:
-        reason = "length" if request.output_token_ids else "error"
+        reason = "length" if request.num_output_tokens else "error"
         capacity, num_tokens = self._block_space_manager.capacity, request.num_tokens - request.num_pending_tokens
         logger.warning(
             "request %s ended with reason %s: it has %d tokens, and the cache has room for %d (%d rows)",

@@ -67,13 +67,14 @@ class RequestState:
 
     def append(self, token: SampledToken) -> RequestUpdate:
         """Append an output token that was pending, and decide whether the request ends with it."""
-        request, token_id, output = self.request, token.token_id, self.request.output_token_ids
+        request, token_id = self.request, token.token_id
         request.num_pending_tokens -= 1
         if token_id < 0:
             return RequestUpdate(request.request_id, (), "error", token.error or _MESSAGES[token_id])
-        output.append(token_id)
-        reason, stop_reason = "length" if len(output) >= self.max_output_tokens else None, None
-        if token_id in self.stop_token_ids and len(output) > request.sampling_params.min_tokens:
+        request.token_ids.append(token_id)
+        num_output = len(request.token_ids) - request.num_prompt_tokens
+        reason, stop_reason = "length" if num_output >= self.max_output_tokens else None, None
+        if token_id in self.stop_token_ids and num_output > request.sampling_params.min_tokens:
             is_eos = token_id in request.eos_token_ids and not request.sampling_params.ignore_eos
             reason, stop_reason = "stop", None if is_eos else token_id
         return _new(RequestUpdate, (request.request_id, (token,), reason, stop_reason, None, self.num_cached_tokens))
@@ -116,8 +117,7 @@ class Step:
         """Add the next `length` tokens of a request, which count as computed from now on."""
         request = state.request
         start = request.num_computed_tokens
-        fields = (request.request_id, start, length, samples, state.granted_tokens, block_ids)
-        self.chunks.append(_new(Chunk, fields))
+        self.chunks.append(_new(Chunk, (request.request_id, start, length, samples, state.granted_tokens, block_ids)))
         self.states.append(state)
         self.num_tokens += length
         if length > 1:
@@ -147,7 +147,7 @@ class Step:
         """Tell the worker about a request, unless it knows it."""
         if not state.is_known:
             request = state.request
-            new = NewRequest(request.request_id, request.all_token_ids, request.sampling_params, request.eos_token_ids)
+            new = NewRequest(request.request_id, request.token_ids[:], request.sampling_params, request.eos_token_ids)
             self.new_requests.append(new)
             state.is_known = True
 

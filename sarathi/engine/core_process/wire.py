@@ -1,5 +1,8 @@
 """Messages between a core process and its clients, encoded as MessagePack. Needs the `server` extra."""
 
+from array import array
+from typing import Any
+
 import msgspec
 
 from sarathi.messages import CoreStats, EngineFacts, NewRequest, RequestUpdate
@@ -117,6 +120,14 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 Report = Started | StartFailed | StepOutputs | Refused | StepFailed | Stats | Done | Heartbeat
 """Core to client."""
 
-encode = msgspec.msgpack.encode
-decode_command = msgspec.msgpack.Decoder(Command).decode
+
+def _bytes_of(tokens: Any) -> bytes:
+    """Token ids as MessagePack takes them."""
+    if not isinstance(tokens, array):
+        raise TypeError(f"{type(tokens).__name__} has no form in MessagePack")
+    return tokens.tobytes()
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_bytes_of).encode
+decode_command = msgspec.msgpack.Decoder(Command, dec_hook=lambda _, tokens: array("q", tokens)).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode

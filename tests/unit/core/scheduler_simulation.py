@@ -228,9 +228,10 @@ def expected_output(request: Request, max_len: int) -> tuple[list[int], str]:
     """Tokens and finish reason of a request that is alone in the world."""
     params = request.sampling_params
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
+    prompt = request.token_ids[: request.num_prompt_tokens].tolist()
     output: list[int] = []
     while True:
-        output.append(next_token((*request.prompt_token_ids, *output)))
+        output.append(next_token((*prompt, *output)))
         if output[-1] in stops and len(output) > params.min_tokens:
             return output, "stop"
         if len(output) == params.max_tokens or request.num_prompt_tokens + len(output) == max_len:

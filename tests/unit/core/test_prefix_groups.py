@@ -46,7 +46,7 @@ def test_groups_share_what_they_claim_and_save_the_most(cost: int, monkeypatch: 
     for _ in range(200):
         sequences, index = random_sequences(rng), PrefixIndex()
         for number, tokens in enumerate(sequences):
-            index.insert(number, array("i", tokens))
+            index.insert(number, array("q", tokens))
         running = rng.sample(range(len(sequences)), rng.randint(1, len(sequences)))  # the others are retained
         found = find_groups({number: index.sequences[number].node for number in running})
         members = [member for group in found for member in group.members]
@@ -62,7 +62,7 @@ def test_groups_share_what_they_claim_and_save_the_most(cost: int, monkeypatch: 
 def test_a_group_needs_much_in_common() -> None:
     index = PrefixIndex()
     for number in range(10):
-        index.insert(number, array("i", [*range(4000), number]))
+        index.insert(number, array("q", [*range(4000), number]))
     ends = {number: index.sequences[number].node for number in range(10)}
     assert find_groups(ends) == (PrefixGroup(4000, tuple(range(10))),)
     assert find_groups({number: ends[number] for number in (2, 5)}) == ()
@@ -73,22 +73,22 @@ def test_groups_stay_while_requests_grow_and_are_found_anew_when_they_part() -> 
     """The second half writes the same tokens for a while."""
     index, groups = PrefixIndex(), PrefixGroups()
     for number in range(20):
-        index.insert(number, array("i", [*range(4000), min(number, 10)]))
+        index.insert(number, array("q", [*range(4000), min(number, 10)]))
     for step in range(4):
         for number in range(20):
-            index.extend(number, array("i", [step if number < 10 or step < 2 else number]))
+            index.extend(number, array("q", [step if number < 10 or step < 2 else number]))
             ends = {place: index.sequences[place].node for place in range(20)}
             assert groups.of(ends) == find_groups(ends)
     grown = groups.of(ends)
     for number in range(20):
-        index.extend(number, array("i", [number, 7]))
+        index.extend(number, array("q", [number, 7]))
     assert groups.of({place: index.sequences[place].node for place in range(20)}) is grown
 
 
 def test_groups_are_found_anew_when_requests_change() -> None:
     index, groups = PrefixIndex(), PrefixGroups()
     for number in range(20):
-        index.insert(number, array("i", [*range(4000), number]))
+        index.insert(number, array("q", [*range(4000), number]))
     ends = {place: index.sequences[place].node for place in range(20)}
     first = groups.of(ends)
     assert groups.of(dict(ends)) is first

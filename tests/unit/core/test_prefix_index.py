@@ -54,7 +54,7 @@ class Model:
                 salt, tokens = self.held[owner]
                 if event < 0.6:
                     more = self.random_tokens(salt)[len(tokens) // 2 :][:12] if self.rng.random() < 0.5 else [0]
-                    self.index.extend(owner, array("i", more))
+                    self.index.extend(owner, array("q", more))
                     self.held[owner] = (salt, tokens + more)
                 elif event < 0.85:
                     length = self.rng.choice((0, self.rng.randint(0, len(tokens) + 1)))
@@ -73,7 +73,7 @@ class Model:
     def insert(self, salt: str | None) -> None:
         tokens = self.random_tokens(salt)
         if tokens:
-            self.index.insert(self.num_owners, array("i", tokens), salt)
+            self.index.insert(self.num_owners, array("q", tokens), salt)
             self.held[self.num_owners] = (salt, tokens)
             self.num_owners += 1
 
@@ -81,7 +81,7 @@ class Model:
         query = self.random_tokens(salt)
         lengths = {owner: common(query, tokens) for owner, (its, tokens) in self.held.items() if its == salt}
         longest = max(lengths.values(), default=0)
-        found = self.index.match(array("i", query), salt)
+        found = self.index.match(array("q", query), salt)
         assert found.num_tokens == longest
         if not longest:
             assert found.owner is None
@@ -107,7 +107,7 @@ def test_the_queue_has_the_order_of_the_policy(policy: Callable[..., tuple[int, 
     index, retained = PrefixIndex(), set()
     queue = EvictionQueue[int](lambda owner: policy(index.sequences[owner]) if owner in retained else None)
     for owner in range(12):
-        index.insert(owner, array("i", [owner]))
+        index.insert(owner, array("q", [owner]))
     for _ in range(3000):
         owner = rng.randrange(12)
         event = rng.random()
@@ -130,16 +130,16 @@ def test_the_queue_has_the_order_of_the_policy(policy: Callable[..., tuple[int, 
 
 def test_an_owner_holds_one_sequence_and_never_an_empty_one() -> None:
     index = PrefixIndex()
-    index.insert("a", array("i", [1]))
+    index.insert("a", array("q", [1]))
     for owner, tokens in (("a", [1]), ("b", [])):
         with pytest.raises(ValueError, match=f"'{owner}' holds a sequence already, or has no tokens"):
-            index.insert(owner, array("i", tokens))
+            index.insert(owner, array("q", tokens))
 
 
 def test_a_broken_tree_is_noticed() -> None:
     for attribute, value in (("depth", 7), ("named", "x"), ("owners", set()), ("parent", None)):
         index = PrefixIndex()
-        index.insert("a", array("i", [1, 2]))
+        index.insert("a", array("q", [1, 2]))
         setattr(index.sequences["a"].node, attribute, value)
         with pytest.raises(BlockSpaceError):
             index.check_integrity()
@@ -167,11 +167,11 @@ def test_a_match_takes_no_python_step_for_each_token() -> None:
     rng = random.Random(seed := random.randrange(2**32))
     print(f"seed {seed}")
     index = PrefixIndex()
-    long = array("i", [rng.randrange(128_000) for _ in range(100_000)])
+    long = array("q", [rng.randrange(128_000) for _ in range(100_000)])
     index.insert("long", long)
-    other = long[:99_000] + array("i", [-1])
+    other = long[:99_000] + array("q", [-1])
     for query, length in ((long, 100_000), (other, 99_000)):
         assert count_lines(lambda query=query: index.match(query)) < 150
         assert index.match(query) == (length, "long")
-    assert count_lines(lambda: index.extend("long", array("i", [5]))) < 20
+    assert count_lines(lambda: index.extend("long", array("q", [5]))) < 20
     index.check_integrity()

@@ -111,7 +111,7 @@ class History:
         tokens: list[int] = []
         if self.requests and self.rng.random() < 0.8:
             other = self.rng.choice(self.requests)
-            tokens = [*other.prompt_token_ids, *expected_output(other, self.max_len)[0]]
+            tokens = [*other.token_ids[: other.num_prompt_tokens], *expected_output(other, self.max_len)[0]]
             tokens = tokens[: self.rng.randint(0, len(tokens))]
         more = self.rng.randint(0 if tokens else 1, self.rng.choice((2, self.max_len)))
         return tokens + [self.rng.randrange(VOCAB) for _ in range(more)]

@@ -100,12 +100,12 @@ def test_an_empty_prompt_is_refused() -> None:
 
 def test_one_counter_catches_up_with_another() -> None:
     request = Request("r", [1, 2, 3], SamplingParams(), frozenset())
-    assert (request.num_tokens, request.num_remaining_tokens, request.prompt_token_ids) == (3, 3, (1, 2, 3))
+    assert (request.num_tokens, request.num_remaining_tokens, request.num_prompt_tokens) == (3, 3, 3)
     request.num_computed_tokens, request.num_pending_tokens = 3, 1
     assert (request.num_tokens, request.num_remaining_tokens) == (4, 1)
     request.num_pending_tokens = 0
-    request.output_token_ids.append(7)
-    assert (request.num_tokens, request.num_remaining_tokens, request.all_token_ids) == (4, 1, (1, 2, 3, 7))
+    request.token_ids.append(7)
+    assert (request.num_tokens, request.num_remaining_tokens, request.output_token_ids) == (4, 1, [7])
     assert request != Request("r", (1, 2, 3)), "two requests are never the same"
 
 

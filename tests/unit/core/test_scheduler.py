@@ -222,7 +222,7 @@ def cached_pair(num_prompt: int, num_cached: int, **knobs: Any) -> tuple[Schedul
     """A scheduler in whose cache are the first num_cached tokens of the request."""
     scheduler, worker = pair(CacheCapacity(100, 1, 4, num_retained=4), **knobs)
     request = make_request("r", num_prompt, 4)
-    first = Request("first", request.prompt_token_ids[:num_cached], SamplingParams(max_tokens=1))
+    first = Request("first", request.token_ids[:num_cached], SamplingParams(max_tokens=1))
     scheduler.add(first)
     run_to_end(scheduler, worker)
     scheduler.add(request)

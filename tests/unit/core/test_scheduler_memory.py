@@ -141,14 +141,14 @@ def test_memory_lost_in_a_step_undoes_that_step_and_goes_on(policy: str) -> None
         scheduler.add(request)
     for _ in range(3):
         step(scheduler, worker)
-    progress = [(request.num_computed_tokens, list(request.output_token_ids)) for request in requests]
+    progress = [(request.num_computed_tokens, request.output_token_ids) for request in requests]
     worker.rows = worker.held_rows() - 1
     out = scheduler.schedule()
     result = worker.execute(out)
     assert result.available_rows == worker.rows and not result.tokens
     worker.complete(out.step_id)
     scheduler.update(out, result)
-    assert [(request.num_computed_tokens, list(request.output_token_ids)) for request in requests] == progress
+    assert [(request.num_computed_tokens, request.output_token_ids) for request in requests] == progress
     assert scheduler.block_space_manager.capacity.rows == worker.rows
     run_to_end(scheduler, worker)
     assert scheduler.num_preemptions > 0

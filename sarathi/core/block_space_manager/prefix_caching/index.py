@@ -103,7 +103,7 @@ class PrefixIndex:
         """Add a sequence. ValueError if it has no tokens, or if the owner has one already."""
         if owner in self.sequences or not tokens:
             raise ValueError(f"{owner!r} holds a sequence already, or has no tokens: {len(tokens)}")
-        root = self._roots.setdefault(salt, _Node(array("i"), None, 0))
+        root = self._roots.setdefault(salt, _Node(array("q"), None, 0))
         self.sequences[owner] = IndexedSequence(self._place(owner, root, tokens, 0), salt, next(self._clock))
 
     def extend(self, owner: Owner, tokens: array[int]) -> None:

@@ -79,7 +79,7 @@ class PrefixCachingBlockSpaceManager(CachedSequences):
     def find(self, request: Request) -> Hit:
         if request.sampling_params.prompt_logprobs is not None:
             return Hit()
-        tokens, salt = request.token_array()[:-1], request.sampling_params.cache_salt
+        tokens, salt = request.token_ids[:-1], request.sampling_params.cache_salt
         match = self._index.match(tokens, salt)
         num_cached = match.num_tokens
         if request is self._without_copies and not self._can_continue(match):
@@ -101,7 +101,7 @@ class PrefixCachingBlockSpaceManager(CachedSequences):
 
     def _start(self, request: Request, rows: int, spare_rows: int) -> Grant | None:
         num_cached = self.find(request).num_cached_tokens
-        tokens, salt = request.token_array(), request.sampling_params.cache_salt
+        tokens, salt = request.token_ids, request.sampling_params.cache_salt
         if num_cached:
             grant = self._start_from_cache(request, num_cached, rows, spare_rows)
         elif self._fits(rows + spare_rows):
@@ -113,13 +113,13 @@ class PrefixCachingBlockSpaceManager(CachedSequences):
             self._counts["num_hit_tokens"] += num_cached
             if num_cached < BEGINNING_TOKENS:
                 self._unused.note_miss(tokens, salt)
-            if not request.output_token_ids:
+            if not request.num_output_tokens:
                 self._in_progress.insert(self._sequences[request.request_id], tokens[:], salt)
         return grant
 
     def _start_from_cache(self, request: Request, num_cached: int, rows: int, spare_rows: int) -> Grant | None:
         """Where the copies' source has to stay beside them and does not fit, the next try makes none."""
-        match = self._index.match(request.token_array()[:num_cached], request.sampling_params.cache_salt)
+        match = self._index.match(request.token_ids[:num_cached], request.sampling_params.cache_salt)
         source = match.owner
         assert isinstance(source, CachedSequence)
         if self._can_continue(match):
@@ -169,7 +169,7 @@ class PrefixCachingBlockSpaceManager(CachedSequences):
         sequence = self._add(request, rows, parent, mapped_rows)
         shared = SharedPrefix(request.request_id, source.owner, num_mapped, num_tokens, block)
         self._changes.shared.append((source, shared))
-        self._index.insert(sequence, request.token_array()[:num_tokens], request.sampling_params.cache_salt)
+        self._index.insert(sequence, request.token_ids[:num_tokens], request.sampling_params.cache_salt)
         self._counts["num_mapped_tokens"] += num_mapped
         self._counts["num_copied_tokens"] += num_tokens - num_mapped
         return Grant(self.capacity.tokens_in(rows), sequence.tail.path_ids(), num_tokens)
@@ -209,7 +209,7 @@ class PrefixCachingBlockSpaceManager(CachedSequences):
 
     def _index_computed(self, sequence: CachedSequence, request: Request) -> None:
         length = self._index.length(sequence)
-        more = request.token_array()[length : request.num_computed_tokens]
+        more = request.token_ids[length : request.num_computed_tokens]
         if more and length:
             self._index.extend(sequence, more)
         elif more:

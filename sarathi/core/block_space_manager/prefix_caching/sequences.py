@@ -168,7 +168,7 @@ class CachedSequences:
         indexed = self._index.sequences[sequence]
         is_alone = self._rows.exclusive(sequence.tail) == sequence.rows
         if is_alone and not indexed.num_uses and indexed.length <= SHORT_TOKENS:
-            self._unused.add(sequence, request.token_array(), request.sampling_params.cache_salt)
+            self._unused.add(sequence, request.token_ids, request.sampling_params.cache_salt)
         self._make_room()
 
     def _doom(self, request: Request, sequence: CachedSequence) -> None:
