@@ -209,7 +209,7 @@ def test_null_and_unknown_fields_are_tolerated(server: RunningServer) -> None:
 
 def test_broken_json_and_unknown_routes(server: RunningServer) -> None:
     broken = server.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
-    assert broken.status_code == 400 and "is no JSON" in broken.json()["error"]["message"]
+    assert broken.status_code == 400 and "is not JSON" in broken.json()["error"]["message"]
     assert server.get("/v1/nothing").json()["error"]["message"] == "there is no route /v1/nothing"
     assert server.get("/v1/completions").status_code == 405
 

@@ -97,7 +97,7 @@ def test_a_response_in_the_background_is_polled_and_cancelled(client: openai.Ope
     assert tale.status == "in_progress"
     assert client.responses.cancel(tale.id).status == client.responses.retrieve(tale.id).status == "cancelled"
     assert client.responses.cancel(done.id).status == "completed"
-    with pytest.raises(openai.BadRequestError, match="not in the background"):
+    with pytest.raises(openai.BadRequestError, match="not a background response"):
         client.responses.cancel(create(client, max_output_tokens=1).id)
 
 

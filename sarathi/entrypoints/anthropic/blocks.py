@@ -1,4 +1,4 @@
-"""Answers of the Messages API: content blocks, whole and as events."""
+"""Responses of the Messages API: content blocks, complete and as events."""
 
 import json
 import uuid
@@ -13,7 +13,7 @@ _STOP_REASONS = {"length": "max_tokens", "abort": "end_turn"}
 
 
 def make_message(message_id: str, model: str, input_tokens: int) -> dict[str, Any]:
-    """A message without content, as a stream begins with it."""
+    """A message without content: the first event of a stream."""
     return {
         "id": message_id, "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None,
         "stop_sequence": None, "stop_details": None, "container": None, "usage": make_usage(input_tokens, 0),
@@ -21,7 +21,7 @@ def make_message(message_id: str, model: str, input_tokens: int) -> dict[str, An
 
 
 def make_usage(input_tokens: int, output_tokens: int) -> dict[str, Any]:
-    """Token counts; nothing is cached for later requests by name."""
+    """Token counts; Anthropic's explicit prompt caching is not supported."""
     unused = (
         "cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens", "inference_geo",
         "output_tokens_details", "server_tool_use", "service_tier",
@@ -39,7 +39,7 @@ def ending(output: CompletionOutput, has_calls: bool) -> dict[str, Any]:
 
 
 def content_blocks(answer: Answer) -> list[dict[str, Any]]:
-    """Thinking, text and calls; an empty text where there is nothing."""
+    """Thinking, text and tool calls; an empty text block if there is nothing else."""
     blocks: list[dict[str, Any]] = []
     if answer.reasoning:
         blocks.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
@@ -50,15 +50,15 @@ def content_blocks(answer: Answer) -> list[dict[str, Any]]:
 
 
 class BlockStream:
-    """The events of the content blocks of one answer."""
+    """The events of one message's content blocks."""
 
     def __init__(self) -> None:
         self.has_calls = False
         self._num_blocks = 0
-        self._open: type[Part] | None = None  # of the current block
+        self._open: type[Part] | None = None  # type of the current block
 
     def events(self, parts: Iterable[Part]) -> Iterator[bytes]:
-        """A block goes on while parts of its kind come."""
+        """Extends the current block while parts are of its type."""
         for part in parts:
             kind = CallBegin if isinstance(part, CallArguments) else type(part)
             if isinstance(part, CallBegin) or kind is not self._open:
@@ -69,7 +69,7 @@ class BlockStream:
                 yield self._event("content_block_delta", delta=_delta(part))
 
     def end(self) -> Iterator[bytes]:
-        """Close the last block; an answer without one gets an empty text."""
+        """Close the last block; a message without blocks gets an empty text."""
         if not self._num_blocks and self._open is None:
             yield self._begin(Text(""))
             self._open = Text
@@ -118,7 +118,7 @@ def _call_block(name: str, arguments: Any) -> dict[str, Any]:
 
 
 def _read(arguments: str) -> dict[str, Any]:
-    """Arguments that max_tokens has cut are left out."""
+    """The arguments as an object; empty if max_tokens cut them off."""
     try:
         read = json.loads(arguments)
     except ValueError:

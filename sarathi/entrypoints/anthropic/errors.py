@@ -1,4 +1,4 @@
-"""Errors in Anthropic's form, in answers and in streams."""
+"""Errors in Anthropic's format, as responses and in streams."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ _TYPES = {
 
 
 def error_body(error: APIError) -> dict[str, Any]:
-    """The JSON object of an answer."""
+    """The JSON object of an error response."""
     kind = _TYPES.get(error.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def error_event(error: Exception) -> bytes:
-    """The last event of a stream that failed."""
+    """The last event of a failed stream."""
     return event(error_body(as_api_error(error)), "error")
 
 
 def error_response(error: APIError) -> Response:
-    """An answer that is an error."""
+    """An error response."""
     return error.response(error_body)

@@ -22,7 +22,7 @@ router = APIFamily("/v1/messages", error_body, tags=["Anthropic"])
 
 @router.post("/v1/messages")
 async def create_message(body: MessagesRequest, request: Request) -> Response:
-    """Answer a conversation."""
+    """Generate the next message of a conversation."""
     context = context_of(request)
     header = Header("msg", context.check_model(body.model), "_")
     with user_errors("messages", context.max_model_len):
@@ -38,7 +38,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
-    """Tokens of the prompt that a conversation becomes."""
+    """Number of prompt tokens of a conversation."""
     context = context_of(request)
     context.check_model(body.model)
     with user_errors("messages", context.max_model_len):
@@ -51,7 +51,7 @@ async def _encode(context: ServerContext, body: CountRequest, turn: Turn) -> Seq
 
 
 class _Answer:
-    """The answer to one request, in one piece or as events."""
+    """The response to one request, complete or as events."""
 
     def __init__(self, header: Header, parser: AnswerParser, input_tokens: int) -> None:
         self._header, self._parser, self._input_tokens = header, parser, input_tokens
@@ -66,7 +66,7 @@ class _Answer:
         }  # fmt: skip
 
     async def events(self, outputs: Outputs) -> Events:
-        """The message without content, its blocks, and how it ended."""
+        """message_start, the content blocks, message_delta with the stop reason, message_stop."""
         message = make_message(self._header.id, self._header.model, self._input_tokens)
         yield event({"type": "message_start", "message": message}, "message_start")
         blocks = BlockStream()

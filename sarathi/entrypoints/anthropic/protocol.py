@@ -1,4 +1,4 @@
-"""Requests of the Messages API, and what they mean for a chat template."""
+"""Request bodies of the Messages API, and their translation for the chat template."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ class CountRequest(Body):
     thinking: dict[str, Any] | None = None
 
     def turn(self, model_format: ModelFormat) -> Turn:
-        """The conversation with its tools. ValueError names what does not fit."""
+        """The conversation with its tools. Raises ValueError."""
         tools = [_tool(tool, number) for number, tool in enumerate(self.tools or ())]
         choice = self.tool_choice or {}
         messages = [each for at, message in enumerate(self.messages) for each in _messages(message, at)]
@@ -36,7 +36,7 @@ class CountRequest(Body):
         return Turn(model_format, messages, tools, _choice(choice, tools), one_call)
 
     def template_options(self, model_format: ModelFormat) -> dict[str, Any]:
-        """A last message of the assistant is continued; a model that can think does so where it is asked to."""
+        """Continue a final assistant message; enable reasoning if the request does."""
         is_open = self.messages[-1].get("role") == "assistant"
         options: dict[str, Any] = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
         if model_format.thinks:
@@ -81,7 +81,7 @@ def _choice(choice: Mapping[str, Any], tools: Sequence[Any]) -> ToolChoice:
 
 
 def _messages(message: Mapping[str, Any], at: int) -> Iterator[dict[str, Any]]:
-    """Messages as chat templates know them: results of tools are messages of their own."""
+    """Messages for chat templates, where tool results are separate messages."""
     role, content, where = message.get("role"), message.get("content"), f"messages[{at}]"
     if role not in ("user", "assistant", "system"):
         raise ValueError(f"{where}.role is {short_repr(role)}: it must be user or assistant")
@@ -108,7 +108,7 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(content: Any, where: str) -> str:
-    """The text of blocks; what the model thought before is left out."""
+    """The text of the blocks, without earlier thinking."""
     if isinstance(content, str):
         return content
     texts = []

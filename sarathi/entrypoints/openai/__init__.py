@@ -1,4 +1,4 @@
-"""OpenAI's API, with the fields and routes that vLLM adds to it."""
+"""OpenAI's API, with vLLM's additional fields and routes."""
 
 from sarathi.entrypoints.openai import chat, completions, models, tokenize
 

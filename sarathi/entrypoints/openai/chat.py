@@ -24,7 +24,7 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-    """Answer a conversation."""
+    """Generate the next message of a conversation."""
     context = context_of(request)
     header = Header("chatcmpl", context.check_model(body.model))
     with user_errors("messages", context.max_model_len):
@@ -39,7 +39,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
 
 class _Answer:
-    """The answer to one request, in one piece or in chunks."""
+    """The response to one request, complete or in chunks."""
 
     def __init__(
         self, body: ChatRequest, header: Header, tokenizer: Tokenizer, turn: Turn, prompt: Sequence[int]
@@ -61,7 +61,7 @@ class _Answer:
         )  # fmt: skip
 
     async def chunks(self, outputs: Outputs) -> Events:
-        """The role comes with the first token of each choice, the finish reason with the last."""
+        """The first chunk of each choice has the role, the last one the finish reason."""
         n = self._body.n or 1
         usage, count, changes = self._body.usage, UsageCount(), Changes(n)
         streams = [AnswerStream(self._turn.parser(self._tokenizer, self._prompt), self._turn.format) for _ in range(n)]

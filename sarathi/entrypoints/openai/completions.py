@@ -22,7 +22,7 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
-    """Continue one prompt or several."""
+    """Complete one or more prompts."""
     context = context_of(request)
     header = Header("cmpl", context.check_model(body.model))
     with user_errors("prompt", context.max_model_len):
@@ -37,7 +37,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 
 class _Answer:
-    """The answer to one request, in one piece or in chunks."""
+    """The response to one request, complete or in chunks."""
 
     def __init__(self, body: CompletionRequest, header: Header, tokenizer: Tokenizer | None) -> None:
         self._body = body
@@ -54,7 +54,7 @@ class _Answer:
         return self._completion(choices, self._usage(count))
 
     async def chunks(self, submitted: Sequence[Outputs]) -> Events:
-        """The finish reason of a choice comes with its last token."""
+        """The last chunk of each choice has the finish reason."""
         usage, count, changes = self._body.usage, UsageCount(), [Changes(self._n) for _ in submitted]
         absent = None if usage.include_usage else UNSET
         async with aclosing(numbered(submitted)) as outputs:
@@ -79,7 +79,7 @@ class _Answer:
     def _choice(
         self, number: int, output: RequestOutput, each: CompletionOutput, new_text: str, num_old: int
     ) -> TextChoice:
-        """num_old: tokens of this completion that were told before; with the first ones comes the echo."""
+        """num_old: tokens of this completion that were sent before; the first chunk includes the echo."""
         index = number * self._n + each.index
         text = "" if self._body.is_prompt_only else new_text
         if self._body.echo and not num_old:
@@ -93,7 +93,7 @@ class _Answer:
         return choice
 
     def _logprobs(self, output: RequestOutput, each: CompletionOutput, num_old: int, at: int) -> TextLogprobs | None:
-        """at: characters of the choice's text that were sent before."""
+        """at: number of characters of the choice's text that were sent before."""
         if self._body.logprobs is None or self._tokenizer is None:
             return None
         new = [] if self._body.is_prompt_only else new_logprobs(each, num_old)

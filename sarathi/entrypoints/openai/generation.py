@@ -1,4 +1,4 @@
-"""From the prompts of one HTTP request to their outputs, and what each output adds for the client."""
+"""Submit the prompts of one HTTP request, merge their outputs, and find what is new in each."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ NumberedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 
 class Header:
-    """What all chunks of an answer begin with."""
+    """Fields that all chunks of a response share."""
 
     def __init__(self, prefix: str, model: str, separator: str = "-") -> None:
         self.id = f"{prefix}{separator}{uuid.uuid4().hex}"
@@ -29,7 +29,7 @@ class Header:
 async def submit(
     context: ServerContext, header: Header, prompts: Sequence[Prompt], params: SamplingParams, priority: int | None
 ) -> list[Outputs]:
-    """Queue all prompts, or none where one of them is refused."""
+    """Queue all prompts, or none if one of them is refused."""
     submitted: list[Outputs] = []
     try:
         for number, prompt in enumerate(prompts):
@@ -44,8 +44,8 @@ async def submit(
 
 
 async def numbered(submitted: Sequence[Outputs]) -> NumberedOutputs:
-    """Outputs of all prompts as they come, with the number of the prompt. Raises RequestFailedError for one that
-    failed. Closing it aborts those that have not ended."""
+    """Outputs of all prompts as they arrive, with the index of the prompt. Raises RequestFailedError if one failed.
+    Closing it aborts the unfinished ones."""
     try:
         merged = _of_one(submitted[0]) if len(submitted) == 1 else _of_many(submitted)
         async with aclosing(merged):
@@ -64,14 +64,14 @@ async def last_outputs(submitted: Sequence[Outputs]) -> list[RequestOutput]:
 
 
 class Changes:
-    """Which of a prompt's completions got something since they were last looked at."""
+    """Tracks which of a prompt's completions have new tokens."""
 
     def __init__(self, n: int) -> None:
         self._num_tokens = [0] * n
         self._is_finished = [False] * n
 
     def of(self, output: RequestOutput) -> Iterator[tuple[CompletionOutput, int]]:
-        """Completions with something new, and how many of their tokens are old."""
+        """Completions with new tokens, and how many of their tokens were seen before."""
         for each in output.outputs:
             num_old = self._num_tokens[each.index]
             if each.num_tokens > num_old or each.finished > self._is_finished[each.index]:
@@ -80,13 +80,13 @@ class Changes:
 
 
 class UsageCount:
-    """Tokens of the prompts of a request so far."""
+    """Token counts of a request over all of its prompts."""
 
     def __init__(self) -> None:
         self._of_prompts: dict[int, tuple[int, int, int]] = {}
 
     def take(self, number: int, output: RequestOutput) -> None:
-        """The newest output of a prompt."""
+        """Count the latest output of a prompt."""
         num_tokens = sum([each.num_tokens for each in output.outputs])
         self._of_prompts[number] = len(output.prompt_token_ids), num_tokens, output.num_cached_tokens
 
@@ -101,7 +101,7 @@ async def _of_one(outputs: Outputs) -> NumberedOutputs:
 
 
 async def _of_many(submitted: Sequence[Outputs]) -> NumberedOutputs:
-    """One pending `anext` for each prompt; its next output is asked for once the last has been taken."""
+    """One pending `anext` per prompt, renewed when its output is consumed."""
     pending = {asyncio.ensure_future(anext(outputs)): number for number, outputs in enumerate(submitted)}
     try:
         while pending:

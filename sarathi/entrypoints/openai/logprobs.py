@@ -1,4 +1,4 @@
-"""Log probabilities in the forms of chat completions, text completions and vLLM's prompt_logprobs."""
+"""Log probabilities in the formats of chat completions, text completions and vLLM's prompt_logprobs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +11,17 @@ _LEAST = -9999.0  # JSON has no infinity
 
 
 def new_logprobs(output: CompletionOutput, num_old: int) -> list[TokenLogprobs]:
-    """The logprobs of a completion's tokens from num_old on; none unless asked for."""
+    """The logprobs of a completion's tokens from num_old on; empty unless requested."""
     return (output.logprobs or [])[num_old:]
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], num_top: int, tokenizer: Tokenizer) -> ChatLogprobs:
-    """num_top: of the most likely tokens, how many are told."""
+    """num_top: how many of the most likely tokens to list."""
     return ChatLogprobs([_chosen(entry, num_top, tokenizer) for entry in entries])
 
 
 def text_logprobs(entries: Sequence[tuple[int, TokenLogprobs | None]], tokenizer: Tokenizer, at: int) -> TextLogprobs:
-    """Of (token id, logprobs) pairs. at: characters of the choice's text before them."""
+    """entries: (token id, logprobs). at: number of characters of the choice's text before them."""
     found = TextLogprobs([], [], [], [])
     for token_id, entry in entries:
         text = tokenizer.piece(token_id)
@@ -40,7 +40,7 @@ def prompt_entries(output: RequestOutput) -> list[tuple[int, TokenLogprobs | Non
 
 
 def prompt_logprobs(output: RequestOutput) -> list[Any] | None:
-    """As vLLM writes them: token id -> logprob and text, for each token of the prompt; null for the first."""
+    """vLLM's format: for each prompt token {token id: logprob and text}; null for the first."""
     if output.prompt_logprobs is None:
         return None
     return [entry and {str(key): _named(value) for key, value in entry.items()} for entry in output.prompt_logprobs]
@@ -58,7 +58,7 @@ def _chosen(entry: TokenLogprobs, num_top: int, tokenizer: Tokenizer) -> ChosenL
 
 
 def _fields(token_id: int, value: Logprob, tokenizer: Tokenizer) -> tuple[str, float, list[int]]:
-    """The bytes may be a part of a character, which the text shows as U+FFFD."""
+    """Text, logprob and bytes. A token with part of a character has U+FFFD in the text."""
     raw = tokenizer.token_bytes(token_id) or value.decoded_token.encode()
     return value.decoded_token, _finite(value.logprob), list(raw)
 

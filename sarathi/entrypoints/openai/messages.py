@@ -10,7 +10,7 @@ from sarathi.entrypoints.parsing.turn import ModelFormat
 
 
 def whole_message(answer: Answer, model_format: ModelFormat) -> Message:
-    """Content is null where there are calls and no text."""
+    """Content is null if there are calls and no text."""
     make_id = model_format.tools.make_id
     calls = [ToolCall(make_id(), CalledFunction(call.name, call.arguments)) for call in answer.calls]
     content = answer.content if answer.content or not calls else None
@@ -18,7 +18,7 @@ def whole_message(answer: Answer, model_format: ModelFormat) -> Message:
 
 
 class AnswerStream:
-    """The deltas of one answer."""
+    """The deltas of one message."""
 
     def __init__(self, parser: AnswerParser, model_format: ModelFormat) -> None:
         self._parser = parser
@@ -26,7 +26,7 @@ class AnswerStream:
         self._has_calls = False
 
     def delta(self, output: CompletionOutput) -> Delta:
-        """What the newest output adds; empty content where that is nothing yet."""
+        """The delta of the latest output; empty content if it adds nothing yet."""
         parts = self._parser.push(output.delta, output.finished, is_cut=output.finish_reason != "stop")
         delta = Delta()
         for part in parts:
@@ -36,7 +36,7 @@ class AnswerStream:
         return delta
 
     def finish_reason(self, output: CompletionOutput) -> str | None:
-        """tool_calls where the answer ended by itself after a call."""
+        """tool_calls if the message has a call and was not cut off."""
         return "tool_calls" if self._has_calls and output.finish_reason == "stop" else output.finish_reason
 
     def _add(self, delta: Delta, part: Part) -> None:

@@ -11,14 +11,14 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The names of the one model."""
+    """All names of the model."""
     context = context_of(request)
     return {"object": "list", "data": [_card(context, name) for name in context.model_names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, request: Request) -> dict[str, Any]:
-    """One of the names; 404 for another."""
+    """One name; status 404 if unknown."""
     context = context_of(request)
     return _card(context, context.check_model(name))
 

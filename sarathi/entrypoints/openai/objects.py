@@ -1,4 +1,4 @@
-"""Answers as clients read them: objects of OpenAI's API, encoded by msgspec."""
+"""Response objects of OpenAI's API, encoded by msgspec."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from msgspec import UNSET, Struct, UnsetType, field
 
 from sarathi import __version__
 
-_FINGERPRINT = f"sarathi-{__version__}"  # clients tell by it whether the system has changed
+_FINGERPRINT = f"sarathi-{__version__}"  # lets clients detect changes of the server
 
 
 class PromptTokensDetails(Struct):
-    """cached_tokens: of the prompt, those whose keys and values were in the cache."""
+    """cached_tokens: prompt tokens found in the prefix cache."""
 
     cached_tokens: int = 0
 
 
 class Usage(Struct):
-    """Tokens of all prompts and completions of a request."""
+    """Token counts over all prompts and completions of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -38,14 +38,14 @@ class ChosenLogprob(Struct):
 
 
 class ChatLogprobs(Struct):
-    """One entry a token."""
+    """One entry per token."""
 
     content: list[ChosenLogprob]
     refusal: None = None
 
 
 class CalledFunction(Struct, omit_defaults=True):
-    """arguments: JSON text, or the next piece of it."""
+    """arguments: JSON text, or the next part of it."""
 
     name: str | None = None
     arguments: str | None = None
@@ -58,7 +58,7 @@ class ToolCall(Struct):
 
 
 class ToolCallDelta(Struct, omit_defaults=True):
-    """id and type come with the first delta of a call."""
+    """The first delta of a call has id and type."""
 
     index: int
     function: CalledFunction
@@ -96,7 +96,7 @@ class ChatCompletion(Struct):
 
 
 class Delta(Struct, omit_defaults=True):
-    """What a chunk adds to a message."""
+    """The part of a message that a chunk adds."""
 
     role: str | None = None
     content: str | None = None
@@ -124,7 +124,7 @@ class ChatChunk(Struct):
 
 
 class TextLogprobs(Struct):
-    """One entry a token in each list; text_offset counts characters from the beginning of the choice's text."""
+    """Each list has one entry per token; text_offset is in characters from the start of the choice's text."""
 
     text_offset: list[int]
     token_logprobs: list[float | None]
@@ -142,7 +142,7 @@ class TextChoice(Struct):
 
 
 class TextCompletion(Struct):
-    """A whole completion, and each chunk of one."""
+    """A completion, or a chunk of one."""
 
     id: str
     created: int

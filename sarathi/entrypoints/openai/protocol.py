@@ -1,4 +1,4 @@
-"""Requests as clients send them. Unknown fields are left out; null stands for the default; types are strict."""
+"""Request bodies of OpenAI's API. Unknown fields are ignored, null means the default, types are strict."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -31,14 +31,14 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """include_usage: a last chunk with the token counts. continuous_usage_stats: in every chunk too."""
+    """include_usage: send token counts in a last chunk. continuous_usage_stats: and in every chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class SamplingBody(Body):
-    """What chat and text completions share; for the fields of sampling see SamplingParams."""
+    """Fields of chat and text completions; for the sampling fields see SamplingParams."""
 
     model: str | None = None
     stream: bool | None = None
@@ -84,11 +84,11 @@ class SamplingBody(Body):
 
     @property
     def usage(self) -> StreamOptions:
-        """Which token counts the stream holds."""
+        """The stream options, or their defaults."""
         return self.stream_options or StreamOptions()
 
     def limit(self) -> StructuredOutputsParams | None:
-        """What the text must look like. ValueError where that is said twice, or cannot be."""
+        """The structure that the output must have. ValueError if several are given, or one is invalid."""
         given = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
         limits: dict[str, Any] = {f"guided_{name}": {name: value} for name, value in given.items() if value is not None}
         limits["structured_outputs"] = self.structured_outputs
@@ -105,7 +105,7 @@ class SamplingBody(Body):
 
 
 def read_response_format(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The limit that OpenAI's response_format means, by the fields of StructuredOutputsParams."""
+    """OpenAI's response_format as fields of StructuredOutputsParams."""
     kind = None if wanted is None else wanted.get("type")
     if wanted is None or kind == "text":
         return None
@@ -124,7 +124,7 @@ Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 class TemplateBody(Body):
-    """How a conversation becomes a prompt; for the fields see `encode_chat` of the input processor."""
+    """Options of the chat template; see `encode_chat` of the input processor."""
 
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
@@ -138,7 +138,7 @@ class TemplateBody(Body):
 
 
 class ChatRequest(SamplingBody, TemplateBody):
-    """POST /v1/chat/completions. max_completion_tokens is the newer name of max_tokens, and wins."""
+    """POST /v1/chat/completions. max_completion_tokens overrides max_tokens, its older name."""
 
     model: str
     messages: Messages
@@ -155,7 +155,7 @@ class ChatRequest(SamplingBody, TemplateBody):
         return self
 
     def turn(self, model_format: ModelFormat) -> Turn:
-        """The conversation with its tools. ValueError names what does not fit."""
+        """The conversation with its tools. Raises ValueError."""
         tools = read_tools(self.tools)
         choice = read_choice(self.tool_choice, tools)
         return Turn(model_format, self.messages, tools, choice, self.parallel_tool_calls is False, self.limit())
@@ -167,7 +167,7 @@ class ChatRequest(SamplingBody, TemplateBody):
 
 
 class CompletionRequest(SamplingBody):
-    """POST /v1/completions. With echo, max_tokens may be 0: the answer is the prompt, with its logprobs."""
+    """POST /v1/completions. With echo, max_tokens may be 0: the response is the prompt with its logprobs."""
 
     prompt: Prompts
     logprobs: Logprobs | None = None
@@ -178,20 +178,20 @@ class CompletionRequest(SamplingBody):
     @model_validator(mode="after")
     def _check_refused(self) -> "CompletionRequest":
         if self.suffix:
-            raise ValueError("suffix is given: this server does not insert text")
+            raise ValueError("suffix is given: this server does not support insertion")
         if self.best_of not in (None, 1, self.n):
             raise ValueError(f"best_of is {self.best_of}: this server returns all completions, so it must equal n")
         return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or more prompts; a list of integers is one of them."""
+        """The prompts. A list of integers is one prompt."""
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if one else self.prompt  # type: ignore[return-value]
 
     @property
     def is_prompt_only(self) -> bool:
-        """Whether the answer holds no new token: one is generated and left out."""
+        """Whether the response has no output token: one is generated and dropped."""
         return bool(self.echo) and self.max_tokens == 0
 
     def sampling_params(self) -> SamplingParams:
@@ -202,7 +202,7 @@ class CompletionRequest(SamplingBody):
 
 
 class TokenizeRequest(TemplateBody):
-    """POST /tokenize of text, or of a conversation where `messages` are given."""
+    """POST /tokenize. Either prompt or messages must be given."""
 
     model: str | None = None
     prompt: str | None = None

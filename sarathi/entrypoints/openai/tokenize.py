@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, compatible with vLLM."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ router = APIRouter(tags=["vLLM"])
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
-    """Token ids of text, or of a conversation in the model's format."""
+    """Token ids of a text, or of a conversation in the model's chat format."""
     context = context_of(request)
     context.check_model(body.model)
     with user_errors("prompt", context.max_model_len):

@@ -1,4 +1,4 @@
-"""The client's side of a forwarded request: pieces of the answer, or an error in the form of its API."""
+"""The response of a forwarded request to the client: its pieces, or an error in the format of its API."""
 
 from starlette.types import Send
 
@@ -12,7 +12,7 @@ _ANTHROPIC, _RESPONSES = "/v1/messages", "/v1/responses"
 
 
 class Answer:
-    """Keeps the head back until the body begins, so that what has not begun can still come from another replica."""
+    """Holds the headers back until the body starts: until then another replica can serve the request."""
 
     def __init__(self, path: str, send: Send) -> None:
         self._path = path
@@ -38,14 +38,14 @@ class Answer:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def put_whole(self, answer: WholeAnswer) -> None:
-        """Send an answer that is there."""
+        """Send a complete response."""
         self._head = answer.head
         await self.put(answer.body)
         await self.end()
 
     async def fail(self, error: Exception) -> None:
-        """The last event of a stream, or the whole answer where nothing of it was sent. An answer in one piece that was
-        cut raises the error, which closes the connection."""
+        """Send the error as the last event of a stream, or as the response if nothing was sent yet. Otherwise raise it,
+        which closes the connection."""
         if not self._is_head_sent:
             await self._fail_whole(error)
         elif self._is_stream:

@@ -1,6 +1,6 @@
-"""Ray Serve applications: the engines alone, or behind a gateway that Serve's proxies pass requests to.
+"""Ray Serve applications: engines alone, or engines behind a gateway that Serve's proxies forward requests to.
 
-`build` is what a YAML names as `import_path`, with the knobs of sections `engine`, `server` and `scaling` as `args`.
+A YAML names `build` as `import_path`, with the knobs of sections `engine`, `server` and `scaling` as `args`.
 """
 
 import os
@@ -27,15 +27,15 @@ from sarathi.entrypoints.replicas.router import PrefixRouter
 from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 
-_UNLIMITED = 1_000_000  # requests at a replica: the engine's own limits hold, with status 429
+_UNLIMITED = 1_000_000  # requests per replica: the engine's own limits apply, with status 429
 _HEALTH_PERIOD_S = 1.0
 _ASK_TIMEOUT_S = 10.0
-_LONGEST_AVERAGE_S, _REPORTS_PER_AVERAGE = 30.0, 3  # of the number of requests under way, as Serve has them by default
+_LONGEST_AVERAGE_S, _REPORTS_PER_AVERAGE = 30.0, 3  # of the number of running requests: Serve's defaults
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def build(settings: Mapping[str, Any]) -> serve.Application:
-    """Engines and gateway. ConfigError names what is wrong."""
+    """The application with engines and gateway. Raises ConfigError."""
     engine = load_config(EngineConfig, overrides=_flat(settings.get("engine", {})))
     config = load_config(ServerConfig, overrides=_flat(settings.get("server", {})))
     scaling = load_config(ScalingConfig, overrides=_flat(settings.get("scaling", {})))
@@ -48,7 +48,7 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
 
 
 def engines(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> serve.Application:
-    """As many replicas as asked for, each with the devices of its ranks."""
+    """The deployment of `scaling.replicas` engines, each with the devices of its ranks."""
     deployment: Any = serve.deployment(Replica)
     replicas = deployment.options(
         name="engine", ray_actor_options={**actor_options(engine, scaling), **_keys()}, logging_config=_QUIET,
@@ -61,7 +61,7 @@ def engines(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) 
 
 
 class ServeReplicas:
-    """The replicas of a deployment of `engines`."""
+    """The replicas behind a deployment handle of `engines`."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
@@ -73,7 +73,7 @@ class ServeReplicas:
             async for each in response:
                 yield each
         except (RayError, RayServeException) as error:
-            gone = getattr(error, "cause", None)  # what the replica itself raised
+            gone = getattr(error, "cause", None)  # the exception that the replica raised
             raise ReplicaLostError(gone.replica if isinstance(gone, EngineGoneError) else "") from None
         finally:
             response.cancel()
@@ -82,7 +82,7 @@ class ServeReplicas:
         asked = self._handle.broadcast("answer", request)
         try:
             answers = await asked.results_async(timeout_s=_ASK_TIMEOUT_S, return_exceptions=True)
-        except (TimeoutError, RayError, RayServeException):  # one hangs, or none has come up yet
+        except (TimeoutError, RayError, RayServeException):  # a replica hangs, or none has started
             return ()
         return [each for each in answers if isinstance(each, WholeAnswer)]
 
@@ -99,7 +99,7 @@ class _CurrentGateway:
 
 
 async def _live(receive: Receive, send: Send) -> None:
-    """Answer what a server asks an application before the first request and after the last one."""
+    """Handle the ASGI lifespan protocol: startup and shutdown."""
     kind = ""
     while kind != "lifespan.shutdown":
         kind = (await receive())["type"]
@@ -136,7 +136,7 @@ def _count(scaling: ScalingConfig) -> dict[str, Any]:
 
 
 def _keys() -> dict[str, Any]:
-    """The API keys of this process, for the replicas."""
+    """The API keys of this process, as environment of the replicas."""
     keys = {name: os.environ[name] for name in (API_KEYS_VARIABLE, ADMIN_KEYS_VARIABLE) if name in os.environ}
     return {"runtime_env": {"env_vars": keys}} if keys else {}
 

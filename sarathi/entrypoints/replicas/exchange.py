@@ -1,4 +1,4 @@
-"""One forwarded request at the application of a replica: its answer in pieces, as they come."""
+"""One forwarded request at a replica's application: its response as a stream of pieces."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Message, Scope
 from sarathi.entrypoints.replicas.messages import Begun, ForwardedRequest, Head, Piece, WholeAnswer
 
 CURRENT: "ContextVar[Exchange]" = ContextVar("exchange")
-"""The exchange that the running task belongs to."""
+"""The exchange of the current task."""
 
 
 class Exchange:
-    """Calls an application once. Closing `pieces` is the client's leaving."""
+    """Calls an ASGI application once. Closing `pieces` is a client disconnect."""
 
     def __init__(self, app: ASGIApp, request: ForwardedRequest) -> None:
         self._app = app
@@ -25,13 +25,13 @@ class Exchange:
         self.has_begun = False
 
     def begin(self) -> None:
-        """Say that the engine has computed the first token."""
+        """Signal that the engine has computed the first token."""
         self.has_begun = True
         self._put(Begun())
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The head, then the body; bytes that came meanwhile are one piece. Raises what the application raised before
-        it answered."""
+        """The head, then the body; bytes that arrived since the last piece are joined. Raises the application's
+        exception if it came before the response."""
         task = asyncio.create_task(self._run())
         try:
             while not task.done() or self._pieces:
@@ -47,7 +47,7 @@ class Exchange:
                 await task
 
     async def whole(self, replica: str) -> WholeAnswer:
-        """The answer in one piece."""
+        """The complete response."""
         head, body = Head(500, ()), b""
         async for each in self.pieces():
             if isinstance(each, Head):
@@ -81,7 +81,7 @@ class Exchange:
 
     async def _receive(self) -> Message:
         if self._is_received:
-            await asyncio.Event().wait()  # a client that leaves cancels the task
+            await asyncio.Event().wait()  # a disconnect cancels the task
         self._is_received = True
         return {"type": "http.request", "body": self._request.body, "more_body": False}
 

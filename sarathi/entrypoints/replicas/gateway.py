@@ -1,7 +1,7 @@
-"""The address that clients talk to: sends each request to a replica, and answers where that dies.
+"""The gateway: forwards each request to a replica, and retries or reports an error when that dies.
 
-A request whose answer has not begun goes to another replica. One that has begun ends with an error, in the form of its
-API. Requests about the server itself go to all replicas.
+A request whose response has not started is retried on another replica. One that has started ends with an error in the
+format of its API. Requests about the server itself go to all replicas.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ from sarathi.entrypoints.server.errors import ClientDisconnectedError, as_api_er
 from sarathi.entrypoints.server.streaming import until_disconnected
 
 _ATTEMPTS = 5
-_RETRY_S = 0.25  # before the second attempt, and as much longer before each later one
+_RETRY_S = 0.25  # before the second attempt; grows by as much with each attempt
 _IDLE_LOOK_S = 0.02
 
 
 class ReplicaLostError(RuntimeError):
-    """The replica died, or its engine did. name: of a replica that cannot answer, where it said so; else ""."""
+    """The replica or its engine died. name: of the replica, if it reported its engine's death; else ""."""
 
     def __init__(self, name: str = "") -> None:
-        super().__init__("the engine that had the request was lost")
+        super().__init__("the engine that served the request died")
         self.name = name
 
 
@@ -39,14 +39,14 @@ class Replicas(Protocol):
     """The engines behind the gateway."""
 
     def stream(self, request: ForwardedRequest) -> AsyncGenerator[Piece, None]:
-        """The answer of one replica. ReplicaLostError, also in mid-answer."""
+        """The response of one replica. ReplicaLostError before or during the response."""
 
     async def ask_all(self, request: ForwardedRequest) -> Sequence[WholeAnswer]:
-        """The answers of all replicas that answer."""
+        """The responses of all replicas that respond."""
 
 
 class Gateway:
-    """An ASGI application without routes of its own."""
+    """An ASGI application that forwards every request."""
 
     def __init__(self, replicas: Replicas) -> None:
         self._replicas = replicas
@@ -63,13 +63,13 @@ class Gateway:
             await until_disconnected(receive, work)
         except ClientDisconnectedError:
             pass
-        except HTTPException as error:  # of the body's limits
+        except HTTPException as error:  # from the limits on the body
             await error_response(as_api_error(error), scope)(scope, receive, send)
         finally:
             self._num_open -= 1
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse what comes from now on; return when all else has its answer, or after the timeout."""
+        """Refuse new requests; return when the running ones have finished, or after the timeout."""
         self._is_draining = True
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         while self._num_open and asyncio.get_running_loop().time() < deadline_s:
@@ -81,14 +81,14 @@ class Gateway:
 
     async def _forward(self, request: ForwardedRequest, send: Send) -> None:
         answer = Answer(request.path, send)
-        error: Exception = EngineUnavailableError("the server is draining: it takes no new requests")
+        error: Exception = EngineUnavailableError("the server is draining and accepts no new requests")
         for attempt in range(0 if self._is_draining else _ATTEMPTS):
             await asyncio.sleep(attempt * _RETRY_S)
             try:
                 await self._pass_on(request, answer)
                 return
             except ReplicaLostError as lost:
-                error = EngineUnavailableError(f"{lost}: it could not be completed")
+                error = EngineUnavailableError(f"{lost}: the response is incomplete")
                 if answer.has_begun:
                     break
                 request = replace(request, avoided=(*request.avoided, lost.name))

@@ -1,4 +1,4 @@
-"""One answer of the answers of all replicas, for routes about the server itself."""
+"""Merge the responses of all replicas to a request about the server itself."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ _OK = 200
 
 
 def merge_health(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAnswer:
-    """200 while one replica is well."""
+    """200 while at least one replica is healthy."""
     return _first(answers, lambda status: status == _OK) or _unavailable()
 
 
 def merge_ready(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAnswer:
-    """200 while one replica takes requests, and the server does not drain."""
+    """200 while at least one replica accepts requests and the server is not draining."""
     if is_draining:
         error = APIError(503, "the server is draining", "service_unavailable_error", code="draining")
         return _whole(error.response())
@@ -32,12 +32,12 @@ def merge_ready(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAnswe
 
 
 def merge_changes(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAnswer:
-    """An error where one of them is an error: the others are changed all the same."""
+    """The first error, if any; the change applies to the other replicas nevertheless."""
     return _first(answers, lambda status: status != _OK) or _first(answers, lambda status: True) or _unavailable()
 
 
 def merge_numbers(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAnswer:
-    """Sums of the numbers in JSON objects; of anything else, the first one's."""
+    """Sums of the numbers in the JSON objects; other values are those of the first replica."""
     if error := _first(answers, lambda status: status != _OK):
         return error
     if not answers:
@@ -51,7 +51,7 @@ def merge_numbers(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAns
 
 
 def merge_metrics(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAnswer:
-    """The metrics of all replicas, with the label `replica`."""
+    """The metrics of all replicas, labelled by `replica`."""
     if error := _first(answers, lambda status: status != _OK):
         return error
     registry = CollectorRegistry()
@@ -60,7 +60,7 @@ def merge_metrics(answers: Sequence[WholeAnswer], is_draining: bool) -> WholeAns
 
 
 class _Relabelled(Collector):
-    """Metrics that were told as text."""
+    """Metrics parsed from the replicas' text."""
 
     def __init__(self, answers: Sequence[WholeAnswer]) -> None:
         self._answers = answers

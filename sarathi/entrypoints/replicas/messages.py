@@ -1,4 +1,4 @@
-"""What passes between the gateway and a replica: a request, and the pieces of its answer."""
+"""Messages between the gateway and a replica: a request and the pieces of its response."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 class ForwardedRequest:
     """A whole HTTP request.
 
-    path: decoded. query: as it was sent, without "?". prefix: hashes of how its prompt begins, see `prompt_prefix`.
-    owner: the replica that alone can answer it; "": any. avoided: replicas that have said that they cannot.
+    path: decoded. query: as sent, without "?". prefix: hashes of the prompt's prefixes, see `prompt_prefix`.
+    owner: the only replica that can serve it; "": any. avoided: replicas whose engine is dead.
     """
 
     method: str
@@ -25,7 +25,7 @@ class ForwardedRequest:
 
 @dataclass(frozen=True)
 class Head:
-    """How an answer begins; its body follows as bytes."""
+    """Status and headers; the body follows as bytes."""
 
     status: int
     headers: Headers
@@ -33,7 +33,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Begun:
-    """The engine has computed the first token: the request is not repeated at another replica."""
+    """The engine has computed the first token: the request is no longer retried on another replica."""
 
 
 Piece = Head | Begun | bytes
@@ -41,7 +41,7 @@ Piece = Head | Begun | bytes
 
 @dataclass(frozen=True)
 class WholeAnswer:
-    """An answer in one piece. replica: who gave it."""
+    """A complete response. replica: its sender."""
 
     replica: str
     head: Head

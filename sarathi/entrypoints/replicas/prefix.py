@@ -1,4 +1,4 @@
-"""How a request's prompt begins, read from its body without the model's tokenizer, and which replica it belongs to."""
+"""Routing of a request: its prompt's prefix, from the body without a tokenizer, and the replica that owns it."""
 
 import msgspec
 
@@ -9,7 +9,7 @@ _NONE = msgspec.Raw(b"")
 
 
 class _PromptFields(msgspec.Struct):
-    """The fields of all APIs that make up a prompt, as JSON, in the order in which chat templates write them."""
+    """The prompt fields of all APIs as raw JSON, in the order in which chat templates render them."""
 
     cache_salt: msgspec.Raw = _NONE
     tools: msgspec.Raw = _NONE
@@ -25,7 +25,7 @@ _decode = msgspec.json.Decoder(_PromptFields).decode
 
 
 def routing_of(path: str, body: bytes) -> tuple[tuple[int, ...], str]:
-    """The prefix of a request and its owner, see `ForwardedRequest`. A body that cannot be read has neither."""
+    """Prefix and owner of a request, see `ForwardedRequest`. An invalid body has neither."""
     try:
         fields = _decode(body)
     except msgspec.MsgspecError:
@@ -36,7 +36,7 @@ def routing_of(path: str, body: bytes) -> tuple[tuple[int, ...], str]:
 
 
 def prompt_prefix(text: bytes) -> tuple[int, ...]:
-    """A hash for each block of the text with all before it: equal ones mean equal beginnings, within this process."""
+    """For each block of the text, a hash of it and everything before it; valid within this process."""
     hashes, last = [], 0
     for start in range(0, min(len(text) // BLOCK_BYTES, MAX_BLOCKS) * BLOCK_BYTES, BLOCK_BYTES):
         last = hash((last, text[start : start + BLOCK_BYTES]))
@@ -44,13 +44,13 @@ def prompt_prefix(text: bytes) -> tuple[int, ...]:
     return tuple(hashes)
 
 
-def response_mark(replica: str) -> str:
-    """What the ids of responses begin with that a replica keeps."""
+def response_prefix(replica: str) -> str:
+    """The id prefix of the responses that a replica stores."""
     return f"{replica}-"
 
 
 def owner_of_response(name: str) -> str:
-    """The replica in the id of a response; "" where there is none."""
+    """The replica named in a response id; "" if none."""
     head, mark, _ = name.partition("-")
     return head.removeprefix("resp_") if mark and head.startswith("resp_") else ""
 

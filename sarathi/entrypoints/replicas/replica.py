@@ -1,4 +1,4 @@
-"""One replica: an engine, and the HTTP application over it without connections of its own."""
+"""One replica: an engine and its ASGI application, without a listening socket."""
 
 import asyncio
 import os
@@ -19,19 +19,19 @@ from sarathi.engine.outputs import RequestOutput
 from sarathi.engine.tokenizer.tokenizer import Tokenizer
 from sarathi.entrypoints.replicas.exchange import CURRENT, Exchange
 from sarathi.entrypoints.replicas.messages import ForwardedRequest, Piece, WholeAnswer
-from sarathi.entrypoints.replicas.prefix import response_mark
+from sarathi.entrypoints.replicas.prefix import response_prefix
 from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import create_app
 from sarathi.entrypoints.server.process.log import write_status
 from sarathi.entrypoints.server.process.service import make_context
 from sarathi.sampling_params import SamplingParams
 
-_DEATH_NOTICE_S = 1.0  # for answers that tell of the engine's death to arrive
+_DEATH_NOTICE_S = 1.0  # for errors about the engine's death to reach the clients
 _FAILED = 1
 
 
 class EngineGoneError(RuntimeError):
-    """The engine of a replica is dead."""
+    """The replica's engine died."""
 
     def __init__(self, replica: str) -> None:
         super().__init__(replica)
@@ -39,12 +39,12 @@ class EngineGoneError(RuntimeError):
 
 
 class Replica:
-    """What Ray Serve starts for each replica. Its process ends with its engine, and Serve starts another one."""
+    """The Ray Serve actor of a replica. Its process ends with its engine, and Serve starts a new one."""
 
     async def __init__(self, engine: EngineConfig, config: ServerConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)  # for an engine with executor=ray
         self._name: str = serve.get_replica_context().replica_id.unique_id
-        context = await make_context(engine, config, ReplicaLLM.start, response_mark(self._name))
+        context = await make_context(engine, config, ReplicaLLM.start, response_prefix(self._name))
         self._llm = context.llm
         self._app = create_app(context, replace(config, allowed_origins=None), ROUTERS)
         self._tasks = [asyncio.create_task(self._end_with_engine())]
@@ -52,7 +52,7 @@ class Replica:
             self._tasks += [asyncio.create_task(write_status(self._llm.stats, context.metrics, config.log_interval_s))]
 
     async def stream(self, request: ForwardedRequest) -> AsyncGenerator[Piece, None]:
-        """The pieces of the answer. EngineGoneError where it has not begun, and the engine is dead."""
+        """The pieces of the response. EngineGoneError if the engine is dead and the response has not started."""
         exchange = Exchange(self._app, request)
         async with aclosing(exchange.pieces()) as pieces:
             async for each in pieces:
@@ -61,11 +61,11 @@ class Replica:
                 yield each
 
     async def answer(self, request: ForwardedRequest) -> WholeAnswer:
-        """The answer in one piece."""
+        """The complete response."""
         return await Exchange(self._app, request).whole(self._name)
 
     async def check_health(self) -> None:
-        """Serve calls it every second, and replaces a replica that raises or hangs."""
+        """Called by Serve every second; Serve replaces a replica that raises or hangs."""
         if self._llm.error is not None:
             raise self._llm.error
 
@@ -76,13 +76,13 @@ class Replica:
 
 
 class ReplicaLLM(AsyncLLM):
-    """Tells the exchange that a request belongs to when its first token is there."""
+    """Signals the first token of each request to its exchange."""
 
     def __init__(
         self, core: CoreLink, tokenizer: Tokenizer | None, end_token_ids: frozenset[int],
         limits: QueueLimits = UNLIMITED, observe: Callable[[RequestOutput], None] = lambda output: None,
     ) -> None:  # fmt: skip
-        self._exchanges: dict[str, Exchange] = {}  # of requests without an output
+        self._exchanges: dict[str, Exchange] = {}  # of requests without output so far
 
         def observe_first(output: RequestOutput) -> None:
             exchange = self._exchanges.pop(output.request_id, None)

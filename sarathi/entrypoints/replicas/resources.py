@@ -1,4 +1,4 @@
-"""What each replica takes of a Ray cluster."""
+"""Ray resources of a replica."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from sarathi.executor.ray.placement import PlacementError, device_of_ranks
 
 
 def actor_options(engine: EngineConfig, scaling: ScalingConfig) -> dict[str, Any]:
-    """Options of the Ray actor of a replica: a GPU a rank, or an equal share of the CPUs for threads, at least one a
-    rank. Ranks with executor=ray reserve theirs themselves."""
+    """Options of a replica's Ray actor: one GPU per rank, or an equal share of the CPUs, at least one per rank. With
+    executor=ray the ranks reserve their own."""
     ranks = engine.parallel.tensor_parallel_size * engine.parallel.pipeline_parallel_size
     if engine.parallel.executor == "ray":
         return {"num_cpus": 0}
@@ -21,7 +21,7 @@ def actor_options(engine: EngineConfig, scaling: ScalingConfig) -> dict[str, Any
 
 
 def check_room(engine: EngineConfig, scaling: ScalingConfig) -> None:
-    """PlacementError where the cluster, as it is now, has too little for `replicas`."""
+    """Raise PlacementError if the cluster currently has too few resources for `replicas`."""
     options = actor_options(engine, scaling)
     for kind, name in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
         count = options.get(name, 0)
@@ -38,7 +38,7 @@ def _cpus_of_replica(ranks: int, replicas: int) -> int:
 
 
 def _room(kind: str, count: int) -> int:
-    """How many times the machines have `count` of a kind."""
+    """How many replicas that need `count` of a resource fit on the machines."""
     return sum(int(has) // count for has in _of_machines(kind))
 
 

@@ -1,4 +1,4 @@
-"""Ray Serve's request router over prefixes: the replica that knows the prompt's beginning, else the idlest."""
+"""Request router of Ray Serve: the replica that has the prompt's prefix in its cache, else the least loaded."""
 
 import random
 from typing import Any
@@ -10,9 +10,9 @@ from sarathi.entrypoints.replicas.messages import ForwardedRequest
 
 
 class PrefixRouter(RequestRouter):
-    """Ranks by the requests that this router has sent: Serve takes a replica of the first rank, of the next where all
-    of that refuse. Its own queue lengths expire after seconds without requests, and a burst would then go to one
-    replica until the others have been asked.
+    """Ranks replicas by the requests that this router has sent: Serve picks one of the first rank, and of the next if
+    all of those refuse. Serve's own queue lengths expire after seconds without requests; a burst would then go to one
+    replica until the others are probed.
     """
 
     def initialize_state(self, **settings: Any) -> None:
@@ -30,11 +30,11 @@ class PrefixRouter(RequestRouter):
         ranks = [[wanted]] if wanted is not None else []
         ranks += self._affinity.by_load(by_name.keys() - {wanted})
         for names in ranks:
-            random.shuffle(names)  # Serve takes the first of equals
+            random.shuffle(names)  # Serve takes the first of equal ones
         return [[by_name[name] for name in names] for names in ranks]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
-        """Serve calls it for what is sent to all replicas too, and later `on_request_completed` for each."""
+        """Called by Serve for every request, also broadcasts; `on_request_completed` follows for each."""
         super().on_send_request(replica_id)
         self._affinity.start(replica_id.unique_id)
 

@@ -1,6 +1,6 @@
 """`sarathi serve --replicas N`: the gateway in this process, the engines as replicas in a Ray cluster.
 
-Without a cluster that RAY_ADDRESS or `ray start` names, Ray is started on this machine, and ends with this process.
+Uses the cluster of RAY_ADDRESS or `ray start`; otherwise starts Ray on this machine and stops it at the end.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from sarathi.entrypoints.replicas.resources import check_room
 from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import with_middleware
 from sarathi.entrypoints.server.process.connections import make_http_server
-from sarathi.entrypoints.server.process.end import End, run_until_ended
 from sarathi.entrypoints.server.process.listener import announce, bind
+from sarathi.entrypoints.server.process.shutdown import Shutdown, run_until_ended
 
 
 def run(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> int:
-    """Serve until a signal ends the server; the exit code. Raises what is wrong with the model or the address."""
+    """Serve until a signal arrives; returns the exit code. Raises errors about the model or the address."""
     import uvloop
 
     with bind(config.host, config.port) as listener:
@@ -41,7 +41,7 @@ def run(engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> i
 
 
 class ReplicaService:
-    """A Serve application, and the gateway to it."""
+    """A Serve application and its gateway."""
 
     def __init__(self) -> None:
         self._name = f"sarathi-{uuid.uuid4().hex[:8]}"
@@ -49,17 +49,17 @@ class ReplicaService:
 
     @classmethod
     async def start(cls, engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> "ReplicaService":
-        """Return when all replicas are ready. CoreStartError."""
+        """Return when all replicas are ready. Raises CoreStartError."""
         service = cls()
         try:
             await asyncio.to_thread(service._deploy, engines(engine, config, scaling))
         except asyncio.CancelledError:
-            ray.shutdown()  # ends the deployment
+            ray.shutdown()  # also deletes the deployment
             raise
         return service
 
     async def wait_until_dead(self) -> None:
-        """Serve starts replicas again for ever."""
+        """Never returns: Serve restarts replicas."""
         await asyncio.Event().wait()
 
     async def drain(self, timeout_s: float) -> None:
@@ -67,7 +67,7 @@ class ReplicaService:
         await asyncio.to_thread(ray_serve.delete, self._name)  # open requests end with an error
 
     def kill(self) -> None:
-        """A Ray that this process started ends with it."""
+        """Nothing to do: a Ray that this process started ends with it."""
 
     def _deploy(self, application: ray_serve.Application) -> None:
         ray_serve.start(proxy_location="Disabled")
@@ -79,11 +79,11 @@ class ReplicaService:
 
 
 async def _serve(listener: socket.socket, engine: EngineConfig, config: ServerConfig, scaling: ScalingConfig) -> int:
-    end = End()
-    service = await end.unless_requested(ReplicaService.start(engine, config, scaling))
+    shutdown = Shutdown()
+    service = await shutdown.unless_requested(ReplicaService.start(engine, config, scaling))
     if service is None:
         return 0
     server = make_http_server(with_middleware(service.gateway, config, ROUTERS), config)
     announce(config.model_names(engine.model.model)[0], listener)
-    await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)
+    await run_until_ended(server, listener, service, shutdown, config.shutdown_timeout_s)
     return 0

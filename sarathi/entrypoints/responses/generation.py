@@ -1,4 +1,4 @@
-"""One response from its queued request to its end: in one piece, as events, or in the background."""
+"""Generate one response: complete, as events, or in the background."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from sarathi.entrypoints.server.streaming import DONE, Events
 
 
 class Generation:
-    """The answer that makes a response complete. store: None where it is not to be kept."""
+    """Generates the output of one response. store: None if the response is not stored."""
 
     def __init__(
         self, outputs: Outputs, parser: AnswerParser, stream: OutputStream, stored: StoredResponse,
@@ -37,7 +37,7 @@ class Generation:
         return self.response
 
     async def events(self) -> Events:
-        """From response.created to how it ended; an error is the end too."""
+        """From response.created to the final event, which may be an error."""
         yield self._stream.event("response.created", response=self.response)
         yield self._stream.event("response.in_progress", response=self.response)
         try:
@@ -51,7 +51,7 @@ class Generation:
         yield DONE
 
     async def in_background(self) -> None:
-        """Keep what becomes of it: completed, failed, or cancelled where the task is."""
+        """Store the result: completed, failed, or cancelled with the task."""
         self._keep()
         try:
             await self.whole()
@@ -73,7 +73,7 @@ class Generation:
             yield each
 
     def _end(self, output: RequestOutput) -> Iterator[bytes]:
-        """An answer without anything in it is an empty message."""
+        """An empty output becomes an empty message."""
         status = COMPLETED if output.outputs[0].finish_reason == "stop" else INCOMPLETE
         if not self._stream.items:
             yield from self._stream.add([Text("")])

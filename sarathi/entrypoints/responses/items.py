@@ -10,8 +10,8 @@ _TEXTS = ("input_text", "output_text", "text")
 
 
 def to_messages(items: Sequence[Mapping[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
-    """The conversation. Instructions and the system messages at its beginning are one; calls that follow each other are
-    one message of the assistant; reasoning is left out. ValueError names an item that has no place in it."""
+    """The conversation. Merges instructions with leading system messages, and consecutive calls into one assistant
+    message; drops reasoning. ValueError for an item that is not supported."""
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})

@@ -1,4 +1,4 @@
-"""The output of a response: its items, and the events that tell how they grow."""
+"""The output of a response: its items and their streaming events."""
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -11,21 +11,21 @@ IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
 
 
 class OutputStream:
-    """Builds items from the parts of an answer. Every event has a number of its own, from 0 on."""
+    """Builds items from the parts of an output. Events are numbered from 0."""
 
     def __init__(self, make_call_id: Callable[[], str]) -> None:
         self.items: list[dict[str, Any]] = []
         self._make_call_id = make_call_id
-        self._kind: type[Part] | None = None  # of the item that grows
+        self._kind: type[Part] | None = None  # type of the current item
         self._sequence = 0
 
     def event(self, kind: str, **fields: Any) -> bytes:
-        """An event of the response as a whole, or of one of its items."""
+        """An event of the response or of one of its items."""
         number, self._sequence = self._sequence, self._sequence + 1
         return event({"type": kind, "sequence_number": number, **fields}, kind)
 
     def add(self, parts: Iterable[Part]) -> Iterator[bytes]:
-        """Let items grow by parts. An item goes on while parts of its kind come."""
+        """Add parts. Extends the current item while parts are of its type."""
         for part in parts:
             kind = CallBegin if isinstance(part, CallArguments) else type(part)
             if isinstance(part, CallBegin) or kind is not self._kind:
@@ -36,7 +36,7 @@ class OutputStream:
                 yield self._grow(part.text)
 
     def close(self, status: str) -> Iterator[bytes]:
-        """End the item that grows, if there is one."""
+        """End the current item, if any."""
         if self._kind is None:
             return
         item = self.items[-1]

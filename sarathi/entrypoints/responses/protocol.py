@@ -1,4 +1,4 @@
-"""Requests of the Responses API."""
+"""Request bodies of the Responses API."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ Items = list[dict[str, Any]]
 
 
 class ResponsesRequest(Body):
-    """POST /v1/responses. background: answer at once, and generate behind it; the response is retrieved later."""
+    """POST /v1/responses. background: respond at once and generate afterwards; clients poll for the result."""
 
     model: str
     input: str | Items
@@ -55,7 +55,7 @@ class ResponsesRequest(Body):
             )
         if self.truncation not in (None, "disabled"):
             raise ValueError(
-                f"truncation is {self.truncation!r}: it must be disabled, this server cuts no conversation"
+                f"truncation is {self.truncation!r}: it must be disabled, this server truncates no conversation"
             )
         for name in ("conversation", "prompt"):
             if getattr(self, name) is not None:
@@ -66,13 +66,13 @@ class ResponsesRequest(Body):
 
     @property
     def input_items(self) -> Items:
-        """The input as items; text is a message of the user."""
+        """The input as items; a string is a user message."""
         if isinstance(self.input, str):
             return [{"type": "message", "role": "user", "content": self.input}]
         return self.input
 
     def functions(self) -> list[Tool]:
-        """The tools. ValueError names what is wrong."""
+        """The tools. Raises ValueError."""
         found = []
         for number, tool in enumerate(self.tools or ()):
             if tool.get("type") != "function":
@@ -83,14 +83,14 @@ class ResponsesRequest(Body):
         return found
 
     def turn(self, model_format: ModelFormat, items: Sequence[Mapping[str, Any]]) -> Turn:
-        """The conversation of all items, the input's among them. ValueError names what does not fit."""
+        """The conversation. items: all of them, including the input. Raises ValueError."""
         tools = self.functions()
         choice, tools = _choice(self.tool_choice, tools)
         one_call = self.parallel_tool_calls is False or self.max_tool_calls == 1
         return Turn(model_format, to_messages(items, self.instructions), tools, choice, one_call, self._limit())
 
     def template_options(self, model_format: ModelFormat) -> dict[str, Any]:
-        """A model that can think does so unless the effort is none."""
+        """Enable reasoning unless the effort is none."""
         if model_format.thinks and (self.reasoning or {}).get("effort") == "none":
             return {"chat_template_kwargs": {"enable_thinking": False}}
         return {}
@@ -109,7 +109,7 @@ class ResponsesRequest(Body):
 
 
 def _choice(choice: Any, tools: list[Tool]) -> tuple[ToolChoice, list[Tool]]:
-    """The choice, and the tools that it leaves."""
+    """The choice, and the tools that it allows."""
     if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
         return read_choice(choice, tools), tools
     names = [each.get("name") for each in choice.get("tools") or () if isinstance(each, Mapping)]

@@ -15,7 +15,7 @@ _DEFAULTS = SamplingParams()
 
 
 def new_response(body: ResponsesRequest, header: Header) -> dict[str, Any]:
-    """A response whose answer has not begun, with what was asked for."""
+    """A response without output that repeats the request's settings."""
     reasoning = body.reasoning or {}
     return {
         "id": header.id, "object": "response", "created_at": header.created, "completed_at": None,
@@ -35,7 +35,7 @@ def new_response(body: ResponsesRequest, header: Header) -> dict[str, Any]:
 
 
 def finish(response: dict[str, Any], items: list[dict[str, Any]], output: RequestOutput, status: str) -> None:
-    """Note the end of the answer. output: its last one."""
+    """Fill in items, status and usage. output: the last one."""
     num_input, num_output = len(output.prompt_token_ids), output.outputs[0].num_tokens
     response["output"], response["status"], response["completed_at"] = items, status, int(time.time())
     response["usage"] = {
@@ -48,7 +48,7 @@ def finish(response: dict[str, Any], items: list[dict[str, Any]], output: Reques
 
 
 def fail(response: dict[str, Any], error: Exception) -> None:
-    """Note that the answer failed."""
+    """Fill in the error."""
     told = as_api_error(error)
     response["status"], response["error"] = "failed", {"code": told.code or told.type, "message": told.message}
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses; GET, DELETE and cancel of one; its input items."""
+"""Routes at /v1/responses: create, retrieve, delete, cancel, list input items."""
 
 import asyncio
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ router = APIRouter(tags=["OpenAI"])
 
 
 class Responses:
-    """The responses of one server. running: those in the background, by id."""
+    """The responses of one server. running: tasks of background responses, by id."""
 
     def __init__(self) -> None:
         self.store = ResponseStore()
@@ -34,7 +34,7 @@ class Responses:
         self.running[name].add_done_callback(lambda _: self.running.pop(name, None))
 
     async def cancel(self, name: str) -> None:
-        """Return when it has ended."""
+        """Cancel a background response and wait for its end."""
         task = self.running.get(name)
         if task is not None:
             task.cancel()
@@ -43,9 +43,9 @@ class Responses:
 
 @router.post("/v1/responses")
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
-    """Answer a conversation, which may go on from a response before."""
+    """Generate a response, optionally continuing a previous one."""
     context, responses = context_of(request), _responses_of(request)
-    header = Header("resp", context.check_model(body.model), f"_{context.id_mark}")
+    header = Header("resp", context.check_model(body.model), f"_{context.id_prefix}")
     history = [*_previous(responses.store, body.previous_response_id), *body.input_items]
     generation = await _submit(context, responses.store, body, header, history)
     if body.background:
@@ -58,19 +58,19 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
 
 @router.post("/v1/responses/compact", include_in_schema=False)
 async def refuse_compaction() -> Response:
-    """Status 404, as for any route that is not there; the routes of single responses would say 405."""
+    """Status 404, as for any unknown route; the routes of single responses would return 405."""
     raise APIError(404, "this server does not compact conversations: there is no route /v1/responses/compact")
 
 
 @router.get("/v1/responses/{name}")
 async def get_response(name: str, request: Request) -> Response:
-    """A response that is kept."""
+    """A stored response."""
     return json_response(_responses_of(request).store.get(name).response)
 
 
 @router.delete("/v1/responses/{name}")
 async def delete_response(name: str, request: Request) -> Response:
-    """Forget a response; one in the background is cancelled."""
+    """Delete a response; cancels it if it is running in the background."""
     responses = _responses_of(request)
     responses.store.get(name)
     await responses.cancel(name)
@@ -80,18 +80,18 @@ async def delete_response(name: str, request: Request) -> Response:
 
 @router.post("/v1/responses/{name}/cancel")
 async def cancel_response(name: str, request: Request) -> Response:
-    """End a response in the background."""
+    """Cancel a background response."""
     responses = _responses_of(request)
     stored = responses.store.get(name)
     if not stored.response["background"]:
-        raise APIError(400, f"response {name!r} is not in the background: only such a response can be cancelled")
+        raise APIError(400, f"response {name!r} is not a background response: only those can be cancelled")
     await responses.cancel(name)
     return json_response(stored.response)
 
 
 @router.get("/v1/responses/{name}/input_items")
 async def list_input_items(name: str, request: Request) -> Response:
-    """What the request had as its input."""
+    """The input items of a stored response."""
     items = [
         {"id": f"item_{number}", **item}
         for number, item in enumerate(_responses_of(request).store.get(name).input_items)
@@ -119,7 +119,7 @@ async def _encode(context: ServerContext, body: ResponsesRequest, turn: Turn) ->
 
 
 def _previous(store: ResponseStore, name: str | None) -> list[dict[str, Any]]:
-    """The items of the conversation that goes on."""
+    """The items of the previous response's conversation."""
     if name is None:
         return []
     try:
@@ -132,7 +132,7 @@ def _previous(store: ResponseStore, name: str | None) -> list[dict[str, Any]]:
 
 
 def _responses_of(request: Request) -> Responses:
-    """Made with the first request about responses; one for each application."""
+    """The application's responses, created on first use."""
     state = request.app.state
     if not hasattr(state, "responses"):
         state.responses = Responses()

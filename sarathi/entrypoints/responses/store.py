@@ -1,4 +1,4 @@
-"""Responses that clients may retrieve or go on with: the newest of them, in memory."""
+"""In-memory store of responses that clients may retrieve or continue."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _MAX_BYTES = 256 << 20
 
 @dataclass
 class StoredResponse:
-    """input_items: of the request itself. history: all items of the conversation before the output."""
+    """input_items: of this request. history: all items of the conversation before the output."""
 
     response: dict[str, Any]
     input_items: list[dict[str, Any]]
@@ -22,12 +22,12 @@ class StoredResponse:
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """The conversation up to the end of the output."""
+        """The conversation including the output."""
         return [*self.history, *self.response["output"]]
 
 
 class ResponseStore:
-    """The oldest responses go when there are too many, or too many bytes of them as JSON."""
+    """Evicts the oldest responses above max_responses, or above max_bytes of JSON."""
 
     def __init__(self, max_responses: int = _MAX_RESPONSES, max_bytes: int = _MAX_BYTES) -> None:
         self._max_responses, self._max_bytes = max_responses, max_bytes
@@ -39,7 +39,7 @@ class ResponseStore:
         return len(self._stored)
 
     def put(self, stored: StoredResponse) -> None:
-        """Keep a response, or its newer state."""
+        """Store or update a response."""
         name = stored.response["id"]
         self._drop(name)
         self._stored[name] = stored
@@ -49,13 +49,13 @@ class ResponseStore:
             self._drop(next(iter(self._stored)))
 
     def get(self, name: str) -> StoredResponse:
-        """APIError with status 404 where it is not kept (any more)."""
+        """Raises APIError with status 404 if it is not stored."""
         if name not in self._stored:
             raise APIError(404, f"Response with id {name!r} not found.", param="response_id")
         return self._stored[name]
 
     def delete(self, name: str) -> None:
-        """APIError as for `get`."""
+        """Raises the same error as `get`."""
         self.get(name)
         self._drop(name)
 

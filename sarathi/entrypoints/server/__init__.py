@@ -1,1 +1,1 @@
-"""The HTTP server apart from any API: the application, errors, event streams, health and metrics."""
+"""The parts of the HTTP server that all APIs share: application, errors, event streams, health and metrics."""

@@ -1,4 +1,4 @@
-"""Routes that change the running server, for those with an admin key: /kv/budget, /sleep, /wake_up and
+"""Routes that change the running server and need an admin key: /kv/budget, /sleep, /wake_up and
 /reset_prefix_cache."""
 
 from typing import Annotated
@@ -13,19 +13,19 @@ from sarathi.entrypoints.server.middleware import holds_key
 
 
 class BudgetRequest(BaseModel):
-    """memory_bytes: of the KV cache, summed over ranks."""
+    """memory_bytes: size of the KV cache, summed over ranks."""
 
     model_config = ConfigDict(strict=True)
     memory_bytes: Annotated[int, Field(ge=1, lt=2**62)]
 
 
 def admin_router(config: ServerConfig) -> APIRouter:
-    """Routes that refuse every request without one of the configuration's admin keys."""
+    """Routes that require one of the configured admin keys."""
     keys = [key.encode() for key in config.admin_keys()]
 
     async def check_key(request: Request) -> None:
         if not holds_key(request.headers, keys):
-            raise APIError(403, "this needs one of the keys in SARATHI_ADMIN_KEYS", code="admin_key_needed")
+            raise APIError(403, "this route requires one of the keys in SARATHI_ADMIN_KEYS", code="admin_key_needed")
 
     router = APIRouter(tags=["admin"], dependencies=[Depends(check_key)])
     router.add_api_route("/kv/budget", set_budget, methods=["POST"])
@@ -36,7 +36,7 @@ def admin_router(config: ServerConfig) -> APIRouter:
 
 
 async def set_budget(body: BudgetRequest, request: Request) -> Response:
-    """Shrink or grow the KV cache; requests wait or are preempted where there is less."""
+    """Resize the KV cache. If it shrinks, requests wait or are preempted."""
     try:
         await context_of(request).llm.set_cache_budget(body.memory_bytes)
     except ValueError as error:
@@ -45,7 +45,7 @@ async def set_budget(body: BudgetRequest, request: Request) -> Response:
 
 
 async def sleep(request: Request, level: int = 1) -> Response:
-    """Give memory back to the system; requests wait. level: 1: of the KV cache; 2: of the weights too."""
+    """Release memory while requests wait. level: 1: the KV cache; 2: the KV cache and the weights."""
     try:
         await context_of(request).llm.sleep(level)
     except ValueError as error:
@@ -54,16 +54,16 @@ async def sleep(request: Request, level: int = 1) -> Response:
 
 
 async def wake_up(request: Request) -> Response:
-    """Take the memory again, and go on with the requests."""
+    """Allocate the memory again and resume the requests."""
     try:
         await context_of(request).llm.wake_up()
     except ValueError as error:
-        raise APIError(500, f"the server goes on sleeping: {error}", "server_error") from None
+        raise APIError(500, f"the server is still asleep: {error}", "server_error") from None
     return Response()
 
 
 async def reset_prefix_cache(request: Request) -> Response:
-    """Forget the tokens of ended requests, as after a change of weights."""
+    """Drop the cached prefixes, for example after the weights changed."""
     if not await context_of(request).llm.reset_prefix_cache():
-        raise APIError(409, "a request has not ended: try again when none is running")
+        raise APIError(409, "requests are running: try again when all have finished")
     return Response()

@@ -1,4 +1,4 @@
-"""The application: routers of the APIs over one context, behind the middleware."""
+"""The ASGI application: the routers of all APIs, one context, and the middleware in front."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ from sarathi.entrypoints.server import health, page
 from sarathi.entrypoints.server.admin import admin_router
 from sarathi.entrypoints.server.context import ServerContext
 from sarathi.entrypoints.server.errors import APIFamily, add_error_handlers
-from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, ErrorForms, RequestId
+from sarathi.entrypoints.server.middleware import ApiKeys, BodyLimit, ErrorFormats, RequestId
 
 
 def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[APIRouter]) -> FastAPI:
-    """An application with the routes about the server itself, and `routers`."""
+    """An application with `routers` and the routes about the server itself."""
     app = FastAPI(
         title="sarathi", version=__version__, description="Language models over OpenAI-compatible HTTP.",
         middleware=_middleware(config, routers),
@@ -30,16 +30,16 @@ def create_app(context: ServerContext, config: ServerConfig, routers: Sequence[A
 
 
 def with_middleware(app: ASGIApp, config: ServerConfig, routers: Sequence[APIRouter]) -> ASGIApp:
-    """An application that has no middleware, behind that of `create_app`. routers: of the APIs that it answers for."""
+    """Wrap `app` in the middleware of `create_app`. routers: of the APIs that the application serves."""
     for each in reversed(_middleware(config, routers)):
         app = each.cls(app, *each.args, **each.kwargs)
     return app
 
 
 def _middleware(config: ServerConfig, routers: Sequence[APIRouter]) -> list[Middleware]:
-    """The outermost first."""
+    """Outermost first."""
     families = [each for each in routers if isinstance(each, APIFamily)]
-    layers = [Middleware(ErrorForms, families=families), Middleware(RequestId)]
+    layers = [Middleware(ErrorFormats, families=families), Middleware(RequestId)]
     if origins := config.origins():
         layers.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
     if keys := config.api_keys():

@@ -1,4 +1,4 @@
-"""What every route needs: the engine and the names of its model."""
+"""State that all routes share: the engine and the names of its model."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from sarathi.entrypoints.server.metrics import ServerMetrics
 class ServerContext:
     """One for each application.
 
-    model_names: what clients may call the model, the main name first. root: the model as it was loaded.
+    model_names: names that clients may use for the model, the main one first. root: the model that was loaded.
     model_format: how the model writes tool calls and reasoning.
-    request_timeout_s: that a request may take; None: any time.
-    id_mark: what the ids of responses begin with, so that others find the process that keeps them.
-    is_draining: whether new requests are refused because the server ends.
+    request_timeout_s: time limit of a request; None: no limit.
+    id_prefix: prefix of response ids, by which the gateway finds the process that stores a response.
+    is_draining: whether the server is shutting down and refuses new requests.
     """
 
     llm: AsyncLLM
@@ -29,7 +29,7 @@ class ServerContext:
     metrics: ServerMetrics
     model_format: ModelFormat
     request_timeout_s: float | None = None
-    id_mark: str = ""
+    id_prefix: str = ""
     created_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
 
@@ -43,13 +43,13 @@ class ServerContext:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """APIError where the model has none."""
+        """Raises APIError if the model has none."""
         if self.llm.tokenizer is None:
             raise APIError(400, "this model has no tokenizer: send prompts as token ids to /v1/completions")
         return self.llm.tokenizer
 
     def check_model(self, name: str | None) -> str:
-        """The name that the answer has. APIError with status 404 where it is another model's."""
+        """The model name for the response. APIError with status 404 if this server does not serve it."""
         if name is not None and name not in self.model_names:
             message = f"The model {name!r} does not exist: this server has {', '.join(self.model_names)}"
             raise APIError(404, message, param="model", code="model_not_found")

@@ -1,4 +1,4 @@
-"""Errors as clients see them: a status, and a JSON object in OpenAI's form or in that of the API whose route it is."""
+"""Error responses: an HTTP status and a JSON object in the format of the API that the route belongs to."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ _SAMPLING_FIELDS = frozenset(each.name for each in fields(SamplingParams))
 
 @dataclass
 class APIError(Exception):
-    """status: of HTTP. type, param, code: as OpenAI's errors have them."""
+    """status: HTTP status. type, param, code: fields of OpenAI's error object."""
 
     status: int
     message: str
@@ -39,11 +39,11 @@ class APIError(Exception):
     headers: Mapping[str, str] | None = None
 
     def body(self) -> dict[str, Any]:
-        """The JSON object of the answer in OpenAI's form."""
+        """The JSON object in OpenAI's format."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self, form: "ErrorBody | None" = None) -> Response:
-        """The answer. form: what makes its JSON object; None: OpenAI's."""
+        """The HTTP response. form: builds its JSON object; None: OpenAI's format."""
         content = msgspec.json.encode(self.body() if form is None else form(self))
         return Response(content, self.status, self.headers, media_type="application/json")
 
@@ -52,7 +52,7 @@ ErrorBody = Callable[[APIError], dict[str, Any]]
 
 
 class APIFamily(APIRouter):
-    """Routes at a path and below it, whose errors have a form of their own, wherever they come from."""
+    """Routes at or below a path, with an error format of their own, also for errors of the middleware."""
 
     def __init__(self, path: str, error_body: ErrorBody, **settings: Any) -> None:
         super().__init__(**settings)
@@ -60,21 +60,21 @@ class APIFamily(APIRouter):
         self.error_body = error_body
 
     def has(self, path: str) -> bool:
-        """Whether a path is one of the family's, also where no route has it."""
+        """Whether a path belongs to the family, even if no route matches it."""
         return path == self.path or path.startswith(f"{self.path}/")
 
 
 class RequestFailedError(RuntimeError):
-    """The engine ended one request alone, for what its message says."""
+    """The engine failed this request; others continue. The message is the reason."""
 
 
 class ClientDisconnectedError(ConnectionError):
-    """Nobody reads the answer any more."""
+    """The client closed its connection before the response was complete."""
 
 
 @contextmanager
 def user_errors(prompt_field: str, max_model_len: int) -> Iterator[None]:
-    """ValueErrors become answers with status 400. prompt_field: the name of what may be too long."""
+    """Turn ValueErrors into status 400. prompt_field: the field to name if the prompt is too long."""
     try:
         yield
     except RequestTooLongError as error:
@@ -86,14 +86,14 @@ def user_errors(prompt_field: str, max_model_len: int) -> Iterator[None]:
 
 
 def check_not_failed(output: RequestOutput) -> None:
-    """RequestFailedError where a completion ended with finish reason "error"."""
+    """Raise RequestFailedError if a completion ended with finish reason "error"."""
     for each in output.outputs:
         if each.finish_reason == "error":
             raise RequestFailedError(f"the request failed: {each.stop_reason}")
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What a client is told about any exception. One that nobody expected is logged, and only its type is told."""
+    """The client's view of any exception. An unexpected one is logged, and the client sees only its type."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, OverloadedError):
@@ -114,12 +114,12 @@ def as_api_error(error: Exception) -> APIError:
 
 
 def error_response(error: APIError, scope: Scope) -> Response:
-    """The answer to a request, in the form of the family that its path belongs to, else in OpenAI's."""
+    """The error response in the format of the family that the request's path belongs to, else in OpenAI's."""
     return error.response(scope.get(ERROR_BODY))
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Errors of every route, of the router and of validation become answers."""
+    """Turn errors of routes, of routing and of validation into error responses."""
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     for kind in (APIError, *_EXPECTED, Exception):
@@ -151,13 +151,13 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 
 def _invalid_request(error: RequestValidationError) -> APIError:
-    """All problems of the first field that has one."""
+    """All problems of the first invalid field."""
     problems = error.errors()
     first = problems[0]
     source, *path = first["loc"]
     if first["type"] == "json_invalid":
-        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at {path[0]}")
-    if first["type"] == "value_error":  # raised by a validator of ours, with its whole message
+        return APIError(400, f"the body is not JSON: {first['ctx']['error']} at {path[0]}")
+    if first["type"] == "value_error":  # from our own validators, which write the whole message
         message = str(first["ctx"]["error"])
         return APIError(400, message, param=_named_field(message, error.body))
     if not path:
@@ -171,13 +171,13 @@ def _invalid_request(error: RequestValidationError) -> APIError:
 
 
 def _named_field(message: str, body: Any) -> str | None:
-    """The field of the body that a message begins with."""
+    """The field of the body that the message starts with, if any."""
     field = message.partition(" ")[0]
     return field if isinstance(body, Mapping) and field in body else None
 
 
 def _describe(field: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
-    """problems: of the value, or of what it holds; several where a value of several types is allowed."""
+    """problems: of the value or of its parts; one for each type that the field allows."""
     subjects = ["it" if each["input"] is value else f"{short_repr(each['input'])} in it" for each in problems]
     messages = [each["msg"].replace("Input", subject, 1) for subject, each in zip(subjects, problems, strict=True)]
     return f"{field} is {short_repr(value)}: {', or '.join(dict.fromkeys(messages))}"

@@ -13,14 +13,14 @@ router = APIRouter(tags=["server"])
 @router.get("/ping")
 @router.post("/ping")
 async def get_health(request: Request) -> Response:
-    """200 while the engine's process lives, 503 after that."""
+    """200 while the engine process is alive, else 503."""
     error = context_of(request).llm.error
     return Response() if error is None else error_response(as_api_error(error), request.scope)
 
 
 @router.get("/ready")
 async def get_ready(request: Request) -> Response:
-    """200 while new requests are taken; 503 where the engine is dead or the server is draining."""
+    """200 while the server accepts requests; 503 if the engine is dead or the server is draining."""
     if context_of(request).is_draining:
         raise APIError(503, "the server is draining", "service_unavailable_error", code="draining")
     return await get_health(request)
@@ -33,13 +33,13 @@ async def get_version() -> dict[str, str]:
 
 @router.get("/load")
 async def get_load(request: Request) -> dict[str, int]:
-    """Requests under way, as vLLM names them."""
+    """Number of requests in the server, under vLLM's name."""
     return {"server_load": context_of(request).llm.num_unfinished}
 
 
 @router.get("/metrics")
 async def get_metrics(request: Request) -> Response:
-    """Metrics in the format of Prometheus. Those of the engine's process are left as they were where it is silent."""
+    """Metrics in Prometheus's text format. If the engine process does not respond, its last values are repeated."""
     context = context_of(request)
     await context.metrics.refresh(context.llm)
     content, media_type = context.metrics.expose()

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: of requests as their outputs pass, of the engine's process when they are asked for."""
+"""Prometheus metrics: request metrics are updated with each output, engine metrics at each scrape."""
 
 import asyncio
 import time
@@ -24,30 +24,39 @@ _GAUGES: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
     "num_requests_running": ("Requests that hold memory", lambda stats: stats.num_running),
     "num_requests_waiting": ("Requests in the scheduler's queue", lambda stats: stats.num_waiting),
     "kv_cache_usage_perc": (
-        "Share of the KV cache that requests have, 0 to 1",
+        "Fraction of the KV cache that requests use, 0 to 1",
         lambda stats: stats.used_rows / max(stats.total_rows, 1),
     ),
     "prefix_cache_retained_rows": (
-        "Rows of ended requests alone, which requests get as they need them",
+        "Rows that only finished requests hold; reclaimed on demand",
         lambda stats: stats.prefixes.num_retained_rows,
     ),
-    "kv_cache_reserved_bytes": ("Virtual addresses of the KV cache", lambda stats: stats.memory.reserved_bytes),
+    "kv_cache_reserved_bytes": ("Virtual address space of the KV cache", lambda stats: stats.memory.reserved_bytes),
     "kv_cache_created_bytes": ("Physical memory of the KV cache", lambda stats: stats.memory.created_bytes),
-    "kv_cache_mapped_bytes": ("Physical memory at some address", lambda stats: stats.memory.mapped_bytes),
+    "kv_cache_mapped_bytes": ("Physical memory that is mapped", lambda stats: stats.memory.mapped_bytes),
     "kv_cache_pooled_bytes": (
-        "Mapped memory that no request has now",
+        "Mapped memory that no request uses",
         lambda stats: stats.memory.idle_bytes,
     ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
-    "num_preemptions": ("Preemptions of requests", lambda stats: stats.num_preemptions),
+    "num_preemptions": ("Preempted requests", lambda stats: stats.num_preemptions),
     "kv_cache_mapping_seconds": ("Seconds spent in calls that map memory", lambda stats: stats.memory.driver_s),
     "kv_cache_mapping_calls": ("Calls that map memory", lambda stats: stats.memory.driver_calls),
-    "prefix_cache_queries": ("Tokens looked for in the cache", lambda stats: stats.prefixes.num_queried_tokens),
-    "prefix_cache_hits": ("Tokens found in the cache", lambda stats: stats.prefixes.num_hit_tokens),
-    "prefix_cache_mapped_tokens": ("Tokens shared by mapping", lambda stats: stats.prefixes.num_mapped_tokens),
-    "prefix_cache_copied_tokens": ("Tokens shared by copying", lambda stats: stats.prefixes.num_copied_tokens),
-    "prefix_cache_evicted_rows": ("Rows taken from ended requests", lambda stats: stats.prefixes.num_evicted_rows),
+    "prefix_cache_queries": (
+        "Tokens looked up in the prefix cache",
+        lambda stats: stats.prefixes.num_queried_tokens,
+    ),
+    "prefix_cache_hits": ("Tokens found in the prefix cache", lambda stats: stats.prefixes.num_hit_tokens),
+    "prefix_cache_mapped_tokens": (
+        "Cached tokens shared by mapping",
+        lambda stats: stats.prefixes.num_mapped_tokens,
+    ),
+    "prefix_cache_copied_tokens": ("Cached tokens shared by copying", lambda stats: stats.prefixes.num_copied_tokens),
+    "prefix_cache_evicted_rows": (
+        "Rows taken from finished requests",
+        lambda stats: stats.prefixes.num_evicted_rows,
+    ),
     "steps_waited_for_page": ("Steps that waited for a page", lambda stats: stats.memory.steps_waited),
 }
 
@@ -55,8 +64,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[CoreStats], float]]] = {
 class ServerMetrics:
     """All metrics of one model, in a registry of their own.
 
-    folder: where several processes count together, as PROMETHEUS_MULTIPROC_DIR named it when prometheus_client was
-    imported; each tells the counts of all. None: this process counts alone.
+    folder: PROMETHEUS_MULTIPROC_DIR when prometheus_client was imported: several API processes add up their counts
+    there, and each of them exposes the sums. None: only this process counts.
     """
 
     def __init__(self, model_name: str, folder: Path | None = None) -> None:
@@ -65,10 +74,10 @@ class ServerMetrics:
         self._model_name = model_name
         self._core = _CoreCollector(model_name)
         self.registry.register(self._core)
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts whose first token is there")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, counted at the first output token")
         self._generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self._finished = Counter(
-            f"{_PREFIX}request_success", "Completions by how they ended", ("model_name", "finished_reason"),
+            f"{_PREFIX}request_success", "Finished completions by finish reason", ("model_name", "finished_reason"),
             registry=self.registry,
         )  # fmt: skip
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token")
@@ -82,7 +91,7 @@ class ServerMetrics:
         """Tokens of prompts and of outputs so far."""
 
     def observe(self, output: RequestOutput) -> None:
-        """Take in an output of a request, at the time it came."""
+        """Record an output of a request at the current time."""
         now_s = time.monotonic()
         num_tokens = sum([each.num_tokens for each in output.outputs])
         progress = self._progress.get(output.request_id)
@@ -99,14 +108,14 @@ class ServerMetrics:
             self._observe_end(output)
 
     async def refresh(self, llm: AsyncLLM) -> None:
-        """Ask the engine's process for its numbers, for at most two seconds."""
+        """Fetch the statistics of the engine process; waits at most two seconds."""
         try:
             self._core.stats = await asyncio.wait_for(llm.stats(), _STATS_TIMEOUT_S)
         except (CoreDiedError, asyncio.TimeoutError):
             return
 
     def expose(self) -> tuple[bytes, str]:
-        """The metrics as text, and its content type."""
+        """The metrics as text, and the content type."""
         registry = self.registry
         if self._folder is not None:
             registry = _shared_registry(self._folder)
@@ -147,7 +156,7 @@ class ServerMetrics:
 
 
 class SharedCounts:
-    """What the processes that count in one folder have counted together."""
+    """Sums of the counters of all processes that share a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._registry = _shared_registry(folder)
@@ -175,7 +184,7 @@ class _Progress:
 
 
 class _CoreCollector(Collector):
-    """The last numbers of the engine's process."""
+    """The last statistics of the engine process."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name

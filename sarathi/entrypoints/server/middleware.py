@@ -1,4 +1,4 @@
-"""What stands before every route: request ids, API keys, and limits of the body."""
+"""Middleware: request ids, error formats, API keys, and limits on the body."""
 
 import asyncio
 import hmac
@@ -16,7 +16,7 @@ _MOST_ID_CHARACTERS = 128
 
 
 class RequestId:
-    """Gives back the x-request-id of a request, or a new one."""
+    """Returns the request's x-request-id header, or a new id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,8 +36,8 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
-class ErrorForms:
-    """Decides by the path in which form the errors of a request are told, wherever they come from."""
+class ErrorFormats:
+    """Chooses the error format of a request by its path, for errors of routes and of middleware."""
 
     def __init__(self, app: ASGIApp, families: Sequence[APIFamily]) -> None:
         self._app = app
@@ -51,7 +51,7 @@ class ErrorForms:
 
 
 class ApiKeys:
-    """Status 401 without one of the keys, as a bearer token or as x-api-key, but on the open paths."""
+    """Status 401 for requests without a valid key, as bearer token or x-api-key, except on the open paths."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -67,14 +67,14 @@ class ApiKeys:
 
 
 def holds_key(headers: Headers, keys: Sequence[bytes]) -> bool:
-    """Whether a request brings one of the keys. The time does not depend on which, or on how much of it is right."""
+    """Whether the request has one of the keys. Compares in constant time."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode()
     return sum(hmac.compare_digest(given, key) for key in keys) > 0
 
 
 class BodyLimit:
-    """Status 413 for a body of more bytes, 408 for one that does not arrive in time."""
+    """Status 413 for a body above max_bytes, 408 for one that does not arrive within timeout_s."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The web page at /: a chat, beside it the KV cache and latencies; and the numbers that it shows."""
+"""The web page at /: a chat beside charts of the KV cache and latencies, and the statistics behind them."""
 
 from functools import cache
 from importlib.resources import files
@@ -16,16 +16,16 @@ _POLICY = (
 
 @router.get("/", include_in_schema=False)
 async def get_page() -> Response:
-    """One file without external parts, which may talk to this server alone."""
+    """One self-contained file; its content security policy allows connections to this server only."""
     headers = {"Content-Security-Policy": _POLICY, "X-Frame-Options": "DENY"}
     return Response(_page(), media_type="text/html; charset=utf-8", headers=headers)
 
 
 @router.get("/stats")
 async def get_stats(request: Request) -> dict[str, Any]:
-    """Queues and memory now. Rows are pages at the same offset of every region, or blocks.
+    """Current queues and memory. A row is a page at the same offset of every region, or a block.
 
-    retained: of ended requests, for prompts that begin alike. pooled: mapped for no request, retained or not.
+    retained: rows of finished requests kept as cached prefixes. pooled: mapped rows of no request.
     """
     context = context_of(request)
     stats, facts = await context.llm.stats(), context.llm.facts

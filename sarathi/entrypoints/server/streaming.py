@@ -1,4 +1,4 @@
-"""Answers that end with their client: server-sent events, and work that a closed connection cancels."""
+"""Responses that are cancelled when the client disconnects: server-sent events, and single responses."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -23,7 +23,7 @@ def event(content: Any, name: str | None = None) -> bytes:
 
 
 def openai_error_event(error: Exception) -> bytes:
-    """The last event of a stream that failed, in OpenAI's form."""
+    """The last event of a failed stream, in OpenAI's format."""
     return event(as_api_error(error).body())
 
 
@@ -33,7 +33,7 @@ def json_response(content: Any) -> Response:
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled where the client closes its connection first."""
+    """The result of `work`. Cancels it if the client disconnects first."""
     task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -54,7 +54,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come. An exception becomes the last event; a closed connection closes the generator."""
+    """Sends events as they arrive. An exception becomes the last event; a disconnect closes the generator."""
 
     media_type = "text/event-stream"
 

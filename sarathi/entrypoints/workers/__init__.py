@@ -1,1 +1,1 @@
-"""Several API processes over one engine: a supervisor, and the processes that it keeps running."""
+"""Several API processes over one engine: a supervisor and its worker processes."""

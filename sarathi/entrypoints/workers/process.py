@@ -1,4 +1,4 @@
-"""An API process as its supervisor sees it."""
+"""The supervisor's handle of an API process."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ _READ_BYTES = 4096
 
 
 class WorkerProcess:
-    """A process that was started; it ends when it is asked to, fails, or is silent for too long."""
+    """A started process; it ends on request, on failure, or is killed when its heartbeats stop."""
 
     def __init__(self, process: Process, name: str) -> None:
         self.name = name
@@ -24,7 +24,7 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, setup: WorkerSetup) -> "WorkerProcess":
-        """Return at once. A session of its own keeps Ctrl-C of the terminal from it."""
+        """Returns at once. The process gets its own session, so Ctrl-C in the terminal does not reach it."""
         env = {
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             _METRICS_VARIABLE: str(setup.metrics_folder),
@@ -38,13 +38,13 @@ class WorkerProcess:
         return cls(process, setup.name)
 
     async def wait_until_ready(self) -> bool:
-        """Whether it takes connections; False where it ended instead."""
+        """True once it accepts connections; False if it ended before."""
         assert self._process.stdout is not None
         self.is_ready = READY in await self._process.stdout.read(1)
         return self.is_ready
 
     async def wait(self, silence_s: float) -> int:
-        """Its exit code. It is killed when it gives no sign of life for so long."""
+        """Its exit code. Kills it if no heartbeat arrives for silence_s."""
         assert self._process.stdout is not None
         with suppress(asyncio.TimeoutError):
             while await asyncio.wait_for(self._process.stdout.read(_READ_BYTES), silence_s):
@@ -52,7 +52,7 @@ class WorkerProcess:
         return await self._ended()
 
     def terminate(self) -> None:
-        """Ask it to drain."""
+        """Make it drain."""
         with suppress(ProcessLookupError):
             self._process.terminate()
 
@@ -61,7 +61,7 @@ class WorkerProcess:
             self._process.kill()
 
     async def _ended(self) -> int:
-        """At the end of its output it has closed it or was silent: either way it goes."""
+        """Its exit code. Kills it unless it ends by itself within a second."""
         try:
             return await asyncio.wait_for(self._process.wait(), 1.0)
         except asyncio.TimeoutError:

@@ -1,4 +1,4 @@
-"""What a supervisor hands to each API process, and what it hears of it."""
+"""Messages between the supervisor and an API process."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,15 +8,15 @@ from sarathi.config.schema import EngineConfig
 from sarathi.config.server import ServerConfig
 
 READY, ALIVE = b"r", b"."
-"""Written to the supervisor: once when the process takes connections, then every BEAT_S."""
+"""Sent to the supervisor when the process accepts connections, then every BEAT_S as a heartbeat."""
 BEAT_S = 0.5
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """name: of its link to the core. core_folder: of the core's sockets. core_life: see `CoreConnection`.
+    """name: of its connection to the core. core_folder: of the core's sockets. core_life: see `CoreConnection`.
 
-    port: where the supervisor's socket keeps the address. metrics_folder: where all processes count.
+    port: of the server, reserved by the supervisor's socket. metrics_folder: of the shared counters.
     """
 
     engine: EngineConfig
@@ -29,7 +29,7 @@ class WorkerSetup:
 
 
 def share_of(config: ServerConfig, count: int) -> ServerConfig:
-    """The limits of one of `count` processes: an equal part of each, rounded up. The load is logged for all."""
+    """The limits of one of `count` processes: an equal share, rounded up. Only the supervisor logs status lines."""
 
     def part(limit: int | None) -> int | None:
         return None if limit is None else math.ceil(limit / count)

@@ -1,6 +1,6 @@
-"""`sarathi serve --api-workers N`: this process owns the address, the signals and the core; N others answer HTTP.
+"""`sarathi serve --api-workers N`: this process owns the address, the signals and the core; N others serve HTTP.
 
-An API process that dies or hangs is replaced, and its requests leave the core. SIGTERM drains all of them.
+An API process that dies or hangs is replaced, and its requests are aborted. SIGTERM drains all of them.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from sarathi.engine.build import build_core, build_tokenizer
 from sarathi.engine.core_process.client import CoreProcess
 from sarathi.engine.core_process.link import CoreDiedError
 from sarathi.entrypoints.server.metrics import SharedCounts
-from sarathi.entrypoints.server.process.end import DEATH_NOTICE_S, End
 from sarathi.entrypoints.server.process.lifecycle import DIED
 from sarathi.entrypoints.server.process.listener import bind, share, url_of
 from sarathi.entrypoints.server.process.log import status_lines
+from sarathi.entrypoints.server.process.shutdown import DEATH_NOTICE_S, Shutdown
 from sarathi.entrypoints.workers.process import WorkerProcess
 from sarathi.entrypoints.workers.setup import WorkerSetup, share_of
 from sarathi.messages import CoreOutput
@@ -31,34 +31,34 @@ from sarathi.messages import CoreOutput
 logger = logging.getLogger(__name__)
 _MAX_FAILED_STARTS = 3
 _RETRY_S = 0.5
-_FAREWELL_S = 10.0  # beyond the time that requests have to end
+_GRACE_S = 10.0  # beyond the time for requests to finish
 
 
 class WorkerStartError(RuntimeError):
-    """An API process ended again and again while it started."""
+    """API processes repeatedly ended while starting."""
 
 
 async def serve(engine: EngineConfig, config: ServerConfig, count: int) -> int:
-    """Serve until a signal ends the server, or the engine dies; the exit code. OSError where the port is taken."""
-    end = End()
+    """Serve until a signal arrives or the engine dies; returns the exit code. OSError if the port is in use."""
+    shutdown = Shutdown()
     with ExitStack() as resources:
         listener = resources.enter_context(bind(config.host, config.port))
         share(listener)
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="sarathi-metrics-")))
-        service = await end.unless_requested(Supervisor.start(engine, config, count, listener, folder))
+        service = await shutdown.unless_requested(Supervisor.start(engine, config, count, listener, folder))
         if service is None:
             return 0
         try:
             print(f"{config.model_names(engine.model.model)[0]} is served on {url_of(listener)}", flush=True)
             with status_lines(service.core.stats, SharedCounts(folder), config.log_interval_s):
-                await service.run_until_ended(end)
+                await service.run_until_ended(shutdown)
         finally:
             await service.close()
     return DIED if service.core.error else 0
 
 
 class Supervisor:
-    """A core, and the API processes over it."""
+    """An engine core and its API processes."""
 
     def __init__(self, core: CoreProcess, setup: WorkerSetup, count: int) -> None:
         self.core = core
@@ -74,8 +74,8 @@ class Supervisor:
     async def start(
         cls, engine: EngineConfig, config: ServerConfig, count: int, listener: socket.socket, metrics_folder: Path
     ) -> "Supervisor":
-        """Return when all processes take connections."""
-        await asyncio.to_thread(build_tokenizer, engine)  # what is wrong with the model's name is told once
+        """Return when all processes accept connections."""
+        await asyncio.to_thread(build_tokenizer, engine)  # reports a wrong model name once, not from each process
         life, held = os.pipe()
         try:
             core = await CoreProcess.start(partial(build_core, engine), config.heartbeat_timeout_s, pass_fds=[held])
@@ -94,10 +94,10 @@ class Supervisor:
     async def wait_until_dead(self) -> None:
         await self._died.wait()
 
-    async def run_until_ended(self, end: End) -> None:
-        """Until the end is requested and requests have ended, or the core has died and its death was told. Raises
+    async def run_until_ended(self, shutdown: Shutdown) -> None:
+        """Run until a signal arrived and requests are drained, or the core is dead and clients were told. Raises
         WorkerStartError."""
-        died, ended = asyncio.create_task(self._died.wait()), asyncio.create_task(end.wait())
+        died, ended = asyncio.create_task(self._died.wait()), asyncio.create_task(shutdown.wait())
         done, _ = await asyncio.wait((died, ended, *self._places), return_when=asyncio.FIRST_COMPLETED)
         for task in (died, ended):
             task.cancel()
@@ -106,17 +106,17 @@ class Supervisor:
         if not self._died.is_set():
             await self.drain(self._setup.server.shutdown_timeout_s)
         else:
-            await asyncio.wait(self._places, timeout=DEATH_NOTICE_S + _FAREWELL_S)
+            await asyncio.wait(self._places, timeout=DEATH_NOTICE_S + _GRACE_S)
 
     async def drain(self, timeout_s: float) -> None:
-        """Ask every process to drain, and return when they have ended."""
+        """Make every process drain, and wait until all have ended."""
         self._is_ending = True
         for worker in self._workers.values():
             worker.terminate()
-        await asyncio.wait(self._places, timeout=timeout_s + _FAREWELL_S)
+        await asyncio.wait(self._places, timeout=timeout_s + _GRACE_S)
 
     async def close(self) -> None:
-        """End what is left."""
+        """End the remaining processes."""
         self._is_ending = True
         for place in self._places:
             place.cancel()
@@ -126,7 +126,7 @@ class Supervisor:
         os.close(self._setup.core_life)
 
     def kill(self) -> None:
-        """End all processes at once."""
+        """Kill all processes."""
         for worker in self._workers.values():
             worker.kill()
         self.core.kill()
@@ -142,7 +142,7 @@ class Supervisor:
             raise self.core.error
 
     async def _keep(self, place: int) -> None:
-        """Keep one process running."""
+        """Restart a process whenever it ends."""
         num_failed = 0
         while not self._is_ending and self.core.error is None:
             worker = await self._start_one(place)
@@ -152,11 +152,11 @@ class Supervisor:
             if num_failed == _MAX_FAILED_STARTS:
                 raise WorkerStartError(f"an API process ended with exit code {code} while it started")
             if not self._is_ending and self.core.error is None:
-                logger.warning("an API process ended with exit code %d: another one is started", code)
+                logger.warning("an API process ended with exit code %d: starting another one", code)
                 await asyncio.sleep(_RETRY_S)
 
     async def _start_one(self, place: int) -> WorkerProcess:
-        """It has started, or has ended meanwhile."""
+        """A process that is ready, or has ended while starting."""
         self._num_started += 1
         worker = await WorkerProcess.start(replace(self._setup, name=f"api{self._num_started}-"))
         self._workers[place] = worker
@@ -165,7 +165,7 @@ class Supervisor:
             self._all_ready.set()
         return worker
 
-    # What the core tells: this process has no requests.
+    # Callbacks of the core: this process has no requests.
 
     def on_outputs(self, output: CoreOutput) -> None: ...
 

@@ -1,6 +1,6 @@
-"""One API process: started by the supervisor, it joins the core and answers HTTP; ends with either of them.
+"""One API process: connects to the core and serves HTTP; ends with the supervisor or the core.
 
-Setup comes on standard input, which stays open as long as the supervisor lives. Signs of life go to standard output.
+Setup arrives on standard input, which is open while the supervisor lives. Heartbeats go to standard output.
 """
 
 import asyncio
@@ -16,16 +16,16 @@ from sarathi.engine.core_process.connection import CoreConnection
 from sarathi.entrypoints.routers import ROUTERS
 from sarathi.entrypoints.server.app import create_app
 from sarathi.entrypoints.server.process.connections import HttpServer, make_http_server
-from sarathi.entrypoints.server.process.end import End, run_until_ended
 from sarathi.entrypoints.server.process.lifecycle import DIED
 from sarathi.entrypoints.server.process.listener import bind
 from sarathi.entrypoints.server.process.service import EngineService, Observe, StartEngine
+from sarathi.entrypoints.server.process.shutdown import Shutdown, run_until_ended
 from sarathi.entrypoints.workers.setup import ALIVE, BEAT_S, READY, WorkerSetup
 from sarathi.parent_death import continue_without_parent
 
 
 def main() -> None:
-    """The process; its exit code is that of a server."""
+    """Run the process."""
     import uvloop
 
     continue_without_parent()
@@ -34,9 +34,11 @@ def main() -> None:
 
 
 async def _serve(setup: WorkerSetup) -> int:
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, DIED)  # the supervisor is gone
-    end, config = End(), setup.server
-    service = await end.unless_requested(EngineService.start(setup.engine, config, _join(setup), setup.metrics_folder))
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, DIED)  # end of input: the supervisor died
+    shutdown, config = Shutdown(), setup.server
+    service = await shutdown.unless_requested(
+        EngineService.start(setup.engine, config, _join(setup), setup.metrics_folder)
+    )
     if service is None:
         return 0
     llm = service.context.llm
@@ -44,7 +46,7 @@ async def _serve(setup: WorkerSetup) -> int:
     with bind(config.host, setup.port, shared=True) as listener:
         beating = asyncio.create_task(_beat(server))
         try:
-            await run_until_ended(server, listener, service, end, config.shutdown_timeout_s)
+            await run_until_ended(server, listener, service, shutdown, config.shutdown_timeout_s)
         finally:
             beating.cancel()
             await llm.shutdown()
@@ -52,7 +54,7 @@ async def _serve(setup: WorkerSetup) -> int:
 
 
 def _join(setup: WorkerSetup) -> StartEngine:
-    """Joins the core in place of starting one, whose death the supervisor watches for."""
+    """Connects to the running core. The supervisor watches for the core's death."""
 
     async def join(
         config: EngineConfig, *, heartbeat_timeout_s: float, limits: QueueLimits, observe: Observe

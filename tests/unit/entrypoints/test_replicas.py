@@ -21,7 +21,7 @@ from sarathi.entrypoints.replicas.exchange import CURRENT, Exchange
 from sarathi.entrypoints.replicas.gateway import Gateway, ReplicaLostError
 from sarathi.entrypoints.replicas.merge import merge_metrics
 from sarathi.entrypoints.replicas.messages import Begun, ForwardedRequest, Head, Piece, WholeAnswer
-from sarathi.entrypoints.replicas.prefix import BLOCK_BYTES, response_mark, routing_of
+from sarathi.entrypoints.replicas.prefix import BLOCK_BYTES, response_prefix, routing_of
 from sarathi.entrypoints.server.app import with_middleware
 from sarathi.entrypoints.workers.setup import share_of
 
@@ -65,7 +65,7 @@ def test_token_ids_and_texts_have_prefixes_and_broken_bodies_have_none() -> None
 
 
 def test_the_id_of_a_response_names_its_replica() -> None:
-    name = f"resp_{response_mark('ab12')}0123"
+    name = f"resp_{response_prefix('ab12')}0123"
     assert routing_of(f"/v1/responses/{name}/cancel", b"")[1] == "ab12"
     body = json.dumps({"input": "go on", "previous_response_id": name}).encode()
     assert routing_of("/v1/responses", body)[1] == "ab12"
@@ -247,7 +247,7 @@ def test_a_stream_that_has_begun_ends_with_an_error_of_its_api(ask, path: str) -
     answer = ask(script, path)
     assert answer.status_code == 200 and len(script.requests) == 1
     assert answer.text.startswith("data: 1\n\ndata: 2\n\n")
-    [last] = [line for line in answer.text.splitlines() if "engine that had the request was lost" in line]
+    [last] = [line for line in answer.text.splitlines() if "engine that served the request died" in line]
     told = json.loads(last.removeprefix("data: "))
     if path == "/v1/messages":
         assert (
@@ -264,7 +264,7 @@ def test_a_whole_answer_that_has_begun_becomes_an_error(ask, path: str) -> None:
     script = Script([Begun(), LOST], [])
     answer = ask(script, path)
     assert answer.status_code == 503 and len(script.requests) == 1
-    assert "engine that had the request was lost" in answer.json()["error"]["message"]
+    assert "engine that served the request died" in answer.json()["error"]["message"]
 
 
 def test_a_gateway_that_drains_refuses(ask) -> None:

@@ -1,1 +1,1 @@
-"""The server as a process: connections, signals, and its end."""
+"""The server process: connections, signals and shutdown."""

@@ -1,4 +1,4 @@
-"""HTTP connections over uvicorn, with limits for the times that a client takes to ask and to read."""
+"""uvicorn with timeouts on slow clients: for sending a request, and for reading the response."""
 
 import asyncio
 import contextlib
@@ -12,11 +12,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from sarathi.config.server import ServerConfig
 from sarathi.entrypoints.server.process.listener import BACKLOG
 
-_FAREWELL_S = 5  # for answers to be sent once the server ends
+_GRACE_S = 5  # for responses to be sent at shutdown
 
 
 class HttpServer(uvicorn.Server):
-    """Leaves signals to its caller."""
+    """Installs no signal handlers: the caller handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -24,7 +24,7 @@ class HttpServer(uvicorn.Server):
 
 
 def make_http_server(app: ASGIApp, config: ServerConfig) -> HttpServer:
-    """A server of `app`, not running yet."""
+    """A server for `app`, not started yet."""
 
     class Protocol(_TimedProtocol):
         receive_timeout_s, send_timeout_s = config.receive_timeout_s, config.send_timeout_s
@@ -32,15 +32,15 @@ def make_http_server(app: ASGIApp, config: ServerConfig) -> HttpServer:
     return HttpServer(
         uvicorn.Config(
             app, http=Protocol, ws="none", lifespan="off", log_level="warning", access_log=False, backlog=BACKLOG,
-            limit_concurrency=config.max_connections, timeout_graceful_shutdown=_FAREWELL_S,
+            limit_concurrency=config.max_connections, timeout_graceful_shutdown=_GRACE_S,
         )
     )  # fmt: skip
 
 
 class _TimedProtocol(HttpToolsProtocol):
-    """Drops a connection whose request has no complete head in time, or whose answer is not read in time.
+    """Closes a connection if the request's headers do not arrive in time, or the response is not read in time.
 
-    Bodies have their limit in the middleware, and connections between two requests theirs in uvicorn.
+    The middleware has the timeout for bodies, uvicorn that for idle connections.
     """
 
     receive_timeout_s: float
@@ -61,7 +61,7 @@ class _TimedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
-        """The answer fills the buffers."""
+        """Called when the write buffer is full."""
         super().pause_writing()
         self._sending = self.loop.call_later(self.send_timeout_s, self.transport.abort)
 

@@ -1,14 +1,14 @@
-"""The address that a server listens on."""
+"""The listening socket of a server."""
 
 import socket
 
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 2048  # connections waiting to be accepted
 
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """Before the model is loaded, so that a taken port is told at once; clients are let in later. OSError.
+    """Bind the address before the model is loaded, so a port in use is reported at once. Raises OSError.
 
-    shared: whether another socket that `share` was called with has the address too.
+    shared: another socket, passed to `share`, is bound to the same address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
@@ -24,17 +24,17 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
 
 def share(listener: socket.socket) -> None:
-    """Let sockets of this user's processes have the same address. The kernel spreads connections over listeners.
+    """Let other processes of this user bind the same address; the kernel balances connections between them.
 
-    After `bind`, so that the address was not another server's.
+    Call it after `bind`, which has checked that no other server uses the address.
     """
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def announce(model_name: str, listener: socket.socket) -> None:
-    """Say where the server is, once connections wait to be accepted instead of being refused.
+    """Listen, then print the server's address.
 
-    OSError where another server that was started meanwhile has the address.
+    OSError if another server has taken the address meanwhile.
     """
     try:
         listener.listen(BACKLOG)
@@ -44,6 +44,6 @@ def announce(model_name: str, listener: socket.socket) -> None:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address as clients write it."""
+    """The URL of the server."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

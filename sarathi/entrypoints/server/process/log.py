@@ -1,4 +1,4 @@
-"""What a server writes to standard error: a line every few seconds, and one JSON object a request where asked for."""
+"""The server's log on standard error: a status line every few seconds, and optionally a JSON line per request."""
 
 import asyncio
 import sys
@@ -15,13 +15,13 @@ from sarathi.messages import CoreStats
 
 
 class RequestLog:
-    """One JSON object for each request that ends. texts: whether it holds the prompt and the answers too."""
+    """Logs one JSON object per finished request. texts: include the prompt and the outputs."""
 
     def __init__(self, *, texts: bool) -> None:
         self._texts = texts
 
     def observe(self, output: RequestOutput) -> None:
-        """Write the request where it has ended."""
+        """Log the request if it has finished."""
         if output.finished:
             print(msgspec.json.encode(self._entry(output)).decode(), file=sys.stderr, flush=True)
 
@@ -45,7 +45,7 @@ class RequestLog:
 
 
 class TokenCounts(Protocol):
-    """num_tokens: of prompts and of outputs so far."""
+    """num_tokens: totals of prompt tokens and output tokens."""
 
     @property
     def num_tokens(self) -> tuple[int, int]: ...
@@ -56,7 +56,7 @@ GetStats = Callable[[], Awaitable[CoreStats]]
 
 @contextmanager
 def status_lines(get_stats: GetStats, counts: TokenCounts, interval_s: float | None) -> Iterator[None]:
-    """Write lines about the load meanwhile."""
+    """Log status lines during the block."""
     if interval_s is None:
         yield
         return
@@ -68,7 +68,7 @@ def status_lines(get_stats: GetStats, counts: TokenCounts, interval_s: float | N
 
 
 async def write_status(get_stats: GetStats, counts: TokenCounts, interval_s: float) -> None:
-    """A line every interval in which there was work, until the engine dies."""
+    """Log a line for every interval with running requests, until the engine dies."""
     before = counts.num_tokens
     while True:
         await asyncio.sleep(interval_s)

@@ -1,4 +1,4 @@
-"""An engine as what a server answers from: its context is made, and it drains."""
+"""One engine as the service of a server: start, drain, kill."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ Observe = Callable[[RequestOutput], None]
 
 
 class StartEngine(Protocol):
-    """As `AsyncLLM.start`."""
+    """Signature of `AsyncLLM.start`."""
 
     def __call__(
         self, config: EngineConfig, *, heartbeat_timeout_s: float, limits: QueueLimits, observe: Observe
@@ -28,10 +28,10 @@ class StartEngine(Protocol):
 
 
 async def make_context(
-    engine: EngineConfig, config: ServerConfig, start: StartEngine = AsyncLLM.start, id_mark: str = "",
+    engine: EngineConfig, config: ServerConfig, start: StartEngine = AsyncLLM.start, id_prefix: str = "",
     metrics_folder: Path | None = None,
 ) -> ServerContext:  # fmt: skip
-    """Start an engine for an application. For the mark see `ServerContext`, for the folder `ServerMetrics`."""
+    """Start an engine. id_prefix: see `ServerContext`. The folder: see `ServerMetrics`."""
     names = config.model_names(engine.model.model)
     metrics = ServerMetrics(names[0], metrics_folder)
     llm = await start(
@@ -39,7 +39,7 @@ async def make_context(
         limits=QueueLimits(config.max_waiting_requests, config.max_waiting_tokens), observe=_observer(config, metrics),
     )  # fmt: skip
     model_format = ModelFormat.of(llm.tokenizer, config.tool_call_parser, config.reasoning_parser)
-    return ServerContext(llm, names, engine.model.model, metrics, model_format, config.request_timeout_s, id_mark)
+    return ServerContext(llm, names, engine.model.model, metrics, model_format, config.request_timeout_s, id_prefix)
 
 
 class EngineService:
@@ -53,7 +53,7 @@ class EngineService:
         cls, engine: EngineConfig, config: ServerConfig, start: StartEngine = AsyncLLM.start,
         metrics_folder: Path | None = None,
     ) -> "EngineService":  # fmt: skip
-        """Load the model in a new process, or whatever `start` does."""
+        """Start the engine with `start`, by default in a new process."""
         return cls(await make_context(engine, config, start, metrics_folder=metrics_folder))
 
     async def wait_until_dead(self) -> None:
@@ -62,10 +62,10 @@ class EngineService:
     async def drain(self, timeout_s: float) -> None:
         llm = self.context.llm
         self.context.is_draining = True
-        llm.refuse_requests("the server is draining: it takes no new requests")
+        llm.refuse_requests("the server is draining and accepts no new requests")
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(llm.wait_until_idle(), timeout_s)
-        await llm.shutdown()  # requests that are left end with an error, while their connections are open
+        await llm.shutdown()  # remaining requests end with an error while their connections are open
 
     def kill(self) -> None:
         self.context.llm.kill()

@@ -1,4 +1,4 @@
-"""How a server ends: by a signal, which drains it, or by the death of what it serves."""
+"""Shutdown of a server: by a signal, which drains it, or because the service behind it died."""
 
 import asyncio
 import os
@@ -15,23 +15,23 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Service(Protocol):
-    """What a server answers from."""
+    """The engine or engines behind a server."""
 
     async def wait_until_dead(self) -> None:
-        """Return when no request can be answered any more."""
+        """Return when the service is dead."""
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests, and return when those under way have ended, the rest with an error."""
+        """Refuse new requests and wait for the running ones; those left after timeout_s end with an error."""
 
     def kill(self) -> None:
-        """End its processes at once."""
+        """Kill its processes."""
 
 
 S = TypeVar("S", bound=Service)
 
 
-class End:
-    """Whether a signal has asked for the end. After the second one there is no process."""
+class Shutdown:
+    """Whether SIGTERM or SIGINT arrived. The second signal ends the process at once."""
 
     def __init__(self) -> None:
         self._is_requested = asyncio.Event()
@@ -43,10 +43,10 @@ class End:
         await self._is_requested.wait()
 
     async def unless_requested(self, starting: Coroutine[Any, Any, S]) -> S | None:
-        """The started service; None where a signal came first."""
-        task, end = asyncio.create_task(starting), asyncio.create_task(self.wait())
-        await asyncio.wait((task, end), return_when=asyncio.FIRST_COMPLETED)
-        end.cancel()
+        """The started service, or None if a signal came first."""
+        task, signal_task = asyncio.create_task(starting), asyncio.create_task(self.wait())
+        await asyncio.wait((task, signal_task), return_when=asyncio.FIRST_COMPLETED)
+        signal_task.cancel()
         if not task.done():
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -64,11 +64,11 @@ class End:
 
 
 async def run_until_ended(
-    server: HttpServer, listener: socket.socket, service: Service, end: End, drain_timeout_s: float
+    server: HttpServer, listener: socket.socket, service: Service, shutdown: Shutdown, drain_timeout_s: float
 ) -> None:
-    """Until the end is requested and requests have ended, or the service has died and its death was told."""
+    """Run until a signal arrived and requests are drained, or the service is dead and clients were told."""
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    died, ended = asyncio.create_task(service.wait_until_dead()), asyncio.create_task(end.wait())
+    died, ended = asyncio.create_task(service.wait_until_dead()), asyncio.create_task(shutdown.wait())
     await asyncio.wait((serving, died, ended), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
         await asyncio.wait((serving, ended), timeout=DEATH_NOTICE_S, return_when=asyncio.FIRST_COMPLETED)
