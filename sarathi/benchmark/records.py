@@ -13,6 +13,7 @@ from typing import TypeVar
 import pandas as pd
 
 from sarathi.metrics.environment import environment
+from sarathi.metrics.files import open_replacing
 
 T = TypeVar("T")
 Work = Iterable[tuple[str, Callable[[], object]]]  # (name, function) of each measurement
@@ -108,7 +109,8 @@ class Table:
         self._write()
         runs_path = path.with_suffix(".environment.json")
         runs = json.loads(runs_path.read_text()) if runs_path.exists() else []
-        runs_path.write_text(json.dumps([*runs, {**environment(), **facts}], indent=2) + "\n")
+        with open_replacing(runs_path) as file:
+            file.write(json.dumps([*runs, {**environment(), **facts}], indent=2) + "\n")
 
     def add(self, record: Record) -> None:
         """Write and print a record."""
@@ -145,7 +147,8 @@ class Table:
         frame = pd.DataFrame(self.records, columns=COLUMNS)
         frame["value"] = frame["value"].map("{:.6g}".format)
         frame["ratio"] = frame["ratio"].map("{:.3f}".format, na_action="ignore")
-        frame.to_csv(self.path, index=False, lineterminator="\n")
+        with open_replacing(self.path) as file:
+            frame.to_csv(file, index=False, lineterminator="\n")
 
 
 def join_engines(ours: Path, theirs: Path, joined: Path) -> None:

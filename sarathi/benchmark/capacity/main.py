@@ -134,7 +134,7 @@ def find_capacity(config: BenchmarkConfig, log: ProbeLog) -> tuple[list[Probe], 
     """Probes in order of rate, and the highest rate that met the targets."""
     knobs = config.capacity_search
     rates = given_rates(knobs.qps_values)
-    with BenchmarkRunner(config, device=replica_devices(config).get("0")) as runner:
+    with BenchmarkRunner(config, device=replica_devices(config).get("0"), stop=log.stop) as runner:
 
         def measure(qps: float) -> Probe:
             return _measure(runner, config, qps)

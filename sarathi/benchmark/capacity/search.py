@@ -6,12 +6,15 @@ rate   1 ok   2 ok   4 ok   8 too much   6 ok   7 too much   6.5 ok ...
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sarathi.benchmark.run.processes import held_signals, stopped_by_signals
 from sarathi.config.knobs import ConfigError
+from sarathi.metrics.files import open_replacing
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,11 @@ class ProbeLog:
     """Probes on disk as JSON lines: an interrupted search resumes from them.
 
     key: settings that the probes depend on; ValueError if the file has another key. An incomplete last line is dropped.
+    stop: set by a signal that arrives while a probe is measured or written.
     """
 
     def __init__(self, path: Path, key: str) -> None:
+        self.stop = threading.Event()
         self._path, self._key = path, key
         self._known = self._read()
 
@@ -67,7 +72,8 @@ class ProbeLog:
         text = self._path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            self._path.write_text(whole, encoding="utf-8")
+            with open_replacing(self._path) as file:
+                file.write(whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             keys = {line.pop("key") for line in lines}
@@ -121,10 +127,15 @@ def given_rates(text: str | None) -> list[float]:
 
 
 def _known_or_measured(measure: Callable[[float], Probe], log: ProbeLog, qps: float) -> Probe:
-    probe = log.find(qps)
-    if probe is None:
+    """A signal raises KeyboardInterrupt after a probe that is measured has been written."""
+    if (known := log.find(qps)) is not None:
+        return known
+    with stopped_by_signals(log.stop):
         probe = measure(qps)
-        log.add(probe)
+        with held_signals(log.stop):
+            log.add(probe)
+    if log.stop.is_set():
+        raise KeyboardInterrupt
     return probe
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 
 from sarathi.benchmark.records import is_rate
 from sarathi.benchmark.revisions import worker
+from sarathi.metrics.files import open_replacing
 
 KEY = ["model", "backend", "work", "batch", "context", "unit"]
 SAMPLES = ["revision", "round", "value", *KEY]
@@ -113,8 +114,10 @@ class Samples:
         key = [model, backend, task.work, task.batch, task.context, task.unit]
         new = pd.DataFrame([[side, number, pair[side], *key] for side in SIDES], columns=SAMPLES)
         self.values = new if self.values.empty else pd.concat([self.values, new], ignore_index=True)
-        self.values.to_csv(self._path, index=False, float_format="%.8g")
-        self.ratios().to_csv(self.folder / "revisions.csv", index=False, float_format="%.6g")
+        with open_replacing(self._path) as file:
+            self.values.to_csv(file, index=False, float_format="%.8g")
+        with open_replacing(self.folder / "revisions.csv") as file:
+            self.ratios().to_csv(file, index=False, float_format="%.6g")
 
     @property
     def _path(self) -> Path:

@@ -1,5 +1,7 @@
 """The search against servers whose capacity is known: latency rises with the rate by a rule that tests invent."""
 
+import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from sarathi.benchmark.capacity.slos import Slo, measures_of
 from sarathi.benchmark.config.options import parse_options
 from sarathi.benchmark.config.schema import BenchmarkConfig, CapacitySearchConfig
 from sarathi.benchmark.run.outcome import COMPLETED, RunOutcome
+from sarathi.benchmark.run.processes import ENDING
 from sarathi.benchmark.workload import RequestSpec
 from sarathi.metrics import RunRecords
 from sarathi.metrics.request_record import RequestRecord
@@ -151,6 +154,39 @@ def test_an_interrupt_leaves_the_table_of_what_there_is(tmp_path: Path, monkeypa
     assert len((tmp_path / "capacity.csv").read_text().splitlines()) == 1 + 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
+def test_a_signal_after_the_last_request_of_a_probe_keeps_the_probe(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class InterruptedRunner:
+        """In place of BenchmarkRunner: a signal comes when all requests have been answered."""
+
+        def __init__(self, config: object, device: None, stop: threading.Event) -> None:
+            self._stop = stop
+
+        def __enter__(self) -> SimpleNamespace:
+            runner = ran([record_of(0.0, 0.0, [0.5, 0.6])], 1.0, 1.0)
+            return SimpleNamespace(workload=runner.workload, run=lambda specs: self._interrupted(runner.run(specs)))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def _interrupted(self, outcome: RunOutcome) -> RunOutcome:
+            signal.raise_signal(number)
+            assert self._stop.is_set()
+            return outcome
+
+    monkeypatch.setattr(main_module, "BenchmarkRunner", InterruptedRunner)
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored here
+    try:
+        assert main_module.main(["--interval_provider=poisson", f"--output_dir={tmp_path}"]) == 130
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert len((tmp_path / "probes.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "capacity.csv").read_text().splitlines()) == 1 + 1
+
+
 def test_gives_up_after_max_probes(tmp_path: Path) -> None:
     server = Server(capacity_qps=0.0001)
     probes, found = search(server, ProbeLog(tmp_path / "p.jsonl", "k"), SearchLimits(1.0, 0.05, 5))
@@ -264,7 +300,7 @@ def test_given_rates_are_run_in_place_of_a_search(
         limits.append(config.time_limit)
         return server(qps)
 
-    monkeypatch.setattr(main_module, "BenchmarkRunner", lambda config, device: nullcontext())
+    monkeypatch.setattr(main_module, "BenchmarkRunner", lambda config, device, stop: nullcontext())
     monkeypatch.setattr(main_module, "_measure", measure)
     (tmp_path / "grid.yml").write_text(GRID)
     words = ["--qps-values", "0.55", "1.0", "0.7", "--config-path", str(tmp_path / "grid.yml")]

@@ -6,10 +6,13 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -25,6 +28,7 @@ from sarathi.benchmark.engines.load import STAGES, Load
 from sarathi.benchmark.engines.sizes import FULL, SMALL
 from sarathi.benchmark.kernels.timing import steady
 from sarathi.benchmark.records import Attempts, Budget, Record, Table, read_records
+from sarathi.benchmark.revisions.compare import Samples, Task
 from sarathi.benchmark.workload.lengths import trace_requests
 
 
@@ -137,6 +141,29 @@ def test_rows_survive_the_file_and_are_added_to(tmp_path: Path) -> None:
     assert (ours.reference, ours.ratio, theirs.ratio) == ("theirs", 1.5, None)
     with (tmp_path / "t.csv").open() as file:
         assert ",".join(next(csv.reader(file))) == "model,work,backend,batch,context,value,unit,reference,ratio"
+
+
+def interrupt_writing(frame: pd.DataFrame, file: Any, **_: object) -> None:
+    """DataFrame.to_csv that ^C interrupts."""
+    with open(file, "w") if isinstance(file, Path) else nullcontext(file) as opened:
+        opened.write("model,wo")
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_table_is_rewritten_keeps_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, sample = Record("m", "decode", "ours", 4, 32, 2.0, "ms/token"), {"before": 2.0, "after": 1.0}
+    table, samples = Table(tmp_path / "t.csv"), Samples(tmp_path)
+    table.add(row)
+    samples.add("m", "b", Task("decode", 4, 32, "ms/token", {}), sample, 0)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", interrupt_writing)
+    with pytest.raises(KeyboardInterrupt):
+        table.add(row)
+    with pytest.raises(KeyboardInterrupt):
+        samples.add("m", "b", Task("decode", 4, 32, "ms/token", {}), sample, 1)
+    assert read_records(tmp_path / "t.csv") == [row]
+    assert Samples(tmp_path).values["value"].tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(("unit", "ratio"), [("ms", 2.0), ("s", 2.0), ("output tokens/s", 0.5), ("tokens", 0.5)])
