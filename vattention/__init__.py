@@ -1,10 +1,10 @@
 """KV cache that is contiguous in virtual memory and mapped to physical pages on demand.
 
-`VirtualKVCache` is the interface, and `Arena` is for other tensors whose memory comes and goes; docs/allocator.md
-explains both. The functions are those of the original vAttention release, all on one cache of their own.
+`VirtualKVCache` is the interface; `Arena` holds other tensors whose memory is mapped and released. docs/allocator.md
+explains both. The functions are those of the original vAttention release, on one cache of the module's own.
 """
 
-from vattention import _interpreter  # noqa: F401  # first: it refuses interpreters in which the others hang
+from vattention import _interpreter  # noqa: F401  # first: refuses sub-interpreters, in which the others hang
 from vattention.arena import Arena
 from vattention.classic import ClassicAPI, as_function
 from vattention.errors import (

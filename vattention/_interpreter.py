@@ -1,4 +1,4 @@
-"""Refuses to be imported in a sub-interpreter, where loading the native module or torch hangs or crashes."""
+"""Raises ImportError in a sub-interpreter, where loading the native module or torch hangs or crashes."""
 
 try:
     import _interpreters as interpreters

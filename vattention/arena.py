@@ -1,4 +1,4 @@
-"""Tensors whose physical memory goes and comes back while their addresses stay."""
+"""Tensors whose physical memory is released and mapped again while their addresses stay."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ALIGNMENT = 512  # bytes, that of torch's allocator on CUDA
 class Arena:
     """Tensors side by side in one reserved address range, backed by physical memory all together or not at all.
 
-    A tensor keeps its address from `empty` to the end of the arena, so that views of it and captured CUDA graphs stay
-    valid while `release` gives the memory back to the system. `map` takes memory again; contents are lost in between.
-    Tensors without memory must not be touched: the CPU gets SIGSEGV, CUDA error 700. They do not keep the arena alive:
-    hold it as long as they are used. As a cache, an arena may be shared by threads and not be used by a forked process.
+    A tensor keeps its address as long as the arena exists, so views of it and captured CUDA graphs stay valid.
+    `release` gives the memory back to the system, without the contents; `map` takes memory again. Tensors without
+    memory must not be touched: the CPU gets SIGSEGV, CUDA error 700. Tensors do not keep the arena alive: hold it as
+    long as they are used. Threads may share an arena; a forked process must not use it.
 
     Args:
-        max_bytes: the addresses that are reserved, for all tensors together. They cost no memory.
+        max_bytes: addresses to reserve, for all tensors together. They cost no memory.
         device: "cpu", "cuda", "cuda:1", a CUDA index, or a torch.device.
 
     Raises ValueError or TypeError for arguments out of range, DeviceError if the device refuses.
@@ -36,8 +36,8 @@ class Arena:
         self.page_bytes = default_page_bytes(memory)
         max_pages = self._pages(byte_count("max_bytes", max_bytes, least=1))
         self.max_bytes = max_pages * self.page_bytes
-        self.used_bytes = 0  # handed out, with the gaps that alignment leaves
-        # One slot of a cache with one region, whose tokens are pages: its prepared length is what has memory.
+        self.used_bytes = 0  # of max_bytes, with the gaps of alignment
+        # A cache of one region and one slot whose tokens are pages: the pages of its prepared length have memory.
         self._native = _native.KVCache(
             device=memory, num_regions=1, token_bytes=self.page_bytes, num_slots=1, max_tokens=max_pages,
             page_bytes=self.page_bytes, budget_bytes=self.page_bytes,
@@ -59,9 +59,9 @@ class Arena:
         return created
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype | str) -> torch.Tensor:
-        """A contiguous tensor with an address of its own, a multiple of 512; it has memory while the arena `is_mapped`.
+        """A new contiguous tensor; its address is a multiple of 512. It has memory while the arena `is_mapped`.
 
-        Raises ValueError where the arena has too few addresses left, and as `map` does.
+        Raises ValueError if the arena has too few addresses left, and as `map` does.
         """
         from vattention.tensors import typed
 
@@ -80,14 +80,14 @@ class Arena:
         return tensor
 
     def map(self) -> None:
-        """Take memory for every tensor. Contents are undefined at first. Mapped already: no effect.
+        """Take memory for every tensor, with undefined contents. No effect if it is mapped already.
 
-        Raises OutOfMemoryError or DeviceError; then the arena is as it was.
+        Raises OutOfMemoryError or DeviceError, and then changes nothing.
         """
         self._back(self.used_bytes)
 
     def release(self) -> None:
-        """Give the memory back, but for one page at most. Idempotent.
+        """Release the memory, all but one page at most. Idempotent.
 
         The caller guarantees that nothing on the device touches a tensor.
         """
@@ -96,7 +96,7 @@ class Arena:
         self._native.resize(self.page_bytes)
 
     def check_integrity(self) -> None:
-        """Count everything anew; raises IntegrityError naming the first disagreement."""
+        """Recount everything; raises IntegrityError naming the first inconsistency."""
         self._native.check_integrity()
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Arena:
         self._native.close()
 
     def _back(self, num_bytes: int) -> None:
-        """Have memory for the first `num_bytes` of the range, or no more than before."""
+        """Map memory for the first `num_bytes` of the range; if it raises, no more is mapped than before."""
         pages = max(1, self._pages(num_bytes))
         before = max(1, self._native.slot_state(0)[1])
         self._native.resize(max(before, pages) * self.page_bytes)

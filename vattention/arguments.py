@@ -1,4 +1,4 @@
-"""Arguments of the public calls: what is taken, and errors that name the argument, its value and what is allowed."""
+"""Checks of the public calls' arguments. Errors name the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def open_device(device: str | int | torch.device) -> _native.Device:
 
 
 def default_page_bytes(memory: _native.Device) -> int:
-    """64 KiB on the CPU, the granularity of the driver on CUDA."""
+    """64 KiB on the CPU, the driver's granularity on CUDA."""
     return memory.granularity if memory.is_cuda else max(DEFAULT_HOST_PAGE_BYTES, memory.granularity)
 
 
 def element_bytes(dtype: Any) -> int:
-    """Bytes of one element. Raises ValueError for an unknown name, TypeError for an object that has no itemsize."""
+    """Bytes of one element. Raises ValueError for an unknown name, TypeError for an object without an itemsize."""
     if isinstance(dtype, str):
         if dtype not in _ITEM_BYTES:
             raise ValueError(f"dtype is {dtype!r}: it must be a dtype or one of {', '.join(sorted(_ITEM_BYTES))}")
@@ -53,7 +53,7 @@ def element_bytes(dtype: Any) -> int:
 
 
 def integer(name: str, value: object) -> int:
-    """Raises TypeError for what is no integer; True and False are none."""
+    """Raises TypeError for anything but an integer, True and False included."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)  # type: ignore[arg-type]
@@ -63,17 +63,17 @@ def integer(name: str, value: object) -> int:
 
 
 def positive(name: str, value: object) -> int:
-    """Raises TypeError for what is no integer, and ValueError below 1 or beyond 2^62."""
+    """Raises TypeError for anything but an integer, ValueError below 1 or above 2^62."""
     number = integer(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     if number > _MAX_BYTES:
-        raise ValueError(f"{name} must be at most 2^62, or its address space cannot be, got {number}")
+        raise ValueError(f"{name} must be at most 2^62, got {number}")
     return number
 
 
 def in_range(name: str, value: object, least: int, most: int) -> int:
-    """Raises TypeError for what is no integer, and ValueError out of this range."""
+    """Raises TypeError for anything but an integer, ValueError outside of [least, most]."""
     number = integer(name, value)
     if not least <= number <= most:
         raise ValueError(f"{name} is {number}: it must be from {least} to {most}")
@@ -81,14 +81,14 @@ def in_range(name: str, value: object, least: int, most: int) -> int:
 
 
 def sizes(name: str, value: object) -> tuple[int, ...]:
-    """Of a shape. Raises TypeError for what is no sequence of integers, and ValueError for negative ones."""
+    """A shape. Raises TypeError for anything but a sequence of integers, ValueError for negative ones."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
     return tuple(in_range(name, size, 0, _MAX_BYTES) for size in value)
 
 
 def byte_count(name: str, value: object, least: int = 0) -> int:
-    """Raises TypeError for what is no integer, "1gb" among it, and ValueError below the least or beyond 2^62."""
+    """Raises TypeError for anything but an integer, such as "1gb", ValueError below `least` or above 2^62."""
     try:
         number = integer(name, value)
     except TypeError:
@@ -96,19 +96,19 @@ def byte_count(name: str, value: object, least: int = 0) -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     if number > _MAX_BYTES:
-        raise ValueError(f"{name} is {number}: more than 2^62 bytes of address space cannot be")
+        raise ValueError(f"{name} must be at most 2^62 (the limit of address space), got {number}")
     return number
 
 
 def flag(name: str, value: object) -> bool:
-    """Raises TypeError for what is neither True nor False, nor 1 or 0."""
+    """Raises TypeError for anything but True, False, 1 and 0."""
     if value not in (0, 1):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
 
 def share_of_one(name: str, value: object) -> float:
-    """Raises TypeError for what is no number, and ValueError below 0 or above 1."""
+    """Raises TypeError for anything but a number, ValueError below 0 or above 1."""
     if not isinstance(value, SupportsFloat) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
     if not 0 <= float(value) <= 1:

@@ -1,6 +1,6 @@
-"""What page mapping costs on this machine: `python -m vattention.bench`.
+"""Measures what page mapping costs on this machine: `python -m vattention.bench`.
 
-Prints a table and saves it as CSV and JSON with the environment and the command that made it.
+Prints a table and saves it as CSV and JSON with the environment and the command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from vattention.errors import OutOfMemoryError
 from vattention.kv_cache import VirtualKVCache
 
-PAGE_BYTES = 2 << 20  # what CUDA has; the same on the CPU, so that both tables mean the same
+PAGE_BYTES = 2 << 20  # CUDA's; the same on the CPU, so that the tables can be compared
 CLASS_ROWS = (1, 4, 16, 64)
 CALLS = ("create", "map", "unmap", "destroy")
 
@@ -42,7 +42,7 @@ Results = Iterator[Result]
 
 
 def driver_calls(device: torch.device, repeats: int = 20) -> Results:
-    """Median microseconds of each call for a handle of 1, 4, 16 and 64 pages, and what mapping moves in a second."""
+    """Median microseconds of each call for a handle of 1, 4, 16 and 64 pages, and bytes mapped in a second."""
     for rows in CLASS_ROWS:
         times: dict[str, list[float]] = {call: [] for call in CALLS}
         for _ in range(repeats):
@@ -60,7 +60,7 @@ def driver_calls(device: torch.device, repeats: int = 20) -> Results:
 
 
 def nothing_to_map(device: torch.device, repeats: int = 300) -> Results:
-    """A prepare() of a step in which no sequence crosses a page, from Python."""
+    """Time of prepare(), from Python, in a step in which no sequence needs a new page."""
     for num_slots in (1, 64, 512):
         with token_per_page(device, num_slots=num_slots, rows=num_slots) as cache:
             slots = [cache.alloc() for _ in range(num_slots)]
@@ -75,9 +75,9 @@ def nothing_to_map(device: torch.device, repeats: int = 300) -> Results:
 
 
 def long_prompt(device: torch.device, tokens: int = 32768) -> Results:
-    """A Llama-3-8B prompt in bf16 in the per-layer layout, mapped at once in large extents and page by page.
+    """A Llama-3-8B prompt in bf16 in the per-layer layout, mapped at once in large extents, and page by page.
 
-    Cold: pages are created on the way. Ready: they wait in the pool, as they do once a server has warmed up.
+    Cold: the pages are created too. Ready: they are in the pool, as in a server that has warmed up.
     """
     with llama_3_8b(device, num_slots=1, max_tokens=tokens, rows=tokens // 1024) as cache:
         per_page = cache.page_bytes // cache.token_bytes
@@ -91,7 +91,7 @@ def long_prompt(device: torch.device, tokens: int = 32768) -> Results:
 
 
 def prompt_us(cache: VirtualKVCache, lengths: list[int], cold: bool, repeats: int = 5) -> float:
-    """Median microseconds from an empty slot to the whole prompt through these lengths."""
+    """Median microseconds to grow an empty slot through these lengths."""
     times = []
     for _ in range(repeats + (not cold)):
         if cold:
@@ -103,7 +103,7 @@ def prompt_us(cache: VirtualKVCache, lengths: list[int], cold: bool, repeats: in
         times.append((time.perf_counter() - start) * 1e6)
         cache.free(slot)
         cache.reclaim_idle()
-    return statistics.median(times if cold else times[1:])  # the first of the ready ones made them ready
+    return statistics.median(times if cold else times[1:])  # the first round fills the pool
 
 
 def empty_pool(cache: VirtualKVCache) -> None:
@@ -113,7 +113,7 @@ def empty_pool(cache: VirtualKVCache) -> None:
 
 
 def decode_capacity(device: torch.device) -> Results:
-    """Sequences that grow by one row a step, in memory that large extents held before, must reach the last row."""
+    """Sequences that grow by one row a step, in memory of large extents, must reach the last row of the budget."""
     rows = 3 * 64
     with token_per_page(device, num_slots=4, rows=rows) as cache:
         prompt = cache.alloc(rows)
@@ -133,7 +133,7 @@ def decode_capacity(device: torch.device) -> Results:
 
 
 def decode_loop(device: torch.device, steps: int = 400, num_slots: int = 16) -> Results:
-    """A simulated decode of Llama-3-8B: time of the step that is spent on memory, mapping in it or beside it."""
+    """A simulated decode of Llama-3-8B: time spent on memory in a step, mapping in the step or in the background."""
     compute = simulated_compute(device)
     for mode in ("sync", "async"):
         with llama_3_8b(device, num_slots=num_slots, max_tokens=4096, rows=3 * num_slots) as cache:
@@ -146,7 +146,7 @@ def decode_loop(device: torch.device, steps: int = 400, num_slots: int = 16) -> 
 
 
 def decode_steps_us(cache: VirtualKVCache, steps: int, prefetch: bool, compute: Callable[[], None]) -> list[float]:
-    """Microseconds of each step in prepare() and prefetch(), of sequences a share of a page apart."""
+    """Microseconds of each step in prepare() and prefetch(). The sequences need new pages in different steps."""
     slots = [cache.alloc() for _ in range(cache.num_slots)]
     lengths = [1000 + 1024 * i // len(slots) for i in range(len(slots))]
     cache.prepare(slots, lengths)
@@ -163,7 +163,7 @@ def decode_steps_us(cache: VirtualKVCache, steps: int, prefetch: bool, compute: 
 
 
 def simulated_compute(device: torch.device) -> Callable[[], None]:
-    """Time in which the worker may map: matrix products on a GPU, a sleep on the CPU."""
+    """Takes the time of a step, in which the worker maps: matrix products on a GPU, a sleep on the CPU."""
     if device.type == "cpu":
         return lambda: time.sleep(0.001)
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -177,7 +177,7 @@ def simulated_compute(device: torch.device) -> Callable[[], None]:
 
 
 def token_per_page(device: torch.device, num_slots: int, rows: int) -> VirtualKVCache:
-    """Two regions in which a token is a page, so that lengths are rows."""
+    """Two regions whose tokens are pages, so that lengths are rows."""
     return VirtualKVCache(
         num_layers=1,
         num_kv_heads=1,
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of CSV and JSON")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", int(options.device)) if options.device.isdigit() else torch.device(options.device)
-    torch.empty(1, device=device)  # the CUDA context exists before anything is timed
+    torch.empty(1, device=device)  # creates the CUDA context before anything is timed
     results: list[Result] = []
     for number, section in enumerate(SECTIONS, 1):
         print(f"[{number}/{len(SECTIONS)}] {section.__name__.replace('_', ' ')} ...", flush=True)

@@ -1,7 +1,7 @@
 """The functions of the original vAttention release over one VirtualKVCache.
 
-A script written against the original finds its names here: a request id is a slot, a KV block is a row, and the list
-of sequence lengths that `step` takes has one entry for each slot, 0 where there is no request.
+The original's terms: a request id is a slot, a KV block is a row. The sequence lengths that `step` takes are one number
+for each slot, 0 where there is no request.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ R = TypeVar("R")
 
 @dataclass
 class ClassicCache:
-    """One cache and what the original kept beside it: the last lengths that were handed in."""
+    """A cache, and the sequence lengths of the last call."""
 
     cache: VirtualKVCache
     lengths: list[int]
     allocated: set[int] = field(default_factory=set)
 
-    def follow(self, lengths: Sequence[int]) -> None:
-        """Takes over the caller's lengths: a slot that got one becomes active, one that fell to 0 idle.
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Allocates slots whose length is new, and frees those whose length fell to 0.
 
-        Raises ValueError or TypeError, and takes over none, where there are too few or too many, or one is no length.
+        Raises ValueError or TypeError for a wrong number of lengths or a wrong length, and then changes nothing.
         """
         if not hasattr(lengths, "__len__") or len(lengths) != self.cache.num_slots:
             raise ValueError(f"seq_lens must be a list of one length a slot, {self.cache.num_slots}, got {lengths!r}")
@@ -59,11 +59,11 @@ class ClassicCache:
             self.cache.free(slot)
 
     def alloc(self, length: int) -> int:
-        length = self.length("seq_len", length, least=1)  # of length 0 are the slots that are free
+        length = self.length("seq_len", length, least=1)  # length 0 means a free slot
         try:
             slot = self.cache.alloc(length)
         except NoFreeSlotError:
-            # Slots that only hold common pages are allocated to the cache, yet free to whoever uses these functions.
+            # Slots that only hold common pages are allocated in the cache, but free for callers of these functions.
             slot = next((slot for slot in sorted(self.allocated) if self.lengths[slot] == 0), -1)
         if slot >= 0:
             self.allocated.add(slot)
@@ -71,12 +71,12 @@ class ClassicCache:
         return slot
 
     def length(self, name: str, value: object, least: int) -> int:
-        """The value, if it is a number of tokens; otherwise ValueError or TypeError."""
+        """The value, if it is a number of tokens; else raises ValueError or TypeError."""
         return in_range(name, value, least, self.cache.max_tokens)
 
 
 def as_function(method: Callable[P, R]) -> Callable[P, R]:
-    """A bound method as the plain function that help() and inspect show."""
+    """A bound method as a plain function, for help() and inspect."""
 
     @functools.wraps(method)
     def function(*args: P.args, **options: P.kwargs) -> R:
@@ -87,7 +87,7 @@ def as_function(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class ClassicAPI:
-    """The functions as methods, so that the package can offer those of one instance."""
+    """The functions, as methods over one cache at a time; the package exports those of one instance."""
 
     def __init__(self, log: Callable[[str], None] = print) -> None:
         self._state: ClassicCache | None = None
@@ -124,7 +124,7 @@ class ClassicAPI:
             max_tokens=max_tokens,
             dtype=dtype,
             device=device,
-            budget_bytes=_UNBOUNDED_BYTES,  # a row's bytes, and so the real budget, follow from the probed page size
+            budget_bytes=_UNBOUNDED_BYTES,  # the real budget is in rows, whose bytes depend on the device's page size
             page_bytes=page_bytes or None,
             megacache=megacache,
         )
@@ -133,7 +133,7 @@ class ClassicAPI:
         return cache.tensors()
 
     def reserve_physical_pages(self, free_memory: int) -> int:
-        """Makes `free_memory` bytes the budget and creates its pages now; the number of pages."""
+        """Sets the budget to `free_memory` bytes and creates its pages; returns the number of pages."""
         cache, free_memory = self._open.cache, byte_count("free_memory", free_memory)
         cache.resize(free_memory)
         cache.fill_pool(free_memory)
@@ -142,25 +142,25 @@ class ClassicAPI:
     def alloc_new_batch_idx(self, seq_len: int) -> int:
         """A free slot, best fit for `seq_len` tokens, or -1 if there is none. Maps nothing: step() does.
 
-        Raises ValueError for a length of 0, which is what free slots have, or beyond max_context_length.
+        Raises ValueError for a length of 0, which means a free slot, or beyond max_context_length.
         """
         slot = self._open.alloc(seq_len)
         self._say(f"slot {slot} for {seq_len} tokens")
         return slot
 
     def free_batch_idx(self, idx: int) -> None:
-        """Gives a slot back; its pages stay mapped while reclamation is deferred."""
+        """Frees a slot; its pages stay mapped while reclamation is deferred."""
         state = self._open
         state.release(in_range("idx", idx, 0, state.cache.num_slots - 1))
 
     def step(self, seq_lens: Sequence[int], eager_reclaim: bool) -> None:
-        """Maps what these lengths need before it returns; with eager_reclaim slots of length 0 lose their pages.
+        """Maps the pages of these lengths; with eager_reclaim, unmaps those of slots of length 0.
 
         A length that shrinks without passing through 0 keeps its pages.
         """
         state = self._open
         is_eager = flag("eager_reclaim", eager_reclaim)
-        state.follow(seq_lens)
+        state.set_lengths(seq_lens)
         if is_eager:
             for slot in [slot for slot in state.allocated if state.lengths[slot] == 0]:
                 state.release(slot)
@@ -168,15 +168,15 @@ class ClassicAPI:
         state.cache.prepare(*state.active())
 
     def step_async(self, seq_lens: Sequence[int]) -> None:
-        """Maps what these lengths need before it returns, and one token more of each in the background."""
+        """Maps the pages of these lengths, and in the background those of one more token each."""
         state = self._open
-        state.follow(seq_lens)
+        state.set_lengths(seq_lens)
         slots, lengths = state.active()
         state.cache.prepare(slots, lengths)
         state.cache.prefetch(slots, [length + 1 for length in lengths])
 
     def num_free_kvblocks(self) -> int:
-        """Rows that new tokens could get: free ones, and those that no length in use needs."""
+        """Rows that new tokens could use: free and idle ones."""
         stats = self._open.cache.stats()
         return (stats.capacity_bytes - stats.mapped_bytes + stats.idle_bytes) // self._open.cache.row_bytes
 
@@ -185,7 +185,7 @@ class ClassicAPI:
         self._open.cache.set_deferred_reclamation(flag("value", value))
 
     def map_common_pages(self, num_tokens: int) -> None:
-        """Maps the same pages at the start of every slot; what one writes there all read, until it is freed."""
+        """Maps the same pages at the start of every slot: all slots read what one writes there, until it is freed."""
         state = self._open
         cache = state.cache
         num_tokens = state.length("num_tokens", num_tokens, least=0)
@@ -218,7 +218,7 @@ class ClassicAPI:
             self._log(f"{slot:4} : {length:6} : {mapped:6} : {state.cache.rows_for(length):6}")
 
     def set_verbose(self, value: bool) -> None:
-        """Whether alloc_new_batch_idx() prints what it does."""
+        """Whether alloc_new_batch_idx() prints the slots that it returns."""
         self._verbose = flag("value", value)
 
     def cleanup(self) -> None:

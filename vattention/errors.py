@@ -1,16 +1,16 @@
-"""The exceptions of the library. The native module raises these very classes."""
+"""The exceptions of the library; the native module raises them too."""
 
 from __future__ import annotations
 
 
 class VAttentionError(Exception):
-    """Base of everything the library raises that is not a wrong argument (those are ValueError and TypeError)."""
+    """Base of all errors but wrong arguments, which are ValueError and TypeError."""
 
 
 class OutOfMemoryError(VAttentionError, MemoryError):
-    """Active slots need more rows than there are; nothing was changed.
+    """Active slots need more rows than are available; nothing was changed.
 
-    `needed` and `available` are rows and count all active slots, not only those of the failed call.
+    `needed` and `available` count rows of all active slots, not only those of the failed call.
     """
 
     def __init__(self, message: str, needed: int, available: int) -> None:
@@ -27,12 +27,12 @@ class NoFreeSlotError(VAttentionError):
 
 
 class DeviceError(VAttentionError):
-    """A call of the device failed; the message names the call and repeats the device's own text."""
+    """A call of the device failed; the message names it and has the device's own text."""
 
 
 class ForkError(VAttentionError):
-    """The cache belongs to the process that this one was forked from; only `close` may be called here."""
+    """The cache belongs to the parent of this forked process; only `close` may be called here."""
 
 
 class IntegrityError(VAttentionError):
-    """`check_integrity` found the books in disagreement: a defect of the allocator, not of its user."""
+    """`check_integrity` found inconsistent accounting: a defect of the allocator, not of its user."""

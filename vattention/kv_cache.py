@@ -1,4 +1,4 @@
-"""The KV cache in Python: arguments, layouts and tensors over the native allocator."""
+"""The KV cache: checks arguments, and makes layouts and tensors over the native allocator."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
 class VirtualKVCache:
     """K and V of every layer in reserved address space, with physical pages behind the tokens that exist.
 
-    Layouts. Per layer: 2 * num_layers regions, a token is num_kv_heads * head_size elements in each. Megacache: one
-    region for K and one for V, a token holds all layers, so a page holds fewer tokens and less of it is wasted.
-    A row is one page at the same offset of every region, and the unit of account.
+    Layouts. Per layer: 2 * num_layers regions; a token is num_kv_heads * head_size elements in each. Megacache: one
+    region for K and one for V; a token holds all layers, so a page holds fewer tokens and less of it is wasted.
+    A row, one page at the same offset of every region, is the unit of account.
 
-    Promise: any lengths of the allocated slots with sum(rows_for(length)) <= capacity_rows can be prepared, taking
-    back rows from idle slots first and then rows mapped ahead. `prefetch` and `map_ahead` never break it.
+    Promise: any lengths of the allocated slots with sum(rows_for(length)) <= capacity_rows can be prepared. Rows of
+    idle slots are reclaimed first, then rows mapped ahead. `prefetch` and `map_ahead` never break the promise.
 
-    Threads may share a cache. A forked process may not use its parent's: every call but `close` raises ForkError there,
+    Threads may share a cache. A forked process cannot use its parent's: every call but `close` raises ForkError there,
     and reading its tensors is SIGSEGV.
 
     Args:
-        num_layers, num_kv_heads, head_size: the model's; K and V of a token are num_kv_heads * head_size elements.
+        num_layers, num_kv_heads, head_size: the model's.
         num_slots: sequences that can be in the cache at once.
         max_tokens: longest length of a slot. Slots and tokens cost address space, not memory.
         dtype: a torch dtype, its name ("bfloat16"), or any object with an `itemsize` of at least one byte.
         device: "cpu", "cuda", "cuda:1", a CUDA index, or a torch.device.
-        budget_bytes: physical memory for K and V together; whole rows of it are used.
-        page_bytes: a multiple of the device's granularity, at least one token. Default: 64 KiB on the CPU, the
-            granularity of the driver on CUDA (2 MiB on present GPUs).
-        megacache: the layout, see above.
+        budget_bytes: physical memory for K and V together, rounded down to whole rows.
+        page_bytes: a multiple of the device's granularity, at least one token. Default: 64 KiB on the CPU, the driver's
+            granularity on CUDA (2 MiB on present GPUs).
+        megacache: selects the layout, see above.
         deferred_reclamation: a freed slot keeps its pages until they are needed (Section 6 of the vAttention paper).
-        reclaim_threshold: share of the budget that the worker keeps free, after each prefetch taking back a few rows
-            from idle slots.
-        max_extent_rows: rows of an extent at most: 1, 4, 16 or 64. Less than 64: no extent straddles a multiple of it
-            within its slot, so that shares and trims end there exactly on CUDA too.
+        reclaim_threshold: share of the budget that the worker keeps free: after each prefetch it reclaims a few rows of
+            idle slots.
+        max_extent_rows: the most rows of an extent: 1, 4, 16 or 64. If less than 64, no extent straddles a multiple of
+            it within its slot, so that shares and trims end there exactly on CUDA too.
 
     Raises ValueError or TypeError for arguments out of range, DeviceError if the device refuses.
     """
@@ -101,11 +101,11 @@ class VirtualKVCache:
                 budget_bytes=budget_bytes,
                 policy=policy,
             )
-        except DeviceError as error:  # of the device it only asks addresses; pages come later
+        except DeviceError as error:  # the constructor only reserves addresses
             raise DeviceError(
                 f"{num_slots} slots of {max_tokens} tokens take more addresses than the device has: {error}"
             ) from error
-        self._tensors: tuple[torch.Tensor, ...] = ()  # the regions as torch sees them, from their first use to close()
+        self._tensors: tuple[torch.Tensor, ...] = ()  # of the regions, from their first use to close()
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -124,15 +124,15 @@ class VirtualKVCache:
     def rows_for(self, tokens: int) -> int:
         """Rows that `tokens` tokens of one slot take: ceil(tokens * token_bytes / page_bytes).
 
-        Raises ValueError for more than max_tokens, or less than none.
+        Raises ValueError for negative numbers and for more than max_tokens.
         """
         return self._native.rows_for(in_range("tokens", tokens, 0, self.max_tokens))
 
     def view(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer at one slot, each [prepared tokens, num_kv_heads, head_size]: all of it may be touched.
+        """K and V of one layer in one slot, each [prepared tokens, num_kv_heads, head_size]: all of it may be touched.
 
-        They are views: writes reach the cache. They keep their length when the slot grows, and must not be touched any
-        more once the slot is freed. Raises ValueError for a slot that is not allocated.
+        They are views: writes reach the cache. They keep their length when the slot grows, and must not be touched
+        after the slot is freed. Raises ValueError for a slot that is not allocated.
         """
         is_allocated, tokens, _ = self._native.slot_state(slot)
         if not is_allocated:
@@ -141,11 +141,11 @@ class VirtualKVCache:
         return k[slot, :tokens], v[slot, :tokens]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [num_slots, max_tokens, num_kv_heads, head_size], strided: what kernels take.
+        """K and V of one layer for kernels, each [num_slots, max_tokens, num_kv_heads, head_size], strided.
 
-        Only prepared tokens may be touched, and printing is touching: elsewhere the CPU gets SIGSEGV (see
-        `report_faults`) and CUDA error 700. `view` is cut to them. Pages come with whatever their last owner left in
-        them, so a kernel must not read past a sequence's length.
+        Only prepared tokens may be read, printed or written: elsewhere the CPU gets SIGSEGV (see `report_faults`) and
+        CUDA error 700; `view` has these tokens alone. New pages have undefined contents, so kernels must not use tokens
+        past a sequence's length.
         """
         index = in_range("layer index", index, 0, self.num_layers - 1)
         shape = (self.num_kv_heads, self.head_size)
@@ -173,77 +173,76 @@ class VirtualKVCache:
 
     @property
     def slot_bytes(self) -> int:
-        """Distance of two slots in a region, a multiple of page_bytes."""
+        """Bytes from one slot of a region to the next, a multiple of page_bytes."""
         return self._native.slot_bytes
 
     def alloc(self, tokens: int = 0) -> int:
-        """An idle slot, the one whose rows serve `tokens` tokens best. Calls no driver; maps nothing.
+        """The idle slot whose mapped rows suit `tokens` tokens best. Maps nothing and calls no driver.
 
-        Rows that cannot serve this length stay mapped until their place or their memory is needed.
+        Rows that cannot serve this length stay mapped until their addresses or their memory are needed.
         Raises NoFreeSlotError.
         """
         return self._native.alloc(tokens)
 
     def claim(self, slot: int) -> None:
-        """Takes one particular idle slot. Raises ValueError if it is in use."""
+        """Allocates this slot. Raises ValueError if it is in use."""
         self._native.claim(slot)
 
     def free(self, slot: int) -> None:
-        """Gives a slot back. The caller guarantees that no kernel in flight touches it.
+        """Frees a slot. The caller guarantees that no kernel in flight touches it.
 
         Its pages stay mapped for the next owner (deferred reclamation) or are unmapped now.
         """
         self._native.free(slot)
 
     def prepare(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Pages for the first tokens[i] tokens of slots[i] exist on return, of every i or, if it raises, of none more.
+        """Maps pages for the first tokens[i] tokens of slots[i], for every i or, if it raises, for none.
 
-        A length never shrinks: a target below the slot's prepared length asks for nothing.
+        Lengths never shrink: a target below the slot's prepared length has no effect.
         Raises OutOfMemoryError, DeviceError, and ValueError for a slot not allocated or a length past max_tokens.
         """
         self._native.prepare(slots, tokens)
 
     def prefetch(self, slots: Sequence[int], tokens: Sequence[int], lead_tokens: int = 0) -> None:
-        """The same targets, best effort, mapped on the worker thread; returns at once, unless the worker
-        is still busy with an earlier request.
+        """Maps the same targets on the worker thread, best effort. Returns at once, unless the worker is still busy.
 
-        lead_tokens: of the slots that have what they ask for, the one nearest to the end of its page gets the next page
-        too, if it would ask for it within so many tokens. Slots that reach an end of a page together are then served
-        one a step: as many tokens as there are slots are enough for that.
-        Takes rows back from idle slots only. What goes wrong is counted in `stats`. Lengths past max_tokens are cut.
+        lead_tokens: of the slots with nothing to map, the one nearest to the end of its last page gets its next page
+        too, if it needs it within this many tokens. So slots that need a page in the same step get theirs in different
+        steps; the number of slots is a sufficient value.
+        Reclaims rows of idle slots only. `stats` counts failures. Lengths past max_tokens mean max_tokens.
         """
         self._native.prefetch(slots, tokens, lead_tokens)
 
     def wait(self) -> None:
-        """Returns once the worker has nothing left to do."""
+        """Waits until the worker has nothing left to do."""
         self._native.wait()
 
     def share(self, source: int, target: int, tokens: int) -> int:
         """Maps the pages that hold the first `tokens` tokens of `source` at `target` too; returns the number shared.
 
         The number is `tokens` rounded down to where a page and a token end together, so it may be 0. `target` must be
-        allocated and have nothing prepared; from here on its prepared length is that number. `target` must write only
-        behind it: what lies before is one memory for both. Freeing either slot leaves the other whole.
+        allocated and have no prepared tokens; the number becomes its prepared length. `target` must write only behind
+        it: what lies before is the same memory in both slots. Either slot can be freed; the other keeps the pages.
 
-        Pages are mapped in extents of 1, 4, 16 or 64 rows. One that straddles the end of the share is cut on the CPU;
-        on CUDA its shared rows are copied, which needs as much free memory and waits for the device: the tokens must
-        have been written by work that was submitted before. Raises OutOfMemoryError if that memory is missing.
+        An extent (1, 4, 16 or 64 rows) that straddles the end of the share is cut on the CPU. On CUDA its shared rows
+        are copied, which takes as many rows of the budget and waits for the device: the work that writes these tokens
+        must have been submitted before. Raises OutOfMemoryError if these rows are missing.
         """
         return self._native.share(source, target, tokens)
 
     def trim(self, slot: int, tokens: int) -> int:
-        """Shortens a slot's prepared length, for tokens that were rejected; returns the length from here on.
+        """Shortens a slot's prepared length, for example after rejected tokens; returns the new length.
 
         The pages behind it become idle: no kernel in flight may touch them. On CUDA the length may stay up to 63 rows
-        longer, to the end of an extent. A longer length than the present one changes nothing. Raises ValueError for a
-        length within a page that another slot shares, where tokens behind it would be written.
+        longer, to the end of an extent. A longer length than the present one has no effect. Raises ValueError for a
+        length inside of a page that another slot shares: the next token would overwrite that slot's.
         """
         return self._native.trim(slot, tokens)
 
     def map_ahead(self, tokens: int) -> None:
-        """Keeps one idle slot mapped for `tokens` tokens from now on, so that the next prompt need not wait; 0: stop.
+        """Keeps one idle slot mapped for `tokens` tokens, so that the next prompt need not wait; 0 ends this.
 
-        Uses memory that is free beyond the reclaim threshold, and gives it back the moment it is needed.
+        Uses only memory that is free beyond the reclaim threshold; it is reclaimed as soon as it is needed.
         """
         self._native.map_ahead(tokens)
 
@@ -252,18 +251,18 @@ class VirtualKVCache:
         self._native.set_deferred_reclamation(flag("deferred", deferred))
 
     def reclaim_idle(self) -> None:
-        """Unmaps every idle slot now; the pages stay in the pool, ready for whoever grows."""
+        """Unmaps every idle slot; the pages stay in the pool."""
         self._native.reclaim_idle()
 
     def resize(self, budget_bytes: int) -> None:
-        """Changes the budget. Shrinking releases idle memory; raises OutOfMemoryError if active slots need more."""
+        """Changes the budget; shrinking releases idle memory. Raises OutOfMemoryError if active slots need more."""
         self._native.resize(byte_count("budget_bytes", budget_bytes))
 
     def fill_pool(self, bytes: int) -> None:
-        """Creates physical pages ahead of need until `bytes` are ready or the budget is spent.
+        """Creates physical pages in advance until `bytes` are ready or the budget is used up. Maps nothing.
 
-        Without it pages are created when first mapped. Creating maps nothing: it moves the driver's allocation, and a
-        shortage of memory, from the first steps to here.
+        Without this call pages are created when they are first mapped: the driver's allocations, and any shortage of
+        memory, then come in the first steps.
         """
         self._native.fill_pool(byte_count("bytes", bytes))
 
@@ -272,15 +271,15 @@ class VirtualKVCache:
         return self._native.slot_state(slot)
 
     def stats(self) -> CacheStats:
-        """What the cache holds and has done. May be called on a closed cache."""
+        """Memory and counters of the cache. May be called on a closed cache."""
         return CacheStats(**self._native.stats())
 
     def check_integrity(self) -> None:
-        """Counts everything anew; raises IntegrityError naming the first disagreement."""
+        """Recounts everything; raises IntegrityError naming the first inconsistency."""
         self._native.check_integrity()
 
     def close(self) -> None:
-        """Releases all physical memory. Tensors keep their addresses but nothing is behind them. Idempotent."""
+        """Releases all physical memory; tensors must not be touched any more. Idempotent."""
         self._is_closed = True
         self._tensors = ()
         self._native.close()
@@ -306,9 +305,9 @@ class VirtualKVCache:
 
 
 def report_faults() -> None:
-    """From now on a SIGSEGV inside of a cache on the CPU first prints its region, slot and token to standard error.
+    """Installs a SIGSEGV handler that prints region, slot and token of a fault inside of a CPU cache to standard error.
 
-    Region r is K of layer r, or V of layer r - num_layers; of a megacache 0 is K and 1 is V. The fault then goes on to
-    the handler that was installed before, such as faulthandler's. The handler stays for the life of the process.
+    Region r is K of layer r, or V of layer r - num_layers; in a megacache 0 is K and 1 is V. The previous handler, such
+    as faulthandler's, is called next. The handler stays for the life of the process.
     """
     _native.report_faults()

@@ -1,4 +1,4 @@
-"""A reserved region as bytes, through DLPack: no array library is needed here."""
+"""A reserved region as bytes, exported through DLPack; needs no array library."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _DL_HOST, _DL_CUDA = 1, 2  # DLDeviceType
 
 
 class Region:
-    """One region as a one-dimensional uint8 array; reading a byte of it that no prepared token owns faults.
+    """One region as a one-dimensional uint8 array; touching a byte of no prepared token faults.
 
-    An array made from it keeps the addresses alive, not the pages.
+    Arrays made from it keep the addresses alive, not the pages.
     """
 
     def __init__(self, cache: _native.KVCache, index: int) -> None:
         self._cache, self._index = cache, index
 
     def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **options: Any) -> Any:
-        """A capsule of DLPack 1.0 for who takes it, which alone may be written through NumPy, else of 0.x.
+        """A capsule of DLPack 1.0 if the consumer takes it (only then NumPy may write), else of 0.x.
 
-        The protocol's other options (stream, dl_device, copy) change nothing.
+        The protocol's other options (stream, dl_device, copy) are ignored.
         """
         if max_version is not None and max_version[0] >= 1:
             return self._cache.region_capsule(self._index, is_versioned=True)

@@ -13,13 +13,13 @@ from vattention.regions import Region
 def region_tensor(region: Region, dtype: torch.dtype | str) -> torch.Tensor:
     """The whole region as a one-dimensional tensor of `dtype`. It keeps the addresses alive, not the pages.
 
-    DLPack does not know every type torch has (the float8 family, for one), so the region travels as bytes.
+    The region is exported as bytes, because DLPack lacks some of torch's types, such as float8.
     """
     return typed(from_dlpack(region.__dlpack__()), dtype)
 
 
 def typed(data: torch.Tensor, dtype: torch.dtype | str) -> torch.Tensor:
-    """The same bytes as a tensor of `dtype`."""
+    """The bytes viewed as `dtype`."""
     return data.view(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 

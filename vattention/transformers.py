@@ -1,4 +1,4 @@
-"""A cache for `generate` of the transformers library whose K and V are in on-demand contiguous memory."""
+"""A cache for `generate` of the transformers library with K and V in a `VirtualKVCache`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from vattention.stats import CacheStats
 class VirtualCache(Cache):
     """A transformers `Cache` that grows without copying: sequence i of the batch is slot i of a `VirtualKVCache`.
 
-    Pass it to `model.generate(..., past_key_values=cache)` or to the model itself, under `torch.no_grad()`. Number of
-    KV heads, head size, dtype and device are those of the first keys it gets; memory exists from then on. Sliding
-    window layers keep all tokens and show the window. Beam search reorders in place; assisted generation crops. It is
-    not made for `torch.compile`: use a StaticCache there.
+    Pass it to `model.generate(..., past_key_values=cache)` or to the model itself, under `torch.no_grad()`. The first
+    keys determine the number of KV heads, head size, dtype and device, and reserve the addresses. Sliding window layers
+    keep all tokens and attend to the window. Beam search reorders in place; assisted generation crops. With
+    `torch.compile` use a StaticCache.
 
     Args:
         config: the model's; each layer must be full or sliding window attention, with K and V of one size.
-        max_tokens: longest length of a sequence, padding included. It costs address space, not memory.
+        max_tokens: of the longest sequence, padding included. It costs address space, not memory.
         budget_bytes: physical memory for K and V together; OutOfMemoryError when the sequences need more.
-        max_batch_size: sequences at once, which is batch size times num_beams in beam search.
+        max_batch_size: sequences at once; in beam search batch size times num_beams.
         page_bytes: as for VirtualKVCache.
 
-    Raises ValueError for a model it cannot serve, and in use for another batch size, size of a head, dtype or device.
+    Raises ValueError for a model that it cannot serve, and later for another batch size, head size, dtype or device.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class VirtualCache(Cache):
     def write(
         self, index: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores tokens of layer `index` from position `start` on; returns all of its K and V up to their end.
+        """Stores tokens of layer `index` from position `start` on; returns views of its K and V up to their end.
 
-        All are [batch, num_kv_heads, tokens, head size]; what is returned are views.
+        All are [batch, num_kv_heads, tokens, head size].
         """
         memory, (batch, _, tokens, _) = self._open(keys), keys.shape
         self._check(memory, keys, values)
@@ -83,19 +83,19 @@ class VirtualCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes a copy of sequence beam_idx[i]; beam_idx: [batch] integers."""
-        self._become(beam_idx)
+        self._copy_from(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence becomes `repeats` copies of it, side by side: a, b become a, a, b, b."""
-        self._become(torch.arange(self._batch_size).repeat_interleave(positive("repeats", repeats)))
+        """Repeats each sequence `repeats` times: a, b become a, a, b, b."""
+        self._copy_from(torch.arange(self._batch_size).repeat_interleave(positive("repeats", repeats)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these sequences, in this order; indices: integers, or a boolean for each sequence."""
+        """Keeps these sequences, in this order. indices: integers, or a boolean for each sequence."""
         if self._batch_size > 0:
-            self._become(torch.arange(self._batch_size)[torch.as_tensor(indices, device="cpu")])
+            self._copy_from(torch.arange(self._batch_size)[torch.as_tensor(indices, device="cpu")])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -tokens_to_remove tokens of every sequence; transformers passes 0 or a negative number."""
+        """Removes the last -tokens_to_remove tokens of every sequence; the number is 0 or negative."""
         if integer("tokens_to_remove", tokens_to_remove) > 0:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}: it must be 0 or negative, -n to remove n tokens")
         if tokens_to_remove == 0 or self._memory is None:
@@ -130,12 +130,12 @@ class VirtualCache(Cache):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a VirtualCache cannot be copied or pickled: crop() it back to the tokens that texts have in common, or "
-            "use one cache for each"
+            "a VirtualCache cannot be copied or pickled: crop() it to the tokens that the texts share, or use one "
+            "cache for each text"
         )
 
     def _open(self, keys: torch.Tensor) -> VirtualKVCache:
-        """The memory, made for keys like these, with a slot for each sequence."""
+        """The KV cache, created for keys like these at the first call, with a slot for each sequence."""
         if self._is_closed:
             raise ValueError("the cache is closed")
         batch, heads, _, head_size = keys.shape
@@ -148,13 +148,13 @@ class VirtualCache(Cache):
             self._grow(self._memory, batch)
         return self._memory
 
-    def _become(self, sources: torch.Tensor) -> None:
-        """Sequence i becomes a copy of sequence sources[i], of as many as there are sources."""
+    def _copy_from(self, sources: torch.Tensor) -> None:
+        """Sequence i becomes a copy of sequence sources[i]; the batch becomes as large as sources."""
         memory, before, after = self._memory, self._batch_size, len(sources)
         if memory is None or before == 0:
             return
         if after == 0:
-            raise ValueError("no sequence would be left: reset() forgets all of them")
+            raise ValueError("no sequence would be left; call reset() to remove all of them")
         self._grow(memory, after)
         for index, layer in enumerate(self._attention):
             for each in memory.layer(index):
@@ -163,7 +163,7 @@ class VirtualCache(Cache):
         self._shrink(after)
 
     def _grow(self, memory: VirtualKVCache, batch: int) -> None:
-        """Takes slots up to a batch of this size, with memory for as many tokens as the others have."""
+        """Claims slots up to this batch size, prepared for as many tokens as the others have."""
         if batch > memory.num_slots:
             raise ValueError(f"max_batch_size is {memory.num_slots}: the batch (with beams) has {batch}")
         added = range(self._batch_size, batch)
@@ -178,7 +178,7 @@ class VirtualCache(Cache):
         self._batch_size = max(self._batch_size, batch)
 
     def _shrink(self, batch: int) -> None:
-        """Frees the slots behind a batch of this size."""
+        """Frees the slots past this batch size."""
         if self._memory is None or batch >= self._batch_size:
             return
         self._wait_for_kernels()
@@ -215,7 +215,7 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends tokens; returns what their queries may see: [batch, num_kv_heads, tokens, head size] each."""
+        """Appends tokens; returns K and V for their queries, [batch, num_kv_heads, tokens, head size] each."""
         first = self._first_visible()
         keys, values = self._cache.write(self._index, self.length, key_states, value_states)
         self.length += key_states.shape[-2]
@@ -229,7 +229,7 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.length
 
     def _first_visible(self) -> int:
-        """Of the next token; the window counts that token."""
+        """The first position that the next token attends to; the window includes that token."""
         return 0 if self._window is None else max(0, self.length - self._window + 1)
 
 

@@ -1,4 +1,4 @@
-// Devices for tests: one that is only books and refuses every misuse, and one that fails where it is told to.
+// Devices for tests: one that only keeps accounts and refuses every misuse, and one that fails at a given call.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace vattention::test {
 
 // Holds no memory. A misuse (mapping over a mapping, unmapping what is not there, destroying what is mapped) is a
 // logic_error, which the allocator never catches.
-class BookDevice final : public Device {
+class AccountingDevice final : public Device {
  public:
   DeviceType type() const noexcept override { return DeviceType::kHost; }
   std::int32_t index() const noexcept override { return 0; }

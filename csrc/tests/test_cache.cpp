@@ -36,7 +36,7 @@ TEST(geometry_refuses_what_cannot_be) {
 }
 
 TEST(growth_maps_exactly_what_is_asked_in_few_handles) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 200);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 200);
   const std::uint64_t slot = cache->alloc(600);
   cache->prepare({{at(slot), 600}});  // 150 rows = 2 x 64 + 16 + 4 + 2 x 1
   CHECK_EQUAL(rows_of(*cache, slot), 150U);
@@ -44,7 +44,7 @@ TEST(growth_maps_exactly_what_is_asked_in_few_handles) {
 }
 
 TEST(any_lengths_that_fit_can_be_prepared) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 160);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 160);
   const std::uint64_t big = cache->alloc(600);
   cache->prepare({{at(big), 600}});
   cache->free(at(big));
@@ -58,7 +58,7 @@ TEST(any_lengths_that_fit_can_be_prepared) {
 }
 
 TEST(rows_ahead_of_active_slots_are_given_up) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100);
   const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
   cache->prepare({{at(a), 4}});
   cache->prefetch({{at(a), 400}});
@@ -70,7 +70,7 @@ TEST(rows_ahead_of_active_slots_are_given_up) {
 }
 
 TEST(pages_that_are_due_together_are_mapped_one_a_step) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);  // 4 tokens a page
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100);  // 4 tokens a page
   Targets targets;
   for (int i = 0; i < 3; ++i) targets.push_back({at(cache->alloc(0)), 1});
   cache->prepare(targets);
@@ -88,7 +88,7 @@ TEST(pages_that_are_due_together_are_mapped_one_a_step) {
 }
 
 TEST(a_refused_prefetch_leaves_nothing_for_the_next_owner_of_a_slot) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100);
   const std::uint64_t slot = cache->alloc(0);
   CHECK_THROWS(std::invalid_argument, cache->prefetch({{at(slot), 80}, {5, 4}}));  // slot 5 is not allocated
   cache->free(at(slot));
@@ -100,7 +100,7 @@ TEST(a_refused_prefetch_leaves_nothing_for_the_next_owner_of_a_slot) {
 }
 
 TEST(a_lead_takes_no_more_than_one_page_and_nothing_from_others) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 20);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 20);
   const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
   cache->prepare({{at(a), 40}});
   cache->prefetch({{at(a), 40}}, 400);
@@ -116,7 +116,7 @@ TEST(a_lead_takes_no_more_than_one_page_and_nothing_from_others) {
 }
 
 TEST(best_fit_prefers_most_kept_then_least_wasted) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 300);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 300);
   const std::uint64_t small = cache->alloc(0), large = cache->alloc(0), exact = cache->alloc(0);
   cache->prepare({{at(small), 16 * 4}, {at(large), 128 * 4}, {at(exact), 64 * 4}});
   for (const std::uint64_t slot : {small, large, exact}) cache->free(at(slot));
@@ -128,7 +128,7 @@ TEST(best_fit_prefers_most_kept_then_least_wasted) {
 }
 
 TEST(alloc_and_free_make_no_device_call_when_reclamation_is_deferred) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100);
   const std::uint64_t slot = cache->alloc(100);
   cache->prepare({{at(slot), 100}});
   const std::uint64_t unmaps = cache->stats().device[kUnmap].calls;
@@ -140,7 +140,7 @@ TEST(alloc_and_free_make_no_device_call_when_reclamation_is_deferred) {
 }
 
 TEST(eager_reclamation_unmaps_at_once) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100, {false, 0.0});
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100, {false, 0.0});
   const std::uint64_t slot = cache->alloc(100);
   cache->prepare({{at(slot), 100}});
   cache->free(at(slot));
@@ -148,7 +148,7 @@ TEST(eager_reclamation_unmaps_at_once) {
 }
 
 TEST(worker_keeps_a_share_of_the_budget_free) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100, {true, 0.5});
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100, {true, 0.5});
   const std::uint64_t slot = cache->alloc(400);
   for (std::int64_t rows = 16; rows <= 96; rows += 16) cache->prepare({{at(slot), rows * 4}});
   cache->free(at(slot));
@@ -161,7 +161,7 @@ TEST(worker_keeps_a_share_of_the_budget_free) {
 }
 
 TEST(one_idle_slot_is_kept_mapped_ahead) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100);
   cache->map_ahead(40);
   cache->wait();
   const std::uint64_t slot = cache->alloc(40);
@@ -194,7 +194,7 @@ TEST(shared_pages_are_never_written_through_two_slots) {
 
 TEST(sharing_stops_where_a_token_ends_with_a_page) {
   const Geometry geometry(2, 3 * kPage / 4, 4, 400, kPage);  // four tokens are three rows
-  const auto cache = make_cache(std::make_shared<BookDevice>(), geometry, 300);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), geometry, 300);
   const std::uint64_t source = cache->alloc(0), a = cache->alloc(0), b = cache->alloc(0);
   cache->prepare({{at(source), 8}});  // 6 rows = 4 + 1 + 1
   CHECK_EQUAL(cache->share(at(source), at(a), 3), 0U);
@@ -207,7 +207,7 @@ TEST(sharing_stops_where_a_token_ends_with_a_page) {
 TEST(a_share_depends_on_lengths_only) {
   for (const bool cuts : {false, true}) {
     for (const std::int64_t step : {513, 4, 40}) {
-      const auto device = std::make_shared<BookDevice>();
+      const auto device = std::make_shared<AccountingDevice>();
       device->cuts = cuts;
       const auto cache = make_cache(device, small_geometry(), 600);
       const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
@@ -229,7 +229,7 @@ TEST(shares_and_trims_end_at_multiples_of_small_extents) {
   std::mt19937_64 random(fresh_seed());
   for (int history = 0; history < 50; ++history) {
     const std::uint64_t unit = kClassRows[random() % 3];
-    const auto device = std::make_shared<BookDevice>();
+    const auto device = std::make_shared<AccountingDevice>();
     device->cuts = false;
     const auto cache = make_cache(device, small_geometry(), 600, {true, 0.0, unit});
     const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
@@ -251,7 +251,7 @@ TEST(shares_and_trims_end_at_multiples_of_small_extents) {
     cache->check_integrity();
   }
   CHECK_THROWS(std::invalid_argument,
-               make_cache(std::make_shared<BookDevice>(), small_geometry(), 600, {true, 0.0, 5}));
+               make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 600, {true, 0.0, 5}));
 }
 
 TEST(a_share_that_is_cut_or_copied_has_the_bytes_of_its_source) {
@@ -288,7 +288,7 @@ TEST(a_share_that_is_cut_or_copied_has_the_bytes_of_its_source) {
 }
 
 TEST(a_share_without_room_for_its_copy_is_out_of_memory_and_changes_nothing) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 70);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 70);
   const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
   cache->prepare({{at(source), 256}});  // one extent of 64 rows
   const auto error = CHECK_THROWS(OutOfMemory, cache->share(at(source), at(target), 32));
@@ -300,7 +300,7 @@ TEST(a_share_without_room_for_its_copy_is_out_of_memory_and_changes_nothing) {
 
 TEST(a_trimmed_slot_gives_its_rows_to_others) {
   for (const bool cuts : {false, true}) {
-    const auto device = std::make_shared<BookDevice>();
+    const auto device = std::make_shared<AccountingDevice>();
     device->cuts = cuts;
     const auto cache = make_cache(device, small_geometry(), 80);
     const std::uint64_t a = cache->alloc(0), b = cache->alloc(0);
@@ -321,7 +321,7 @@ TEST(a_trimmed_slot_gives_its_rows_to_others) {
 }
 
 TEST(a_slot_is_not_trimmed_below_what_another_one_shares) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 200);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 200);
   const std::uint64_t source = cache->alloc(0), target = cache->alloc(0);
   cache->prepare({{at(source), 300}});
   CHECK_EQUAL(cache->share(at(source), at(target), 256), 256U);
@@ -339,7 +339,7 @@ TEST(a_slot_is_not_trimmed_below_what_another_one_shares) {
 // 256 tokens are one extent of 64 rows. A device that cannot cut it maps the 57 rows of the next request anew.
 TEST(pages_of_a_freed_slot_serve_a_shorter_request) {
   for (const bool cuts : {false, true}) {
-    const auto device = std::make_shared<BookDevice>();
+    const auto device = std::make_shared<AccountingDevice>();
     device->cuts = cuts;
     const auto cache = make_cache(device, small_geometry(), 600);
     const std::uint64_t first = cache->alloc(256);
@@ -362,7 +362,7 @@ TEST(pages_of_a_freed_slot_serve_a_shorter_request) {
 
 // Six slots of 150 rows: with 900 rows no length can lack memory because an extent is used past another one.
 TEST(where_the_budget_holds_every_slot_pages_serve_a_shorter_request_uncut) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   const Geometry geometry = small_geometry();
   const auto cache = make_cache(device, geometry, 900);
   const std::uint64_t first = cache->alloc(256);
@@ -391,7 +391,7 @@ TEST(where_the_budget_holds_every_slot_pages_serve_a_shorter_request_uncut) {
 }
 
 TEST(rows_past_a_cut_are_idle_and_serve_others) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   device->cuts = true;
   const auto cache = make_cache(device, small_geometry(), 64);
   const std::uint64_t first = cache->alloc(256);
@@ -408,7 +408,7 @@ TEST(rows_past_a_cut_are_idle_and_serve_others) {
 }
 
 TEST(resize_takes_idle_memory_and_refuses_to_starve_slots) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   const Geometry geometry = small_geometry();
   const auto cache = make_cache(device, geometry, 100);
   const std::uint64_t slot = cache->alloc(0), idle = cache->alloc(0);
@@ -425,7 +425,7 @@ TEST(resize_takes_idle_memory_and_refuses_to_starve_slots) {
 
 TEST(pool_is_created_ahead_and_serves_growth_without_creating) {
   const Geometry geometry = small_geometry();
-  const auto cache = make_cache(std::make_shared<BookDevice>(), geometry, 100);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), geometry, 100);
   cache->fill_pool(budget(geometry, 1000));
   CHECK_EQUAL(cache->stats().created_bytes, 100 * geometry.row_bytes());
   CHECK_EQUAL(cache->stats().mapped_bytes, 0U);
@@ -436,7 +436,7 @@ TEST(pool_is_created_ahead_and_serves_growth_without_creating) {
 }
 
 TEST(a_device_with_less_memory_than_the_budget_says_how_much) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   const Geometry geometry = small_geometry();
   const auto cache = make_cache(device, geometry, 100);
   device->limit_bytes = 50 * geometry.row_bytes();
@@ -450,7 +450,7 @@ TEST(a_device_with_less_memory_than_the_budget_says_how_much) {
 }
 
 TEST(a_device_with_room_for_few_mappings_takes_them_from_the_idle_and_then_says_how_many) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   const Geometry geometry = small_geometry();
   const auto cache = make_cache(device, geometry, 100);
   device->limit_mappings = 20 * geometry.num_regions();
@@ -473,7 +473,7 @@ TEST(a_device_with_room_for_few_mappings_takes_them_from_the_idle_and_then_says_
 }
 
 TEST(wrong_arguments_are_named_with_their_numbers) {
-  const auto cache = make_cache(std::make_shared<BookDevice>(), small_geometry(), 100);
+  const auto cache = make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 100);
   const auto past = CHECK_THROWS(std::invalid_argument, cache->alloc(601));
   CHECK(std::string(past.what()).find("600") != std::string::npos);
   CHECK_THROWS(std::invalid_argument, cache->prepare({{0, 4}}));  // not allocated
@@ -484,12 +484,12 @@ TEST(wrong_arguments_are_named_with_their_numbers) {
   CHECK_EQUAL(rows_of(*cache, slot), 0U);
   CHECK_THROWS(std::invalid_argument, cache->claim(at(slot)));
   CHECK_THROWS(std::invalid_argument, cache->share(at(slot), at(slot), 0));
-  CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<BookDevice>(), Geometry(1, 8, 1, 1, 6000), 4));
-  CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<BookDevice>(), small_geometry(), 0));
+  CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<AccountingDevice>(), Geometry(1, 8, 1, 1, 6000), 4));
+  CHECK_THROWS(std::invalid_argument, make_cache(std::make_shared<AccountingDevice>(), small_geometry(), 0));
 }
 
 TEST(close_unmaps_before_the_addresses_may_be_anybodys) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   const auto cache = make_cache(device, small_geometry(), 100);
   cache->prepare({{at(cache->alloc(0)), 200}});
   cache->close();
@@ -498,7 +498,7 @@ TEST(close_unmaps_before_the_addresses_may_be_anybodys) {
 }
 
 TEST(close_releases_memory_now_and_addresses_with_the_last_user) {
-  const auto device = std::make_shared<BookDevice>();
+  const auto device = std::make_shared<AccountingDevice>();
   auto cache = make_cache(device, small_geometry(), 100);
   cache->prepare({{at(cache->alloc(0)), 200}});
   auto tensor = cache->reservation();

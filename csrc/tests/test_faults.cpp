@@ -1,4 +1,4 @@
-// A device that fails at call N, for every N: nothing half mapped, nothing lost, still usable.
+// A device that fails at call N, for every N: nothing stays partly mapped, nothing is lost, the cache is usable.
 #include "check.h"
 #include "fake_device.h"
 #include "fixture.h"
@@ -10,10 +10,10 @@ namespace {
 constexpr std::uint64_t kRows = 120;
 
 struct Rig {
-  explicit Rig(bool cuts = false) { books->cuts = cuts; }
+  explicit Rig(bool cuts = false) { accounting->cuts = cuts; }
 
-  std::shared_ptr<BookDevice> books = std::make_shared<BookDevice>();
-  std::shared_ptr<FaultyDevice> device = std::make_shared<FaultyDevice>(books);
+  std::shared_ptr<AccountingDevice> accounting = std::make_shared<AccountingDevice>();
+  std::shared_ptr<FaultyDevice> device = std::make_shared<FaultyDevice>(accounting);
   Geometry geometry = small_geometry();
   std::unique_ptr<KVCache> cache = make_cache(device, geometry, kRows);
 };
@@ -64,13 +64,13 @@ class History {
   std::uint64_t failures_ = 0;
 };
 
-std::uint64_t mapped_by_the_books(KVCache& cache) {
+std::uint64_t mapped_by_stats(KVCache& cache) {
   std::uint64_t rows = 0;
   for (std::uint64_t s = 0; s < cache.geometry().num_slots(); ++s) rows += std::get<2>(cache.slot_state(at(s)));
   return rows * cache.geometry().row_bytes();
 }
 
-// Healed, everything must work as on the first day: the whole budget in one slot, then nothing left behind.
+// Once the device works again, so must the cache: one slot takes the whole budget, and close() leaves nothing behind.
 void check_still_usable(Rig& rig) {
   rig.device->heal();
   KVCache& cache = *rig.cache;
@@ -81,10 +81,10 @@ void check_still_usable(Rig& rig) {
   const std::uint64_t slot = cache.alloc(0);
   cache.prepare({{at(slot), kRows * 4}});
   cache.check_integrity();
-  CHECK_EQUAL(rig.books->mapped_bytes(), kRows * rig.geometry.row_bytes());
+  CHECK_EQUAL(rig.accounting->mapped_bytes(), kRows * rig.geometry.row_bytes());
   cache.close();
-  CHECK_EQUAL(rig.books->mapped_bytes(), 0U);
-  CHECK_EQUAL(rig.books->physical_bytes(), 0U);
+  CHECK_EQUAL(rig.accounting->mapped_bytes(), 0U);
+  CHECK_EQUAL(rig.accounting->physical_bytes(), 0U);
 }
 
 void fail_everywhere(std::uint64_t length, bool cuts = false) {
@@ -96,7 +96,7 @@ void fail_everywhere(std::uint64_t length, bool cuts = false) {
     history.run();
     reached = rig.device->has_failed();
     // One failure is undone on the spot. With more, what could not be undone is finished when the slot is next used.
-    if (length == 1) CHECK(rig.books->mapped_bytes() >= mapped_by_the_books(*rig.cache));
+    if (length == 1) CHECK(rig.accounting->mapped_bytes() >= mapped_by_stats(*rig.cache));
     check_still_usable(rig);
   }
   CHECK(call > 100);
@@ -134,7 +134,7 @@ TEST(growth_is_all_or_nothing_at_every_call) {
     } catch (const DeviceError&) {
       CHECK_EQUAL(std::get<1>(rig.cache->slot_state(at(a))), 8U);
       CHECK_EQUAL(std::get<1>(rig.cache->slot_state(at(b))), 0U);
-      CHECK_EQUAL(rig.books->mapped_bytes(), mapped_by_the_books(*rig.cache));
+      CHECK_EQUAL(rig.accounting->mapped_bytes(), mapped_by_stats(*rig.cache));
     }
     rig.cache->check_integrity();
     check_still_usable(rig);

@@ -1,4 +1,4 @@
-// An allocation of the process that fails, for every allocation: the books stay whole and everything is usable after.
+// An allocation of the process that fails, for every allocation: the accounting stays consistent and the cache usable.
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -16,11 +16,11 @@ namespace {
 constexpr std::uint64_t kRows = 120;
 
 std::shared_ptr<Device> book_device() {
-  return std::make_shared<BookDevice>();
+  return std::make_shared<AccountingDevice>();
 }
 
 std::shared_ptr<Device> cutting_device() {
-  auto device = std::make_shared<BookDevice>();
+  auto device = std::make_shared<AccountingDevice>();
   device->cuts = true;
   return device;
 }
@@ -144,7 +144,7 @@ TEST(twenty_allocations_in_a_row_fail_everywhere) {
 TEST(a_construction_without_memory_throws_and_leaves_nothing) {
   bool constructed = false;
   for (std::uint64_t call = 0; !constructed; ++call) {
-    const auto device = std::make_shared<BookDevice>();
+    const auto device = std::make_shared<AccountingDevice>();
     try {
       const FailingNew failing(call, 1);
       const auto cache = make_cache(device, small_geometry(), kRows);

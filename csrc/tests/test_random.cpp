@@ -17,7 +17,7 @@ class Simulation {
       : random_(seed),
         geometry_(1 + pick(4), 1 + pick(kPage), 2 + pick(6), 1 + pick(700), kPage),
         rows_(pick(4) == 0 ? geometry_.num_slots() * geometry_.slot_rows() : 1 + pick(300)),
-        device_(std::make_shared<BookDevice>()),
+        device_(std::make_shared<AccountingDevice>()),
         cache_(make_cache(device_, geometry_, rows_, {pick(2) == 0, 0.25 * static_cast<double>(pick(4))})) {
     device_->cuts = pick(2) == 0;
   }
@@ -142,7 +142,7 @@ class Simulation {
   std::mt19937_64 random_;
   Geometry geometry_;
   std::uint64_t rows_;
-  std::shared_ptr<BookDevice> device_;
+  std::shared_ptr<AccountingDevice> device_;
   std::unique_ptr<KVCache> cache_;
   std::map<std::uint64_t, std::uint64_t> tokens_;  // prepared length of each active slot
 };

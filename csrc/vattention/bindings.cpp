@@ -48,7 +48,7 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
-// rule: what it must be, as " must be an integer".
+// rule: what is allowed, such as " must be an integer, got ".
 [[noreturn]] void refuse(const char* name, const char* rule, PyObject* object) {
   PyErr_Clear();
   throw py::type_error(name + (rule + std::string(py::repr(object))));
@@ -74,8 +74,8 @@ py::object snapshot(const py::object& items) {
   return py::reinterpret_steal<py::object>(PySequence_Tuple(items.ptr()));
 }
 
-// Reads the two sequences without a converter in between: at 512 slots converting was most of a prepare. Only an item
-// that is no plain int runs Python code, which may change the lists: from there on copies are read.
+// Reads the two sequences without pybind11's converters, which took most of a prepare of 512 slots. Items that are not
+// plain ints run Python code, which may change the lists: then copies are read.
 Targets to_targets(const py::object& slots, const py::object& tokens) {
   const py::object s = sequence(slots, "slots");
   const py::object t = sequence(tokens, "tokens");
@@ -96,7 +96,7 @@ Targets to_targets(const py::object& slots, const py::object& tokens) {
   return targets;
 }
 
-// A method of one integer: numbers beyond 64 bits are a ValueError that names the argument, as those out of range are.
+// A method with one integer argument. Numbers beyond 64 bits are a ValueError that names the argument.
 template <auto kMethod>
 auto with_int(const char* name) {
   return [name](KVCache& cache, const py::object& value) {
@@ -106,7 +106,7 @@ auto with_int(const char* name) {
   };
 }
 
-// A tensor of bytes over one region, which keeps the address space (not the pages) alive.
+// A tensor of bytes over one region. It keeps the address range alive, not the pages.
 template <typename Managed>
 struct RegionTensor {
   Managed managed{};
@@ -155,7 +155,7 @@ py::object make_capsule(KVCache& cache, std::uint64_t region) {
   return py::reinterpret_steal<py::object>(capsule);
 }
 
-// is_versioned: a capsule of DLPack 1.0, for consumers that ask for one.
+// is_versioned: whether the capsule is of DLPack 1.0.
 py::object region_capsule(KVCache& cache, std::uint64_t region, bool is_versioned) {
   if (region >= cache.geometry().num_regions()) {
     throw py::index_error("region must be from 0 to " + std::to_string(cache.geometry().num_regions() - 1) + ", got " +

@@ -1,4 +1,4 @@
-// The interface between the allocator and memory: what a device must be able to do.
+// The interface of a device with memory that can be mapped.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace vattention {
 
-// Physical memory, mapped as a whole, at any number of addresses at once. Its contents last while it is mapped.
+// Physical memory. It is mapped as a whole, at any number of addresses; its contents last while it is mapped.
 struct Handle {
   std::uint64_t id;
   std::uint64_t bytes;
@@ -18,7 +18,7 @@ struct Handle {
 // The numbers of DLPack's DLDeviceType.
 enum class DeviceType : std::int32_t { kHost = 1, kCuda = 2 };
 
-// A call that throws has changed nothing. It throws DeviceError, or DeviceOutOfMemory if less memory in use would help.
+// A call that throws has changed nothing. It throws DeviceOutOfMemory if releasing memory would help, else DeviceError.
 // Sizes and addresses are multiples of granularity().
 class Device {
  public:
@@ -35,13 +35,13 @@ class Device {
   virtual void destroy(const Handle& handle) = 0;
   // Maps the handles one after another from `at`, readable and writable.
   virtual void map(Address at, const std::vector<Handle>& handles) = 0;
-  // One handle at a time: a range call is no cheaper on the driver, and this one never leaves half of a call done.
+  // Takes one handle: a range call is no cheaper on the driver, and could fail halfway.
   virtual void unmap(Address at, const Handle& handle) = 0;
-  // Replaces each mapped handle by smaller ones of `sizes` bytes, which stand one after another wherever it stood, and
-  // returns those of each handle. Mappings and contents stay. Only where can_cut().
+  // Splits each mapped handle into smaller ones of `sizes` bytes, in order, and returns those of each handle. Mappings
+  // and contents stay. Requires can_cut().
   virtual std::vector<std::vector<Handle>> cut(const std::vector<Handle>& handles,
                                                const std::vector<std::uint64_t>& sizes) = 0;
-  // Copies mapped memory after all work that was submitted before; complete on return.
+  // Copies mapped memory after all work submitted before has finished; complete on return.
   virtual void copy(Address to, Address from, std::uint64_t bytes) = 0;
 };
 

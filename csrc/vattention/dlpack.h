@@ -1,5 +1,5 @@
-// The part of DLPack's stable C layout that handing out a byte range needs (dmlc.github.io/dlpack):
-// of version 0.x, and of 1.0, which alone says that a consumer may write.
+// The C structs of DLPack that export a range of bytes (dmlc.github.io/dlpack): of version 0.x, and of 1.0, in which
+// consumers see that they may write.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// What can go wrong, as exception types. The bindings turn each into the Python class of the same name.
+// Exception types. The bindings raise the Python class of the same name, with `Error` at its end
+// (vattention/errors.py).
 #pragma once
 
 #include <cstdint>
@@ -7,22 +8,22 @@
 
 namespace vattention {
 
-// Base of everything that is not a wrong argument.
+// Base of all errors but wrong arguments, which are std::invalid_argument.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A call of the device failed: which one, and the device's own words.
+// A call of the device failed; the message names it and has the device's own text.
 struct DeviceError : Error {
   using Error::Error;
 };
 
-// The device has no physical memory left, or no room in its tables for a mapping, although the budget had.
+// The device has no physical memory or no mapping left, although the budget allowed it.
 struct DeviceOutOfMemory : DeviceError {
   using DeviceError::DeviceError;
 };
 
-// The rows that active slots need exceed the rows there are. Both count all active slots, not only those of the call.
+// Active slots need more rows than are available. Both numbers count all active slots, not only those of the call.
 struct OutOfMemory : Error {
   OutOfMemory(std::uint64_t needed_rows, std::uint64_t available_rows, const std::string& why)
       : Error("active slots need " + std::to_string(needed_rows) + " rows, " + std::to_string(available_rows) +
@@ -42,7 +43,7 @@ struct ForkError : Error {
   using Error::Error;
 };
 
-// The books disagree: a defect of the allocator, never of its user.
+// The accounting is inconsistent: a defect of the allocator, never of its user.
 struct IntegrityError : Error {
   using Error::Error;
 };

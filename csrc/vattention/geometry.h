@@ -17,8 +17,8 @@ using Address = std::uint64_t;
 //   |p0|p1|p2|..|p0|p1|p2|..     |p0|p1|p2|..|p0|p1|p2|..
 //     ^ row 1 of slot 0 is this page in every region ^
 //
-// A slot starts on a page and its tokens lie side by side across pages, so that neither the bytes of a token nor the
-// number of tokens has to divide anything.
+// A slot starts on a page and its tokens lie side by side across pages: the bytes of a token need not divide a page,
+// and a slot's last page may be partly unused.
 class Geometry {
  public:
   Geometry(std::uint64_t num_regions, std::uint64_t token_bytes, std::uint64_t num_slots, std::uint64_t max_tokens,
@@ -54,7 +54,7 @@ class Geometry {
     return (tokens * token_bytes_ + page_bytes_ - 1) / page_bytes_;
   }
 
-  // The most tokens up to `tokens` whose last one ends together with a page: these pages hold nothing else.
+  // The largest number of tokens up to `tokens` that ends with a page: these pages hold no other token.
   std::uint64_t whole_page_tokens(std::uint64_t tokens) const noexcept {
     const std::uint64_t period_tokens = page_bytes_ / std::gcd(page_bytes_, token_bytes_);
     return tokens - tokens % period_tokens;

@@ -1,4 +1,4 @@
-// The private half of the cache: where rows come from, and what the worker does beside the step.
+// The private part of KVCache: growth, sharing, reclaiming, and the worker's job.
 #include <algorithm>
 #include <exception>
 #include <new>
@@ -12,7 +12,7 @@ namespace {
 constexpr std::uint64_t kPagesReclaimedAhead = 64;
 }
 
-// Protects, for the length of a call, the rows that the call is about to use from being taken back for each other.
+// The rows that a call is about to use. While it exists, they are not reclaimed.
 class KVCache::Goals {
  public:
   explicit Goals(KVCache& cache) : cache_(cache) {}
@@ -39,10 +39,10 @@ class KVCache::Goals {
   std::uint64_t growth_ = 0;
 };
 
-// A handle cannot be mapped in part, so an extent that straddles a length charges rows that the length does not need.
-// Where the device can, it is cut. Else it may serve only if the budget holds every slot at its full length: otherwise
-// no set of lengths that fills the budget could be promised. A shared extent may be written through one slot only and
-// may not serve either. What does not serve stays mapped until its place is needed, because idle rows cost nothing.
+// A handle is mapped as a whole, so an extent that straddles a length uses rows that the length does not need. If the
+// device can, the extent is cut. Otherwise it may serve only if the budget holds every slot at full length, because the
+// promise counts no such rows. Extents that another slot shares may not serve: two slots would write to them. Extents
+// that do not serve stay mapped until their addresses are needed, because idle rows cost nothing.
 KVCache::Fit KVCache::fit(const Slot& slot, std::uint64_t rows) const noexcept {
   Fit fit{slot.used_extents, slot.used_rows, 0};
   for (; fit.extents < slot.whole && fit.whole_rows < rows; ++fit.extents) {
@@ -61,8 +61,8 @@ bool KVCache::holds_every_slot(std::uint64_t budget_rows) const noexcept {
   return budget_rows / geometry_.num_slots() >= geometry_.slot_rows();
 }
 
-// The slot that saves most mapping; among equals the one that gives least away, so that an empty slot is preferred to
-// one whose pages another length could still use.
+// The slot that saves the most mapping; among equals the one that wastes the fewest rows, so that an empty slot is
+// preferred to one whose pages a longer request could use.
 std::uint64_t KVCache::best_idle_slot(std::uint64_t rows) const {
   std::uint64_t best = slots_.size(), best_kept = 0, best_waste = 0;
   for (std::uint64_t s = 0; s < slots_.size(); ++s) {
@@ -76,8 +76,8 @@ std::uint64_t KVCache::best_idle_slot(std::uint64_t rows) const {
   return best;
 }
 
-// True if anything had to be mapped. Prepared lengths are the caller's to advance, after this: until then whatever was
-// mapped here can be taken back, which is what makes a failure harmless.
+// Returns whether anything was mapped. The caller advances the prepared lengths afterwards: until then the new rows
+// count as mapped ahead and can be reclaimed, so a failure needs no undoing.
 bool KVCache::grow(const Targets& targets) {
   Goals goals(*this);
   for (const Target& target : targets) {
@@ -85,13 +85,13 @@ bool KVCache::grow(const Targets& targets) {
   }
   const std::uint64_t needed = slots_.used_rows() + goals.growth();
   if (needed > pool_.budget_rows()) throw OutOfMemory(needed, pool_.budget_rows(), "the budget");
-  for (const std::uint64_t slot : goals.slots()) clear_way(slot, goals_[slot]);
+  for (const std::uint64_t slot : goals.slots()) trim_to_fit(slot, goals_[slot]);
   bool mapped = false;
   for (const std::uint64_t slot : goals.slots()) mapped |= map_up_to(slot, goals_[slot]);
   return mapped;
 }
 
-void KVCache::clear_way(std::uint64_t slot, std::uint64_t rows) {
+void KVCache::trim_to_fit(std::uint64_t slot, std::uint64_t rows) {
   slots_.finish(slot);
   const Fit fit = this->fit(slots_[slot], rows);
   if (fit.cut_rows > 0) {
@@ -109,8 +109,8 @@ bool KVCache::map_up_to(std::uint64_t slot, std::uint64_t rows) {
   return true;
 }
 
-// The budget may promise more than the device has. All that is mapped but not used and all ready extents go first, then
-// the caller hears what there really is.
+// The budget may be larger than the device's memory. Reclaims all unused rows, destroys all ready extents and tries
+// once more; the error then says what the device really has.
 void KVCache::map_more(std::uint64_t slot, std::uint64_t rows, bool idle_only) {
   try {
     slots_.append(slot, pool_.take(slots_[slot].rows, rows));
@@ -128,7 +128,7 @@ void KVCache::map_more(std::uint64_t slot, std::uint64_t rows, bool idle_only) {
 
 bool KVCache::make_room(std::uint64_t rows, bool idle_only) {
   if (pool_.free_rows() >= rows) return true;
-  pool_.retry_condemned();
+  pool_.retry_destroy();
   std::vector<std::uint64_t> order = idle_slots();
   for (std::uint64_t s = 0; s < slots_.size() && !idle_only; ++s) {
     if (slots_[s].active) order.push_back(s);
@@ -140,8 +140,8 @@ bool KVCache::make_room(std::uint64_t rows, bool idle_only) {
   return pool_.free_rows() >= rows;
 }
 
-// The target has nothing mapped. Rows past the source's last extent that ends within the share are the target's own
-// copies, which the budget must have room for.
+// The target has nothing mapped. Rows behind the last extent that lies within the share are copied to memory of the
+// target's own, which the budget must have room for.
 void KVCache::share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows) {
   const std::uint64_t shared_rows = cut_at(source, rows);
   const Slot& from = slots_[source];
@@ -162,7 +162,7 @@ void KVCache::map_shared(std::uint64_t slot, Extents extents) {
   }
 }
 
-// Makes one of the slot's used extents end with so many rows, if the device can; the rows of those that end within.
+// Cuts a used extent so that one ends after `rows` rows, if the device can. Returns the rows of the extents within.
 std::uint64_t KVCache::cut_at(std::uint64_t index, std::uint64_t rows) {
   const Slot& slot = slots_[index];
   const std::size_t count = extents_within(slot, rows);
@@ -173,14 +173,14 @@ std::uint64_t KVCache::cut_at(std::uint64_t index, std::uint64_t rows) {
   return rows;
 }
 
-// Those that end within the extents, which are shared from the first on, that other slots hold too.
+// Tokens in the leading extents that other slots hold too.
 std::uint64_t KVCache::shared_tokens(const Slot& slot) const noexcept {
   std::uint64_t rows = 0;
   for (std::size_t i = 0; i < slot.used_extents && slot.extents[i]->mappings > 1; ++i) rows += slot.extents[i]->rows;
   return rows * geometry_.page_bytes() / geometry_.token_bytes();
 }
 
-// How many of the leading extents end within so many rows.
+// The number of used extents within the first `rows` rows.
 std::size_t KVCache::extents_within(const Slot& slot, std::uint64_t rows) const noexcept {
   std::size_t count = 0;
   for (std::uint64_t end = 0; count < slot.used_extents; ++count) {
@@ -198,8 +198,8 @@ void KVCache::copy_rows(std::uint64_t source, std::uint64_t target, std::uint64_
   }
 }
 
-// Takes back at least `rows` rows if the slot has them to give: whole extents from its tail, none that is in use or
-// that the call in progress counts on.
+// Unmaps whole extents from the slot's end until `rows` rows are free; none that is in use or that the call in progress
+// is about to use.
 void KVCache::reclaim(std::uint64_t index, std::uint64_t rows) {
   slots_.finish(index);
   const Slot& slot = slots_[index];
@@ -226,7 +226,7 @@ std::vector<std::uint64_t> KVCache::idle_slots() const {
   return idle;
 }
 
-// Each step on its own: what one cannot do must not keep the others from trying.
+// A failure of one part does not keep the others from running.
 void KVCache::work() noexcept {
   attempt([this] { prefetch_requested(); });
   attempt([this] { reclaim_ahead(); });
@@ -238,11 +238,11 @@ void KVCache::attempt(Step step) noexcept {
   try {
     step();
   } catch (const std::exception& error) {
-    note_failure(error.what());
+    record_failure(error.what());
   }
 }
 
-void KVCache::note_failure(const char* what) noexcept {
+void KVCache::record_failure(const char* what) noexcept {
   ++counters_.worker_failures;
   try {
     counters_.worker_error = what;
@@ -251,7 +251,7 @@ void KVCache::note_failure(const char* what) noexcept {
   }
 }
 
-// Takes rows back from idle slots only: an active slot's rows ahead are as good as those wanted here.
+// Reclaims from idle slots only: rows mapped ahead of other active slots are needed just as much.
 void KVCache::prefetch_requested() {
   const Targets targets = std::exchange(requested_, {});
   Goals goals(*this);
@@ -259,7 +259,7 @@ void KVCache::prefetch_requested() {
     goals.add(static_cast<std::uint64_t>(target.slot), geometry_.rows_for(static_cast<std::uint64_t>(target.tokens)));
   }
   for (const std::uint64_t slot : goals.slots()) {
-    clear_way(slot, goals_[slot]);
+    trim_to_fit(slot, goals_[slot]);
     if (slots_[slot].rows >= goals_[slot]) continue;
     const std::uint64_t missing = goals_[slot] - slots_[slot].rows;
     if (make_room(missing, true)) {
@@ -271,7 +271,7 @@ void KVCache::prefetch_requested() {
   }
 }
 
-// A little for each prefetch: whoever calls next waits for it, and an unmapped page costs 20 us.
+// A few rows for each prefetch: the next call waits for it, and unmapping a page takes 20 us.
 void KVCache::reclaim_ahead() {
   if (!policy_.deferred_reclamation || !below_threshold()) return;
   const std::uint64_t some_rows = std::max<std::uint64_t>(1, kPagesReclaimedAhead / geometry_.num_regions());
@@ -279,13 +279,13 @@ void KVCache::reclaim_ahead() {
 }
 
 void KVCache::map_one_ahead() {
-  if (!lacks_slot_ahead()) return;
+  if (!needs_slot_ahead()) return;
   const std::uint64_t slot = best_idle_slot(ahead_rows_);
   Goals goals(*this);
   goals.add(slot, ahead_rows_);
-  clear_way(slot, ahead_rows_);
+  trim_to_fit(slot, ahead_rows_);
   const std::uint64_t missing = ahead_rows_ - std::min(ahead_rows_, slots_[slot].rows);
-  if (missing == 0 || pool_.free_rows() < missing + threshold_rows()) return;  // never at the expense of others
+  if (missing == 0 || pool_.free_rows() < missing + threshold_rows()) return;  // only from memory above the threshold
   slots_.append(slot, pool_.take(slots_[slot].rows, missing));
 }
 
@@ -297,13 +297,13 @@ bool KVCache::below_threshold() const noexcept {
   return pool_.free_rows() < threshold_rows() && slots_.mapped_rows() > slots_.used_rows();
 }
 
-bool KVCache::lacks_slot_ahead() const {
+bool KVCache::needs_slot_ahead() const {
   if (ahead_rows_ == 0) return false;
   const std::uint64_t slot = best_idle_slot(ahead_rows_);
   return slot < slots_.size() && fit(slots_[slot], ahead_rows_).rows() < ahead_rows_;
 }
 
-void KVCache::release_everything() {
+void KVCache::release_all() {
   std::exception_ptr first;
   const auto attempt_all = [&first](auto step) {
     try {
@@ -313,7 +313,7 @@ void KVCache::release_everything() {
     }
   };
   for (std::uint64_t s = 0; s < slots_.size(); ++s) {
-    slots_.retire(s);
+    slots_.deactivate(s);
     attempt_all([&] { slots_.trim(s, 0); });
   }
   attempt_all([&] { pool_.clear(); });

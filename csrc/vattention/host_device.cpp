@@ -18,8 +18,8 @@ namespace vattention {
 namespace {
 
 constexpr std::uint64_t kFileBytes = std::uint64_t{1} << 62;  // sparse: holes cost nothing
-constexpr std::uint64_t kElsewhere = std::uint64_t{1} << 60;  // past every address
-constexpr std::uint64_t kAreasACall = 2;                      // at most: an area is cut in three
+constexpr std::uint64_t kOverflow = std::uint64_t{1} << 60;   // offset past every address
+constexpr std::uint64_t kAreasACall = 2;                      // at most: an area is split in three
 constexpr int kHidden = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 void* pointer(Address at) {
@@ -91,12 +91,12 @@ void AreaBudget::take() {
   left_ -= kAreasACall;
 }
 
-void AreaBudget::note() noexcept {
+void AreaBudget::count_unmap() noexcept {
   left_ -= std::min(left_, kAreasACall);
 }
 
-// At the kernel's limit even unmapping fails, and so do the heap and new threads: an eighth of the areas is not for
-// pages. Half of what is left may be taken without counting again, since another device may take as much.
+// At the kernel's limit unmapping, the heap and new threads fail too, so an eighth of the areas is kept free. Half of
+// the rest may be taken before the next count, because another device may take as much.
 void AreaBudget::count() {
   const std::uint64_t limit = read_number(limit_), used = count_lines(maps_);
   if (used + limit / 8 > limit) {
@@ -109,9 +109,7 @@ void AreaBudget::count() {
 }
 
 HostDevice::HostDevice()
-    : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE))),
-      file_(create_file()),
-      next_elsewhere_(kElsewhere) {}
+    : page_bytes_(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE))), file_(create_file()), next_overflow_(kOverflow) {}
 
 Address HostDevice::reserve(std::uint64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_NONE, kHidden, -1, 0);
@@ -127,7 +125,7 @@ Handle HostDevice::create(std::uint64_t bytes) {
   return {next_id_++, bytes};
 }
 
-// Its memory went back with its last mapping.
+// unmap() has released the memory with the last mapping.
 void HostDevice::destroy(const Handle&) {}
 
 void HostDevice::map(Address at, const std::vector<Handle>& handles) {
@@ -136,25 +134,25 @@ void HostDevice::map(Address at, const std::vector<Handle>& handles) {
   Address end = at;
   try {
     for (const Handle& handle : handles) {
-      offsets.push_back(enter(end, handle));
+      offsets.push_back(add_mapping(end, handle));
       end += handle.bytes;
     }
     map_places(at, handles, offsets);
   } catch (...) {
-    for (std::size_t i = 0; i < offsets.size(); ++i) leave(handles[i]);
+    for (std::size_t i = 0; i < offsets.size(); ++i) remove_mapping(handles[i]);
     throw;
   }
 }
 
 void HostDevice::unmap(Address at, const Handle& handle) {
   const Place place = places_.at(handle.id);
-  if (place.mappings > 1 && at == place.offset) strays_[at] = at + handle.bytes;
+  if (place.mappings > 1 && at == place.offset) occupied_[at] = at + handle.bytes;
   if (place.mappings == 1) punch(place.offset, handle.bytes);
-  cover(at, handle.bytes);
-  leave(handle);
+  hide(at, handle.bytes);
+  remove_mapping(handle);
 }
 
-// A handle's place is only a record: that of a piece lies inside of the whole one's.
+// Changes records only: a piece's place lies inside of the handle's.
 std::vector<std::vector<Handle>> HostDevice::cut(const std::vector<Handle>& handles,
                                                  const std::vector<std::uint64_t>& sizes) {
   std::vector<std::vector<Handle>> pieces(handles.size());
@@ -171,8 +169,8 @@ std::vector<std::vector<Handle>> HostDevice::cut(const std::vector<Handle>& hand
   }
   for (const Handle& handle : handles) {
     const std::uint64_t offset = places_.at(handle.id).offset;
-    const auto stray = strays_.find(offset);
-    if (stray != strays_.end()) stray->second = offset + sizes.front();
+    const auto occupied = occupied_.find(offset);
+    if (occupied != occupied_.end()) occupied->second = offset + sizes.front();
     places_.erase(handle.id);
   }
   return pieces;
@@ -182,31 +180,31 @@ void HostDevice::copy(Address to, Address from, std::uint64_t bytes) {
   std::memcpy(pointer(to), pointer(from), bytes);
 }
 
-// Counts one mapping more, and returns where in the file the handle's bytes are from its first mapping to its last.
-std::uint64_t HostDevice::enter(Address at, const Handle& handle) {
+// Counts one more mapping and returns the handle's offset in the file, which its first mapping decides.
+std::uint64_t HostDevice::add_mapping(Address at, const Handle& handle) {
   const auto [place, is_first] = places_.try_emplace(handle.id, Place{at, 0});
   if (is_first && !has_room(at, handle.bytes)) {
-    place->second.offset = next_elsewhere_;
-    next_elsewhere_ += handle.bytes;
+    place->second.offset = next_overflow_;
+    next_overflow_ += handle.bytes;
   }
   ++place->second.mappings;
   return place->second.offset;
 }
 
-void HostDevice::leave(const Handle& handle) noexcept {
+void HostDevice::remove_mapping(const Handle& handle) noexcept {
   const auto place = places_.find(handle.id);
   if (--place->second.mappings > 0) return;
-  strays_.erase(place->second.offset);
+  occupied_.erase(place->second.offset);
   places_.erase(place);
 }
 
-// Beside the whole handle, which stays until its caller is sure to succeed.
+// The handle's own place stays, so that the caller can undo this.
 void HostDevice::add_pieces(const Handle& handle, const std::vector<Handle>& pieces) {
   Place place = places_.at(handle.id);
-  const bool is_stray = strays_.count(place.offset) > 0;
+  const bool is_occupied = occupied_.count(place.offset) > 0;
   for (const Handle& piece : pieces) {
     places_.emplace(piece.id, place);
-    if (is_stray) strays_.emplace(place.offset, place.offset + piece.bytes);  // but for the first, which is there
+    if (is_occupied) occupied_.emplace(place.offset, place.offset + piece.bytes);  // the first one has an entry
     place.offset += piece.bytes;
   }
 }
@@ -215,17 +213,17 @@ void HostDevice::remove_pieces(const std::vector<Handle>& pieces) noexcept {
   for (const Handle& piece : pieces) {
     const auto place = places_.find(piece.id);
     if (place == places_.end()) continue;
-    if (piece.id != pieces.front().id) strays_.erase(place->second.offset);
+    if (piece.id != pieces.front().id) occupied_.erase(place->second.offset);
     places_.erase(place);
   }
 }
 
 bool HostDevice::has_room(std::uint64_t offset, std::uint64_t bytes) const noexcept {
-  const auto behind = strays_.lower_bound(offset + bytes);
-  return behind == strays_.begin() || std::prev(behind)->second <= offset;
+  const auto behind = occupied_.lower_bound(offset + bytes);
+  return behind == occupied_.begin() || std::prev(behind)->second <= offset;
 }
 
-// Gives the memory back; what is mapped there reads as zeros from here on.
+// Releases the memory; pages that are mapped there read as zeros afterwards.
 void HostDevice::punch(std::uint64_t offset, std::uint64_t bytes) {
   const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
   if (fallocate(file_.get(), mode, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
@@ -233,7 +231,7 @@ void HostDevice::punch(std::uint64_t offset, std::uint64_t bytes) {
   }
 }
 
-// Neighbours in the file with one call. If one fails nothing stays mapped.
+// One mmap for handles that are adjacent in the file. If one fails, nothing stays mapped.
 void HostDevice::map_places(Address at, const std::vector<Handle>& handles, const std::vector<std::uint64_t>& offsets) {
   Address end = at;
   try {
@@ -245,7 +243,7 @@ void HostDevice::map_places(Address at, const std::vector<Handle>& handles, cons
       end += bytes;
     }
   } catch (...) {
-    if (end > at) cover(at, end - at);
+    if (end > at) hide(at, end - at);
     throw;
   }
 }
@@ -258,9 +256,9 @@ void HostDevice::map_run(Address at, std::uint64_t bytes, std::uint64_t offset) 
   }
 }
 
-// Lays inaccessible pages over a range, which drops whatever was mapped there.
-void HostDevice::cover(Address at, std::uint64_t bytes) {
-  areas_.note();
+// Replaces the mappings of a range by inaccessible pages.
+void HostDevice::hide(Address at, std::uint64_t bytes) {
+  areas_.count_unmap();
   if (mmap(pointer(at), bytes, PROT_NONE, MAP_FIXED | kHidden, -1, 0) == MAP_FAILED) {
     fail("mmap hiding " + std::to_string(bytes) + " bytes", errno);
   }

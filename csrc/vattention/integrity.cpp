@@ -24,7 +24,8 @@ void require_equal(std::uint64_t actual, std::uint64_t expected, const std::stri
 
 void check_slot(const Geometry& geometry, const Slot& slot, const std::string& name) {
   std::uint64_t rows = 0, used_rows = 0;
-  require(slot.used_extents <= slot.whole && slot.whole <= slot.extents.size(), name + " has its marks out of order");
+  require(slot.used_extents <= slot.whole && slot.whole <= slot.extents.size(),
+          name + " has its extent counts out of order");
   for (std::size_t i = 0; i < slot.whole; ++i) {
     rows += slot.extents[i]->rows;
     if (i < slot.used_extents) used_rows = rows;
@@ -34,7 +35,7 @@ void check_slot(const Geometry& geometry, const Slot& slot, const std::string& n
   const std::uint64_t last = slot.used_extents > 0 ? slot.extents[slot.used_extents - 1]->rows : 1;
   const std::uint64_t needed = geometry.rows_for(slot.tokens);
   require(slot.used_rows >= needed && slot.used_rows - needed < last,
-          name + " uses other extents than its tokens need");
+          name + " uses more or fewer extents than its tokens need");
   require(slot.rows <= geometry.slot_rows(), name + " is mapped past its end");
   require(slot.active || slot.tokens == 0, name + " is idle but has a prepared length");
 }
@@ -63,22 +64,22 @@ void check_handles(const Geometry& geometry, const Extent& extent, std::unordere
 
 std::uint64_t check_pool(const Geometry& geometry, const PagePool& pool, const Census& census,
                          std::unordered_set<std::uint64_t>& ids) {
-  Extents ready, condemned;
-  pool.list(ready, condemned);
-  std::uint64_t ready_rows = 0, condemned_rows = 0;
+  Extents ready, undestroyed;
+  pool.list(ready, undestroyed);
+  std::uint64_t ready_rows = 0, undestroyed_rows = 0;
   for (const ExtentPtr& extent : ready) {
     require(census.count(extent.get()) == 0 && extent->mappings == 0, "a ready extent is mapped");
     check_handles(geometry, *extent, ids);
     ready_rows += extent->rows;
   }
-  for (const ExtentPtr& extent : condemned) condemned_rows += extent->rows;
+  for (const ExtentPtr& extent : undestroyed) undestroyed_rows += extent->rows;
   require_equal(pool.pooled_rows(), ready_rows, "pooled rows");
-  return ready_rows + condemned_rows;
+  return ready_rows + undestroyed_rows;
 }
 
 }  // namespace
 
-void check_books(const Geometry& geometry, const SlotMap& slots, const PagePool& pool) {
+void check_accounting(const Geometry& geometry, const SlotMap& slots, const PagePool& pool) {
   const Census census = take_census(geometry, slots);
   std::unordered_set<std::uint64_t> ids;
   std::uint64_t mapped_rows = 0, used_rows = 0;

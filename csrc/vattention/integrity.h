@@ -1,4 +1,4 @@
-// The invariants of the books as code.
+// The invariants of the cache's accounting.
 #pragma once
 
 #include "vattention/page_pool.h"
@@ -7,6 +7,6 @@
 namespace vattention {
 
 // Throws IntegrityError naming the first invariant that does not hold.
-void check_books(const Geometry& geometry, const SlotMap& slots, const PagePool& pool);
+void check_accounting(const Geometry& geometry, const SlotMap& slots, const PagePool& pool);
 
 }  // namespace vattention

@@ -45,7 +45,7 @@ KVCache::KVCache(std::shared_ptr<Device> device, const Geometry& geometry, std::
 KVCache::~KVCache() {
   try {
     close();
-  } catch (const std::exception&) {  // nobody is left to tell; close() is there for whoever wants to know
+  } catch (const std::exception&) {  // a destructor must not throw; close() reports failures
   }
 }
 
@@ -77,7 +77,7 @@ void KVCache::claim(std::int64_t slot) {
 void KVCache::free(std::int64_t slot) {
   const Worker::Lock lock = own();
   const std::uint64_t index = active_slot(slot);
-  slots_.retire(index);
+  slots_.deactivate(index);
   if (!policy_.deferred_reclamation) slots_.trim(index, 0);
 }
 
@@ -95,18 +95,18 @@ void KVCache::prepare(const Targets& targets) {
 
 void KVCache::prefetch(const Targets& targets, std::int64_t lead_tokens) {
   const Worker::Lock lock = own();
-  const auto lead = static_cast<std::uint64_t>(cut(lead_tokens, "lead_tokens"));
+  const auto lead = static_cast<std::uint64_t>(clamped(lead_tokens, "lead_tokens"));
   Targets wanted;
   wanted.reserve(targets.size() + 1);
   std::optional<Target> ahead;
   std::uint64_t least_left = geometry_.page_bytes();
   for (const Target& target : targets) {
     active_slot(target.slot);
-    const Target now{target.slot, cut(target.tokens)}, later = a_page_further(now, lead);
+    const Target now{target.slot, clamped(target.tokens)}, later = up_to_next_page(now, lead);
     const std::uint64_t left = bytes_left(now.tokens);
-    if (lacks(now)) {
+    if (needs_mapping(now)) {
       wanted.push_back(now);
-    } else if (left < least_left && lacks(later)) {
+    } else if (left < least_left && needs_mapping(later)) {
       ahead = later;
       least_left = left;
     }
@@ -114,7 +114,7 @@ void KVCache::prefetch(const Targets& targets, std::int64_t lead_tokens) {
   if (ahead && pool_.free_rows() > 0) wanted.push_back(*ahead);
   requested_ = std::move(wanted);
   ++counters_.prefetches;
-  if (!requested_.empty() || below_threshold() || lacks_slot_ahead()) worker_.post(lock);
+  if (!requested_.empty() || below_threshold() || needs_slot_ahead()) worker_.post(lock);
 }
 
 void KVCache::wait() {
@@ -164,7 +164,7 @@ std::uint64_t KVCache::trim(std::int64_t slot, std::int64_t tokens) {
 void KVCache::map_ahead(std::int64_t tokens) {
   const Worker::Lock lock = own();
   ahead_rows_ = geometry_.rows_for(tokens_in_range("tokens", tokens));
-  if (lacks_slot_ahead()) worker_.post(lock);
+  if (needs_slot_ahead()) worker_.post(lock);
 }
 
 void KVCache::set_deferred_reclamation(bool deferred) {
@@ -186,8 +186,8 @@ void KVCache::resize(std::int64_t budget_bytes) {
   pool_.set_budget(rows);
 }
 
-// The budget below which the promise breaks: rows that extents use past a length are there only for a budget that holds
-// every slot.
+// The smallest budget that keeps the promise. Extents may be used past a slot's length only while the budget holds
+// every slot at full length.
 std::uint64_t KVCache::needed_rows() const noexcept {
   for (std::uint64_t s = 0; s < slots_.size(); ++s) {
     if (slots_[s].used_rows > geometry_.rows_for(slots_[s].tokens)) return slots_.size() * geometry_.slot_rows();
@@ -232,7 +232,7 @@ Stats KVCache::stats() {
 
 void KVCache::check_integrity() {
   const Worker::Lock lock = own();
-  check_books(geometry_, slots_, pool_);
+  check_accounting(geometry_, slots_, pool_);
 }
 
 void KVCache::close() {
@@ -244,8 +244,8 @@ void KVCache::close() {
   }
   worker_.stop();
   const Worker::Lock lock = worker_.own();
-  const std::shared_ptr<Reservation> addresses = std::move(reservation_);  // nobody else's before the pages are gone
-  release_everything();
+  const std::shared_ptr<Reservation> addresses = std::move(reservation_);  // kept until the pages are unmapped
+  release_all();
 }
 
 Worker::Lock KVCache::own() {
@@ -272,26 +272,26 @@ std::uint64_t KVCache::tokens_in_range(const char* name, std::int64_t tokens) co
   return static_cast<std::uint64_t>(tokens);
 }
 
-// A length past the end asks for what there is.
-std::int64_t KVCache::cut(std::int64_t tokens, const char* name) const {
+// Lengths past max_tokens mean max_tokens.
+std::int64_t KVCache::clamped(std::int64_t tokens, const char* name) const {
   return static_cast<std::int64_t>(
       tokens_in_range(name, std::min(tokens, static_cast<std::int64_t>(geometry_.max_tokens()))));
 }
 
-// The target `lead` tokens on, but no more than one page past its own last one.
-Target KVCache::a_page_further(const Target& target, std::uint64_t lead) const {
+// The target `lead` tokens further, but at most to the end of the page after its last one.
+Target KVCache::up_to_next_page(const Target& target, std::uint64_t lead) const {
   const auto tokens = static_cast<std::uint64_t>(target.tokens);
   const std::uint64_t page_end = (geometry_.rows_for(tokens) + 1) * geometry_.page_bytes() / geometry_.token_bytes();
-  return {target.slot, cut(static_cast<std::int64_t>(std::min(tokens + lead, page_end)))};
+  return {target.slot, clamped(static_cast<std::int64_t>(std::min(tokens + lead, page_end)))};
 }
 
-// Of the page that the last of so many tokens lies in.
+// Bytes behind the last of this many tokens in its page.
 std::uint64_t KVCache::bytes_left(std::int64_t tokens) const {
   const auto count = static_cast<std::uint64_t>(tokens);
   return geometry_.rows_for(count) * geometry_.page_bytes() - count * geometry_.token_bytes();
 }
 
-bool KVCache::lacks(const Target& target) const {
+bool KVCache::needs_mapping(const Target& target) const {
   const Slot& slot = slots_[static_cast<std::uint64_t>(target.slot)];
   const std::uint64_t rows = geometry_.rows_for(static_cast<std::uint64_t>(target.tokens));
   return rows > slot.used_rows && fit(slot, rows).rows() < rows;

@@ -1,5 +1,5 @@
-// The cache: which slot gets which rows, when they are mapped and taken back, and who may touch the books. Layers, data
-// types and tensors are Python's (vattention/kv_cache.py).
+// The cache: decides which slot gets which rows, and when they are mapped and reclaimed. Layers, data types and tensors
+// are in Python (vattention/kv_cache.py).
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace vattention {
 
 struct Policy {
   bool deferred_reclamation = true;  // a freed slot keeps its pages until they are needed or free memory runs low
-  double reclaim_threshold = 0.1;    // share of the budget that the worker, after each prefetch, tries to keep free
+  double reclaim_threshold = 0.1;    // share of the budget that the worker tries to keep free after each prefetch
   std::uint64_t max_extent_rows = kClassRows.back();  // see PagePool
 };
 
@@ -31,11 +31,11 @@ struct Target {
 using Targets = std::vector<Target>;
 
 struct Counters {
-  std::uint64_t prepares = 0, prepares_waited = 0;     // waited: something had to be mapped before it returned
-  std::uint64_t prefetches = 0, prefetches_short = 0;  // short: a slot's rows that the budget had no room for
+  std::uint64_t prepares = 0, prepares_waited = 0;     // waited: mapped pages before it returned
+  std::uint64_t prefetches = 0, prefetches_short = 0;  // short: slots without room for their rows
   std::uint64_t rows_prefetched = 0, rows_reclaimed = 0;
   std::uint64_t worker_failures = 0;
-  std::string worker_error;  // the last one, empty if there was none
+  std::string worker_error;  // the last one; empty if there was none
 };
 
 struct Stats {
@@ -49,11 +49,11 @@ struct Stats {
 // (active, prepared tokens, mapped rows)
 using SlotState = std::tuple<bool, std::uint64_t, std::uint64_t>;
 
-// Threads may share a cache: every call first waits for the worker to be idle, then owns the books. The promise: any
+// Threads may share a cache: every call waits for the worker to be idle and then holds its lock. The promise: any
 // lengths of the active slots whose rows_for() add up to at most capacity_rows() can be prepared.
 //
-// A call that throws, whatever the exception, leaves the books whole and the prepared lengths as they were. In a forked
-// child every call throws ForkError, but close() and the destructor, which do nothing there.
+// A call that throws any exception leaves the accounting consistent and the prepared lengths unchanged. In a forked
+// child every call throws ForkError, except close() and the destructor, which do nothing.
 class KVCache {
  public:
   KVCache(std::shared_ptr<Device> device, const Geometry& geometry, std::int64_t budget_bytes, Policy policy);
@@ -69,16 +69,16 @@ class KVCache {
   void claim(std::int64_t slot);
   void free(std::int64_t slot);
   void prepare(const Targets& targets);
-  // lead_tokens: of the slots that have enough, the one nearest to the end of its page is mapped a page further where
-  // it would need that within so many tokens.
+  // lead_tokens: of the slots with nothing to map, the one nearest to the end of its last page gets its next page if it
+  // needs it within this many tokens.
   void prefetch(const Targets& targets, std::int64_t lead_tokens = 0);
   void wait();
-  // Gives `target` the first tokens of `source`, as many of `tokens` as end together with a page, and returns how many.
-  // Pages are shared; where a page handle straddles the end of the share it is cut, or its rows are copied: never at a
-  // multiple of Policy::max_extent_rows, where that is less than the largest extent.
+  // Maps the pages of the first tokens of `source` at `target` too and returns how many are shared: `tokens` rounded
+  // down to the end of a page. An extent that straddles the end is cut, or its shared rows are copied. Neither happens
+  // at a multiple of a Policy::max_extent_rows below the largest extent.
   std::uint64_t share(std::int64_t source, std::int64_t target, std::int64_t tokens);
-  // Shortens the prepared length and returns it; the rows behind become idle, those that others share are unmapped.
-  // Where an extent that straddles the new length cannot be cut, the length ends with the extent.
+  // Shortens the prepared length and returns it. The rows behind become idle; those that other slots share are
+  // unmapped. If an extent that straddles the new length cannot be cut, the length ends with the extent.
   std::uint64_t trim(std::int64_t slot, std::int64_t tokens);
   void map_ahead(std::int64_t tokens);
   void set_deferred_reclamation(bool deferred);
@@ -91,8 +91,8 @@ class KVCache {
   void close();
 
  private:
-  // The leading part of a slot that may serve a length: private extents, and `cut_rows` rows of the next one, which has
-  // to be cut.
+  // The leading part of a slot's pages that may serve a length: extents of its own, and `cut_rows` rows of the next
+  // one, which has to be cut.
   struct Fit {
     std::size_t extents;
     std::uint64_t whole_rows, cut_rows;
@@ -106,10 +106,10 @@ class KVCache {
   std::uint64_t slot_in_range(std::int64_t slot, const char* name = "slot") const;
   std::uint64_t active_slot(std::int64_t slot, const char* name = "slot") const;
   void check_targets(const Targets& targets) const;
-  std::int64_t cut(std::int64_t tokens, const char* name = "tokens") const;
-  Target a_page_further(const Target& target, std::uint64_t lead) const;
+  std::int64_t clamped(std::int64_t tokens, const char* name = "tokens") const;
+  Target up_to_next_page(const Target& target, std::uint64_t lead) const;
   std::uint64_t bytes_left(std::int64_t tokens) const;
-  bool lacks(const Target& target) const;
+  bool needs_mapping(const Target& target) const;
 
   void share_rows(std::uint64_t source, std::uint64_t target, std::uint64_t rows);
   void map_shared(std::uint64_t slot, Extents extents);
@@ -121,7 +121,7 @@ class KVCache {
   bool holds_every_slot(std::uint64_t budget_rows) const noexcept;
   std::uint64_t needed_rows() const noexcept;
   bool grow(const Targets& targets);
-  void clear_way(std::uint64_t slot, std::uint64_t rows);
+  void trim_to_fit(std::uint64_t slot, std::uint64_t rows);
   bool map_up_to(std::uint64_t slot, std::uint64_t rows);
   void map_more(std::uint64_t slot, std::uint64_t rows, bool idle_only);
   bool make_room(std::uint64_t rows, bool idle_only);
@@ -132,14 +132,14 @@ class KVCache {
   void work() noexcept;
   template <typename Step>
   void attempt(Step step) noexcept;
-  void note_failure(const char* what) noexcept;
+  void record_failure(const char* what) noexcept;
   void prefetch_requested();
   void reclaim_ahead();
   void map_one_ahead();
   std::uint64_t threshold_rows() const noexcept;
   bool below_threshold() const noexcept;
-  bool lacks_slot_ahead() const;
-  void release_everything();
+  bool needs_slot_ahead() const;
+  void release_all();
 
   const std::shared_ptr<TimedDevice> device_;
   const Geometry geometry_;
@@ -147,7 +147,7 @@ class KVCache {
   std::shared_ptr<Reservation> reservation_;
   PagePool pool_;
   SlotMap slots_;
-  std::vector<std::uint64_t> goals_;  // rows of a slot that the call in progress must not take back; 0 outside of calls
+  std::vector<std::uint64_t> goals_;  // rows of a slot that the call in progress must not reclaim; 0 outside of calls
   std::uint64_t ahead_rows_ = 0;
   Targets requested_;
   Counters counters_;

@@ -73,8 +73,8 @@ Extents PagePool::take(std::uint64_t begin, std::uint64_t rows) {
   return ordered;
 }
 
-// The extents for rows [begin, begin + rows): up to the first multiple of the largest extent, from there to the last
-// one, and behind it; each part the largest first.
+// The extents for rows [begin, begin + rows), in three parts: up to the first multiple of max_extent_rows_, from there
+// to the last multiple, and behind it; in each part the largest first.
 std::vector<ClassCounts> PagePool::cut_at_multiples(std::uint64_t begin, std::uint64_t rows) const {
   if (max_extent_rows_ == kClassRows.back()) return {split(rows)};
   const std::uint64_t head = std::min(rows, (max_extent_rows_ - begin % max_extent_rows_) % max_extent_rows_);
@@ -108,7 +108,7 @@ void PagePool::set_budget(std::uint64_t rows) {
 
 void PagePool::clear() {
   shrink_to(created_rows_ - pooled_rows_);
-  retry_condemned();
+  retry_destroy();
 }
 
 Extents PagePool::plan_pieces(std::uint64_t head, std::uint64_t tail) {
@@ -127,9 +127,9 @@ void PagePool::replace(Extent& whole, const Extents& pieces) noexcept {
   whole.handles.clear();
 }
 
-void PagePool::list(Extents& ready, Extents& condemned) const {
+void PagePool::list(Extents& ready, Extents& undestroyed) const {
   for (const Extents& extents : ready_) ready.insert(ready.end(), extents.begin(), extents.end());
-  condemned.insert(condemned.end(), condemned_.begin(), condemned_.end());
+  undestroyed.insert(undestroyed.end(), undestroyed_.begin(), undestroyed_.end());
 }
 
 Extents PagePool::create(const ClassCounts& counts) {
@@ -140,18 +140,18 @@ Extents PagePool::create(const ClassCounts& counts) {
   try {
     make_handles(fresh);
   } catch (...) {
-    for (ExtentPtr& extent : fresh) condemned_.push_back(std::move(extent));
+    for (ExtentPtr& extent : fresh) undestroyed_.push_back(std::move(extent));
     try {
-      retry_condemned();
-    } catch (...) {  // they stay condemned; the first failure is the one to report
+      retry_destroy();
+    } catch (...) {  // they stay undestroyed; the first failure is reported
     }
     throw;
   }
   return fresh;
 }
 
-// Extents with room for their handles, the largest first. The whole list is asked for at once, so that a number beyond
-// all memory fails before any is used.
+// Extents with space for their handles, the largest first. The list is reserved first, so that an impossible number
+// fails before anything is allocated.
 Extents PagePool::plan(const ClassCounts& counts) {
   Extents extents;
   extents.reserve(total_extents(counts));
@@ -176,7 +176,7 @@ void PagePool::reserve_lists(const ClassCounts& more) {
   for (std::size_t c = 0; c < kNumClasses; ++c) {
     reserve_more(ready_[c], existing_[c] - ready_[c].size() + more[c]);
   }
-  reserve_more(condemned_, total_extents(existing_) - condemned_.size() + total_extents(more));
+  reserve_more(undestroyed_, total_extents(existing_) - undestroyed_.size() + total_extents(more));
 }
 
 void PagePool::make_room(std::uint64_t rows) {
@@ -191,7 +191,8 @@ void PagePool::shrink_to(std::uint64_t created_rows) {
   }
 }
 
-// The smallest class that covers the shortage with one extent, else the largest there is: destroying costs per handle.
+// The smallest class that covers the shortage with one extent, else the largest that is ready: each destroyed handle
+// costs a call.
 std::size_t PagePool::victim_class(std::uint64_t rows) const noexcept {
   std::size_t victim = 0;
   for (std::size_t c = 0; c < kNumClasses; ++c) {
@@ -210,17 +211,17 @@ ExtentPtr PagePool::pop(std::size_t size_class) noexcept {
 }
 
 void PagePool::discard(ExtentPtr extent) {
-  condemned_.push_back(std::move(extent));
-  retry_condemned();
+  undestroyed_.push_back(std::move(extent));
+  retry_destroy();
 }
 
-void PagePool::retry_condemned() {
-  while (!condemned_.empty()) {
-    Extent& extent = *condemned_.back();
+void PagePool::retry_destroy() {
+  while (!undestroyed_.empty()) {
+    Extent& extent = *undestroyed_.back();
     for (; !extent.handles.empty(); extent.handles.pop_back()) device_.destroy(extent.handles.back());
     created_rows_ -= extent.rows;
     --existing_[class_of(extent.rows)];
-    condemned_.pop_back();
+    undestroyed_.pop_back();
   }
 }
 

@@ -1,4 +1,4 @@
-// Physical memory as a budget of rows, kept as ready extents in size classes.
+// Physical memory: a budget of rows, and the ready extents by size class.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace vattention {
 
-// `rows` consecutive rows: one handle a region. Mapping costs per handle whatever its size, so a long growth wants
-// few, large extents and a decode step wants one of a single row.
+// `rows` consecutive rows, with one handle for each region. Mapping a handle costs the same whatever its size: a prompt
+// takes few large extents, a decode step one of a single row.
 struct Extent {
   std::uint64_t rows = 0;
   std::vector<Handle> handles;  // [num_regions]
@@ -29,47 +29,48 @@ using ClassCounts = std::array<std::uint64_t, kNumClasses>;  // extents of each 
 // The fewest extents of at most `max_rows` rows each that add up to exactly `rows`.
 ClassCounts split(std::uint64_t rows, std::uint64_t max_rows = kClassRows.back()) noexcept;
 
-// Makes room for `more` elements, so that adding them cannot fail. Grows by half at least: repeated calls stay cheap.
+// Reserves space for `more` elements, so that adding them cannot fail. Grows by half at least: repeated calls are
+// cheap.
 template <typename Element>
 void reserve_more(std::vector<Element>& elements, std::size_t more) {
   const std::size_t needed = elements.size() + more, size = elements.capacity();
   if (needed > size) elements.reserve(std::max(needed, size + size / 2));
 }
 
-// Giving back never fails: there is room in every list for each extent that exists. A call that throws has changed
-// nothing, except that extents which the device refuses to destroy stay charged to the budget.
+// put() never fails: every list has space for each extent that exists. A call that throws has changed nothing, except
+// that extents which the device failed to destroy still count towards the budget.
 class PagePool {
  public:
-  // max_extent_rows: a size class. Where it is not the largest, no extent straddles a multiple of it in its slot.
+  // max_extent_rows: a size class. If it is not the largest, no extent straddles a multiple of it in its slot.
   PagePool(Device& device, const Geometry& geometry, std::uint64_t budget_rows, std::uint64_t max_extent_rows)
       : device_(device), geometry_(geometry), budget_rows_(budget_rows), max_extent_rows_(max_extent_rows) {}
 
   std::uint64_t budget_rows() const noexcept { return budget_rows_; }
   std::uint64_t created_rows() const noexcept { return created_rows_; }
   std::uint64_t pooled_rows() const noexcept { return pooled_rows_; }
-  // Rows that take() can hand out: ready ones and those the budget still allows.
+  // Rows that take() can return: ready ones, and those that the budget allows to create.
   std::uint64_t free_rows() const noexcept { return budget_rows_ - created_rows_ + pooled_rows_; }
   std::uint64_t num_pooled(std::size_t size_class) const noexcept { return ready_[size_class].size(); }
 
-  // Extents of exactly `rows` rows in total, for a slot's rows from `begin` on; rows <= free_rows(). All or nothing.
+  // Extents of exactly `rows` rows in total, for a slot's rows from `begin` on; requires rows <= free_rows().
   Extents take(std::uint64_t begin, std::uint64_t rows);
   void put(ExtentPtr extent) noexcept;
   void put_all(Extents extents) noexcept;
   // Creates ready extents until `rows` are pooled or the budget is reached: `single_rows` of them as extents of one
   // row, for the next decode growth, and the rest as large as can be.
   void fill(std::uint64_t rows, std::uint64_t single_rows);
-  // budget - free_rows() <= rows: the caller has made room. Ready extents go first.
+  // Destroys ready extents as needed. The caller has made room: budget_rows() - free_rows() <= rows.
   void set_budget(std::uint64_t rows);
   // Destroys every ready extent.
   void clear();
-  // Extents that the device refused to destroy stay charged to the budget; this tries them again.
-  void retry_condemned();
-  // Extents without handles, of `head` rows in total, the largest first, and then of `tail` rows, the smallest first;
-  // replace() then counts them instead of `whole` and leaves that without handles.
+  // Tries again to destroy the extents that the device failed to destroy.
+  void retry_destroy();
+  // New extents without handles: of `head` rows in total, the largest first, then of `tail` rows, the smallest first.
+  // replace() counts them in place of `whole`, which loses its handles.
   Extents plan_pieces(std::uint64_t head, std::uint64_t tail);
   void replace(Extent& whole, const Extents& pieces) noexcept;
-  // Adds each extent that the pool holds, ready or condemned, for the check of the books.
-  void list(Extents& ready, Extents& condemned) const;
+  // Appends the extents that the pool holds, for check_accounting().
+  void list(Extents& ready, Extents& undestroyed) const;
 
  private:
   std::vector<ClassCounts> cut_at_multiples(std::uint64_t begin, std::uint64_t rows) const;
@@ -86,9 +87,9 @@ class PagePool {
   Device& device_;
   const Geometry& geometry_;
   std::uint64_t budget_rows_, max_extent_rows_, created_rows_ = 0, pooled_rows_ = 0;
-  ClassCounts existing_{};  // extents that exist, wherever they are: each list has room for all of its class
+  ClassCounts existing_{};  // extents that exist, in slots too: each list has space for all of its class
   std::array<Extents, kNumClasses> ready_;
-  Extents condemned_;
+  Extents undestroyed_;
 };
 
 }  // namespace vattention

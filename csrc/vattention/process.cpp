@@ -13,7 +13,7 @@
 namespace vattention {
 namespace {
 
-std::atomic<std::uint64_t> num_forks{0};  // between the process that loaded this library and this one
+std::atomic<std::uint64_t> num_forks{0};  // from the process that loaded this library to this one
 
 void at_fork(void (*before)(), void (*in_parent)(), void (*in_child)()) {
   const int error = pthread_atfork(before, in_parent, in_child);
@@ -25,7 +25,7 @@ struct Guarded {
   std::vector<std::mutex*> mutexes;
 };
 
-// Never destroyed: caches may be, and processes may fork, after the end of main().
+// Never destroyed: caches may be destroyed, and processes forked, after the end of main().
 Guarded& guarded() {
   static Guarded* const all = new Guarded;
   return *all;

@@ -1,5 +1,4 @@
-// Which process an object belongs to. A forked child inherits objects whose threads, GPU context and shared pages
-// belong to its parent.
+// Detects use of an object in a forked child, where its threads, GPU context and shared pages belong to the parent.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +6,7 @@
 
 namespace vattention {
 
-// Remembers the process that constructed it.
+// The process in which it was constructed.
 class Process {
  public:
   Process();
@@ -18,8 +17,8 @@ class Process {
   std::uint64_t forks_ = 0;
 };
 
-// While it lives, a fork waits for the mutex. So the child finds what the mutex guards complete, although it has no
-// thread that would finish a change, and can destroy it.
+// While it exists, fork() first locks the mutex. So the child finds the state that the mutex guards consistent,
+// although it lacks the thread that may have been changing it, and can destroy it.
 class ForkGuard {
  public:
   explicit ForkGuard(std::mutex& mutex);

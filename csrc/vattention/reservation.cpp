@@ -18,7 +18,8 @@
 namespace vattention {
 namespace {
 
-// A host reservation that exists. Entries are reused and never freed: a signal handler reads the list without a lock.
+// A live reservation of host memory. Entries are reused and never freed: a signal handler reads the list without a
+// lock.
 struct Entry {
   std::atomic<const Reservation*> reservation{nullptr};
   Entry* next = nullptr;
@@ -66,8 +67,8 @@ void after_fork_in_parent() {
   entries_mutex.unlock();
 }
 
-// The pages are shared memory: whatever the child wrote there its parent would read. Laying inaccessible pages over
-// them turns that into a fault, and the child's next mmap cannot land in the range.
+// The pages are shared memory: the parent would see what the child writes. Inaccessible pages in their place turn that
+// into a fault, and keep the child's next mmap out of the range.
 void after_fork_in_child() {
   for_each_reservation([](const Reservation& reservation) {
     const int flags = MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -98,7 +99,7 @@ class Line {
     return *this << &digits[begin];
   }
   void write_to(int file) const noexcept {
-    if (write(file, text_.data(), size_) < 0) return;  // there is nobody to tell
+    if (write(file, text_.data(), size_) < 0) return;  // a handler can report nothing
   }
 
  private:
@@ -122,7 +123,8 @@ void explain(Address at) noexcept {
 
 struct sigaction previous_segv, previous_bus;
 
-// The previous handler is installed again and the faulting instruction repeated, so that it sees the fault as its own.
+// Restores the previous handler and returns, so that the faulting instruction runs again and the handler gets the
+// fault.
 void on_fault(int signal, siginfo_t* info, void*) {
   const int error = errno;
   explain(reinterpret_cast<Address>(info->si_addr));

@@ -1,4 +1,4 @@
-// Reserved address ranges. A forked child finds them inaccessible, and a fault inside of one can be explained.
+// Reserved address ranges. They are inaccessible in a forked child, and faults inside of them can be reported.
 #pragma once
 
 #include <memory>
@@ -9,11 +9,11 @@
 
 namespace vattention {
 
-// The address range of one cache. A tensor over a region holds it too, so the addresses outlive the pages.
+// The address range of one cache. Tensors over its regions share ownership, so the addresses outlive the pages.
 class Reservation {
  public:
   Reservation(std::shared_ptr<Device> device, const Geometry& geometry);
-  // Gives the addresses back, except in a forked child, where they are not its own.
+  // Releases the addresses, unless in a forked child, which does not own them.
   ~Reservation();
   Reservation(const Reservation&) = delete;
   Reservation& operator=(const Reservation&) = delete;
@@ -28,8 +28,8 @@ class Reservation {
   const Process owner_;
 };
 
-// Handles SIGSEGV and SIGBUS: the first fault inside of a host cache prints its region, slot and token to standard
-// error, and every fault goes on to the previous handler. May be called more than once. Throws DeviceError.
+// Installs handlers of SIGSEGV and SIGBUS that print region, slot and token of the first fault inside of a host cache
+// to standard error and then call the previous handler. May be called more than once. Throws DeviceError.
 void report_faults();
 
 }  // namespace vattention

@@ -18,17 +18,17 @@ void SlotMap::append(std::uint64_t index, Extents extents) {
     }
     throw;
   }
-  adopt(slot, std::move(extents));
+  add(slot, std::move(extents));
   try {
     map_regions(index);
   } catch (...) {
     try {
       finish(index);
-    } catch (...) {  // tried again later; the first failure is the one to report
+    } catch (...) {  // tried again later; the first failure is reported
     }
     throw;
   }
-  settle(slot);
+  commit(slot);
 }
 
 void SlotMap::trim(std::uint64_t index, std::size_t keep) {
@@ -37,24 +37,24 @@ void SlotMap::trim(std::uint64_t index, std::size_t keep) {
   if (keep >= slot.whole) return;
   for (std::size_t i = keep; i < slot.whole; ++i) slot.rows -= slot.extents[i]->rows;
   slot.whole = keep;
-  slot.half_begin = 0;
-  slot.half_end = geometry_.num_regions();
-  slot.half_extent = keep;
+  slot.partial_begin = 0;
+  slot.partial_end = geometry_.num_regions();
+  slot.partial_extent = keep;
   finish(index);
 }
 
 void SlotMap::finish(std::uint64_t index) {
   Slot& slot = slots_[index];
   if (slot.extents.size() == slot.whole) return;
-  for (; slot.half_begin < slot.half_end; ++slot.half_begin) {
+  for (; slot.partial_begin < slot.partial_end; ++slot.partial_begin) {
     unmap_region(index);
-    slot.half_extent = slot.whole;
+    slot.partial_extent = slot.whole;
   }
-  drop_half(slot);
+  drop_partial(slot);
 }
 
 void SlotMap::cut(std::uint64_t index, std::size_t position, std::uint64_t rows) {
-  for (std::uint64_t s = 0; s < slots_.size(); ++s) finish(s);  // an extent that is half mapped cannot be cut
+  for (std::uint64_t s = 0; s < slots_.size(); ++s) finish(s);  // a partly mapped extent cannot be cut
   const ExtentPtr whole = slots_[index].extents[position];
   const Extents pieces = pool_.plan_pieces(rows, whole->rows - rows);
   for (const ExtentPtr& piece : pieces) {
@@ -67,7 +67,7 @@ void SlotMap::cut(std::uint64_t index, std::size_t position, std::uint64_t rows)
   pool_.replace(*whole, pieces);
 }
 
-// Finds every slot that holds the extent and makes room for its pieces.
+// Finds every slot that holds the extent and reserves space for its pieces.
 std::vector<SlotMap::Holder> SlotMap::make_ready_to_cut(const Extent& extent, std::size_t num_pieces) {
   std::vector<Holder> holders;
   for (std::uint64_t s = 0; s < slots_.size() && holders.size() < extent.mappings; ++s) {
@@ -121,19 +121,19 @@ void SlotMap::shrink(std::uint64_t index, std::size_t count, std::uint64_t token
   slot.tokens = is_exact ? tokens : std::min(slot.tokens, room);
 }
 
-void SlotMap::retire(std::uint64_t index) noexcept {
+void SlotMap::deactivate(std::uint64_t index) noexcept {
   shrink(index, 0, 0);
   slots_[index].active = false;
   slots_[index].freed_at = ++clock_;
 }
 
-void SlotMap::adopt(Slot& slot, Extents extents) noexcept {
+void SlotMap::add(Slot& slot, Extents extents) noexcept {
   for (ExtentPtr& extent : extents) {
     if (extent->mappings++ == 0) mapped_rows_ += extent->rows;
     slot.extents.push_back(std::move(extent));
   }
-  slot.half_begin = slot.half_end = 0;
-  slot.half_extent = slot.whole;
+  slot.partial_begin = slot.partial_end = 0;
+  slot.partial_extent = slot.whole;
 }
 
 void SlotMap::map_regions(std::uint64_t index) {
@@ -142,28 +142,28 @@ void SlotMap::map_regions(std::uint64_t index) {
   for (std::uint64_t region = 0; region < geometry_.num_regions(); ++region) {
     for (std::size_t i = 0; i < handles.size(); ++i) handles[i] = slot.extents[slot.whole + i]->handles[region];
     device_.map(address_of(region, index, slot.rows), handles);
-    slot.half_end = region + 1;
+    slot.partial_end = region + 1;
   }
 }
 
 void SlotMap::unmap_region(std::uint64_t index) {
   Slot& slot = slots_[index];
   std::uint64_t row = slot.rows;
-  for (std::size_t i = slot.whole; i < slot.half_extent; ++i) row += slot.extents[i]->rows;
-  for (; slot.half_extent < slot.extents.size(); ++slot.half_extent) {
-    const Extent& extent = *slot.extents[slot.half_extent];
-    device_.unmap(address_of(slot.half_begin, index, row), extent.handles[slot.half_begin]);
+  for (std::size_t i = slot.whole; i < slot.partial_extent; ++i) row += slot.extents[i]->rows;
+  for (; slot.partial_extent < slot.extents.size(); ++slot.partial_extent) {
+    const Extent& extent = *slot.extents[slot.partial_extent];
+    device_.unmap(address_of(slot.partial_begin, index, row), extent.handles[slot.partial_begin]);
     row += extent.rows;
   }
 }
 
-void SlotMap::settle(Slot& slot) noexcept {
+void SlotMap::commit(Slot& slot) noexcept {
   for (; slot.whole < slot.extents.size(); ++slot.whole) slot.rows += slot.extents[slot.whole]->rows;
-  slot.half_begin = slot.half_end = 0;
+  slot.partial_begin = slot.partial_end = 0;
   peak_mapped_rows_ = std::max(peak_mapped_rows_, mapped_rows_);
 }
 
-void SlotMap::drop_half(Slot& slot) noexcept {
+void SlotMap::drop_partial(Slot& slot) noexcept {
   while (slot.extents.size() > slot.whole) {
     ExtentPtr extent = std::move(slot.extents.back());
     slot.extents.pop_back();

@@ -14,7 +14,7 @@ namespace vattention {
 enum CallKind : std::size_t { kReserve, kCreate, kDestroy, kMap, kUnmap, kNumCallKinds };
 inline constexpr std::array<const char*, kNumCallKinds> kCallNames{"reserve", "create", "destroy", "map", "unmap"};
 
-// A map call counts once for each handle, because that is what it costs.
+// A map call counts once for each handle: its cost grows with them.
 struct CallStats {
   std::uint64_t calls = 0;
   std::uint64_t nanoseconds = 0;

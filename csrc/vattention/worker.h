@@ -1,4 +1,4 @@
-// One thread, one pending job, one lock: the state that it guards has one owner at a time.
+// A thread with at most one pending job, and the lock of the state that job and callers share.
 #pragma once
 
 #include <chrono>
@@ -29,7 +29,7 @@ class Worker {
   // False in a forked child, which has the state but not the thread.
   bool is_here() const noexcept { return process_.is_current(); }
 
-  // Ownership of the state, once no job runs or is pending. Throws ForkError in a forked child.
+  // Waits until no job runs or is pending and returns the lock. Throws ForkError in a forked child.
   Lock own() {
     if (!is_here()) {
       throw ForkError(
@@ -41,7 +41,7 @@ class Worker {
     return lock;
   }
 
-  // Starts the job when the lock is given up.
+  // Starts the job when the lock is released.
   void post(const Lock&) {
     shared_->pending = true;
     shared_->changed.notify_all();
@@ -66,8 +66,7 @@ class Worker {
     bool pending = false, stopping = false;
   };
 
-  // In a forked child the thread does not exist, and destroying the condition variable waits for it: they are left
-  // alone.
+  // A forked child has no such thread, and destroying the condition variable would wait for it: both are leaked.
   void abandon() noexcept {
     shared_.release();
     thread_.release();

@@ -144,4 +144,4 @@ def test_lengths_must_cover_every_slot(tensors):
 def test_help_shows_functions():
     text = pydoc.render_doc(vattention.step, renderer=pydoc.plaintext)
     assert "step(seq_lens: 'Sequence[int]', eager_reclaim: 'bool') -> 'None'" in text
-    assert "method of" not in text and "eager_reclaim slots of length 0 lose their pages" in text
+    assert "method of" not in text and "eager_reclaim, unmaps those of slots of length 0" in text

@@ -115,7 +115,7 @@ class History(RuleBasedStateMachine):
         self.cache.fill_pool(rows * self.cache.row_bytes)
 
     @invariant()
-    def books_agree(self) -> None:
+    def accounting_is_consistent(self) -> None:
         self.cache.check_integrity()
         stats = self.cache.stats()
         assert stats.created_bytes <= stats.capacity_bytes == self.rows * self.cache.row_bytes
