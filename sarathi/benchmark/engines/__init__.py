@@ -1,1 +1,1 @@
-"""Engines under the same load: this one and vLLM behind one interface."""
+"""This engine and vLLM behind one interface, for measurements under the same load."""

@@ -1,4 +1,4 @@
-"""An executor with a real KV cache and no model: what remains of a step is scheduling, its message and its memory."""
+"""An executor with a real KV cache and no model, to measure scheduling, messages and memory alone."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _VOCAB_SIZE = 2**17
 
 
 def same_token(chunk: Chunk) -> int:
-    """All outputs are alike."""
+    """Sample the same token for every chunk."""
     return 7
 
 
 class CacheOnlyExecutor(Executor):
-    """One rank on the CPU. A step maps, shares and copies memory as with a model, and takes no time beyond that.
+    """One rank on the CPU. A step maps, shares and copies memory as with a model, but computes nothing.
 
     next_token: the token that a chunk samples.
     """

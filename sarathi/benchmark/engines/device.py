@@ -1,6 +1,6 @@
-"""The GPU in decode steps: time of each operation, idle share, clock and power.
+"""GPU profile of decode steps: time by operation, idle share, clock and power.
 
-Kernels are classified by name, which works for this engine and for others.
+Kernels are classified by name, in any engine.
 """
 
 import re
@@ -31,7 +31,7 @@ _MOST_STEPS = 4096  # that the samples may take
 
 
 class Kernel(NamedTuple):
-    """A kernel or a copy that ran."""
+    """One execution of a kernel or a copy."""
 
     start: float  # microseconds
     end: float
@@ -39,13 +39,13 @@ class Kernel(NamedTuple):
 
 
 def device_work(load: Load) -> Work:
-    """Rows of the shortest decodes; none where there is no GPU."""
+    """Measurements of the shortest decodes; none without a GPU."""
     shapes = load.decode_shapes()[:NUM_SHAPES] if torch.cuda.is_available() else []
     return ((f"device {b} x {n}", partial(measure_device, load, b, n)) for b, n in shapes)
 
 
 def measure_device(load: Load, batch: int, context: int) -> None:
-    """Rows of one shape: milliseconds of each operation, per cent in which no kernel and no copy runs, clock, power."""
+    """Records of one shape: milliseconds of each operation, percent of time that the GPU is idle, clock, power."""
     produced = load.start_decoding([context] * batch, _MOST_STEPS)
     step = partial(load.advance, produced)
     record = partial(load.record, batch=batch, context=context)
@@ -58,14 +58,14 @@ def measure_device(load: Load, batch: int, context: int) -> None:
 
 
 def measure_clock(record: Callable[..., object], step: Callable[[], object]) -> None:
-    """Rows of the SM clock and of the power while steps run; record: called with work, value and unit."""
+    """Record SM clock and power while steps run. record: called with work, value and unit."""
     clock, power = clock_and_power(step)
     record("SM clock in decode steps", value=clock, unit="MHz")
     record("power in decode steps", value=power, unit="W")
 
 
 def clock_and_power(step: Callable[[], object]) -> tuple[float, float]:
-    """Medians of the SM clock in MHz and of the power in W, while steps run."""
+    """Median SM clock in MHz and power in W while steps run."""
     device = f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}"
     query = ["nvidia-smi", device, "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
     samples = []
@@ -79,7 +79,7 @@ def clock_and_power(step: Callable[[], object]) -> tuple[float, float]:
 
 
 def trace(step: Callable[[], None]) -> list[Kernel]:
-    """What runs on the device in STEPS calls, by start."""
+    """Kernels and copies of STEPS calls, sorted by start."""
     phases = schedule(wait=0, warmup=WARM_UP_STEPS, active=STEPS, repeat=1)
     with profile(activities=[ProfilerActivity.CUDA], schedule=phases) as seen:
         for _ in range(WARM_UP_STEPS + STEPS):
@@ -93,7 +93,7 @@ def trace(step: Callable[[], None]) -> list[Kernel]:
 
 
 def time_by_operation(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """Microseconds by operation; what runs at once counts once, for the kernel that began first."""
+    """Microseconds by operation. Overlapping time counts once, for the kernel that started first."""
     spent: defaultdict[str, float] = defaultdict(float)
     for kernel, alone in _alone(kernels):
         spent[operation_of(kernel.name)] += alone
@@ -101,18 +101,18 @@ def time_by_operation(kernels: Sequence[Kernel]) -> dict[str, float]:
 
 
 def operation_of(kernel: str) -> str:
-    """Which of OPERATIONS a kernel of this name belongs to."""
+    """The entry of OPERATIONS that a kernel belongs to, by its name."""
     return next((name for name, pattern in OPERATIONS.items() if pattern.search(kernel)), ALL_ELSE)
 
 
 def idle_share(kernels: Sequence[Kernel]) -> float:
-    """The share of the time from the first start to the last end in which nothing runs."""
+    """Fraction of the time between the first start and the last end in which nothing runs."""
     busy = sum(alone for _, alone in _alone(kernels))
     return 1 - busy / (max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels))
 
 
 def _alone(kernels: Iterable[Kernel]) -> Iterator[tuple[Kernel, float]]:
-    """Each, with the microseconds that it runs on after all that began before it have ended."""
+    """Each kernel with the microseconds in which no earlier kernel still runs."""
     covered_to = float("-inf")
     for kernel in sorted(kernels):
         yield kernel, max(0.0, kernel.end - max(kernel.start, covered_to))

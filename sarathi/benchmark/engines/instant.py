@@ -1,4 +1,4 @@
-"""A server over an engine that answers at once: what is left is the front end."""
+"""A server over an executor that computes nothing, to measure the front end alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ROWS = 2**24
 
 
 class InstantExecutor(Executor):
-    """A step takes no time; its tokens are one word after the other."""
+    """Steps return at once. The sampled token ids cycle through the vocabulary."""
 
     max_model_len, token_bytes, max_in_flight = _MAX_MODEL_LEN, 1, 1
     capacity = CacheCapacity(_ROWS, token_bytes=1, page_bytes=1)
@@ -73,14 +73,14 @@ class InstantExecutor(Executor):
 
 
 def make_core(vocab_size: int) -> EngineCore:
-    """The usual scheduler over an InstantExecutor."""
+    """The real scheduler over an InstantExecutor."""
     config = SchedulerConfig(max_num_seqs=256, chunk_size=8192)
     executor = InstantExecutor(vocab_size)
     return EngineCore(make_scheduler(config, VirtualBlockSpaceManager(executor.capacity), _MAX_MODEL_LEN), executor)
 
 
 async def serve(folder: Path, port: int) -> None:
-    """Until SIGTERM."""
+    """Serve until SIGTERM."""
     from sarathi.entrypoints.openai import ROUTERS
     from sarathi.entrypoints.parsing.turn import ModelFormat
     from sarathi.entrypoints.server.app import create_app

@@ -1,4 +1,4 @@
-"""Load on an engine, ours or another, through one small interface, so that all are measured alike."""
+"""Workloads for any engine behind a small interface, ours or vLLM."""
 
 import math
 import random
@@ -22,7 +22,7 @@ STAGES = ("prefill", "decode", "requests", "trace", "chunked")
 
 
 class Engine(Protocol):
-    """What a load needs of an engine. Requests are greedy and ignore end tokens."""
+    """Interface of a measured engine. Requests decode greedily and ignore end tokens."""
 
     backend: str
     vocab_size: int
@@ -34,16 +34,16 @@ class Engine(Protocol):
     def has_work(self) -> bool: ...
 
     def add(self, prompt: list[int], output_tokens: int) -> str:
-        """Queue a request; its id."""
+        """Queue a request; returns its id."""
 
     def step(self) -> Iterable[tuple[str, Sequence[int]]]:
-        """Go on by one step; the tokens that each request got."""
+        """Run one step; returns the new tokens of each request."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests and give back their memory."""
+        """Abort requests and release their memory."""
 
     def limit_step(self, tokens: int | None) -> None:
-        """At most so many tokens a step from now on; None: as built. Only where no request is left."""
+        """Set the token budget of a step; None: the initial one. Requires an idle engine."""
 
 
 class Decoding(NamedTuple):
@@ -55,15 +55,15 @@ class Decoding(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step as its caller sees it, by the tokens that came back; the next one may be running already."""
+    """A step as seen through its outputs; the next step may be running already."""
 
-    seconds: float  # since the one before, or since the first request's arrival
-    sequences: int  # that got a token
-    has_prompts: bool  # some got their first, or none got any
+    seconds: float  # since the previous step, or since the first request's arrival
+    sequences: int  # number of requests with a new token
+    has_prompts: bool  # a request got its first token, or none got a token
 
     @property
     def kind(self) -> str:
-        """The kind under which steps are added up."""
+        """Category for sums over steps."""
         if self.has_prompts:
             return "steps with prompts"
         return f"steps of up to {next(bound for bound in _STEP_SIZES if self.sequences <= bound)} sequences"
@@ -91,11 +91,11 @@ class Load:
             self.engine.step()
 
     def serve(self, requests: Requests) -> float:
-        """Seconds from the first request's arrival to the last one's end."""
+        """Seconds from the first arrival to the end of the last request."""
         return sum(step.seconds for step in self.steps(requests))
 
     def steps(self, requests: Requests) -> Iterator[Step]:
-        """Until all of these requests, which arrive at once, have ended."""
+        """Steps until all of these requests, which arrive at once, have ended."""
         made = [(self.prompt(prompt_tokens), output_tokens) for prompt_tokens, output_tokens in requests]
         before_s = time.perf_counter()
         for prompt, output_tokens in made:
@@ -109,18 +109,18 @@ class Load:
             before_s = now_s
 
     def start(self, age_s: Callable[[], float]) -> None:
-        """The first rows. age_s: seconds since the process began."""
+        """Record start-up time and capacity. age_s: seconds since the process started."""
         self.serve([(16, 2)])
         self.record("start to first token", 1, 16, age_s(), "s")
         self.record("KV tokens held", 1, 0, self.engine.capacity_tokens, "tokens")
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Run every path once: several prompts in a step, then decodes."""
+        """Run every code path once: several prompts in a step, then decodes."""
         self.serve([(self.sizes.prefill[-2] // 2, WARM_UP_TOKENS)] + [(16, WARM_UP_TOKENS)] * 7)
 
     def start_decoding(self, prompts: Sequence[int], steps: int) -> dict[str, int]:
-        """Requests with these prompts that all decode, with tokens for `steps` steps more; tokens so far by id."""
+        """Run these prompts until all decode, with `steps` tokens left for each; returns tokens so far by id."""
         slack = 2 * WARM_UP_TOKENS + 64 + sum(prompts) // 1024  # steps in which not all of them decode yet
         produced = {self.engine.add(self.prompt(tokens), steps + slack): 0 for tokens in prompts}
         while min(produced.values()) < WARM_UP_TOKENS:
@@ -128,13 +128,13 @@ class Load:
         return produced
 
     def advance(self, produced: dict[str, int]) -> None:
-        """One step."""
+        """Run one step and count its tokens."""
         for request_id, tokens in self.engine.step():
             if request_id in produced:
                 produced[request_id] += len(tokens)
 
     def timed(self, produced: dict[str, int], steps: int) -> list[float]:
-        """Milliseconds of each step until every request has so many tokens more."""
+        """Milliseconds of each step until every request has `steps` more tokens."""
         stamps = [time.perf_counter()]
         target = min(produced.values()) + steps
         while min(produced.values()) < target:
@@ -147,7 +147,7 @@ class Load:
         self.drain()
 
     def decoding(self, prompts: Sequence[int], steps: int) -> Decoding:
-        """All of these prompts decode together, for `steps` tokens of each."""
+        """Time `steps` decode steps of all these prompts together."""
         produced = self.start_decoding(prompts, steps)
         before = sum(produced.values())
         steps_ms = self.timed(produced, steps)
@@ -159,13 +159,13 @@ class Load:
     # What a row is made of.
 
     def prefill(self, context: int, work: str = "prefill") -> None:
-        """Seconds of one request with a prompt of `context` tokens and one token out, one such after the other."""
+        """Seconds of one request with a prompt of `context` tokens and one output token, run one at a time."""
         seconds = steady(lambda: self.serve([(context, 1)]), self.sizes.steady_s)
         row = self.record(work, 1, context, seconds, "s")
         self.contexts[row] = context
 
     def decode(self, batch: int, context: int) -> None:
-        """Milliseconds a token over sizes.decode_steps."""
+        """Milliseconds per token over sizes.decode_steps."""
         found = self.decoding([context] * batch, self.sizes.decode_steps)
         row = self.record("decode", batch, context, found.ms_per_token, "ms/token")
         self.contexts[row] = found.mean_context
@@ -177,7 +177,7 @@ class Load:
         self.record(f"{count} requests, P:D {ratio}, all at once", count, tokens, seconds, "s")
 
     def throughput(self, work: str, requests: Requests) -> None:
-        """Output tokens a second over requests that all arrive at once, and the time by kind of step."""
+        """Output tokens per second of requests that all arrive at once, and the time by kind of step."""
         longest = max(map(sum, requests))
         spent_s: defaultdict[str, float] = defaultdict(float)
         for step in self.steps(requests):
@@ -188,7 +188,7 @@ class Load:
             self.record(f"{work}: {kind}", len(requests), longest, seconds, "s")
 
     def chunked_prefill(self) -> None:
-        """Prefill in chunks. The engine's limit on a step is restored afterwards."""
+        """Measure prefill in chunks; restores the engine's token budget afterwards."""
         self.engine.limit_step(self.sizes.chunk)
         self.serve([(self.sizes.chunk * 2, 1)])
         for context in self._prompts():
@@ -198,7 +198,7 @@ class Load:
     # What to measure.
 
     def plan(self, stages: Sequence[str]) -> Work:
-        """Work in the order of the stages, within each the most important first."""
+        """Work in the order of `stages`; within a stage the most important first."""
         makers: dict[str, Callable[[], Iterator[tuple[str, Callable[[], None]]]]] = {
             "prefill": lambda: ((f"prefill {n}", partial(self.prefill, n)) for n in self._prompts()),
             "chunked": lambda: iter([("chunked prefill", self.chunked_prefill)]),
@@ -210,7 +210,7 @@ class Load:
             yield from makers[stage]()
 
     def decode_shapes(self) -> list[tuple[int, int]]:
-        """Those that fit in the cache, the steps that are measured included."""
+        """The decode shapes that fit in the cache, including the measured steps."""
         room = self.sizes.decode_steps + 2 * WARM_UP_TOKENS + 256
         engine = self.engine
         return [

@@ -36,7 +36,7 @@ SMALL_MODELS = {
 
 
 def find_model(name: str) -> str:
-    """The name, or a new folder with the configuration of one of SMALL_MODELS, which has no tokenizer."""
+    """The name, or for one of SMALL_MODELS a new folder with its configuration and no tokenizer."""
     if name not in SMALL_MODELS:
         return name
     folder = Path(tempfile.mkdtemp(prefix="small-model-"))
@@ -45,7 +45,7 @@ def find_model(name: str) -> str:
 
 
 class OurEngine:
-    """One LLM with random weights. backend: the name that was asked for, which every record has."""
+    """An LLM with random weights. backend: the requested name, used in every record."""
 
     def __init__(self, llm: LLM, backend: str) -> None:
         self.engine, self.backend = llm.engine, backend
@@ -76,7 +76,7 @@ class OurEngine:
             self.engine.abort(request_id)
 
     def limit_step(self, tokens: int | None) -> None:
-        """Put a second scheduler over the same executor: a step's token budget is fixed when a scheduler is made."""
+        """Create another scheduler over the same executor: the token budget is fixed at construction."""
         scheduler = self._built.scheduler
         if tokens is not None:
             memory = make_block_space_manager(BackendSpec.parse(self.backend), self._executor.capacity)
@@ -84,29 +84,29 @@ class OurEngine:
         self._take_over(scheduler)
 
     def record_metrics(self, *, on: bool) -> None:
-        """Whether a metrics store records from now on. Only where no request is left."""
+        """Switch the metrics store on or off. Requires an idle engine."""
         self._take_over(self._built.scheduler, MetricsStore() if on else None)
 
     def _take_over(self, scheduler: Scheduler, metrics: MetricsStore | None = None) -> None:
         if self.has_work:
-            raise RuntimeError("requests are unfinished: another engine can only take over between them")
+            raise RuntimeError("the scheduler cannot be replaced while requests are unfinished")
         self.engine = LLMEngine(EngineCore(scheduler, self._executor), None, metrics=metrics)
 
     def memory_stats(self) -> MemoryStats:
         return self._llm.memory_stats()
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError where the accounting of the scheduler or of the cache is inconsistent."""
+        """RuntimeError if the accounting of the scheduler or of the cache is inconsistent."""
         self._built.scheduler.check_integrity()
         self._executor.check_integrity()
 
     def resize(self, memory_bytes: int) -> None:
-        """Limit the KV memory of requests to this from now on."""
+        """Limit the KV memory of requests."""
         self._built.resize(memory_bytes // self._row_bytes)
 
     @property
     def budget_bytes(self) -> int:
-        """Bytes of the KV cache, in whole rows."""
+        """Size of the KV cache, a whole number of rows."""
         return self._built.facts.capacity.rows * self._row_bytes
 
     @property
@@ -123,7 +123,7 @@ class OurEngine:
         return _core(self.engine).scheduler.num_preemptions
 
     def close(self) -> None:
-        """Free all memory, weights included: the next engine's budget is what the driver reports as free."""
+        """Free all memory including weights: the next engine sizes its cache from what the driver reports as free."""
         self._llm.close()
         del self._llm, self._built, self._executor, self.engine
         gc.collect()
@@ -131,15 +131,15 @@ class OurEngine:
 
 
 def _core(engine: LLMEngine) -> EngineCore:
-    """The core, which lives in this process."""
+    """The engine core, in this process."""
     assert isinstance(engine.core, EngineCore)
     return engine.core
 
 
 def open_engine(options: Namespace, backend: str, **knobs: Any) -> OurEngine:
-    """The engine of a script's options (config/program.py) and of further knobs, with random weights.
+    """Build an engine with random weights from a script's options (config/program.py) and further knobs.
 
-    Without prefix caching unless a knob asks for it: scripts measure the same prompts several times.
+    Prefix caching is off by default: scripts measure the same prompts several times.
     """
     chosen: dict[str, Any] = {
         "model": find_model(options.model), "load_format": "dummy", "attention_backend": backend,

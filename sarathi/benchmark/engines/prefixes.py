@@ -1,4 +1,4 @@
-"""Work in which prompts share a prefix, the same for every engine: many sharers, conversations, documents."""
+"""Workloads with shared prefixes, equal for every engine: one common prefix, conversations, documents."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,18 +34,18 @@ SMALL = PrefixSizes(6, 128, 3, 3, 20, 10, 2, 128, 2, 8, 4, 2)
 
 
 class PrefixLoad:
-    """Requests of random tokens for the engine of a load, and a record for each work."""
+    """Runs requests of random tokens on a load's engine, and records each workload."""
 
     def __init__(self, load: Load, sizes: PrefixSizes) -> None:
         self.load, self.engine, self.sizes = load, load.engine, sizes
 
     def plan(self, stages: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Records as (name, thunk), in the order of the stages."""
+        """Work in the order of `stages`."""
         works = {"sharers": self.sharers, "conversations": self.talk, "documents": self.read_documents}
         return ((stage, works[stage]) for stage in stages)
 
     def sharers(self) -> None:
-        """Requests that arrive at once, all with the same prefix and an own suffix, with the lengths of chats."""
+        """Requests that arrive at once: a common prefix, a suffix of their own, and chat-like output lengths."""
         sizes = self.sizes
         lengths = lognormal_requests(sizes.sharers, self.load.seed, self.engine.max_model_len - sizes.prefix)
         prefix = self.load.prompt(sizes.prefix)
@@ -54,7 +54,7 @@ class PrefixLoad:
         self.load.record(name, sizes.sharers, sizes.prefix, self._seconds(requests), "s")
 
     def talk(self) -> None:
-        """Conversations side by side. Each turn sends everything before it, as soon as the answer is complete."""
+        """Concurrent conversations. Each turn sends the whole history as soon as the previous answer is complete."""
         sizes = self.sizes
         start_s = time.perf_counter()
         talks = {
@@ -74,7 +74,7 @@ class PrefixLoad:
         self.load.record(name, sizes.conversations, sizes.user + sizes.answer, seconds, "s")
 
     def read_documents(self) -> None:
-        """Questions to documents: all at once, then in rounds to known documents, then the first token of one more."""
+        """Questions about documents: all at once, in rounds on cached documents, and time to first token on one."""
         sizes = self.sizes
         documents = self._prompts(sizes.documents, sizes.document)
         at_once = [question for _ in range(sizes.questions) for question in self._questions(documents)]
@@ -91,7 +91,7 @@ class PrefixLoad:
         return [([*document, *self.load.prompt(sizes.question)], sizes.document_answer) for document in documents]
 
     def _seconds(self, requests: Sequence[tuple[list[int], int]]) -> float:
-        """From the arrival of requests, all at once, to the end of the last one."""
+        """Seconds from the requests' common arrival to the end of the last one."""
         start_s = time.perf_counter()
         for prompt, output_tokens in requests:
             self.engine.add(prompt, output_tokens)

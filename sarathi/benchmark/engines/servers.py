@@ -1,4 +1,4 @@
-"""HTTP servers as processes, ours and vLLM's, over one model folder with random weights."""
+"""Our and vLLM's HTTP servers as processes, on one model folder with random weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _END_S = 30.0
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """backend: what records call it. words: the command line. settings: added to the environment."""
+    """backend: name in records. words: command line. settings: extra environment variables."""
 
     backend: str
     words: tuple[str, ...]
@@ -35,7 +35,7 @@ class ServerCommand:
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """max_model_len: tokens of the longest request. max_num_seqs: that run together. chunk_size: tokens of a step."""
+    """max_model_len: prompt plus output tokens. max_num_seqs: running requests. chunk_size: token budget of a step."""
 
     max_model_len: int
     max_num_seqs: int
@@ -50,7 +50,7 @@ class Started(NamedTuple):
 
 
 def our_server(folder: Path, port: int, limits: ServerLimits, options: tuple[str, ...] = ()) -> ServerCommand:
-    """`sarathi serve` without prefix caching; options: more words of its command line, which win."""
+    """`sarathi serve` without prefix caching. options: further command-line words, which take precedence."""
     words = (
         sys.executable, "-m", "sarathi", "serve", str(folder), "--load-format", "dummy", "--port", str(port),
         "--served-model-name", NAME, "--max-model-len", str(limits.max_model_len),
@@ -61,7 +61,7 @@ def our_server(folder: Path, port: int, limits: ServerLimits, options: tuple[str
 
 
 def vllm_server(folder: Path, port: int, limits: ServerLimits) -> ServerCommand:
-    """vLLM's own server with the same limits and no prefix caching. ImportError where it is not there."""
+    """vLLM's server with the same limits and no prefix caching. ImportError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vLLM cannot be imported here: pip install vllm")
     words = (
@@ -77,9 +77,9 @@ def vllm_server(folder: Path, port: int, limits: ServerLimits) -> ServerCommand:
 
 @contextmanager
 def running(command: ServerCommand, url: str, log: Path, start_limit_s: float) -> Iterator[Started]:
-    """The server while the block runs. Its output goes to `log`.
+    """Run the server during the block, with its output in `log`.
 
-    RuntimeError with the end of the log where it ends, or is not ready in time.
+    RuntimeError with the end of the log if the server exits or is not ready in time.
     """
     start_s = time.monotonic()
     with log.open("w") as file:
@@ -98,7 +98,7 @@ def running(command: ServerCommand, url: str, log: Path, start_limit_s: float) -
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """An unused TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -106,7 +106,7 @@ def free_port() -> int:
 
 
 def save_model(model: str, max_model_len: int, folder: Path) -> Path:
-    """The shipped configuration, and a tokenizer with a word for each id beyond the bytes: text of any ids."""
+    """Write a shipped configuration, and a tokenizer with one word per id beyond the bytes: any ids are valid text."""
     folder.mkdir(parents=True, exist_ok=True)
     vllm.save_config(model, max_model_len, folder)
     _save_tokenizer(json.loads((folder / "config.json").read_text())["vocab_size"], folder)

@@ -1,4 +1,4 @@
-"""Prefix caching by simulation: scheduler, index, ledger and allocator are real, a step's time is a formula."""
+"""Simulation of prefix caching: real scheduler, prefix index, block manager and allocator, modelled step times."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _SEED = 1
 
 
 def llama_8b_step_s(out: SchedulerOutput) -> float:
-    """About what a step of Llama-3-8B takes on an H200."""
+    """Approximate step time of Llama-3-8B on an H200."""
     return 5e-3 + 25e-6 * out.num_tokens
 
 
 @dataclass(frozen=True)
 class SimulatedCache:
-    """capacity_tokens: of the KV cache. max_num_seqs: requests that run at a time; four times as many are retained."""
+    """capacity_tokens: of the KV cache. max_num_seqs: running requests; four times as many are retained."""
 
     capacity_tokens: int
     policy: str = "lru"
@@ -53,9 +53,9 @@ class SimulatedCache:
 def simulate(
     specs: Sequence[RequestSpec], cache: SimulatedCache, step_s: Callable[[SchedulerOutput], float] = llama_8b_step_s
 ) -> PrefixReuse:
-    """Serve requests, in order of arrival, on a simulated clock; what of their prompts was found in the cache.
+    """Serve requests in order of arrival on a simulated clock; returns how much of their prompts was cached.
 
-    Raises RuntimeError where the accounting of ledger or allocator is inconsistent at the end.
+    RuntimeError if the accounting of block manager or allocator is inconsistent at the end.
     """
     core = cache.core(max(spec.num_tokens for spec in specs) + 1, 4 * cache.max_num_seqs)
     prompts = PromptMaker(_SEED, core.executor.vocab_size)
@@ -76,13 +76,13 @@ def simulate(
 
 
 def distinct_tokens(specs: Sequence[RequestSpec]) -> int:
-    """Tokens that a cache holds once it has seen all requests, outputs included."""
+    """Tokens, outputs included, that an unlimited cache holds after all requests."""
     reuse = repeated_tokens(specs)
     return reuse.num_prompt_tokens - reuse.num_repeated + sum(spec.num_decode_tokens for spec in specs)
 
 
 def with_short_outputs(specs: Sequence[RequestSpec], divisor: int) -> list[RequestSpec]:
-    """Outputs of 1/divisor of their tokens: decodes take most of a simulation's time, and repeat nothing."""
+    """Shorten outputs to 1/divisor: decodes dominate the simulation's time and do not affect prefix hits."""
     return [replace(spec, num_decode_tokens=max(spec.num_decode_tokens // divisor, 1)) for spec in specs]
 
 

@@ -1,4 +1,4 @@
-"""The work that engines are measured on, the same for both sides of a comparison."""
+"""Sizes of the workloads, equal for both sides of a comparison."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from sarathi.benchmark.workload.lengths import Requests, lognormal_requests, uni
 
 
 class Sizes(NamedTuple):
-    """What a whole measurement takes."""
+    """Sizes of a full measurement."""
 
     prefill: tuple[int, ...]  # prompt tokens
     chunk: int  # tokens of a step in the chunked form
@@ -19,7 +19,7 @@ class Sizes(NamedTuple):
     steady_s: float  # seconds over which shorter work is repeated (kernels.timing.steady)
 
     def with_ratios(self, ratios: Sequence[int]) -> "Sizes":
-        """Only the traces of these ratios of prompt to output."""
+        """Only the traces with these prompt-to-output ratios."""
         return self._replace(traces=tuple(trace for trace in self.traces if trace[2] in ratios))
 
     def uniform_requests(self, seed: int) -> Requests:
@@ -27,12 +27,12 @@ class Sizes(NamedTuple):
         return uniform_requests(*self.uniform, seed)
 
     def chat_requests(self, seed: int, longest: int) -> Requests:
-        """Lengths like those of chats."""
+        """Chat-like lengths."""
         return lognormal_requests(self.lognormal_requests, seed, longest)
 
     @property
     def chunked_work(self) -> str:
-        """What rows of prefill in the chunked form are called."""
+        """Name of chunked prefill in records."""
         return f"prefill, {self.chunk} tokens a step"
 
 

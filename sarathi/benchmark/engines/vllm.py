@@ -1,7 +1,7 @@
 """vLLM behind the interface of load.py, its engine core in this process. Checked with 0.26.0.
 
-The core's outputs are read where they arrive: nothing is detokenized or assembled. A lower token budget of a step is
-set in the scheduler, the only place that reads it at run time.
+Outputs are read directly from the engine core, without detokenization. The token budget of a step is changed in the
+scheduler, the only place that reads it at run time.
 """
 
 import importlib.util
@@ -105,7 +105,7 @@ class VllmEngine:
 
 
 def save_config(model: str, max_model_len: int, folder: Path) -> str:
-    """The shipped configuration with as many positions as are asked for, in the form that transformers 5 reads."""
+    """Write a shipped configuration with max_model_len positions, in transformers 5's format."""
     path = resolve_model(model, weights=False).path
     if path.suffix != ".json":
         raise ValueError(f"model is {model!r}: it must be an architecture or a folder with config.json")

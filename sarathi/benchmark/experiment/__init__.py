@@ -1,1 +1,1 @@
-"""Experiments: a grid of runs from a YAML file, one process for each engine that they need, and tables over results."""
+"""Experiments: a grid of runs from a YAML file, one process per engine configuration, and tables of the results."""

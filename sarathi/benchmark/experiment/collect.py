@@ -1,4 +1,4 @@
-"""Finished runs, read from their folders. A run is described by its saved configuration, not by its folder's name."""
+"""Read finished runs from their folders. The saved configuration identifies a run, not its folder's name."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from sarathi.metrics.report import SUMMARY_FILE, TABLES_FOLDER
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run's configuration and summary; its CSV files are read when asked for."""
+    """A run's configuration and summary; CSV files are read lazily."""
 
     folder: Path
     config: BenchmarkConfig
     summary: Mapping[str, Any]
 
     def table(self, name: str) -> pd.DataFrame:
-        """<name>.csv, empty cells as NaN."""
+        """<name>.csv, with empty cells as NaN."""
         return pd.read_csv(self.folder / TABLES_FOLDER / f"{name}.csv")
 
     def quantile(self, metric: str, key: str) -> float | None:
-        """One number of the summary, as quantile("request_e2e_time_normalized", "p50")."""
+        """One number of the summary, e.g. quantile("request_e2e_time_normalized", "p50")."""
         value: float | None = self.summary["metrics"].get(metric, {}).get(key)
         return value
 
     def quantiles(self, prefix: str, metric: str, *keys: str) -> dict[str, float | None]:
-        """Several of one metric, under their keys after a prefix."""
+        """Several quantiles of one metric; keys are prefixed."""
         return {prefix + key: self.quantile(metric, key) for key in keys}
 
 
 def collect(folder: Path) -> tuple[list[FinishedRun], list[Path]]:
-    """Complete runs below `folder`, by folder, and the folders of runs that did not end well or measured nothing."""
+    """Complete runs below `folder`, sorted by folder, and the folders of failed or empty runs."""
     found_in = {path.parent for name in (SUMMARY_FILE, CONFIG_FILE) for path in folder.rglob(name)}
     places = sorted(place for place in found_in if place.name != TABLES_FOLDER)
     found = {place: _read(place) for place in places}

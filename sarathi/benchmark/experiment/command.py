@@ -1,6 +1,6 @@
-"""The two command lines of every experiment: run it, and process its results.
+"""Command lines of experiments: run, and process results.
 
-Exit codes: 0 all runs are complete; 1 a run failed or nothing was found; 130 ^C ended it.
+Exit codes: 0 all runs are complete; 1 a run failed or no run was found; 130 ^C.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EPILOG = "Any knob of a run can be given for all runs after --, as: -- --replica
 
 
 def run_experiment(path: Path, description: str | None, words: Sequence[str] | None = None) -> int:
-    """Run the experiment of a YAML file, and then its table."""
+    """Run the experiment of a YAML file, then make its table."""
     own, knobs = _split(sys.argv[1:] if words is None else list(words))
     args = _run_parser(description).parse_args(own)
     try:
@@ -57,7 +57,7 @@ def run_experiment(path: Path, description: str | None, words: Sequence[str] | N
 
 
 def process_experiment(path: Path, description: str | None, words: Sequence[str] | None = None) -> int:
-    """The table and the figure of runs that are there."""
+    """Make table and figure of the runs in a folder."""
     args = _process_parser(description).parse_args(words)
     try:
         experiment = read_experiment(path, args.test)
@@ -69,19 +69,19 @@ def process_experiment(path: Path, description: str | None, words: Sequence[str]
 
 
 def run_named_experiment(folder: Path, description: str | None, words: Sequence[str] | None = None) -> int:
-    """run_experiment for <first word>.yml of a folder, or the script that this file has options for."""
+    """run_experiment for FOLDER/<first word>.yml, or the script that this file configures."""
     return _with_named(folder, words, _run_parser(description), run_experiment)
 
 
 def process_named_experiment(folder: Path, description: str | None, words: Sequence[str] | None = None) -> int:
-    """process_experiment for <first word>.yml of a folder."""
+    """process_experiment for FOLDER/<first word>.yml."""
     return _with_named(folder, words, _process_parser(description), process_experiment)
 
 
 def _with_named(
     folder: Path, words: Sequence[str] | None, parser: argparse.ArgumentParser, command: Callable[..., int]
 ) -> int:
-    """`command`, of this parser, with the file that the first word names and the words after it; or its help."""
+    """Call `command` with the file that the first word names and the remaining words, or print the help."""
     name, *rest = sys.argv[1:] if words is None else words or [""]
     path = folder / f"{name}.yml"
     if path.is_file() and (script := script_of(path)):
@@ -99,7 +99,7 @@ def _with_named(
 
 
 def script_of(path: Path) -> Path | None:
-    """The script that a file gives options to (its key `program`); None for a grid of runs."""
+    """The script that a file configures (key `program`); None for a grid of runs."""
     content = read_yaml(path)
     name = content.get("program") if isinstance(content, Mapping) else None
     return path.parents[1] / "scripts" / f"benchmark_{name}.py" if name else None
@@ -126,7 +126,7 @@ def _run_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A script's own words, and knobs after --."""
+    """Split the words at --: the script's own, and knobs."""
     words = list(words)
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
@@ -143,7 +143,7 @@ def _experiment(path: Path, args: argparse.Namespace, knobs: list[str]) -> Exper
 
 
 def _process(table: str, folder: Path) -> list[Path] | None:
-    """Print and write the table; the runs that are left out, or None where there is no table."""
+    """Print and write the table. Returns the runs that are left out; None if there is no complete run."""
     runs, broken = collect(folder)
     for place in broken:
         print(f"incomplete, left out: {place}", file=sys.stderr)
@@ -159,7 +159,7 @@ def _process(table: str, folder: Path) -> list[Path] | None:
 
 
 def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
-    """The table, as a file and for people, and the figure."""
+    """Write the table and its figure, and print the table."""
     path, records = folder / f"{table}.csv", make_table(TABLES[table], runs)
     with open_replacing(path) as file:
         records.to_csv(file, index=False)
@@ -171,6 +171,6 @@ def _write(table: str, runs: Sequence[FinishedRun], folder: Path) -> None:
 
 
 def environments(runs: Sequence[FinishedRun]) -> list[Mapping[str, Any]]:
-    """Each environment that a run had, once: --resume goes on with another revision or machine."""
+    """The distinct environments of the runs: --resume may continue on another revision or machine."""
     found = [run.summary.get("environment", {}) for run in runs]
     return [each for index, each in enumerate(found) if each not in found[:index]]

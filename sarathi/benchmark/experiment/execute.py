@@ -1,6 +1,6 @@
-"""Run an experiment: runs that can share an engine in one process of their own, so that a crash ends no other run.
+"""Run an experiment. Runs that can share an engine share a process, which isolates crashes from other runs.
 
-The folder of a run holds its configuration (config.yml), and its result once it is complete (summary.json).
+A run's folder holds its configuration (config.yml) and, once complete, its result (summary.json).
 
     python -m sarathi.benchmark.experiment.execute FOLDER ...     # the runs of these folders, on one engine
 """
@@ -41,9 +41,9 @@ class Failure:
 
 
 def execute(runs: Sequence[Run], folder: Path, resume: bool) -> list[Failure]:
-    """Run all; returns the failures. resume: skip runs whose folder holds a complete result of the same configuration.
+    """Run all; returns the failures. resume: skip runs that have a complete result of the same configuration.
 
-    Several processes may run into one folder, but a run that another one has is a ValueError.
+    Several processes may share an output folder. ValueError if another process is executing one of these runs.
     """
     configs = [parse_options(as_words({**run.settings, "output_dir": str(folder / run.name)})) for run in runs]
     with locked(_place(config) for config in configs):
@@ -57,7 +57,7 @@ def execute(runs: Sequence[Run], folder: Path, resume: bool) -> list[Failure]:
 
 
 def groups(configs: Sequence[BenchmarkConfig]) -> list[list[BenchmarkConfig]]:
-    """Configurations by the engine they need, in order of each engine's first run."""
+    """Configurations grouped by engine, in order of each engine's first run."""
     found: dict[BenchmarkConfig, list[BenchmarkConfig]] = {}
     for config in configs:
         found.setdefault(without_workload(config), []).append(config)
@@ -65,7 +65,7 @@ def groups(configs: Sequence[BenchmarkConfig]) -> list[list[BenchmarkConfig]]:
 
 
 def is_complete(config: BenchmarkConfig) -> bool:
-    """Whether the run's folder, however it is written, holds a result of this configuration that ran to its end."""
+    """Whether the run's folder has a complete result of this configuration."""
     try:
         same = replace(read_config(_place(config)), output_dir=config.output_dir) == config
         summary = json.loads((_place(config) / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def is_complete(config: BenchmarkConfig) -> bool:
 
 
 def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
-    """Runs left over when a run ends the process get another process."""
+    """Run a group; if a run kills the process, continue with the remaining runs in a new one."""
     left = list(group)
     while left:
         log = _place(left[0]) / LOG_FILE
@@ -90,7 +90,7 @@ def _run_group(group: Sequence[BenchmarkConfig]) -> Iterator[Failure]:
 
 
 def _prepare(config: BenchmarkConfig) -> Path:
-    """The folder of a run, with its configuration. An older summary goes first, so it never stands beside a new one."""
+    """Create a run's folder with its configuration. Removes an older summary first: it belongs to the old one."""
     place = _place(config)
     remove_report(place)
     write_config(config)
@@ -99,14 +99,14 @@ def _prepare(config: BenchmarkConfig) -> Path:
 
 
 def _reached(configs: Sequence[BenchmarkConfig]) -> int:
-    """How many of them the process came to: those with a summary, and the one in which it ended."""
+    """Number of runs that the process started: those with a summary, and the one that ended it."""
     return next((at for at, each in enumerate(configs, 1) if not (_place(each) / SUMMARY_FILE).is_file()), len(configs))
 
 
 def _run(places: Sequence[Path], log: Path) -> int:
-    """The exit code of the process that serves them; its output goes to `log`.
+    """Run them in a process with its output in `log`; returns the exit code.
 
-    It is waited for after an interrupt, so that it can write what there is, and killed if this process is.
+    After an interrupt, waits for the process to write partial results. It is killed if this process dies.
     """
     command = [sys.executable, "-m", "sarathi.benchmark.experiment.execute", *map(str, places)]
     attach = partial(end_with_parent, os.getpid())

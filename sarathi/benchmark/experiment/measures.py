@@ -1,4 +1,4 @@
-"""The measures of a run in each kind of table."""
+"""Measures of a run for each kind of table."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def latency(run: FinishedRun) -> Record:
 
 
 def between_tokens(run: FinishedRun) -> Record:
-    """Seconds between two tokens of a request, and what they cost: the time to the first one and to the last of all."""
+    """Time between tokens, time to first token, and makespan, in seconds."""
     record: Record = {"chunk_size": budget(run.config)}
     record |= run.quantiles("tbt_", TOKEN_GAPS, "p50", "p90", "p99", "max")
     return record | run.quantiles("ttft_", FIRST_TOKEN, "p50", "p99") | {"duration_s": run.summary["duration_s"]}
 
 
 def prefill(run: FinishedRun) -> Record:
-    """Prompt tokens a second over steps that hold nothing else."""
+    """Prompt tokens per second over pure prefill steps."""
     steps = run.table("batch_metrics").query("batch_num_decode_tokens == 0")
     rate = _rate(steps["batch_num_prefill_tokens"].sum(), steps)
     return {"context": run.config.uniform_request_length_generator.max_tokens, "prefill_tokens_per_s": rate}
 
 
 def decode(run: FinishedRun) -> Record:
-    """Tokens a second over steps in which every slot of the batch decodes, and how fast they ask for memory."""
+    """Tokens per second over steps in which every slot decodes, and their memory allocation rate."""
     size = run.config.replica_scheduler.max_batch_size
     steps = run.table("batch_metrics").query(f"batch_num_decode_tokens == batch_num_tokens == {size}")
     record: Record = {
@@ -61,7 +61,7 @@ def decode(run: FinishedRun) -> Record:
 
 
 def allocation_rate(run: FinishedRun, steps: Set[object]) -> float | None:
-    """Bytes a second by which memory in use grows between the first and the last sample of it in these steps."""
+    """Bytes per second by which the used memory grows between the first and last sample in these steps."""
     samples = run.table("memory_metrics")
     samples = samples[samples[BATCH_ID].isin(steps)]
     used = samples["kv_mapped_bytes"] - samples["kv_idle_bytes"]
@@ -70,7 +70,7 @@ def allocation_rate(run: FinishedRun, steps: Set[object]) -> float | None:
 
 
 def decode_steps(run: FinishedRun) -> Record:
-    """How long steps without prefill take, and how often one waited for pages."""
+    """Duration of steps without prefill, and how many waited for pages."""
     times = 1e3 * run.table("batch_metrics").query("batch_num_prefill_tokens == 0")[SECONDS]
     names = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "max_ms": 1.0}
     record: Record = {name: float(times.quantile(share)) if len(times) else None for name, share in names.items()}
@@ -79,7 +79,7 @@ def decode_steps(run: FinishedRun) -> Record:
 
 
 def budget(config: BenchmarkConfig) -> int | None:
-    """Tokens of a step, where the policy has a fixed number of them."""
+    """Token budget of a step; None if the policy has no fixed one."""
     knobs = config.sarathi_scheduler
     is_fixed = knobs.target_step_time is None and not knobs.enable_dynamic_chunking_schedule
     sizes = {
@@ -90,7 +90,7 @@ def budget(config: BenchmarkConfig) -> int | None:
 
 
 def budget_name(config: BenchmarkConfig) -> str:
-    """What limits a step: "512 tokens a step"; empty for a policy without a budget."""
+    """The budget of a step in words, e.g. "512 tokens a step"; empty for a policy without a budget."""
     knobs, fixed = config.sarathi_scheduler, budget(config)
     if fixed is not None:
         return f"{fixed} tokens a step"

@@ -7,8 +7,8 @@ grid:
   model.name: [yi-6b-200k, llama-3-8b]   # an axis named by its knob: values
   context:                               # an axis of any name: labels, each with the knobs it sets
     32k: {model.max_model_len: 32768, ...}
-test: {base: {...}, grid: {...}}         # what --test puts in place of the above, by knob
-                                           # and by axis; its results go to results/test
+test: {base: {...}, grid: {...}}         # knobs and axes that --test overrides; results go
+                                           # to results/test
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Axis = Mapping[str, Mapping[str, object]]
 
 @dataclass(frozen=True)
 class Run:
-    """name: one folder's name. settings: knobs by whole paths."""
+    """name: of its folder. settings: knobs by full path."""
 
     name: str
     settings: Mapping[str, object]
@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """grid: axis -> label -> knobs. Runs are all combinations, the last axis fastest."""
+    """grid: axis -> label -> knobs. Runs are all combinations; the last axis varies fastest."""
 
     output_dir: str
     table: str
@@ -52,7 +52,7 @@ class Experiment:
     grid: Mapping[str, Axis]
 
     def runs(self) -> list[Run]:
-        """All combinations; ConfigError where two of them would share a folder, or one would leave no numbers."""
+        """All combinations. ConfigError if two would share a folder, or a metric that the table needs is off."""
         found = [self._run(labels) for labels in itertools.product(*self.grid.values())]
         names = Counter(run.name for run in found)
         if wrong := [name for name in names if not is_file_name(name)]:
@@ -65,7 +65,7 @@ class Experiment:
         return found
 
     def with_base(self, settings: Mapping[str, object]) -> Experiment:
-        """Knobs of all runs replaced, in the axes' labels too; ConfigError for one that an axis is named by."""
+        """Override knobs of all runs, in the axes' labels too. ConfigError for a knob that is itself an axis."""
         given = canonical(settings)
         if axes := [name for name in given if name in self.grid]:
             raise ConfigError(f"{axes[0]} is an axis of this experiment: give its values as --axis {axes[0]}=A,B")
@@ -74,7 +74,7 @@ class Experiment:
         return Experiment(self.output_dir, self.table, {**self.base, **given}, grid)
 
     def with_axis(self, name: str, labels: Sequence[str]) -> Experiment:
-        """An axis cut to these labels; one that is named by its knob takes new values as well."""
+        """Restrict an axis to these labels. An axis named by its knob also accepts new values."""
         if name not in self.grid:
             raise ConfigError(
                 f"axis {name!r} is unknown; the nearest of {', '.join(self.grid)} is {nearest(name, self.grid)!r}"
@@ -93,7 +93,7 @@ class Experiment:
 
 
 def read_experiment(path: Path, test: bool = False) -> Experiment:
-    """The experiment of a file, or its short form. ConfigError names what is wrong in it."""
+    """The experiment of a file, or its --test form. ConfigError if the file is invalid."""
     content = read_yaml(path)
     try:
         return _experiment(path, test, _checked(content))
@@ -109,7 +109,7 @@ def _experiment(path: Path, test: bool, content: Mapping[str, Any]) -> Experimen
 
 
 def _checked(content: Any) -> Mapping[str, Any]:
-    """An experiment's keys, all of them; those of mappings that are left out or empty hold empty ones."""
+    """The checked keys of an experiment; absent or empty mappings become empty dicts."""
     if not isinstance(content, Mapping):
         raise ConfigError(f"it holds {short_repr(content)}: an experiment is a mapping of {', '.join(KEYS)}")
     if unknown := set(content) - set(KEYS):
@@ -132,7 +132,7 @@ def _mapping(content: Mapping[str, Any], key: str, section: str = "") -> Mapping
 
 
 def _axis(name: str, values: Any) -> Axis:
-    """Its labels in order, each with the knobs it sets."""
+    """The axis' labels in order, each with the knobs that it sets."""
     if values and isinstance(values, Mapping):
         return {str(label): canonical(_mapping(values, label, f"axis {name!r}: ")) for label in values}
     if values and isinstance(values, list):

@@ -1,6 +1,6 @@
 """Tables over the runs of an experiment, one kind for each figure of the paper.
 
-A record begins with what the run was (columns of IDENTITY), all of it from the saved configuration.
+A record starts with the columns of IDENTITY, taken from the saved configuration.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IDENTITY = ("model", "backend", "scheduler", "workload", "qps", "num_requests")
 
 
 class Score(NamedTuple):
-    """A column that records are compared by, along one of IDENTITY, with the best of those that are a reference."""
+    """The compared column; the reference is the best record, along a column of IDENTITY, that qualifies as one."""
 
     column: str
     more_is_better: bool = False
@@ -35,10 +35,9 @@ class Score(NamedTuple):
 
 
 class TableKind(NamedTuple):
-    """measure: what a run adds to its record. place: the column at which runs of one backend are told apart.
+    """measure: the columns of a run. place: the column whose equal values in one backend need a `variant`.
 
-    score: what records are compared by; None: they are not compared. needs: switches, on by default, that write what is
-    read. figures.py draws the table.
+    score: None: records are not compared. needs: switches, on by default, that must stay on. Drawn by figures.py.
     """
 
     measure: Callable[[FinishedRun], Record]
@@ -65,7 +64,7 @@ TABLES = {
 
 
 def identity(run: FinishedRun) -> Record:
-    """What a run was; the number of requests is that of its result, for a trace that is replayed has its own."""
+    """The columns of IDENTITY. The number of requests is the result's: a replayed trace has its own."""
     config = run.config
     values = (
         config.model.name, config.model.attention_backend, config.replica_scheduler.provider, workload_name(config),
@@ -75,7 +74,7 @@ def identity(run: FinishedRun) -> Record:
 
 
 def rate_of(config: BenchmarkConfig) -> float | None:
-    """Requests a second that were asked for; None where they come all at once, or at the times of a trace."""
+    """Configured requests per second; None if all arrive at once or at the times of a trace."""
     if config.request_generator.provider == "trace":
         return None
     poisson, gamma = config.poisson_request_interval_generator, config.gamma_request_interval_generator
@@ -83,7 +82,7 @@ def rate_of(config: BenchmarkConfig) -> float | None:
 
 
 def workload_name(config: BenchmarkConfig) -> str:
-    """Lengths in a word: "32768 tokens, P:D 500" or the name of a trace."""
+    """Short name of the lengths: "32768 tokens, P:D 500" or a trace's name."""
     if config.request_generator.provider == "trace":
         return Path(str(config.trace_request_generator.trace_file)).stem
     provider = config.synthetic_request_generator.length_provider
@@ -101,7 +100,7 @@ def workload_name(config: BenchmarkConfig) -> str:
 
 
 def make_table(kind: TableKind, runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """One record a run, with what it differs in from others, compared with the reference of the same work."""
+    """One record per run, with its variant and its ratio to the reference of the same workload."""
     records = pd.DataFrame([identity(run) | kind.measure(run) for run in runs])
     if kind.score is not None:
         work_of = WORKS[kind.score.along]
@@ -110,7 +109,7 @@ def make_table(kind: TableKind, runs: Sequence[FinishedRun]) -> pd.DataFrame:
 
 
 def compared(records: pd.DataFrame, works: Sequence[Hashable], score: Score) -> pd.DataFrame:
-    """Records with `reference`, the best one of the same work, and `ratio`: > 1 is better than that one."""
+    """Add `reference`, the best reference of the same workload, and `ratio`: > 1 is better."""
     column, along = score.column, score.along
     records = records.assign(work=pd.factorize(pd.Series(works, dtype=object))[0])
     references = records[records[along].map(score.is_reference)].dropna(subset=[column])
@@ -125,7 +124,7 @@ def _but_backend(config: BenchmarkConfig) -> BenchmarkConfig:
 
 
 def _but_scheduler(config: BenchmarkConfig) -> BenchmarkConfig:
-    """The size of a batch is part of the work, how it is filled is not."""
+    """The batch size is part of the workload, the scheduling policy is not."""
     size = ReplicaSchedulerConfig(max_batch_size=config.replica_scheduler.max_batch_size)
     sections = sections_of(BenchmarkConfig).items()
     none: dict[str, Any] = {name: make() for name, make in sections if name.endswith("_scheduler")}
@@ -133,16 +132,16 @@ def _but_scheduler(config: BenchmarkConfig) -> BenchmarkConfig:
 
 
 def _but_folder(config: BenchmarkConfig) -> BenchmarkConfig:
-    """What was run, without where results go and how much is logged."""
+    """The configuration without output folder and log level."""
     return replace(config, output_dir="", log_level="info", show_progress=False)
 
 
-# Everything that two runs must share to be compared along a column: what the columns do not show, too.
+# All settings that two runs must share to be compared along a column, including those without a column.
 WORKS: Mapping[str, Callable[[BenchmarkConfig], Hashable]] = {"backend": _but_backend, "scheduler": _but_scheduler}
 
 
 def variants(records: pd.DataFrame, runs: Sequence[FinishedRun], place: str | None) -> pd.Series:
-    """What tells runs of one model and backend at one place apart: words, else knobs, and last their folders."""
+    """What distinguishes runs of one model and backend at one place: common words, else knobs, else folders."""
     places = records[place] if place else pd.Series(0, index=records.index)
     found = pd.Series("", index=records.index)
     for tell in (_words, _knobs, _folder):
@@ -154,7 +153,7 @@ def variants(records: pd.DataFrame, runs: Sequence[FinishedRun], place: str | No
 
 
 def _words(run: FinishedRun) -> dict[str, str]:
-    """What runs of one model and backend mostly differ in."""
+    """The usual differences between runs of one model and backend."""
     rate, policy = rate_of(run.config), run.config.replica_scheduler.provider
     told = {"policy": policy, "budget": measures.budget_name(run.config), "workload": workload_name(run.config)}
     return told | {"rate": "" if rate is None else f"{rate:g} requests/s"}
@@ -167,5 +166,5 @@ def _knobs(run: FinishedRun) -> dict[str, str]:
 
 
 def _folder(run: FinishedRun) -> dict[str, str]:
-    """The last two parts: a run's own and its parent's."""
+    """The last two components of the run's folder."""
     return {"folder": "/".join(run.folder.parts[-2:])}

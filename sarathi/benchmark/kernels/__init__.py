@@ -1,1 +1,1 @@
-"""Kernels alone: attention, matrix products, element-wise operations, and the bound that they set for an engine."""
+"""Microbenchmarks of kernels: attention, matrix products, element-wise operations, and a roofline of the engine."""

@@ -1,4 +1,4 @@
-"""Attention kernels for sequences of one length, as functions of queries and a layer's cache."""
+"""Attention kernels for sequences of equal length, as functions of queries and a layer's cache."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ Attend = Callable[[Tensor, Layer], Tensor]  # q [tokens, heads, head_size], cach
 
 
 class Equal(NamedTuple):
-    """Sequences of one length. The keys and values of the new tokens are in the cache."""
+    """Sequences of equal length. The keys and values of the new tokens are already in the cache."""
 
     batch: int
     new: int  # tokens of each sequence that the step adds
@@ -30,12 +30,12 @@ class Equal(NamedTuple):
 
 
 def installed_packages() -> list[str]:
-    """The packages with FlashAttention 3 that can be imported here."""
+    """Importable packages with FlashAttention 3."""
     return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.module.split(".")[0])]
 
 
 def available_attention(model: Model, shape: Equal) -> Iterator[Attend]:
-    """Every kernel for sequence i in slot i that runs on this machine."""
+    """All kernels that run on this machine, for sequence i in slot i."""
     if not torch.cuda.is_available():
         yield _sdpa(shape)
         return
@@ -52,9 +52,9 @@ def flash_attention(
     model: Model, package: str, shape: Equal, slots: Tensor | None, block_table: Tensor | None = None,
     *, single: bool = False,
 ) -> Attend:  # fmt: skip
-    """FlashAttention 3 of a package, on `slots` or on the blocks of `block_table`.
+    """FlashAttention 3 from `package`, on `slots` or on the blocks of `block_table`.
 
-    single: let the provider take its kernel for one sequence, which lies in slot 0.
+    single: use the kernel for one sequence, in slot 0.
     """
     provider = FlashAttention3(package)
     params = AttentionParams(model.num_heads, model.num_kv_heads, model.head_size, torch.bfloat16, model.scale, None)
@@ -69,7 +69,7 @@ def flash_attention(
 def triton_decode(
     model: Model, shape: Equal, slots: Tensor, config: "DecodeConfig | None" = None, *, pdl: bool = False
 ) -> Attend:
-    """The split-KV decode kernel. config: tile sizes and warps; None: its own choice for the shape."""
+    """The split-KV decode kernel. config: tile sizes and warps; None: its default for the shape."""
     from sarathi.model_executor.ops.triton.attention.decode import DecodeWorkspace, decode_attention
     from sarathi.model_executor.ops.types import DecodeBatch
 

@@ -1,4 +1,4 @@
-"""Element-wise operations of a step, in Triton and in torch, and the time of the bytes that they must move."""
+"""Element-wise operations of a step in Triton and torch, compared with the memory bandwidth."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Work(NamedTuple):
 
 
 def measure_elementwise(table: Table, model: Model, tokens: int, ours: Ops, native: Ops) -> None:
-    """Each small operation at `tokens` tokens, of both sets."""
+    """Measure each element-wise operation at `tokens` tokens, in both implementations."""
     copies = copies_for(tokens * model.hidden * 2)
     for work in _work(model, tokens, copies):
         rows = []

@@ -1,4 +1,4 @@
-"""Attention on contiguous memory beside the same attention on pages: decodes, whole prompts and chunks."""
+"""Attention on contiguous and on paged memory: decodes, whole prompts and chunks."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ Named = Iterator[tuple[str, Callable[[], Launch]]]  # a kernel's name, and what 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The last `new` tokens of each sequence as queries, and copies of a layer's cache, every slot full."""
+    """The last `new` tokens of each sequence as queries, and copies of a layer's cache with all slots full."""
 
     model: Model
     shape: Equal
@@ -43,13 +43,13 @@ class Inputs:
         return cls(model, Equal(batch, new, context, context), q, layers, torch.randperm(batch, device="cuda").int())
 
     def launch(self, attend: Attend, layers: Sequence[Layer] | None = None) -> Launch:
-        """One call over copy i of the cache, or of `layers`, the same tokens laid out otherwise."""
+        """A launch on copy i of the cache, or of `layers`, the same tokens in another layout."""
         layers = layers or self.layers
         return lambda i: attend(self.q, layers[i])
 
 
 def decode_inputs(model: Model, batch: int, context: int) -> Inputs:
-    """One new token a sequence, and as many copies of the cache as exceed L2."""
+    """One new token per sequence, and enough copies of the cache to exceed L2."""
     return Inputs.create(model, batch, 1, context, copies_for(model.kv_bytes(batch, context)))
 
 
@@ -65,7 +65,7 @@ def warm_up_jobs(
 def measure_decode(
     table: Table, model: Model, batch: int, context: int, pages: Pages, configs: Sequence[DecodeConfig] = ()
 ) -> None:
-    """Every kernel on decodes of one shape, each checked first; ratios are to the best paged kernel."""
+    """Check and measure every kernel on decodes of one shape. Ratios are to the best paged kernel."""
     inputs = decode_inputs(model, batch, context)
     sample = partial(graph_sample, copies=len(inputs.layers))
     found = _compare(table, inputs, _decode_kernels(inputs, configs, pages), sample, _ROUNDS["decode"])
@@ -74,7 +74,7 @@ def measure_decode(
 
 
 def measure_prefill(table: Table, model: Model, chunk: int, context: int, pages: Pages) -> None:
-    """Every kernel on the last `chunk` tokens of a prompt of `context` tokens; ratios are to the best paged kernel."""
+    """Measure prefill of the last `chunk` tokens of a `context`-token prompt. Ratios are to the best paged kernel."""
     inputs = Inputs.create(model, 1, chunk, context, copies=1)
     sample = partial(graph_sample if chunk * context <= _SHORT else eager_sample, copies=1)
     found = _compare(table, inputs, _prefill_kernels(inputs, pages), sample, _ROUNDS["prefill"])
@@ -93,9 +93,9 @@ def _compare(
 
 
 def add_paged_first(table: Table, records: list[Record]) -> None:
-    """Add the records of one shape, each with its ratio to the best paged kernel.
+    """Add the records of one shape with their ratios to the best paged kernel.
 
-    FlashAttention's are also compared with pages of 16 in the same binary.
+    FlashAttention is also compared with itself on pages of 16.
     """
     table.add_compared(sorted(records, key=lambda record: "paged" not in record.backend), "paged")
     by_backend = {record.backend: record for record in records}
@@ -122,7 +122,7 @@ def exact_output(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def as_pages(inputs: Inputs, page: int) -> tuple[Tensor, list[Layer]]:
-    """The same tokens in pages scattered over a pool: a block table [batch, pages] and the pools of each copy."""
+    """The same tokens in randomly placed pages: a block table [batch, pages] and the page pools of each copy."""
     pages = inputs.shape.length // page
     order = torch.randperm(inputs.shape.batch * pages, device="cuda")
     place = torch.empty_like(order)
@@ -182,7 +182,7 @@ def _triton(inputs: Inputs, config: DecodeConfig | None, *, pdl: bool = False) -
 
 
 def _flashinfer_decode(inputs: Inputs, page: int, *, contiguous: bool) -> Launch:
-    """FlashInfer's paged decode on tensor cores; contiguous: over the slots themselves, their pages in order."""
+    """FlashInfer's paged decode on tensor cores. contiguous: the pages are the slots' memory, in order."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     model, batch, pages = inputs.model, inputs.shape.batch, inputs.shape.length // page

@@ -1,4 +1,4 @@
-"""Matrix products of a decode step: cuBLAS, and the matrix-vector and skinny kernels over their settings."""
+"""Matrix products of a decode step: cuBLAS, and all configurations of the matrix-vector and skinny kernels."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ SKINNY = [SkinnyConfig(n, k, splits, stages) for (n, k, stages), splits in itert
 
 
 def warm_up_jobs() -> Iterator[Callable[[], None]]:
-    """One thunk for each kernel that ``measure_product`` will need, on inputs just large enough to compile it."""
+    """One thunk per kernel of ``measure_product``, on inputs just large enough to compile it."""
     for size, config, gated in itertools.product((4096, 14336, 11008), MATVEC, (False, True)):
         if not (gated and size != 4096):
             yield lambda s=size, c=config, g=gated: _matvec(random_tensor(1, s), random_tensor(256, s), c, gated=g)
@@ -32,7 +32,7 @@ def warm_up_jobs() -> Iterator[Callable[[], None]]:
 
 
 def measure_product(table: Table, model: Model, name: str, batch: int) -> None:
-    """The best setting and cuBLAS, for one matrix and batch size; checks the winner against float32."""
+    """Measure the best configuration and cuBLAS for one matrix and batch size; checks the best against float32."""
     outputs, inputs = model.weights[name]
     weights = [random_tensor(outputs, inputs) / inputs**0.5 for _ in range(copies_for(outputs * inputs * 2, limit=12))]
     x = random_tensor(batch, inputs)
@@ -52,7 +52,7 @@ def measure_product(table: Table, model: Model, name: str, batch: int) -> None:
 
 
 def _candidates(batch: int, inputs: int, outputs: int, *, gated: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Settings by name; those whose programs cannot all run at once more than a few times over are left out."""
+    """Configurations by name, without those that need too many waves of programs."""
     if batch == 1:
         return {
             f"matvec rows={c.rows} k={c.block_k} warps={c.warps}": lambda x, w, c=c: _matvec(x, w, c, gated=gated)

@@ -1,4 +1,4 @@
-"""Attention over sequences of different lengths: decodes alone, and decodes before the chunks of new prompts."""
+"""Attention over ragged batches: decodes alone, and decodes mixed with prefill chunks."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ _PLACE = Placement(torch.bfloat16, torch.device("cuda"))
 
 
 class Mixed(NamedTuple):
-    """Decodes whose lengths are as in chats, and new prompts after them."""
+    """A mixed batch: decodes with chat-like lengths, then prefill chunks."""
 
     decodes: int
     chunks: int
@@ -51,7 +51,7 @@ class _Step(NamedTuple):
 
 
 def measure_chats(table: Table, model: Model, decodes: int) -> None:
-    """Decodes alone: our kernel, the same without a price for a run, and FlashAttention 3, which ratios are to."""
+    """Measure decodes: our kernel, the same without the cost per run, and FlashAttention 3, the reference."""
     step = _step(model, Mixed(decodes, 0, 0))
     shape = config_for(decodes, model.head_size)
     configs = {"triton": shape, "triton, run_cost=0": shape._replace(run_cost=0)}
@@ -62,7 +62,7 @@ def measure_chats(table: Table, model: Model, decodes: int) -> None:
 
 
 def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
-    """A call for the decodes and one for the chunks, beside one call for all, which the ratio is to."""
+    """Measure separate calls for decodes and chunks; the reference is a single call for all."""
     step = _step(model, mixed)
     launches = {
         _FA3: partial(_attend, _backend(model, None), step, in_two=False),
@@ -72,7 +72,7 @@ def measure_mixed(table: Table, model: Model, mixed: Mixed) -> None:
 
 
 def _measure(table: Table, work: str, model: Model, step: _Step, launches: Mapping[str, Callable[[], Launch]]) -> None:
-    """The first is what the others are compared with, their results too."""
+    """The first launch is the reference for times and for results."""
     expected = next(iter(launches.values()))()(0).double()
     found = compare_us(table.attempts, launches.items(), expected, partial(graph_sample, copies=len(step.layers)))
     sequences, length = len(step.batch.chunks), step.mean_length
@@ -115,7 +115,7 @@ def _step(model: Model, mixed: Mixed) -> _Step:
 
 
 def warm_up_jobs(models: Sequence[Model], decodes: Sequence[int]) -> Iterator[Callable[[], object]]:
-    """One thunk for each kernel of ours that these numbers of decodes need."""
+    """One thunk per kernel of ours for these numbers of decodes."""
     for model in models:
         for count in distinct_sizes(min(decodes), max(decodes), model.head_size):
             shape = config_for(count, model.head_size)

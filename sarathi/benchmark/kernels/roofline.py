@@ -1,7 +1,7 @@
-"""Matrix products and attention of a step, run back to back: an upper bound on the engine's speed.
+"""Matrix products and attention of a step, back to back: an upper bound on the engine's speed.
 
-Norms, rope, activations, sampling and scheduling are left out. For each matrix and for attention the fastest available
-kernel runs, found by measuring at the step's own shapes.
+Norms, rope, activations, sampling and scheduling are left out. Each matrix and the attention use the fastest available
+kernel, as measured at the step's shapes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ LAYER = ("qkv", "o", "gate_up", "down")
 
 
 class Roofline:
-    """The weights of a model, random, and its products and attention."""
+    """A model's matrix products and attention, with random weights."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
@@ -30,7 +30,7 @@ class Roofline:
         self._products = _products(device)
 
     def decode(self, batch: int, context: int) -> Sample:
-        """One step's kernels for `batch` sequences of `context` tokens, in one graph."""
+        """The kernels of a decode step of `batch` sequences of `context` tokens, in one graph."""
         model = self.model
         inputs = self._inputs(batch)
         best = {name: self._fastest(name, inputs[name]) for name in model.weights}
@@ -46,7 +46,7 @@ class Roofline:
         return graph_sample(run, 1, min_launches=1)
 
     def prefill(self, context: int, chunk: int) -> Sample:
-        """The kernels of one prompt, `chunk` tokens a step, one after the other as in a run."""
+        """The kernels of one prompt's prefill, `chunk` tokens per step, launched as in a run."""
         model = self.model
         cache = self._cache(1, context)
         ends = [*range(chunk, context, chunk), context]
@@ -75,7 +75,7 @@ class Roofline:
             best[name](inputs[name], weights[name])
 
     def _fastest(self, name: str, x: Tensor) -> Product:
-        """The fastest product for this matrix, measured over the layers' own weights."""
+        """The fastest product for this matrix, measured on the layers' weights."""
         weights = [self.head] if name == "lm_head" else [layer[name] for layer in self.layers]
 
         def microseconds(product: Product) -> float:

@@ -1,4 +1,4 @@
-"""The shapes of the models that are measured, and random tensors."""
+"""Shapes of the measured models, and random tensors."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Model(NamedTuple):
-    """A decoder's shape."""
+    """Dimensions of a decoder."""
 
     name: str
     num_heads: int
@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Tokens of a block, of the paged kernels that contiguous ones are measured beside."""
+    """Block sizes, in tokens, of the paged kernels."""
 
     fa3: tuple[int, ...]
     flashinfer: tuple[int, ...]  # none: its kernels are not measured

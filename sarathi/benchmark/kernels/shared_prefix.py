@@ -1,6 +1,6 @@
-"""Decode attention of sequences that share a prefix: every one reads it, or it is read once for all of a group.
+"""Decode attention of sequences that share a prefix: each reads it, or it is read once per group (cascade).
 
-The prefix of a group is one physical memory at all of its slots, as the engine maps it.
+A group's slots map the same physical pages for the prefix, as in the engine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ CONFIGS = [
 
 
 class Shared(NamedTuple):
-    """Groups of sequences that begin with the same tokens."""
+    """Groups of sequences with a common prefix."""
 
     groups: int
     members: int  # of each group
@@ -63,7 +63,7 @@ class _Inputs(NamedTuple):
 
 
 def measure_shared(table: Table, model: Model, shared: Shared) -> None:
-    """One reading for a group, by every shape of the work, beside a reading for each sequence."""
+    """Measure every configuration of the cascade kernel; the reference reads the prefix for each sequence."""
     inputs = _inputs(model, shared)
     launches: dict[str, Callable[[], Launch]] = {_EACH: partial(_launch, model, inputs, None)}
     for config in CONFIGS:
@@ -109,7 +109,7 @@ def _inputs(model: Model, shared: Shared) -> _Inputs:
 
 
 def _fill(cache: VirtualKVCache, slots: Sequence[int], shared: Shared) -> None:
-    """Give a group its slots, which share the pages of the prefix, and random tokens."""
+    """Fill a group's slots with random tokens; the slots share the prefix's pages."""
     for slot in slots:
         cache.claim(slot)
         if slot != slots[0] and cache.share(slots[0], slot, shared.prefix) != shared.prefix:
@@ -122,7 +122,7 @@ def _fill(cache: VirtualKVCache, slots: Sequence[int], shared: Shared) -> None:
 
 
 def warm_up_jobs(models: Sequence[Model], shapes: Sequence[Shared]) -> Iterator[Callable[[], object]]:
-    """One thunk for each kernel that these shapes need."""
+    """One thunk per kernel of these shapes."""
     counts = [shape.sequences for shape in shapes]
     for model, config in product(models, (None, *CONFIGS)):
         for size in distinct_sizes(min(counts), max(counts), model.head_size):

@@ -1,7 +1,7 @@
-"""Timing of kernels on the device, alone and in turn.
+"""Timing of kernels on the device, alone and interleaved.
 
-A CUDA graph holds launches over so many copies of the inputs that L2 holds none of them; CUDA events time its replay.
-The result is what a decode step in a graph pays, launch gaps included. Without a GPU the same calls measure the CPU.
+A CUDA graph launches the kernel on enough copies of the inputs to exceed L2; CUDA events time its replay. The result
+is the cost in a decode step with a graph, including launch gaps. Without a GPU the same calls measure the CPU.
 """
 
 import itertools
@@ -23,17 +23,17 @@ L2_BYTES_TO_EXCEED = 256 * 2**20
 
 
 def copies_for(bytes_each: int, limit: int = 64) -> int:
-    """How many copies of an input exceed L2; at least 2."""
+    """Number of copies of an input that exceed L2; at least 2."""
     return max(2, min(limit, -(-L2_BYTES_TO_EXCEED // max(bytes_each, 1))))
 
 
 def graph_us(launch: Callable[[int], object], copies: int, *, min_launches: int = 8, replays: int = 7) -> float:
-    """Median microseconds of ``launch(i)``, i walking over range(copies), inside a graph."""
+    """Median microseconds of ``launch(i)`` inside a graph; i cycles through range(copies)."""
     return _median_us(graph_sample(launch, copies, min_launches=min_launches), replays)
 
 
 def eager_us(launch: Callable[[int], object], copies: int, *, replays: int = 5) -> float:
-    """Median microseconds of one ``launch(i)`` from Python, for kernels that are long beside their launch."""
+    """Median microseconds of ``launch(i)`` from Python, for kernels much longer than their launch."""
     return _median_us(eager_sample(launch, copies), replays)
 
 
@@ -46,8 +46,7 @@ def compare_us(
     checked: Tensor | slice = _ALL,
     rounds: int = 7,
 ) -> dict[str, float]:
-    """Microseconds by name, measured in turn. A kernel that fails, or whose rows `checked` differ from `expected`, is
-    reported and left out."""
+    """Interleaved microseconds by name. Reports and skips kernels that fail or whose rows `checked` are wrong."""
     ready = {name: attempts.run(name, partial(_ready, make, expected, checked, sample)) for name, make in launches}
     return in_turn_us({name: each for name, each in ready.items() if each is not None}, rounds)
 
@@ -63,16 +62,16 @@ def _ready(
 
 
 def in_turn_us(samples: Mapping[str, Sample], rounds: int) -> dict[str, float]:
-    """Medians of several kernels, each measured once a round.
+    """Median microseconds of several kernels, each measured once per round.
 
-    At its power limit a GPU slows down under load: of kernels measured one after the other the first look faster.
+    A GPU at its power limit slows down under load: without interleaving, the first kernels would look faster.
     """
     taken = [{name: sample() for name, sample in samples.items()} for _ in range(rounds + 1)]
     return {name: statistics.median(each[name] for each in taken[1:]) for name in samples}
 
 
 def graph_sample(launch: Callable[[int], object], copies: int, *, min_launches: int = 8) -> Sample:
-    """A graph of ``launch(i)`` over the copies, to be replayed."""
+    """A replayable graph of ``launch(i)`` over the copies."""
     launches = copies * -(-min_launches // copies)
 
     def all_launches() -> None:
@@ -94,14 +93,14 @@ def graph_sample(launch: Callable[[int], object], copies: int, *, min_launches: 
 
 
 def eager_sample(launch: Callable[[int], object], copies: int) -> Sample:
-    """One ``launch(i)`` from Python, the next copy each time."""
+    """A function that calls ``launch(i)`` on the next copy each time."""
     calls = itertools.count()
     clock = _device_us if torch.cuda.is_available() else _host_us
     return lambda: clock(lambda: launch(next(calls) % copies))
 
 
 class _Replay(NamedTuple):
-    """A graph to be timed; `launch` owns the tensors that it reads."""
+    """A graph to be timed; `launch` keeps its input tensors alive."""
 
     graph: torch.cuda.CUDAGraph
     launches: int
@@ -132,10 +131,9 @@ def _host_us(work: Callable[[], object]) -> float:
 
 
 def steady(sample: Callable[[], float], seconds: float) -> float:
-    """Median of the later half of the samples that `seconds` give, of at least one.
+    """Sample for `seconds`, at least once; returns the median of the second half.
 
-    At its power limit a GPU slows down under load: kernels that run for milliseconds between pauses would look faster
-    than the same kernels in an engine.
+    A GPU at its power limit slows down under load: short bursts of kernels would look faster than in an engine.
     """
     end = time.perf_counter() + seconds
     samples = [sample()]

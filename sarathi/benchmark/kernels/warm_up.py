@@ -1,4 +1,4 @@
-"""Compile Triton kernels in several processes, into the cache that they share."""
+"""Compile Triton kernels in parallel processes, into Triton's shared cache."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 
 def warm_up(make_jobs: Callable[[], Iterable[Callable[[], None]]], processes: int) -> None:
-    """Runs every thunk of ``make_jobs()`` in one of `processes` children. Call it before CUDA is first used here."""
+    """Run the thunks of ``make_jobs()`` in child processes. Call it before this process initializes CUDA."""
     start = time.monotonic()
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=_run_share, args=(make_jobs, index, processes)) for index in range(processes)]
@@ -19,7 +19,7 @@ def warm_up(make_jobs: Callable[[], Iterable[Callable[[], None]]], processes: in
 
 
 def processes_at_hand() -> int:
-    """One for each core of this process, 12 at most: each holds a CUDA context."""
+    """Number of processes: one per available core, at most 12, since each holds a CUDA context."""
     return min(12, len(os.sched_getaffinity(0)))
 
 

@@ -1,1 +1,1 @@
-"""Several engines that share the requests of a run: as processes of this machine, or as actors of a Ray cluster."""
+"""Data-parallel replicas of the engine: processes of this machine, or actors of a Ray cluster."""

@@ -1,4 +1,4 @@
-"""Replicas as actors of a Ray cluster, on any of its machines, each in a placement group with its ranks."""
+"""Replicas as Ray actors, each in a placement group with its ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _END_S = 10.0
 
 
 class ReplicaActor:
-    """An engine whose ranks are further actors of the same placement group. `stop` may be called during `run`."""
+    """An engine whose ranks are actors of the same placement group. `stop` may be called during `run`."""
 
     def __init__(self, config: BenchmarkConfig, replica: int) -> None:
         self._config, self._replica = config, replica
@@ -35,7 +35,7 @@ class ReplicaActor:
         self._stop = threading.Event()
 
     def plan(self) -> Planned:
-        """Load and warm up the engine; the requests that it will serve."""
+        """Load and warm up the engine; returns the requests that it will serve."""
         runner = self._runner = BenchmarkRunner(self._config, self._replica, stop=self._stop, clock=_make_clock())
         self._specs = runner.workload()
         runner.warm_up(self._specs)
@@ -46,7 +46,7 @@ class ReplicaActor:
         return self._runner.run(self._specs, Path(self._config.output_dir))
 
     def stop(self) -> None:
-        """End the run with what there is."""
+        """End the run with partial results."""
         self._stop.set()
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class ReplicaActor:
 
 
 class RayReplica(Replica):
-    """An actor in the first bundle of its placement group, without a device of its own: each rank has one."""
+    """An actor in the first bundle of its placement group. It has no device: the ranks do."""
 
     def __init__(self, number: int, config: BenchmarkConfig, place: Reservation) -> None:
         super().__init__(number)
@@ -95,14 +95,14 @@ class RayReplica(Replica):
 
 
 def _make_clock() -> Callable[[], float]:
-    """Seconds that never go back, and agree between machines as far as their system clocks do."""
+    """A monotonic clock in seconds, comparable between machines as far as their system clocks agree."""
     offset_s = time.time() - time.monotonic()
     return lambda: offset_s + time.monotonic()
 
 
 @contextmanager
 def started_actors(config: BenchmarkConfig) -> Iterator[Sequence[Replica]]:
-    """The replicas of a run, each an actor. PlacementError where the cluster has no room for all of them."""
+    """Start the replicas of a run as actors. PlacementError if the cluster has too few resources."""
     connect()
     settings = engine_config(config)
     device, count = device_of_ranks(settings), config.cluster.num_replicas

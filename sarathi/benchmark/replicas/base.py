@@ -1,4 +1,4 @@
-"""A replica as the process of the run sees it, wherever it is, and the outcomes of all of them."""
+"""Interface of a replica, and a run on several of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _POLL_S = 0.1
 
 
 class ReplicaError(RuntimeError):
-    """A replica ended without a result; its own message is on stderr."""
+    """A replica ended without a result; its error message is on stderr."""
 
 
 class Replica(ABC):
-    """One engine that serves its share of the requests. `plan`, `begin` and `outcome` are called in this order."""
+    """An engine that serves its share of the requests. Call `plan`, `begin` and `outcome` in this order."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -26,16 +26,16 @@ class Replica(ABC):
         self._outcome: RunOutcome | None = None
 
     def plan(self) -> None:
-        """Wait until its engine is warm. Raises ReplicaError. May be called again."""
+        """Wait until its engine is warmed up. Raises ReplicaError. May be called again."""
         if self._planned is None:
             self._planned = self._receive()
 
     @abstractmethod
     def begin(self) -> None:
-        """Have it start to serve. Returns at once."""
+        """Start serving; does not block."""
 
     def outcome(self) -> RunOutcome:
-        """Wait for its result. Where it died after its start, its requests are lost. May be called again."""
+        """Wait for its result. If it dies after the start, its requests are lost. May be called again."""
         self.plan()
         if self._outcome is None:
             self._outcome = self._result()
@@ -43,7 +43,7 @@ class Replica(ABC):
 
     @abstractmethod
     def interrupt(self) -> None:
-        """Have it end its run with what it has, after ^C or a signal to this process."""
+        """End its run with partial results, after ^C or a signal to this process."""
 
     @abstractmethod
     def is_ready(self, timeout_s: float) -> bool:
@@ -51,11 +51,11 @@ class Replica(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Leave nothing of it behind, in whatever state it is."""
+        """Terminate it and release its resources, in any state."""
 
     @abstractmethod
     def _receive(self) -> Any:
-        """The next of what it tells: its requests, then its outcome. Raises ReplicaError where it ended."""
+        """Receive its next message: first its requests, then its outcome. ReplicaError if it died."""
 
     def _result(self) -> RunOutcome:
         try:

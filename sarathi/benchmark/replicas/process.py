@@ -22,7 +22,7 @@ _END_S = 10.0
 
 
 class ProcessReplica(Replica):
-    """A process, and the pipe to it."""
+    """A replica in a child process, with a pipe to it."""
 
     def __init__(self, number: int, process: SpawnProcess, pipe: Connection) -> None:
         super().__init__(number)
@@ -53,7 +53,7 @@ class ProcessReplica(Replica):
 
 @contextmanager
 def started_processes(config: BenchmarkConfig, devices: Mapping[str, str]) -> Iterator[Sequence[Replica]]:
-    """The replicas of a run, each in a process. devices: see `replica_devices`."""
+    """Start the replicas of a run as processes. devices: see `replica_devices`."""
     with ExitStack() as stack:
         replicas = []
         for number in range(config.cluster.num_replicas):
@@ -73,9 +73,9 @@ def _start(config: BenchmarkConfig, number: int, device: str | None) -> ProcessR
 
 
 def _run_replica(config: BenchmarkConfig, replica: int, device: str | None, pipe: Connection, parent: int) -> None:
-    """In a process of its own; ^C and SIGTERM end its run with what there is.
+    """Main function of a replica's process; ^C and SIGTERM end its run with partial results.
 
-    From the start of the run on they set an event: an exception could come while the outcome is made or sent.
+    After the start, signals set an event: an exception could interrupt the making or sending of the outcome.
     """
     end_with_parent(parent)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Runs on one engine in this process, or on replicas elsewhere, which start together."""
+"""Runs on one engine in this process, or on several replicas."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _serve_on_replicas(config: BenchmarkConfig, devices: Mapping[str, str], stop
 
 
 def replica_devices(config: BenchmarkConfig) -> Mapping[str, str]:
-    """Replica -> device, as replica_resource_mapping gives it; replicas not in it use model.device."""
+    """Replica -> device from replica_resource_mapping; replicas without an entry use model.device."""
     text = config.replica_resource_mapping
     try:
         mapping = json.loads(text) if text else {}

@@ -1,1 +1,1 @@
-"""Two checkouts of the engine measured against each other: worker.py runs in each, compare.py drives both."""
+"""Comparison of two checkouts of the engine: worker.py runs in each, compare.py drives both."""

@@ -1,7 +1,7 @@
-"""Two checkouts measured in turn.
+"""Interleaved measurement of two checkouts.
 
-Each engine lives in a process of its own. Every round runs each task on both, in swapped order from round to round, so
-that clocks, heat and other load affect both alike.
+Each engine has a process of its own. Every round runs each task on both, in alternating order, so that clocks, heat
+and other load affect both alike.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Engine:
     """A worker process over one checkout."""
 
     def __init__(self, checkout: Path, settings: Mapping[str, object]) -> None:
-        """Start it and wait for its first token. RuntimeError where it ends, or imports another checkout."""
+        """Start it and wait for its first token. RuntimeError if it exits or imports another checkout."""
         folder = str(checkout.resolve())
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *_other_paths()])}
         source = Path(worker.__file__).read_text(encoding="utf-8")
@@ -61,14 +61,14 @@ class Engine:
         self.start_s = float(first["value"])
 
     def measure(self, request: Mapping[str, object]) -> float:
-        """The value of one task. RuntimeError with the worker's error."""
+        """Measure one task. RuntimeError with the worker's error message."""
         reply = self._ask(request)
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return float(reply["value"])
 
     def close(self) -> None:
-        """End the process and wait until its memory is free."""
+        """End the process and wait until its memory is released."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -89,16 +89,16 @@ class Engine:
 
 
 def _other_paths() -> list[str]:
-    """PYTHONPATH without checkouts of this package; it may name packages that are not installed."""
+    """PYTHONPATH without checkouts of this package."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return [path for path in paths if path and not (Path(path) / "sarathi").is_dir()]
 
 
 @dataclass
 class Samples:
-    """All measured values. Two CSV files are rewritten after each: the samples, and the ratios by task.
+    """All measured values. After each, rewrites two CSV files: the samples, and the ratios by task.
 
-    An existing file of samples is continued.
+    Appends to an existing file of samples.
     """
 
     folder: Path
@@ -110,7 +110,7 @@ class Samples:
         self.values = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SAMPLES)
 
     def add(self, model: str, backend: str, task: Task, pair: Mapping[str, float], number: int) -> None:
-        """The values of both sides of one task in one round."""
+        """Add the values of both sides for one task in one round."""
         key = [model, backend, task.work, task.batch, task.context, task.unit]
         new = pd.DataFrame([[side, number, pair[side], *key] for side in SIDES], columns=SAMPLES)
         self.values = new if self.values.empty else pd.concat([self.values, new], ignore_index=True)
@@ -124,7 +124,7 @@ class Samples:
         return self.folder / "revisions_samples.csv"
 
     def ratios(self) -> pd.DataFrame:
-        """Medians of both sides and their ratio, more than 1 where `after` is better, with the extremes of rounds."""
+        """Medians of both sides and their ratio (> 1: `after` is better), with minimum and maximum over rounds."""
         numbered = self.values.assign(  # rounds of continued runs begin at 0 again
             sample=self.values.groupby([*KEY, "revision"]).cumcount()
         )
@@ -139,7 +139,7 @@ class Samples:
 
 
 def gain(before: float, after: float, unit: str) -> float:
-    """More than 1 where `after` is better: after / before of rates, before / after of times."""
+    """> 1 if `after` is better: after / before for rates, before / after for times."""
     return after / before if is_rate(unit) else before / after
 
 
@@ -149,7 +149,7 @@ def _gains(pairs: pd.DataFrame) -> pd.Series:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared. settings: of every engine, beside model and backend. seconds: nothing starts after them."""
+    """What to compare. settings: of every engine, besides model and backend. seconds: time limit for new tasks."""
 
     checkouts: Mapping[str, Path]
     models: Mapping[str, str]  # name in the table -> the engine's model
@@ -161,7 +161,7 @@ class Comparison:
     seconds: float
 
     def run(self, samples: Samples) -> list[str]:
-        """Measure each model and backend for its share of the time. Returns what failed, in words."""
+        """Measure each model and backend for its share of the time. Returns descriptions of the failures."""
         pairs, failed, start_s = [(m, b) for m in self.models for b in self.backends], [], time.monotonic()
         for index, (model, backend) in enumerate(pairs):
             end_s = start_s + self.seconds * (index + 1) / len(pairs)
@@ -192,7 +192,7 @@ class Comparison:
             _close(engines)
 
     def _measure_tasks(self, engines: Mapping[str, Engine], add: Any, end_s: float) -> list[str]:
-        """Every task once a round; a task that fails is not tried again."""
+        """Run every task once per round; a failed task is not repeated."""
         failed: dict[str, str] = {}
         for engine in engines.values() if self.tasks else ():
             engine.measure({"task": "warm_up", "tokens": max(task.context for task in self.tasks) // 4})
@@ -214,7 +214,7 @@ class Comparison:
 
 
 def _in_order(number: int) -> Iterator[str]:
-    """The two sides, the other one first in every second round."""
+    """The two sides, in alternating order from round to round."""
     return iter(SIDES if number % 2 == 0 else SIDES[::-1])
 
 

@@ -1,8 +1,8 @@
-"""The measuring side of a comparison of two checkouts. Runs in a process of its own, over the checkout's public API.
+"""Worker process of a comparison of two checkouts. Uses only the checkout's public API.
 
 compare.py passes this file's text to `python -c` with the checkout as the working folder and on PYTHONPATH, so it
 imports nothing but the standard library and `sarathi`'s LLM and SamplingParams: it must work on old revisions too.
-The first line of stdin is the engine's settings as JSON, each later line one task; each gets one JSON line back.
+The first line of stdin is the engine's settings as JSON, each further line one task; each is answered with a JSON line.
 """
 
 import json
@@ -20,7 +20,7 @@ FIRST_ID, LAST_ID = 3, 900  # of random prompts: ids that every vocabulary has
 
 
 class Worker:
-    """One engine and the tasks that it can measure; each task returns one number."""
+    """One engine and the tasks on it; each task returns one number."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from sarathi import LLM, SamplingParams
@@ -104,9 +104,9 @@ def process_age_s() -> float:
 
 
 def answer_tasks(lines: Iterator[str], reply: Callable[[object], None]) -> None:
-    """Open the engine and measure one task a line: {"task": name, its parameters} -> {"value": ...} or {"error": ...}.
+    """Open the engine and run one task per line: {"task": name, parameters} -> {"value": ...} or {"error": ...}.
 
-    The first reply has the folder that `sarathi` was imported from beside the start to the first token.
+    The first reply has the start-up time to the first token, and the folder that `sarathi` was imported from.
     """
     worker = Worker(json.loads(next(lines)))
     reply({"value": worker.start(), "package": str(Path(sys.modules["sarathi"].__file__ or "").parent)})

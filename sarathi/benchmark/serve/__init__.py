@@ -1,1 +1,1 @@
-"""An HTTP load generator for OpenAI-compatible servers, and its results."""
+"""HTTP load generator for OpenAI-compatible servers."""

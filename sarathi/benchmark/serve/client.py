@@ -1,4 +1,4 @@
-"""One streaming request to an OpenAI-compatible server, timed."""
+"""Send and time one streaming request to an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STREAMING = {"stream": True, "stream_options": {"include_usage": True}}  # of ev
 
 @dataclass(frozen=True)
 class OutgoingRequest:
-    """send_at_s: seconds after the first. prompt: token ids, or text. num_prompt_tokens: known or estimated.
+    """send_at_s: seconds after the first request. prompt: token ids, or text. num_prompt_tokens: exact or estimated.
 
-    conversation: requests of one number are turns, each sent send_at_s seconds after the answer before it.
-    history: texts of the turns before and their answers.
+    conversation: requests with the same number are its turns; then send_at_s counts from the previous answer.
+    history: texts of the previous turns and their answers.
     """
 
     send_at_s: float
@@ -34,7 +34,7 @@ class OutgoingRequest:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and how requests are sent. body: fields that all requests share."""
+    """Server address and request settings. body: fields of all requests."""
 
     url: str
     is_chat: bool
@@ -43,12 +43,11 @@ class Endpoint:
 
 @dataclass
 class RequestResult:
-    """What came of one request; seconds of one clock. error: empty where it succeeded.
+    """The result of one request; times are seconds of one clock. error: empty on success.
 
-    due_at_s: when the schedule had it sent; before sent_at_s where the client itself held it back. chunk_times_s: when
-    each chunk that holds a token came; the first is the first token. output_tokens: the server's count, as is_counted
-    says, or else the number of chunks. closed_at_s: when a chunk came that only closed the answer.
-    cached_tokens: of the prompt, as the server tells.
+    due_at_s: scheduled send time; earlier than sent_at_s if --max-concurrency delayed it. chunk_times_s: arrival of
+    each chunk with a token. output_tokens: the server's count if is_counted, else the number of chunks. closed_at_s:
+    arrival of a final chunk without a token. cached_tokens: cached prompt tokens, as reported by the server.
     """
 
     sent_at_s: float
@@ -65,7 +64,7 @@ class RequestResult:
 
     @property
     def queued_s(self) -> float:
-        """Seconds in the client's own queue, before it was sent."""
+        """Seconds in the client's queue before it was sent."""
         return self.sent_at_s - self.due_at_s
 
     @property
@@ -74,7 +73,7 @@ class RequestResult:
 
     @property
     def latency_s(self) -> float:
-        """To the last chunk that held a token."""
+        """Seconds to the last chunk with a token."""
         return self.chunk_times_s[-1] - self.sent_at_s
 
     @property
@@ -85,7 +84,7 @@ class RequestResult:
 async def send(
     session: aiohttp.ClientSession, endpoint: Endpoint, request: OutgoingRequest, due_at_s: float | None = None
 ) -> RequestResult:
-    """Send, read the stream to its end; failures are told in the result, never raised. due_at_s: None for now."""
+    """Send a request and read its stream. Failures are stored in the result, never raised. due_at_s: None: now."""
     now_s = time.perf_counter()
     result = RequestResult(now_s, request.num_prompt_tokens, due_at_s=now_s if due_at_s is None else due_at_s)
     try:
@@ -133,9 +132,9 @@ async def _read(response: aiohttp.ClientResponse, endpoint: Endpoint, result: Re
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """Payloads of server-sent events; comments, empty events and other fields are skipped, however the bytes are cut.
+    """Payloads of server-sent events; skips comments, empty events and other fields. Chunk boundaries do not matter.
 
-    A last line counts even where the stream ends before the line does.
+    An unterminated last line counts.
     """
     pending = b""
     async for piece in response.content.iter_any():
@@ -152,7 +151,7 @@ def _payload(line: bytes) -> str:
 
 
 def _take_chunk(chunk: Mapping[str, Any], is_chat: bool, result: RequestResult) -> bool:
-    """Whether the answer ends here; an error that the server tells ends it too."""
+    """Process a chunk; returns whether the answer is complete or the server reported an error."""
     if error := chunk.get("error"):
         result.error = str(error.get("message", error) if isinstance(error, dict) else error)
         return True
@@ -162,7 +161,7 @@ def _take_chunk(chunk: Mapping[str, Any], is_chat: bool, result: RequestResult) 
 
 
 def _take_choice(choice: Mapping[str, Any], is_chat: bool, result: RequestResult) -> bool:
-    """Whether the answer ends here. A chunk of no text is a token too, unless it names the role or the end alone."""
+    """Whether the answer is complete. A chunk without text is a token unless it only has the role or finish reason."""
     delta = (choice.get("delta") or {}) if is_chat else {"content": choice.get("text")}
     ends = bool(choice.get("finish_reason"))
     if any(value for name, value in delta.items() if name != "role") or not (delta.get("role") or ends):

@@ -1,8 +1,8 @@
-"""Requests to send, and when, from the options.
+"""Make the requests and their send times from the options.
 
-With the server's tokenizer, prompts are text of exactly as many tokens as are asked for. Without it, those of
-completions are token ids, of an exact length too, and chat messages are words, about one token each. Results report the
-server's own count where it gives one, which for chat has the tokens of the template.
+With the server's tokenizer, prompts are text of exactly the requested length. Without it, completions have token ids,
+also of exact length, and chat messages are words of about one token each. Results report the server's token count if it
+sends one; for chat it includes the template.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_CHAT_PROMPT_TOKENS, MAX_CHAT_TOKENS = 1024, 2048  # of ShareGPT's, as vLLM's
 
 
 class Planned(NamedTuple):
-    """Requests, and what their prompts have in common."""
+    """Requests, and the prompt tokens that they share."""
 
     requests: list[OutgoingRequest]
     reuse: PrefixReuse
@@ -49,7 +49,7 @@ NOTHING_PLANNED = Planned([], PrefixReuse())
 
 
 def make_requests(args: argparse.Namespace, vocabulary: Vocabulary | None = None) -> Planned:
-    """`--num-prompts` requests; the same options give the same ones. vocabulary: of --tokenizer, where one is given."""
+    """`--num-prompts` requests, deterministic given the options. vocabulary: of --tokenizer, if given."""
     specs = _specs(args, vocabulary)
     times = _times(args, specs)
     prompts = PromptMaker(args.seed, len(vocabulary.words) if vocabulary else args.vocab_size)
@@ -64,12 +64,12 @@ def make_requests(args: argparse.Namespace, vocabulary: Vocabulary | None = None
 
 
 def words(ids: list[int]) -> str:
-    """A word an id: short ones that tokenizers seldom split further."""
+    """One word per id, short enough that tokenizers rarely split it."""
     return " ".join(SYLLABLES[token % len(SYLLABLES)] for token in ids)
 
 
 def _prompt(ids: list[int], backend: str, vocabulary: Vocabulary | None) -> str | list[int]:
-    """Text of completions has room for the tokens that the server adds to it; those of a chat template come on top."""
+    """Text of a completion is shortened by the special tokens that the server adds; a chat template's come on top."""
     if vocabulary is None:
         return words(ids) if backend == "openai-chat" else ids
     num_added = 0 if backend == "openai-chat" else vocabulary.num_special_tokens
@@ -121,7 +121,7 @@ def _read(args: argparse.Namespace, path: Path, vocabulary: Vocabulary | None) -
 
 
 def _chats(args: argparse.Namespace, path: Path, count_tokens: CountTokens) -> Iterator[RequestSpec]:
-    """Conversations in an order that the seed draws, without the long ones."""
+    """Conversations shuffled by the seed, without the long ones."""
     rng = None if args.disable_shuffle else np.random.default_rng([args.seed, 2])
     for spec in read_sharegpt(path, count_tokens, rng):
         chat = replace(spec, num_decode_tokens=args.sharegpt_output_len or spec.num_decode_tokens)

@@ -1,4 +1,4 @@
-"""Send requests at their times, with a limit on concurrency."""
+"""Send requests on schedule, with a limit on concurrency."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPARE_FILES = 64  # what a process has open besides its connections
 
 
 class ServerError(OSError):
-    """The server cannot be reached, or does not answer as one should."""
+    """The server cannot be reached, or its response is invalid."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class LoadPlan:
 
 @dataclass
 class LoadOutcome:
-    """Results in order of completion. interrupted: ^C ended it; what was under way is not in results.
+    """Results in order of completion. interrupted: ended by ^C; requests in flight are not in results.
 
-    duration_s: of the load alone, from behind the warm-up to its end or to ^C.
+    duration_s: from the end of the warm-up to the end of the load or ^C.
     """
 
     model: str = ""
@@ -55,7 +55,7 @@ class LoadOutcome:
 
 
 def run_load(plan: LoadPlan) -> LoadOutcome:
-    """Send everything and wait for it. ServerError where the server is not there or a warm-up fails."""
+    """Send all requests and wait for their results. ServerError if the server is unreachable or the warm-up fails."""
     outcome = LoadOutcome()
     _allow_open_files(plan.max_concurrency or len(plan.requests))
     try:
@@ -67,7 +67,7 @@ def run_load(plan: LoadPlan) -> LoadOutcome:
 
 
 def _allow_open_files(num_connections: int) -> None:
-    """A socket a connection: shells often allow 1024 open files and let a process raise that by itself."""
+    """Raise the limit of open files, one per connection: the default is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = num_connections + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -92,7 +92,7 @@ async def _run(plan: LoadPlan, outcome: LoadOutcome) -> None:
 async def _send_all(
     session: aiohttp.ClientSession, endpoint: Endpoint, plan: LoadPlan, results: list[RequestResult], start_s: float
 ) -> None:
-    """Results are added as they come, so that those before a ^C stay."""
+    """Append results as they arrive, so that ^C keeps them."""
     with RequestBar(len(plan.requests), shown=plan.show_progress) as bar:
         gate = asyncio.Semaphore(plan.max_concurrency) if plan.max_concurrency else nullcontext()
 
@@ -113,7 +113,7 @@ async def _send_all(
 
 
 def _talks(plan: LoadPlan) -> list[list[OutgoingRequest]]:
-    """The turns of each conversation; a request of none is one of its own."""
+    """The turns of each conversation; a single request is a conversation of one turn."""
     talks: dict[tuple[str, int], list[OutgoingRequest]] = {}
     for number, request in enumerate(plan.requests):
         key = ("request", number) if request.conversation is None else ("conversation", request.conversation)
@@ -125,7 +125,7 @@ async def _talk(
     session: aiohttp.ClientSession, endpoint: Endpoint, turns: Sequence[OutgoingRequest], gate: Any, start_s: float,
     tell: Callable[[RequestResult], None],
 ) -> None:  # fmt: skip
-    """One turn after the other; a failure ends the conversation."""
+    """Send the turns in order; a failure ends the conversation."""
     due_at_s, history = start_s, tuple[str, ...]()
     for turn in turns:
         due_at_s += turn.send_at_s
@@ -155,7 +155,9 @@ async def _first_model(session: aiohttp.ClientSession, base_url: str) -> str:
             names: list[str] = [model["id"] for model in (await response.json())["data"]]
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError, LookupError, TypeError, ValueError) as error:
         told = f"{type(error).__name__}: {error}"
-        raise ServerError(f"{url} names no model ({told}); is the server up? --model needs no list") from error
+        raise ServerError(
+            f"{url} returned no model list ({told}); is the server up? With --model no list is needed"
+        ) from error
     if not names:
-        raise ServerError(f"{url} lists no model: --model must name one")
+        raise ServerError(f"{url} lists no model: set --model")
     return names[0]

@@ -1,4 +1,4 @@
-"""One load from its options to the printed block and the JSON file. Exit code 1 where a request failed, 130 on ^C."""
+"""`sarathi bench serve`: run a load, print and save its results. Exit code 1 if a request failed, 130 on ^C."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ INTERRUPTED = 130
 
 
 class Summary:
-    """The numbers of a load that its options ask for."""
+    """Computes the requested statistics of a load."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """ValueError names an option that is wrong."""
+        """ValueError if an option is invalid."""
         self._args = args
         self._metrics = options.parse_metrics(args.percentile_metrics)
         self._percentiles = options.parse_percentiles(args.metric_percentiles)
@@ -36,11 +36,11 @@ class Summary:
         options.check_free("--metadata", self._metadata, names)
 
     def result(self, outcome: LoadOutcome, planned: Planned) -> dict[str, Any]:
-        """By the names of the JSON file, --metadata with them."""
+        """The content of the JSON file, including --metadata."""
         return self._numbers(outcome, planned) | self._metadata
 
     def block(self, result: dict[str, Any]) -> str:
-        """What is printed."""
+        """The printed report."""
         return results.block(result, self._metrics, self._percentiles)
 
     def _numbers(self, outcome: LoadOutcome, planned: Planned) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Summary:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Send, print, save; the exit code. ValueError names an option that is wrong."""
+    """Send, print and save; returns the exit code. ValueError if an option is invalid."""
     summary = Summary(args)
     vocabulary = load_vocabulary(args.tokenizer) if args.tokenizer else None
     planned = make_requests(args, vocabulary)
@@ -77,7 +77,7 @@ def _report(
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """python -m sarathi.benchmark.serve.main, without the rest of the command line."""
+    """Entry point of python -m sarathi.benchmark.serve.main."""
     parser = argparse.ArgumentParser(prog="bench serve", description="Load an OpenAI-compatible server and measure it.")
     options.add_options(parser)
     try:
@@ -131,7 +131,7 @@ def _saves(args: argparse.Namespace) -> bool:
 
 
 def _make_folder(args: argparse.Namespace) -> None:
-    """Before the load: that its result cannot be written is not to be found out after it."""
+    """Create the result folder before the load, so that a wrong path fails early."""
     if _saves(args):
         (Path(args.result_dir) / (args.result_filename or "name")).parent.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""Options of `sarathi bench serve`, by the names that `vllm bench serve` has."""
+"""Options of `sarathi bench serve`, named as in `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def base_url(args: argparse.Namespace) -> str:
-    """The server's address without a slash at its end."""
+    """The server's address without a trailing slash."""
     return (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
 
 
@@ -33,8 +33,8 @@ def _add_server(group: Any) -> None:
     add("--base-url", help="address of the server; default: from --host and --port")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
-    add("--endpoint", help="path of the requests; default: the backend's usual one")
-    add("--model", help="model to ask for; default: the first that the server lists")
+    add("--endpoint", help="path of the requests; default: the backend's")
+    add("--model", help="model name; default: the first that the server lists")
     add("--api-key", help="sent as a bearer token")
     add("--header", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
     add("--request-timeout", type=_positive, default=21600.0, metavar="S", help="seconds for one request")
@@ -44,10 +44,15 @@ def _add_load(group: Any) -> None:
     add = group.add_argument
     add("--num-prompts", type=_count, default=1000, help="requests")
     add("--request-rate", type=_positive, default=math.inf, help="requests a second; inf: all at once")
-    add("--burstiness", type=_positive, default=1.0, help="1: Poisson; less: bursts; more: even; inf: wholly even")
-    add("--max-concurrency", type=_count, help="requests under way at the same time, at most")
-    add("--num-warmups", type=_natural, default=0, help="how often the first request is sent before")
-    add("--seed", type=_natural, default=0, help="the same seed: the same requests at the same times")
+    add(
+        "--burstiness",
+        type=_positive,
+        default=1.0,
+        help="1: Poisson; below 1: bursty; above 1: more regular; inf: constant rate",
+    )
+    add("--max-concurrency", type=_count, help="maximum number of concurrent requests")
+    add("--num-warmups", type=_natural, default=0, help="number of warm-up requests (copies of the first request)")
+    add("--seed", type=_natural, default=0, help="seed of requests and send times")
     add("--disable-tqdm", action="store_true", help="no progress bar")
 
 
@@ -58,22 +63,33 @@ def _add_dataset(group: Any) -> None:
     add("--dataset-path", help=f"file of the data set, .gz or not; {times}")
     add("--sonnet-input-len", type=_count, default=550, help="prompt tokens, about")
     add("--sonnet-output-len", type=_count, default=150, help="output tokens")
-    add("--sonnet-prefix-len", type=_natural, default=200, help="prompt tokens that all share, about")
-    add("--sharegpt-output-len", type=_count, help="output tokens; default: as many as the answer has")
-    add("--disable-shuffle", action="store_true", help="ShareGPT in the file's order, not the seed's")
+    add(
+        "--sonnet-prefix-len",
+        type=_natural,
+        default=200,
+        help="approximate number of prompt tokens that all requests share",
+    )
+    add("--sharegpt-output-len", type=_count, help="output tokens; default: length of the data set's answer")
+    add("--disable-shuffle", action="store_true", help="keep ShareGPT's file order instead of shuffling")
     add("--random-input-len", type=_count, default=1024, help="prompt tokens")
     add("--random-output-len", type=_count, default=128, help="output tokens")
-    add("--random-range-ratio", type=float, default=0.0, help="r: lengths from [1-r, 1+r] times these")
-    add("--random-prefix-len", type=_natural, default=0, help="tokens that all prompts begin with")
-    add("--prefix-repetition-prefix-len", type=_natural, default=256, help="prompt tokens that a group shares")
-    add("--prefix-repetition-suffix-len", type=_count, default=256, help="prompt tokens behind them")
+    add("--random-range-ratio", type=float, default=0.0, help="r: draw lengths from [1-r, 1+r] times these")
+    add("--random-prefix-len", type=_natural, default=0, help="tokens of a prefix common to all prompts")
+    add("--prefix-repetition-prefix-len", type=_natural, default=256, help="tokens of each group's common prefix")
+    add("--prefix-repetition-suffix-len", type=_count, default=256, help="prompt tokens after the prefix")
     add("--prefix-repetition-num-prefixes", type=_count, default=10, help="groups")
     add("--prefix-repetition-output-len", type=_count, default=128, help="output tokens")
-    add("--multi-turn-num-turns", type=_count, default=6, help="questions of a conversation, in a closed loop")
-    add("--multi-turn-shared-len", type=_natural, default=0, help="tokens that all conversations begin with")
+    add("--multi-turn-num-turns", type=_count, default=6, help="turns of a conversation, in a closed loop")
+    add("--multi-turn-shared-len", type=_natural, default=0, help="tokens of a prefix common to all conversations")
     add("--multi-turn-user-len", type=_count, default=200, help="tokens of a question")
     add("--multi-turn-output-len", type=_count, default=150, help="tokens of an answer")
-    add("--multi-turn-think-time", type=_seconds, default=0.0, metavar="S", help="from an answer to the next question")
+    add(
+        "--multi-turn-think-time",
+        type=_seconds,
+        default=0.0,
+        metavar="S",
+        help="delay between an answer and the next question",
+    )
     exact = "the server's, a folder, hub id or smollm2-135m: prompts are text of exact lengths by it, and answers "
     exact += "are counted by it where the server tells no usage"
     add("--tokenizer", metavar="NAME", help=exact)
@@ -83,26 +99,26 @@ def _add_dataset(group: Any) -> None:
 
 def _add_sampling(group: Any) -> None:
     add = group.add_argument
-    add("--ignore-eos", action="store_true", help="every answer has its full length")
+    add("--ignore-eos", action="store_true", help="generate the full number of output tokens")
     add("--temperature", type=float, default=0.0)
     add("--top-p", type=float)
-    add("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of a request")
+    add("--extra-body", type=_json_object, default={}, metavar="JSON", help="additional request fields")
 
 
 def _add_results(group: Any) -> None:
     add = group.add_argument
     add("--percentile-metrics", default=",".join(METRICS), help=f"which of {','.join(METRICS)}")
     add("--metric-percentiles", default="99", help="percentiles, as 50,90,99")
-    add("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="targets a good request meets")
+    add("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="latency targets for goodput")
     add("--save-result", action="store_true", help="write the result as JSON")
-    add("--save-detailed", action="store_true", help="with each request's lengths, times and text")
+    add("--save-detailed", action="store_true", help="include each request's lengths, times and text")
     add("--result-dir", default=".", help="folder of the JSON file")
-    add("--result-filename", help="its name; default: from backend, rate, model and time")
-    add("--metadata", nargs="*", default=[], metavar="NAME=VALUE", help="more keys of the JSON file")
+    add("--result-filename", help="file name; default: from backend, rate, model and time")
+    add("--metadata", nargs="*", default=[], metavar="NAME=VALUE", help="additional keys of the JSON file")
 
 
 def parse_goodput(words: Sequence[str]) -> dict[str, float]:
-    """Metric -> milliseconds of "ttft:200"-like words; ValueError names what is wrong."""
+    """Parse words such as "ttft:200" to metric -> milliseconds. ValueError for an invalid word."""
     targets = {}
     for word in words:
         name, _, value = word.partition(":")
@@ -116,20 +132,20 @@ def parse_goodput(words: Sequence[str]) -> dict[str, float]:
 
 
 def parse_pairs(words: Sequence[str], option: str) -> dict[str, str]:
-    """NAME=VALUE words as a dict."""
+    """Parse NAME=VALUE words to a dict."""
     if wrong := [word for word in words if "=" not in word]:
         raise ValueError(f"{option} {wrong[0]!r}: it must be NAME=VALUE")
     return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
 def check_free(option: str, names: Iterable[str], taken: Container[str]) -> None:
-    """ValueError where an option gives a name that the benchmark sets itself, and would be overruled."""
+    """ValueError if an option sets a name that the benchmark sets itself."""
     if wrong := [name for name in names if name in taken]:
-        raise ValueError(f"{option} sets {wrong[0]!r}: it must leave that out, for the benchmark sets it itself")
+        raise ValueError(f"{option} sets {wrong[0]!r}: remove it, the benchmark sets it itself")
 
 
 def parse_metrics(text: str) -> list[str]:
-    """Names of metrics, in the usual order."""
+    """Parse names of metrics; returns them in the order of METRICS."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     if unknown := names - set(METRICS):
         raise ValueError(f"--percentile-metrics {text!r}: {unknown.pop()!r} is not among {', '.join(METRICS)}")
@@ -137,7 +153,7 @@ def parse_metrics(text: str) -> list[str]:
 
 
 def parse_percentiles(text: str) -> list[float]:
-    """Percentiles from 0 to 100."""
+    """Parse percentiles from 0 to 100."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:

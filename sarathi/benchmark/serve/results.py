@@ -1,9 +1,9 @@
-"""Results of a load to the numbers and the block that `vllm bench serve` gives, by its keys.
+"""Statistics and report of a load, with the keys and layout of `vllm bench serve`.
 
-ttft: to the first token. tpot: (e2el - ttft) / (n - 1), of answers with two tokens or more. itl: every gap between two
-chunks. e2el: to the last token. Those count from when a request was sent; scheduled_ttft and scheduled_e2el from when
-the schedule had it sent, with its time in the client's own queue under --max-concurrency. Goodput: requests a second
-that meet every target given.
+ttft: time to first token. tpot: (e2el - ttft) / (n - 1), for answers of two or more tokens. itl: gaps between chunks.
+e2el: time to the last token. These start when a request is sent; scheduled_ttft and scheduled_e2el start at its
+scheduled time and include the wait in the client's queue (--max-concurrency). Goodput: requests per second that meet
+every target.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HEAD = (
 
 
 def compute(results: Sequence[RequestResult], duration_s: float, goodput_ms: Mapping[str, float]) -> dict[str, Any]:
-    """Counts and rates. Failed requests count in `failed` alone."""
+    """Counts and rates. Failed requests count only in `failed`."""
     good = [result for result in results if not result.error]
     input_tokens, output_tokens = sum(each.prompt_tokens for each in good), sum(each.output_tokens for each in good)
     duration = max(duration_s, 1e-9)
@@ -66,7 +66,7 @@ def compute(results: Sequence[RequestResult], duration_s: float, goodput_ms: Map
 
 
 def latencies_ms(results: Sequence[RequestResult]) -> dict[str, list[float]]:
-    """All values of each metric, of requests that succeeded."""
+    """All values of each metric, over successful requests."""
     good = [result for result in results if not result.error]
     return {
         "ttft": [1e3 * result.ttft_s for result in good],
@@ -81,7 +81,7 @@ def latencies_ms(results: Sequence[RequestResult]) -> dict[str, list[float]]:
 def statistics(
     values: Mapping[str, Sequence[float]], metrics: Sequence[str], percentiles: Sequence[float]
 ) -> dict[str, Any]:
-    """mean_ttft_ms, median_ttft_ms, std_ttft_ms, p99_ttft_ms and so on; 0 where there is no value, as vLLM has it."""
+    """mean_ttft_ms, median_ttft_ms, std_ttft_ms, p99_ttft_ms and so on; 0 without samples, as in vLLM."""
     found: dict[str, Any] = {}
     for name in metrics:
         data = np.asarray(values[name] if values[name] else [0.0])
@@ -92,7 +92,7 @@ def statistics(
 
 
 def details(results: Sequence[RequestResult]) -> dict[str, Any]:
-    """Lists with an entry a request, in order of sending."""
+    """Lists with one entry per request, in send order."""
     ordered = sorted(results, key=lambda result: result.sent_at_s)
     return {
         "input_lens": [result.prompt_tokens for result in ordered],
@@ -106,21 +106,21 @@ def details(results: Sequence[RequestResult]) -> dict[str, Any]:
 
 
 def count_missing(results: Sequence[RequestResult], count_tokens: Callable[[str], int]) -> None:
-    """Count the tokens of answers whose server told no usage: a chunk may hold several of them."""
+    """Count the tokens of answers without reported usage: a chunk may have several."""
     for result in results:
         if not result.is_counted and not result.error:
             result.output_tokens = max(count_tokens(result.text), 1)
 
 
 def hit_rate(results: Sequence[RequestResult]) -> float | None:
-    """The share of prompt tokens that the server had in its cache; None where it tells of none."""
+    """Fraction of prompt tokens that were cached; None if the server does not report it."""
     good = [result for result in results if not result.error]
     cached, total = sum(result.cached_tokens for result in good), sum(result.prompt_tokens for result in good)
     return cached / total if cached else None
 
 
 def planned_rate(requests: Sequence[OutgoingRequest]) -> float | None:
-    """Requests a second of the schedule, from its first to its last; None where all come at once."""
+    """Scheduled requests per second, from the first to the last; None if all are sent at once."""
     firsts: dict[int, OutgoingRequest] = {}  # of conversations: later turns wait for answers
     for request in requests:
         firsts.setdefault(id(request) if request.conversation is None else ~request.conversation, request)
@@ -135,7 +135,7 @@ def tpot_s(result: RequestResult) -> float | None:
 
 
 def peak_output_rate(results: Sequence[RequestResult]) -> float:
-    """The most tokens that came within one of the seconds since the first request; a request's chunks count alike."""
+    """Maximum tokens in any second since the first request. A request's tokens are spread evenly over its chunks."""
     if not results:
         return 0.0
     origin_s = min(result.sent_at_s for result in results)
@@ -145,13 +145,13 @@ def peak_output_rate(results: Sequence[RequestResult]) -> float:
 
 
 def peak_concurrency(results: Sequence[RequestResult]) -> int:
-    """The most requests that were under way at one time; one that ends as another begins is not."""
+    """Maximum number of concurrent requests; one that ends when another starts does not overlap it."""
     edges = [(result.sent_at_s, 1) for result in results] + [(result.ended_at_s, -1) for result in results]
     return int(np.cumsum([change for _, change in sorted(edges)], dtype=int).max(initial=0))
 
 
 def block(result: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]) -> str:
-    """What people paste."""
+    """The printed report."""
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
     lines += [_line(title, result[key]) for title, key in HEAD if result.get(key) is not None]
     keys = [("Mean", "mean"), ("Median", "median"), *((f"P{p:g}", f"p{p:g}") for p in percentiles)]
@@ -167,6 +167,6 @@ def _line(title: str, value: Any) -> str:
 
 
 def _value_ms(result: RequestResult, name: str) -> float:
-    """An answer of one token has no time per output token, and so meets any target for it."""
+    """A metric in ms. tpot of a one-token answer is undefined and meets any target."""
     seconds = {"ttft": result.ttft_s, "tpot": tpot_s(result) or 0.0, "e2el": result.latency_s}
     return 1e3 * seconds[name]

@@ -1,4 +1,4 @@
-"""Text of a known number of tokens, by the server's tokenizer."""
+"""Text with a known number of tokens in the server's tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORD = re.compile("[Ġ▁]?([a-z]+)")  # in byte-level vocabularies, in those o
 
 
 class Vocabulary:
-    """The words that a tokenizer keeps whole wherever they stand: n of them, with spaces between, are n tokens."""
+    """Words that are one token in any position: n of them, separated by spaces, are n tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -28,11 +28,11 @@ class Vocabulary:
         self.words = [word for word, one, two in counts if (one, two) == (1, 2)]
 
     def text(self, indices: Sequence[int]) -> str:
-        """A word for each index below `len(words)`."""
+        """Text of one word per index; each must be below `len(words)`."""
         return " ".join(self.words[index] for index in indices)
 
     def count(self, text: str) -> int:
-        """Tokens of the text alone, without those that begin or end a prompt."""
+        """Number of tokens of the text, without special tokens."""
         return self._counts([text])[0]
 
     def _counts(self, texts: list[str]) -> list[int]:
@@ -42,7 +42,7 @@ class Vocabulary:
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """Of a folder, a hub id, a .gguf file or smollm2-135m; ValueError for no tokenizer, or none with whole words."""
+    """Load from a folder, hub id, .gguf file or smollm2-135m. ValueError if it has no tokenizer or no usable words."""
     try:
         with reading(name, "tokenizer"):
             vocabulary = Vocabulary(_load(name))
@@ -50,7 +50,7 @@ def load_vocabulary(name: str) -> Vocabulary:
         reason, *_ = str(error).split("\n")
         raise ValueError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
     if not vocabulary.words:
-        raise ValueError(f"--tokenizer {name!r}: it keeps no word whole, as text of a known length needs")
+        raise ValueError(f"--tokenizer {name!r}: no word is a single token, so text of a known length cannot be made")
     return vocabulary
 
 

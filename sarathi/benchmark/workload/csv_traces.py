@@ -1,4 +1,4 @@
-"""CSV traces by their columns: lengths alone, or with arrival times. Other columns are ignored."""
+"""Read CSV traces, recognized by their columns: lengths, optionally with arrival times. Other columns are ignored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of one format. counts_failures: a request without output tokens is one that failed."""
+    """Column names of a format. counts_failures: requests without output tokens are failures."""
 
     prompt: str
     output: str
@@ -64,13 +64,13 @@ def read_timed_csv(path: Path, date: str | None = None) -> list[RequestSpec]:
 
 
 def has_times(path: Path) -> bool:
-    """Whether the columns are those of a trace with arrival times."""
+    """Whether the file has the columns of a trace with arrival times."""
     rows = read_rows(path)
     return any(_has(rows, each) for each in TIMED)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The records of a CSV file by column."""
+    """The records of a CSV file as dicts."""
     try:
         return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""From a configuration to a list of requests; the same configuration and seed give the same list."""
+"""Generate requests from a configuration, deterministically given the seed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None = None) -> list[RequestSpec]:
-    """The workload, in order of arrival, the first request at time zero; the turns of a conversation side by side.
+    """The workload in order of arrival, the first request at time zero. Turns of a conversation are adjacent.
 
-    Lengths and arrivals are drawn from streams of their own: another rate leaves the lengths as they are.
+    Lengths and arrivals use separate random streams: another rate does not change the lengths.
     """
     _check_finite(config)
     count = config.synthetic_request_generator.num_requests
@@ -45,7 +45,7 @@ def generate_requests(config: BenchmarkConfig, count_tokens: CountTokens | None 
 
 
 def _check_finite(config: BenchmarkConfig) -> None:
-    """A rate may be infinite: all at once. No other number can be."""
+    """Rates may be infinite (all requests at once), other numbers may not."""
     for each in knobs_of(BenchmarkConfig):
         section, _, name = each.path.rpartition(".")
         value = getattr(getattr(config, section), name) if section.endswith("_generator") else None
@@ -54,9 +54,9 @@ def _check_finite(config: BenchmarkConfig) -> None:
 
 
 def replay(config: TraceRequestGeneratorConfig, count: int | None = None) -> list[RequestSpec]:
-    """A file's requests at its own times, scaled; one that is too long loses prompt tokens.
+    """Replay a file's requests at its scaled arrival times. Prompts of too long requests are truncated.
 
-    count: only the first of them. What is cut is told as a warning.
+    count: number of requests; None: all. Logs a warning about skipped or truncated requests.
     """
     if config.trace_file is None:
         raise ValueError("trace_request_generator.trace_file is none: replay needs a file")
@@ -85,7 +85,7 @@ def _scale(spec: RequestSpec, config: TraceRequestGeneratorConfig, origin_s: flo
 
 
 def read_arrivals(name: str, date: str | None = None) -> list[RequestSpec]:
-    """Requests of a file with their arrival times: Mooncake or Bailian .jsonl, or .csv, of one Date if one is given."""
+    """Requests of a Mooncake or Bailian .jsonl or a .csv file with arrival times. date: only rows with this Date."""
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"trace_request_generator.trace_file is {name!r}: there is no such file")

@@ -15,7 +15,7 @@ Seconds = npt.NDArray[np.float64]
 
 
 def make_arrivals(config: BenchmarkConfig, count: int, rng: np.random.Generator) -> Seconds:
-    """`count` rising times, the first of them 0, by the configured provider."""
+    """`count` ascending arrival times from the configured provider, the first 0."""
     provider = config.synthetic_request_generator.interval_provider
     if provider == "static":
         return np.zeros(count)
@@ -28,7 +28,7 @@ def make_arrivals(config: BenchmarkConfig, count: int, rng: np.random.Generator)
 
 
 def gamma_arrivals(qps: float, cv: float, count: int, rng: np.random.Generator) -> Seconds:
-    """Intervals of mean 1 / qps whose standard deviation is cv times that; cv 1 is a Poisson process, 0 an even one."""
+    """Gamma-distributed intervals with mean 1 / qps and coefficient of variation cv; 1: Poisson, 0: constant rate."""
     if cv == 0:
         return np.arange(count) / qps
     shape = cv**-2
@@ -37,7 +37,7 @@ def gamma_arrivals(qps: float, cv: float, count: int, rng: np.random.Generator) 
 
 
 def trace_arrivals(config: TraceRequestIntervalGeneratorConfig, count: int) -> Seconds:
-    """The first `count` arrivals of a file within its window. ValueError where it has fewer."""
+    """The first `count` arrivals of a file within the configured window. ValueError if there are fewer."""
     if config.trace_file is None:
         raise ValueError("trace_request_interval_generator.trace_file is none: a trace of intervals needs a file")
     times = sorted(_read_times(Path(config.trace_file)))

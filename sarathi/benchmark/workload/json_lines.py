@@ -14,14 +14,14 @@ from sarathi.benchmark.workload.text_files import make_all, positive, read_text,
 
 @dataclass(frozen=True)
 class Dialect:
-    """What a trace counts in. seconds: of one unit of its timestamps. block_tokens: of each of its hash_ids."""
+    """Units of a trace. seconds: per unit of its timestamps. block_tokens: per hash_id."""
 
     name: str
     seconds: float
     block_tokens: int
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row's hash_ids name its prompt's blocks, the last of which may be shorter."""
+        """Whether the number of hash_ids matches the prompt's length; the last block may be partial."""
         ids = row.get("hash_ids") or ()
         return not ids or len(ids) == -(-row["input_length"] // self.block_tokens)
 
@@ -30,7 +30,7 @@ MOONCAKE, BAILIAN = Dialect("Mooncake", 1e-3, 512), Dialect("Qwen-Bailian", 1.0,
 
 
 def read_json_lines(path: Path) -> list[RequestSpec]:
-    """Requests with their arrival times. The dialect is the one whose blocks fit every row; Bailian's have chat_id."""
+    """Requests with arrival times. The dialect is detected: its block size fits every row, and Bailian has chat_id."""
     lines = [line for line in read_text(path).split("\n") if line.strip()]
     rows = make_all(path, lines, _row)
     dialects = (BAILIAN, MOONCAKE) if rows and "chat_id" in rows[0] else (MOONCAKE, BAILIAN)
@@ -47,7 +47,7 @@ def read_json_lines(path: Path) -> list[RequestSpec]:
 
 
 def _row(line: str) -> dict[str, Any]:
-    """A line's object with its values checked."""
+    """Parse and check a line."""
     row = json.loads(line)
     lengths = {name: positive(name, row[name]) for name in ("input_length", "output_length")}
     if not isinstance(row["timestamp"], (int, float)):

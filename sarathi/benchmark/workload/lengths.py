@@ -1,6 +1,6 @@
-"""Prompt and output lengths: of a run, by its configuration, and of the works that engines are compared on.
+"""Prompt and output lengths: of a run's configuration, and of the workloads for engine comparisons.
 
-Each provider of a run takes its section, a count and a generator of random numbers, and gives that many requests.
+A provider takes its section, a count and a random generator, and returns that many requests.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 def make_lengths(
     config: BenchmarkConfig, count: int, rng: np.random.Generator, count_tokens: CountTokens | None = None
 ) -> list[RequestSpec]:
-    """`count` requests that all arrive at time zero, by the configured provider.
+    """`count` requests from the configured provider, all at time zero.
 
-    count_tokens: tokens of a text, for data sets of text; ValueError where it is needed and None.
+    count_tokens: number of tokens of a text. ValueError if the data set is text and it is None.
     """
     provider = config.synthetic_request_generator.length_provider
     if provider == "trace":
@@ -64,21 +64,21 @@ def make_lengths(
 
 
 def fixed_lengths(config: FixedRequestLengthGeneratorConfig, count: int) -> list[RequestSpec]:
-    """The same lengths for all."""
+    """Equal lengths for all requests."""
     return [RequestSpec(0.0, config.prefill_tokens, config.decode_tokens)] * count
 
 
 def uniform_lengths(
     config: UniformRequestLengthGeneratorConfig, count: int, rng: np.random.Generator
 ) -> list[RequestSpec]:
-    """Totals drawn evenly from [min_tokens, max_tokens]."""
+    """Total lengths uniform in [min_tokens, max_tokens]."""
     _check_range("uniform_request_length_generator", config.min_tokens, config.max_tokens)
     totals = rng.integers(config.min_tokens, config.max_tokens, count, endpoint=True)
     return [_split(int(total), config.prefill_to_decode_ratio) for total in totals]
 
 
 def zipf_lengths(config: ZipfRequestLengthGeneratorConfig, count: int, rng: np.random.Generator) -> list[RequestSpec]:
-    """Totals from [min_tokens, max_tokens], the n-th of them with probability ~ 1 / n^theta; scramble reorders them."""
+    """Total lengths in [min_tokens, max_tokens]; the n-th has probability ~ 1 / n^theta. scramble: permute them."""
     _check_range("zipf_request_length_generator", config.min_tokens, config.max_tokens)
     totals = np.arange(config.min_tokens, config.max_tokens + 1)
     if config.scramble:
@@ -91,10 +91,10 @@ def zipf_lengths(config: ZipfRequestLengthGeneratorConfig, count: int, rng: np.r
 def file_lengths(
     config: TraceRequestLengthGeneratorConfig, count: int, seed: int, count_tokens: CountTokens | None = None
 ) -> list[RequestSpec]:
-    """Lengths of a file, scaled, cut to max_tokens, without those below min_tokens, in the original's order.
+    """Lengths of a file, scaled, cut to max_tokens, without prompts up to min_tokens, in Sarathi-Serve's order.
 
-    That is the order of pandas' `sample(frac=1, random_state=seed)`. Where more requests are asked for than there are,
-    they begin again; ValueError where there is none.
+    That is pandas' `sample(frac=1, random_state=seed)`. Repeats the requests if the file has fewer than `count`;
+    ValueError if it has none.
     """
     found = read_lengths(config.trace_file, count_tokens, seed)
     _tell_cut(found, config)
@@ -113,7 +113,7 @@ def file_lengths(
 def shape_lengths(
     shape: TraceShape, config: TraceRequestLengthGeneratorConfig, count: int, rng: np.random.Generator
 ) -> list[RequestSpec]:
-    """Lengths of a shipped shape, scaled, cut and kept as those of a file. ValueError where hardly any is kept."""
+    """Lengths of a shipped shape, scaled, cut and filtered like a file's. ValueError if the filter keeps too few."""
     kept = _draw(shape, config, count, rng)
     if len(kept) < count:
         raise ValueError(_too_few(config, None, len(kept), count))
@@ -131,9 +131,9 @@ def _too_few(config: TraceRequestLengthGeneratorConfig, found: int | None, kept:
 def _draw(
     shape: TraceShape, config: TraceRequestLengthGeneratorConfig, count: int, rng: np.random.Generator
 ) -> list[RequestSpec]:
-    """At least `count` requests of a shape that are kept, or fewer where hardly any would be.
+    """Draw at least `count` requests that pass the filter, or fewer if hardly any pass.
 
-    A draw that leaves too few is followed by one of twice the size in its place: each has the shape by itself.
+    Doubles the sample size and redraws while there are too few: each draw is stratified as a whole.
     """
     kept: list[RequestSpec] = []
     size = count
@@ -156,7 +156,7 @@ def _tell_cut(found: Sequence[RequestSpec], config: TraceRequestLengthGeneratorC
 
 
 def _scale(spec: RequestSpec, config: TraceRequestLengthGeneratorConfig) -> RequestSpec:
-    """A text stays whole: only lengths that stand for themselves can be scaled and cut."""
+    """Scale and cut lengths. ValueError for text, which cannot be scaled."""
     prompt, output = _scaled(spec, config)
     if spec.text is not None and prompt != spec.num_prefill_tokens:
         raise ValueError(
@@ -173,10 +173,9 @@ def _scaled(spec: RequestSpec, config: TraceRequestLengthGeneratorConfig) -> tup
 
 
 def cut_to_fit(prompt: int, output: int, limit: int) -> tuple[int, int]:
-    """Lengths of at most `limit` tokens together, cut in proportion, both at least 1.
+    """Cut both lengths in proportion to at most `limit` tokens together, each at least 1.
 
-    Each part of the excess is rounded up, and computed in floats as the original does, so that lengths are the same;
-    the sum may be one below the limit, never above it.
+    Rounds each part of the excess up, in floats as Sarathi-Serve does, for equal lengths. The sum may be limit - 1.
     """
     total = prompt + output
     excess = max(total - limit, 0)
@@ -187,7 +186,7 @@ def cut_to_fit(prompt: int, output: int, limit: int) -> tuple[int, int]:
 
 
 def _split(total: int, ratio: float) -> RequestSpec:
-    """A total as prompt and output of that ratio, both at least 1."""
+    """Split a total into prompt and output by their ratio, each at least 1."""
     output = min(max(int(np.ceil(total / (1 + ratio))), 1), total - 1)
     return RequestSpec(0.0, total - output, output)
 
@@ -200,11 +199,11 @@ def _check_range(section: str, low: int, high: int) -> None:
 def read_lengths(name: str, count_tokens: CountTokens | None = None, seed: int = 0) -> list[RequestSpec]:
     """Requests of a file, all at time zero: CSV, Mooncake or Bailian .jsonl, ShareGPT .json, a poem's .txt.
 
-    seed: draws the lines of a poem. ValueError names the file, and the row where one is wrong.
+    seed: for the choice of a poem's lines. ValueError names the file, and the invalid row.
     """
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"{name!r} is no file and no shipped shape; shapes are {', '.join(SHAPES)}")
+        raise ValueError(f"{name!r} is neither a file nor a shipped shape; shapes are {', '.join(SHAPES)}")
     kind = format_of(path)
     if kind == ".jsonl":
         return [replace(row, arrived_at_s=0.0) for row in read_json_lines(path)]
@@ -216,13 +215,13 @@ def read_lengths(name: str, count_tokens: CountTokens | None = None, seed: int =
 
 
 def uniform_requests(count: int, low: int, high: int, seed: int) -> Requests:
-    """Prompts and outputs uniform between the limits."""
+    """Prompt and output lengths uniform in [low, high]."""
     source = random.Random(seed)
     return [(source.randint(low, high), source.randint(low, high)) for _ in range(count)]
 
 
 def lognormal_requests(count: int, seed: int, longest: int) -> Requests:
-    """Lengths like those of chats: a median prompt of 230 tokens and a median output of 190, with long tails."""
+    """Chat-like lengths: log-normal with a median prompt of 230 tokens and a median output of 190."""
     source = random.Random(seed)
 
     def draw(median: float, sigma: float, high: int) -> int:
@@ -233,7 +232,7 @@ def lognormal_requests(count: int, seed: int, longest: int) -> Requests:
 
 
 def chat_lengths(count: int, seed: int) -> list[int]:
-    """Tokens of requests like those of lognormal_requests, each somewhere in its output."""
+    """Context lengths of requests as in lognormal_requests, each at a random point of its output."""
     source = random.Random(seed)
     return [prompt + 1 + source.randrange(output) for prompt, output in lognormal_requests(count, seed, 2**17)]
 

@@ -1,4 +1,4 @@
-"""Requests of the shape of Mooncake's conversation trace, in place of the trace, which is not ours to ship.
+"""Synthetic requests that resemble Mooncake's conversation trace, which is not shipped.
 
 Published (Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST 2025, table of workloads): 12,031
 requests in an hour, prompts of 12,035 tokens and outputs of 343 on average, 40 % of prompt tokens repeated, in blocks
@@ -22,7 +22,7 @@ _MOST_TOKENS = 120_000
 
 
 def mooncake_like(count: int, rng: np.random.Generator) -> list[RequestSpec]:
-    """`count` requests in order of arrival. Block 0 begins all of them."""
+    """`count` requests in order of arrival. All begin with block 0."""
     times = np.cumsum(rng.exponential(1 / _REQUESTS_PER_S, count))
     talks: list[tuple[tuple[int, ...], int]] = []  # blocks and tokens of each conversation so far
     specs, num_blocks = [], 1

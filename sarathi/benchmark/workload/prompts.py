@@ -12,16 +12,16 @@ PROMPT_STREAM, BLOCK_STREAM = 2, 3
 
 
 class PromptMaker:
-    """Prompts that depend on the seed and the request's number alone.
+    """Prompts that depend only on the seed and the request's number.
 
-    vocab_size: ids are drawn evenly from below it. encode: text to ids, for requests that come as text.
+    vocab_size: ids are uniform below it. encode: text to ids, for requests with text.
     """
 
     def __init__(self, seed: int, vocab_size: int, encode: Callable[[str], list[int]] | None = None) -> None:
         self._seed, self._vocab_size, self._encode = seed, vocab_size, encode
 
     def token_ids(self, spec: RequestSpec, number: int, before: Sequence[int] = ()) -> list[int]:
-        """As many ids as the request has prompt tokens. before: the conversation up to this turn."""
+        """The prompt's token ids. before: the conversation up to this turn."""
         if spec.text is not None and self._encode is not None:
             return self._encode(spec.text)
         blocks = (self._draw(spec.block_tokens, BLOCK_STREAM, block_id) for block_id in spec.block_ids)

@@ -1,13 +1,13 @@
-"""Length distributions with published quantiles, in place of data sets that are not ours to ship.
+"""Length distributions fitted to published quantiles, instead of data sets that cannot be shipped.
 
-The vAttention paper evaluates on prompts made of arXiv papers. Their lengths are published as quantiles only; here each
-distribution is drawn from an inverse CDF that passes through exactly these quantiles, and between two of them rises as
+The vAttention paper evaluates on prompts made of arXiv papers, whose lengths are published only as quantiles. Each
+distribution here is an inverse CDF through exactly these quantiles; between two of them it rises as
 
     Q(u) = a + (b - a) * t**bend,     t = (u - u_a) / (u_b - u_a)
 
-with one bend for the whole curve, chosen so that the mean is the published one too: a segment's mean is
-a + (b - a) / (bend + 1), so the bend follows from one linear equation. Where no mean is published the bend is that of
-the arXiv prompts (or outputs). Bounds that are not published are marked below.
+with one bend for the whole curve, chosen to match the published mean: a segment's mean is a + (b - a) / (bend + 1), so
+the bend follows from a linear equation. Without a published mean, the bend is that of the arXiv prompts (or outputs).
+Bounds that are not published are marked below.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class QuantileCurve:
-    """An inverse CDF through `levels` (rising from 0 to 1) at `values`, with the mean given, or else the bend."""
+    """An inverse CDF with `values` at `levels` (ascending from 0 to 1), and a given mean or else a given bend."""
 
     levels: tuple[float, ...]
     values: tuple[float, ...]
@@ -40,7 +40,7 @@ class QuantileCurve:
         return rise / (self.mean - low) - 1.0
 
     def __call__(self, u: Floats) -> Floats:
-        """Values at the levels u, each in [0, 1]."""
+        """Values at levels u in [0, 1]."""
         levels, values = np.array(self.levels), np.array(self.values)
         at = np.clip(np.searchsorted(levels, u, side="right") - 1, 0, len(levels) - 2)
         share = (u - levels[at]) / (levels[at + 1] - levels[at])
@@ -49,10 +49,10 @@ class QuantileCurve:
 
 @dataclass(frozen=True)
 class TraceShape:
-    """Prompt and output lengths.
+    """Joint distribution of prompt and output lengths.
 
-    correlation: of their normal scores: long papers have longer answers. max_tokens: of prompt and output together;
-    the output gives way, so that the longest prompts are those that were published.
+    correlation: of their normal scores: longer papers have longer answers. max_tokens: of prompt plus output; the
+    output is shortened, so that the longest prompts are as published.
     """
 
     prompt: QuantileCurve
@@ -63,7 +63,7 @@ class TraceShape:
     def sample(self, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
         """`count` prompt and output lengths in tokens, each at least 1.
 
-        Levels are stratified, one in each 1/count of [0, 1]: a few hundred requests have the shape of many.
+        Levels are stratified, one in each 1/count of [0, 1]: small samples follow the distribution closely.
         """
         first, noise = rng.standard_normal((2, count))
         second = self.correlation * first + np.sqrt(1 - self.correlation**2) * noise

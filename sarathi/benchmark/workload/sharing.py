@@ -1,4 +1,4 @@
-"""Requests whose prompts begin alike, and what a cache without limits would find of them."""
+"""Requests with shared prompt prefixes, and the hit rate of an unlimited cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Link = tuple[int, int, int]  # hash of the chain of blocks before, id and tokens
 
 
 class PrefixRepetition(NamedTuple):
-    """Prompts of one of num_prefixes prefixes and a suffix of their own; lengths in tokens. As in vLLM's benchmark."""
+    """Prompts of one of num_prefixes prefixes and a unique suffix, as in vLLM's benchmark. Lengths in tokens."""
 
     num_prefixes: int
     prefix_len: int
@@ -21,7 +21,7 @@ class PrefixRepetition(NamedTuple):
     output_len: int
 
     def requests(self, count: int, rng: np.random.Generator) -> list[RequestSpec]:
-        """`count` requests at time zero, as many of each prefix as of the others but for one, in random order."""
+        """`count` requests at time zero, in random order, spread evenly over the prefixes."""
         prompt = self.prefix_len + self.suffix_len
         prefixes = rng.permutation(np.arange(count) % self.num_prefixes).tolist()
         blocks = [(prefix,) if self.prefix_len else () for prefix in prefixes]
@@ -29,9 +29,9 @@ class PrefixRepetition(NamedTuple):
 
 
 class MultiTurn(NamedTuple):
-    """Conversations in a closed loop: a turn is sent think_time_s after the answer to the one before.
+    """Conversations in a closed loop: a turn is sent think_time_s after the previous answer.
 
-    shared_len: tokens that all conversations begin with. user_len, output_len: tokens of each question and answer.
+    shared_len: tokens of a prefix common to all. user_len, output_len: tokens of each question and answer.
     """
 
     num_turns: int
@@ -41,7 +41,7 @@ class MultiTurn(NamedTuple):
     think_time_s: float
 
     def requests(self, count: int) -> list[RequestSpec]:
-        """`count` turns, conversation after conversation; the last one may have fewer."""
+        """`count` turns, grouped by conversation; the last one may have fewer turns."""
         return [self._turn(*divmod(number, self.num_turns)) for number in range(count)]
 
     def _turn(self, conversation: int, turn: int) -> RequestSpec:
@@ -52,15 +52,15 @@ class MultiTurn(NamedTuple):
 
 
 def is_later_turn(specs: Sequence[RequestSpec], number: int) -> bool:
-    """Whether a request waits for the answer to the one before it."""
+    """Whether a request waits for the answer to the previous one."""
     talk = specs[number].conversation
     return talk is not None and number > 0 and specs[number - 1].conversation == talk
 
 
 class PrefixReuse(NamedTuple):
-    """num_repeated: prompt tokens that an earlier request computed; a cache without limits finds all of them.
+    """num_repeated: prompt tokens that an earlier request computed: hits of an unlimited cache.
 
-    num_found: those that the engine's cache had.
+    num_found: hits of the engine's cache.
     """
 
     num_prompt_tokens: int = 0
@@ -69,7 +69,7 @@ class PrefixReuse(NamedTuple):
 
     @property
     def ideal_rate(self) -> float | None:
-        """The share that a cache without limits finds; None where prompts have nothing in common."""
+        """Hit rate of an unlimited cache; None if prompts share nothing."""
         return self.num_repeated / self.num_prompt_tokens if self.num_repeated else None
 
     def __str__(self) -> str:
@@ -79,9 +79,9 @@ class PrefixReuse(NamedTuple):
 
 
 def repeated_tokens(specs: Iterable[RequestSpec]) -> PrefixReuse:
-    """What a cache without limits would find, if each request came after the end of all before it.
+    """Hits of an unlimited cache if each request arrives after the end of all previous ones.
 
-    Text is not compared. The last token of a prompt is always computed, and the last one of an answer never is.
+    Text is not compared. The last token of a prompt is always computed, the last one of an answer never.
     """
     seen: dict[Link, int] = {}
     lengths: dict[int, int] = {}  # of each conversation so far
@@ -97,9 +97,9 @@ def repeated_tokens(specs: Iterable[RequestSpec]) -> PrefixReuse:
 
 
 def _known_tokens(spec: RequestSpec, seen: dict[Link, int]) -> int:
-    """Tokens of the leading blocks that follow each other in an earlier request too.
+    """Tokens of the leading blocks that an earlier request had in the same order.
 
-    seen: of each block, known by the chain before it, the tokens that were computed: prompts may end inside of one.
+    seen: hash of the chain up to a block -> its computed tokens; a prompt may end within a block.
     """
     chain, known, is_known = 0, 0, True
     for at, block_id in enumerate(spec.block_ids):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RequestSpec:
-    """What arrives when.
+    """A request's arrival time and lengths.
 
-    arrived_at_s: seconds after the first request; of a later turn of a conversation, after the answer before it.
-    text: the prompt, where the workload has it as text.
-    block_ids: names of the prompt's blocks, block_tokens each; prompts that begin with the same names begin alike.
-    conversation: requests of the same number are its turns, in order: each prompt begins with the prompt and the answer
-        before it.
+    arrived_at_s: seconds after the first request; for a later turn of a conversation, after the previous answer.
+    text: the prompt, if the workload has text.
+    block_ids: ids of the prompt's blocks of block_tokens each; equal leading ids are a common prefix.
+    conversation: requests with the same number are its turns, in order: each prompt begins with the previous prompt
+        and answer.
     """
 
     arrived_at_s: float

@@ -1,6 +1,6 @@
-"""What readers of traces share: text of files (gzip, byte order marks), values of rows, points in time.
+"""Helpers of the trace readers: text files (gzip, byte order marks), values of rows, timestamps.
 
-Errors name the file and the row. Times are read alike on every Python.
+Errors name the file and the row. Timestamps are parsed alike on every Python version.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: Path) -> str:
-    """The whole file as UTF-8. ValueError names the line of the first byte that is not, or says what is wrong."""
+    """The whole file as UTF-8. ValueError if it is not valid, with the line of the first invalid byte."""
     data = _read_bytes(path)
     if data.startswith(_UTF_16_MARKS):
         raise ValueError(f"{str(path)!r} is UTF-16: it must be UTF-8")
@@ -39,17 +39,17 @@ def read_text(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """The ending that says how a file is written, with that of gzip left out: .csv of a.csv.gz."""
+    """The file's suffix without .gz: .csv for a.csv.gz."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def make_all(path: Path, rows: Iterable[Row], make: Callable[[Row], Made]) -> list[Made]:
-    """What is made of each row; ValueError names the first row of which nothing can be made."""
+    """Apply `make` to each row. ValueError names the first invalid row."""
     return [_make(path, number, row, make) for number, row in enumerate(rows, 1)]
 
 
 def positive(name: str, value: object) -> int:
-    """A count of tokens of at least 1; a number with a fraction of zero counts as whole."""
+    """Convert a token count, an integer of at least 1; 12.0 is accepted."""
     number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
     if number is None or number != round(number) or number < 1:
         raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1")
@@ -75,9 +75,9 @@ def _make(path: Path, number: int, row: Row, make: Callable[[Row], Made]) -> Mad
 
 
 def seconds_of(value: object) -> float:
-    """Seconds written as a number, or a date with a time as seconds since 1970, in UTC where it names no zone.
+    """Parse seconds, or a timestamp as seconds since 1970 (default zone: UTC).
 
-    Fractions of a second have any number of digits, of which the first six count.
+    Fractions of a second may have any number of digits; the first six count.
     """
     if isinstance(value, str):
         found = _DATE.fullmatch(value.strip())

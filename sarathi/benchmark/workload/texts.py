@@ -1,4 +1,4 @@
-"""Data sets of text: conversations (ShareGPT) and a poem that is cut into prompts (sonnet.txt)."""
+"""Text data sets: conversations (ShareGPT), and prompts from the lines of a poem (sonnet.txt)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST_TURN_TOKENS = 4  # a shorter question or answer is left out
 
 
 class SonnetLengths(NamedTuple):
-    """Tokens of prompts and outputs, and of the lines that all prompts begin with, as vLLM's benchmark has them."""
+    """Tokens of prompts, outputs and the common prefix; defaults are those of vLLM's benchmark."""
 
     prompt: int = 550
     output: int = 150
@@ -30,10 +30,9 @@ SONNET_LENGTHS = SonnetLengths()
 def read_sharegpt(
     path: Path, count_tokens: CountTokens | None, rng: np.random.Generator | None = None
 ) -> Iterator[RequestSpec]:
-    """The first question and answer of each conversation, in the file's order or in one that `rng` draws.
+    """The first question and answer of each conversation, in file order or shuffled by `rng`.
 
-    Those without both, or under 4 tokens, are left out. Tokens are counted as requests are taken: the usual file has
-    90,000 conversations.
+    Skips conversations without both, or under 4 tokens. Counts tokens lazily: the usual file has 90,000 conversations.
     """
     count_tokens = _counter(path, count_tokens)
     try:
@@ -41,7 +40,7 @@ def read_sharegpt(
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{str(path)!r} is not JSON that can be read: it is nested too deeply") from None
+        raise ValueError(f"{str(path)!r} cannot be parsed as JSON: it is nested too deeply") from None
     if not isinstance(entries, list):
         raise ValueError(f"{str(path)!r} holds a {type(entries).__name__}: it must hold a list of conversations")
     talks = make_all(path, entries, _turns)
@@ -56,9 +55,9 @@ def read_sharegpt(
 def read_sonnet(
     path: Path, count_tokens: CountTokens | None, rng: np.random.Generator, lengths: SonnetLengths = SONNET_LENGTHS
 ) -> Iterator[RequestSpec]:
-    """Endless prompts of the poem's lines, of which each has about lengths.prompt tokens: the first ones, then others.
+    """Endless prompts of about lengths.prompt tokens: a common prefix of the first lines, then random lines.
 
-    ValueError where the file has no lines, or the lines that all share leave no room for others.
+    ValueError if the file has no lines, or the prefix does not fit into a prompt.
     """
     count_tokens = _counter(path, count_tokens)
     lines = [line for line in read_text(path).splitlines() if line.strip()]

@@ -20,7 +20,7 @@ WITHOUT_CUDA = {
 }
 WRONG = [
     ("scripts/benchmark_engine.py --test --backend foo", "'foo' is unknown; the nearest known word"),
-    ("scripts/benchmark_page_size.py --trace /nope.csv", "'/nope.csv' is no file and no shipped shape"),
+    ("scripts/benchmark_page_size.py --trace /nope.csv", "'/nope.csv' is neither a file nor a shipped shape"),
     ("scripts/benchmark_vllm.py --join /ours.csv /theirs.csv", "No such file or directory: '/theirs.csv'"),
     ("scripts/benchmark_cpu.py --model foo", "no such folder or file, and no known name"),
     ("examples/compare_backends.py --backends foo", "'foo' is unknown; the nearest known word"),
