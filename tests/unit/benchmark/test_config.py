@@ -91,7 +91,7 @@ def test_a_truth_value_is_no_text(tmp_path: Path) -> None:
         (["--config"], "--config needs a value"),
         (
             ["--write_json_trace", "--write_metrics", "no"],
-            "write_json_trace is True: it must be false where write_metrics",
+            "write_json_trace is True: it must be false if write_metrics",
         ),
         (["--atention_backend"], "nearest known is 'model.attention_backend'"),
     ],
