@@ -1,4 +1,4 @@
-"""The shape of a decoder of the Llama family, and how it is read from a Hugging Face configuration."""
+"""The shape of a decoder of the Llama family, read from a Hugging Face configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ _MOST_LAYERS, _MOST_HEADS, _MOST_COLUMNS, _MOST_TOKENS = 2**12, 2**12, 2**24, 2*
 class ModelArchitecture:
     """Shapes and switches of a decoder.
 
-    A query sees the last `sliding_window` tokens, itself included, in every layer but the `full_attention_layers`; all
-    tokens where it is None.
+    A query attends to the last `sliding_window` tokens, itself included (None: to all), except in
+    `full_attention_layers`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ModelArchitecture:
 def base_architecture(config: Mapping[str, Any], default_kv_heads: int | None, **differences: Any) -> ModelArchitecture:
     """The architecture in a Hugging Face configuration; `differences` are a family's own fields.
 
-    default_kv_heads: of a configuration without `num_key_value_heads`; None: as many as query heads.
+    default_kv_heads: number of KV heads if `num_key_value_heads` is absent; None: as many as query heads.
     Raises UnsupportedModelError for a missing key, a value out of range, or one that is not implemented.
     """
     fields = Fields(config)
@@ -82,7 +82,7 @@ def base_architecture(config: Mapping[str, Any], default_kv_heads: int | None, *
 
 
 def _refuse_other_computations(fields: Fields) -> None:
-    """Keys that every family of transformers 5 reads, and that change what it computes."""
+    """Refuse keys that all families of transformers 5 read and that change the computation."""
     fields.text("hidden_act", ("silu", "swish"), "silu")  # two names of one function
     fields.require("is_causal", (True,))
     fields.require("is_encoder_decoder", (False,))

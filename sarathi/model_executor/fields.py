@@ -1,4 +1,4 @@
-"""Typed reads of a model's configuration: a wrong value is an error that names key, value and what is allowed."""
+"""Typed reads of a model's configuration; errors name key, value and what is allowed."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -10,11 +10,11 @@ REQUIRED: Any = object()
 
 
 class UnsupportedModelError(ValueError):
-    """The configuration asks for something that the decoder does not compute; the message says what it does."""
+    """The configuration needs something that is not implemented; the message says what is."""
 
 
 class Fields:
-    """A JSON object; `prefix` stands before its keys in messages. An absent key is its default, or an error."""
+    """A JSON object. An absent key has its default, or is an error. prefix: put before keys in messages."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
         self._values, self._prefix = values, prefix
@@ -23,11 +23,11 @@ class Fields:
         return key in self._values
 
     def is_null(self, key: str) -> bool:
-        """Whether the key is there, with null."""
+        """Whether the key is present and null."""
         return key in self._values and self._values[key] is None
 
     def has_value(self, key: str) -> bool:
-        """Whether the key is there, with another value than null."""
+        """Whether the key is present and not null."""
         return self._values.get(key) is not None
 
     def integer(self, key: str, low: int, high: int, default: int = REQUIRED) -> int:
@@ -87,7 +87,7 @@ class Fields:
         return value or {}
 
     def require(self, key: str, allowed: Collection[Any]) -> None:
-        """The key is absent, null, or one of `allowed`: what else it could be is not implemented."""
+        """Raise unless the key is absent, null or one of `allowed`; other values are not implemented."""
         value = self._values.get(key)
         if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
             raise self.refusal(key, " or ".join(["absent", *map(repr, allowed)]))

@@ -48,10 +48,10 @@ class Rope:
 class RopeFrequencies:
     """Radians per position: [D/2] float32 for texts up to the original length, and beyond it by length.
 
-    What length: where frequencies depend on it, a token's are those of max(tokens of its prompt, its position + 1),
-    its `rope length`. So a prompt has the angles of one forward call of transformers, each output token those of
-    transformers' `generate` with a cache, and a cached key is never rotated again. The rule follows from the request
-    alone: chunks, batches, preemption and recomputation do not change it. Where it differs: docs/models.md.
+    Frequencies that depend on length use a token's rope length, max(tokens of its prompt, its position + 1). So prompts
+    get the angles of one forward call of transformers, output tokens those of its `generate` with a cache, and cached
+    keys are never rotated again. The length depends on the request alone: chunks, batches, preemption and
+    recomputation do not change it. docs/models.md lists the differences.
     """
 
     def __init__(self, rope: Rope, head_size: int, device: torch.device | str = "cpu") -> None:
@@ -61,7 +61,7 @@ class RopeFrequencies:
         self._long = 1.0 / (torch.tensor(rope.long_divisors or 1.0) * periods).to(device)
 
     def cos_sin(self, positions: Tensor, lengths: Tensor | None = None) -> RopeTable:
-        """Factors of T tokens, the attention factor included, [T, D/2] float32 each.
+        """Cosines and sines of T tokens times the attention factor, [T, D/2] float32 each.
 
         positions, lengths: [T] integers; rope lengths are needed only where `rope.depends_on_length`.
         """
@@ -74,7 +74,7 @@ class RopeFrequencies:
     def table(self, max_positions: int) -> RopeTable:
         """[max_positions, D/2] by position, for kernels that look angles up.
 
-        ValueError where texts of that length would need frequencies of their own.
+        Raises ValueError if texts of that length need frequencies that depend on their length.
         """
         original = self.rope.original_max_positions
         if self.rope.depends_on_length and max_positions > original:
@@ -115,7 +115,7 @@ def _scaled(periods: Tensor, rope: Rope, head_size: int) -> Tensor:
 
 
 def _blend_llama3(base: Tensor, rope: Rope) -> Tensor:
-    """Slow frequencies are divided, fast ones kept, the band between them is interpolated by turns."""
+    """Divide low frequencies, keep high ones, and interpolate between them by turns."""
     turns = rope.original_max_positions * base / (2 * math.pi)  # over the original context
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = kept.clamp(0.0, 1.0)
@@ -123,7 +123,7 @@ def _blend_llama3(base: Tensor, rope: Rope) -> Tensor:
 
 
 def _blend_yarn(periods: Tensor, rope: Rope, head_size: int) -> Tensor:
-    """As above, interpolated linearly in the index i between those that make beta_fast and beta_slow turns."""
+    """Likewise, interpolated linearly in the index i between the frequencies with beta_fast and beta_slow turns."""
     first, last = (_index_of_turns(turns, rope, head_size) for turns in (rope.beta_fast, rope.beta_slow))
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
@@ -134,6 +134,6 @@ def _blend_yarn(periods: Tensor, rope: Rope, head_size: int) -> Tensor:
 
 
 def _index_of_turns(turns: float, rope: Rope, head_size: int) -> float:
-    """The (fractional) i whose frequency makes so many turns over the original context."""
+    """The (fractional) i whose frequency makes this many turns over the original context."""
     wavelengths = rope.original_max_positions / (turns * 2 * math.pi)
     return head_size * math.log(wavelengths) / (2 * math.log(rope.theta))

@@ -1,4 +1,4 @@
-"""The rotary embedding in a Hugging Face configuration, with transformers' defaults for what it leaves out."""
+"""Reads the rotary embedding of a Hugging Face configuration, with transformers' defaults for absent keys."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _KEYS = frozenset({
 
 
 def read_rope(config: Fields, head_size: int, max_positions: int) -> Rope:
-    """Both spellings: rope_theta beside rope_scaling, and the newer rope_parameters; the older wins, as there.
+    """Reads rope_theta with rope_scaling, and the newer rope_parameters; the older wins, as in transformers.
 
     Raises UnsupportedModelError for a kind of scaling or a key that is not implemented, and for values out of range.
     """
@@ -40,14 +40,14 @@ def read_rope(config: Fields, head_size: int, max_positions: int) -> Rope:
 
 
 def extended_length(rope: Rope, max_positions: int) -> int:
-    """Tokens that a text may have: YaRN and dynamic NTK are for `factor` times the original length."""
+    """The longest text in tokens: YaRN and dynamic NTK extend the original length by `factor`."""
     if rope.kind not in ("yarn", "dynamic"):
         return max_positions
     return max(max_positions, min(int(rope.original_max_positions * rope.factor), _MAX_POSITIONS))
 
 
 def _original(config: Fields, scaling: Fields, max_positions: int) -> int:
-    """The length a model was trained on: the key beside the scaling wins over the one in it, as in transformers."""
+    """The length the model was trained on. The top-level key wins over the one in the scaling, as in transformers."""
     key = "original_max_position_embeddings"
     owner = config if key in config else scaling
     return owner.integer(key, 1, _MAX_POSITIONS, max_positions)

@@ -1,4 +1,4 @@
-"""Where the keys and values of a step's sequences are in the cache: slots of virtual memory, or block tables."""
+"""Addresses of a step's sequences in the cache: slots of virtual memory, or block tables."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class CacheLayer(NamedTuple):
-    """The cache of one layer, and how many tokens a query of this layer sees, its own included (None: all).
+    """The cache of one layer. window: tokens that a query attends to, its own included; None: all.
 
     k, v: [slots, max_tokens, num_kv_heads, head_size] on virtual memory, [blocks, block_size, num_kv_heads, head_size]
     where paged. Any strides with the last one 1.
@@ -29,7 +29,7 @@ class SlotAddress:
 class BlockAddress:
     """Token t of sequence i is at [block_tables[i][t // block_size], t % block_size] of the cache.
 
-    slots: a number of each sequence, unique among running ones: blocks may be shared.
+    slots: a number for each sequence, unique among running ones, which block numbers are not if blocks are shared.
     """
 
     block_tables: tuple[list[int], ...]

@@ -21,10 +21,10 @@ Metadata = Any  # of the backend's own type: only the backend that made it reads
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What the caller of a backend must know before the first step.
+    """Properties of a backend that its caller needs before the first step.
 
-    captures_cuda_graphs: `plan_static` is implemented; `can_capture` tells whether it serves a given cache.
-    over_read_tokens: kernels may read so many tokens past a sequence's last one, so the cache needs memory there.
+    captures_cuda_graphs: whether `plan_static` is implemented; `can_capture` tells whether it serves a given cache.
+    over_read_tokens: how far kernels may read past a sequence's last token; the cache needs memory there.
     """
 
     captures_cuda_graphs: bool = False
@@ -32,7 +32,7 @@ class Capabilities:
 
 
 class AttentionBackend(ABC):
-    """Attention over the KV cache. Keeps no state of a step: everything that a step needs is in its metadata.
+    """Attention over the KV cache. A step's state is in its metadata, not in the backend.
 
     T new tokens of all sequences are concatenated. Queries are [T, num_heads, head_size], new keys and values
     [T, num_kv_heads, head_size]. One instance serves one stream.
@@ -46,12 +46,12 @@ class AttentionBackend(ABC):
         """Metadata of a step, computed once before the model runs: indices, masks and lengths shared by all layers."""
 
     def enable_cascade(self) -> bool:
-        """Read what decodes of a step share once for all of them, from now on; False where the backend cannot."""
+        """Turn on cascade attention: decodes read shared tokens once. Returns False if the backend lacks it."""
         return False
 
     @property
     def cascade(self) -> CascadeShape | None:
-        """Of the plans that a static step may have; None without cascade attention."""
+        """The shape of cascade plans; None without cascade attention."""
         return None
 
     def plan_static(self, step: DeviceStep) -> Metadata:
@@ -64,7 +64,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
-        """Attention alone: query is rotated, the step's keys and values are in the cache. Returns query's shape."""
+        """Attend with rotated queries; the cache holds the step's keys and values already. Returns query's shape."""
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
@@ -83,11 +83,11 @@ class AttentionBackend(ABC):
         self._ops.rope_and_store(query, new.keys, new.values, positions, new.table, metadata.target(layer))
 
     def warm_up(self, layer: CacheLayer, max_num_seqs: int) -> None:  # noqa: B027
-        """Compile what steps on such a layer need and no CUDA graph contains. Touches no memory of the cache."""
+        """Compile kernels that steps on such a layer need outside of CUDA graphs. Touches no memory of the cache."""
 
 
 class KernelUnavailableError(ValueError):
-    """The kernel cannot run here. The message names what is missing, and the kernels that can run."""
+    """The kernel cannot run here; the message names what is missing and the kernels that can run."""
 
 
 class _Kernel(NamedTuple):
@@ -109,7 +109,7 @@ _KERNELS = {
 
 
 def create_backend(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> AttentionBackend:
-    """The backend of `spec.kernel`. Its module, and with it any optional package, is imported here.
+    """Create the backend of `spec.kernel`. Imports its module, and with it any optional package.
 
     Raises KernelUnavailableError if the kernel does not run on the device or the package is missing.
     """

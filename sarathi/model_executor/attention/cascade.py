@@ -1,4 +1,4 @@
-"""The plan of a step's cascade attention: from groups of sequences to ranges of tokens, in numbers of fixed count."""
+"""Plans a step's cascade attention: groups of sequences become ranges of tokens, in a tensor of fixed size."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -10,17 +10,17 @@ from sarathi.messages import PrefixGroup
 from sarathi.model_executor.ops.types import Cascade, CascadeShape
 
 _PER_SEQUENCE, _PER_RANGE = 4, 5
-_LEAST_TILES = 4  # of tokens in a range: shorter ones cost more to join than they gain
+_LEAST_TILES = 4  # in a range: shorter ranges cost more to join than they save
 _MOST_RANGES = 32  # of a prefix
 
 
 def cascade_size(num_seqs: int, shape: CascadeShape) -> int:
-    """How many int32 numbers a plan for num_seqs sequences has: a multiple of 4."""
+    """The number of int32 values of a plan for num_seqs sequences: a multiple of 4."""
     return num_seqs * _PER_SEQUENCE + -(-(num_seqs + shape.ranges * _PER_RANGE) // 4) * 4
 
 
 def as_cascade(packed: Tensor, num_seqs: int, shape: CascadeShape) -> Cascade:
-    """The parts of a plan's numbers, [cascade_size] int32."""
+    """The parts of a packed plan, [cascade_size] int32."""
     counts = [num_seqs * _PER_SEQUENCE, shape.ranges * _PER_RANGE, num_seqs]
     sequences, ranges, members = torch.split(packed[: sum(counts)], counts)
     return Cascade(sequences.view(num_seqs, _PER_SEQUENCE), ranges.view(shape.ranges, _PER_RANGE), members)
@@ -29,10 +29,10 @@ def as_cascade(packed: Tensor, num_seqs: int, shape: CascadeShape) -> Cascade:
 def plan_cascade(
     groups: Sequence[PrefixGroup], slots: Sequence[int], num_seqs: int, shape: CascadeShape
 ) -> list[int]:  # fmt: skip
-    """The numbers of a step of num_seqs sequences, padding included. slots: of those that members index.
+    """The packed plan of a step with num_seqs sequences, padding included. slots: of the sequences that members index.
 
     A group's members are divided into tiles of queries, and its tokens into ranges of about the same length for all
-    groups. Groups come first to last; those whose tiles find no range any more are left out.
+    groups. They take ranges in order; a group for whose tiles too few are left is dropped.
     """
     sequences = [[0] * _PER_SEQUENCE for _ in range(num_seqs)]
     ranges: list[list[int]] = []
@@ -53,7 +53,7 @@ def plan_cascade(
 
 
 def _query_tiles(groups: Sequence[PrefixGroup], shape: CascadeShape) -> list[tuple[PrefixGroup, Sequence[int]]]:
-    """Groups, and members whose queries are attended together: tiles of about the same size for each group."""
+    """Each group with its tiles, members whose queries are attended together; a group's tiles differ little in size."""
     tiles: list[tuple[PrefixGroup, Sequence[int]]] = []
     for group in groups:
         count = -(-len(group.members) // shape.members)
@@ -64,7 +64,7 @@ def _query_tiles(groups: Sequence[PrefixGroup], shape: CascadeShape) -> list[tup
 
 
 def _longest_range(prefixes: Sequence[int], shape: CascadeShape) -> int:
-    """The least multiple of the tile, in tokens, with which prefixes of these tokens have at most shape.ranges."""
+    """The least range length, a multiple of the tile, that gives these prefixes at most shape.ranges ranges."""
     low, high = _LEAST_TILES - 1, max(_LEAST_TILES, -(-max(prefixes, default=0) // shape.tile))
     while high - low > 1:
         middle = (low + high) // 2
@@ -74,6 +74,6 @@ def _longest_range(prefixes: Sequence[int], shape: CascadeShape) -> int:
 
 
 def _begins(tokens: int, longest: int, tile: int) -> range:
-    """Where the ranges of a prefix begin: of equal length, a multiple of the tile, but for the last one."""
+    """First tokens of a prefix's ranges. They have equal length, a multiple of the tile, except the last one."""
     count = min(_MOST_RANGES, -(-tokens // longest))
     return range(0, tokens, -(-tokens // (count * tile)) * tile)

@@ -1,4 +1,4 @@
-"""What attention backends of GPUs share: the operations, and our split-KV kernel for decodes on slots."""
+"""Base of the GPU attention backends, with our split-KV kernel for decodes on slots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GpuBackend(AttentionBackend):
     """A library's kernels. Metadata is a StepMetadata."""
 
     def __init__(self, arch: ModelArchitecture, place: Placement, decode: TritonDecode | None, fewest: int) -> None:
-        """decode: attends decodes on slots, in steps of `fewest` of them or more; None: the library does."""
+        """decode: the kernel of steps with `fewest` or more decodes on slots; None: the library's kernels."""
         self.arch, self.place, self._decode, self._fewest_decodes = arch, place, decode, fewest
         self._ops = create_ops(place.device)
 
@@ -41,7 +41,7 @@ class GpuBackend(AttentionBackend):
         return None if self._decode is None else self._decode.cascade
 
     def _make_step(self, batch: Batch, address: Address) -> DeviceStep:
-        """The step of a batch, with what its leading decodes share."""
+        """The step of a batch, with the cascade plan of its leading decodes."""
         step = make_step(batch.chunks, address, self.place.device)
         cascade = self.cascade if batch.groups and isinstance(address, SlotAddress) else None
         if cascade is None:
@@ -50,7 +50,7 @@ class GpuBackend(AttentionBackend):
 
     @abstractmethod
     def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata, out: Tensor | None = None) -> Tensor:
-        """See AttentionBackend. Returns `out`, contiguous, where it is given."""
+        """See AttentionBackend. Returns `out`, contiguous, if given."""
 
     def append_and_attend(
         self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
@@ -67,7 +67,7 @@ class GpuBackend(AttentionBackend):
             self._decode.warm_up(self.arch.num_heads, layer, fewest, max_num_seqs)
 
     def _fewest_apart(self, *, cascades: bool) -> int:
-        """Decodes of a mixed step from which on the decode kernel attends them.
+        """The least number of decodes in a mixed step that the decode kernel computes apart.
 
         cascades: whether they share tokens, which only that kernel reads once.
         """
@@ -75,7 +75,7 @@ class GpuBackend(AttentionBackend):
 
 
 def decode_kernel(arch: ModelArchitecture, place: Placement) -> TritonDecode | None:
-    """Our decode kernel; None where the model's heads do not fit it."""
+    """Our decode kernel; None if it does not support the model's heads."""
     from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 
     fits = TritonDecode.supports(arch.num_heads, arch.num_kv_heads, arch.head_size)

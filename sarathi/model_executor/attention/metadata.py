@@ -1,4 +1,4 @@
-"""The lengths and cache addresses of a step as int32 tensors on the device, by one copy from the host."""
+"""The lengths and cache addresses of a step as int32 tensors on the device, copied from the host at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ _ALIGNMENT = 4  # int32 numbers: Triton compiles another variant of a kernel for
 
 
 class SlotTokens(NamedTuple):
-    """A sequence as the host knows it: its tokens, those of the step included, are [slot, :length] of the cache."""
+    """A sequence on the host: its tokens, the step's included, are [slot, :length] of the cache."""
 
     slot: int
     length: int
@@ -26,7 +26,7 @@ class SlotTokens(NamedTuple):
 class DeviceStep:
     """B sequences with T new tokens; int32 tensors on the device.
 
-    Padding (B larger than the batch): length 0, slot 0, and no new token, or in a decode step one that is not stored.
+    Padding sequences have length 0, slot 0 and no new token, or in a decode step one that is not stored.
     """
 
     starts: Tensor  # [B + 1] index of each sequence's first new token among the T, then T
@@ -35,11 +35,11 @@ class DeviceStep:
     slots: Tensor | None  # [B]; None where paged
     block_table: Tensor | None  # [B, blocks]; None on slots
     num_tokens: int  # T
-    max_new: int  # most new tokens of a sequence
+    max_new: int  # the most new tokens of a sequence
     max_length: int  # bound on lengths
     is_decode: bool  # every sequence has one new token: token i belongs to sequence i
     last: SlotTokens | None = None  # the last sequence; None where paged, and in steps whose tensors are refilled
-    cascade: Cascade | None = None  # what its decodes share; None where they share nothing, or it is not used
+    cascade: Cascade | None = None  # plan of tokens that decodes share; None: none are, or the kernel ignores it
 
     @property
     def is_slot_decode(self) -> bool:
@@ -48,7 +48,7 @@ class DeviceStep:
 
     @property
     def only(self) -> SlotTokens | None:
-        """The sequence of a step that has one."""
+        """The sequence, if the step has exactly one on a slot that the host knows."""
         return self.last if self.lengths.shape[0] == 1 else None
 
 
@@ -64,7 +64,7 @@ def make_step(chunks: Sequence[Chunk], address: Address, device: torch.device) -
 
 
 class StaticStep:
-    """A decode step whose tensors stay in place: a CUDA graph captures `step`, and `fill` precedes each replay."""
+    """A decode step whose tensors stay in place: a CUDA graph captures `step`; call `fill` before each replay."""
 
     def __init__(
         self, batch_size: int, max_length: int, blocks: int, device: torch.device, *, extras: int = 0,
@@ -72,8 +72,8 @@ class StaticStep:
     ) -> None:  # fmt: skip
         """batch_size: sequences, padding included. blocks: columns of the block table, 0 on slots.
 
-        extras: number of int32 vectors [batch_size] that travel in the same copy, to `extras`, [extras, batch_size].
-        cascade: room for what the sequences share; None: the step has no cascade.
+        extras: number of further int32 vectors [batch_size] in the same copy; they are `extras`, [extras, batch_size].
+        cascade: shape of the cascade plan; None: the step has none.
         """
         size = sum(map(_aligned, _counts(batch_size, blocks)))
         shared = size + (0 if cascade is None else cascade_size(batch_size, cascade))
@@ -90,7 +90,7 @@ class StaticStep:
     ) -> None:  # fmt: skip
         """Set the step to at most batch_size chunks of one token each. extras: the vectors, padded, concatenated.
 
-        groups: of chunks, in steps with a cascade.
+        groups: chunks that share tokens, for steps with a cascade.
         """
         numbers = _pack(chunks, address, self._batch_size, self._blocks)
         if self._shape is not None:
@@ -116,7 +116,7 @@ class StepMetadata:
 def with_cascade(
     step: DeviceStep, groups: Sequence[PrefixGroup], slots: Sequence[int], decodes: int, shape: CascadeShape
 ) -> DeviceStep:
-    """The step with what the first `decodes` of its sequences share, by another copy to the device. groups: of all."""
+    """The step with a cascade plan for its first `decodes` sequences, by another copy. groups: of all sequences."""
     leading = [group._replace(members=tuple(m for m in group.members if m < decodes)) for group in groups]
     kept = [group for group in leading if len(group.members) > 1]
     if not kept:

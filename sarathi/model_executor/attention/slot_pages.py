@@ -1,7 +1,7 @@
 """Views of contiguous slots that a kernel library can address. No byte moves.
 
-A library without an argument for slots finds a sequence through a block table only: a slot is seen as pages in order,
-whose table is arithmetic. A library that cannot address all slots at once is given one slot at a time. The limits:
+A library without an argument for slots takes block tables only: it gets a slot as consecutive pages, whose block table
+is arithmetic. A library that cannot address all slots at once gets one slot for each call. The limits:
 
     2^40 bytes   between neighbours in any dimension of a TMA descriptor (cuTensorMapEncodeTiled, globalStrides), also
                  in a dimension of size 1. Of a cache [slots, tokens, heads, dim] the slot stride is the largest. It
@@ -42,7 +42,7 @@ def as_pages(cache: Tensor, page_tokens: int) -> Pages:
 
 
 def fits_block_table(cache: Tensor, page_tokens: int) -> bool:
-    """Whether int32 numbers can name every entry of as_pages(cache, page_tokens)."""
+    """Whether int32 can index every entry of as_pages(cache, page_tokens)."""
     slot_stride, token_stride = cache.stride()[:2]
     return cache.shape[0] * slot_stride // gcd(slot_stride, page_tokens * token_stride) <= _MAX_PAGES
 

@@ -18,7 +18,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class NamedTensor(NamedTuple):
-    """One tensor of a checkpoint: the file that holds it, its whole shape, and what reads it or a part of it."""
+    """One tensor of a checkpoint: its file, whole shape, and a function that reads all or a shard of it."""
 
     file: Path
     name: str
@@ -52,13 +52,13 @@ class SafetensorsCheckpoint:
             yield from _read_file(file)
 
     def has_own_head(self) -> bool:
-        """Whether it holds an output head that differs from its embedding, whatever its configuration says."""
+        """Whether it holds an output head that differs from its embedding, whatever config.json says."""
         if _HEAD not in self._files or _EMBEDDING not in self._files:
             return False
         return not torch.equal(self._read(_HEAD), self._read(_EMBEDDING))
 
     def dtype(self) -> str:
-        """The type in which the embedding (or else the head) is stored; bfloat16 where there is neither."""
+        """The dtype of the stored embedding, or else of the head; bfloat16 if there is neither."""
         name = _EMBEDDING if _EMBEDDING in self._files else _HEAD
         return str(self._read(name).dtype).removeprefix("torch.") if name in self._files else "bfloat16"
 
@@ -77,7 +77,7 @@ def _read_file(file: Path) -> Iterator[NamedTensor]:
 
 
 def _read_part(file: Path, opened: Any, name: str, shard: Shard | None) -> Tensor:
-    """Reads from the file no more than the part."""
+    """Reads no more than the shard from the file."""
     with reading(file, "safetensors file"):
         if shard is None:
             tensor: Tensor = opened.get_tensor(name)

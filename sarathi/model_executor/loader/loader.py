@@ -25,19 +25,19 @@ _UNUSED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cache
 
 
 class LoadFormatError(ValueError):
-    """The model is there, but not in the format that was asked for."""
+    """The model exists, but not in the requested format."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's shape, and its weights where it has any; `tensors` can be read once."""
+    """A model's architecture, and its weights if it has any; `tensors` can be read once."""
 
     architecture: ModelArchitecture
     tensors: Iterable[NamedTensor] | None
 
 
 def open_checkpoint(config: ModelConfig) -> Checkpoint:
-    """Finds the model and reads its shape; weights are streamed later. `tensors` is None for load_format="dummy".
+    """Finds the model and reads its architecture; weights are streamed later. With load_format="dummy" there are none.
 
     Raises ModelNotFoundError, LoadFormatError, CheckpointError or UnsupportedModelError, all ValueErrors.
     """
@@ -52,10 +52,10 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
 def load_weights(
     model: Decoder, checkpoint: Checkpoint, seed: int, shards: Mapping[str, Shard] = _WHOLE, stage: Stage | None = None
 ) -> None:
-    """Fills `model` in place; `seed` is for weights that are drawn.
+    """Fills `model` in place. seed: for random weights.
 
-    shards: the parts of tensors that the model holds, by the end of their names; of the others it holds all.
-    stage: which layers of the checkpoint it holds; None: all.
+    shards: the parts of tensors that the model holds, by the end of their names; other tensors are held whole.
+    stage: the layers of the checkpoint that it holds; None: all.
     """
     if checkpoint.tensors is None:
         _fill_randomly(model, seed)
@@ -79,7 +79,7 @@ def _open(source: ModelSource) -> Checkpoint:
 
 
 def _read_config(path: Path, stored_dtype: Callable[[], str] = lambda: "bfloat16") -> ModelArchitecture:
-    """stored_dtype: the type of the weights, asked for where the configuration names none."""
+    """stored_dtype: returns the dtype of the weights; called if the configuration has none."""
     config = read_json(path)
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         config = {**config, "dtype": stored_dtype()}
@@ -119,7 +119,7 @@ def _fill(model: Decoder, tensors: Iterable[NamedTensor], shards: Mapping[str, S
 
 
 def _copy(named: NamedTensor, target: Tensor, shard: Shard | None) -> None:
-    """Rows of the target past the end of its shard are zero."""
+    """Copies the shard; rows of the target past its end become zero."""
     expected = list(target.shape)
     if shard is not None:
         expected[shard.dim] = shard.size
@@ -138,8 +138,8 @@ def _copy(named: NamedTensor, target: Tensor, shard: Shard | None) -> None:
 
 
 def _used(tensors: Iterable[NamedTensor], tie_embeddings: bool) -> Iterator[NamedTensor]:
-    """Leaves out tables that some exporters add and that are computed here. Of a head and an embedding that are one,
-    either may be stored, or both."""
+    """Skips tables that exporters add and that are computed here. Of a tied head and embedding, either may be stored,
+    or both."""
     for named in tensors:
         if tie_embeddings and named.name == "lm_head.weight":
             yield named._replace(name="model.embed_tokens.weight")
@@ -148,7 +148,7 @@ def _used(tensors: Iterable[NamedTensor], tie_embeddings: bool) -> Iterator[Name
 
 
 def _fill_randomly(model: Decoder, seed: int) -> None:
-    """The same weights for the same seed, device and dtype; drawn on the device itself."""
+    """Equal seed, device and dtype give equal weights; they are drawn on the device."""
     generator: torch.Generator | None = None
     for name, tensor in model.parameters():
         generator = generator or torch.Generator(tensor.device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What every reader of a file guarantees: a broken file ends in a ValueError that names it."""
+"""For readers of files: a broken file raises a ValueError that names it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,10 +13,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def reading(path: Path | str, what: str) -> Iterator[None]:
-    """Makes a CheckpointError of whatever reading `path`, a `what`, runs into.
+    """Turns every error while reading `path` into a CheckpointError. what: kind of file, for the message.
 
-    Parsers raise what they meet in a broken file (KeyError, TypeError, UnicodeError ...), and those written in Rust
-    panic, with an exception that is no Exception.
+    On broken files parsers raise KeyError, TypeError, UnicodeError and others; those written in Rust panic, with an
+    exception that is not a subclass of Exception.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A configuration as JSON; CheckpointError where it is none."""
+    """Reads a JSON object; raises CheckpointError for anything else."""
     with reading(path, "JSON configuration"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):

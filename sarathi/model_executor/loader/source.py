@@ -16,12 +16,12 @@ _LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 
 
 class ModelNotFoundError(ValueError):
-    """No model is known by this name, or its files are not on this machine."""
+    """The name is unknown, or the model's files are not on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is: `format` is "gguf" (`path` is a file), "safetensors" (a folder) or "config" (JSON alone)."""
+    """Location of a model: `format` is "gguf" (`path` is a file), "safetensors" (a folder) or "config" (JSON alone)."""
 
     name: str
     format: str
@@ -37,7 +37,7 @@ def resolve_model(name: str, *, weights: bool = True) -> ModelSource:
     """The source of `name`: a folder, a .gguf file, `smollm2-135m`, a shipped configuration, or a hub's `owner/model`.
 
     With `weights=False` the configuration is enough, and nothing larger is fetched from the hub.
-    Raises ModelNotFoundError, which says what was looked for and what is known.
+    Raises ModelNotFoundError, which lists the known names.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -52,7 +52,7 @@ def resolve_model(name: str, *, weights: bool = True) -> ModelSource:
 
 
 def missing_weights(folder: Path) -> str:
-    """What lies in a folder without safetensors weights, and what to do about it."""
+    """For error messages: what a folder without safetensors weights holds, and what to do."""
     pickled = _names(folder, "pytorch_model*.bin", "*.pth", "consolidated*.pt", "model*.ckpt")
     if pickled:
         return (

@@ -1,7 +1,7 @@
 """Attention by FlashAttention, on slots and on blocks: one call for a mixed step.
 
-Where `fa` names no version, decodes on slots are attended by our split-KV kernel: steps of decodes only, and the many
-decodes that precede the chunks of a mixed step.
+With `fa`, without a version, our split-KV kernel computes decodes on slots: those of steps with decodes only, and many
+decodes before the chunks of a mixed step.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from sarathi.model_executor.placement import Placement
 if TYPE_CHECKING:
     from sarathi.model_executor.attention.flash_attn.triton_decode import TritonDecode
 
-_MANY_DECODES = 1024  # times KV heads: from there on a call for them and one for the chunks are faster than one for all
+_MANY_DECODES = 1024  # times KV heads: from this many on, separate calls for decodes and chunks are faster than one
 
 
 class KernelCall(NamedTuple):
     """One call of the library."""
 
     tokens: slice  # of the step's new tokens
-    slot: int | None  # over this slot alone; None: over the whole cache
-    is_paged_view: bool  # slots are seen as pages
+    slot: int | None  # the only slot of the call; None: the whole cache
+    is_paged_view: bool  # slots are passed as pages
     step: VarlenStep
 
 
 @dataclass(slots=True)
 class FlashMetadata(StepMetadata):
-    """A step, and the calls of the library: made by the first layer of each window, shared by the others.
+    """A step, and its calls of the library: the first layer of each window makes them, the others reuse them.
 
     chunks, slots: the step's sequences as the host knows them; empty where paged, and in a static step.
     """
@@ -60,7 +60,7 @@ class FlashMetadata(StepMetadata):
     split: Split | None = None  # set if many decodes precede the chunks
 
     def divided(self, decodes: int) -> FlashMetadata:
-        """The same step, on slots, with its first `decodes` sequences apart from the rest."""
+        """The same step, on slots, with its first `decodes` sequences split from the rest."""
         rest = FlashMetadata(rest_of(self.step, decodes), self.chunks[decodes:], self.slots[decodes:])
         return FlashMetadata(self.step, split=Split(first_decodes(self.step, decodes), rest))
 
@@ -85,7 +85,7 @@ class FlashAttentionBackend(GpuBackend):
         self._params = AttentionParams(
             arch.num_heads, arch.num_kv_heads, arch.head_size, place.dtype, arch.head_size**-0.5, None
         )
-        self._page_tokens = max(128, provider.capabilities.block_multiple or 1)  # of a slot seen as pages
+        self._page_tokens = max(128, provider.capabilities.block_multiple or 1)  # page size of slots passed as pages
 
     def plan(self, batch: Batch, address: Address) -> FlashMetadata:
         """See AttentionBackend. One copy to the device."""
@@ -102,7 +102,7 @@ class FlashAttentionBackend(GpuBackend):
         return FlashMetadata(step)
 
     def can_capture(self, layer: CacheLayer) -> bool:
-        """See AttentionBackend. A static step's slots are unknown to the host: one call must address all of them."""
+        """See AttentionBackend. The host does not know a static step's slots: one call must address all of them."""
         return self._decode is not None or self._addresses_all(layer.k)
 
     def attend(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata, out: Tensor | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class FlashAttentionBackend(GpuBackend):
         return out
 
     def _call(self, query: Tensor, layer: CacheLayer, metadata: FlashMetadata, out: Tensor | None = None) -> Tensor:
-        """All calls of the library, usually one."""
+        """Call the library, usually once."""
         params = self._params._replace(window=layer.window)
         if layer.window not in metadata.calls:
             metadata.calls[layer.window] = list(self._make_calls(layer, metadata, params))
@@ -184,5 +184,5 @@ def create(spec: BackendSpec, arch: ModelArchitecture, place: Placement) -> Flas
     """The best installed library for `spec`. KernelUnavailableError says what to install if there is none."""
     compute_capability = torch.cuda.get_device_capability(place.device)[0]
     provider = choose(spec, requirements_of(spec, arch, place.dtype, compute_capability), candidates())
-    is_fastest = spec.kernel == "fa" and not spec.is_paged  # a version that is named (fa3, ...) does all of the work
+    is_fastest = spec.kernel == "fa" and not spec.is_paged  # fa3 and other versions compute everything themselves
     return FlashAttentionBackend(provider, arch, place, decode_kernel(arch, place) if is_fastest else None)

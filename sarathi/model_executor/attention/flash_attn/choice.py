@@ -57,7 +57,7 @@ def requirements_of(
 def choose(spec: BackendSpec, required: Requirements, known: Iterable[Candidate]) -> Provider:
     """The first installed candidate of spec's version (`fa`: any) that meets the requirements.
 
-    Raises KernelUnavailableError that lists for each candidate what is missing; no other kernel is substituted.
+    Raises KernelUnavailableError that lists what each candidate lacks; no other kernel is substituted.
     """
     refused = []
     for candidate in known:
@@ -75,7 +75,7 @@ def choose(spec: BackendSpec, required: Requirements, known: Iterable[Candidate]
 
 
 def missing(capabilities: KernelCapabilities, required: Requirements) -> list[str]:
-    """Which requirements a build does not meet, in words."""
+    """The requirements that a build does not meet, for error messages."""
     multiple, head_size = capabilities.block_multiple, required.head_size
     fits = required.block_size is None or multiple is None or required.block_size % multiple == 0
     device = required.compute_capability

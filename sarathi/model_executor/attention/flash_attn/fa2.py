@@ -24,7 +24,7 @@ class FlashAttention2:
         self._varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
 
     def schedule(self, params: AttentionParams, step: VarlenStep, columns: int) -> Tensor | None:
-        """See Provider. The library has none; in its place is the cumulative sum of lengths, an argument of its."""
+        """See Provider. The library has none; returns the cumulative sum of lengths, which it takes instead."""
         return pad(step.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     def attend(

@@ -15,12 +15,12 @@ from sarathi.model_executor.attention.flash_attn.provider import AttentionParams
 from sarathi.model_executor.attention.metadata import SlotTokens
 from sarathi.model_executor.attention.slot_pages import one_slot
 
-LONG_CHUNK = 2048  # new tokens: from there on the kernel for one sequence is mostly faster than the one for a batch
+LONG_CHUNK = 2048  # new tokens: from this many on the kernel for one sequence is mostly faster than that for a batch
 _BFLOAT16 = frozenset({torch.bfloat16})
 _BOTH = frozenset({torch.bfloat16, torch.float16})
 _HOPPER = frozenset({9})
 _OVER_READ_TOKENS = 191  # whole tiles of keys are copied, 80 to 192 tokens by head size and mask
-_FULL_DEVICE = 128  # sequences times KV heads: from there on splitting a sequence costs more than it gains
+_FULL_DEVICE = 128  # sequences times KV heads: from this many on splitting a sequence costs more than it saves
 
 
 class _Package(NamedTuple):
@@ -133,10 +133,10 @@ class FlashAttention3:
         params: AttentionParams,
         out: Tensor | None,
     ) -> Tensor:
-        """The sequence's tokens in its slot are a plain tensor, a batch of one.
+        """Attend to the sequence's tokens in its slot as a plain tensor, a batch of one.
 
-        Its batch stride goes into the TMA descriptor like any other, and must be small: that of cache[None, slot] would
-        be all slots of the region.
+        The TMA descriptor includes the batch stride, which must be small: that of cache[None, slot] would be the size
+        of the region.
         """
         keys, values = (one_slot(x, only.slot)[:, : only.length] for x in cache)
         given = None if out is None else out[None]

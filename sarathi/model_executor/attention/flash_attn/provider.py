@@ -17,8 +17,8 @@ class KernelCapabilities:
     max_head_size: int
     compute_capabilities: frozenset[int]  # major numbers
     window: bool  # sliding window
-    over_read_tokens: int  # tokens past a sequence's last one that may be read: the cache needs memory there
-    contiguous: bool = True  # an index picks each sequence's slot of the cache
+    over_read_tokens: int  # how far kernels may read past a sequence's last token; the cache needs memory there
+    contiguous: bool = True  # takes the index of each sequence's slot in the cache
     block_multiple: int | None = None  # the size of a block must be a multiple of this; None: no paged KV cache
 
 
@@ -38,18 +38,18 @@ class VarlenStep:
     max_length: int  # bound on lengths
     causal: bool  # False where each sequence has one new token: no mask is needed
     schedule: Tensor | None = None  # the library's division of work, made once for all layers
-    only: SlotTokens | None = None  # the sequence, if B = 1, on a slot, and the host knows it
+    only: SlotTokens | None = None  # the sequence, if B = 1 and the host knows its slot
 
 
 class AttentionParams(NamedTuple):
-    """What is the same in all steps of a model, for layers of one window."""
+    """Parameters that are the same in all steps, for layers of one window."""
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
     scale: float
-    window: int | None  # tokens that a query sees, its own included; None: all
+    window: int | None  # tokens that a query attends to, its own included; None: all
 
 
 class Provider(Protocol):
@@ -74,7 +74,7 @@ class Provider(Protocol):
     ) -> Tensor:
         """q: [T, num_heads, head_size]; cache: keys and values, [slots or blocks, columns, num_kv_heads, head_size].
 
-        The step's keys and values are in the cache. Returns q's shape: `out`, contiguous, where it is given.
+        The step's keys and values are in the cache. Returns q's shape; `out`, contiguous, if given.
         """
 
 

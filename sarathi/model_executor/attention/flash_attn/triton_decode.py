@@ -19,7 +19,7 @@ MAX_GROUP = 16
 
 
 class TritonDecode:
-    """Owns the workspace that all layers share. One instance serves one stream."""
+    """The kernel with its workspace, which all layers share. One instance serves one stream."""
 
     def __init__(self, head_size: int, device: torch.device, *, pdl: bool = False, config: DecodeConfig | None = None):
         """config: None for the defaults. pdl: overlap its launch with the kernel before it (Hopper and later)."""
@@ -34,14 +34,14 @@ class TritonDecode:
         return head_size in HEAD_SIZES and num_heads // num_kv_heads <= MAX_GROUP
 
     def enable_cascade(self, num_heads: int, num_kv_heads: int, config: CascadeConfig | None = None) -> None:
-        """Serve steps whose sequences share tokens, of a model with so many heads, from now on."""
+        """Turn on cascade attention, for a model with these numbers of heads."""
         heads = (num_heads, num_kv_heads, self._head_size)
         room = CascadeWorkspace.create(self._workspace.num_sms, heads, self._device, config)
         self._workspace = self._workspace._replace(cascade=room)
 
     @property
     def cascade(self) -> CascadeShape | None:
-        """Of the plans that it serves; None: it ignores what sequences share."""
+        """The shape of cascade plans; None: cascade attention is off."""
         return None if self._workspace.cascade is None else self._workspace.cascade.shape
 
     def appends(self, step: DeviceStep, new: NewTokens) -> bool:
@@ -58,7 +58,7 @@ class TritonDecode:
     def attend(self, query: Tensor, layer: CacheLayer, step: DeviceStep, out: Tensor | None = None) -> Tensor:
         """query: [B, num_heads, head_size], one token per sequence; its key and value are in the cache.
 
-        Returns query's shape: `out`, contiguous, where it is given.
+        Returns query's shape; `out`, contiguous, if given.
         """
         return self._attend(query, None, layer, step, out)
 

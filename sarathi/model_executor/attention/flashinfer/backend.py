@@ -5,7 +5,7 @@
     decodes, then one chunk           paged prefill             decode as above, then the single-sequence prefill
     anything else                     paged prefill             paged prefill over the slots
 
-A paged kernel over slots gets their pages in order and an arithmetic block table: no byte moves.
+A paged kernel over slots takes consecutive pages and an arithmetic block table: no byte moves.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.placement import Placement
 
 _SCRATCH_BYTES = 512 * 2**20
-_SLOT_PAGE_TOKENS = 64  # of a slot seen as pages
+_SLOT_PAGE_TOKENS = 64  # page size of slots passed as pages
 _MAX_SINGLE_ELEMENTS = 2**32  # before Hopper the single-sequence prefill computes its offsets in uint32
 _HEAD_SIZES = (64, 128, 256)
 
@@ -45,10 +45,10 @@ class FlashInferMetadata(StepMetadata):
 
 
 class _Paged:
-    """A paged kernel, planned for each step while the device may still be at the step before.
+    """A paged kernel, planned for each step while the device may still run the previous one.
 
-    The wrapper copies a plan to the device from one pinned buffer. The next plan must not overwrite it before that copy
-    is done.
+    The wrapper copies a plan to the device from one pinned buffer, which the next plan must not overwrite before the
+    copy has finished.
     """
 
     def __init__(self, wrapper: Any) -> None:
@@ -106,7 +106,7 @@ class FlashInferBackend(GpuBackend):
         return self._run_paged(query, layer, pages, metadata)
 
     def _single_reaches(self, layer: CacheLayer, length: int) -> bool:
-        """Whether the single-sequence prefill can address so many tokens of a slot."""
+        """Whether the single-sequence prefill can address this many tokens of a slot."""
         return self._has_wide_offsets or length * layer.k.stride(1) < _MAX_SINGLE_ELEMENTS
 
     def _decodes_then_chunk(self, query: Tensor, layer: CacheLayer, metadata: FlashInferMetadata, slot: int) -> Tensor:
@@ -118,7 +118,7 @@ class FlashInferBackend(GpuBackend):
         return torch.cat((decoded, prefilled))
 
     def _one_by_one(self, query: Tensor, layer: CacheLayer, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
-        """Every sequence by the single-sequence prefill: for caches with more pages than a block table can name."""
+        """Each sequence by the single-sequence prefill, for caches with more pages than a block table can index."""
         queries = torch.split(query, [chunk.num_tokens for chunk in chunks])
         return torch.cat(
             [

@@ -75,7 +75,7 @@ class SdpaBackend(AttentionBackend):
 
 
 def _joined(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    """Queries and keys as one tensor if they are neighbours in the product they come from: half the operations."""
+    """Queries and keys as one tensor if they are adjacent in memory: half the operations."""
     tokens, heads, size = query.shape
     strides, num_bytes = query.stride(), heads * size * query.element_size()
     is_next = strides[1:] == (size, 1) and key.stride() == strides

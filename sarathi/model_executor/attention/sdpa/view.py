@@ -1,4 +1,4 @@
-"""What torch attends over in a step: for each sequence a run of contiguous keys, in a slot or gathered from blocks."""
+"""Keys that torch attends over in a step: a contiguous span for each sequence, in a slot or gathered from blocks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ UNLIMITED = -1
 
 
 class Window(NamedTuple):
-    """Keys that a query at position p sees: [p - left, p + right]; UNLIMITED on a side for no limit."""
+    """A query at position p attends to keys [p - left, p + right]; UNLIMITED: no limit on that side."""
 
     left: int
     right: int
@@ -31,7 +31,7 @@ class Lengths(NamedTuple):
 class Span(NamedTuple):
     """Queries [query_start, query_end) of the batch over keys [slot, key_start:key_end] of a cache.
 
-    mask: [queries, keys], 0 where a key is seen and -inf elsewhere; None where all are seen, or where `causal` is set.
+    mask: [queries, keys], 0 where a query attends to a key, else -inf; None: no mask, or a causal one if `causal`.
     """
 
     query_start: int
@@ -45,7 +45,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The keys of a step for layers of one window. They are read in place, or gathered from `blocks`, [N] int64."""
+    """The spans of a step for layers of one window, read in place or gathered from `blocks`, [N] int64."""
 
     spans: tuple[Span, ...]
     blocks: Tensor | None
@@ -67,7 +67,7 @@ class View:
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).squeeze(0)
 
     def shifted(self, starts: Sequence[int]) -> "View":
-        """The same spans where sequence i begins at column starts[i] of its slot."""
+        """The same spans if sequence i begins at column starts[i] of its slot."""
         moved = [
             span._replace(key_start=span.key_start + start, key_end=span.key_end + start)
             for span, start in zip(self.spans, starts, strict=False)
@@ -76,7 +76,7 @@ class View:
 
 
 def make_view(lengths: Sequence[Lengths], address: Address, window: Window, place: Placement) -> View:
-    """Spans of all sequences, in order. Masks are in the model's dtype, so that no layer converts one."""
+    """Spans of all sequences, in order. Masks have the model's dtype, so that layers need not convert them."""
     spans: list[Span] = []
     blocks: list[int] = []  # that are gathered into slot 0
     query, is_paged = 0, isinstance(address, BlockAddress)
@@ -112,7 +112,7 @@ def write_index(lengths: Sequence[Lengths], address: Address, device: torch.devi
 
 
 def visible_range(lengths: Lengths, window: Window) -> tuple[int, int]:
-    """First and last (exclusive) position of the sequence that any of its new tokens sees. Others are not read."""
+    """First and last (exclusive) position that any new token attends to. No others are read."""
     num_queries, num_keys = lengths
     first = 0 if window.left == UNLIMITED else min(num_keys, max(0, num_keys - num_queries - window.left))
     last = num_keys if window.right == UNLIMITED else min(num_keys, num_keys + window.right)
