@@ -1,7 +1,7 @@
-"""Fields of configuration sections that explain and check themselves.
+"""Knobs: fields of configuration sections, with help text and limits.
 
-A section is a frozen dataclass derived from Section whose fields are made by knob(). Its checks, its command line
-options and its documentation all come from these fields.
+A section is a frozen dataclass derived from Section whose fields are made by knob(). Validation, command line options
+and documentation are derived from these fields.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _WORDS_FOR_BOOL = {**dict.fromkeys(_TRUE_WORDS, True), **dict.fromkeys(_FALSE_WO
 
 
 class ConfigError(ValueError):
-    """An unknown knob, or a value that a knob cannot take; the message names both and what is allowed."""
+    """An unknown knob, or an invalid value; the message names the knob, the value, and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What values a knob takes beyond its type. unit "bytes" also reads sizes such as "8gb"."""
+    """Values that a knob accepts, beyond its type. unit: "bytes" also accepts sizes such as "8gb"."""
 
     choices: tuple[str, ...] = ()
     low: float = -math.inf
@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Knob:
-    """One field of a configuration, found by its dotted path from the root."""
+    """One field of a configuration. path: dotted, from the root."""
 
     path: str
     value_type: type
@@ -64,7 +64,7 @@ class Knob:
 
     @property
     def allowed(self) -> str:
-        """What the knob takes, in words."""
+        """The allowed values, in words."""
         words = _TYPE_WORDS.get(self.value_type, "a name")
         if self.limits.choices:
             words = "one of " + ", ".join(self.limits.choices)
@@ -78,7 +78,7 @@ class Knob:
     def coerce(self, value: object) -> object:
         """`value`, typed or as written on a command line, converted to the field's type; ConfigError if impossible.
 
-        A type of its own has a classmethod `parse(text)`, which raises a ValueError that explains itself.
+        Types other than str, int, float and bool have a classmethod `parse(text)`, which raises ValueError.
         """
         if value is None or (self.optional and isinstance(value, str) and value.lower() in _WORDS_FOR_NONE):
             if self.optional:
@@ -115,7 +115,7 @@ def knob(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class Section:
-    """Base of configuration sections: values are checked and converted when one is built."""
+    """Base of configuration sections: the constructor validates and converts values."""
 
     def __post_init__(self) -> None:
         for each in knobs_of(type(self), type(self).__name__ + "."):
@@ -124,18 +124,18 @@ class Section:
 
 
 def knobs_of(section: type[Section], prefix: str = "") -> tuple[Knob, ...]:
-    """Every knob of a section and of those inside it, in the order they are written."""
-    key: Any = section  # which mypy does not take for hashable
+    """All knobs of a section and of its nested sections, in order of definition."""
+    key: Any = section  # mypy: not Hashable
     return _knobs_of(key, prefix)
 
 
 def sections_of(section: type[Section]) -> Mapping[str, type[Section]]:
-    """The sections directly inside one, by field name."""
+    """Nested sections by field name, one level deep."""
     key: Any = section
     return _sections_of(key)
 
 
-@functools.cache  # building one configuration asks for them hundreds of times
+@functools.cache  # called hundreds of times for one configuration
 def _knobs_of(section: Any, prefix: str) -> tuple[Knob, ...]:
     return tuple(_walk(section, prefix))
 
@@ -175,7 +175,7 @@ def _split_optional(hint: Any) -> tuple[type, bool]:
 
 
 def _read_str(value: object, limits: Limits) -> str:
-    """YAML reads 16 and 2023-08-21 as an integer and a date where they are not quoted."""
+    """Accepts integers and dates too: YAML reads unquoted 16 and 2023-08-21 as such."""
     if isinstance(value, bool) or not isinstance(value, (str, int, date)):
         raise TypeError
     text = str(value)

@@ -1,7 +1,7 @@
-"""Configuration from a YAML file, overrides and keywords, of a schema that is passed in.
+"""Builds a configuration of a given schema from a YAML file, overrides and keywords.
 
-A knob is named by its path (scheduler.chunk_size), by the path in one word (scheduler_chunk_size), or by its last part
-where only one knob ends so (chunk_size).
+A knob is named by its path (scheduler.chunk_size), by the path with underscores (scheduler_chunk_size), or by its last
+part (chunk_size) if that is unique.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sarathi.config.vllm_names import VLLM_NAMES
 from sarathi.wording import short_repr
 
 S = TypeVar("S", bound=Section)
-_NEAR = 0.75  # share of equal letters from which a name is taken for a misspelled one
-_MOST_CHARACTERS = _MOST_VALUES = 1_000_000  # of a YAML file, and what it means with every alias written out
+_NEAR = 0.75  # similarity from which a name counts as misspelled
+_MOST_CHARACTERS = _MOST_VALUES = 1_000_000  # of a YAML file, and after its aliases are expanded
 
 
 def make_config(**settings: object) -> EngineConfig:
@@ -30,10 +30,10 @@ def make_config(**settings: object) -> EngineConfig:
 
 
 def load_config(schema: type[S], path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> S:
-    """A `schema` from a YAML file of its sections, and overrides that win over it.
+    """A `schema` from a YAML file of its sections; overrides take precedence.
 
-    Values may be typed or text ("512", "none"); names of choices may be in any case. Raises ConfigError that names the
-    knob, and the nearest known one where it does not exist.
+    Values may be typed or text ("512", "none"); choices are case-insensitive. Raises ConfigError, which names the knob,
+    or for an unknown one the nearest known name.
     """
     settings = dict(_flatten(_read_sections(path), schema)) if path is not None else {}
     settings.update(overrides or {})
@@ -46,11 +46,11 @@ def load_config(schema: type[S], path: str | Path | None = None, overrides: Mapp
 
 
 def find_knob(schema: type[Section], name: str) -> Knob:
-    """The knob that a path, a flat name, its last two parts or a unique last part means.
+    """Find a knob by its path, its flat name, its last two parts, or a unique last part.
 
-    ConfigError otherwise, with the nearest known name, or what stands for a setting of vLLM here.
+    Raises ConfigError with the nearest known name, or the counterpart of a vLLM setting.
     """
-    if not isinstance(name, str):  # a key of YAML may be anything
+    if not isinstance(name, str):  # a YAML key may be of any type
         raise ConfigError(f"unknown setting {short_repr(name)}: a setting's name is text")
     knobs = knobs_of(schema)
     wanted = name.strip().lower().replace("-", "_")
@@ -64,15 +64,15 @@ def find_knob(schema: type[Section], name: str) -> Knob:
 
 
 def _hint(wanted: str, knobs: tuple[Knob, ...]) -> str:
-    """What to write instead: by vLLM's names, or the nearest known name where one is near."""
+    """What to write instead: the counterpart of a vLLM setting, or a similar name if there is one."""
     if wanted in VLLM_NAMES:
         return f": of vLLM's settings, it is {VLLM_NAMES[wanted]}"
     nearest = _nearest_path(wanted, knobs)
-    return f"; the nearest known is {nearest!r}" if nearest else ", and no known one is named like it"
+    return f"; the nearest known is {nearest!r}" if nearest else "; no known setting has a similar name"
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """The configuration as nested dicts of plain values, which load_config reads back."""
+    """The configuration as nested dicts of plain values; load_config reads it back."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
@@ -83,7 +83,7 @@ def _plain(value: object) -> object:
 
 
 def _nearest_path(wanted: str, knobs: tuple[Knob, ...]) -> str | None:
-    """Compare whole paths with a dotted name, last parts and sections with any other."""
+    """A dotted name is compared with whole paths, any other with last parts and section names."""
     if "." in wanted:
         return next(iter(get_close_matches(wanted, [each.path for each in knobs], 1, _NEAR)), None)
     sections = {section: section for each in knobs if (section := each.path.rpartition(".")[0])}
@@ -92,7 +92,7 @@ def _nearest_path(wanted: str, knobs: tuple[Knob, ...]) -> str | None:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Safe YAML of bounded size: nested anchors make a kilobyte mean billions of values."""
+    """Safe YAML loader of bounded size: nested anchors can expand a kilobyte to billions of values."""
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -102,7 +102,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def _num_values(node: Any, known: dict[int, int]) -> int:
-    """Values of a node with every alias written out; too many for one that contains itself."""
+    """Values of a node after its aliases are expanded; more than _MOST_VALUES for a node that contains itself."""
     if id(node) not in known:
         known[id(node)] = _MOST_VALUES + 1
         children = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -128,7 +128,7 @@ def read_yaml(path: str | Path) -> object:
 def _read_sections(path: str | Path) -> Mapping[str, object]:
     content = read_yaml(path)
     if content is not None and not isinstance(content, Mapping):
-        raise ConfigError(f"{str(path)!r} holds {type(content).__name__}; it must hold sections, as `scheduler:`")
+        raise ConfigError(f"{str(path)!r} holds {type(content).__name__}; it must hold sections such as `scheduler:`")
     return content or {}
 
 

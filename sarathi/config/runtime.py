@@ -1,4 +1,4 @@
-"""Where processes of one user find each other."""
+"""The folder in which processes of one user find each other."""
 
 import os
 import tempfile
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def runtime_folder() -> Path:
-    """A folder of this user alone: in XDG_RUNTIME_DIR, or in the folder for temporary files. Made where it is missing.
+    """The private folder of this user, created if missing: in XDG_RUNTIME_DIR, or else in the temporary folder.
 
-    PermissionError where another user has made it.
+    Raises PermissionError if it belongs to another user.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "sarathi" if base else Path(tempfile.gettempdir()) / f"sarathi-{os.getuid()}"

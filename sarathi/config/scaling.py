@@ -1,4 +1,4 @@
-"""Every knob of how a server is spread over processes and engines."""
+"""Every knob of API processes and engine replicas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sarathi.config.knobs import ConfigError, Section, knob
 
 @dataclass(frozen=True)
 class ScalingConfig(Section):
-    """API processes over one engine, or engines behind one address."""
+    """Number of API processes over one engine, or of engines behind one address."""
 
     api_workers: int = knob(1, "processes that answer HTTP, over one engine", low=1, high=256)
     replicas: int = knob(

@@ -1,6 +1,6 @@
 """Every knob of the engine, with its default and its meaning.
 
-Built once and never changed: facts found at run time, as the capacity of the cache, are returned and passed on.
+A configuration is immutable: what is found at run time, such as the capacity of the cache, is not written to it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DTYPES = (AUTO, "float32", "float16", "bfloat16")
 _INT32_MAX, _INT63_MAX = 2**31 - 1, 2**63 - 1  # lengths and slots on the device; seeds of torch
 _MOST_BYTES = 2**62
 _GROUP = re.compile(r"[\w.-]+", re.ASCII)
-_MOST_SEQS = 2**20  # each has a slot, and books for it, whether it runs or not
+_MOST_SEQS = 2**20  # each has a slot of the cache and its accounting, even when idle
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """Which model, as what numbers, on which device."""
+    """The model, its dtype, and its device."""
 
     model: str = knob("smollm2-135m", "model: a shipped name, a folder, a .gguf file, or a hub id")
     tokenizer: str | None = knob(None, "tokenizer: a folder or hub id; none: the model's own")
@@ -55,7 +55,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class CacheConfig(Section):
-    """How much memory keys and values may take, and their type."""
+    """Size and dtype of the KV cache, and prefix caching."""
 
     kv_cache_dtype: str = knob(
         AUTO, "type of keys and values in the cache; auto: that of the activations", choices=DTYPES
@@ -94,7 +94,7 @@ class CacheConfig(Section):
 
 @dataclass(frozen=True)
 class ChunkBudgetConfig(Section):
-    """How many tokens a step of a chunked scheduler takes."""
+    """Token budget of a step of a chunked scheduler."""
 
     policy: str = knob(
         "fixed",
@@ -122,7 +122,7 @@ class ChunkBudgetConfig(Section):
 
 @dataclass(frozen=True)
 class SchedulerConfig(Section):
-    """Who goes first, and how much at once."""
+    """Scheduling policy, and the limits of a step."""
 
     type: str = knob("sarathi", "scheduling policy", choices=SCHEDULERS)
     max_num_seqs: int = knob(128, "requests that run at the same time, at most", low=1, high=_MOST_SEQS)
@@ -158,7 +158,7 @@ class SchedulerConfig(Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """How the model is spread over devices."""
+    """Tensor and pipeline parallelism, and the executor."""
 
     executor: str = knob(
         AUTO, "uniproc: one rank, in this process; multiproc: a process of this machine for each rank; "
@@ -178,7 +178,7 @@ class ParallelConfig(Section):
 
 @dataclass(frozen=True)
 class TransferConfig(Section):
-    """Prompts on devices of their own, whose keys and values go to those that decode (1P1D)."""
+    """Disaggregated prefill (1P1D): some devices compute prompts and send keys and values to those that decode."""
 
     prefill_decode: bool = knob(
         False, "compute prompts on as many devices again, and send their keys and values to those that decode"

@@ -13,16 +13,15 @@ _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]?)i?(b?)", re.IGNORECASE
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes meant by "64kb", "2 MiB", "1.5g" or "4096"; units are powers of 1024. ValueError otherwise."""
+    """Bytes of "64kb", "2 MiB", "1.5g" or "4096"; units are powers of 1024. ValueError for other text."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"{short_repr(text)} is no size; write bytes, or a number with kb, mb, gb or tb, in 20 digits at most"
+            f"{short_repr(text)} is not a size: write bytes, or a number with kb, mb, gb or tb, of at most 20 digits"
         )
     number, prefix, _ = match.groups()
     factor = _UNITS[f"{prefix.lower()}b"]
-    num_bytes = int(number) * factor if number.isdigit() else round(float(number) * factor)
-    return num_bytes
+    return int(number) * factor if number.isdigit() else round(float(number) * factor)
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -34,9 +33,9 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like `word`; a close miss and a wild guess both get an answer to start from."""
+    """The known word most similar to `word`, however different."""
 
-    def likeness(candidate: str) -> float:
+    def similarity(candidate: str) -> float:
         return difflib.SequenceMatcher(None, word.lower(), candidate.lower()).ratio()
 
-    return max(known, key=likeness)
+    return max(known, key=similarity)

@@ -1,10 +1,10 @@
-"""Settings of vLLM's engine that have another name here, or none: what an error says to who brings them."""
+"""vLLM's engine settings that have another name or no counterpart here, with what the error message says."""
 
 from __future__ import annotations
 
 _NOT_HERE = "not supported here"
 VLLM_NAMES: dict[str, str] = {
-    # called otherwise
+    # under another name, or not needed
     "max_num_batched_tokens": "called chunk_size here, or max_batched_tokens where a scheduler takes whole prompts",
     "kv_cache_memory_bytes": "called memory_bytes here",
     "num_gpu_blocks_override": "called memory_bytes here, in bytes",

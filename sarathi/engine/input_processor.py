@@ -55,7 +55,8 @@ class InputProcessor:
             raise ValueError(f"priority is {short_repr(priority)}: it must be from {-(2**31)} to {2**31 - 1}")
         if not ids:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
-        self._check_range("prompt", *_least_and_greatest(ids))
+        values = numpy.frombuffer(ids, numpy.int64)  # min() and max() of an array take 3 ms for 32K tokens
+        self._check_range("prompt", int(values.min()), int(values.max()))
         params = self._fit(params)
         single = params if params.n == 1 else replace(params, n=1)
         first = NewRequest(request_id, ids, single, self._end_token_ids, priority)
@@ -235,9 +236,3 @@ def _completion(first: NewRequest, index: int) -> NewRequest:
         seed = (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # a signed 64-bit integer again
     params = replace(first.sampling_params, seed=seed, prompt_logprobs=None)  # the first completion has them
     return replace(first, request_id=f"{first.request_id}#{index}", sampling_params=params)
-
-
-def _least_and_greatest(ids: array[int]) -> tuple[int, int]:
-    """By numpy: min() and max() of 32K tokens take 3 ms."""
-    values = numpy.frombuffer(ids, numpy.int64)
-    return int(values.min()), int(values.max())

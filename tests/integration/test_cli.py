@@ -59,7 +59,7 @@ def test_help_knobs_names_every_option(command: str, capsys: pytest.CaptureFixtu
             "sarathi generate: unrecognized arguments: --tempratur=1 (the nearest option is --temp",
         ),
         ("--quantization=awq", "it is not supported here"),
-        ("--colour=red", "no known one is named like it"),
+        ("--colour=red", "no known setting has a similar name"),
     ],
 )
 def test_an_unknown_option_says_what_to_write(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def test_printed_names_are_canonical_and_differ() -> None:
         ("fa_vattn_16", r"pages of bytes \(as _64kb or _2mb\), not blocks of 16 tokens"),
         ("fa_vattn_16_2mb", "gives its size twice"),
         ("fa_vattn_100b", "a page of 100 bytes: it must be a multiple of 1kb"),
-        ("fa_vattn_2qb", "'2qb' is no size"),
+        ("fa_vattn_2qb", "'2qb' is not a size"),
     ],
 )
 def test_names_that_mean_nothing_are_refused_with_the_reason(name: str, message: str) -> None:
@@ -83,5 +83,5 @@ def test_sizes_are_read_as_they_are_written() -> None:
         assert parse_bytes(format_bytes(num_bytes)) == num_bytes, seed
     assert [parse_bytes(text) for text in ("1.5g", "2 MiB", "64KB", "7", "7b")] == [3 * 2**29, 2**21, 2**16, 7, 7]
     for text in ("", "mb", "-1kb", "2 parsecs", "1e3"):
-        with pytest.raises(ValueError, match="is no size"):
+        with pytest.raises(ValueError, match="is not a size"):
             parse_bytes(text)

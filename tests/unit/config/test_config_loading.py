@@ -99,8 +99,8 @@ def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("chunk_schedule_stages", 10**9, "chunk_schedule_stages is 1000000000: it must be an integer from 1 to 10000"),
         ("watermark", 10**400, r"scheduler.watermark is 10+\.\.\.: it must be a number from 0 to 0.5"),
         ("attention_backend", "sdpa_vattn_8388608tb", "a page of 9223372036854775808 bytes: .* 1kb, up to 1tb"),
-        ("attention_backend", f"sdpa_vattn_{'9' * 5000}kb", r"backend 'sdpa_vattn_9+\.\.\.: '9+\.\.\. is no size"),
-        ("attention_backend", f"sdpa_paged_{'9' * 5000}", r"backend 'sdpa_paged_9+\.\.\.: '9+\.\.\. is no size"),
+        ("attention_backend", f"sdpa_vattn_{'9' * 5000}kb", r"backend 'sdpa_vattn_9+\.\.\.: '9+\.\.\. is not a size"),
+        ("attention_backend", f"sdpa_paged_{'9' * 5000}", r"backend 'sdpa_paged_9+\.\.\.: '9+\.\.\. is not a size"),
         ("attention_backend", "sdpa_paged_9999999999", "a block of 9999999999 tokens: it must hold 1 to 2147483647"),
         ("scheduler_type", "sarahti", "scheduler.type is 'sarahti': .*the nearest is 'sarathi'"),
         ("dtype", 16, "model.dtype is 16: it must be one of auto, float32, float16, bfloat16"),
@@ -109,8 +109,8 @@ def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
         ("chunk_sise", 1, "unknown setting 'chunk_sise'; the nearest known is 'scheduler.chunk_size'"),
         ("schedular.chunk_size", 1, "unknown setting 'schedular.chunk_size'; .*'scheduler.chunk_size'"),
         ("model.chunk_size", 1, "unknown setting 'model.chunk_size'"),
-        ("zzz", 1, "unknown setting 'zzz', and no known one is named like it"),
-        ("x" * 10**6, 1, r"unknown setting 'x{50,60}\.\.\., and no known one"),
+        ("zzz", 1, "unknown setting 'zzz'; no known setting has a similar name"),
+        ("x" * 10**6, 1, r"unknown setting 'x{50,60}\.\.\.; no known setting"),
         ("attention_backend", 16, "model.attention_backend is 16: it must be a name"),
     ],
 )
@@ -236,7 +236,7 @@ def test_no_setting_of_vllm_in_the_table_is_one_of_ours() -> None:
 
 @pytest.mark.parametrize("name", ["velocity", "max_tokens_total", "kv_transfer_config", "temperature", "port"])
 def test_a_name_like_none_is_not_taken_for_a_misspelled_one(name: str) -> None:
-    with pytest.raises(ConfigError, match="no known one is named like it"):
+    with pytest.raises(ConfigError, match="no known setting has a similar name"):
         make_config(**{name: 1})
 
 
