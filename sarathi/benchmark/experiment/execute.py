@@ -23,7 +23,7 @@ from sarathi.benchmark.config.schema import BenchmarkConfig
 from sarathi.benchmark.experiment.plan import Run
 from sarathi.benchmark.results import read_config, write_config
 from sarathi.benchmark.run.outcome import COMPLETED
-from sarathi.benchmark.run.processes import Terminated, locked
+from sarathi.benchmark.run.processes import locked
 from sarathi.metrics.report import SUMMARY_FILE, remove_report
 from sarathi.parent_death import end_with_parent
 
@@ -116,9 +116,8 @@ def _run(places: Sequence[Path], log: Path) -> int:
     ):
         try:
             return process.wait()
-        except KeyboardInterrupt as interrupt:
-            if isinstance(interrupt, Terminated):  # ^C reaches the process by itself
-                process.send_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # ^C of a terminal has reached the process already; a second signal is harmless
+            process.send_signal(signal.SIGTERM)
             process.wait()
             raise
 

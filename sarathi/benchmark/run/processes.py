@@ -15,19 +15,14 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], None]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: the run ends as after ^C and writes what it has. Child processes did not get the signal."""
-
-
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within the block ^C raises KeyboardInterrupt, and the first SIGTERM or SIGHUP raises Terminated; later ones are
-    ignored, so they do not interrupt the writing of files."""
+    """Within the block ^C raises KeyboardInterrupt, and so does the first SIGTERM or SIGHUP; later ones are ignored."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in ENDING:
             signal.signal(each, signal.SIG_IGN)
-        raise Terminated(signal.Signals(number).name)
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     with _handled([signal.SIGINT], signal.default_int_handler), _handled(ENDING, end):
         yield

@@ -1,9 +1,12 @@
 """Grids, resuming, failures and tables, over results written by hand: no model, no process but small ones."""
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -439,6 +442,27 @@ def test_an_interrupt_says_how_to_go_on(
     monkeypatch.setattr(execute_module, "_run", interrupt)
     assert run_experiment(grid, "", []) == 130
     assert "--resume goes on from here" in capsys.readouterr().err
+
+
+def test_an_interrupt_of_the_command_alone_reaches_its_session(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The session sleeps; waiting for it is interrupted once, as by `kill -INT` of the command."""
+    sessions: list[subprocess.Popen[bytes]] = []
+
+    class Session(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **options: Any) -> None:
+            super().__init__([command[0], "-c", "import time; time.sleep(600)"], **options)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if self not in sessions:
+                sessions.append(self)
+                raise KeyboardInterrupt
+            return super().wait(60)
+
+    monkeypatch.setattr(subprocess, "Popen", Session)
+    assert run_experiment(grid, "", []) == 130
+    assert [each.returncode for each in sessions] == [-signal.SIGTERM]
 
 
 def test_the_short_form_is_processed_where_it_was_written(
