@@ -18,7 +18,7 @@ _CPU_ROPE_POSITIONS = 4096  # in a CPU's table from the start; more by need
 
 
 class DecoderLayer:
-    """Attention, then the feed-forward layer; each adds to the residual stream what it makes of its norm."""
+    """Attention, then the feed-forward layer; each reads the normalised residual stream and adds its output to it."""
 
     def __init__(self, arch: ModelArchitecture, place: Placement, ops: Ops, backend: AttentionBackend) -> None:
         self.input_norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps, place, ops)
@@ -43,10 +43,10 @@ class DecoderLayer:
 
 
 class Decoder:
-    """From tokens to logits. The same on every device: the operations and the attention backend differ.
+    """From tokens to logits, on every device: only the operations and the attention backend differ.
 
-    pass_on: takes the residual stream, [T, hidden_size], where norm and head are another rank's; None: they follow.
-    vocab_size: 0 where they are another rank's.
+    pass_on: takes the residual stream, [T, hidden_size], if another rank has norm and head; else None.
+    vocab_size: 0 if another rank has norm and head.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """Run T tokens -> logits [S, vocab_size] at the batch's sample indices; keys and values of all T are stored.
 
-        last_tokens: [slots] int64, what the batch's placeholder tokens stand for. out: where the logits go, contiguous.
-        Safe to capture in a CUDA graph where the backend's `plan_static` made the metadata.
+        last_tokens: [slots] int64, the values of the batch's placeholder tokens. out: contiguous tensor for the logits.
+        Safe to capture in a CUDA graph with metadata of the backend's `plan_static`.
         """
         return self.logits(self.run_layers(batch, cache, metadata, last_tokens), batch.sample_indices, out)
 
     def run_layers(
         self, batch: Batch, cache: Sequence[CacheLayer], metadata: Metadata, last_tokens: Tensor | None = None
     ) -> Tensor:
-        """The first part of a run: the residual stream behind the last layer, [T, hidden_size]."""
+        """The first part of a run: the residual stream after the last layer, [T, hidden_size]."""
         stream = self.embedding(batch.token_ids, last_tokens)
         step = self._attention_step(batch, metadata)
         for layer, kept in zip(self.layers, cache, strict=True):
@@ -88,7 +88,7 @@ class Decoder:
         return stream
 
     def logits(self, stream: Tensor, indices: Tensor | slice | None, out: Tensor | None = None) -> Tensor:
-        """The last part: logits of these tokens of the stream, all for None; or the stream is passed on."""
+        """The last part: logits of these tokens of the stream (None: all), or the stream is passed on."""
         if self.pass_on is not None:
             self.pass_on(stream)
             return stream.new_empty(0, 1)
@@ -113,7 +113,7 @@ class Decoder:
             self.head.pack()
 
     def _attention_step(self, batch: Batch, metadata: Metadata) -> AttentionStep:
-        """RoPE factors come from a table by position, or where they depend on lengths from one made for this step."""
+        """RoPE factors are in a table by position, or if they depend on lengths, in one made for this step."""
         if self.needs_rope_lengths:
             table = self.frequencies.cos_sin(batch.positions, batch.rope_lengths)
             return AttentionStep(table, torch.arange(len(batch.positions), device=self.place.device), metadata)
@@ -123,7 +123,7 @@ class Decoder:
         return AttentionStep(self._rope_table, batch.positions, metadata)
 
     def _grow_rope_table(self, num_positions: int) -> None:
-        """On a CPU by need, since max_positions may be any number; on a GPU graphs contain the table's address."""
+        """CPUs only: max_positions may be huge. On a GPU the table never moves, since graphs contain its address."""
         doubled = min(2 * len(self._rope_table.cos), self._max_positions)
         self._rope_table = self.frequencies.table(max(num_positions, doubled))
 

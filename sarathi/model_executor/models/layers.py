@@ -39,7 +39,7 @@ class Linear:
         return linear
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x: [T, in_features] -> [T, sum of parts]: `out` where it is given, contiguous."""
+        """x: [T, in_features] -> [T, sum of parts]; `out`, contiguous, if given."""
         return self.ops.linear(x, self.weight, self.bias, out)
 
     def add_to(self, x: Tensor, residual: Tensor) -> None:
@@ -58,7 +58,7 @@ class Linear:
                     yield f"{prefix}{name}.{kind}", rows
 
     def pack(self) -> None:
-        """Call once, when the weight is filled: changes it to the layout that the operations are fastest with."""
+        """Call once, after the weight is filled: changes it to the fastest layout for the operations."""
         self.weight = self.ops.pack(self.weight)
 
 
@@ -70,7 +70,7 @@ class Embedding:
         self.ops = ops
 
     def __call__(self, token_ids: Tensor, last_tokens: Tensor | None = None) -> Tensor:
-        """token_ids: [T] integers, where last_tokens [slots] is given placeholder tokens too -> [T, hidden_size]."""
+        """token_ids: [T] integers, with placeholder tokens if last_tokens [slots] is given -> [T, hidden_size]."""
         return self.ops.embed(token_ids, self.weight, last_tokens)
 
 
@@ -116,7 +116,7 @@ class AttentionStep(NamedTuple):
 
 
 class Attention:
-    """Grouped-query attention, where `arch.qk_norm` says so with normalized query and key heads (Qwen 3)."""
+    """Grouped-query attention; with `arch.qk_norm`, query and key heads are normalized (Qwen 3)."""
 
     def __init__(self, arch: ModelArchitecture, place: Placement, ops: Ops, backend: AttentionBackend) -> None:
         query, key, value = arch.qkv_sizes

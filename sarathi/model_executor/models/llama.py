@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.1, Yi, SmolLM2: the decoder as it is."""
+"""Llama 2, 3 and 3.1, Yi, SmolLM2: the decoder without changes."""
 
 from collections.abc import Mapping
 from typing import Any

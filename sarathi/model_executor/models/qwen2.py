@@ -11,5 +11,5 @@ MODEL_TYPE = "qwen2"
 
 
 def architecture(config: Mapping[str, Any]) -> ModelArchitecture:
-    """The bias is not a switch: it is always there."""
+    """The configuration has no key for the bias, which is always present."""
     return base_architecture(config, 32, qkv_bias=True, **window_fields(config))

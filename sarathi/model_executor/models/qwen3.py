@@ -12,7 +12,7 @@ MODEL_TYPE = "qwen3"
 
 
 def architecture(config: Mapping[str, Any]) -> ModelArchitecture:
-    """The size of a head is a number of its own, not hidden size over heads."""
+    """The head size is a key of its own, not hidden size / heads."""
     fields = Fields(config)
     bias, head_size = fields.flag("attention_bias"), fields.integer("head_dim", 2, 2**24, 128)
     return base_architecture(

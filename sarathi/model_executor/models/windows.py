@@ -1,4 +1,4 @@
-"""Which layers of a Qwen see a window of the last tokens."""
+"""The layers of a Qwen model that have sliding window attention."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ _KINDS = ("full_attention", "sliding_attention")
 
 
 def window_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`layer_types` where they are listed; else the layers from `max_window_layers` on, if the window is switched on.
+    """By `layer_types` if present; else the layers from `max_window_layers` on, if `use_sliding_window`.
 
     Keys that are absent have transformers' defaults: max_window_layers 28, sliding_window 4096.
     """
@@ -39,7 +39,7 @@ def _of_layers(window: int | None, full: frozenset[int], num_layers: int) -> dic
 
 
 def require_one_kind(config: Mapping[str, Any], kind: str) -> None:
-    """Refuses `layer_types` other than `kind` in families all of whose layers are alike."""
+    """Raise for `layer_types` other than `kind`, in families whose layers are all of one kind."""
     fields = Fields(config)
     if set(fields.texts("layer_types") or ()) - {kind}:
         raise fields.refusal("layer_types", f"{kind!r} in every layer")

@@ -9,13 +9,13 @@ from torch.nn import functional
 
 from sarathi.model_executor.ops.types import CacheTarget, DecodeBatch, NewTokens, RopeTable, resolve
 
-# A packed product compiles code for every number of tokens: 0.3 MB each. oneDNN, and torch's own cache above it, keep
-# 1,024 by default and read these variables at the first product.
+# oneDNN compiles a packed product for every number of tokens: 0.3 MB each. It and torch keep 1,024 by default, and
+# read these variables at the first product.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "256")
 
-_TOP_TOKENS = 1024  # how many of the likeliest tokens are sorted before all of them are
-_PACKED_TOKENS = 64  # the batch size that a packed layout is chosen for; layouts chosen for 16 and more serve all well
+_TOP_TOKENS = 1024  # the likeliest tokens, sorted first; all are sorted only if these do not reach top_p
+_PACKED_TOKENS = 64  # the batch size that packed layouts are chosen for; those chosen for 16 or more suit all sizes
 
 
 class NativeOps:
@@ -59,7 +59,7 @@ class NativeOps:
         target.values[rows, cols] = v[kept]
 
     def pack(self, weight: Tensor) -> Tensor:
-        """The weight [out, in] of a product in the layout that ``linear`` is fastest with; not for anything else.
+        """The weight [out, in] in the fastest layout for ``linear``; no other operation may use it.
 
         On CPUs oneDNN's blocked layout: 1.2 to 4 times as fast.
         """
@@ -71,7 +71,7 @@ class NativeOps:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``. x: [num_tokens, in]; weight: [out, in], packed or not; bias: [out].
 
-        Returns [num_tokens, out]: `out` where it is given, contiguous.
+        Returns [num_tokens, out]; `out`, contiguous, if given.
         """
         if weight.is_mkldnn:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -145,7 +145,7 @@ class NativeOps:
             reached = probabilities.cumsum(dim=-1)
             if bool((reached[:, -1:] >= top_p)[top_p < 1.0].all()):
                 break
-        inside = reached - probabilities < top_p  # the tokens before had not reached it yet
+        inside = reached - probabilities < top_p  # the more likely tokens alone do not reach it
         inside[:, 0] = True
         floor = largest.masked_fill(~inside, float("inf")).amin(dim=-1, keepdim=True)
         return torch.where(top_p < 1.0, floor, float("-inf"))
@@ -199,7 +199,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 
 
 def _is_packable(weight: Tensor) -> bool:
-    """Whether oneDNN is in this torch and, for bfloat16, has kernels for this processor: it needs AVX-512 or newer."""
+    """Whether torch has oneDNN and, for bfloat16, it has kernels for this processor (AVX-512 or newer)."""
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if weight.dtype == torch.bfloat16:

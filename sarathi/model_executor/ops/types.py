@@ -23,9 +23,9 @@ class CacheTarget(NamedTuple):
 
 
 class Cascade(NamedTuple):
-    """What sequences of a decode step share, as ranges of tokens that are read once for several queries; int32.
+    """Tokens that sequences of a decode step share, in ranges that are read once for several queries; int32.
 
-    A sequence shares its first tokens, less than all of it, or none. They are divided into consecutive ranges.
+    A sequence shares some of its first tokens, but never all, or none. They are divided into consecutive ranges.
     """
 
     sequences: Tensor  # [num_seqs, 4]: tokens shared, first range, number of ranges, index among a range's members
@@ -34,11 +34,11 @@ class Cascade(NamedTuple):
 
 
 class CascadeShape(NamedTuple):
-    """How many ranges a step may have, and what they may hold."""
+    """The number of ranges of a step, and their sizes."""
 
     ranges: int
-    members: int  # most of one range
-    tile: int  # tokens: a range has a multiple of it, the last one of a prefix excepted
+    members: int  # the most of one range
+    tile: int  # tokens: ranges have a multiple of it, except the last one of a prefix
 
 
 class DecodeBatch(NamedTuple):
@@ -46,8 +46,8 @@ class DecodeBatch(NamedTuple):
 
     slots: Tensor  # [num_seqs] int32
     lengths: Tensor  # [num_seqs] int32: tokens in the slot, the query's own included; 0: padding
-    window: int | None = None  # how many tokens a query sees, its own included; None: all
-    cascade: Cascade | None = None  # how the work may be divided; it does not change the result
+    window: int | None = None  # tokens that a query attends to, its own included; None: all
+    cascade: Cascade | None = None  # may divide the work; does not change the result
 
 
 class NewTokens(NamedTuple):

@@ -1,1 +1,1 @@
-"""Tensor parallelism: what each rank holds of a model, and what the ranks exchange in a step."""
+"""Tensor and pipeline parallelism: each rank's share of a model, and what ranks exchange in a step."""

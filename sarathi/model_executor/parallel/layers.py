@@ -1,4 +1,4 @@
-"""The layers of a decoder that exchange something with other ranks, and their installation in a decoder."""
+"""Layers that communicate with other ranks, and their installation in a decoder."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from sarathi.model_executor.parallel.sharding import TensorShare
 
 
 class RowParallelLinear(Linear):
-    """A product whose inputs are split over ranks: each computes an addend, and all get the sum."""
+    """A product whose inputs are split over ranks; an all-reduce adds their partial results."""
 
     def __init__(self, whole: Linear, ranks: Ranks) -> None:
         """whole: has this rank's columns of the weight, and all of the bias."""
@@ -19,7 +19,7 @@ class RowParallelLinear(Linear):
         self._ranks = ranks
 
     def add_to(self, x: Tensor, residual: Tensor) -> None:
-        """See Linear.add_to. Residual and bias are rank 0's addend: the sum has each once, and no kernel adds them."""
+        """See Linear.add_to. Rank 0 adds residual and bias to its partial result, so the sum has each once."""
         if self._ranks.rank == 0:
             super().add_to(x, residual)
         else:
@@ -28,7 +28,7 @@ class RowParallelLinear(Linear):
 
 
 class VocabularyParallelEmbedding(Embedding):
-    """Each rank has the vectors of its tokens, and adds zeros for the others."""
+    """Each rank has the vectors of its tokens; an all-reduce adds those of the ranks, zero for other tokens."""
 
     def __init__(self, part: Embedding, ranks: Ranks) -> None:
         self.weight, self.ops = part.weight, part.ops
@@ -47,7 +47,7 @@ class VocabularyParallelEmbedding(Embedding):
 
 
 class VocabularyParallelHead(Linear):
-    """Each rank computes the logits of its tokens; all ranks get all of them."""
+    """Each rank computes the logits of its tokens; an all-gather gives all ranks all of them."""
 
     def __init__(self, part: Linear, vocab_size: int, ranks: Ranks) -> None:
         """vocab_size: of the whole model."""
@@ -55,7 +55,7 @@ class VocabularyParallelHead(Linear):
         self._vocab_size, self._rows, self._ranks = vocab_size, len(part.weight), ranks
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x: [S, hidden_size] -> [S, vocab_size]: `out` where it is given, contiguous."""
+        """x: [S, hidden_size] -> [S, vocab_size]; `out`, contiguous, if given."""
         if not len(x):
             return x.new_empty((0, self._vocab_size))
         pieces = self._ranks.gather(super().__call__(x)).unbind()

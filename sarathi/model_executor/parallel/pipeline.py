@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which layers a stage has, and the residual stream that passes from stage to stage."""
+"""Pipeline parallelism: the layers of each stage, and the residual stream between stages."""
 
 import re
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `count`: the layers [first, stop) of a model, with the embedding before or the head behind.
+    """Stage `index` of `count`: consecutive layers; the first stage has the embedding, the last norm and head.
 
     arch: of the whole model, or of one rank's share of it. Raises ShardingError for more stages than layers.
     """
@@ -51,7 +51,7 @@ class Stage:
     def architecture(self) -> ModelArchitecture:
         """The shapes of a decoder with this stage's layers.
 
-        Of embedding and head it has one matrix at most: a last stage keeps a head of its own, tied or not.
+        It has at most one of embedding and head; the last stage has its own copy of a tied head.
         """
         if self.count == 1:
             return self.arch
@@ -65,7 +65,7 @@ class Stage:
         )
 
     def stored_name(self, name: str) -> str | None:
-        """The checkpoint's name of a tensor of the decoder of `architecture`; None: the stage does not use it."""
+        """The name in the checkpoint of a tensor of this stage's decoder; None: the stage does not use it."""
         if name == _EMBEDDING and not self.is_first:
             return None if not self.is_last else _EMBEDDING if self.arch.tie_embeddings else _HEAD
         if name == _NORM and not self.is_last:
@@ -73,7 +73,7 @@ class Stage:
         return _LAYER.sub(lambda match: f"model.layers.{int(match[1]) + self.layers.start}.", name)
 
     def is_elsewhere(self, name: str) -> bool:
-        """Whether a tensor of a checkpoint belongs to other stages alone."""
+        """Whether a tensor of the checkpoint belongs to other stages only."""
         if (match := _LAYER.match(name)) is not None:
             return int(match[1]) < self.arch.num_layers and int(match[1]) not in self.layers
         holders = {_EMBEDDING: self.is_first, _NORM: self.is_last, _HEAD: self.is_last}
@@ -81,13 +81,13 @@ class Stage:
 
 
 class ReceivedStream(Embedding):
-    """In place of an embedding: the residual stream of the stage before."""
+    """Replaces the embedding: receives the residual stream of the previous stage."""
 
     def __init__(self, embedding: Embedding, hidden_size: int, ranks: Ranks) -> None:
         self.weight, self.ops, self._hidden_size, self._ranks = embedding.weight, embedding.ops, hidden_size, ranks
 
     def __call__(self, token_ids: Tensor, last_tokens: Tensor | None = None) -> Tensor:
-        """token_ids: [T], of which only the number matters -> [T, hidden_size]."""
+        """token_ids: [T], only their number is used -> [T, hidden_size]."""
         stream = self.weight.new_empty(len(token_ids), self._hidden_size)
         self._ranks.receive(stream)
         return stream

@@ -1,4 +1,4 @@
-"""What the ranks of a model exchange: sums, gathered tensors, the residual stream, the least of a number."""
+"""Communication between the ranks of a model: sums, gathered tensors, the residual stream, minima."""
 
 import time
 from collections import deque
@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Renamed in torch 2.13; the first name is deprecated there.
 _all_gather = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
-_TIMEOUT = timedelta(days=1)  # the executor watches the ranks; one that waits for work does not fail
+_TIMEOUT = timedelta(days=1)  # the executor detects dead ranks; waiting for work is not an error
 
 
 class RankGrid(NamedTuple):
@@ -26,15 +26,15 @@ class RankGrid(NamedTuple):
 
     @property
     def result_rank(self) -> int:
-        """The first of the last stage, which tells the results of steps."""
+        """The first rank of the last stage, which returns the results of steps."""
         return self.per_stage * (self.num_stages - 1)
 
 
 class Ranks(Protocol):
     """This rank and the others. The ranks of a stage call the same methods in the same order.
 
-    number: among all ranks. rank, size: among those of its stage. stage, num_stages: of the pipeline.
-    waited_s: seconds that `receive` has waited so far, on a CPU.
+    number: index among all ranks. rank, size: index in its stage, and ranks of a stage. stage, num_stages: of the
+    pipeline. waited_s: seconds that `receive` has waited so far, on a CPU.
     """
 
     number: int
@@ -51,10 +51,10 @@ class Ranks(Protocol):
         """The contiguous tensor of every rank of the stage, all of one shape -> [size, *shape]."""
 
     def send(self, tensor: Tensor) -> None:
-        """A contiguous tensor, not changed any more, to the same rank of the next stage."""
+        """Send a contiguous tensor to the same rank of the next stage; it must not change afterwards."""
 
     def receive(self, tensor: Tensor) -> None:
-        """Fill a contiguous tensor with that of the same rank of the stage before."""
+        """Fill a contiguous tensor from the same rank of the previous stage."""
 
     def least(self, value: int) -> int:
         """The least value of all ranks of all stages."""
@@ -85,7 +85,7 @@ class ProcessRanks(Ranks):
     """Ranks in processes of their own: gloo on CPUs, NCCL on GPUs. Safe in CUDA graphs."""
 
     def __init__(self, number: int, grid: RankGrid, store: Any, device: torch.device) -> None:
-        """store: a torch.distributed.Store, where the ranks find each other."""
+        """store: a torch.distributed.Store for the rendezvous."""
         self.number, self.size, self.num_stages = number, grid.per_stage, grid.num_stages
         self.stage, self.rank = divmod(number, grid.per_stage)
         self.waited_s = 0.0
@@ -105,7 +105,7 @@ class ProcessRanks(Ranks):
         return gathered.view(self.size, *tensor.shape)
 
     def send(self, tensor: Tensor) -> None:
-        """On a CPU the next step may start before the tensor has arrived; a GPU waits for it."""
+        """Asynchronous on a CPU: the next step may start before the tensor has arrived."""
         target = self.number + self.size
         if tensor.is_cuda:
             torch.distributed.send(tensor, target)
@@ -125,7 +125,7 @@ class ProcessRanks(Ranks):
         return int(tensor)
 
     def _stage_group(self) -> Any:
-        """Every rank makes the groups of all stages, in the same order."""
+        """Every rank must create the groups of all stages, in the same order."""
         groups = [
             torch.distributed.new_group(list(range(stage * self.size, (stage + 1) * self.size)), timeout=_TIMEOUT)
             for stage in range(self.num_stages)

@@ -1,4 +1,4 @@
-"""How a model is split over the ranks of tensor parallelism: shapes and checkpoint ranges of one rank.
+"""Tensor parallelism: the shapes and checkpoint ranges of one rank.
 
 Query, key, value, gate and up are split by rows (heads, inner columns), the output projections by columns, embedding
 and head by tokens of the vocabulary. Norms are whole on every rank.
@@ -12,7 +12,7 @@ from sarathi.model_executor.architecture import ModelArchitecture
 
 
 class ShardingError(ValueError):
-    """A model that cannot be split over so many ranks; the message gives the numbers."""
+    """The model cannot be split over this many ranks; the message has the numbers."""
 
 
 class Shard(NamedTuple):
@@ -26,9 +26,9 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorShare:
-    """One rank's share of a model. Raises ShardingError where heads or inner columns do not divide by the ranks.
+    """One rank's share of a model. Raises ShardingError if the ranks do not divide heads or inner columns.
 
-    arch: of the whole model. Where there are fewer KV heads than ranks, several ranks hold the same one.
+    arch: of the whole model. With fewer KV heads than ranks, several ranks hold the same one.
     """
 
     arch: ModelArchitecture
@@ -64,7 +64,7 @@ class TensorShare:
         return -(-self.arch.vocab_size // self.size)
 
     def shards(self) -> Mapping[str, Shard]:
-        """The range that this rank holds of each split tensor, by the end of the tensor's name."""
+        """This rank's range of each split tensor, by the end of the tensor's name."""
         arch, head = self.arch, self.arch.head_size
         query = self._range(0, arch.num_heads * head, arch.num_heads // self.size * head)
         first_kv = self.rank * arch.num_kv_heads // self.size * head
@@ -89,7 +89,7 @@ _KINDS = ("weight", "bias")
 
 
 def possible_sizes(arch: ModelArchitecture) -> list[int]:
-    """Numbers of ranks that the model can be split over."""
+    """The numbers of ranks over which the model can be split."""
     heads, kv_heads, inner = arch.num_heads, arch.num_kv_heads, arch.intermediate_size
     return [
         size
@@ -99,5 +99,5 @@ def possible_sizes(arch: ModelArchitecture) -> list[int]:
 
 
 def shard_of(name: str, shards: Mapping[str, Shard]) -> Shard | None:
-    """The range of a checkpoint's tensor that a rank holds; None: all of it."""
+    """The range that a rank holds of this tensor of a checkpoint; None: all of it."""
     return shards.get(name) or shards.get(".".join(name.split(".")[-2:]))

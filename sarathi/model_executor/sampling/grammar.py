@@ -1,4 +1,4 @@
-"""Grammars of requests: which tokens may come next, as bitmasks of the vocabulary. llguidance computes them."""
+"""Grammars of requests as bitmasks of the tokens that may come next, computed by llguidance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sarathi.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 MakeVocabulary = Callable[[int], Any]
-"""From the model's vocabulary size to the tokenizer as llguidance reads it, an LLTokenizer. Takes about a second."""
+"""Makes llguidance's LLTokenizer from the model's vocabulary size. Takes about a second."""
 _KEPT_GRAMMARS = 64
 _MAX_THREADS = 8
 
@@ -27,10 +27,10 @@ def no_vocabulary(vocab_size: int) -> NoReturn:
 
 
 class GrammarMatcher:
-    """How far the output of one request has come in its grammar.
+    """The position of one request's output in its grammar.
 
     llmatcher: None before the first `advance`, and where the grammar could not be compiled.
-    error: why no token may follow; None while all is well.
+    error: why no token may follow; None if there is no error.
     """
 
     def __init__(self, compiled: Future[Any]) -> None:
@@ -41,7 +41,7 @@ class GrammarMatcher:
         self.error: str | None = None
 
     def advance(self, output_token_ids: Sequence[int]) -> None:
-        """Take in the output's tokens so far, those of earlier calls included. Waits for the grammar to be compiled."""
+        """Advance over the output's tokens so far, earlier ones included. Waits for the grammar to be compiled."""
         if self.llmatcher is None:
             self._begin()
         new = list(output_token_ids[self._num_consumed :])
@@ -52,12 +52,12 @@ class GrammarMatcher:
     def _begin(self) -> None:
         try:
             self.llmatcher = self._compiled.result().deep_copy()
-        except Exception as error:  # of this request: the step goes on with the others
+        except Exception as error:  # ends this request alone
             self.error = f"{type(error).__name__}: {error}"
 
 
 class GrammarCompiler:
-    """Compiles grammars in a thread beside the steps; the vocabulary is loaded with the first of them."""
+    """Compiles grammars in a thread of its own; the first one loads the vocabulary."""
 
     def __init__(self, vocab_size: int, make_vocabulary: MakeVocabulary = no_vocabulary) -> None:
         self._vocab_size, self._make_vocabulary = vocab_size, make_vocabulary

@@ -1,4 +1,4 @@
-"""Log probabilities of sampled and of prompt tokens: tensors on the device, and numbers on the host."""
+"""Log probabilities of sampled and prompt tokens, on the device and read by the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 256  # of logits in float32: 128 MiB at a vocabulary of 128K
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """Of L rows: a given token's log probability [L]; the k most likely tokens and theirs [L, k], best first."""
+    """For L rows: log probability of the chosen token [L]; the k most likely tokens and theirs [L, k], best first."""
 
     chosen: Tensor
     top_token_ids: Tensor
@@ -27,7 +27,7 @@ class TopLogprobs:
 class PromptSpan(NamedTuple):
     """Prompt tokens of one request from position `start` on, whose logits a step computes.
 
-    num_top: of the most likely tokens, how many are wanted beside each.
+    num_top: the number of most likely tokens to return for each.
     """
 
     request_id: str
@@ -38,14 +38,14 @@ class PromptSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Prompt tokens whose log probabilities a step finds: token_ids [N] int64, span by span."""
+    """Prompt tokens whose log probabilities a step computes: token_ids [N] int64, span by span."""
 
     spans: tuple[PromptSpan, ...]
     token_ids: Tensor
 
 
 def plan_prompt_rows(spans: Sequence[PromptSpan]) -> PromptRows | None:
-    """In CPU tensors; None where there is nothing to find."""
+    """In CPU tensors; None if there are no spans."""
     if not spans:
         return None
     token_ids = array("q")
@@ -75,12 +75,12 @@ def prompt_logprobs(logits: Tensor, rows: PromptRows) -> TopLogprobs:
 
 
 def read_logprobs(found: TopLogprobs) -> Iterator[tuple[float, list[int], list[float]]]:
-    """One entry a row, as the fields of TopLogprobs; waits for tensors on a device."""
+    """One entry for each row, with the fields of TopLogprobs; waits for the device."""
     return zip(found.chosen.tolist(), found.top_token_ids.tolist(), found.top.tolist(), strict=True)
 
 
 def read_prompt_logprobs(found: TopLogprobs, rows: PromptRows) -> Iterator[PromptLogprobs]:
-    """One message a span."""
+    """One message for each span."""
     entries = read_logprobs(found)
     for request_id, start, token_ids, num_top in rows.spans:
         tokens = []

@@ -1,4 +1,4 @@
-"""Sampling of one step as tensors, planned on the host before the logits exist. None means nothing to do.
+"""Plans the sampling of a step on the host, as tensors, before the logits exist. None means nothing to do.
 
 The last token of a request may not be known on the host yet; only penalties need it.
 """
@@ -20,10 +20,10 @@ from sarathi.sampling_params import SamplingParams
 
 
 class NextToken(NamedTuple):
-    """What the sampler needs for one row of logits.
+    """The sampler's input for one row of logits.
 
     num_output_tokens: of the request, before this token.
-    uniform: random number in [0, 1) that this token is drawn with; not read where params are greedy.
+    uniform: random number in [0, 1) that decides this token; not used if params are greedy.
     tokens: those before this token that sampling reads: prompt and output with a repetition penalty, bad words or
         logits processors, the output with only a presence or frequency penalty, none otherwise. The last may be a
         placeholder, see `placeholder_token`, unless params.needs_host_tokens.
@@ -55,7 +55,7 @@ class Occurrences:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """`chosen` [A] are the rows that may only take some tokens: `tokens`."""
+    """`chosen` [A]: rows with allowed_token_ids; `tokens`: these tokens."""
 
     chosen: Tensor
     tokens: Occurrences
@@ -63,10 +63,10 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """`chosen` [A] are the rows that a grammar limits.
+    """`chosen` [A]: rows with a grammar.
 
     bits: their masks, [A, ceil(vocab_size / 32)] int32 on the device of the logits: bit i of word w is set where token
-    32 * w + i may be chosen. Called when the model has been launched: it waits for the tokens of the step before.
+    32 * w + i may be chosen. Called after the model was launched: waits for the tokens of the previous step.
     """
 
     chosen: Tensor
@@ -96,10 +96,10 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """`chosen` [R] are the rows that are not greedy; all else is [R, 1]. A filter is None where no row uses it.
+    """`chosen` [R]: rows that are not greedy; all else is [R, 1]. A filter is None if no row uses it.
 
-    uniform: float64 in [0, 1). top_k: int64, the vocabulary's size where a row does not use it; max_top_k: the largest
-    that is used, 0 where none is. temperature, top_p, log_min_p: float32.
+    uniform: float64 in [0, 1). top_k: int64, the vocabulary's size in rows that do not use it; max_top_k: the
+    largest in use, or 0. temperature, top_p, log_min_p: float32.
     """
 
     chosen: Tensor
@@ -113,7 +113,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """`chosen` [L] are the rows whose logprobs are wanted; counts[i] of S: how many for row i (None: not wanted)."""
+    """`chosen` [L]: rows with logprobs; counts[i]: how many for row i of S (None: no logprobs)."""
 
     chosen: Tensor
     counts: tuple[int | None, ...]
@@ -194,7 +194,7 @@ def _added(row: NextToken) -> dict[int, float]:
         ends = () if params.ignore_eos else row.eos_token_ids
         added.update(dict.fromkeys((*params.stop_token_ids, *ends), -math.inf))
     output = row.tokens[len(row.tokens) - row.num_output_tokens :] if params.bad_words else ()
-    bad_words = cast("Sequence[Sequence[int]]", params.bad_words)  # text of a caller is token ids by now
+    bad_words = cast("Sequence[Sequence[int]]", params.bad_words)  # text has become token ids
     added.update((word[-1], -math.inf) for word in bad_words if _ends_with(output, word[:-1]))
     return added
 

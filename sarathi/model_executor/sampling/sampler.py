@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a step at once.
 
-Nothing here waits for the device, but for logits processors and grammars: no value is read, no shape depends on one,
-and no numbers come from the host. Order: logits processors, allowed tokens, grammars, bias and bad words, penalties,
+Only logits processors and grammars wait for the device: nothing else reads values, has shapes that depend on them, or
+copies from the host. Order: logits processors, allowed tokens, grammars, bias and bad words, penalties,
 then as in transformers temperature, top-k, top-p, min-p. Logprobs are of the logits given.
 """
 
@@ -38,9 +38,9 @@ _logger = logging.getLogger(__name__)
 class Sampled:
     """token_ids: [S] int64 on the logits' device; NOT_FINITE or NO_TOKEN_LEFT where no token could be drawn.
 
-    logprobs: of the plan's rows, None where no row asked.
-    prompt: log probabilities of the plan's prompt tokens, None where it has none.
-    errors: what logits processors raised, by row.
+    logprobs: of the plan's rows, or None.
+    prompt: log probabilities of the plan's prompt tokens, or None.
+    errors: errors of logits processors, by row.
     """
 
     token_ids: Tensor
@@ -62,7 +62,7 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
         return Sampled(torch.empty(0, dtype=torch.int64, device=logits.device))
     processed, errors = _processed(logits, plan, kernels)
     token_ids = kernels.argmax(processed)
-    if plan.processing or plan.allowed or plan.masks or plan.additions:  # may exclude all, or hide a NaN of the model's
+    if plan.processing or plan.allowed or plan.masks or plan.additions:  # may exclude all tokens, or hide NaN logits
         token_ids.masked_fill_(token_ids < 0, NO_TOKEN_LEFT)
         token_ids.masked_fill_(kernels.argmax(logits) < 0, NOT_FINITE)
     if plan.draws is not None:
@@ -73,12 +73,12 @@ def sample(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> Sampled:
 
 
 def draw(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
-    """One token a row of the filtered distribution; logits [R, vocab_size] are overwritten -> [R] int64."""
+    """Draw one token for each row from the filtered distribution; overwrites logits [R, vocab_size] -> [R] int64."""
     return kernels.draw(filtered(logits, draws, kernels), draws.uniform)
 
 
 def filtered(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
-    """Logits at their temperature with -inf where a filter cut; in place, [R, vocab_size] float32."""
+    """Divide logits by the temperature and set filtered tokens to -inf; in place, [R, vocab_size] float32."""
     logits.div_(draws.temperature)
     if draws.top_k is not None:
         _cut_below(logits, _kth_largest(logits, draws.top_k, draws.max_top_k))
@@ -90,7 +90,7 @@ def filtered(logits: Tensor, draws: Draws, kernels: Ops) -> Tensor:
 
 
 def _processed(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> tuple[Tensor, dict[int, str]]:
-    """The logits to draw from, a copy in float32 where the plan changes any; and what logits processors raised."""
+    """The logits to draw from, a copy in float32 if the plan changes any; and errors of logits processors by row."""
     if not (plan.processing or plan.allowed or plan.masks or plan.additions or plan.penalties):
         return logits, {}
     logits = logits.to(torch.float32, copy=True)
@@ -103,13 +103,13 @@ def _processed(logits: Tensor, plan: SamplingPlan, kernels: Ops) -> tuple[Tensor
 
 
 def _process(logits: Tensor, processing: Sequence[Processing]) -> dict[int, str]:
-    """Call the functions of each row, in place. Returns what they raised, by row."""
+    """Call the logits processors of each row, in place. Returns their errors, by row."""
     failures = ((each.row, _process_row(logits[each.row], each)) for each in processing)
     return {row: failure for row, failure in failures if failure is not None}
 
 
 def _process_row(row: Tensor, processing: Processing) -> str | None:
-    """What the functions raised: such a row becomes NaN, which ends its own request alone. row: see `_apply`."""
+    """The error of a logits processor, or None. The row then becomes NaN, which ends its request. row: see `_apply`."""
     try:
         _apply(row, processing)
     except Exception as error:  # of a user's function: any
@@ -170,7 +170,7 @@ def _places(logits: Tensor, occurred: Occurrences) -> Tensor:
 
 
 def _flat(logits: Tensor, rows: Tensor, token_ids: Tensor) -> Tensor:
-    """Index of each place in the flattened logits: index_put_ would read the range of two indices on the host."""
+    """Indices in the flattened logits. index_put_ with two index tensors would wait for the device."""
     return rows * logits.shape[1] + token_ids
 
 
