@@ -18,7 +18,7 @@ from sarathi.sampling_params import SamplingParams
 
 
 class RequestStatus(Enum):
-    """Where a request stands: only RUNNING holds memory, and only FINISHED is final."""
+    """The state of a request. Only a RUNNING request has memory."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -28,17 +28,17 @@ class RequestStatus(Enum):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A prompt on its way to a completion; compared by identity.
+    """A prompt and its output so far; compared by identity.
 
     token_ids: int64 (typecode q), the prompt and the output so far. The request keeps a copy of what it is given.
-    priority: the lower goes first.
+    priority: lower values run first.
     eos_token_ids: the model's own end tokens, which sampling_params.ignore_eos switches off.
-    num_computed_tokens: tokens whose K and V are in the cache, or will be once the steps in flight are done.
-    num_pending_tokens: tokens being sampled by steps in flight, of which only the count is known.
+    num_computed_tokens: tokens whose K and V are in the cache, or will be after the steps in flight.
+    num_pending_tokens: tokens that steps in flight are sampling; their values are not known yet.
     finish_reason: "stop", "length", "abort" or "error"; None until finished.
     stop_reason: the stop token or stop string that ended it; None for the model's end token.
 
-    Raises ValueError where the prompt is empty: there is nothing to compute the first token from.
+    Raises ValueError for an empty prompt.
     """
 
     request_id: str
@@ -75,7 +75,7 @@ class Request:
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens still to be computed before the next one can be sampled."""
+        """Tokens to compute before the next one can be sampled."""
         return self.num_tokens - self.num_computed_tokens
 
     @property
@@ -83,7 +83,7 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     def end(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """Mark the request finished, also while steps with it are in flight."""
+        """Mark the request as finished, even while steps in flight contain it."""
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason

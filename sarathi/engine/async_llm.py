@@ -1,4 +1,4 @@
-"""The engine for asyncio: one asynchronous generator a request, over a core in a process of its own.
+"""The engine for asyncio: one asynchronous generator per request; the core runs in its own process.
 
 llm = await AsyncLLM.start(make_config(model="smollm2-135m"))
 async for output in llm.generate("The capital of France is", SamplingParams(temperature=0)):
@@ -35,21 +35,21 @@ T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 _TOKENIZER_THREADS = 2
 _IDLE_POLL_S = 0.02
-_DELIVERY_TIMEOUT_S = 1.0  # for callers to take the error that ends their request
+_DELIVERY_TIMEOUT_S = 1.0  # for callers to receive the error that ends their request
 
 
 class EngineUnavailableError(RuntimeError):
-    """The engine takes no requests any more, or has ended this one."""
+    """The engine accepts no more requests, or has ended this one."""
 
 
 class StepFailedError(RuntimeError):
-    """A step failed with all requests that were in the engine; it takes new ones."""
+    """A step failed, which ended all requests in the engine. It accepts new ones."""
 
 
 class AsyncLLM:
-    """An engine that belongs to one event loop. Prompts are tokenized in threads.
+    """An engine that belongs to one event loop. It tokenizes prompts in threads.
 
-    observe: called with every output of every request, the last one of an aborted request included.
+    observe: called with every output of every request, including the final output of an aborted request.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class AsyncLLM:
     ) -> "AsyncLLM":  # fmt: skip
         """Load the model in a new process. Raises ValueErrors that name the setting at fault.
 
-        heartbeat_timeout_s: silence of that process after which the engine counts as dead.
+        heartbeat_timeout_s: time without heartbeats after which the engine counts as dead.
         """
         starting = asyncio.create_task(CoreProcess.start(partial(build_core, config), heartbeat_timeout_s))
         try:
-            tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)  # takes seconds, of imports
+            tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)  # imports take seconds
         except BaseException:
             await _abandon(starting)
             raise
@@ -97,36 +97,36 @@ class AsyncLLM:
         cls, config: EngineConfig, connect: Callable[[], Awaitable[CoreLink]], *, limits: QueueLimits = UNLIMITED,
         observe: Callable[[RequestOutput], None] = lambda output: None,
     ) -> "AsyncLLM":  # fmt: skip
-        """Share a core that another process has started with this configuration. connect: makes the link to it."""
+        """Share a core that another process has started with this configuration. connect: returns a link to it."""
         tokenizer, end_token_ids = await asyncio.to_thread(build_tokenizer, config)
         return cls(await connect(), tokenizer, end_token_ids, limits, observe)
 
     @property
     def facts(self) -> EngineFacts:
-        """What the core told when it had started."""
+        """Reported by the core after its start."""
         return self._core.facts
 
     @property
     def error(self) -> CoreDiedError | None:
-        """What the core died of; None while it lives."""
+        """Why the core died; None while it is alive."""
         return self._core.error
 
     @property
     def num_unfinished(self) -> int:
-        """Requests under way, those that are being tokenized included."""
+        """Unfinished requests, including those that are being tokenized."""
         return len(self._mailboxes)
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
         priority: int = 0, timeout_s: float | None = None,
     ) -> Outputs:  # fmt: skip
-        """Complete one prompt, with an output whenever it got a token or ended; outputs that are not taken in time are
-        merged. Closing the generator, or cancelling its task, aborts the request.
+        """Complete one prompt. Yields an output for new tokens and at the end; merges outputs for a slow caller.
+        Closing the generator, or cancelling its task, aborts the request.
 
-        request_id: unique among requests under way; None: a number.
-        priority: the lower goes first, whenever it arrived. timeout_s: from now to the end; None: any time.
+        request_id: unique among unfinished requests; None: a number.
+        priority: lower values run first, whatever their arrival times. timeout_s: until the end; None: no timeout.
 
-        Raises ValueError where a prompt or parameter is wrong (RequestTooLongError where it is too long),
+        Raises ValueError for a wrong prompt or parameter (RequestTooLongError for a prompt that is too long),
         OverloadedError, EngineUnavailableError, RequestTimeoutError, StepFailedError, CoreDiedError.
         """
         submitted = self.submit(prompt, sampling_params, request_id, priority=priority, timeout_s=timeout_s)
@@ -138,23 +138,23 @@ class AsyncLLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
         priority: int = 0, timeout_s: float | None = None,
     ) -> Outputs:  # fmt: skip
-        """As `generate`, but what is wrong with the request is raised here: it is queued when this returns."""
+        """Like `generate`, but returns once the request is queued, and raises errors in the request itself."""
         request_id = next(self._ids) if request_id is None else request_id
         outputs = self._run(request_id, prompt, sampling_params or SamplingParams(), priority, timeout_s)
         await anext(outputs)
         return outputs  # type: ignore[return-value]  # only the first is None
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Run what takes long, as tokenizing does, off the event loop."""
+        """Run a slow function, e.g. tokenizing, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
 
     async def encode_chat(self, conversation: Conversation, **options: Any) -> list[int]:
-        """Token ids of a conversation; for the options see `encode_chat` of the input processor."""
+        """Token ids of a conversation; for the options see `input_processor.encode_chat`."""
         check_characters(num_characters(conversation), self.facts)
         return await self.in_thread(encode_chat, self.tokenizer, conversation, **options)
 
     async def stats(self) -> CoreStats:
-        """Queues and memory of the core between two steps. Raises CoreDiedError."""
+        """Queue lengths and memory of the core between two steps. Raises CoreDiedError."""
         return await self._core.stats()
 
     async def set_cache_budget(self, memory_bytes: int) -> None:
@@ -162,18 +162,18 @@ class AsyncLLM:
         await self._core.change_memory(SetCacheBudget(memory_bytes))
 
     async def sleep(self, level: int = 1) -> None:
-        """Give the memory of the KV cache back to the system. Requests wait until `wake_up`, new ones too.
+        """Return the KV cache's memory to the system. All requests, including new ones, wait until `wake_up`.
 
-        level: 2: the memory of the weights too. ValueError: see `CoreClient.sleep`.
+        level: 1, or 2 to release the weights too. ValueError: see `CoreClient.sleep`.
         """
         await self._core.change_memory(Sleep(level))
 
     async def wake_up(self) -> None:
-        """Take the memory again, and go on. ValueError: see `CoreClient.wake_up`."""
+        """Allocate the memory again and resume. ValueError: see `CoreClient.wake_up`."""
         await self._core.change_memory(WakeUp())
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+        """Drop the cached prefixes of finished requests; False, without effect, while a request is unfinished."""
         try:
             await self._core.change_memory(ResetPrefixCache())
         except ValueError:
@@ -181,37 +181,37 @@ class AsyncLLM:
         return True
 
     def kill(self) -> None:
-        """End the core process at once, and with it every request."""
+        """Kill the core process, which ends every request."""
         self._core.kill()
 
     async def wait_until_idle(self) -> None:
-        """Return when no request is under way."""
+        """Return once no request is unfinished."""
         while self._mailboxes:
             await asyncio.sleep(_IDLE_POLL_S)
 
     async def wait_until_dead(self) -> None:
-        """Return when the core has died."""
+        """Return once the core has died."""
         await self._died.wait()
 
     def refuse_requests(self, reason: str) -> None:
-        """Take no new requests from now on; those under way go on."""
+        """Reject new requests from now on; unfinished ones continue."""
         self._refusal = reason
 
     async def shutdown(self) -> None:
-        """End every request with EngineUnavailableError, and the core process. May be called again."""
+        """End every request with EngineUnavailableError, then end the core process. Idempotent."""
         self.refuse_requests("the engine is shut down")
         self._fail_all(EngineUnavailableError("the engine was shut down before the request had ended"))
         deadline_s = time.monotonic() + _DELIVERY_TIMEOUT_S
         while any(each.is_awaited for each in self._mailboxes.values()) and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.01)  # their generators run
+            await asyncio.sleep(0.01)  # lets their generators run
         await self._core.close()
         self._threads.shutdown(wait=False)
 
     async def _run(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int, timeout_s: float | None
     ) -> AsyncGenerator[RequestOutput | None, None]:
-        """None once the request is queued, then its outputs. The one place where a request that has not ended is ended
-        for its caller, whatever is the reason."""
+        """Yields None once the request is queued, then its outputs. Its `finally` ends unfinished requests for their
+        callers, whatever the reason."""
         mailbox = self._enter(request_id, params.n)
         try:
             with mailbox.deadline(timeout_s):
@@ -236,7 +236,7 @@ class AsyncLLM:
         return self._mailboxes.setdefault(request_id, Mailbox())
 
     async def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
-        """The core gets an id that no other request ever has: it may still compute one that its caller has left."""
+        """Uses a unique id in the core, which may still compute an aborted request with the caller's id."""
         arrived_at_s = time.monotonic()
         if isinstance(prompt, str):
             check_characters(len(prompt), self.facts)
@@ -270,7 +270,7 @@ class AsyncLLM:
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
 
-    # What the core tells, on the event loop.
+    # CoreListener: reports of the core, on the event loop.
 
     def on_outputs(self, output: CoreOutput) -> None:
         for state in filter(None, map(self._outputs.find, output.first_scheduled)):
@@ -294,7 +294,7 @@ class AsyncLLM:
 
 
 async def _abandon(starting: "asyncio.Task[CoreProcess]") -> None:
-    """End a core process, also one that is not or just now started."""
+    """End a core process that is starting or has just started."""
     starting.cancel()
     with suppress(Exception, asyncio.CancelledError):
         await (await starting).close()

@@ -1,6 +1,6 @@
-"""Prompts and parameters of callers to requests of the core: checked, tokenized, one for each completion.
+"""Turns callers' prompts and parameters into core requests: validates, tokenizes, makes one request per completion.
 
-A request that passes here and the scheduler's own length check can harm no other request in its batch.
+A request that passes these checks and the scheduler's length check cannot affect other requests in its batch.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ Prompt = str | Sequence[int]
 AnyPrompt = Prompt | Mapping[str, Any]
 Prompts = AnyPrompt | Sequence[AnyPrompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
-_KEPT_GRAMMARS = 256
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring seeds and indices never meet
+_GRAMMAR_CACHE_SIZE = 256
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: nearby seeds and indices do not collide
 
 
 class InputProcessor:
-    """Prompts and parameters against one model's tokenizer (None: it has none) and vocabulary.
+    """Validates against one model's vocabulary and tokenizer (None: the model has no tokenizer).
 
-    ValueError where an end token is outside the vocabulary: the tokenizer is another model's.
+    ValueError if an end token is outside the vocabulary: the tokenizer then belongs to another model.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: frozenset[int]) -> None:
         self._tokenizer, self._end_token_ids = tokenizer, end_token_ids
         self._vocab_size = vocab_size
-        self._grammars = _GrammarCheck(tokenizer, vocab_size, end_token_ids)
+        self._grammars = _GrammarValidator(tokenizer, vocab_size, end_token_ids)
         self._check_ids("eos_token_id", end_token_ids)
 
     def process(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[NewRequest]:
-        """One request for each of the params.n completions; the first has the id itself, others `id#1`, `id#2`, ...
+        """One request per completion (params.n). The first has the given id, the others `id#1`, `id#2`, ...
 
-        priority: the lower goes first; a signed 32-bit integer.
-        Raises ValueError for an empty prompt, one that is neither text nor token ids, text that cannot be encoded, a
-        token id outside the vocabulary, and parameters that do not fit the model.
+        priority: lower values run first; a signed 32-bit integer.
+        Raises ValueError for a prompt that is empty or neither text nor token ids, for text that cannot be encoded, for
+        a token id outside the vocabulary, and for parameters that the model does not support.
         """
         ids = self._token_ids(prompt)
         if not -(2**31) <= priority < 2**31:
@@ -57,13 +57,13 @@ class InputProcessor:
             raise ValueError(f"the prompt is empty ({prompt!r}); it must hold at least one token")
         values = numpy.frombuffer(ids, numpy.int64)  # min() and max() of an array take 3 ms for 32K tokens
         self._check_range("prompt", int(values.min()), int(values.max()))
-        params = self._fit(params)
+        params = self._validate(params)
         single = params if params.n == 1 else replace(params, n=1)
         first = NewRequest(request_id, ids, single, self._end_token_ids, priority)
         return [first, *(_completion(first, index) for index in range(1, params.n))]
 
-    def _fit(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, checked against the model; bad words are token ids then."""
+    def _validate(self, params: SamplingParams) -> SamplingParams:
+        """Validate the parameters against the model; return them with bad words as token ids."""
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}: this model has no tokenizer, use stop_token_ids")
         if params.structured_outputs is not None:
@@ -72,7 +72,7 @@ class InputProcessor:
             if (getattr(params, name) or 0) > self._vocab_size:
                 raise ValueError(f"{name} is {getattr(params, name)}: the vocabulary has {self._vocab_size} tokens")
         if params.bad_words:
-            words = [ids for word in params.bad_words for ids in self._ways_to_write(word)]
+            words = [ids for word in params.bad_words for ids in self._encodings(word)]
             params = replace(params, bad_words=words)
             self._check_ids("bad_words", itertools.chain(*words))
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
@@ -83,21 +83,21 @@ class InputProcessor:
         return params
 
     def _check_choice(self, params: SamplingParams) -> None:
-        """ValueError where every token is excluded as the first one of the output."""
+        """ValueError if no token is allowed as the first output token."""
         excluded = {word[0] for word in params.bad_words if len(word) == 1}
         if params.min_tokens:
             excluded.update(params.stop_token_ids, () if params.ignore_eos else self._end_token_ids)
         allowed = params.allowed_token_ids
         if excluded.issuperset(range(self._vocab_size) if allowed is None else allowed):
             raise ValueError(
-                f"allowed_token_ids is {short_repr(allowed)}: bad_words and min_tokens, before which no end token may "
-                "be chosen, exclude every allowed token"
+                f"allowed_token_ids is {short_repr(allowed)}: bad_words and min_tokens (which forbids end tokens) "
+                "exclude every allowed token"
             )
 
-    def _ways_to_write(self, word: str | Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """Token ids of a bad word at the beginning of a text; and after a space, where only the first of them differs.
+    def _encodings(self, word: str | Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Token ids of a bad word at the start of a text, and after a space if only the first token then differs.
 
-        As in vLLM: a word that is cut into other tokens behind a space is looked for in its first form alone.
+        As in vLLM, a word whose number of tokens changes after a space is matched only in its first form.
         """
         if not isinstance(word, str):
             yield tuple(word)
@@ -145,17 +145,17 @@ class InputProcessor:
                 )
 
 
-class _GrammarCheck:
-    """Whether the model can follow a limit of its output; what it was asked last is remembered."""
+class _GrammarValidator:
+    """Checks whether the model supports a structured output. Caches recent results."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, end_token_ids
-        self.check = lru_cache(_KEPT_GRAMMARS)(self._check)
+        self.check = lru_cache(_GRAMMAR_CACHE_SIZE)(self._check)
         self._vocabulary = cache(self._make_vocabulary)
 
     def _check(self, limit: StructuredOutputsParams) -> None:
-        """ValueError where it cannot. Special tokens can be named by a grammar alone, so that others need no
-        vocabulary, which takes a second to make."""
+        """ValueError if it does not. Only grammars can name special tokens, so only they need the vocabulary, which
+        takes a second to build."""
         for missing, name in ((self._tokenizer is None, "tokenizer"), (not self._end_token_ids, "end token")):
             if missing:
                 raise ValueError(f"structured_outputs is given, but this model has no {name}")
@@ -187,12 +187,12 @@ def plain_prompt(prompt: Mapping[str, Any]) -> Prompt:
 
 
 def params_of_each(params: Params, count: int) -> Sequence[SamplingParams]:
-    """The parameters of each of `count` prompts; None: the defaults."""
+    """The sampling parameters of each of `count` prompts; None: the defaults."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if not isinstance(params, Sequence):
         raise ValueError(
-            f"sampling_params is {short_repr(params)}: it must be a SamplingParams, or a list of one a prompt"
+            f"sampling_params is {short_repr(params)}: it must be a SamplingParams, or a list with one for each prompt"
         )
     if len(params) != count:
         raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one for all or one each")
@@ -207,16 +207,17 @@ def encode_chat(
     add_generation_prompt: bool = True, continue_final_message: bool = False, tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:  # fmt: skip
-    """Token ids of a conversation up to where the assistant's answer begins.
+    """Token ids of a conversation, up to the assistant's answer.
 
-    Messages are dicts with `role` and `content`, which is text or a list of text parts; an assistant's message with
-    `tool_calls` needs no content, and messages of role `tool` bring results.
+    Messages are dicts with `role` and `content` (text or a list of text parts). An assistant message with `tool_calls`
+    needs no content; messages with role `tool` contain results.
 
-    chat_template: a Jinja template in place of the model's own.
-    add_generation_prompt: whether the prompt ends with the beginning of the assistant's answer.
-    continue_final_message: leave the last message open, for the model to go on with it; not with the former.
+    chat_template: a Jinja template that replaces the model's own.
+    add_generation_prompt: end the prompt with the start of an assistant message.
+    continue_final_message: leave the last message open so that the model continues it; needs
+        add_generation_prompt=False.
     tools: functions that the model may call, as JSON schemas or as Python functions with docstrings.
-    chat_template_kwargs: more variables of the template, as `enable_thinking`.
+    chat_template_kwargs: further variables of the template, e.g. `enable_thinking`.
     """
     if tokenizer is None:
         raise ValueError("this model has no tokenizer, so it cannot chat: use generate() with token ids")
@@ -230,9 +231,9 @@ def encode_chat(
 
 
 def _completion(first: NewRequest, index: int) -> NewRequest:
-    """Another completion of the same prompt. Its seed follows from the given one and differs from the others'."""
+    """Another completion of the same prompt. Its seed is derived from the given one and differs from the others'."""
     seed = first.sampling_params.seed
     if seed is not None:
-        seed = (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # a signed 64-bit integer again
-    params = replace(first.sampling_params, seed=seed, prompt_logprobs=None)  # the first completion has them
+        seed = (seed + index * _SEED_STRIDE + 2**63) % 2**64 - 2**63  # wraps to a signed 64-bit integer
+    params = replace(first.sampling_params, seed=seed, prompt_logprobs=None)  # only the first completion returns them
     return replace(first, request_id=f"{first.request_id}#{index}", sampling_params=params)

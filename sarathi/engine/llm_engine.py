@@ -1,4 +1,4 @@
-"""The engine: prompts in, outputs out, one step at a time."""
+"""The synchronous engine: it takes prompts and returns outputs, one step at a time."""
 
 import time
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from sarathi.sampling_params import SamplingParams
 
 
 class EngineShutDownError(RuntimeError):
-    """A request for an engine whose model and memory are gone."""
+    """The engine is shut down and accepts no requests."""
 
 
 class LLMEngine:
-    """A core behind the processors of its input and output. One thread at a time may use it.
+    """Combines a core with input and output processing. Not thread-safe.
 
-    clock: the core's, in seconds. metrics: None: no records are kept. end_token_ids: None: the tokenizer's.
+    clock: the core's, in seconds. metrics: None records nothing. end_token_ids: None: the tokenizer's.
     """
 
     def __init__(
@@ -44,38 +44,38 @@ class LLMEngine:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLMEngine":
-        """The engine that `config` describes, its model loaded. Raises ValueErrors that name the setting at fault."""
-        from sarathi.engine.build import build_core, build_tokenizer  # import readers of checkpoints
+        """Build an engine and load its model. Raises ValueErrors that name the setting at fault."""
+        from sarathi.engine.build import build_core, build_tokenizer  # slow: imports checkpoint readers
 
         if config.cache.kv_budget_group is not None:
             raise ValueError(
-                f"kv_budget_group is {config.cache.kv_budget_group!r}: an engine that shares its memory has a process "
-                "of its own, as that of `sarathi serve` or AsyncLLM"
+                f"kv_budget_group is {config.cache.kv_budget_group!r}: an engine that shares its memory needs its own "
+                "process: use `sarathi serve` or AsyncLLM"
             )
         tokenizer, end_token_ids = build_tokenizer(config)
         return cls(build_core(config), tokenizer, end_token_ids=end_token_ids)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything, if only release the memory of requests that have ended."""
+        """Whether a step would do anything, including releasing the memory of finished requests."""
         return not self._is_shut_down and self.core.has_work
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that have been added and have not ended."""
+        """Number of unfinished requests."""
         return len(self._outputs.states)
 
     def is_unfinished(self, request_id: str) -> bool:
-        """Whether a request of this id has been added and has not ended."""
+        """Whether a request with this id is unfinished."""
         return request_id in self._outputs.states
 
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams, arrival_time_s: float | None = None
     ) -> None:
-        """Queue a prompt: text, or token ids. It is refused with a ValueError, and nothing else changes, where the id
-        is in use, the prompt is empty or too long, or a parameter does not fit the model.
+        """Queue a prompt (text or token ids). Raises ValueError, without effect, if the id is in use, the prompt is
+        empty or too long, or the model does not support a parameter.
 
-        arrival_time_s: when the request arrived, by the engine's clock; None: now.
+        arrival_time_s: on the engine's clock; None: now.
         """
         if self._is_shut_down:
             raise EngineShutDownError("the engine is shut down: it takes no more requests")
@@ -91,11 +91,11 @@ class LLMEngine:
             raise
 
     def step(self) -> list[RequestOutput]:
-        """Launch one batch and take the result of the oldest: outputs of the requests that got a token or ended.
+        """Launch one step and process the oldest one's result. Returns outputs of requests that got
+        tokens or ended.
 
-        With an executor that has several steps in flight, the first call returns no output. Where anything raises, be
-        it Ctrl-C, every request ends without a last output, the error goes on to the caller, and the engine takes new
-        requests.
+        If the executor keeps several steps in flight, the first call returns no outputs. Any exception, including
+        KeyboardInterrupt, ends every request without a final output and propagates; the engine stays usable.
         """
         try:
             message = self.core.step()
@@ -115,7 +115,7 @@ class LLMEngine:
         return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; its last output, or None if there is no such request (any more)."""
+        """End a request and return its final output; None for an unknown request."""
         state = self._outputs.states.get(request_id)
         if state is None:
             return None
@@ -124,28 +124,28 @@ class LLMEngine:
         return self._outputs.end(state, "abort")
 
     def release_ended(self) -> None:
-        """Tell the executor of ended requests and freed memory where no other request is left to be computed."""
+        """Run steps until the executor has released all memory, if no request is unfinished."""
         while not self._outputs.states and not self._is_shut_down and self.core.has_work:
             self.step()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the tokens of ended requests; False, with nothing done, while a request has not ended."""
+        """Drop the cached prefixes of finished requests; False, without effect, while a request is unfinished."""
         is_reset = self.core.reset_prefix_cache()
         if is_reset:
             self.release_ended()
         return is_reset
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
-        """Tokens found in the cache so far, and what is kept of ended requests."""
+        """Prefix cache hits so far, and the memory retained for finished requests."""
         return self.core.prefix_cache_stats()
 
     def memory_stats(self) -> MemoryStats:
-        """Memory of the KV cache now."""
+        """Current memory of the KV cache."""
         return self.core.memory_stats()
 
     def shutdown(self) -> None:
-        """End every request without a last output and free the model's and the cache's memory; the engine has no work
-        and takes none afterwards. May be called again."""
+        """End every request without a final output, and free the memory of model and cache. The engine then accepts no
+        requests. Idempotent."""
         self._is_shut_down = True
         try:
             self.core.shutdown()

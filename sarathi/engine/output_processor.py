@@ -1,6 +1,6 @@
-"""The core's updates to outputs: text, stop strings, logprobs and times of requests.
+"""Turns the core's updates into outputs: text, stop strings, logprobs and request times.
 
-The only place where a request ends for its caller and for the metrics, whatever ended it.
+Every request ends here for its caller and for the metrics, whatever the reason.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from sarathi.metrics import MetricsSink
 
 
 class Completion:
-    """One of the n completions of a prompt, as it grows. Lists only grow, so that outputs can refer to them."""
+    """One of the n completions of a prompt. Its lists are append-only, so outputs can share them."""
 
     def __init__(self, state: "RequestState", request: NewRequest, index: int, tokenizer: Tokenizer | None) -> None:
         self.state = state
@@ -24,7 +24,7 @@ class Completion:
         self._index = index
         self._params = params = request.sampling_params
         shown = tokenizer if params.detokenize else None
-        self._show_token = str if shown is None else shown.piece
+        self._token_text = str if shown is None else shown.piece
         self._detokenizer = SilentDetokenizer() if shown is None else Detokenizer(
             shown, params.stop, include_stop=params.include_stop_str_in_output, skip_special=params.skip_special_tokens,
             spaces_between_special=params.spaces_between_special_tokens,
@@ -34,12 +34,12 @@ class Completion:
         self._logprobs: list[TokenLogprobs] = []
 
     def append(self, update: RequestUpdate) -> str | None:
-        """Take in an update's tokens up to the one that completes a stop string, which is returned.
+        """Append an update's tokens, up to the one that completes a stop string. Returns that stop string.
 
-        A token that the core stopped at is counted, but is not part of the text unless that was asked for.
+        A stop token is counted, but excluded from the text unless include_stop_str_in_output is set.
         """
-        is_hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
-        num_shown = len(update.tokens) - is_hidden
+        hides_last = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        num_shown = len(update.tokens) - hides_last
         for number, token in enumerate(update.tokens):
             self._token_ids.append(token.token_id)
             if token.logprob is not None:
@@ -52,7 +52,7 @@ class Completion:
         return None
 
     def output(self) -> CompletionOutput:
-        """The completion as of now; one that has ended first releases the text that was held back."""
+        """The current output. A finished completion also returns the text that was held back."""
         if self.finish_reason is not None:
             self._delta += self._detokenizer.flush()
         delta, self._delta = self._delta, ""
@@ -63,13 +63,13 @@ class Completion:
         )  # fmt: skip
 
     def token_logprobs(self, token: SampledToken) -> TokenLogprobs:
-        """Of a token that has logprobs: its own first, then those of the most likely ones."""
+        """A token's logprob, followed by those of the most likely tokens."""
         pairs = [(token.token_id, token.logprob or 0.0), *token.top_logprobs]
-        return {token_id: Logprob(logprob, self._show_token(token_id)) for token_id, logprob in pairs}
+        return {token_id: Logprob(logprob, self._token_text(token_id)) for token_id, logprob in pairs}
 
 
 class RequestState:
-    """A prompt with its n completions, and its times."""
+    """A prompt, its n completions and its times."""
 
     def __init__(
         self, request_id: str, prompt: str | None, requests: Sequence[NewRequest], tokenizer: Tokenizer | None,
@@ -78,21 +78,21 @@ class RequestState:
         self.request_id = request_id
         self.metrics = RequestMetrics(arrived_at_s)
         self.completions = [Completion(self, request, index, tokenizer) for index, request in enumerate(requests)]
-        self.num_open = len(self.completions)  # of them, how many have not ended
+        self.num_open = len(self.completions)  # completions that have not ended
         self.prompt_token_ids = tuple(requests[0].token_ids)
-        self.num_cached_tokens = 0  # of the first completion: the others find its prompt
+        self.num_cached_tokens = 0  # of the first completion; the others always find its prompt
         self._prompt = prompt
         with_logprobs = requests[0].sampling_params.prompt_logprobs is not None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if with_logprobs else None
 
     def append_prompt_logprobs(self, new: PromptLogprobs) -> None:
-        """Positions that were computed a second time are left as they are."""
+        """Append logprobs; ignores positions that were recomputed after a preemption."""
         if self._prompt_logprobs is not None:
             show = self.completions[0].token_logprobs
             self._prompt_logprobs += map(show, new.tokens[len(self._prompt_logprobs) - new.start :])
 
     def output(self, now_s: float) -> RequestOutput:
-        """The request as of now; its first output, and its last, set the times."""
+        """The current output. Sets the first-token and finish times when they occur."""
         outputs = [completion.output() for completion in self.completions]
         finished = not self.num_open
         if self.metrics.first_token_time_s is None and any(output.num_tokens for output in outputs):
@@ -107,14 +107,14 @@ class RequestState:
 
 
 class StopFound(NamedTuple):
-    """A request that a stop string ended, of which the core has yet to hear."""
+    """A request that a stop string ended. The core must be notified."""
 
     request_id: str
     stop: str
 
 
 class OutputProcessor:
-    """Every request that has not ended, as its caller sees it."""
+    """Tracks all unfinished requests and builds their outputs."""
 
     def __init__(
         self, tokenizer: Tokenizer | None, clock: Callable[[], float], metrics: MetricsSink | None = None
@@ -128,7 +128,7 @@ class OutputProcessor:
     def add(
         self, request_id: str, prompt: str | None, requests: Sequence[NewRequest], arrived_at_s: float
     ) -> RequestState:
-        """Expect updates of the completions of one prompt. ValueError where an id of them is in use."""
+        """Track the completions of one prompt. ValueError if one of their ids is in use."""
         for name in [request.request_id for request in requests if request.request_id in self._completions]:
             raise ValueError(f"request id {name!r} belongs to a request that has not ended")
         state = RequestState(request_id, prompt, requests, self._tokenizer, arrived_at_s)
@@ -140,18 +140,18 @@ class OutputProcessor:
         return state
 
     def find(self, completion_id: str) -> RequestState | None:
-        """The request that a completion belongs to; None where it has ended."""
+        """The request that a completion belongs to; None if it has ended."""
         completion = self._completions.get(completion_id)
         return None if completion is None else completion.state
 
     def process(self, message: CoreOutput) -> tuple[list[RequestOutput], list[StopFound]]:
-        """Outputs of the requests that got a token or ended, and the stop strings found.
+        """Returns outputs of requests with new tokens or that ended, and the stop strings found.
 
-        Updates of requests that ended here while a step with them was running are dropped.
+        Drops updates of requests that ended here while a step with them was running.
         """
         touched: dict[str, RequestState] = {}
         found = []
-        self._note_scheduled(message.first_scheduled, message.scheduled_at_s)
+        self._set_scheduled_times(message.first_scheduled, message.scheduled_at_s)
         for update in message.updates:
             completion = self._completions.get(update.request_id)
             if completion is None:
@@ -162,7 +162,7 @@ class OutputProcessor:
             if update.prompt_logprobs is not None:
                 completion.state.append_prompt_logprobs(update.prompt_logprobs)
             stop = completion.append(update)
-            if stop is not None:  # also where the core ended it with the same token
+            if stop is not None:  # takes precedence over the core's finish reason
                 found.append(StopFound(update.request_id, stop))
                 self._end(completion, "stop", stop)
             elif update.finish_reason is not None:
@@ -171,14 +171,14 @@ class OutputProcessor:
         return [state.output(now_s) for state in touched.values()], found
 
     def end(self, state: RequestState, reason: str) -> RequestOutput:
-        """The last output of a request whose open completions all end now, for one reason."""
+        """End all open completions of a request and return its final output."""
         for completion in state.completions:
             if completion.finish_reason is None:
                 self._end(completion, reason)
         return state.output(self._clock())
 
     def end_all(self, reason: str) -> None:
-        """End every request without a last output, also where an exception left them half updated."""
+        """End every request without a final output, even if an exception left some half updated."""
         try:
             for completion in list(self._completions.values()):
                 if completion.finish_reason is None:
@@ -198,7 +198,7 @@ class OutputProcessor:
             for each in state.completions:
                 del self._completions[each.request_id]
 
-    def _note_scheduled(self, request_ids: Iterable[str], scheduled_at_s: float) -> None:
+    def _set_scheduled_times(self, request_ids: Iterable[str], scheduled_at_s: float) -> None:
         for request_id in request_ids:
             completion = self._completions.get(request_id)
             if completion is not None and completion.state.metrics.first_scheduled_time_s is None:

@@ -1,6 +1,6 @@
-"""What a caller gets from each step: the state of a request and of its completions.
+"""The outputs that callers receive from each step.
 
-Nothing changes an output, but none is frozen: hundreds are built in a step, and frozen ones take three times as long.
+Outputs are never modified, but not frozen: a step builds hundreds, and frozen dataclasses take three times as long.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Logprob(NamedTuple):
-    """Natural logarithm of a token's probability, and the token as text."""
+    """Natural logarithm of a token's probability, and the token's text."""
 
     logprob: float
     decoded_token: str
@@ -22,12 +22,12 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(repr=False, eq=False, slots=True)
 class CompletionOutput:
-    """One of a request's n completions as of one step. It refers to lists that only grow, and copies nothing.
+    """One of a request's n completions after one step. It shares append-only lists instead of copying them.
 
-    text: all of it so far, without stop string and special tokens; it may lag behind the tokens by what is held back.
-    delta: what the step added to `text`.
-    finish_reason: "stop", "length", "abort" or "error"; None while it goes on.
-    stop_reason: the stop string or stop token that ended it; None for the model's own end token, and for no stop.
+    text: so far, without stop string and special tokens. It lags behind the tokens while a stop string may be matching.
+    delta: text added by this step.
+    finish_reason: "stop", "length", "abort" or "error"; None while unfinished.
+    stop_reason: the stop string or stop token that ended it; None for the model's end token, or without a stop.
     """
 
     index: int
@@ -41,12 +41,12 @@ class CompletionOutput:
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids so far, the one that ended it included."""
+        """Token ids so far, including the one that ended the completion."""
         return self._token_ids[: self.num_tokens]
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
-        """One entry a token; None unless asked for."""
+        """One entry per token; None unless requested."""
         return self._logprobs[: self.num_tokens] or None
 
     @property
@@ -54,7 +54,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """What it holds, as JSON values; `logprobs` only where asked for, and null where NaN or infinite."""
+        """As JSON values; includes `logprobs` only if requested; NaN and infinite values become null."""
         answer: dict[str, Any] = {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -72,7 +72,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times by the engine's clock, in seconds; None while it has not happened. Shared by all outputs of a request."""
+    """Times on the engine's clock, in seconds; None before the event. Shared by all outputs of a request."""
 
     arrival_time_s: float
     first_scheduled_time_s: float | None = None
@@ -82,11 +82,11 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request as of one step. `prompt` is None where token ids came in; `outputs` holds all n completions. The prompt
-    of a chat is its text in the model's own format.
+    """A request after one step. `outputs` has all n completions.
 
-    prompt_logprobs: one entry for each prompt token computed so far, None for the first; None unless asked for.
-    num_cached_tokens: of the prompt, those whose keys and values were found in the cache.
+    prompt: its text, in the model's chat format for a chat; None if token ids were given.
+    prompt_logprobs: one entry per prompt token computed so far, None for the first one; None unless requested.
+    num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache.
     """
 
     request_id: str
@@ -99,7 +99,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values; `prompt_logprobs` only where asked for."""
+        """As JSON values; includes `prompt_logprobs` only if requested."""
         shown: dict[str, Any] = {
             "request_id": self.request_id,
             "prompt": self.prompt,
@@ -115,7 +115,7 @@ class RequestOutput:
 
 
 def _logprob_dicts(entries: Iterable[tuple[int, Logprob]]) -> list[dict[str, Any]]:
-    """A logprob that is NaN or infinite is None: JSON has neither."""
+    """NaN and infinite logprobs become None, since JSON has neither."""
     return [
         {"token_id": token_id, "token": each.decoded_token, "logprob": each.logprob if isfinite(each.logprob) else None}
         for token_id, each in entries

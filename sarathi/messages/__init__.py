@@ -1,4 +1,4 @@
-"""Messages between front end, core and workers: immutable and serialisable, so that each may be a process."""
+"""Messages between front end, core and workers: immutable and serializable, since each may be a process."""
 
 from sarathi.messages.core import CoreOutput, CoreStats, EngineFacts, RequestUpdate, Resolution, StepReport
 from sarathi.messages.memory import CacheCapacity, MemoryStats, PrefixCacheStats

@@ -1,4 +1,4 @@
-"""What the core tells the front end: once when it has started, then a message a step."""
+"""Messages from the core to the front end: one after its start, then one per step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sarathi.messages.steps import PromptLogprobs, SampledToken, SchedulerOutput
 
 
 class RequestUpdate(NamedTuple):
-    """What one step brought one request, as the core tells the front end.
+    """One step's results for one request.
 
     tokens: the new tokens, in order.
-    finish_reason: "stop", "length" or "error" where the request ended in this step; None while it goes on.
-    stop_reason: the stop token that ended it; None for the model's end token; what went wrong, for "error".
-    prompt_logprobs: of the part of its prompt that the step computed, where the request asked for them.
-    num_cached_tokens: of its prompt, which were found in the cache when it started.
+    finish_reason: "stop", "length" or "error" if the request ended in this step; None while unfinished.
+    stop_reason: the stop token that ended it; None for the model's end token; the error message for "error".
+    prompt_logprobs: of the prompt tokens that the step computed, if requested.
+    num_cached_tokens: prompt tokens found in the prefix cache when the request started.
     """
 
     request_id: str
@@ -38,11 +38,11 @@ class StepReport(NamedTuple):
 
 
 class CoreOutput(NamedTuple):
-    """The core's one message of a step.
+    """The core's message for one step.
 
-    step: the step that completed, for the metrics; None where it is still running, and from a core in another process.
-    first_scheduled: requests that were computed for the first time in that step, which was scheduled from
-        scheduled_at_s on, by the core's clock.
+    step: the completed step, for the metrics; None if no step completed, and from a core in another process.
+    first_scheduled: requests that this step computed for the first time.
+    scheduled_at_s: when scheduling of the step began, on the core's clock.
     """
 
     updates: tuple[RequestUpdate, ...] = ()
@@ -52,13 +52,13 @@ class CoreOutput(NamedTuple):
 
 
 class Resolution(NamedTuple):
-    """What "auto" in the configuration became.
+    """The values that "auto" settings resolved to.
 
     backend: the attention backend's name. device, dtype: of weights and activations, as torch names them.
     dtype_eps: difference between 1 and the next larger number in dtype.
-    prefix_caching: whether it is asked for and possible for this model, its ranks and the addresses of the device.
-    mapped_weights: whether the memory of weights can be given back while their addresses stay.
-    cascade_attention: whether it is asked for, prefixes are shared, and the backend has the kernel.
+    prefix_caching: requested, and supported for this model, its ranks and the device's address space.
+    mapped_weights: whether the weights' memory can be released while their addresses stay valid.
+    cascade_attention: requested, prefix caching is on, and the backend has the kernel.
     """
 
     backend: str
@@ -72,8 +72,7 @@ class Resolution(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What the core tells the front end once, when it has started.
-
+    """Sent once, after the core's start.
     vocab_size: token ids are in [0, vocab_size). max_model_len: tokens of the longest request, prompt and output.
     capacity: of the KV cache. token_bytes: of one token's keys and values in all layers.
     """
@@ -86,17 +85,17 @@ class EngineFacts:
 
     @property
     def num_cache_tokens(self) -> int:
-        """Tokens of one request that fill the whole cache."""
+        """Tokens of one request that fills the whole cache."""
         return self.capacity.tokens_in(self.capacity.rows)
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of the longest prompt that can run: an output token must follow, which need not be in the cache."""
+        """Tokens of the longest prompt that can run. One output token must follow; it needs no memory in the cache."""
         return min(self.max_model_len - 1, self.num_cache_tokens)
 
 
 class CoreStats(NamedTuple):
-    """A core between two steps. Rows are those of the block space manager."""
+    """The core's state between two steps. Rows are those of the block space manager."""
 
     num_running: int
     num_waiting: int

@@ -1,4 +1,4 @@
-"""The size of a KV cache, what it holds, and what prefix caching found in it."""
+"""The size of a KV cache, its memory statistics and its prefix cache statistics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class CacheCapacity:
 
     Virtual memory: a row is one page in every region, token_bytes is one token's share of one region.
     Paged: a row is a block, token_bytes is 1 and page_bytes is the tokens of a block.
-    over_read_tokens: kernels may read so many tokens past a request's last one, so that it needs memory there too.
-    num_retained: sequences of ended requests that may be kept; 0: no prefix caching.
-    share_rows: sequences share multiples of so many rows, and retained ones are shortened to such; they hold whole
-        tokens.
+    over_read_tokens: kernels may read this many tokens past a request's last one, so that memory must be mapped there.
+    num_retained: maximum number of retained sequences of finished requests; 0: no prefix caching.
+    share_rows: sequences share memory in multiples of this many rows, which contain whole tokens; retained sequences
+        are truncated to such multiples.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class CacheCapacity:
     share_rows: int = 1
 
     def rows_for(self, num_tokens: int) -> int:
-        """Rows that num_tokens of one request take."""
+        """Rows that num_tokens tokens of one request need."""
         mapped_tokens = num_tokens + self.over_read_tokens if num_tokens else 0
         return -(-mapped_tokens * self.token_bytes // self.page_bytes)
 
@@ -57,9 +57,9 @@ class CacheCapacity:
 class MemoryStats:
     """The cache's memory in bytes, over all layers, and the cost of managing it so far.
 
-    reserved: addresses. created: physical memory held. mapped: the part of it at some address. idle: mapped for no
-    request now, retained for prompts that begin alike or not; given as soon as a request needs it. wasted: mapped for a
-    request but past its last token. steps_waited: steps that had to wait for a page.
+    reserved: virtual addresses. created: physical memory. mapped: physical memory mapped at some address. idle: mapped,
+    but used by no request; includes retained prefixes; reused as soon as a request needs it. wasted: mapped for a
+    request, but past its last token. steps_waited: steps that had to wait for a page.
     """
 
     reserved_bytes: int = 0
@@ -74,15 +74,15 @@ class MemoryStats:
 
     @classmethod
     def sum_of(cls, parts: Iterable[MemoryStats]) -> MemoryStats:
-        """The memory of several caches together."""
+        """The sum over several caches."""
         each = [astuple(part) for part in parts]
         return cls(*[sum(values) for values in zip(*each, strict=True)])
 
 
 class PrefixCacheStats(NamedTuple):
-    """Tokens and rows since the start. queried: tokens of requests that started; hit: those found in the cache.
+    """Tokens and rows since the start. queried: prompt tokens of started requests; hit: those found in the cache.
 
-    num_retained, num_retained_rows: sequences of ended requests now, and the rows that only they hold.
+    num_retained, num_retained_rows: current sequences of finished requests, and the rows that only they use.
     """
 
     num_queried_tokens: int = 0

@@ -1,8 +1,8 @@
-"""A step's messages between scheduler and workers: the work, and its result.
+"""The messages of a step between scheduler and workers: its work and its result.
 
 A worker processes a SchedulerOutput in this order: release `preempted` and `finished`, add `new_requests` and every
-chunk's `block_ids`, prepare memory, compute. Only the last two can run out of memory, so the bookkeeping before them is
-valid even for a step whose result has `available_rows`.
+chunk's `block_ids`, prepare memory, compute. Only the last two can run out of memory, so the first two stay in effect
+even if the result has `available_rows`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from sarathi.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request, from the front end to the core; and from the core to the workers, before its first chunk.
+    """A request. The front end sends it to the core, which sends it to the workers before its first chunk.
 
-    A worker keeps the tokens and appends those that it samples.
+    Workers keep the tokens and append those that they sample.
     token_ids: the prompt, int64 (typecode q).
     eos_token_ids: the model's end tokens, which are not sampled before sampling_params.min_tokens tokens.
-    priority: the lower goes first, before all of a higher one whenever they arrived.
+    priority: lower values run first, whatever their arrival times.
     """
 
     request_id: str
@@ -34,11 +34,11 @@ class NewRequest:
 class Chunk(NamedTuple):
     """Tokens [start, start + num_tokens) of one request, computed in one step.
 
-    samples: whether the chunk ends at the request's last token, so that the next one is drawn from its logits.
-    granted_tokens: length for which the request holds memory, in whole rows; the prompt's from admission on.
-    block_ids: blocks granted since the request's last chunk, in order (all of them after a resume); () on vattn.
+    samples: whether the chunk ends at the request's last token, so that the next token is sampled from its logits.
+    granted_tokens: tokens for which the request has memory, in whole rows; at least the prompt's from admission on.
+    block_ids: blocks allocated since the request's last chunk, in order (all of them after a resume); () on vattn.
 
-    A named tuple, not a dataclass: hundreds are built in every step, and it takes a third of the time.
+    A named tuple, since every step builds hundreds, and a dataclass takes three times as long.
     """
 
     request_id: str
@@ -53,11 +53,11 @@ EVERY_KEY = -1
 
 
 class SharedPrefix(NamedTuple):
-    """A new request that begins with the tokens of another sequence.
+    """A new request whose first tokens equal those of another sequence.
 
     source: a running request, or the key of a retained sequence.
-    num_mapped: leading tokens whose memory both have from now on. num_tokens: those up to here are copied.
-    source_block: block of the source that holds the copied tokens (paged); -1.
+    num_mapped: leading tokens whose memory both share. Tokens [num_mapped, num_tokens) are copied.
+    source_block: the source's block that contains the copied tokens (paged); else -1.
     """
 
     request_id: str
@@ -68,12 +68,12 @@ class SharedPrefix(NamedTuple):
 
 
 class PrefixChanges(NamedTuple):
-    """What a step changes in memory that outlives requests, in this order. On blocks only `shared` needs work.
+    """A step's changes to the prefix cache, in this order. Paged caches need work only for `shared`.
 
-    retained: (request id, key): keep the memory of this request as it is, under the key.
-    evicted: (key, rows): keep the first rows of it, or release it where that is 0; EVERY_KEY: all keys.
-    continued: (request id, key): a new request takes over what is kept under the key.
-    shared: new requests that begin as other sequences do. Copies are made in the order of the steps.
+    retained: (request id, key): retain the request's memory under this key.
+    evicted: (key, rows): truncate the sequence to its first rows, or release it if rows is 0; EVERY_KEY: all keys.
+    continued: (request id, key): a new request takes over the memory retained under this key.
+    shared: new requests that share prefixes with other sequences. Copies run in the order of the steps.
     """
 
     retained: tuple[tuple[str, int], ...] = ()
@@ -86,9 +86,9 @@ NO_CHANGES = PrefixChanges()
 
 
 class PrefixGroup(NamedTuple):
-    """Requests of a step that decode and begin with the same num_tokens tokens, which attention may read once.
+    """Decoding requests of a step that share their first num_tokens tokens, which attention may read only once.
 
-    members: the indices of their chunks. Any member's memory has these tokens.
+    members: the indices of their chunks. Every member's memory contains these tokens.
     """
 
     num_tokens: int
@@ -96,7 +96,7 @@ class PrefixGroup(NamedTuple):
 
 
 class Portion(NamedTuple):
-    """Tokens [first, end) of a request, whose keys and values leave for another engine while a step computes them."""
+    """Tokens [first, end) of a request whose keys and values a step sends to the decode engine while computing them."""
 
     request_id: str
     first: int
@@ -104,9 +104,9 @@ class Portion(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A request whose prompt another engine has computed, or has given up.
+    """A request whose prompt the prefill engine has computed or abandoned.
 
-    num_portions: that were sent of it. token: the one behind its prompt; None where it has ended.
+    num_portions: portions sent. token: the first output token; None if the request has ended.
     """
 
     request_id: str
@@ -118,14 +118,14 @@ class Arrival(NamedTuple):
 class SchedulerOutput:
     """One step's work. The order of chunks is the order of the batch.
 
-    preempted: release the memory and keep the tokens, which are computed again later.
-    finished: drop the request. Both are released before the memory of this step's chunks is prepared.
-    received: prompts that another engine computes: memory is prepared for them as for chunks, and nothing is computed.
-        They begin behind the tokens that are cached here.
-    sent: what this step computes for another engine.
-    num_recoveries: failed steps that the scheduler knew of. An executor that has seen more of them fails this step too:
-        it was sent after a failed one, and depends on what that should have computed.
-    prefix_groups: disjoint, those with the most in common first; none without cascade attention.
+    preempted: requests to release, keeping their tokens, which are recomputed later.
+    finished: requests to drop. Both are released before the memory of this step's chunks is prepared.
+    received: prompts that the prefill engine computes. Memory is prepared for them as for chunks, but nothing is
+        computed. They start after the tokens that are cached here.
+    sent: portions to send to the decode engine.
+    num_recoveries: failed steps known to the scheduler. An executor that has seen more of them fails this step too,
+        since it depends on the result of a failed step.
+    prefix_groups: disjoint, longest common prefix first; empty without cascade attention.
     """
 
     step_id: int
@@ -141,7 +141,7 @@ class SchedulerOutput:
 
     @property
     def is_empty(self) -> bool:
-        """Whether workers need not hear of it."""
+        """Whether there is nothing to send to the workers."""
         changes = (self.new_requests, self.chunks, self.preempted, self.finished, self.received)
         return not any((*changes, *self.prefixes))
 
@@ -155,13 +155,13 @@ NOT_FINITE, NO_TOKEN_LEFT = -1, -2
 
 
 class SampledToken(NamedTuple):
-    """A token drawn for one request.
+    """A token sampled for one request.
 
-    token_id: NOT_FINITE where the model's logits were NaN or infinite; NO_TOKEN_LEFT where the request's parameters
-        excluded every token. No token could be drawn in either case, and the request ends.
-    logprob: natural logarithm of its probability; None unless asked for.
+    token_id: NOT_FINITE if the logits were NaN or infinite; NO_TOKEN_LEFT if the request's parameters excluded every
+        token. In both cases no token was sampled, and the request ends.
+    logprob: natural logarithm of its probability; None unless requested.
     top_logprobs: (token id, logprob) of the most likely tokens, best first.
-    error: what a logits processor raised, in which case no token is left.
+    error: the error that a logits processor raised; token_id is then NO_TOKEN_LEFT.
     """
 
     request_id: str
@@ -172,9 +172,9 @@ class SampledToken(NamedTuple):
 
 
 class PromptLogprobs(NamedTuple):
-    """Log probabilities of a request's prompt tokens from position `start` on, one entry a token, with their logprobs.
+    """Log probabilities of a request's prompt tokens from position `start` on, one entry per token.
 
-    After a preemption, positions come a second time.
+    After a preemption, positions are sent again.
     """
 
     request_id: str
@@ -183,7 +183,7 @@ class PromptLogprobs(NamedTuple):
 
 
 class HostTimes(NamedTuple):
-    """Seconds of a step on the CPU: to prepare its inputs, and to sample or read its tokens."""
+    """CPU seconds of a step: to prepare its inputs, and to sample or read its tokens."""
 
     prepare_inputs_s: float
     sample_s: float
@@ -194,9 +194,9 @@ class StepResult:
     """The result of a step: one token for every chunk that samples, in any order.
 
     model_s: seconds that the step took on the device.
-    available_rows: set if the cache had less memory than the block space manager counts on: nothing was computed,
-        `tokens` is empty, and the cache has this many rows in total from now on.
-    host: None where nothing was computed.
+    available_rows: set if the cache had less memory than the block space manager assumed. Nothing was computed,
+        `tokens` is empty, and from now on the cache has this many rows in total.
+    host: None if nothing was computed.
     """
 
     step_id: int
@@ -211,11 +211,11 @@ class StepFuture(Protocol):
     """A launched step."""
 
     def result(self) -> StepResult:
-        """Wait until the step has ended. May be called again."""
+        """Wait until the step has ended. Idempotent."""
 
 
 class CompletedStep(NamedTuple):
-    """The future of a step that ended before its launch returned."""
+    """The future of a step that completed before its launch returned."""
 
     outcome: StepResult
 

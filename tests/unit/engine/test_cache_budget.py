@@ -221,5 +221,5 @@ def test_what_no_group_can_share_is_refused(settings: dict[str, object], message
 
 
 def test_an_engine_of_this_process_joins_no_group() -> None:
-    with pytest.raises(ValueError, match="has a process of its own"):
+    with pytest.raises(ValueError, match="needs its own process"):
         LLMEngine.from_config(make_config(kv_budget_group="pair"))
