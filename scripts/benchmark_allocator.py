@@ -41,7 +41,7 @@ class Decodes:
 
     @property
     def prompts(self) -> list[int]:
-        """Lengths a stagger apart, so that requests cross page boundaries one by one, as in a server."""
+        """Prompts of staggered lengths, so that requests cross page boundaries one at a time, as in a server."""
         return [self._options.prompt + self._options.stagger * index for index in range(self._options.max_num_seqs)]
 
     def measure(self, backend: str) -> None:

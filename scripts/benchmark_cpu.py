@@ -4,7 +4,7 @@
     python scripts/benchmark_cpu.py --stages grammar --repeats 15 --output experiments/cpu/grammar
     python scripts/benchmark_cpu.py --test        # few tokens, once; into results/test/cpu
 
-Writes engine_cpu.csv, where a ratio above 1 means that ours is better, and environment.json.
+Writes engine_cpu.csv (ratios above 1: ours is better) and environment.json.
 """
 
 import argparse
@@ -70,7 +70,7 @@ SMALL = Sizes(((8,), (6, 12)), 4, ((2, 32, 1),), (2, 8, 4), ((2, 8, 4),), (2, 8,
 
 
 class TransformersModel:
-    """The reference: transformers loads the same file and generates, with left padding for batches."""
+    """The reference: transformers on the same checkpoint, with left padding for batches."""
 
     def __init__(self, model: str) -> None:
         source = Path(resolve_model(model).path)
@@ -90,7 +90,7 @@ class TransformersModel:
 
 
 class CallClock:
-    """A proxy of an object that adds up the seconds of its calls."""
+    """A proxy that sums the seconds spent in an object's methods."""
 
     def __init__(self, inner: object) -> None:
         self._inner, self.spent_s = inner, 0.0
@@ -108,7 +108,7 @@ class CallClock:
 
 
 class ExecutorClock(CallClock):
-    """A proxy of an executor that adds up the time inside the model."""
+    """A proxy that sums an executor's time inside the model."""
 
     def launch(self, output: SchedulerOutput) -> CompletedStep:
         result = self._inner.launch(output).result()
@@ -145,14 +145,14 @@ def random_prompts(lengths: tuple[int, ...], vocab_size: int = VOCAB_SIZE) -> Pr
 
 
 def alternate(ours: Generate, other: Generate, prompts: Prompts, new_tokens: int, repeats: int) -> tuple[float, ...]:
-    """Run both in turn and discard the first pair: median seconds of ours and of the other, and median ratio."""
+    """Alternate both, discarding the first pair; returns median seconds of ours and of the other, and median ratio."""
     runs = [partial(each, prompts, new_tokens) for each in (ours, other)]
     found = pd.DataFrame([map(seconds, runs) for _ in tqdm(range(repeats + 1))][1:], columns=["ours", "other"])
     return (*found.median(), (found.other / found.ours).median())
 
 
 def against_transformers(model: str, sizes: Sizes, repeats: int) -> Iterator[Record]:
-    """Generation of one request and of a batch of mixed lengths."""
+    """Compare one request, and a batch of mixed lengths, with transformers."""
     reference = TransformersModel(model)
     with engine(model, OURS) as llm:
         for lengths in sizes.generate:
@@ -166,7 +166,7 @@ def against_transformers(model: str, sizes: Sizes, repeats: int) -> Iterator[Rec
 
 
 def against_paged(model: str, sizes: Sizes, repeats: int) -> Iterator[Record]:
-    """The same engine on virtual and on paged memory: mostly prefill, then mostly decode."""
+    """Compare virtual with paged memory: mostly prefill, then mostly decode."""
     works = [*(("prefill", shape) for shape in sizes.prefill), ("decode", sizes.decode)]
     with engine(model, OURS) as virtual, engine(model, PAGED) as paged:
         for name, (count, prompt, output) in works:
@@ -194,7 +194,7 @@ def outside_the_model(model: str, batch: int, prompt: int, output: int) -> Itera
 
 
 def with_grammars(model: str, shape: tuple[int, int, int], repeats: int) -> Iterator[Record]:
-    """Outputs that a JSON schema limits beside free ones: as many tokens, drawn from the same seeds."""
+    """Compare JSON-schema outputs with unconstrained ones of the same length and seeds."""
     batch, prompt, output = shape
     free = [SamplingParams(max_tokens=output, ignore_eos=True, seed=seed) for seed in range(batch)]
     with engine(model, OURS) as llm:
@@ -210,14 +210,14 @@ def with_grammars(model: str, shape: tuple[int, int, int], repeats: int) -> Iter
 
 
 def drawn(llm: LLM, params: Sequence[SamplingParams], prompts: Prompts, new_tokens: int) -> None:
-    """RuntimeError where an output is shorter than asked for."""
+    """Sample outputs. RuntimeError if one is shorter than requested."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     if lengths := {len(each.outputs[0].token_ids) for each in outputs} - {new_tokens}:
         raise RuntimeError(f"outputs have {lengths} tokens and not {new_tokens}")
 
 
 def measured(options: argparse.Namespace, sizes: Sizes) -> Iterator[Record]:
-    """The records of the stages that are asked for."""
+    """Records of the chosen stages."""
     model, repeats = options.model, options.repeats
     if "transformers" in options.stages:
         yield from against_transformers(model, sizes, repeats)

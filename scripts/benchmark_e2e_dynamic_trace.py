@@ -1,8 +1,8 @@
-"""Online latency over load, arXiv lengths and Poisson arrivals; results under experiments/e2e_dynamic_eval.
+"""Measure online latency over load with arXiv lengths and Poisson arrivals; results in experiments/e2e_dynamic_eval.
 
     python scripts/benchmark_e2e_dynamic_trace.py [--test] [--resume] [--model NAME ...] [--backends NAME ...]
 
-What is run is in experiments/e2e_dynamic.yml.
+experiments/e2e_dynamic.yml configures the runs.
 """
 
 import sys

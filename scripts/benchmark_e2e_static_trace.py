@@ -1,8 +1,8 @@
-"""Offline makespan over models, backends, P:D ratios and context lengths; results under experiments/e2e_static_eval.
+"""Measure offline makespans over models, backends, P:D ratios and contexts; results in experiments/e2e_static_eval.
 
     python scripts/benchmark_e2e_static_trace.py [--test] [--resume] [--model NAME ...] [--backends NAME ...]
 
-What is run is in experiments/e2e_static.yml.
+experiments/e2e_static.yml configures the runs.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Measure the engine with random weights, and its kernels alone as a bound: engine.csv and engine.png.
+"""Measure the engine with random weights, and its kernels alone as a roofline: engine.csv and engine.png.
 
     python scripts/benchmark_engine.py --model llama-3-8b --backend fa_vattn --output DIR [--stages prefill,decode,...]
         [--mapped-weights]
@@ -66,7 +66,7 @@ def short_work(engine: OurEngine, load: Load, name: str, measure: Callable[..., 
 
 
 def measure_roofline(table: Table, row: Record, context: float, roofline: Roofline, chunk: int, sizes: Sizes) -> None:
-    """Measure the kernels of a record's work and compare the record; for short decodes, clock and power too."""
+    """Measure the kernels of a record's workload and compare; for short decodes, also record clock and power."""
     on_gpu, is_decode = torch.cuda.is_available(), row.work == "decode"
     if on_gpu:
         torch.cuda.empty_cache()
@@ -82,7 +82,7 @@ def measure_roofline(table: Table, row: Record, context: float, roofline: Roofli
 def roofline_work(
     table: Table, contexts: Mapping[Record, float], sizes: Sizes, chunk_size: int, roofline: Roofline
 ) -> Work:
-    """Every record of prefill and decode of this run, the shortest first."""
+    """Roofline measurements for this run's prefill and decode records, shortest first."""
     chunks = {"prefill": chunk_size, sizes.chunked_work: sizes.chunk}
     for row, context in sorted(contexts.items(), key=lambda item: item[0].batch * item[0].context):
         chunk = min(chunks.get(row.work, 1), row.context)
@@ -91,7 +91,7 @@ def roofline_work(
 
 
 def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -> Mapping[Record, float]:
-    """Run every stage that needs the engine, and close it. Returns Load.contexts."""
+    """Run the stages that need the engine, and close it. Returns Load.contexts."""
     engine = open_engine(options, options.backend, mapped_weights=options.mapped_weights)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.start(process_age_s)
@@ -110,7 +110,7 @@ def run_engine(options: Namespace, table: Table, sizes: Sizes, budget: Budget) -
 def run_roofline(
     options: Namespace, table: Table, sizes: Sizes, contexts: Mapping[Record, float], budget: Budget
 ) -> None:
-    """Measure the kernels of the same work alone."""
+    """Measure the kernels of the same workloads alone."""
     gc.collect()  # the engine's weights
     on_gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)

@@ -2,7 +2,7 @@
 
     python scripts/benchmark_experiment.py NAME [--test] [--resume] [--model NAME ...] [--backends NAME ...] [--list]
 
-What there is to run is in experiments/*.yml.
+Experiments are defined in experiments/*.yml.
 """
 
 import sys

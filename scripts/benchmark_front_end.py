@@ -1,10 +1,10 @@
-"""The server's front end alone, over an engine that answers at once: front_end.csv.
+"""Measure the server's front end alone, on an engine that computes nothing: front_end.csv.
 
     python scripts/benchmark_front_end.py --output DIR
 
-Streams of 32 prompt tokens and 512 output tokens from --clients processes; requests and output tokens a second, and a
-second of the API process's processor: its limit is one core. 807 requests/s and 413,000 tokens/s are known of vLLM's
-front end in Python on a larger machine, where it had several processes.
+--clients processes stream requests of 32 prompt tokens and 512 output tokens. Records requests and output tokens per
+second, and per CPU second of the API process, whose limit is one core. For comparison: vLLM's front end in Python, with
+several processes on a larger machine, reaches 807 requests/s and 413,000 tokens/s.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _RUN = "from sarathi.benchmark.engines.instant import main; main()"
 
 
 def send(url: str, count: int, output_tokens: int, concurrency: int) -> int:
-    """Stream `count` answers, so many at once; the output tokens that came."""
+    """Stream `count` answers with `concurrency` at a time; returns the number of output tokens."""
     requests = [OutgoingRequest(0.0, list(range(300, 300 + PROMPT_TOKENS)), PROMPT_TOKENS, output_tokens)] * count
     body = {"temperature": 0.0, "ignore_eos": True}
     plan = LoadPlan(
@@ -42,7 +42,7 @@ def send(url: str, count: int, output_tokens: int, concurrency: int) -> int:
 
 
 def processor_s(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
+    """CPU seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -58,7 +58,7 @@ def read_options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> tuple[int, float, float]:
-    """Output tokens, seconds, and seconds of a processor that the server took."""
+    """Output tokens, seconds, and the server's CPU seconds."""
     folder = servers.save_model("llama-3-8b", 8192, Path(tempfile.mkdtemp(prefix="sarathi-model-")))
     port = servers.free_port()
     words = (sys.executable, "-c", _RUN, str(folder), str(port))
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> tuple[int, float, float]:
 
 
 def main() -> int:
-    """Measure; the exit code."""
+    """Measure; returns the exit code."""
     options = read_options()
     table = Table(options.output / "front_end.csv")
     tokens, elapsed_s, cpu_s = measure(options)

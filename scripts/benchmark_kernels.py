@@ -3,12 +3,11 @@
     python scripts/benchmark_kernels.py --output DIR [--only small|attention|ragged|shared] [--budget SECONDS]
         [--flashinfer [decode] [prefill]]
 
-small: decode attention, products, element-wise kernels; attention: sequences of one length, contiguous and paged;
-ragged: sequences of lengths as in chats, alone and before chunks; shared: groups of sequences that share a prefix,
-which is read once or by each. The shapes of attention are in experiments/kernels.yml. Records are written to
-DIR/kernels.csv, DIR/ragged.csv and DIR/shared.csv as they come, most important first; what does not fit the budget is
-named at the end. The libraries to compare (fa3-fwd, flashinfer, vllm) must be
-importable.
+small: decode attention, products, element-wise kernels; attention: sequences of equal length, contiguous and paged;
+ragged: chat-like lengths, decodes alone and mixed with chunks; shared: groups of sequences with a common prefix, read
+once per group or once per sequence. experiments/kernels.yml has the attention shapes. Records are written immediately
+to DIR/kernels.csv, DIR/ragged.csv and DIR/shared.csv, the most important first; measurements beyond the budget are
+listed at the end. Compared libraries (fa3-fwd, flashinfer, vllm) must be importable.
 """
 
 import argparse
@@ -39,7 +38,7 @@ SMALL_SHAPES = {LLAMA: 7, YI: 4}  # how many of the decodes a short call measure
 
 
 def small(table: Table, options: argparse.Namespace) -> Work:
-    """The most informative short measurement: decode attention, products, element-wise kernels."""
+    """Decode attention, matrix products and element-wise kernels: the most informative short measurement."""
     pages = Pages(tuple(options.pages), ())
     for batch, context in options.decode[: SMALL_SHAPES[LLAMA]]:
         measure = partial(paging.measure_decode, table, LLAMA, batch, context, pages, paging.CONFIGS)
@@ -55,13 +54,13 @@ def small(table: Table, options: argparse.Namespace) -> Work:
 
 
 def attention(table: Table, options: argparse.Namespace) -> Work:
-    """Contiguous against paged memory, all models, decode and prefill in turn."""
+    """Contiguous and paged memory on all models, alternating decode and prefill."""
     both = zip_longest(_decodes(table, options), _prefills(table, options))
     return (work for pair in both for work in pair if work is not None)
 
 
 def ragged(table: Table, options: argparse.Namespace) -> Work:
-    """Sequences of ragged lengths, decodes and mixed steps."""
+    """Ragged batches: decodes and mixed steps."""
     for decodes, name in product(options.chats, options.models):
         yield f"{decodes} chats {name}", partial(measure_chats, table, MODELS[name], decodes)
     for mixed, name in product(options.mixed, options.models):
@@ -69,7 +68,7 @@ def ragged(table: Table, options: argparse.Namespace) -> Work:
 
 
 def shared(table: Table, options: argparse.Namespace) -> Work:
-    """Sequences that share a prefix."""
+    """Sequences with a common prefix."""
     for shape, name in product(options.shared, options.models):
         yield f"{shape.sequences} decodes, {shape.work} {name}", partial(measure_shared, table, MODELS[name], shape)
 
@@ -147,7 +146,7 @@ def _chosen(options: argparse.Namespace) -> list[Part]:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    """Sequences and tokens of each, of a text such as 16x1024."""
+    """Parse sequences x tokens, as 16x1024."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: it must be sequences x tokens, as 16x1024")
@@ -155,7 +154,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _mixed(text: str) -> Mixed:
-    """Decodes, chunks and their tokens, of a text such as 256+1x1792."""
+    """Parse decodes + chunks x tokens, as 256+1x1792."""
     found = re.fullmatch(r"([1-9]\d*)\+([1-9]\d*)x([1-9]\d*)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: it must be decodes + chunks x tokens, as 256+1x1792")
@@ -163,7 +162,7 @@ def _mixed(text: str) -> Mixed:
 
 
 def _shared(text: str) -> Shared:
-    """Groups, members of each, tokens shared and of each member alone, of a text such as 8x6x32768+256."""
+    """Parse groups x members x shared tokens + own tokens, as 8x6x32768+256."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: it must be groups x members x tokens + tokens, as 8x6x32768+256")
@@ -195,7 +194,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if not torch.cuda.device_count():  # is_available() may open CUDA, which the children of warm_up() must do first
-        raise ValueError("kernels are measured on a CUDA device, and there is none")
+        raise ValueError("kernels are measured on a CUDA device, but none is available")
     attempts = Attempts()
     budget = Budget(options.budget, attempts)
     warm_up(partial(_jobs, options), processes_at_hand())

@@ -1,12 +1,11 @@
-"""A region for each layer's K and V against one for all layers (megacache), end to end: layouts.csv and layouts.png.
+"""Compare a region per layer's K and V with one region for all layers (megacache): layouts.csv and layouts.png.
 
     python scripts/benchmark_layouts.py --model llama-3-8b --output DIR
 
-Both layouts in turn, each with an engine of its own and all of the free memory, the other one first in every second
-round: prefill, decode, short requests and the static traces of the vAttention paper. Then many short requests in the
-same little memory: a page of one layer holds 1,024 tokens of Llama-3-8B and a page of all layers 32, so that fewer
-bytes lie behind the last token of each request. layouts_samples.csv has the records of every round, layouts.csv their
-medians.
+Each layout gets an engine with all of the free memory, in an order that alternates between rounds, and runs prefill,
+decode, short requests and the static traces of the vAttention paper. Then it runs many short requests in a small cache:
+a page of one layer holds 1,024 tokens of Llama-3-8B and a page of all layers 32, which wastes fewer bytes after each
+request's last token. layouts_samples.csv has the records of every round, layouts.csv their medians.
 """
 
 import argparse
@@ -29,7 +28,7 @@ FEW_REQUESTS = (12, 20, 8)
 
 
 def crowd(load: Load, engine: OurEngine, memory_bytes: int, requests: tuple[int, int, int]) -> None:
-    """Equal short requests that are all there at once: how many run together at most, and output tokens a second."""
+    """Measure equal short requests that arrive at once: maximum batch size and output tokens per second."""
     count, prompt, output = requests
     engine.resize(memory_bytes)
     most, start_s = 0, time.perf_counter()
@@ -45,7 +44,7 @@ def crowd(load: Load, engine: OurEngine, memory_bytes: int, requests: tuple[int,
 
 
 def measure(options: argparse.Namespace, table: Table, sizes: Sizes, budget: Budget, backend: str) -> None:
-    """One layout in one round."""
+    """Measure one layout in one round."""
     engine = open_engine(options, backend)
     load = Load(engine, table, options.model, sizes, options.seed)
     load.warm_up()

@@ -1,10 +1,10 @@
-"""Largest batch under a KV budget by page size and layout, counted by the real allocator. It needs no GPU: on the
-host device address space is reserved and pages are counted, but no memory is touched.
+"""Compute the largest batch within a KV budget by page size and layout, with the real allocator. Needs no GPU: the
+host device reserves address space and counts pages without touching memory.
 
     python scripts/benchmark_page_size.py --output DIR
 
-What is compared is in experiments/page_size.yml. Lengths are drawn from the shape of the arXiv prompts, or read
-from a CSV: `--trace FILE.csv`.
+experiments/page_size.yml configures the comparison. Lengths follow the distribution of the arXiv prompts, or a CSV:
+`--trace FILE.csv`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MODELS = {model.name: model for model in _ALL}
 
 
 def final_lengths(trace: str, seed: int) -> list[int]:
-    """Tokens of each request at its end, when it holds the most memory. trace: a shape's name or a file."""
+    """Final tokens of each request, when it holds the most memory. trace: a shape's name or a file."""
     if trace in SHAPES:
         prompts, outputs = SHAPES[trace].sample(DRAWN, np.random.default_rng(seed))
         return [int(total) for total in prompts + outputs]
@@ -60,7 +60,7 @@ def final_lengths(trace: str, seed: int) -> list[int]:
 
 
 def max_batch(make_cache: Callable[[], VirtualKVCache], lengths: Sequence[int]) -> tuple[int, float]:
-    """Number of requests, in this order, that fit together, and the share of their mapped bytes that no token uses."""
+    """Number of requests, in this order, that fit together, and the wasted fraction of their mapped bytes."""
     count = 0
     with make_cache() as cache:
         try:
@@ -80,9 +80,9 @@ def samples(lengths: Sequence[int], count: int) -> Iterator[list[int]]:
 
 
 def measure(name: str, tensor_parallel: int, lengths: Sequence[int], options: argparse.Namespace) -> pd.DataFrame:
-    """A record for each layout and page size in which a page holds a token; ratios are to the first.
+    """A record for each layout and page size that holds at least one token; ratios are to the first.
 
-    max_batch: mean over the samples. wasted_percent: of the mapped bytes, behind the last token of each sequence.
+    max_batch: mean over the samples. wasted_percent: mapped bytes after the last token of each sequence.
     """
     model, found = MODELS[name], []
     budget_bytes = kv_budget(model, options, tensor_parallel)
@@ -112,7 +112,7 @@ def kv_budget(model: Model, options: argparse.Namespace, tensor_parallel: int) -
 
 
 def save(records: pd.DataFrame, path: Path) -> None:
-    """The records, what they were made with, and their figure."""
+    """Write the records, the environment and the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records.to_csv(path, index=False, lineterminator="\n")
     path.with_suffix(".environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
@@ -121,7 +121,7 @@ def save(records: pd.DataFrame, path: Path) -> None:
 
 
 def file_name(options: argparse.Namespace) -> str:
-    """The table's name: it differs between a shape and a file, and with and without the weights."""
+    """The table's name, by source of the lengths and by --minus-weights."""
     shape = f"_{options.trace}_shape" if options.trace in SHAPES else ""
     return f"max_batch{shape}{'_minus_weights' if options.minus_weights else ''}.csv"
 

@@ -1,11 +1,11 @@
-"""Time that the stages of a pipeline stand still, with Sarathi's schedule and with vLLM's: pipeline.csv.
+"""Measure pipeline bubbles with Sarathi's schedule and with vLLM's: pipeline.csv.
 
     OMP_NUM_THREADS=1 python scripts/benchmark_pipeline.py --pipeline-parallel-size 2 --output DIR
 
-Prompts of unlike lengths arrive while others decode. vLLM's schedule gives a step whole prompts and the next one
-decodes, and stages wait for each other; Sarathi's gives every step as many tokens as the last. A stage's share of
-bubbles is 1 - (seconds it computed) / (seconds of the run). Waits for its input do not count as computing: they are
-known on CPUs alone.
+Prompts of different lengths arrive while others decode. vLLM's schedule alternates steps of whole prompts with steps of
+decodes, and stages wait for each other; Sarathi's gives all steps the same number of tokens. A stage's bubble fraction
+is 1 - (seconds it computed) / (seconds of the run). Waiting for input does not count as computing; it is measured only
+on CPUs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SCHEDULES = ("sarathi", "vllm")
 
 
 def measure(options: argparse.Namespace, table: Table, schedule: str) -> None:
-    """One engine: share of bubbles of each stage, and output tokens a second."""
+    """Measure one engine: bubble fraction of each stage, and output tokens per second."""
     busy_s, run_s, num_tokens = serve(options, schedule)
     name = f"pipeline of {len(busy_s)}, {schedule}"
     for stage, busy in enumerate(busy_s):
@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace, table: Table, schedule: str) -> None:
 
 
 def serve(options: argparse.Namespace, schedule: str) -> tuple[list[float], float, int]:
-    """Seconds in which each stage computed, seconds of the run, and output tokens."""
+    """Compute seconds of each stage, seconds of the run, and output tokens."""
     rng = random.Random(options.seed)
     prompts = [[rng.randrange(100)] * rng.randint(options.prompt // 4, options.prompt) for _ in range(options.requests)]
     outputs = [rng.randint(options.outputs // 2, options.outputs) for _ in prompts]

@@ -1,4 +1,4 @@
-"""Measure prompts that share a prefix, in our engine and in vLLM: prefix.csv.
+"""Measure prompts with shared prefixes in our engine and in vLLM: prefix.csv.
 
     python scripts/benchmark_prefix.py --model llama-3-8b --output DIR [--backends fa_vattn_megacache fa_vattn]
         [--no-cascade]
@@ -7,7 +7,7 @@
 
 The same prompts for all engines: 256 requests over one prefix of 4,096 tokens; 64 conversations of 6 turns; 8 documents
 of 32,768 tokens with 48 questions at once, 48 to known documents, and the first token of one more. Stage `unshared` has
-short requests without a common prefix, with prefix caching on and off: what the index costs where nothing is found.
+short requests without a common prefix, with prefix caching on and off: the cost of the index without hits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ UNSHARED = "unshared"
 
 
 def measure_ours(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
-    """Every stage with prefix caching, in one engine."""
+    """Run every stage with prefix caching, in one engine."""
     engine = open_engine(options, backend, prefix_caching=True, cascade_attention=not options.no_cascade)
     if options.no_cascade:
         engine.backend = f"{backend}, no cascade"
@@ -40,7 +40,7 @@ def measure_ours(options: argparse.Namespace, table: Table, budget: Budget, back
 
 
 def measure_unshared(options: argparse.Namespace, table: Table, budget: Budget, backend: str) -> None:
-    """Short requests with prefix caching and without, in turn, each time in a new engine; medians of the rounds."""
+    """Alternate short requests with and without prefix caching, in new engines; records the medians of the rounds."""
     samples = Table(options.output / "unshared_samples.csv", table.attempts)
     names = {True: backend, False: f"{backend}, caching off"}
     for number in range(options.rounds):

@@ -1,11 +1,11 @@
-"""Measure on a CPU what prefix caching brings, and what it costs where nothing is shared: prefix_cpu.csv.
+"""Measure the gain of prefix caching on a CPU, and its cost when nothing is shared: prefix_cpu.csv.
 
     python scripts/benchmark_prefix_cpu.py [--model smollm2-135m] [--repeats 5] [--output experiments/cpu/prefix]
     python scripts/benchmark_prefix_cpu.py --test
 
-First tokens of two prompts that are equal but for their ends; samples of one prompt, and requests that share nothing,
-with prefix caching on and off. Random weights. What is compared runs in turn, and a ratio is the median over the pairs,
-so that a machine that others use slows both; the environment has its load before the run.
+Measures time to first token of two prompts that differ only at the end, and, with prefix caching on and off, samples of
+one prompt and requests that share nothing. Random weights. Both sides alternate and a ratio is the median over pairs,
+so that other load affects both; the environment file has the machine's load before the run.
 """
 
 import argparse
@@ -49,14 +49,14 @@ SMALL = Sizes(128, 8, Shape(3, 64, 2), Shape(3, 32, 2))
 
 
 class Pairs(NamedTuple):
-    """Seconds of runs that came in turn."""
+    """Seconds of alternating runs."""
 
     ours_s: Sequence[float]
     reference_s: Sequence[float]
 
     @classmethod
     def measure(cls, ours: Callable[[], float], reference: Callable[[], float], repeats: int) -> "Pairs":
-        """Every second pair begins with the other one. The first pair, which makes caches warm, is left out."""
+        """Alternate which side runs first. Discards the first pair, which warms up caches."""
         pairs = []
         for number in range(repeats + 1):
             first, second = (ours, reference) if number % 2 else (reference, ours)
@@ -67,7 +67,7 @@ class Pairs(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as fast ours is."""
+        """Speedup of ours."""
         pairs = zip(self.ours_s, self.reference_s, strict=True)
         return statistics.median(reference_s / ours_s for ours_s, reference_s in pairs)
 
@@ -83,7 +83,7 @@ class Measurement:
         self._backend, self._vocab_size = found.resolution.backend, found.vocab_size
 
     def first_tokens(self, length: int, own: int) -> None:
-        """Of a prompt that is new, then of one that differs from it in its end alone."""
+        """Measure the first token of a new prompt, then of one that differs from it only at the end."""
         pairs = []
         for _ in range(self._repeats + 1):  # the first pair, which makes caches warm, is left out
             beginning = self._tokens(length - own)
@@ -99,11 +99,11 @@ class Measurement:
         self._table.add(known)
 
     def samples(self, shape: Shape) -> None:
-        """Of one prompt."""
+        """Measure several samples of one prompt."""
         self._compare("samples of one prompt", shape, lambda: ([self._tokens(shape.prompt)], shape.requests))
 
     def unshared(self, shape: Shape) -> None:
-        """Requests that share nothing."""
+        """Measure requests that share nothing."""
         self._compare("nothing shared", shape, lambda: ([self._tokens(shape.prompt) for _ in range(shape.requests)], 1))
 
     def _compare(self, work: str, shape: Shape, draw: Callable[[], tuple[list[list[int]], int]]) -> None:

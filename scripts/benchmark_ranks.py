@@ -1,9 +1,9 @@
-"""What a step costs before anything computes: message to all ranks, their votes and the reply; ranks.csv.
+"""Measure the overhead of a step without computation: message to all ranks, votes and reply; ranks.csv.
 
     python scripts/benchmark_ranks.py --output DIR
 
-Steps without chunks that tell of requests unknown to the ranks: as long a message as a step of so many decodes. Beside
-the executors, a call of a Ray actor with the same message and its reply.
+Steps have no chunks but name requests unknown to the ranks: their messages are as long as those of decode steps. For
+comparison, also measures a Ray actor call with the same message and reply.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WARM_UP = 50
 
 
 class Echo:
-    """Answers as a rank does."""
+    """Replies like a rank."""
 
     def step(self, out: SchedulerOutput) -> int:
         return out.step_id

@@ -1,11 +1,12 @@
-"""Chats over HTTP at several rates, by our server and by vLLM's: server.csv, server.json.
+"""Compare our server with vLLM's on chats over HTTP at several rates: server.csv, server.json.
 
     python scripts/benchmark_server.py --servers vllm,sarathi --rates 8,16,24,inf --output DIR     # on a GPU
     python scripts/benchmark_server.py --test --servers sarathi --stages rates,overhead            # on a CPU
 
-Prompts are token ids of chat lengths (median 230, output 190), answers are as long as asked for, all by the client of
-`sarathi bench serve`. Every rate is sent for --seconds, the same requests at the same times to each server; "inf" is
---num-prompts requests at once. Stage overhead: our server beside the same engine in this process, 32 streams and one.
+The client of `sarathi bench serve` sends prompts of token ids with chat-like lengths (medians: 230 prompt, 190 output
+tokens); outputs have fixed lengths. Each rate runs for --seconds with the same requests at the same times for each
+server; "inf" sends --num-prompts requests at once. Stage overhead compares our server with the same engine in this
+process, with 32 streams and with one.
 """
 
 import json
@@ -40,7 +41,7 @@ IN_PROCESS = "engine in this process"
 
 
 class Measurement:
-    """The tables of one run, and what each server answered."""
+    """The tables of one run, and the servers' results."""
 
     def __init__(self, options: Namespace) -> None:
         self.options = options
@@ -52,7 +53,7 @@ class Measurement:
         self._vocab_size: int = json.loads((self.folder / "config.json").read_text())["vocab_size"]
 
     def with_server(self, name: str, measure: Callable[[str, str], None]) -> None:
-        """Call `measure` with the backend and the address of a server that runs meanwhile."""
+        """Start a server and call `measure` with its backend and address."""
         port = servers.free_port()
         command, url = self._command(name, port), f"http://127.0.0.1:{port}"
         log = self.options.output / f"{name}.log"
@@ -61,7 +62,7 @@ class Measurement:
             measure(command.backend, url)
 
     def rates(self, backend: str, url: str) -> None:
-        """Every rate, lowest first; a warm-up comes before."""
+        """Measure every rate, lowest first, after a warm-up."""
         self._send(url, self._chats(16.0, 16))
         for rate in self.options.rates:
             count = self.options.num_prompts if math.isinf(rate) else max(round(rate * self.options.seconds), 8)
@@ -69,7 +70,7 @@ class Measurement:
             self._add_load(f"chats at {rate:g}/s", backend, outcome)
 
     def overhead(self, backend: str, url: str) -> None:
-        """Many streams, then one at a time, over HTTP and in this process."""
+        """Measure many streams, then one at a time, over HTTP and in this process."""
         shape = [(PROMPT_TOKENS, OUTPUT_TOKENS)] * STREAMS
         outcome = self._send(url, self._requests(shape, [0.0] * STREAMS))
         throughput = results.compute(outcome.results, outcome.duration_s, {})["output_throughput"]
@@ -78,7 +79,7 @@ class Measurement:
         self._add("first token", 1, backend, 1e3 * statistics.median(singles), "ms")
 
     def in_process(self) -> None:
-        """The same engine without a server, beside the server's records."""
+        """Measure the same engine without a server, and compare the server's records with it."""
         options = self.options
         with LLM(
             str(self.folder), load_format="dummy", max_model_len=options.max_model_len, device=options.device,
@@ -96,7 +97,7 @@ class Measurement:
             self._compare("first token", 1, 1e3 * statistics.median(firsts), "ms")
 
     def save(self) -> None:
-        """Numbers of each load, by the keys of `vllm bench serve`."""
+        """Write the statistics of each load, with the keys of `vllm bench serve`."""
         (self.options.output / "server.json").write_text(json.dumps(self.details, indent=2) + "\n")
 
     def compare_servers(self) -> None:
@@ -175,7 +176,7 @@ def _first_token_s(llm: LLM, prompt: list[int], params: SamplingParams) -> float
 
 
 def _check_lengths(requests: Sequence[OutgoingRequest], answers: Sequence[RequestResult]) -> None:
-    """RuntimeError where a server gave more or fewer tokens than were asked for."""
+    """RuntimeError if a server returned another number of tokens than requested."""
     asked, given = sum(each.max_tokens for each in requests), sum(each.output_tokens for each in answers)
     if asked != given:
         raise RuntimeError(f"{asked} output tokens were asked for, and {given} came")
@@ -195,7 +196,7 @@ def read_options() -> Namespace:
 
 
 def main() -> int:
-    """Measure; the exit code."""
+    """Measure; returns the exit code."""
     options = read_options()
     measurement = Measurement(options)
     budget = Budget(options.budget, measurement.table.attempts)

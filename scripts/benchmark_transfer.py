@@ -1,9 +1,9 @@
-"""A request's keys and values moved to another cache: as ranges of a slot, and as blocks of 16 tokens; transfer.csv.
+"""Measure moving a request's KV cache to another device, as ranges of a slot and as 16-token blocks: transfer.csv.
 
     python scripts/benchmark_transfer.py --device cuda --output DIR     # from cuda:0 to cuda:1, in one process
     python scripts/benchmark_transfer.py --device cpu --output DIR
 
-For each layout and length the number of ranges and the rate, beside one copy of as many bytes in one piece.
+Records number of ranges and bandwidth for each layout and length, compared with one contiguous copy of equal size.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def ranges_of(layout: str, length: int, device: torch.device) -> tuple[object, list[Tensor]]:
-    """A cache that holds one request, and the memory of its tokens."""
+    """A cache with one request, and the memory ranges of its tokens."""
     spec = KVCacheSpec(LAYERS, KV_HEADS, HEAD_SIZE, torch.bfloat16, max_num_seqs=1, max_model_len=length)
     backend = BackendSpec.parse(layout)
     budget = spec.token_bytes * length + (2 if device.type == "cuda" else 1) * LAYERS * 2 * 2**22
@@ -40,7 +40,7 @@ def ranges_of(layout: str, length: int, device: torch.device) -> tuple[object, l
 
 
 def seconds(move: Callable[[], None], devices: Sequence[torch.device], repeats: int) -> float:
-    """Median of several runs, the first not counted."""
+    """Median of several runs after a warm-up."""
     times = []
     for _ in range(repeats + 1):
         began_s = time.perf_counter()
@@ -53,7 +53,7 @@ def seconds(move: Callable[[], None], devices: Sequence[torch.device], repeats: 
 
 
 def measure(table: Table, layout: str, length: int, devices: Sequence[torch.device], repeats: int) -> None:
-    """One layout at one length, and one large copy."""
+    """Measure one layout at one length, and one contiguous copy."""
     source, sent = ranges_of(layout, length, devices[0])
     target, received = ranges_of(layout, length, devices[1])
     num_bytes = sum(each.nbytes for each in sent)

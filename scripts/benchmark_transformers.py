@@ -1,12 +1,12 @@
-"""`generate` of transformers with DynamicCache, StaticCache and VirtualCache: time and memory; transformers.csv.
+"""Measure transformers' `generate` with DynamicCache, StaticCache and VirtualCache, time and memory: transformers.csv.
 
     python scripts/benchmark_transformers.py --output DIR                                    # SmolLM2's sizes, a CPU
     python scripts/benchmark_transformers.py --model llama-3-8b --device cuda --output DIR
     python scripts/benchmark_transformers.py --test
 
-Random weights. Each run is a process of its own, the caches in turn; medians. VirtualCache and one StaticCache are made
-for --max-tokens, as where the length of an answer is not known; the other StaticCache for exactly the tokens that come.
-The peak is what the process holds beyond the loaded model: resident memory, on a GPU torch's and the cache's.
+Random weights. Each run has a process of its own; caches alternate, and records are medians. VirtualCache and one
+StaticCache have room for --max-tokens, as for outputs of unknown length; the other StaticCache for exactly the tokens
+used. The peak is the memory beyond the loaded model: resident memory on a CPU, torch's and the cache's on a GPU.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SMALL = (Work("long prompt", 2, 96, 6),)
 
 
 class Clock(BaseStreamer):
-    """When the prompt was handed in, and when each token came."""
+    """A streamer that records the times of the prompt and of each token."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
@@ -92,13 +92,13 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def resident_bytes(kind: str) -> int:
-    """VmRSS: resident now; VmHWM: the most since reset_peak()."""
+    """VmRSS: current resident memory; VmHWM: the peak since reset_peak()."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 class Peak:
-    """The most memory held since it was made, beyond what was held then. A VirtualCache is not torch's memory."""
+    """Peak memory since construction, minus the memory held at construction. A VirtualCache is not torch's memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -117,7 +117,7 @@ class Peak:
 
 
 def measure(name: str, work: Work, options: argparse.Namespace) -> list[float]:
-    """A run in this process, in the order of UNITS; of a token, the median."""
+    """Measure one run in this process; values in the order of UNITS, token times as median."""
     model = load(options)
     prompt = torch.randint(model.config.vocab_size, (work.batch, work.prompt), device=model.device)
     ask: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
@@ -131,7 +131,7 @@ def measure(name: str, work: Work, options: argparse.Namespace) -> list[float]:
 
 
 def records_of(name: str, work: Work, model: str, runs: list[list[float]]) -> list[Record]:
-    """The medians of a cache's runs."""
+    """Records with the medians of a cache's runs."""
     medians = map(statistics.median, zip(*runs, strict=True))
     return [
         Record(model, f"{work.name}: {what}", name, work.batch, work.prompt + work.new, value, unit)
@@ -140,7 +140,7 @@ def records_of(name: str, work: Work, model: str, runs: list[list[float]]) -> li
 
 
 def compare(table: Table, work: Work, options: argparse.Namespace) -> None:
-    """All caches in turn, each run in a new process."""
+    """Alternate all caches, each run in a new process."""
     runs: dict[str, list[list[float]]] = {name: [] for name in CACHES}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in range(options.repeats):

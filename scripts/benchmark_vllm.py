@@ -1,9 +1,9 @@
-"""Measure vLLM on the work of benchmark_engine.py with the same code: vllm_alone.csv; joined with ours: vllm.csv.
+"""Measure vLLM on the workloads of benchmark_engine.py: vllm_alone.csv; joined with our records: vllm.csv.
 
     python scripts/benchmark_vllm.py --model llama-3-8b --output DIR            # where vllm can be imported
     python scripts/benchmark_vllm.py --join OURS/engine.csv DIR/vllm_alone.csv --output DIR
 
-Run both engines on one machine, one after the other: a record's ratio compares these two runs.
+Run both engines on the same machine, one after the other: ratios compare these two runs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sarathi.entrypoints.script import run_script
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Measure all stages of vLLM; the exit code."""
+    """Measure the chosen stages of vLLM; returns the exit code."""
     from sarathi.benchmark.engines.vllm import VllmEngine
 
     engine = VllmEngine(options.model, options.max_model_len, options.seed, options.tensor_parallel_size)

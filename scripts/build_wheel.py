@@ -1,9 +1,9 @@
-"""Build an sdist and, from it, a manylinux wheel for the Python that runs this, into dist/.
+"""Build an sdist and from it a manylinux wheel for the running Python, into dist/.
 
     python scripts/build_wheel.py [--output dist]
 
-The wheel is built from the sdist alone, so a file that the sdist lacks ends the build. auditwheel names the wheel by
-the oldest glibc that it runs on: build where that is old. The tools are installed into an environment of their own.
+The wheel is built only from the sdist, so a file missing from the sdist fails the build. auditwheel tags the wheel with
+the oldest compatible glibc: build on an old system. The build tools are installed into a separate environment.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def run(tools: Path, module: str, *words: object) -> None:
-    """A module of the tools' environment, whose programs it finds. CalledProcessError where it fails."""
+    """Run a module of the tools' environment, with its programs on PATH. CalledProcessError if it fails."""
     environment = os.environ | {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     command = [str(tools / "bin" / "python"), "-m", module, *map(str, words)]
     subprocess.run(command, check=True, env=environment)

@@ -1,10 +1,9 @@
-"""Compare the code of checkouts: sizes, functions, import cycles, and what a first token executes.
+"""Compare the code of checkouts: sizes, functions, import cycles, and the code executed for a first token.
 
     python scripts/code_shape.py [REVISION_OR_FOLDER ...] [--no-trace]        # default: 9cc8330 and this folder
 
-A revision is read from git, and its native extension is built for the trace; a folder has its own. The trace is of
-SmolLM2-135M with sdpa_vattn on the CPU, from the call of LLM.generate until it returns the first token; the engine is
-built before. networkx comes with torch.
+Revisions are read from git, and their native extension is built for the trace; a folder must have it built. The trace
+covers one LLM.generate call for one token: SmolLM2-135M with sdpa_vattn on the CPU. networkx is a dependency of torch.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def imported(body: list[ast.stmt]) -> Iterator[str]:
-    """Names that run at import: not those in functions or under TYPE_CHECKING."""
+    """Names imported when the module is imported: not in functions or under TYPE_CHECKING."""
     for node in body:
         if isinstance(node, ast.Import):
             yield from (each.name for each in node.names)
@@ -92,13 +91,13 @@ def imported(body: list[ast.stmt]) -> Iterator[str]:
 
 
 def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other."""
+    """Strongly connected components of more than one node."""
     groups = networkx.strongly_connected_components(networkx.DiGraph(edges))
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
 def import_edges(modules: list[Module]) -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports."""
+    """Module -> modules of this repository that it imports."""
     names = {module.name for module in modules}
     edges: dict[str, set[str]] = {}
     for module in modules:
@@ -109,7 +108,7 @@ def import_edges(modules: list[Module]) -> dict[str, set[str]]:
 
 
 def package_cycles(modules: list[Module]) -> list[list[str]]:
-    """Cycles between folders. Modules at the root of the package, as sarathi.request, stand for themselves."""
+    """Import cycles between folders. A module at the root of the package, as sarathi.request, is its own node."""
     folders = {m.name: m.name if m.path.endswith("__init__.py") else m.name.rpartition(".")[0] for m in modules}
     package = {name: folder if "." in folder else name for name, folder in folders.items()}
     edges: dict[str, set[str]] = {name: set() for name in package.values()}
@@ -119,7 +118,7 @@ def package_cycles(modules: list[Module]) -> list[list[str]]:
 
 
 def shape(modules: list[Module]) -> dict[str, str]:
-    """Figures of a group of modules, as text."""
+    """Statistics of a group of modules, as text."""
     functions = [function for module in modules for function in module.functions]
     lengths, counts = ([each[index] for each in functions] for index in (0, 1))
     return {
@@ -140,12 +139,12 @@ def spread(values: list[int]) -> str:
 
 
 def listed(groups: list[list[str]]) -> str:
-    """How many, and each on a line of its own."""
+    """The count, then one group per line."""
     return "\n    ".join([str(len(groups)), *(" <-> ".join(group) for group in groups)])
 
 
 def figures(root: Path, *, trace: bool) -> dict[str, str]:
-    """All figures of a checkout by name."""
+    """All statistics of a checkout by name."""
     paths = [path for folder in ("sarathi", "vattention", "scripts") for path in sorted((root / folder).rglob("*.py"))]
     modules = [read_module(root, path) for path in paths]
     groups: dict[str, list[Module]] = {"engine": [], "allocator": [], "benchmark and scripts": []}
@@ -157,7 +156,7 @@ def figures(root: Path, *, trace: bool) -> dict[str, str]:
 
 
 def first_token(root: Path) -> dict[str, str]:
-    """Numbers of files and functions that a first token executes; those of each file go to stderr."""
+    """Number of files and functions executed for a first token; prints the functions per file to stderr."""
     environment = {**os.environ, "PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, "-c", TRACE], cwd=root, env=environment, stdout=subprocess.PIPE, check=True)
     functions = json.loads(done.stdout.splitlines()[-1])
@@ -174,7 +173,7 @@ def checkout(name: str, scratch: Path, *, build: bool) -> Path:
         return Path(name).resolve()
     done = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
-        raise SystemExit(f"code_shape.py: {name!r} is no folder and no revision: {done.stderr.decode().strip()}")
+        raise SystemExit(f"code_shape.py: {name!r} is neither a folder nor a revision: {done.stderr.decode().strip()}")
     folder = scratch / name.replace("/", "-")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder)

@@ -1,4 +1,4 @@
-"""Measure two checkouts of this repository in turn on one machine: revisions.csv, with a ratio for every record.
+"""Compare two checkouts of this repository on one machine, alternating: revisions.csv, with a ratio for every record.
 
     PYTHONPATH=. python scripts/compare_revisions.py BEFORE AFTER --output DIR [--models llama-3-8b ...]
         [--backends fa_vattn ...] [--stages start,prefill,decode,requests] [--seconds 500]
@@ -29,7 +29,7 @@ COMPARED = FULL._replace(prefill=(8192, 32768), decode=((1, 1024), (16, 1024), (
 
 
 def make_tasks(sizes: Sizes, stages: list[str], max_model_len: int, seed: int) -> Iterator[Task]:
-    """The measurements in the order of a round, the shortest first."""
+    """The tasks of a round, shortest first."""
     if "decode" in stages:
         for batch, context in sizes.decode:
             request = {"task": "decode", "batch": batch, "context": context, "steps": sizes.decode_steps}

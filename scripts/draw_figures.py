@@ -1,4 +1,4 @@
-"""Draw the figures of measured tables again: NAME.png beside each NAME.csv that has one.
+"""Redraw figures: NAME.png next to each NAME.csv that has one.
 
 python scripts/draw_figures.py FILE_OR_FOLDER ...        # folders with all below them
 """

@@ -1,9 +1,9 @@
-"""Memory of the KV cache over the steps of several runs, side by side.
+"""Plot the KV cache's memory over the steps of several runs.
 
     python scripts/plot_memory.py RUN_FOLDER... --output memory.csv
 
-Each folder is one that `sarathi bench run` wrote, with `--metrics_store.memory_interval_steps 1`. Writes a CSV file of
-all runs and a figure beside it: bytes of tokens, wasted behind them, idle for the next request, and held in all.
+Each folder is the output of `sarathi bench run` with `--metrics_store.memory_interval_steps 1`. Writes a CSV file of
+all runs and a figure: bytes used by tokens, wasted, idle and held in total.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def read_run(folder: Path) -> pd.DataFrame:
-    """One line a step: model, backend, step, bytes."""
+    """One record per step: model, backend, step, bytes."""
     summary = json.loads((folder / "summary.json").read_text())
     facts = {"model": summary["config"]["model"]["name"], "backend": summary["engine"]["backend"]}
     frame = pd.read_csv(folder / TABLES_FOLDER / "memory_metrics.csv")[[*MEMORY_BYTES]]

@@ -1,8 +1,8 @@
-"""P50, P90 and P99 of normalized latency over load: a table, latency.csv and a plot of each.
+"""Make the table, latency.csv and plots of normalized latency (P50, P90, P99) over load.
 
     python scripts/process_e2e_dynamic.py [FOLDER]
 
-What is run is in experiments/e2e_dynamic.yml.
+experiments/e2e_dynamic.yml configures the runs.
 """
 
 import sys

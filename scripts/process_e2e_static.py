@@ -1,8 +1,8 @@
-"""Makespans of static traces: a table, makespan.csv and a plot for each model and workload.
+"""Make the table, makespan.csv and plots of static traces' makespans by model and workload.
 
     python scripts/process_e2e_static.py [FOLDER]
 
-What is run is in experiments/e2e_static.yml.
+experiments/e2e_static.yml configures the runs.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python scripts/process_experiment.py NAME [FOLDER]
 
-What there is to run is in experiments/*.yml.
+Experiments are defined in experiments/*.yml.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Run every backend briefly through mapping, growth, reclaim and reuse of slots, under compute-sanitizer.
+"""Exercise mapping, growth, reclaim and reuse of slots on every backend, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python scripts/sanitize.py --device cuda
     python scripts/sanitize.py --test        # the same on the CPU
 
-Two layers of random weights, wide enough that a page of 2 MiB holds 1,024 tokens; memory for a few rows, so that a new
-request takes pages from those that ended. Every output's length is checked, and the accounting after each backend.
+The model has two layers of random weights in which a 2 MiB page holds 1,024 tokens. The cache has a few rows, so that
+new requests reuse pages of finished ones. Checks output lengths, and the accounting after each backend.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CPU_BACKENDS = ("sdpa_vattn", "sdpa_vattn_megacache_sync", "sdpa_paged_16")
 
 
 def exercise(engine: OurEngine, seed: int) -> None:
-    """Grow over a page boundary, abort a request midway, and place a long prompt on pages of requests that ended."""
+    """Grow across a page boundary, abort a running request, and reuse pages of finished requests for a long prompt."""
     source = random.Random(seed)
     page = 1024
 
@@ -56,7 +56,7 @@ def drain(engine: OurEngine, due: dict[str, int]) -> None:
 
 
 def run(options: argparse.Namespace, backend: str) -> str:
-    """The outcome of one backend: done, or why it is left out."""
+    """Run one backend; returns "done ...", or why it is skipped."""
     start_s = time.monotonic()
     try:
         engine = open_engine(options, backend)

@@ -1,9 +1,9 @@
-"""Hit rates of prefix caching on a trace with shared prompts, by simulation: prefix_simulation.csv.
+"""Simulate prefix caching on a trace with shared prefixes, and record hit rates: prefix_simulation.csv.
 
     python scripts/simulate_prefix.py --output DIR [--trace conversation_trace.jsonl] [--requests 2000]
 
-Scheduler, index, ledger and allocator are the engine's; there is no model. Without --trace, requests have the shape
-that was published of Mooncake's conversation trace. Capacities are shares of all tokens that differ.
+Uses the engine's scheduler, prefix index, block manager and allocator, without a model. Without --trace, requests
+follow the published statistics of Mooncake's conversation trace. Capacities are fractions of all distinct tokens.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Run an engine under random arrivals, lengths, aborts and preemptions, and watch its accounting and memory.
+"""Run an engine under random arrivals, lengths, aborts and preemptions, and check its accounting and memory.
 
     python scripts/soak.py --model llama-3-8b --backend fa_vattn --memory-bytes 6gb --seconds 200 --output DIR
     python scripts/soak.py --test        # 10 seconds on the CPU with a tiny model
 
-Ends with exit code 1 where a check of integrity fails, a request ends with another number of tokens than it asked for,
-the cache holds more than its budget, memory outside of it grows, or nothing was preempted. Writes soak.csv.
+Exit code 1 if an integrity check fails, a request returns a wrong number of tokens, the cache exceeds its budget, other
+memory grows, or nothing was preempted. Writes soak.csv.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Soak:
         self.growth: Counter[str] = Counter()
 
     def run(self, seconds: float) -> None:
-        """Run until the time is up and all requests have ended. Raises Violation, or RuntimeError of a failed check."""
+        """Run until the time is up and all requests have ended. Violation, or RuntimeError of an integrity check."""
         start_s = time.monotonic()
         next_check_s, next_drain_s = start_s, start_s + DRAIN_S
         while (now_s := time.monotonic()) < start_s + seconds:
@@ -68,7 +68,7 @@ class Soak:
             raise Violation("no request was preempted: give the cache less memory")
 
     def _arrive(self) -> None:
-        """Add a request now and then, and bursts of more than can run, so that some are preempted."""
+        """Add single requests, and bursts of more than can run, to cause preemptions."""
         limit = 2 * self._front.max_num_seqs
         more = 1.0 if self._random.random() < BURSTS else ARRIVALS
         while len(self._asked) < limit and self._random.random() < more:
@@ -80,7 +80,7 @@ class Soak:
             self.counts["requests"] += 1
 
     def _lengths(self) -> tuple[int, int]:
-        """Prompt and output tokens: mostly short, some as long as the cache allows."""
+        """Prompt and output tokens: mostly short, some near the cache's capacity."""
         prompt = min(int(self._random.lognormvariate(4.5, 1.3)) + 1, self._longest // 2)
         output = min(int(self._random.lognormvariate(4.0, 1.0)) + 1, self._longest // 3)
         return prompt, output
@@ -136,7 +136,7 @@ class Soak:
 
 
 def memory_in_use(cache_bytes: int) -> Iterator[tuple[str, int]]:
-    """Bytes in which a leak would show. The host's cache pages are shared memory, which is not counted."""
+    """Memory to check for leaks, in bytes. Excludes shared memory, which holds the host's cache pages."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     yield "host memory", int(status["RssAnon"].split()[0]) * 1024
     if torch.cuda.is_available():
@@ -147,7 +147,7 @@ def memory_in_use(cache_bytes: int) -> Iterator[tuple[str, int]]:
 
 
 def save(options: argparse.Namespace, soak: Soak, engine: OurEngine, verdict: str) -> None:
-    """Write the counts of what was done, and the growth of memory after the warm-up."""
+    """Write the counters of the run, and the growth of memory after the warm-up."""
     table = Table(options.output / "soak.csv", verdict=verdict)
     stats = engine.memory_stats()
     facts = {"preemptions": engine.num_preemptions, "steps that waited": stats.steps_waited, **soak.counts}

@@ -1,12 +1,11 @@
-"""Load a server on the CPU with random requests, clients that leave, and garbage; watch its memory and descriptors.
+"""Load a server on the CPU with random requests, disconnecting clients and garbage; check memory and file descriptors.
 
     nice python scripts/soak_server.py --seconds 1200 --output DIR
     python scripts/soak_server.py --test        # 10 seconds
 
-Every so often all requests are let end: then no row of the cache is used, and a sleep gives all but a row of it back to
-the system. Exit code 1 where that is not so, where an answer has another number of tokens than it asked for, or where
-after the warm-up the memory of a process grows by more than 32 MiB or its descriptors by more than 16.
-Writes soak_server.csv.
+Periodically lets all requests finish: then no cache row may be in use, and sleeping must release all but one row. Exit
+code 1 if that fails, if an answer has a wrong number of tokens, or if after the warm-up a process grows by more than 32
+MiB or 16 file descriptors. Writes soak_server.csv.
 """
 
 import argparse
@@ -47,7 +46,7 @@ GARBAGE = (b"", b"{", b'{"prompt": 3}', b'{"prompt": [1], "max_tokens": -1}', b"
 
 
 class Violation(Exception):
-    """The server does not do what it must."""
+    """The server violates an invariant."""
 
 
 class Soak:
@@ -101,7 +100,7 @@ class Soak:
         self.counts["output tokens"] += got
 
     async def _leave(self) -> None:
-        """While the request waits or runs, with a stream or without."""
+        """Disconnect while the request waits or runs, streaming or not."""
         body = {**self._body(), "stream": self._random.random() < 0.5}
         try:
             await asyncio.wait_for(self._read(body), self._random.random() ** 2 * 2)
@@ -120,7 +119,7 @@ class Soak:
         self.counts["garbage"] += 1
 
     async def _check_idle(self) -> None:
-        """Nothing is used when all requests have ended, and a server that sleeps holds a row at most."""
+        """Check that nothing is in use without requests, and that a sleeping server holds at most one row."""
         deadline_s = time.monotonic() + 60
         while (stats := await self._stats())["running"] or stats["waiting"] or stats["used_rows"]:
             if time.monotonic() > deadline_s:
@@ -130,7 +129,7 @@ class Soak:
         self.counts["bytes of cache while asleep"] = await self._sleep_and_wake()
 
     async def _sleep_and_wake(self) -> int:
-        """The bytes of cache that are left while the server sleeps."""
+        """Put the server to sleep and wake it; returns the cache bytes held while asleep."""
         await self._admin("/sleep")
         stats = await self._stats()
         await self._admin("/wake_up")
@@ -158,7 +157,7 @@ class Soak:
 
 
 def in_use(pid: int) -> dict[str, tuple[float, str]]:
-    """Of the server and of its engine's process: memory without the cache, which is shared memory, and descriptors."""
+    """Memory (without the cache, which is shared memory) and descriptors of server and engine process."""
     [core] = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
     found = {}
     for name, each in (("server", pid), ("engine", core)):
@@ -169,7 +168,7 @@ def in_use(pid: int) -> dict[str, tuple[float, str]]:
 
 
 async def soak_server(folder: Path, options: argparse.Namespace) -> tuple[Soak, str]:
-    """The soak with what came of it."""
+    """Run the soak; returns it with its verdict."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     (folder / "config.json").write_text(json.dumps(SHAPE))

@@ -1,9 +1,9 @@
-"""Send many short requests to one engine on the CPU, and show the memory of the process as their number grows.
+"""Send many short requests to one engine on the CPU, and print the process's memory over time.
 
     python scripts/soak_short.py                        # 60,000 requests to a tiny model, some minutes
     python scripts/soak_short.py --requests 2000
 
-Exit code 1 where the resident memory after all requests exceeds that after a sixth of them by more than 32 MiB.
+Exit code 1 if resident memory after all requests exceeds that after a sixth of them by more than 32 MiB.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def serve(llm: LLM, num_requests: int, rng: random.Random) -> Iterator[tuple[int, int]]:
-    """Number of requests so far, and bytes of resident memory then."""
+    """Serve requests; yields the number of requests so far and resident bytes."""
     began_s = time.monotonic()
     for count in range(BATCH, num_requests + 1, BATCH):
         prompts = [rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 40)) for _ in range(BATCH)]

@@ -43,5 +43,5 @@ def test_parameters_are_counted_without_self() -> None:
 
 
 def test_an_unknown_revision_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="'no-such-revision' is no folder and no revision"):
+    with pytest.raises(SystemExit, match="'no-such-revision' is neither a folder nor a revision"):
         code_shape.checkout("no-such-revision", tmp_path, build=True)

@@ -14,7 +14,7 @@ from sarathi.benchmark.records import join_engines
 ROOT = Path(__file__).parents[3]
 WITHOUT_CUDA = {
     "scripts/benchmark_engine.py": "kernel 'fa' runs on cuda, not on cpu",
-    "scripts/benchmark_kernels.py": "kernels are measured on a CUDA device, and there is none",
+    "scripts/benchmark_kernels.py": "kernels are measured on a CUDA device, but none is available",
     "scripts/benchmark_layouts.py": "kernel 'fa' runs on cuda, not on cpu",
     "scripts/soak.py": "kernel 'fa' runs on cuda, not on cpu",
 }
