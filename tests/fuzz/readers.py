@@ -1,4 +1,4 @@
-"""What is fuzzed: every reader of a file that users bring. Each takes a folder in which one file was broken."""
+"""The readers of user files that are fuzzed. Each reads one broken file in a folder."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ TEXT = "Hello, wörld 123\n\n"
 
 
 class Reader(NamedTuple):
-    """read: takes the broken file. is_text: whether its seeds are JSON, YAML or lines, to be broken as such."""
+    """read: takes the broken file. is_text: whether its seeds are JSON, YAML or lines, which are mutated as such."""
 
     read: Callable[[Path], None]
     is_text: bool = True

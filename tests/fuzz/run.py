@@ -1,9 +1,9 @@
-"""Breaks files that users bring and lets their readers read them: the end is a result or a ValueError, within seconds.
+"""Fuzzes the readers of user files: each must return or raise ValueError within seconds.
 
     python tests/fuzz/run.py --seconds 60               all readers, in turn; a failure's input is kept in the output
     python tests/fuzz/run.py --seconds 1800 --seed 7 --reader gguf
 
-Exit code 1 where a reader raised something else, took too long, or took the process down. Each reader runs in a process
+Exit code 1 if a reader raised something else, took too long, or crashed the process. Each reader runs in a process
 of its own, with bounded memory, so that a crash or a loop in native code ends that process alone.
 """
 
@@ -36,7 +36,7 @@ class TooSlow(BaseException):
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit code 0 where nothing was found."""
+    """Returns the exit code: 0 if nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="of all readers together")
     parser.add_argument("--jobs", type=int, default=1, help="readers at a time, which share the seconds")
@@ -74,7 +74,7 @@ def _run_apart(name: str, seconds: float, seed: int, output: Path) -> int:
 
 
 def fuzz(name: str, seconds: float, seed: int, output: Path) -> None:
-    """Reads every seed as it is, then broken ones until the time is up."""
+    """Reads every seed unchanged, then mutated ones until the time is up."""
     with open(output / f"{name}.log", "w") as log:  # what libraries say of broken files, panics in Rust among it
         os.dup2(log.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -108,7 +108,7 @@ def _broken(path: Path, is_text: bool, rng: random.Random) -> tuple[Path, bytes]
 
 
 def _read(name: str, content: bytes, path: Path) -> tuple[str, str]:
-    """How it ended, and where if it should not have."""
+    """The outcome, and the traceback of an error that is not a ValueError."""
     signal.setitimer(signal.ITIMER_PROF, CASE_S)
     try:
         read_bytes(name, content, path)

@@ -57,7 +57,7 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{path}: its parts hold {len(self._tensors)} tensors, expected {expected}")
 
     def architecture(self) -> ModelArchitecture:
-        """The metadata as a configuration; biases and a head of its own are the architecture's where they are there."""
+        """The architecture by the metadata; the tensors decide about biases and a head of its own."""
         if "token_embd.weight" not in self._tensors:
             raise CheckpointError(f"{self.path}: holds no tensor 'token_embd.weight'")
         vocab_size = self._tensors["token_embd.weight"][1].shape[0]
@@ -146,7 +146,7 @@ def _num_bytes(stored: StoredTensor) -> int:
 
 
 def _raw(file: GGUFFile, stored: StoredTensor) -> numpy.ndarray:
-    """The stored numbers, or bytes of quantised blocks, [rows, ...] of the mapped file."""
+    """The stored numbers, or bytes of quantised blocks, [rows, ...], as a view of the mapped file."""
     plain = {0: numpy.float32, 1: numpy.float16}.get(stored.kind, numpy.uint8)
     count = _num_bytes(stored) // numpy.dtype(plain).itemsize
     values = numpy.frombuffer(file.data, plain, count, stored.offset)
@@ -161,7 +161,7 @@ def _joined(rows: numpy.ndarray) -> numpy.ndarray:
 def _columns(
     raw: numpy.ndarray, kind: gguf.GGMLQuantizationType, num_columns: int, shard: Shard | None
 ) -> numpy.ndarray:
-    """Float32 values of raw rows, those of the shard's columns alone; whole blocks are dequantised."""
+    """Float32 values of the shard's columns of raw rows; dequantises whole blocks."""
     if shard is None:
         return gguf.dequantize(_joined(raw), kind).reshape(*raw.shape[:-1], num_columns)
     block = gguf.GGML_QUANT_SIZES[kind][0]

@@ -1,4 +1,4 @@
-"""The keys of a GGUF file as those of a Hugging Face configuration; llama.cpp's rules for what it leaves out."""
+"""GGUF keys as keys of a Hugging Face configuration, with llama.cpp's rules for absent ones."""
 
 import math
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def read_gguf_config(
 ) -> dict[str, Any]:
     """The configuration. divisors: the values of the tensor rope_freqs.weight; None where there is none.
 
-    CheckpointError for a key of the architecture that is not known, or known and not computed.
+    Raises CheckpointError for a key of the architecture that is unknown or not implemented.
     """
     family = metadata.get("general.architecture")
     prefix = f"{family}."
@@ -56,7 +56,7 @@ def read_gguf_config(
 
 
 def _check_head_size(path: Path, prefix: str, keys: Mapping[str, Any]) -> None:
-    """Values as long as keys, all of a head turned."""
+    """Raise unless values are as long as keys and RoPE covers whole heads."""
     head_size = keys.get("attention.key_length")
     if head_size is None and keys.get("attention.head_count"):
         head_size = keys.get("embedding_length", 0) // keys["attention.head_count"]

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its key-value pairs and where its tensors lie. Needs neither torch nor the package gguf.
+"""The header of a GGUF file: key-value pairs and tensor locations. Needs neither torch nor the package gguf.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian. Values are parsed
 when asked for, and arrays of numbers in one go: an object for each element of a vocabulary takes seconds. Every length
-and count is compared with the bytes that are left before anything is done with it.
+and count is checked against the remaining bytes before it is used.
 """
 
 import mmap
@@ -78,14 +78,14 @@ class GGUFFile(Mapping[str, Any]):
 
 
 class _Cursor:
-    """A position in the header that moves past what it reads."""
+    """A position in the header, which each read advances."""
 
     def __init__(self, data: mmap.mmap, at: int = 0) -> None:
         self._data, self._size = data, len(data)
         self.at = at
 
     def begin(self) -> int:
-        """Past magic and version; how many tensors the file says that it holds."""
+        """Reads magic and version; returns the number of tensors in the header."""
         if self._data[:4] != b"GGUF":
             raise ValueError(f"it starts with {self._data[:4]!r} instead of b'GGUF'")
         self.at = 4
@@ -100,7 +100,7 @@ class _Cursor:
         return values
 
     def count(self, size: int) -> int:
-        """A number of things of at least `size` bytes each, which follow."""
+        """Reads the number of the items that follow, of at least `size` bytes each."""
         return self.checked(self.unpack("Q")[0], size)
 
     def checked(self, count: int, size: int) -> int:
