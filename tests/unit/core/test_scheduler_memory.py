@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from scheduler_simulation import FakeWorker, expected_output, make_pair, make_request, run_to_end, step
@@ -173,6 +174,25 @@ def test_steps_sent_behind_a_failed_one_are_undone_with_it() -> None:
     run_to_end(scheduler, worker)
     for request in requests:
         assert request.output_token_ids == expected_output(request, 100)[0]
+
+
+def test_sequences_that_a_failed_step_was_to_copy_from_are_given_up() -> None:
+    """The worker may have released or renamed them before its memory ran out."""
+    scheduler, worker = pair(CacheCapacity(30, 1, 4, num_retained=4), watermark=0.0)
+    first = make_request("first", 40, 1)
+    scheduler.add(first)
+    run_to_end(scheduler, worker)
+    assert scheduler.block_space_manager.stats.num_retained_rows == 10
+    second = replace(make_request("second", 30, 2), prompt_token_ids=(*first.prompt_token_ids[:22], *range(8)))
+    scheduler.add(second)
+    worker.rows = 12
+    out = scheduler.schedule()
+    assert out.prefixes.shared
+    scheduler.update(out, worker.execute(out))
+    worker.complete(out.step_id)
+    assert scheduler.block_space_manager.stats.num_retained_rows == 0
+    run_to_end(scheduler, worker)
+    assert second.output_token_ids == expected_output(second, 100)[0]
 
 
 def test_a_worker_that_fails_though_memory_suffices_does_not_stop_the_others() -> None:
