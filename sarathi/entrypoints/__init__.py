@@ -1,1 +1,1 @@
-"""The Python class `LLM`, and above it the command line. The engine imports nothing from here."""
+"""User interfaces: the class `LLM`, the command line and the HTTP server."""

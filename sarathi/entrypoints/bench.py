@@ -1,4 +1,4 @@
-"""`sarathi bench run | capacity | serve`: the benchmarks' own commands under one name."""
+"""`sarathi bench run | capacity | serve`: dispatch to the benchmark commands."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 KINDS = {
-    "run": "run a workload on an engine in this process, and write what each request and step took",
-    "capacity": "search the highest request rate at which an engine in this process meets latency targets",
+    "run": "run a workload on an engine in this process and record every request and step",
+    "capacity": "find the highest request rate at which an engine in this process meets latency targets",
 }
 SERVE_EXAMPLES = (
     "sarathi bench serve --base-url http://127.0.0.1:8000 --request-rate 4 --num-prompts 100",
@@ -16,9 +16,9 @@ SERVE_EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three subcommands; run and capacity take the knobs of a benchmark, as --name value."""
+    """Add the three subcommands. run and capacity accept benchmark knobs as --name value."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    no_prefix = "\0"  # every word is the command's own, those with dashes too
+    no_prefix = "\0"  # argparse must not parse the options of the command
     for name, help_text in KINDS.items():
         kind = kinds.add_parser(name, help=help_text, add_help=False, prefix_chars=no_prefix)
         kind.add_argument("words", nargs=argparse.REMAINDER, metavar="--knob value")
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code of the command asked for."""
+    """Run the subcommand; returns its exit code."""
     if args.kind == "serve":
         from sarathi.benchmark.serve.main import run as run_serve
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def _add_serve(kinds: Any) -> None:
     from sarathi.benchmark.serve.options import add_options
 
-    what = "send requests to a server that is running already and measure its answers, as `vllm bench serve` does"
-    more = f"{what}. It starts no server and no engine; any server with OpenAI's API will do."
+    what = "send requests to a running server and measure its responses, like `vllm bench serve`"
+    more = f"{what}. It starts no server and no engine; any server with OpenAI's API works."
     serve = kinds.add_parser("serve", help=what, description=more, examples=SERVE_EXAMPLES)
     add_options(serve)

@@ -1,4 +1,4 @@
-"""The command line's parser: a short --help with examples, all options under --help-knobs, errors in one line."""
+"""Argument parser with a short --help with examples, --help-knobs for all options, and one-line errors."""
 
 import argparse
 import re
@@ -11,12 +11,12 @@ from sarathi.config.load import find_knob
 from sarathi.config.schema import EngineConfig
 from sarathi.config.vllm_names import VLLM_NAMES
 
-_NEAR = 0.75  # likeness of names, from 0 to 1
+_NEAR = 0.75  # minimum similarity of names, 0 to 1
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (?:.* )?--([^\s=]+)")
 
 
 class Parser(argparse.ArgumentParser):
-    """Options that are hidden as knobs appear in --help-knobs alone. examples: command lines at the end of --help."""
+    """Only --help-knobs shows hidden options. examples: command lines at the end of --help."""
 
     def __init__(self, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -24,13 +24,13 @@ class Parser(argparse.ArgumentParser):
         self._knobs: list[argparse.Action] = []
 
     def hide(self, knobs: Iterable[argparse.Action]) -> None:
-        """Leave these options to --help-knobs, which is added here."""
+        """Hide these options from --help and add --help-knobs."""
         if not self._knobs:
             self.add_argument("--help-knobs", action=_HelpKnobs, help="show every option with its default and exit")
         self._knobs += knobs
 
     def format_help(self) -> str:
-        """Without knobs."""
+        """The help without hidden options."""
         full = {knob: knob.help for knob in self._knobs}
         for knob in self._knobs:
             knob.help = argparse.SUPPRESS
@@ -41,22 +41,22 @@ class Parser(argparse.ArgumentParser):
                 knob.help = text
 
     def format_full_help(self) -> str:
-        """With knobs."""
+        """The help with all options."""
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """One line: the list of all options would bury it."""
+        """Print one line instead of argparse's usage, which would list all options."""
         self.exit(2, f"{self.prog}: {message} ({self._hint(message)})\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Unknown options end here, where the command's own are known; the main parser has none of them."""
+        """Report unknown options here: the main parser does not know a command's options."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
     def _hint(self, message: str) -> str:
-        """What to write in place of an unknown option: the nearest one, or what stands for a setting of vLLM here."""
+        """A hint for an unknown option: the nearest one, or the equivalent of a vLLM option."""
         found = _UNRECOGNIZED.search(message)
         if not found:
             return "--help lists the options"

@@ -1,4 +1,4 @@
-"""Text on a terminal: streams in order, readable sizes, tables."""
+"""Terminal output: ordered streams, sizes, tables."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,24 +10,24 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class OrderedPrinter:
-    """Prints concurrent answers one after another: the first that is not finished is printed as it grows."""
+    """Prints concurrent answers in order: streams the first unfinished one and buffers the others."""
 
     def __init__(self, header: Callable[[int], str], out: TextIO | None = None) -> None:
         self._header = header
         self._out = out or sys.stdout
         self._latest: dict[int, RequestOutput] = {}
         self._current = 0
-        self._printed = -1  # characters of the current answer; -1 before its header
+        self._printed = -1  # printed characters of the current answer; -1 before its header
 
     def take(self, number: int, output: RequestOutput) -> None:
-        """The newest state of answer `number`."""
+        """Take the latest output of answer `number`."""
         self._latest[number] = output
         while self._current in self._latest and self._print_current():
             del self._latest[self._current]
             self._current, self._printed = self._current + 1, -1
 
     def _print_current(self) -> bool:
-        """Print what is new of the current answer; whether it is done."""
+        """Print the new text of the current answer; returns whether it is finished."""
         output = self._latest[self._current]
         if self._printed < 0:
             self._out.write(self._header(self._current))
@@ -40,7 +40,7 @@ class OrderedPrinter:
 
 
 def shown_text(output: RequestOutput) -> str:
-    """The answer as text; of several answers, each behind its index once all have ended."""
+    """The text of the answer; several answers are labelled by index and shown once all have finished."""
     if len(output.outputs) == 1:
         return output.outputs[0].text
     if not output.finished:
@@ -49,13 +49,13 @@ def shown_text(output: RequestOutput) -> str:
 
 
 def format_size(num_bytes: int) -> str:
-    """Bytes for reading: 1536 -> "1.5 KiB"."""
+    """Human-readable size: 1536 -> "1.5 KiB"."""
     power = max(0, min(num_bytes.bit_length() - 1, 10 * len(_UNITS) - 1) // 10)
     return f"{num_bytes} B" if power == 0 else f"{num_bytes / 2 ** (10 * power):.1f} {_UNITS[power]}"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first is left-aligned, the others right-aligned."""
+    """A text table; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(_format_row(row, widths) for row in (header, rule, *rows))

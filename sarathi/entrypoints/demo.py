@@ -1,4 +1,4 @@
-"""`sarathi demo`: a model answers prompts, then three kinds of KV cache do the same work side by side."""
+"""`sarathi demo`: a model answers prompts, then three kinds of KV cache run the same prompts."""
 
 import argparse
 import math
@@ -39,19 +39,19 @@ _HEADER = ("backend", "tokens/s", "peak KV mapped", "tokens' own bytes", "wasted
 _PREFIX_HEADER = ("prompt", "first token", "tokens found in the cache")
 _PROMPT_TOKENS, _OWN_TOKENS = 1500, 10
 _TOLERANCE = 1.1
-_CANDIDATES = 20  # log-probabilities a token: in bfloat16 more than two tokens may tie
-_TIE_EPS = 64  # logits lie between 16 and 32 and are wrong by a few units in the last place
+_CANDIDATES = 20  # log-probabilities per token: in bfloat16 more than two tokens may tie
+_TIE_EPS = 64  # logits between 16 and 32 have an error of a few units in the last place
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 where all backends gave the same tokens, and the same as each prompt alone, but for ties; else 1."""
+    """Returns 0 if all backends, and each prompt alone, produced the same tokens except for ties; else 1."""
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, logprobs=_CANDIDATES)
     config = config_from(args)
     streamed, cache_bytes = _stream(config, params)
     memory_bytes = config.cache.memory_bytes or cache_bytes // len(BACKENDS)
     print(f"\nThe same {len(QUESTIONS)} prompts all at once, {args.max_tokens} tokens each:\n")
     with ExitStack() as stack:
-        alike = {"memory_bytes": memory_bytes, "prefix_caching": False}  # every round has the same prompts
+        alike = {"memory_bytes": memory_bytes, "prefix_caching": False}  # prompts repeat in every round
         configs = [config_from(args, attention_backend=name, **alike) for name in BACKENDS]
         engines = [stack.enter_context(LLM.from_config(each)) for each in configs]
         rounds = [[measure(llm, args.max_tokens) for llm in engines] for _ in range(ROUNDS)]
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verdict.passed else 1
 
 
-def parting(ours: CompletionOutput, theirs: CompletionOutput) -> float | None:
-    """How far apart the first two tokens that differ are in our log-probabilities, in nats; None where none does."""
+def divergence(ours: CompletionOutput, theirs: CompletionOutput) -> float | None:
+    """Difference of our log-probabilities of the first two tokens that differ, in nats; None if all are equal."""
     for token, other, likely in zip(ours.token_ids, theirs.token_ids, ours.logprobs or (), strict=False):
         if token != other:
             return likely[token].logprob - likely[other].logprob if other in likely else math.inf
@@ -79,27 +79,27 @@ def parting(ours: CompletionOutput, theirs: CompletionOutput) -> float | None:
 
 
 class Verdict(NamedTuple):
-    """Where answers part. tie_nats: so far apart two tokens may be for rounding to choose either one."""
+    """Divergences of answers. tie_nats: largest difference at which rounding may select either token."""
 
-    partings: Sequence[float]
+    divergences: Sequence[float]
     tie_nats: float
 
     @property
     def passed(self) -> bool:
-        return max(self.partings, default=0.0) <= self.tie_nats
+        return max(self.divergences, default=0.0) <= self.tie_nats
 
     def __str__(self) -> str:
-        if not self.partings:
+        if not self.divergences:
             return "yes"
-        apart = f"parting {len(self.partings)} times, between tokens up to {max(self.partings):.3f} nats apart"
+        apart = f"diverging {len(self.divergences)} times, between tokens up to {max(self.divergences):.3f} nats apart"
         return f"{'but for ties' if self.passed else 'no'}, {apart} (rounding: {self.tie_nats:.3f})"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one backend did with the questions. own_bytes: K and V of all tokens that were in the cache at the end.
+    """Measurements of one backend. own_bytes: K and V of all tokens in the cache at the end.
 
-    pages_bytes: one page in each tensor for each request, which is what whole pages may cost beyond that.
+    pages_bytes: one page per tensor and request: the expected overhead of whole pages.
     """
 
     backend: str
@@ -118,11 +118,11 @@ class Measured:
 
     @property
     def is_tight(self) -> bool:
-        """Whether no more is mapped than tokens and one page per tensor and request, within a tenth."""
+        """Whether mapped memory is at most tokens plus one page per tensor and request, within 10 %."""
         return self.peak_bytes <= _TOLERANCE * (self.own_bytes + self.pages_bytes)
 
     def arithmetic(self) -> str:
-        """The comparison behind `is_tight`, in numbers."""
+        """The comparison of `is_tight` as text."""
         allowed = f"{format_size(self.own_bytes)} of tokens + {format_size(self.pages_bytes)}"
         sign = "<=" if self.is_tight else ">"
         return (
@@ -132,7 +132,7 @@ class Measured:
 
 
 def measure(llm: LLM, max_tokens: int) -> Measured:
-    """All questions at once, every answer `max_tokens` long, so that all of them are in the cache at the end."""
+    """Run all questions in one batch with answers of `max_tokens`, so all are in the cache at the end."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=_CANDIDATES)
     prompts = list(_prompts(llm))
     llm.generate([prompts[0]], SamplingParams(max_tokens=2), use_tqdm=False)  # first calls set up threads and buffers
@@ -140,7 +140,7 @@ def measure(llm: LLM, max_tokens: int) -> Measured:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     elapsed_s = time.monotonic() - start_s
     facts, capacity = llm.engine.core.facts, llm.engine.core.facts.capacity
-    num_tensors = facts.token_bytes // capacity.token_bytes  # paged counts a block of all layers as one
+    num_tensors = facts.token_bytes // capacity.token_bytes  # a paged block covers all layers
     return Measured(
         backend=facts.resolution.backend,
         answers=[output.outputs[0] for output in outputs],
@@ -153,7 +153,7 @@ def measure(llm: LLM, max_tokens: int) -> Measured:
 
 
 class FirstToken(NamedTuple):
-    """When the first token of a prompt came, and how many of the prompt's tokens the cache had."""
+    """Time to first token, and how many of the prompt's tokens were cached."""
 
     first_token_s: float
     num_cached_tokens: int
@@ -164,7 +164,7 @@ class FirstToken(NamedTuple):
 
 
 def measure_prefix(config: EngineConfig) -> tuple[FirstToken, FirstToken]:
-    """Two long prompts, one after the other, that differ in their last tokens alone."""
+    """Measure two long prompts, one after the other, that differ only in their last tokens."""
     params = SamplingParams(temperature=0.0, max_tokens=1)
     with LLM.from_config(config) as llm:
         questions = [token for prompt in _prompts(llm) for token in prompt]
@@ -181,22 +181,22 @@ def _first_token(llm: LLM, prompt: list[int], params: SamplingParams) -> FirstTo
 
 
 def with_median_time(rounds: Sequence[Measured]) -> Measured:
-    """One backend's first round, with the median of the times of all."""
+    """The first round with the median time of all rounds."""
     return replace(rounds[0], elapsed_s=median(each.elapsed_s for each in rounds))
 
 
 def compare(streamed: Sequence[CompletionOutput], runs: Sequence[Measured]) -> Verdict:
-    """Whether every backend wrote the same tokens, and whether they begin with what each prompt got alone."""
+    """Compare the tokens of all backends with each other and with the answers to each prompt alone."""
     first = runs[0].answers
     pairs = [
         pair for others in (streamed, *(each.answers for each in runs[1:])) for pair in zip(first, others, strict=True)
     ]
-    partings = [parting(each, other) for each, other in pairs]
-    return Verdict([each for each in partings if each is not None], _TIE_EPS * runs[0].dtype_eps)
+    divergences = [divergence(each, other) for each, other in pairs]
+    return Verdict([each for each in divergences if each is not None], _TIE_EPS * runs[0].dtype_eps)
 
 
 def _stream(config: EngineConfig, params: SamplingParams) -> tuple[list[CompletionOutput], int]:
-    """The answers, each prompt alone, printed as they come; and the bytes of the cache that this engine alone had."""
+    """Answer each prompt alone and print it; returns the answers and the cache size of this engine in bytes."""
     with LLM.from_config(config) as llm:
         print(f"{config.model.model}, one prompt after another:")
         answers = [_show(llm, number, prompt, params) for number, prompt in enumerate(_prompts(llm))]
@@ -217,5 +217,5 @@ def _prompts(llm: LLM) -> Iterator[list[int]]:
 
 
 def _cached_tokens(output: RequestOutput) -> int:
-    """The last token written is never read back, so it has no K and V."""
+    """Tokens in the cache: the last output token is never an input, so it has no K and V."""
     return len(output.prompt_token_ids) + output.outputs[0].num_tokens - 1

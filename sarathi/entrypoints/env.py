@@ -1,4 +1,4 @@
-"""`sarathi env`: what this machine offers, for bug reports; loads no model."""
+"""`sarathi env`: versions and devices, for bug reports. Loads no model."""
 
 import argparse
 import platform
@@ -19,7 +19,7 @@ _KERNEL_PACKAGES = ("flash-attn", "fa3-fwd", "flash-attn-4", "flashinfer-python"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one fact a line; exit code 0."""
+    """Print one fact per line; returns 0."""
     for name, value in _facts():
         print(f"{name:20} {value}")
     return 0

@@ -15,8 +15,8 @@ from sarathi.entrypoints.options import config_from, sampling_from
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 once every prompt has its answer."""
-    params, config = sampling_from(args), config_from(args)  # refused here, before the model is loaded
+    """Complete all prompts; returns 0."""
+    params, config = sampling_from(args), config_from(args)  # report errors before loading the model
     prompts = _read_prompts(args)
     with LLM.from_config(config) as llm:
         inputs: list[Prompt] = [_as_chat(llm, prompt) for prompt in prompts] if args.chat else prompts
@@ -39,7 +39,7 @@ def _lines(name: str) -> list[str]:
     text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"--prompt-file {name} holds no prompt: write one a line")
+        raise ValueError(f"--prompt-file {name} contains no prompt: write one per line")
     return lines
 
 
@@ -54,7 +54,7 @@ def _header(prompts: Sequence[Prompt]) -> Callable[[int], str]:
 
 
 class _JsonLines:
-    """One object a prompt, in the order in which they are done."""
+    """Prints one JSON object per prompt, in order of completion."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self._prompts = prompts

@@ -1,4 +1,4 @@
-"""The engine as one Python object, for prompts that are all there at once. Threads may share it.
+"""`LLM`: offline inference in one Python object. Thread-safe.
 
 with LLM("smollm2-135m") as llm:
     [output] = llm.generate("The capital of France is", SamplingParams(temperature=0))
@@ -41,45 +41,45 @@ from sarathi.wording import short_repr
 
 logger = logging.getLogger(__name__)
 _ASLEEP_LOOK_S = 0.01
-_Lock = Any  # an RLock, which alone knows its owner: _is_owned() is what threading.Condition asks too
+_Lock = Any  # an RLock, for its _is_owned(), which threading.Condition uses too
 
 
 class LLM:
-    """A model ready to answer. Its memory is freed by `close`, at the end of a `with`, or when it is deleted.
+    """A loaded model. `close`, the end of a `with` block, or deletion frees its memory.
 
-    Threads may share one: their requests run in common batches.
+    Threads may share it: their requests are batched together.
     """
 
     def __init__(self, model: str = "smollm2-135m", **settings: object) -> None:
         """Load `model`: a known name, a folder, a .gguf file or a hub id. `settings` are knobs of the configuration
         by name, as `max_num_seqs=16` or `attention_backend="sdpa_vattn_megacache"`; an unknown one is a ValueError."""
-        self._take(*_load(make_config(model=model, **settings)))
+        self._own(*_load(make_config(model=model, **settings)))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "LLM":
-        """An LLM as `config` describes it."""
+        """An LLM with the configuration `config`."""
         llm = cls.__new__(cls)
-        llm._take(*_load(config))
+        llm._own(*_load(config))
         return llm
 
     @classmethod
     def from_engine(cls, engine: LLMEngine) -> "LLM":
-        """An LLM over an engine that is there already, which it will shut down."""
+        """An LLM that takes ownership of an existing engine."""
         llm = cls.__new__(cls)
-        llm._take(engine, "of an engine")
+        llm._own(engine, "of an engine")
         return llm
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None for a bare configuration with random weights: prompts are token ids then."""
+        """None if the model has none, as with random weights; prompts must then be token ids."""
         return self.engine.tokenizer
 
     def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Complete one prompt or many, together; outputs in the order of the prompts.
+        """Complete one or more prompts in batches; outputs are in the order of the prompts.
 
         A prompt is text, a list or array of token ids, or `{"prompt": ...}` / `{"prompt_token_ids": ...}`; kinds may be
-        mixed. `sampling_params` is for all, or a list with one for each. A ValueError names the prompt that is at
-        fault; nothing runs then, and the engine stays usable.
+        mixed. `sampling_params`: for all prompts, or a list with one for each. ValueError names the invalid prompt;
+        then none runs, and the engine stays usable.
         """
         given = list_prompts(prompts)
         with closing(self._stream(given, sampling_params)) as stream:
@@ -91,7 +91,7 @@ class LLM:
         self, messages: Conversation | Sequence[Conversation], sampling_params: Params = None, use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answer one conversation or many, in the model's own chat format; otherwise as `generate`.
+        """Answer one or more conversations in the model's chat format; otherwise like `generate`.
 
         options: see `encode_chat`.
         """
@@ -102,27 +102,27 @@ class LLM:
         return [replace(each, prompt=self._text_of(ids)) for each, ids in zip(outputs, prompts, strict=True)]
 
     def stream(self, prompt: AnyPrompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, with an output after each of its tokens; leaving the loop early aborts it."""
+        """Complete one prompt; yields an output after each token. Leaving the loop early aborts it."""
         return (output for _, output in self.stream_all([prompt], sampling_params))
 
     def stream_all(
         self, prompts: Sequence[AnyPrompt], sampling_params: Params = None
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Complete prompts together; (number of the prompt, output) whenever one got a token or ended.
+        """Complete prompts in batches; yields (index of the prompt, output) after each token and at the end.
 
-        Leaving the loop early, by an exception or not, aborts those that are not done. All are added or none.
+        Leaving the loop early aborts unfinished prompts. If one prompt is invalid, none is added.
         """
         if not is_list(prompts):
             raise ValueError(f"prompts is {short_repr(prompts)}: it must be a list of prompts")
         return self._stream(prompts, sampling_params)
 
     def encode_chat(self, conversation: Conversation, **options: Any) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins; for the options see
+        """Token ids of a conversation, up to the start of the assistant's answer; for the options see
         `sarathi.engine.input_processor.encode_chat`."""
         return encode_chat(self.tokenizer, conversation, **options)
 
     def sleep(self, level: int = 1) -> None:
-        """Give the memory of the KV cache back to the system, between two steps. Streams wait until `wake_up`.
+        """Release the KV cache's memory between two steps. Streams wait until `wake_up`.
 
         level: 1: the cache; 2: the weights too. ValueError for another level, and for 2 on a GPU.
         """
@@ -130,33 +130,33 @@ class LLM:
             self.engine.core.sleep(level)
 
     def wake_up(self) -> None:
-        """Take the memory again, and read weights that were given back. Requests that were running are computed again.
+        """Allocate the memory and reload released weights. Running requests are recomputed.
 
-        ValueError where the checkpoint cannot be read any more: the engine goes on sleeping.
+        ValueError if the checkpoint can no longer be read: the engine stays asleep.
         """
         with self._using_engine():
             self.engine.core.wake_up()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the tokens of ended requests, as after a change of weights; False, with nothing done, while a request
-        has not ended."""
+        """Drop cached prefixes, for example after the weights changed. Does nothing and returns False while requests
+        are unfinished."""
         with self._using_engine():
             return self.engine.reset_prefix_cache()
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
-        """Tokens found in the cache so far, and what is kept of ended requests."""
+        """Prefix cache hits so far, and the rows kept for finished requests."""
         with self._using_engine():
             return self.engine.prefix_cache_stats()
 
     def memory_stats(self) -> MemoryStats:
-        """What the KV cache holds now, and at its peak, in bytes."""
+        """Current and peak memory of the KV cache, in bytes."""
         with self._using_engine():
             return self.engine.memory_stats()
 
     def close(self) -> None:
-        """Free all memory, of the cache and of the model; open streams end with an error. May be called again.
+        """Free the memory of cache and model; open streams end with an error. Idempotent.
 
-        Waits for a step that runs in another thread.
+        Waits until no other thread is in a step.
         """
         if os.getpid() == self._process_id and self._lock._is_owned():
             self._refuse_use()
@@ -176,14 +176,14 @@ class LLM:
             f"KV cache of {facts.num_cache_tokens} tokens, prefix_caching={found.prefix_caching})"
         )
 
-    def _take(self, engine: LLMEngine, model: str) -> None:
+    def _own(self, engine: LLMEngine, model: str) -> None:
         self.engine, self._model = engine, model
         logger.info("%r is ready", self)
         self._ids = map(str, itertools.count())
         self._inboxes: dict[str, deque[RequestOutput]] = {}
-        self._left: deque[set[str]] = deque()  # of each stream that is over, its requests that had not ended
-        self._lock: _Lock = threading.RLock()  # held by the thread that uses the engine, which never takes it twice
-        self._next = threading.Lock()  # held by the thread that gets it next: the one that had it last comes later
+        self._closed: deque[set[str]] = deque()  # unfinished requests of each closed stream
+        self._lock: _Lock = threading.RLock()  # held by the thread that uses the engine; never acquired twice
+        self._next = threading.Lock()  # held by the next thread in line, so the last owner cannot overtake it
         self._process_id = os.getpid()
         self._finalizer = weakref.finalize(self, _shut_down, engine, self._next, self._lock, self._process_id)
 
@@ -206,13 +206,13 @@ class LLM:
                         pending.discard(output.request_id)
                     yield numbers[output.request_id], output
         finally:
-            self._left.append(pending)
-            self._end_left()
+            self._closed.append(pending)
+            self._abort_closed()
 
     def _add_all(
         self, numbers: Mapping[str, int], prompts: Sequence[AnyPrompt], params: Sequence[SamplingParams]
     ) -> None:
-        """One request for each of `numbers`; the ValueError of one among several says which prompt it is about."""
+        """Add a request for each of `numbers`. With several prompts, a ValueError names the index."""
         number = 0
         try:
             for request_id, number in numbers.items():
@@ -226,15 +226,15 @@ class LLM:
             raise ValueError(f"prompt {number} of {len(prompts)}, counted from 0: {error}") from error
 
     def _fill(self, inbox: deque[RequestOutput], pending: Iterable[str]) -> None:
-        """Step until there is an output for one of `pending`; outputs of other streams go to their inboxes.
+        """Step until one of `pending` has an output; outputs of other streams go to their inboxes.
 
-        The threads that wait for outputs step in turn, each for all.
+        Waiting threads take turns to step, each on behalf of all.
         """
         while not inbox:
             if self.engine.core.is_asleep:
                 time.sleep(_ASLEEP_LOOK_S)
             with self._using_engine():
-                if inbox:  # another thread was here in between
+                if inbox:  # another thread has stepped meanwhile
                     return
                 if not any(map(self.engine.is_unfinished, pending)):
                     raise RuntimeError(
@@ -249,8 +249,8 @@ class LLM:
 
     @contextmanager
     def _using_engine(self) -> Iterator[None]:
-        """The engine for this thread alone. Streams that end meanwhile, because they are collected as garbage at some
-        allocation, end afterwards."""
+        """Exclusive use of the engine. Streams that the garbage collector closes meanwhile are aborted at the end of
+        the block."""
         if os.getpid() != self._process_id or self._lock._is_owned():
             self._refuse_use()
         try:
@@ -258,25 +258,25 @@ class LLM:
                 self._lock.acquire()
             yield
         finally:
-            if self._lock._is_owned():  # not where Ctrl-C came before
+            if self._lock._is_owned():  # Ctrl-C may come before it is acquired
                 self._lock.release()
-            self._end_left()
+            self._abort_closed()
 
     def _refuse_use(self) -> NoReturn:
-        """A forked process has none of the engine's threads, and its parent owns the memory and the GPU context."""
+        """Raise: a forked process lacks the engine's threads, and the parent owns memory and GPU context."""
         if os.getpid() == self._process_id:
-            raise RuntimeError("this LLM is in the middle of a step of the same thread: it cannot be used from there")
+            raise RuntimeError("this LLM is already executing a step in this thread: it cannot be used recursively")
         raise RuntimeError(
             f"this LLM belongs to process {self._process_id}, and process {os.getpid()} was forked from it: create "
             "an LLM in each process, or start processes with multiprocessing's 'spawn' method"
         )
 
-    def _end_left(self) -> None:
-        """End the streams that are over, unless some thread uses the engine: that thread ends them afterwards."""
+    def _abort_closed(self) -> None:
+        """Abort the requests of closed streams. If another thread uses the engine, that thread does it."""
         is_usable = os.getpid() == self._process_id and not self._lock._is_owned()
-        while self._left and is_usable and self._lock.acquire(blocking=False):
+        while self._closed and is_usable and self._lock.acquire(blocking=False):
             try:
-                for request_id in self._left.popleft():
+                for request_id in self._closed.popleft():
                     self.engine.abort(request_id)
                     self._inboxes.pop(request_id, None)
                 self.engine.release_ended()
@@ -285,12 +285,12 @@ class LLM:
 
 
 def _load(config: EngineConfig) -> tuple[LLMEngine, str]:
-    """The engine that `config` describes, and its model's name."""
+    """The engine for `config`, and the model's name."""
     return LLMEngine.from_config(config), config.model.model
 
 
 def _shut_down(engine: LLMEngine, queue: threading.Lock, lock: _Lock, process_id: int) -> None:
-    """Once no thread is in a step. A forked process leaves the engine to the one that made it."""
+    """Shut down when no thread is in a step. Does nothing in a forked process."""
     if os.getpid() == process_id:
         with queue, lock:
             engine.shutdown()

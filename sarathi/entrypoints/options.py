@@ -1,6 +1,6 @@
 """Command-line options for every knob of the configuration and every field of SamplingParams.
 
-Configuration options come from the schema itself: a new knob is a new option.
+Configuration options come from the schema itself: each knob is an option.
 """
 
 import argparse
@@ -29,36 +29,36 @@ def _optional_int(text: str) -> int | None:
 
 _SAMPLING: dict[str, tuple[Callable[[str], object], str]] = {
     "n": (int, "answers to each prompt"),
-    "temperature": (float, "0: always the most likely token; larger: more varied"),
-    "top_p": (float, "draw from the most likely tokens that hold this share of the probability"),
-    "top_k": (int, "draw from this many of the most likely tokens; -1: all"),
-    "min_p": (float, "draw from tokens at least this likely, relative to the most likely one"),
-    "presence_penalty": (float, "subtracted once from the logits of tokens already written"),
-    "frequency_penalty": (float, "subtracted for each time a token was written"),
-    "repetition_penalty": (float, "divides the logits of tokens already read or written"),
+    "temperature": (float, "0: always the most likely token (greedy); higher: more random"),
+    "top_p": (float, "sample from the most likely tokens with this total probability"),
+    "top_k": (int, "sample from this many of the most likely tokens; -1: all"),
+    "min_p": (float, "sample from tokens with at least this probability relative to the most likely one"),
+    "presence_penalty": (float, "subtracted once from the logits of tokens in the output so far"),
+    "frequency_penalty": (float, "subtracted once per occurrence in the output so far"),
+    "repetition_penalty": (float, "penalizes the logits of tokens in the prompt or the output so far"),
     "seed": (int, "makes sampling repeatable"),
-    "max_tokens": (_optional_int, "tokens of an answer at most; none: to the model's limit"),
-    "min_tokens": (int, "tokens of an answer at least"),
-    "logprobs": (int, "also give log probabilities, of this many of the most likely tokens"),
-    "prompt_logprobs": (int, "the same for each token of the prompt"),
+    "max_tokens": (_optional_int, "maximum tokens per answer; none: the model's limit"),
+    "min_tokens": (int, "minimum tokens per answer"),
+    "logprobs": (int, "return log probabilities of this many of the most likely tokens"),
+    "prompt_logprobs": (int, "the same for the prompt's tokens"),
 }
 _SAMPLING_LISTS = {
-    "stop": ("TEXT", "end before this text; repeatable"),
-    "bad_words": ("TEXT", "never write this; repeatable"),
-    "stop_token_ids": ("IDS", "end at any of these: 2,198"),
-    "allowed_token_ids": ("IDS", "write these tokens only: 2,198"),
+    "stop": ("TEXT", "stop before this text; repeatable"),
+    "bad_words": ("TEXT", "never generate this text; repeatable"),
+    "stop_token_ids": ("IDS", "stop at any of these tokens: 2,198"),
+    "allowed_token_ids": ("IDS", "generate only these tokens: 2,198"),
 }
 _SAMPLING_SWITCHES = {
-    "ignore_eos": "go on past the model's own end token",
+    "ignore_eos": "continue after the model's end-of-sequence token",
     "include_stop_str_in_output": "keep the stop string, or the text of the stop token, in the answer",
-    "skip_special_tokens": "leave special tokens out of the text",
+    "skip_special_tokens": "omit special tokens from the text",
     "spaces_between_special_tokens": "keep the spaces that the tokenizer puts between special tokens",
-    "detokenize": "make text of the tokens",
+    "detokenize": "decode tokens to text",
 }
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """One option for each knob, and --config for a YAML file that they win over. The options but for --model."""
+    """Add one option per knob, and --config for a YAML file that options override. Returns all but --model."""
     group = parser.add_argument_group("engine")
     file_help = "YAML file with sections model, cache, scheduler, parallel, transfer"
     options = [group.add_argument("--config", metavar="FILE", help=file_help)]
@@ -67,7 +67,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> list[argparse.Action]
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each knob of the HTTP server, and of its processes."""
+    """Add one option per knob of the HTTP server and its processes."""
     for title, prefix, section in (
         ("server", _SERVER_PREFIX, ServerConfig),
         ("scaling", _SCALING_PREFIX, ScalingConfig),
@@ -78,28 +78,28 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace, **forced: object) -> EngineConfig:
-    """The configuration that the options ask for; `forced` knobs win. ConfigError names what is wrong."""
+    """The engine configuration of the options; `forced` knobs override them. Raises ConfigError."""
     return load_config(EngineConfig, args.config, {**_given(args, _CONFIG_PREFIX), **forced})
 
 
 def given_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The knobs of the engine whose options are on the command line, by path; "config" is the file."""
+    """The engine knobs given on the command line, by path; "config" is the file."""
     file = {} if args.config is None else {"config": args.config}
     return file | _given(args, _CONFIG_PREFIX)
 
 
 def server_config_from(args: argparse.Namespace) -> ServerConfig:
-    """The server that the options ask for. ConfigError names what is wrong."""
+    """The server configuration of the options. Raises ConfigError."""
     return load_config(ServerConfig, overrides=_given(args, _SERVER_PREFIX))
 
 
 def scaling_config_from(args: argparse.Namespace) -> ScalingConfig:
-    """The processes and engines that the options ask for. ConfigError names what is wrong."""
+    """The configuration of processes and replicas. Raises ConfigError."""
     return load_config(ScalingConfig, overrides=_given(args, _SCALING_PREFIX))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) -> list[argparse.Action]:
-    """One option for each field of SamplingParams, which are returned; `defaults` are a command's own."""
+    """Add and return one option per field of SamplingParams. defaults: of this command."""
     standard = {field.name: field.default for field in fields(SamplingParams)} | defaults
     parser.set_defaults(**{_SAMPLING_DEFAULTS: defaults})
     group = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
@@ -117,22 +117,22 @@ def add_sampling_options(parser: argparse.ArgumentParser, **defaults: object) ->
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
-    """The parameters that the options ask for. ValueError names what is wrong."""
+    """The sampling parameters of the options. Raises ValueError."""
     return SamplingParams(**{**getattr(args, _SAMPLING_DEFAULTS), **given_sampling(args)})
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SamplingParams whose options are on the command line."""
+    """The fields of SamplingParams given on the command line."""
     names = [*_SAMPLING, *_SAMPLING_LISTS, *_SAMPLING_SWITCHES]
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def token_ids(text: str) -> list[int]:
-    """Ids written as 1,2,3."""
+    """Parse token ids such as 1,2,3."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids, as 1,2,3") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
 
 
 def _add_knob(group: Any, name: str, prefix: str, knob: Knob) -> argparse.Action:
@@ -155,7 +155,7 @@ def _given(args: argparse.Namespace, prefix: str) -> dict[str, object]:
 
 
 def _named_knobs() -> Iterator[tuple[str, Knob]]:
-    """The last part of a knob's path names its option; the last two where that alone says too little, or means two."""
+    """Option names: the last part of a knob's path, or the last two if one is unclear or ambiguous."""
     knobs = knobs_of(EngineConfig)
     leaves = [knob.leaf for knob in knobs]
     for knob in knobs:

@@ -1,4 +1,4 @@
-"""Packages that a command needs and does not find: which extra of the distribution brings them."""
+"""Find the extra that provides a missing package."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
@@ -9,7 +9,7 @@ _DISTRIBUTIONS = {"zmq": "pyzmq", "flashinfer": "flashinfer-python", "prometheus
 
 
 def name_extra(error: Exception) -> str | None:
-    """A line that says what to install, for an import of a package of an extra that failed; None for anything else."""
+    """The pip command for a failed import of an extra's package; None for any other error."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None
     module = error.name.partition(".")[0]
@@ -18,7 +18,7 @@ def name_extra(error: Exception) -> str | None:
 
 
 def _extra_of(package: str) -> str | None:
-    """The extra that lists the package by its own name; "dev" only where no other does."""
+    """The extra that lists the package; "dev" only if no other does."""
     try:
         found = [_REQUIREMENT.match(line) for line in requires(DISTRIBUTION) or ()]
     except PackageNotFoundError:

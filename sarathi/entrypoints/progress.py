@@ -1,4 +1,4 @@
-"""The progress bar over requests, on a terminal or in a notebook, with the tokens a second of the last moment."""
+"""Progress bar over requests with the current tokens per second, on a terminal or in a notebook."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:
     from sarathi.engine.outputs import RequestOutput
 
-_REFRESH_S = 0.5  # drawing at every step would cost more than the step's own bookkeeping
+_REFRESH_S = 0.5  # redrawing at every step would be expensive
 NumberedOutput = tuple[int, "RequestOutput"]
 
 
 class RequestBar:
-    """One unit a request; a context manager. shown: None: not in a log file, where a bar is noise."""
+    """A context manager; one unit per request. shown: None: only on a terminal or in a notebook."""
 
     def __init__(self, total: int, label: str = "Requests", shown: bool | None = None) -> None:
         hidden = None if shown is None else not shown
@@ -28,7 +28,7 @@ class RequestBar:
         return bool(self._bar.disable)
 
     def add(self, finished: int, output_tokens: int = 0, prompt_tokens: int = 0) -> None:
-        """Count requests that ended, and tokens."""
+        """Add finished requests and tokens."""
         self._read += prompt_tokens
         self._written += output_tokens
         if finished:
@@ -48,7 +48,7 @@ class RequestBar:
 
 
 def show_progress(outputs: Iterable[NumberedOutput], num_requests: int) -> Iterator[NumberedOutput]:
-    """Pass `outputs` on, and draw a bar where there is a terminal or a notebook."""
+    """Yield `outputs` and show a progress bar on a terminal or in a notebook."""
     with RequestBar(num_requests) as bar:
         if bar.is_hidden:
             yield from outputs

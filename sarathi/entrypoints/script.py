@@ -1,15 +1,15 @@
-"""How a script ends: its exit code, and one line about an error that its user can correct."""
+"""Exit code and one-line errors of a script."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-_WRONG_USE = 2  # as argparse has it
+_WRONG_USE = 2  # as in argparse
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with what `main` returns, or with 2 and the error where a value, file or package is wrong."""
+    """Exit with the result of `main`, or print the error and exit with 2 if a value, file or package is wrong."""
     try:
         sys.exit(main())
     except (ValueError, OSError, ImportError) as error:

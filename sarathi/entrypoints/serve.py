@@ -1,4 +1,4 @@
-"""`sarathi serve`: an HTTP server over the engine."""
+"""`sarathi serve`: an HTTP server."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from sarathi.entrypoints.options import config_from, scaling_config_from, server
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 after a signal, 1 where the engine died."""
+    """Returns 0 after a signal, 1 if the engine died."""
     forced = {} if args.model_name is None else {"model": args.model_name}
     engine, server, scaling = config_from(args, **forced), server_config_from(args), scaling_config_from(args)
     if scaling.uses_ray:

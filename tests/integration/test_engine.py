@@ -167,13 +167,13 @@ def test_abort_frees_the_request_and_leaves_the_others(llm: LLM) -> None:
 
 def test_a_conversation_answers_refuses_and_goes_on(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = Conversation(LocalModel(llm, SamplingParams(temperature=0.0, max_tokens=12)))
-    conversation.hear("What is the capital of France?")
+    conversation.handle_line("What is the capital of France?")
     shown = capsys.readouterr().out
     assert shown.startswith("The capital of France is Paris.\n[8 tokens, ")
     assert re.search(r"tokens/s, [1-9][0-9.]* MiB of KV cache mapped\]\n$", shown)
-    conversation.hear("word " * 9000)
+    conversation.handle_line("word " * 9000)
     assert re.search(r"longest sequence is 8192.*\n.*/reset makes room", capsys.readouterr().err)
-    conversation.hear("And of Italy?")
+    conversation.handle_line("And of Italy?")
     assert "Rome" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""`sarathi chat`: a conversation on a terminal, with a model of this process or of a server."""
+"""`sarathi chat`: a conversation on a terminal, with a model in this process or on a server."""
 
 from sarathi.entrypoints.chat.command import run
 

@@ -1,4 +1,4 @@
-"""The command: a model, the lines that a person types, and what was typed in earlier chats."""
+"""The command: opens the model, reads lines, keeps the line history of earlier chats."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ _MODEL = "model.model"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 at /exit or the end of input."""
+    """Returns exit code 0 at /exit or the end of input."""
     with _open_model(args) as model:
         conversation = Conversation(model, args.system)
         print(f"{model}\n{HELP}")
@@ -22,25 +22,25 @@ def run(args: argparse.Namespace) -> int:
             for line in _lines():
                 if line == "/exit":
                     break
-                conversation.hear(line)
+                conversation.handle_line(line)
     return 0
 
 
 def _open_model(args: argparse.Namespace) -> contextlib.AbstractContextManager[ChatModel]:
-    """Options are checked before a model is loaded. ValueError where one has no meaning beside --url, or without."""
+    """Checks options before loading a model. ValueError if one needs --url or excludes it."""
     params = sampling_from(args)
     if args.url is None:
         from sarathi.entrypoints.chat.local import open_local_model  # loads the engine
 
         if args.api_key_file is not None:
-            raise ValueError("api_key_file is for a server: it needs --url")
+            raise ValueError("api_key_file needs --url")
         return open_local_model(config_from(args), params)
 
     from sarathi.entrypoints.chat.remote import Server, open_remote_model, read_api_key
 
     config = given_config(args)
     if others := [name for name in config if name != _MODEL]:
-        raise ValueError(f"{', '.join(others)}: options of an engine in this process; --url names one that runs")
+        raise ValueError(f"{', '.join(others)}: options of an engine in this process cannot be combined with --url")
     return open_remote_model(
         Server(args.url, read_api_key(args.api_key_file)), config.get(_MODEL), given_sampling(args)
     )
@@ -48,7 +48,7 @@ def _open_model(args: argparse.Namespace) -> contextlib.AbstractContextManager[C
 
 @contextlib.contextmanager
 def _editing() -> Iterator[None]:
-    """Arrow keys edit the line and bring back those of earlier chats, where Python has readline and a person types."""
+    """Enable line editing and history on a terminal, if Python has readline."""
     try:
         import readline
     except ImportError:
@@ -69,7 +69,7 @@ def _editing() -> Iterator[None]:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of input, after a prompt where a person is typing."""
+    """Lines of input; shows a prompt on a terminal."""
     with contextlib.suppress(EOFError):
         while True:
             yield input("> " if sys.stdin.isatty() else "").strip()

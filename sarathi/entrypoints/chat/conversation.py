@@ -1,4 +1,4 @@
-"""A conversation with a model, wherever the model runs."""
+"""A conversation with a local or remote model."""
 
 import sys
 import time
@@ -6,13 +6,13 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple, Protocol
 
-HELP = "/exit ends, /reset forgets the conversation, /system TEXT begins a new one under that system message"
+HELP = "/exit ends, /reset clears the conversation, /system TEXT starts a new one with that system message"
 
 Messages = Sequence[Mapping[str, str]]
 
 
 class Piece(NamedTuple):
-    """What an answer grew by. num_tokens: of the answer so far. is_reasoning: shown, and not part of the answer."""
+    """New text of an answer. num_tokens: of the answer so far. is_reasoning: printed, but not part of the answer."""
 
     text: str
     num_tokens: int
@@ -20,25 +20,25 @@ class Piece(NamedTuple):
 
 
 class ChatModel(Protocol):
-    """Answers messages. As text it says what it is."""
+    """A model that answers messages. str() describes it."""
 
     def answer(self, messages: Messages) -> Generator[Piece, None, None]:
-        """The answer as it grows; closing the generator aborts it. ValueError where the messages are refused."""
+        """Stream the answer; closing the generator aborts it. ValueError if the messages are refused."""
 
     def memory(self) -> str:
-        """What the line behind an answer says of the model's memory; "" where it is not known."""
+        """Memory use, for the status line after an answer; "" if unknown."""
 
 
 class Conversation:
-    """The messages so far. Answers are printed as they come."""
+    """The messages so far. Prints answers as they arrive."""
 
     def __init__(self, model: ChatModel, system: str | None = None) -> None:
         self._model = model
         self._system = system
         self._reset()
 
-    def hear(self, line: str) -> None:
-        """Run a command, or answer. A refused message is dropped from the conversation."""
+    def handle_line(self, line: str) -> None:
+        """Run a command or answer a message. A refused message is removed from the conversation."""
         if line == "/reset":
             self._reset()
         elif line.startswith("/system"):

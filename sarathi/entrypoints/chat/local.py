@@ -1,4 +1,4 @@
-"""The model of a conversation in this process."""
+"""A chat model in this process."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from sarathi.sampling_params import SamplingParams
 
 @contextmanager
 def open_local_model(config: EngineConfig, params: SamplingParams) -> "Iterator[LocalModel]":
-    """Load the model, and free it at the end."""
+    """Load the model; free it at the end of the block."""
     with LLM.from_config(config) as llm:
         yield LocalModel(llm, params)
 

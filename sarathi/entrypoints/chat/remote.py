@@ -1,4 +1,4 @@
-"""The model of a conversation behind an OpenAI-compatible server."""
+"""A chat model on an OpenAI-compatible server."""
 
 import json
 import os
@@ -12,35 +12,35 @@ import httpx
 from sarathi.entrypoints.chat.conversation import Messages, Piece
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
-_CONNECT_S, _MODELS_S = 10.0, 30.0  # an answer may take any time to begin: it may wait behind others
-_CHAT_NAMES = {"max_tokens": "max_completion_tokens"}  # of the fields that the chat API has under another name
-_REASONING = ("reasoning_content", "reasoning")  # names of it in use
+_CONNECT_S, _MODELS_S = 10.0, 30.0  # no read timeout for answers: they may wait in the server's queue
+_CHAT_NAMES = {"max_tokens": "max_completion_tokens"}  # fields with another name in the chat API
+_REASONING = ("reasoning_content", "reasoning")  # field names in use
 
 
 class ServerError(ValueError):
-    """The server cannot be reached, refuses a request, or ends an answer with an error."""
+    """The server is unreachable, refuses a request, or ends an answer with an error."""
 
 
 class Server(NamedTuple):
-    """url: with or without a path; without one it is /v1."""
+    """url: default path /v1."""
 
     url: str
     api_key: str | None
 
 
 def read_api_key(file: str | None) -> str | None:
-    """The first line of the file; without one what OPENAI_API_KEY holds, if anything. OSError where it is missing."""
+    """The first line of the file, or else OPENAI_API_KEY, if set. OSError if the file does not exist."""
     if file is None:
         return os.environ.get(_KEY_VARIABLE) or None
     lines = Path(file).expanduser().read_text(encoding="utf-8").split()
     if not lines:
-        raise ValueError(f"api_key_file is {file!r}: it holds no key")
+        raise ValueError(f"api_key_file is {file!r}: it contains no key")
     return lines[0]
 
 
 @contextmanager
 def open_remote_model(server: Server, model: str | None, params: Mapping[str, Any]) -> "Iterator[RemoteModel]":
-    """model: None: the first that the server names. params: fields of SamplingParams; the server decides the others."""
+    """model: None: the first that the server lists. params: fields of SamplingParams; others are the server's."""
     headers = {} if server.api_key is None else {"Authorization": f"Bearer {server.api_key}"}
     timeout = httpx.Timeout(None, connect=_CONNECT_S)
     with httpx.Client(base_url=_base(server.url), headers=headers, timeout=timeout) as client:
@@ -64,7 +64,7 @@ class RemoteModel:
             **self._fields,
         }  # fmt: skip
         num_tokens = 0
-        with _told(self._client), self._client.stream("POST", "chat/completions", json=body) as response:
+        with _connection_errors(self._client), self._client.stream("POST", "chat/completions", json=body) as response:
             _check(response)
             for chunk in _chunks(response):
                 for piece in _pieces(chunk, num_tokens):
@@ -81,23 +81,23 @@ def _base(url: str) -> httpx.URL:
     except httpx.InvalidURL as error:
         raise ValueError(f"url is {url!r}: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"url is {url!r}: it must be as http://127.0.0.1:8000")
+        raise ValueError(f"url is {url!r}: it must have the form http://127.0.0.1:8000")
     return parsed.copy_with(path="/v1") if parsed.path == "/" else parsed
 
 
 def _first_model(client: httpx.Client) -> str:
-    with _told(client):
+    with _connection_errors(client):
         response = client.get("models", timeout=_MODELS_S)
         _check(response)
     try:
         return str(response.json()["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
-        raise ServerError(f"{client.base_url}models names no model: --model must") from None
+        raise ServerError(f"{client.base_url}models lists no model: give --model") from None
 
 
 @contextmanager
-def _told(client: httpx.Client) -> Iterator[None]:
-    """Failures of the connection as ServerError."""
+def _connection_errors(client: httpx.Client) -> Iterator[None]:
+    """Turn connection errors into ServerError."""
     try:
         yield
     except httpx.HTTPError as error:
@@ -116,13 +116,13 @@ def _check(response: httpx.Response) -> None:
 
 
 def _message(body: Any) -> str:
-    """The message of an error in OpenAI's form, or whatever else the body is."""
+    """The message of an error in OpenAI's format, or the body as text."""
     error = body.get("error", body) if isinstance(body, dict) else body
     return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 def _chunks(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """The JSON objects of server-sent events up to [DONE]; other lines have no meaning here."""
+    """The JSON objects of server-sent events up to [DONE]; ignores other lines."""
     for line in response.iter_lines():
         payload = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if payload == "[DONE]":
@@ -135,7 +135,7 @@ def _chunks(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def _pieces(chunk: dict[str, Any], num_tokens: int) -> Iterator[Piece]:
-    """A chunk with text counts as a token until the usage, which comes last, says how many there were."""
+    """Counts a chunk with text as one token until the final usage gives the exact number."""
     if chunk.get("error"):
         raise ServerError(_message(chunk))
     try:
@@ -152,4 +152,4 @@ def _pieces(chunk: dict[str, Any], num_tokens: int) -> Iterator[Piece]:
 
 
 def _refuse(payload: str) -> NoReturn:
-    raise ServerError(f"{payload[:200]!r} is no chunk of a chat completion") from None
+    raise ServerError(f"{payload[:200]!r} is not a chunk of a chat completion") from None

@@ -1,1 +1,1 @@
-"""From the text of an answer to reasoning, content and tool calls, as it grows; and tools to grammars and prompts."""
+"""Incremental parsing of an answer into reasoning, content and tool calls; tools as grammars and prompts."""

@@ -1,19 +1,19 @@
-"""The text of one answer to its parts: reasoning first, then content and tool calls."""
+"""Splits the text of one answer into parts: reasoning first, then content and tool calls."""
 
 from sarathi.entrypoints.parsing.parts import Answer, Part, Text, ToolParser, joined
 from sarathi.entrypoints.parsing.reasoning import ReasoningParser
 
 
 class AnswerParser:
-    """For one answer. None for what is not looked for: the text is content then."""
+    """Parser of one answer. None: no reasoning or no tool calls are expected, and such text is content."""
 
     def __init__(self, reasoning: ReasoningParser | None = None, tools: ToolParser | None = None) -> None:
         self._reasoning, self._tools = reasoning, tools
 
     def push(self, text: str, is_last: bool = False, is_cut: bool = False) -> list[Part]:
-        """The parts that are certain after this text; with the last text, the rest.
+        """The parts that this text completes; with the last text, all that remain.
 
-        is_cut: the last text did not end by itself.
+        is_cut: the answer was cut off, for example by max_tokens.
         """
         parts: list[Part] = [Text(text)] if self._reasoning is None else self._reasoning.push(text)
         if is_last and self._reasoning is not None:
@@ -24,7 +24,7 @@ class AnswerParser:
         return joined(parts)
 
     def whole(self, text: str, is_cut: bool) -> Answer:
-        """All of an answer at once."""
+        """Parse a complete answer."""
         answer = Answer()
         answer.add(self.push(text, is_last=True, is_cut=is_cut))
         return answer

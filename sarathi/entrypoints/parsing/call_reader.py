@@ -1,4 +1,4 @@
-"""One tool call as JSON, `{"name": ..., "arguments": {...}}`, read character by character."""
+"""One tool call as JSON, `{"name": ..., "arguments": {...}}`, parsed character by character."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ _OTHERS = ("type", "id")
 
 
 class Status(Enum):
-    """FAILED: the text is no call."""
+    """FAILED: the text is not a tool call."""
 
     OPEN = "open"
     DONE = "done"
@@ -18,18 +18,18 @@ class Status(Enum):
 
 
 class CallReader:
-    """The name is told once it is whole, the arguments from there on as they come.
+    """Provides the name once it is complete, and then the arguments as they arrive.
 
-    Braces and strings alone are looked at: arguments are not checked. Arguments given as a JSON string are what the
-    string says. raw: all characters so far.
+    Tracks only braces and strings and does not validate the arguments. Arguments that are a JSON string are decoded.
+    raw: all characters so far.
     """
 
     def __init__(self) -> None:
         self.status = Status.OPEN
         self.name: str | None = None
         self.raw = ""
-        self.has_begun = False  # the name is known, and arguments or the end have been reached
-        self._pending = ""  # arguments that have not been taken
+        self.has_begun = False  # the name is known, and the arguments have started or the call has ended
+        self._pending = ""  # arguments not taken yet
         self._state: Callable[[str], None] = self._before
         self._key = ""
         self._value = ""
@@ -39,12 +39,12 @@ class CallReader:
         self._has_arguments = False
 
     def push(self, char: str) -> None:
-        """The next character, while the status is OPEN."""
+        """Feed the next character. The status must be OPEN."""
         self.raw += char
         self._state(char)
 
     def take_arguments(self) -> str:
-        """The arguments that came since the last call; none before `has_begun`."""
+        """The arguments since the last call of this method; empty before `has_begun`."""
         if not self.has_begun:
             return ""
         taken, self._pending = self._pending, ""
@@ -128,7 +128,7 @@ class CallReader:
             self.has_begun |= self.name is not None
 
     def _ends_string(self, char: str) -> bool:
-        """Whether this character of a string is the quote that ends it."""
+        """Whether this character is the closing quote of the current string."""
         is_end = char == '"' and not self._is_escaped
         self._is_escaped = char == "\\" and not self._is_escaped
         return is_end
@@ -145,7 +145,7 @@ class CallReader:
 
 
 def _string(quoted: str) -> str:
-    """The text of a JSON string; as it stands where it is none."""
+    """The value of a JSON string; the text itself if it is not valid JSON."""
     try:
         text = str(json.loads(quoted, strict=False))
     except ValueError:

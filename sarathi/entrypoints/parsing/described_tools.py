@@ -1,4 +1,4 @@
-"""Tools for models whose chat template has no place for them: as words of the conversation."""
+"""Tools in the system message, for models whose chat template does not support tools."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _INTRODUCTION = "You can call functions. Each line below describes one of them a
 
 
 def describe_tools(messages: Sequence[Any], tools: Sequence[Tool], style: ToolFormat) -> list[Any]:
-    """Messages of a conversation with the tools in the system message, and with calls and results as text."""
+    """The conversation with tools in the system message, and calls and results as text."""
     plain = [_plain(message, style) for message in messages]
     if not tools:
         return plain
@@ -42,7 +42,7 @@ def _arguments(function: Mapping[str, Any]) -> str:
 
 
 def _text(content: Any) -> str:
-    """Text, or a list of text parts; anything else is left for the check of the conversation to refuse."""
+    """Text, or the text of parts; other content is returned unchanged and refused later."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     return "" if content is None else str(content)

@@ -1,4 +1,4 @@
-"""How the model families write tool calls: parsers, and grammars that force a call."""
+"""Tool call formats of the model families: parsers, and grammars that force a call."""
 
 import json
 import uuid
@@ -9,15 +9,15 @@ from sarathi.entrypoints.parsing.parts import ToolParser
 from sarathi.entrypoints.parsing.tool_parsers import HermesParser, LlamaParser, MistralParser
 from sarathi.entrypoints.parsing.tools import Tool
 
-_MOST_CALLS = 8  # that a grammar lets one answer have
+_MAX_CALLS = 8  # in one answer, by the grammar
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """begin, between and end stand around the calls, open and close around each of them.
+    """begin, between and end: markup around the calls. open and close: markup around each call.
 
-    arguments: what the member with the arguments is called. special: the tag that is a special token in the family's
-    vocabulary, so that the text must show special tokens. id_length: of the ids of calls that templates accept.
+    arguments: name of the JSON member with the arguments. special: the tag that is a special token of the family, which
+    detokenization must therefore keep. id_length: of call ids that the templates accept.
     """
 
     name: str
@@ -37,15 +37,15 @@ class ToolFormat:
         return f"call_{number[:24]}" if self.id_length is None else number[: self.id_length]
 
     def write(self, calls: Sequence[tuple[str, str]]) -> str:
-        """Calls, as names and arguments in JSON, in the words of a model."""
+        """Format calls as the model writes them. calls: (name, arguments as JSON)."""
         shown = [
             f'{self.open}{{"name": {json.dumps(name)}, "{self.arguments}": {arguments}}}{self.close}'
             for name, arguments in calls
         ]
         return self.begin + self.between.join(shown) + self.end
 
-    def grammar(self, tools: Sequence[Tool], most_calls: int = _MOST_CALLS, special_id: int | None = None) -> str:
-        """A Lark grammar of at least one call of these tools. special_id: of the token `special`, if there is one."""
+    def grammar(self, tools: Sequence[Tool], most_calls: int = _MAX_CALLS, special_id: int | None = None) -> str:
+        """A Lark grammar of one or more calls of these tools. special_id: token id of `special`, if any."""
         begin = _quoted(self.begin)
         if special_id is not None and self.special is not None:
             rest = self.begin.removeprefix(self.special)
@@ -70,7 +70,7 @@ FORMATS = {each.name: each for each in (HERMES, MISTRAL, LLAMA)}
 
 
 def detect_format(chat_template: str) -> ToolFormat:
-    """The format that a model's template shows; Hermes's where it shows none."""
+    """The format used in a chat template; Hermes if none is recognized."""
     if "[TOOL_CALLS]" in chat_template:
         return MISTRAL
     if "<tool_call>" not in chat_template and ("<|python_tag|>" in chat_template or "ipython" in chat_template):

@@ -1,15 +1,15 @@
-"""Text up to a tag, when both come in pieces."""
+"""Incremental search for a tag in streamed text."""
 
 
 class TextUntil:
-    """Releases the text before a tag, without the whitespace that stands directly before the tag."""
+    """Returns the text before a tag, without the whitespace just before the tag."""
 
     def __init__(self, tag: str) -> None:
         self._tag = tag
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is certain, and what follows the tag; None while there is no tag."""
+        """The text known to precede the tag, and the text after the tag; None before the tag is found."""
         held = self._held + text
         before, tag, rest = held.partition(self._tag)
         if tag:
@@ -20,11 +20,11 @@ class TextUntil:
         return held[:end], None
 
     def flush(self, is_cut: bool) -> str:
-        """What is held; where the answer was cut, without what could have become the tag."""
+        """The rest of the text; if the answer was cut off, without a partial tag at its end."""
         held, self._held = self._held, ""
         return held[: len(held) - self._partial_tag(held)].rstrip() if is_cut else held
 
     def _partial_tag(self, text: str) -> int:
-        """Length of the longest tail that begins the tag."""
+        """Length of the longest suffix that is a prefix of the tag."""
         longest = min(len(text), len(self._tag) - 1)
         return next((length for length in range(longest, 0, -1) if text.endswith(self._tag[:length])), 0)

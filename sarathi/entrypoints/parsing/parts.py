@@ -1,4 +1,4 @@
-"""What an answer consists of. Parsers give parts as the text grows; joined, they do not depend on how it was cut."""
+"""Parts of an answer. Parsers stream them; joined, they do not depend on how the text was split."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,26 +6,26 @@ from typing import NamedTuple, Protocol
 
 
 class Text(NamedTuple):
-    """Text of the answer itself."""
+    """Content of the answer."""
 
     text: str
 
 
 class Reasoning(NamedTuple):
-    """Text that the model thinks before it answers."""
+    """Reasoning text before the answer."""
 
     text: str
 
 
 class CallBegin(NamedTuple):
-    """A call of a tool; calls of an answer are numbered from 0."""
+    """Start of a tool call. Calls of an answer are numbered from 0."""
 
     call: int
     name: str
 
 
 class CallArguments(NamedTuple):
-    """More of the arguments of a call, which are JSON text."""
+    """The next part of a call's arguments, as JSON text."""
 
     call: int
     text: str
@@ -35,17 +35,17 @@ Part = Text | Reasoning | CallBegin | CallArguments
 
 
 class ToolParser(Protocol):
-    """Finds tool calls in the text of one answer."""
+    """Incremental parser of the tool calls in one answer."""
 
     def push(self, text: str) -> list[Part]:
-        """The parts that are certain after this text."""
+        """The parts that this text completes."""
 
     def flush(self, is_cut: bool) -> list[Part]:
-        """The rest, when no more text comes. is_cut: the answer did not end by itself, so markup may be incomplete."""
+        """The remaining parts at the end. is_cut: the answer was cut off, so markup may be incomplete."""
 
 
 def joined(parts: Iterable[Part]) -> list[Part]:
-    """Neighbours of one kind as one part, without empty ones."""
+    """Merge adjacent parts of the same kind and drop empty ones."""
     merged: list[Part] = []
     for part in parts:
         last = merged[-1] if merged else None
@@ -68,7 +68,7 @@ class ToolCall:
 
 @dataclass
 class Answer:
-    """A whole answer."""
+    """A complete answer."""
 
     reasoning: str = ""
     content: str = ""

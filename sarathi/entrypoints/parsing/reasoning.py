@@ -1,4 +1,4 @@
-"""Reasoning before an answer: `<think>...</think>`, as Qwen3 and others write it."""
+"""Reasoning before an answer: `<think>...</think>`, as Qwen3 and other models write it."""
 
 from sarathi.entrypoints.parsing.markup import TextUntil
 from sarathi.entrypoints.parsing.parts import Part, Reasoning, Text
@@ -7,9 +7,9 @@ BEGIN, END = "<think>", "</think>"
 
 
 class ReasoningParser:
-    """Parts of kind Reasoning, then of kind Text. Whitespace around the reasoning belongs to neither.
+    """Emits Reasoning parts, then Text parts, without the whitespace around the reasoning.
 
-    is_open: the prompt ends inside of the reasoning.
+    is_open: the prompt already contains the opening tag.
     """
 
     def __init__(self, is_open: bool = False) -> None:

@@ -1,7 +1,6 @@
-"""Tool calls in the formats of the model families. No markup reaches the content, whole or cut.
+"""Tool call parsers of the model families. Markup never appears in the content, even if it is cut off.
 
-A parser is a machine of states. A state takes text, adds to the parts, and returns the text that is left to the next
-state.
+A parser is a state machine. A state consumes text, adds parts, and returns the remaining text for the next state.
 """
 
 import json
@@ -13,13 +12,13 @@ from sarathi.entrypoints.parsing.parts import CallArguments, CallBegin, Part, Te
 
 
 class _CallParser:
-    """What the formats share: text, and calls that are read character by character."""
+    """Base class: content, and calls that a CallReader parses."""
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._num_calls = 0
         self._reader = CallReader()
-        self._has_told = False  # of the current call
+        self._has_told = False  # whether CallBegin of the current call was emitted
         self._state: Callable[[str], str] = self._plain
         self._until = TextUntil("\0")
 
@@ -35,15 +34,15 @@ class _CallParser:
         return self._taken()
 
     def _end(self, is_cut: bool) -> None:
-        """Say what is held."""
+        """Emit the text that is held back."""
         raise NotImplementedError
 
     def _call_done(self) -> None:
-        """Choose the next state."""
+        """Set the next state."""
         raise NotImplementedError
 
     def _call_failed(self) -> str:
-        """Choose the next state, for text that is no call; returns that text where it is content."""
+        """Set the next state after text that is not a call; returns that text if it is content."""
         raise NotImplementedError
 
     def _taken(self) -> list[Part]:
@@ -54,12 +53,12 @@ class _CallParser:
         self._parts.append(Text(text))
 
     def _plain(self, text: str) -> str:
-        """Content to the end of the answer."""
+        """The rest of the answer is content."""
         self._say(text)
         return ""
 
     def _begin_call(self, given: str = "") -> None:
-        """given: the beginning of the call's object, where the format has it in other words."""
+        """given: start of the call's JSON object, if the format writes it differently."""
         self._reader, self._has_told, self._state = CallReader(), False, self._call
         for char in given:
             self._reader.push(char)
@@ -79,7 +78,7 @@ class _CallParser:
         return rest
 
     def _after_character(self) -> None:
-        """For formats that end a call otherwise than by the end of its object."""
+        """Hook for formats in which a call does not end with its object."""
 
     def _tell(self) -> None:
         if self._reader.has_begun and not self._has_told:
@@ -90,11 +89,11 @@ class _CallParser:
 
 
 class HermesParser(_CallParser):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of times, among text: Hermes, Qwen."""
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of times, between text: Hermes, Qwen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_gap = False  # between a call and the text behind it
+        self._is_gap = False  # between a call and the following text
         self._await_call()
 
     def _end(self, is_cut: bool) -> None:
@@ -125,13 +124,13 @@ class HermesParser(_CallParser):
         return self._reader.raw
 
     def _tail(self, text: str) -> str:
-        """Between a call's object and its closing tag nothing counts."""
+        """Ignores text between a call's object and its closing tag."""
         _, rest = self._until.push(text)
         self._is_gap = rest is not None
         return self._close(rest)
 
     def _no_call(self, text: str) -> str:
-        """What stands between the tags and is no call is content."""
+        """Text between the tags that is not a call is content."""
         released, rest = self._until.push(text)
         self._say(released)
         return self._close(rest)
@@ -151,7 +150,7 @@ class MistralParser(_CallParser):
     def __init__(self) -> None:
         super().__init__()
         self._name = ""
-        self._is_named = False  # the current call has its name before its arguments
+        self._is_named = False  # the current call has the form name[ARGS]{...}
         self._await_call()
 
     def _end(self, is_cut: bool) -> None:
@@ -180,7 +179,7 @@ class MistralParser(_CallParser):
         return text
 
     def _between(self, text: str) -> str:
-        """Between the objects of a list."""
+        """Between the calls of a list."""
         text = text.lstrip(" \t\r\n,")
         if text[:1] == "]":
             self._state = self._gap
@@ -219,7 +218,7 @@ class MistralParser(_CallParser):
 
 
 class LlamaParser(_CallParser):
-    """`{"name": ..., "parameters": {...}}` as the whole answer, several with semicolons between: Llama 3.1 and later.
+    """`{"name": ..., "parameters": {...}}` as the whole answer, several separated by semicolons: Llama 3.1 and later.
 
     An object with other members is content.
     """
@@ -238,7 +237,7 @@ class LlamaParser(_CallParser):
             self._say(self._lead + self._reader.raw)
 
     def _opening(self, text: str) -> str:
-        """Before the first character that tells calls from content."""
+        """Before the first character, which decides between calls and content."""
         self._lead += text
         seen = self._lead.lstrip()
         if self._TAG.startswith(seen):

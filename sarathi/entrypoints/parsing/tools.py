@@ -1,4 +1,4 @@
-"""Tools that a client offers, and which of them the model may or must call."""
+"""Tools of a request, and the tool choice."""
 
 import json
 import re
@@ -15,8 +15,8 @@ _NONE: Mapping[str, Any] = {"type": "object", "properties": {}}  # a function wi
 
 @dataclass(frozen=True)
 class Tool:
-    """A function. parameters: the JSON schema of its arguments. is_strict: whether all of the schema must be followed;
-    otherwise keywords that llguidance does not know are left out."""
+    """A function. parameters: JSON schema of its arguments. is_strict: enforce the whole schema; otherwise keywords
+    that llguidance does not support are dropped."""
 
     name: str
     description: str = ""
@@ -24,12 +24,12 @@ class Tool:
     is_strict: bool = False
 
     def as_openai(self) -> dict[str, Any]:
-        """As chat templates expect tools."""
+        """In the form that chat templates expect."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
     def arguments_schema(self) -> str:
-        """The schema that a grammar follows: no members but the declared ones, and little whitespace."""
+        """The schema for the grammar: without undeclared members, with little whitespace."""
         schema = dict(self.parameters)
         if "properties" in schema:
             schema.setdefault("additionalProperties", False)
@@ -39,7 +39,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """mode: auto (the model decides), none, required (at least one call). name: the one tool to call, in required."""
+    """mode: auto (the model decides), none, required (at least one call). name: with required, the tool to call."""
 
     mode: str = "auto"
     name: str | None = None
@@ -49,7 +49,7 @@ NO_TOOLS = ToolChoice("none")
 
 
 def read_tool(function: object, where: str) -> Tool:
-    """A tool from its description, a mapping with name, description, parameters. ValueErrors name the field."""
+    """Parse a mapping with name, description and parameters. ValueErrors name the field."""
     if not isinstance(function, Mapping):
         raise ValueError(f"{where} is {short_repr(function)}: it must be an object with name and parameters")
     name, description = function.get("name"), function.get("description") or ""
@@ -64,7 +64,7 @@ def read_tool(function: object, where: str) -> Tool:
 
 
 def read_tools(tools: Sequence[Any] | None) -> list[Tool]:
-    """Tools in the form of OpenAI's chat completions."""
+    """Parse the tools of OpenAI's chat completions."""
     found = []
     for number, tool in enumerate(tools or ()):
         where = f"tools[{number}]"
@@ -76,7 +76,7 @@ def read_tools(tools: Sequence[Any] | None) -> list[Tool]:
 
 
 def read_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
-    """OpenAI's tool_choice: a mode, or the name of a function. ValueError where it does not fit the tools."""
+    """Parse OpenAI's tool_choice: a mode, or a function. ValueError if it does not match the tools."""
     if choice is None:
         return ToolChoice("auto" if tools else "none")
     if isinstance(choice, Mapping):

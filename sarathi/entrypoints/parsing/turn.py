@@ -1,4 +1,4 @@
-"""One turn of a conversation: what the model is shown and held to, and how its answer is read."""
+"""One turn of a conversation: its prompt, its grammar, and the parser of its answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +14,14 @@ from sarathi.sampling_params import SamplingParams
 from sarathi.structured_outputs import StructuredOutputsParams
 
 AUTO = "auto"
-_TAIL_TOKENS = 8  # of a prompt, which may open the reasoning
+_TAIL_TOKENS = 8  # at the end of a prompt, searched for the opening tag of the reasoning
 
 
 @dataclass(frozen=True)
 class ModelFormat:
-    """How one model writes tool calls and reasoning.
+    """Tool call and reasoning formats of a model.
 
-    takes_tools: whether its template has a place for tools. special_id: the token of the format's special tag.
+    takes_tools: whether its chat template supports tools. special_id: token id of the format's special tag.
     """
 
     tools: ToolFormat
@@ -31,7 +31,7 @@ class ModelFormat:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None, tool_parser: str = AUTO, reasoning_parser: str = AUTO) -> "ModelFormat":
-        """By the names of parsers; auto: as the chat template shows it."""
+        """The formats by parser name; auto: detected from the chat template."""
         template = "" if tokenizer is None else tokenizer.chat_template or ""
         style = detect_format(template) if tool_parser == AUTO else FORMATS[tool_parser]
         thinks = END in template if reasoning_parser == AUTO else reasoning_parser != "none"
@@ -41,11 +41,11 @@ class ModelFormat:
 
 @dataclass(frozen=True)
 class Turn:
-    """A conversation that the model is to go on with.
+    """A conversation to continue.
 
-    one_call: whether at most one tool may be called. limit: what the answer must look like, apart from calls.
+    one_call: whether at most one tool may be called. limit: structure of the answer, apart from calls.
 
-    Raises ValueError where limit and tool choice exclude each other.
+    Raises ValueError if limit and tool choice are incompatible.
     """
 
     format: ModelFormat
@@ -57,10 +57,10 @@ class Turn:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.choice.mode == "required":
-            raise ValueError("tool_choice requires a call: the answer cannot have another structure too")
+            raise ValueError("tool_choice requires a call: it cannot be combined with another output structure")
 
     def template_arguments(self) -> dict[str, Any]:
-        """Messages and tools for the chat template, by the names of `encode_chat`."""
+        """Messages and tools as arguments of `encode_chat`."""
         if self.format.takes_tools:
             tools = [tool.as_openai() for tool in self.tools] if self.choice.mode != "none" else []
             return {"conversation": self.messages, "tools": tools or None}
@@ -68,7 +68,7 @@ class Turn:
         return {"conversation": describe_tools(self.messages, shown, self.format.tools), "tools": None}
 
     def limited(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, with the grammar of a call that must be made, and with the tags of calls shown."""
+        """The parameters with the grammar of a required call, and with the special tags of calls kept."""
         if self.choice.mode == "required":
             wanted = [tool for tool in self.tools if self.choice.name in (None, tool.name)]
             most = 1 if self.one_call or self.choice.name is not None else 8
@@ -81,7 +81,7 @@ class Turn:
         return params
 
     def parser(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> AnswerParser:
-        """For one answer to this prompt."""
+        """The parser of one answer to this prompt."""
         reasoning = None
         if self.format.thinks and self.limit is None and self.choice.mode != "required":
             tail = tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)

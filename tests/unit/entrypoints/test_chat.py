@@ -29,7 +29,7 @@ def talk(*lines: str, system: str | None = None) -> list[str]:
     llm = LLM.from_engine(make_engine(listener))
     conversation = Conversation(LocalModel(llm, SamplingParams(max_tokens=5)), system)
     for line in lines:
-        conversation.hear(line)
+        conversation.handle_line(line)
     return listener.heard
 
 

@@ -28,7 +28,7 @@ def test_identical_means_every_token_of_every_backend_and_of_each_prompt_alone()
     alone = compare([answer(1, 9), answer(4, 5, 6)], same)
     backend = compare([answer(1, 2)], [measured([answer(1, 2, 3)]), measured([answer(1, 2, 7)])])
     for verdict in (alone, backend):
-        assert not verdict.passed and str(verdict).startswith("no, parting 1 times")
+        assert not verdict.passed and str(verdict).startswith("no, diverging 1 times")
 
 
 @pytest.mark.parametrize(("gap", "passed"), [(0.4, True), (0.6, False)])
@@ -38,7 +38,7 @@ def test_in_half_precision_two_tokens_as_likely_are_a_tie(gap: float, passed: bo
     verdict = compare([answer(1, 2, 3)], runs)
     assert verdict.passed == passed
     assert str(verdict).startswith("but for ties" if passed else "no")
-    assert str(verdict).endswith(f"parting 1 times, between tokens up to {gap:.3f} nats apart (rounding: 0.500)")
+    assert str(verdict).endswith(f"diverging 1 times, between tokens up to {gap:.3f} nats apart (rounding: 0.500)")
 
 
 def test_in_float32_what_is_almost_as_likely_is_no_tie() -> None:

@@ -93,8 +93,8 @@ def test_a_conversation(
         ((401, ['{"error": {"message": "the key is wrong"}}']), "status 401: the key is wrong"),
         ((502, ["bad gateway"]), "status 502: bad gateway"),
         ((200, [chunk(content="a"), 'data: {"error": {"message": "it broke"}}']), "it broke"),
-        ((200, ["data: {"]), "no chunk of a chat completion"),
-        ((200, ['data: {"choices": 3}']), "no chunk of a chat completion"),
+        ((200, ["data: {"]), "not a chunk of a chat completion"),
+        ((200, ['data: {"choices": 3}']), "not a chunk of a chat completion"),
     ],
 )
 def test_what_fails_is_told_and_forgotten(
@@ -117,7 +117,7 @@ def test_what_fails_is_told_and_forgotten(
         (("--url", "ftp://host"), "url is 'ftp://host'"),
         (("--url", "http://127.0.0.1:9/v1"), "http://127.0.0.1:9/v1/: "),
         (("--url", "http://127.0.0.1:9", "--memory-bytes", "1gb"), "cache.memory_bytes: options of an engine"),
-        (("--api-key-file", "key"), "it needs --url"),
+        (("--api-key-file", "key"), "needs --url"),
         (("--url", "http://127.0.0.1:9", "--api-key-file", "/nowhere"), "/nowhere"),
     ],
 )

@@ -123,7 +123,7 @@ def test_use_from_inside_a_step_is_refused_and_harms_nothing(what: str) -> None:
 
     def next_token(tokens: Sequence[int], params: SamplingParams) -> int:
         if tokens[0] == 1 and not errors:
-            with pytest.raises(RuntimeError, match="in the middle of a step of the same thread") as caught:
+            with pytest.raises(RuntimeError, match="already executing a step in this thread") as caught:
                 uses[what]()
             errors.append(str(caught.value))
         return END if len(tokens) > 5 else 65
