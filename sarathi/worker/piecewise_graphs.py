@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from sarathi.model_executor.architecture import ModelArchitecture
-from sarathi.model_executor.attention.address import Address, CacheLayer
+from sarathi.model_executor.attention.address import CacheLayer
 from sarathi.model_executor.attention.base import AttentionBackend, Metadata
 from sarathi.model_executor.attention.gpu_backend import GpuBackend
 from sarathi.model_executor.attention.metadata import StepMetadata
 from sarathi.model_executor.batch import Batch
 from sarathi.model_executor.models.decoder import Decoder
+from sarathi.model_executor.models.layers import AttentionFunction
 from sarathi.model_executor.ops.types import CacheTarget, NewTokens
 from sarathi.model_executor.placement import Placement
 
@@ -67,7 +68,7 @@ class StepBuffers(NamedTuple):
         self.rows[count:].fill_(-1)
 
 
-class _Cuts(AttentionBackend):
+class _Cuts:
     """In place of a backend while a step is captured: ends a graph where attention is called."""
 
     def __init__(self, backend: AttentionBackend, buffers: StepBuffers, cut: Callable[[], None]) -> None:
@@ -81,12 +82,6 @@ class _Cuts(AttentionBackend):
         self._buffers.query.copy_(query)
         self._cut()
         return self._buffers.attended
-
-    def plan(self, batch: Batch, address: Address) -> Metadata:
-        raise NotImplementedError("a step is planned by the backend that attends")
-
-    def attend(self, query: Tensor, layer: CacheLayer, metadata: Metadata) -> Tensor:
-        raise NotImplementedError("attention is called between graphs")
 
 
 class Parts(NamedTuple):
@@ -161,7 +156,7 @@ class PiecewiseGraphs:
 
 
 @contextmanager
-def _attending(model: Decoder, backend: AttentionBackend) -> Iterator[None]:
+def _attending(model: Decoder, backend: AttentionFunction) -> Iterator[None]:
     """Let the model's layers call another backend."""
     before = [layer.attention.backend for layer in model.layers]
     for layer in model.layers:

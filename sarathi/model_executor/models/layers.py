@@ -4,14 +4,14 @@ Linear, Embedding and RMSNorm have one weight each. GatedMLP and Attention consi
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sarathi.model_executor.architecture import ModelArchitecture
 from sarathi.model_executor.attention.address import CacheLayer
-from sarathi.model_executor.attention.base import AttentionBackend, Metadata
+from sarathi.model_executor.attention.base import Metadata
 from sarathi.model_executor.ops import Ops
 from sarathi.model_executor.ops.types import NewTokens, RopeTable
 from sarathi.model_executor.placement import Placement
@@ -115,10 +115,19 @@ class AttentionStep(NamedTuple):
     metadata: Metadata  # of the backend
 
 
+class AttentionFunction(Protocol):
+    """The part of an attention backend that a layer calls."""
+
+    def append_and_attend(
+        self, query: Tensor, new: NewTokens, positions: Tensor, layer: CacheLayer, metadata: Metadata
+    ) -> Tensor:
+        """See AttentionBackend."""
+
+
 class Attention:
     """Grouped-query attention; with `arch.qk_norm`, query and key heads are normalized (Qwen 3)."""
 
-    def __init__(self, arch: ModelArchitecture, place: Placement, ops: Ops, backend: AttentionBackend) -> None:
+    def __init__(self, arch: ModelArchitecture, place: Placement, ops: Ops, backend: AttentionFunction) -> None:
         query, key, value = arch.qkv_sizes
         parts = {"q_proj": query, "k_proj": key, "v_proj": value}
         self.qkv = Linear(arch.hidden_size, parts, bias=arch.qkv_bias, place=place, ops=ops)
