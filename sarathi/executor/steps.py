@@ -1,4 +1,4 @@
-"""A step on one rank: prepare on all ranks, agreed, then run."""
+"""Runs a step on one rank: prepare, agree with the other ranks, run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,19 +16,19 @@ class StepWorker(Protocol):
 
 
 Agree = Callable[[int | None], int | None]
-"""From this rank's answer to `prepare` to that of all ranks: None where every one is None, else the least number."""
+"""Combines all ranks' answers to `prepare`: None if every answer is None, else the minimum number of rows."""
 
 
 class Steps:
-    """Launches steps on one rank; all ranks run a step or none does."""
+    """Launches steps on one rank. Either all ranks run a step or none does."""
 
     def __init__(self, worker: StepWorker, agree: Agree = lambda available_rows: available_rows) -> None:
         self._worker, self._agree = worker, agree
-        self._num_shortages = 0  # steps for which memory was missing
+        self._num_shortages = 0  # steps that lacked memory
         self._available_rows = 0
 
     def launch(self, out: SchedulerOutput) -> StepFuture:
-        """A step launched before the scheduler knew of a shortage fails too: it builds on what was not computed."""
+        """A step scheduled before a shortage was known fails too, since it depends on the failed step."""
         if self._num_shortages > out.num_recoveries:
             self._worker.prepare(replace(out, chunks=(), received=()))
             return self._failed(out)

@@ -1,5 +1,5 @@
-"""Prefill on one engine, decode on another: a prompt's keys and values are sent to the other's cache by ranges.
+"""Transfers keys and values of prompts from the prefill engine's cache to the decode engine's, as memory ranges.
 
-`Portions` decides what leaves in which step, a `Sender` on each rank sends it layer by layer, a `Receiver` on the same
-rank of the other engine takes it in.
+`Portions` decides which tokens each step sends. A `Sender` on each rank sends them layer by layer to the `Receiver` on
+the same rank of the decode engine.
 """

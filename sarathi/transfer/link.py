@@ -1,4 +1,4 @@
-"""What carries the ranges of a cache from a rank to the same rank of another engine."""
+"""Transports cache ranges from a rank to the same rank of another engine."""
 
 import pickle
 from collections.abc import Sequence
@@ -14,37 +14,37 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: i
 
 SENDER, RECEIVER = 0, 1
 Transfers = Sequence[Any]
-"""Ranges under way."""
-_TIMEOUT = timedelta(days=1)  # executors watch their ranks
+"""Transfers in progress."""
+_TIMEOUT = timedelta(days=1)  # effectively none: executors monitor their ranks
 
 
 class Link(Protocol):
-    """One end. Both ends name the same ranges in the same order."""
+    """One end of a link. Both ends must pass the same ranges in the same order."""
 
     def announce(self, message: Any) -> None:
-        """Tell the other end what is sent next. Does not wait for it."""
+        """Tell the other end what is sent next. Does not block."""
 
     def next_announcement(self) -> Any:
-        """Waits for it."""
+        """Wait for the other end's next `announce`."""
 
     def send(self, ranges: Sequence[Tensor]) -> Transfers:
-        """Start to send contiguous ranges, which stay as they are until `wait` returns. Returns at once."""
+        """Start to send contiguous ranges. They must not change until `wait` returns. Does not block."""
 
     def receive(self, ranges: Sequence[Tensor]) -> Transfers:
-        """Start to fill contiguous ranges, which are not touched until `wait` returns. Returns at once."""
+        """Start to receive into contiguous ranges. They must not be used until `wait` returns. Does not block."""
 
     def wait(self, transfers: Transfers) -> None:
-        """Return when all of it has arrived or left."""
+        """Wait until all transfers have completed."""
 
 
 class RankLink(Link):
-    """To a rank in another process: gloo on CPUs, NCCL on GPUs.
+    """A link to a rank in another process: gloo on CPUs, NCCL on GPUs.
 
-    On a GPU a range leaves in a stream of its own, after the work that was submitted before and beside what follows.
+    On a GPU, a range is sent in a separate stream: after all work submitted before, concurrently with later work.
     """
 
     def __init__(self, store: tuple[str, int], rank: int, side: int, device: torch.device) -> None:
-        """store: host and port of a TCPStore, where the ends find each other. side: SENDER or RECEIVER.
+        """store: host and port of a TCPStore for the rendezvous. side: SENDER or RECEIVER.
 
         Waits for the other end.
         """
@@ -71,19 +71,19 @@ class RankLink(Link):
         return [self._group.send([each], self._peer, 0) for each in ranges]
 
     def receive(self, ranges: Sequence[Tensor]) -> Transfers:
-        with self._apart():
+        with self._own_stream():
             return [self._group.recv([each], self._peer, 0) for each in ranges]
 
     def wait(self, transfers: Transfers) -> None:
-        """On a GPU it is a stream that waits for them, and the host for this stream alone."""
-        with self._apart():
+        """On a GPU, the link's stream waits for the transfers, and the host waits only for this stream."""
+        with self._own_stream():
             for each in transfers:
                 each.wait()
             if self._stream is not None:
                 self._stream.synchronize()
 
-    def _apart(self) -> Any:
-        """On a GPU, work is not ordered with that of the model."""
+    def _own_stream(self) -> Any:
+        """On a GPU, a stream that is not ordered with the model's work."""
         if self._stream is None:
             return nullcontext()
         torch.cuda.set_device(self._device)  # of this thread

@@ -1,4 +1,4 @@
-"""The rank that goes on with requests: takes in what the other engine's rank sends, beside the steps."""
+"""The decode engine's side of a transfer: receives keys and values while steps run."""
 
 import threading
 from collections import Counter, defaultdict
@@ -11,18 +11,18 @@ from sarathi.transfer.sender import Ranges
 
 
 class Receiver:
-    """A thread starts to fill the memory of each portion when it is announced. That memory is mapped before."""
+    """A thread starts to receive each portion when it is announced. The portion's memory must already be mapped."""
 
     def __init__(self, link: Link, cache: Ranges) -> None:
         self._link, self._cache = link, cache
         self._changed = threading.Condition()
         self._transfers: defaultdict[str, list[Any]] = defaultdict(list)
-        self._counts: Counter[str] = Counter()  # of portions that have begun
+        self._counts: Counter[str] = Counter()  # portions whose transfer has started
         self._error: Exception | None = None
         threading.Thread(target=self._run, name="receive", daemon=True).start()
 
     def wait(self, request_id: str, num_portions: int) -> None:
-        """Return when so many portions of a request are there. Its memory may be used for others afterwards."""
+        """Wait until num_portions portions of a request have arrived. Its memory may be reused afterwards."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or self._counts[request_id] >= num_portions)
             if self._error is not None:
@@ -34,14 +34,14 @@ class Receiver:
     def _run(self) -> None:
         try:
             while True:
-                self._take(self._link.next_announcement())
+                self._receive_portions(self._link.next_announcement())
         except Exception as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _take(self, portions: Sequence[Portion]) -> None:
-        """The order of the sender: by layer, then by portion."""
+    def _receive_portions(self, portions: Sequence[Portion]) -> None:
+        """Uses the sender's order: by layer, then by portion."""
         of_layers = zip(*[self._cache.ranges(*portion) for portion in portions], strict=True)
         started = [
             (portion.request_id, self._link.receive(ranges))

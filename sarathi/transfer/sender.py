@@ -1,4 +1,4 @@
-"""The rank that computes prompts: what a layer has computed leaves while later layers compute."""
+"""The prefill engine's side of a transfer: sends each layer's keys and values while later layers run."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ class Ranges(Protocol):
 
 
 class SendingLayer:
-    """A decoder's layer, after which a sender is told."""
+    """A decoder layer that notifies the sender after it has run."""
 
     def __init__(self, layer: Any, index: int, sender: "Sender") -> None:
         self._layer, self._index, self._sender = layer, index, sender
@@ -28,13 +28,13 @@ class SendingLayer:
         self._sender.on_layer(self._index)
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """The layer's, for weights that are read again."""
+        """The layer's parameters, used to reload weights."""
         parameters: Iterator[tuple[str, Tensor]] = self._layer.parameters(prefix)
         return parameters
 
 
 class Sender(Sending):
-    """Sends portions of prompts. The model must run eagerly: no CUDA graph tells of a layer."""
+    """Sends portions of prompts. The model must run eagerly, since a CUDA graph does not call `on_layer`."""
 
     def __init__(self, link: Link, cache: Ranges, layers: list[Any]) -> None:
         """layers: see `attach`."""
@@ -45,7 +45,7 @@ class Sender(Sending):
         self.attach(layers)
 
     def attach(self, layers: list[Any]) -> None:
-        """Replace the entries of the list, which is the model's."""
+        """Wrap the entries of the model's list of layers, in place."""
         layers[:] = [SendingLayer(layer, index, self) for index, layer in enumerate(layers)]
 
     def start(self, portions: Sequence[Portion]) -> None:
@@ -55,7 +55,7 @@ class Sender(Sending):
             self._link.announce(tuple(portions))
 
     def on_layer(self, index: int) -> None:
-        """A layer of the step is computed, or on a GPU submitted."""
+        """Send the portions of a layer that is computed, or on a GPU submitted."""
         for portion, ranges in zip(self._portions, self._ranges, strict=True):
             self._transfers[portion.request_id] += self._link.send(ranges[index])
 

@@ -1,4 +1,4 @@
-"""Shared memory of the processes of an executor: answers to `prepare`, and signs of life."""
+"""Shared memory of an executor's processes: answers to `prepare`, and heartbeats."""
 
 import mmap
 import os
@@ -6,14 +6,14 @@ import time
 
 _WORD = 8  # bytes
 _ROWS = 2**40  # a word is a step's number times this, plus 0 or the available rows and 1
-_EAGER_LOOKS = 200  # at the other ranks' answers before this one sleeps between looks
-_SLEEP_S = 5e-5
+_BUSY_POLLS = 200  # of the other ranks' answers before this rank sleeps between polls
+_POLL_INTERVAL_S = 5e-5
 
 
 class Board:
-    """One word an answer and one a sign of life, for each rank. The memory has no name: it ends with the processes.
+    """Two answer words and one heartbeat word per rank. The memory is anonymous: it is freed with the processes.
 
-    Two answers of a rank are kept: it gives the next but one only when every rank has read the first.
+    A rank alternates between its two answer words: it overwrites one only after every rank has read it.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -24,13 +24,13 @@ class Board:
 
     @staticmethod
     def create(size: int) -> int:
-        """A descriptor of memory for so many ranks."""
+        """File descriptor of the memory for `size` ranks."""
         descriptor = os.memfd_create("sarathi-ranks")
         os.ftruncate(descriptor, 3 * size * _WORD)
         return descriptor
 
     def beat(self, rank: int) -> None:
-        """Say that a rank's process runs."""
+        """Record a rank's heartbeat."""
         self._words[2 * self._size + rank] = time.monotonic_ns()
 
     def silence_s(self, rank: int) -> float:
@@ -38,7 +38,7 @@ class Board:
         return (time.monotonic_ns() - self._words[2 * self._size + rank]) / 1e9
 
     def agree(self, rank: int, available_rows: int | None) -> int | None:
-        """Give this rank's answer and wait for the others': None where all are None, else the least number of rows."""
+        """Publish this rank's answer and wait for the others. None if all are None, else the minimum number of rows."""
         self._num_answers += 1
         first = self._num_answers % 2 * self._size
         self._words[first + rank] = self._num_answers * _ROWS + (0 if available_rows is None else available_rows + 1)
@@ -47,8 +47,8 @@ class Board:
         return min(short) if short else None
 
     def _answer(self, index: int) -> int:
-        looks = 0
+        polls = 0
         while (word := self._words[index]) // _ROWS != self._num_answers:
-            looks += 1
-            time.sleep(0 if looks < _EAGER_LOOKS else _SLEEP_S)
+            polls += 1
+            time.sleep(0 if polls < _BUSY_POLLS else _POLL_INTERVAL_S)
         return word % _ROWS

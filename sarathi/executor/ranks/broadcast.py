@@ -1,7 +1,7 @@
-"""Messages to all ranks of this machine: written once, into shared memory which has no name and ends with them.
+"""Broadcasts messages to all ranks on this machine through a ring buffer in anonymous shared memory.
 
-A message is copied once however many ranks there are; each rank is woken by an eventfd of its own. Ranks may read at
-different paces: the writer waits where the slowest is a whole ring behind.
+A message is written once for all ranks; an eventfd per rank wakes its reader. Ranks may read at different paces: the
+writer waits when the slowest is a whole ring behind.
 """
 
 import mmap
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 _RING = 2**20  # bytes
 _WORD = 8
-_LONGEST_FRAME = _RING // 4  # bytes of a message that are written at once
-_LOOK_S = 1e-3  # between looks of a writer at readers that are behind
+_LONGEST_FRAME = _RING // 4  # bytes; longer messages are split
+_POLL_INTERVAL_S = 1e-3  # of the writer, while readers are behind
 
 
 class _Ring:
-    """The shared memory: a word for each rank, how many bytes it has read so far, then frames.
+    """The shared memory: one word per rank (bytes read so far), then frames.
 
-    A frame is a word, 2 x length + 1 where it ends a message, and the bytes, up to a multiple of 8. It does not cross
-    the end of the ring: a word of 0 there says that the next one is at the beginning.
+    A frame is one word (2 x length, plus 1 for the last frame of a message) and its bytes, padded to a multiple of 8.
+    Frames do not wrap around: a word of 0 means that the next frame is at the start of the ring.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -40,12 +40,12 @@ class Broadcast(_Ring):
     """The executor's end."""
 
     def __init__(self, descriptor: int, wakers: Sequence[int], limit_s: float) -> None:
-        """descriptor: of `create_ring`. wakers: an eventfd a rank. limit_s: for a rank to read what is in its way."""
+        """descriptor: of `create_ring`. wakers: one eventfd per rank. limit_s: timeout for a rank to make room."""
         super().__init__(descriptor, len(wakers))
         self._wakers, self._limit_s = wakers, limit_s
 
     def send(self, message: bytes) -> None:
-        """Raises OSError where a rank has not read for limit_s, and there is no more room."""
+        """Raises OSError if the ring is full and a rank has not read for limit_s."""
         for start in range(0, max(len(message), 1), _LONGEST_FRAME):
             end = min(start + _LONGEST_FRAME, len(message))
             self._write(message[start:end], end == len(message))
@@ -69,7 +69,7 @@ class Broadcast(_Ring):
         while self._passed + num_bytes - min(self._read) > _RING:
             if time.monotonic() > deadline_s:
                 raise OSError(f"a rank has read no message for {self._limit_s:g} s")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
 
 
 class Receiver(_Ring):
@@ -79,10 +79,10 @@ class Receiver(_Ring):
         """descriptor, waker: inherited from the executor's process. size: ranks."""
         super().__init__(descriptor, size)
         self._rank, self._waker = rank, waker
-        self._num_frames = 0  # that are there and not read
+        self._num_frames = 0  # written but not read
 
     def receive(self) -> bytes:
-        """The next message; waits for it."""
+        """Wait for the next message."""
         message, is_last = b"", False
         while not is_last:
             frame, is_last = self._next_frame()
@@ -104,7 +104,7 @@ class Receiver(_Ring):
 
 
 def create_ring(size: int) -> int:
-    """A descriptor of memory for so many ranks."""
+    """File descriptor of the memory for `size` ranks."""
     descriptor = os.memfd_create("sarathi-messages")
     os.ftruncate(descriptor, size * _WORD + _RING)
     return descriptor

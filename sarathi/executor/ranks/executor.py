@@ -1,4 +1,4 @@
-"""An executor whose ranks are elsewhere: the part that does not depend on where."""
+"""The common part of executors whose ranks run in other processes."""
 
 from typing import Any
 
@@ -31,8 +31,8 @@ class RanksExecutor(Executor):
     takes_functions, health_check_interval_s = False, 1.0
 
     def __init__(self, transport: Transport, parallel: ParallelConfig, store: tuple[str, int]) -> None:
-        """transport: to ranks that have started, but may still load their model. store: host and port of a TCPStore
-        that they can reach."""
+        """transport: to ranks that have started and may still be loading their model. store: host and port of a
+        TCPStore that they can reach."""
         self.store = store
         self._grid = RankGrid(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         self._ranks = RankGroup(transport, self._grid)
@@ -44,18 +44,18 @@ class RanksExecutor(Executor):
         self.vocab_size, self.max_model_len = facts[0].vocab_size, facts[0].max_model_len
         self.resolution, self.max_in_flight = facts[0].resolution, facts[0].max_in_flight
         self._num_launched = 0
-        self._pending_tokens: list[SampledToken] = []  # tokens that the stages before the last have yet to hear of
+        self._pending_tokens: list[SampledToken] = []  # not yet sent to the stages before the last
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
-        """The replies of the ranks that answer a command. Raises RankError where one died, hung or failed."""
+        """Send a command; returns the replies of ranks that answer it. Raises RankError if one died, hung or failed."""
         return self._ranks.ask(method, *arguments)
 
     def join(self, role: str, partner: "RanksExecutor") -> None:
-        """End with another engine's ranks. role: of this engine, for messages."""
+        """Make these ranks fail when those of another engine fail. role: of this engine, for error messages."""
         self._ranks.join(role, partner._ranks)
 
     def kill(self, reason: str) -> None:
-        """End every rank at once. reason: what later commands are told."""
+        """Kill every rank. reason: the error message of later commands."""
         self._ranks.kill(reason)
 
     def launch(self, out: SchedulerOutput) -> LaunchedStep:
@@ -81,7 +81,7 @@ class RanksExecutor(Executor):
         self._ranks.check_health()
 
     def wait(self) -> None:
-        """Raises RankError where the ranks have ended."""
+        """Raises RankError if the ranks have ended."""
         self.ask("wait")
 
     def memory_stats(self) -> MemoryStats:
@@ -103,11 +103,11 @@ class RanksExecutor(Executor):
         self.ask("load_weights")
 
     def busy_s(self) -> list[float]:
-        """Seconds that each stage has computed so far, without waits for its input; on GPUs with them."""
+        """Seconds that each stage has computed so far; on GPUs including waits for its input."""
         return self.ask("busy_s")[:: self._grid.per_stage]
 
     def _compare_ranks(self, number: int) -> None:
-        """Raise RankError where ranks differ in the requests they hold, their tokens or their mapped lengths."""
+        """Raise RankError if ranks differ in their requests, tokens or mapped lengths."""
         prints = self.ask("fingerprint")
         if other := [rank for rank, each in enumerate(prints) if each != prints[0]]:
             self._ranks.kill()
@@ -119,6 +119,6 @@ class RanksExecutor(Executor):
             if self._ranks.are_running:
                 self._ranks.ask("close", limit_s=_CLOSE_S)
         except RankError:
-            pass  # it is gone, as it should be
+            pass  # it has ended already
         finally:
             self._ranks.close()

@@ -1,4 +1,4 @@
-"""All ranks as one: a command to each, and their replies. After a failure no rank is left."""
+"""Sends a command to all ranks and collects their replies. A failure ends every rank."""
 
 import math
 import pickle
@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from sarathi.executor.ranks.protocol import Command, RankEnd, Reply, Transport, is_answered, kill_and_close
 from sarathi.model_executor.parallel.ranks import RankGrid
 
-SILENCE_S = 8.0  # after which a rank counts as hung; it shows life several times a second
-START_SILENCE_S = 60.0  # the same while libraries are loaded, which may stop all threads of a process
-_LOOK_S = 0.25  # between looks at the ranks while a reply is waited for
-_SECOND_LOOK_S = 0.5  # after which a silent rank is looked at again: this process may have stood still as long
+SILENCE_S = 8.0  # without a heartbeat until a rank counts as hung; a rank sends several per second
+START_SILENCE_S = 60.0  # the same during start: loading a library can block every thread
+_POLL_INTERVAL_S = 0.25  # between health checks while waiting for a reply
+_RECHECK_DELAY_S = 0.5  # before a silent rank is checked again: this process itself may have been paused
 
 
 class RankError(RuntimeError):
@@ -22,9 +22,9 @@ class RankError(RuntimeError):
 
 
 class RankGroup:
-    """The ranks behind a transport, which end with this object at the latest.
+    """The ranks of a transport. They end when this object is collected, if not before.
 
-    One thread at a time sends commands. Any thread may call `failure` and `kill`, also while another waits for replies.
+    Only one thread at a time may send commands. Any thread may call `failure` and `kill` at any time.
     """
 
     def __init__(self, transport: Transport, grid: RankGrid) -> None:
@@ -37,21 +37,21 @@ class RankGroup:
         self._close = weakref.finalize(self, kill_and_close, transport)
 
     def join(self, role: str, partner: "RankGroup") -> None:
-        """These ranks cannot go on without those of another engine. role: of this one, for messages."""
+        """Make these ranks fail when those of another engine fail. role: of this engine, for error messages."""
         self._role = f"{role} "
         self._partners.append(partner)
 
     def failure(self) -> str | None:
-        """Why the ranks cannot go on; None where they can. Any thread may ask."""
+        """Why the ranks have failed; None if they have not. Thread-safe."""
         if not self.are_running:
             return self._failure
-        return self._death() or next((self._told(rank, end) for rank, end in self._ends()), None)
+        return self._death() or next((self._describe_end(rank, end) for rank, end in self._ends()), None)
 
     def ask(self, method: str, *arguments: Any, silence_s: float = SILENCE_S, limit_s: float = math.inf) -> list[Any]:
-        """Send a command to every rank; returns the replies of those that answer it, in order of rank.
+        """Send a command to every rank. Returns the replies of those that answer it, in order of rank.
 
-        Raises RankError, or the ValueError of a rank. silence_s: without a sign of life until a rank counts as hung.
-        limit_s: until all must have answered.
+        Raises RankError, or the ValueError of a rank. silence_s: without a heartbeat until a rank counts as hung.
+        limit_s: timeout for all replies.
         """
         if not self.are_running:
             raise RankError(f"{method} cannot be run, the ranks have ended: {self._failure}")
@@ -64,7 +64,7 @@ class RankGroup:
             return self._replies(answering, silence_s, time.monotonic() + limit_s)
 
     def check_health(self) -> None:
-        """Raise RankError where a rank, or one of a partner's, has died or hangs."""
+        """Raise RankError if a rank, or a partner's rank, has died or hangs."""
         if not self.are_running:
             raise RankError(self._failure)
         with self._ended_by_errors():
@@ -100,17 +100,17 @@ class RankGroup:
             self._transport.send(message)
         except OSError:
             self._fail()
-        except BaseException:  # some ranks have the message and others have not
+        except BaseException:  # only some ranks may have received the message
             self.kill()
             raise
 
     def _replies(self, answering: Sequence[int], silence_s: float, deadline_s: float) -> list[Any]:
         replies: dict[int, Any] = {}
         while len(replies) < len(answering):
-            for rank, reply in self._transport.receive(_LOOK_S):
+            for rank, reply in self._transport.receive(_POLL_INTERVAL_S):
                 if reply is None or reply.error is not None:
                     self._fail(rank, reply)
-                if reply.number == self._number:  # not one that was no longer waited for
+                if reply.number == self._number:  # else it answers an abandoned command
                     replies[rank] = reply.value
             self._check_silence(silence_s)
             if time.monotonic() > deadline_s and len(replies) < len(answering):
@@ -119,7 +119,7 @@ class RankGroup:
 
     def _check_silence(self, silence_s: float) -> None:
         if self._silent(silence_s):
-            time.sleep(_SECOND_LOOK_S)
+            time.sleep(_RECHECK_DELAY_S)
             for rank in self._silent(silence_s):
                 silent_s = self._transport.silence_s(rank)
                 raise RankError(f"{self._name(rank)} hangs: no sign of life for {silent_s:.1f} s")
@@ -130,10 +130,10 @@ class RankGroup:
 
     def _check_partners(self) -> None:
         for failure in filter(None, [partner.failure() for partner in self._partners]):
-            raise RankError(self._death() or failure)  # the partner ends too where one of these ranks has died
+            raise RankError(self._death() or failure)  # a death here also ends the partner
 
     def _fail(self, first: int | None = None, reply: Reply | None = None) -> NoReturn:
-        """Raise what ended the ranks: a user's error, else a death by signal, else what the first one said."""
+        """Raise the cause of the failure: a user error, else a rank's death by signal, else the first rank's error."""
         if reply is not None and isinstance(reply.error, ValueError):
             raise reply.error
         deadline = time.monotonic() + self._transport.end_delay_s
@@ -145,14 +145,14 @@ class RankGroup:
         if first is not None and reply is not None:
             raise RankError(f"{self._role}rank {first} of {self._transport.size} failed: {reply.error}")
         for rank, end in self._ends():
-            raise RankError(self._told(rank, end))
+            raise RankError(self._describe_end(rank, end))
         raise RankError(f"a rank of {self._transport.size} closed its connection")
 
     def _death(self) -> str | None:
-        """What ended one of these ranks that the end of no other one explains; None where there is none."""
-        return next((self._told(rank, end) for rank, end in self._ends() if end.is_cause), None)
+        """The death of a rank that another rank's end does not explain; None if there is none."""
+        return next((self._describe_end(rank, end) for rank, end in self._ends() if end.is_cause), None)
 
-    def _told(self, rank: int, end: RankEnd) -> str:
+    def _describe_end(self, rank: int, end: RankEnd) -> str:
         return f"{self._name(rank)} {end.text}"
 
     def _ends(self) -> list[tuple[int, RankEnd]]:

@@ -1,4 +1,4 @@
-"""A rank's process on the executor's machine: pipe, shared memory and eventfd are inherited."""
+"""A rank's process on the executor's machine. It inherits a pipe, shared memory and an eventfd."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from sarathi.executor.ranks.broadcast import Receiver
 from sarathi.executor.ranks.protocol import RankSetup
 from sarathi.parent_death import continue_without_parent
 
-_BEAT_S = 0.1
+_HEARTBEAT_S = 0.1
 
 
 class _Channel:
@@ -31,7 +31,7 @@ class _Channel:
 
 
 def main(connection: int, board: int, ring: int, waker: int) -> None:
-    """Serve until the executor says "close" or is gone. Arguments: inherited file descriptors."""
+    """Serve until the executor sends "close" or ends. Arguments: inherited file descriptors."""
     continue_without_parent()
     pipe = Connection(connection)
     setup: RankSetup = pickle.loads(pipe.recv_bytes())
@@ -39,20 +39,20 @@ def main(connection: int, board: int, ring: int, waker: int) -> None:
     channel = _Channel(Receiver(ring, size, rank, waker), pipe)
     shared = Board(board, size)
     shared.beat(rank)
-    threading.Thread(target=_show_life, args=(shared, rank, os.getppid()), daemon=True).start()
+    threading.Thread(target=_send_heartbeats, args=(shared, rank, os.getppid()), daemon=True).start()
     try:
         service.serve(channel, setup, lambda rows: shared.agree(rank, rows))
-    except (EOFError, ConnectionError):  # the executor is gone
+    except (EOFError, ConnectionError):  # the executor has ended
         pass
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # threads of the process group may wait for ranks that are gone
+        os._exit(0)  # threads of the process group may be waiting for ranks that have ended
 
 
-def _show_life(board: Board, rank: int, parent: int, leave: Callable[[int], None] = os._exit) -> None:
-    """Beat until the parent is gone, then end the process, whatever it waits for."""
+def _send_heartbeats(board: Board, rank: int, parent: int, leave: Callable[[int], None] = os._exit) -> None:
+    """Send heartbeats until the parent has ended, then end this process, whatever its other threads do."""
     while os.getppid() == parent:
         board.beat(rank)
-        time.sleep(_BEAT_S)
+        time.sleep(_HEARTBEAT_S)
     leave(1)

@@ -1,4 +1,4 @@
-"""The messages between an executor and its ranks, and what carries them."""
+"""The messages between an executor and its ranks, and the interfaces that carry them."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -9,10 +9,10 @@ from sarathi.model_executor.sampling.grammar import MakeVocabulary, no_vocabular
 
 
 class RankSetup(NamedTuple):
-    """What a rank is built from.
+    """The arguments of a rank.
 
-    device: this rank's, as torch names it in the rank's process. store: host and port of the TCPStore where ranks find
-    each other. make_vocabulary: for grammars.
+    device: of this rank, as torch names it in the rank's process. store: host and port of the TCPStore for the ranks'
+    rendezvous. make_vocabulary: for grammars.
     """
 
     config: EngineConfig
@@ -25,7 +25,7 @@ class RankSetup(NamedTuple):
 
 
 class RankFacts(NamedTuple):
-    """What a rank tells when its model is loaded; see Executor."""
+    """A rank's properties once its model is loaded; see Executor."""
 
     capacity: CacheCapacity
     vocab_size: int
@@ -36,7 +36,7 @@ class RankFacts(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What the executor sends every rank: a method of `RankService` by name, with its arguments."""
+    """Sent to every rank: the name of a `RankService` method and its arguments."""
 
     number: int
     method: str
@@ -44,7 +44,7 @@ class Command(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """number: of the command that it answers, or that failed."""
+    """number: of the command that it answers or that failed."""
 
     number: int
     value: Any = None
@@ -60,7 +60,7 @@ _ANSWERED = frozenset(
 
 
 def is_answered(method: str, rank: int, grid: RankGrid) -> bool:
-    """Whether a rank replies to a command that succeeds. Launches are not waited for; one rank alone tells results."""
+    """Whether a rank replies to a successful command. No rank answers launches; only one returns results."""
     return method in _ANSWERED or (method == "result" and rank == grid.result_rank)
 
 
@@ -68,48 +68,48 @@ class Channel(Protocol):
     """A rank's end of the connection to the executor."""
 
     def receive(self) -> bytes:
-        """The next command. Raises EOFError or ConnectionError where the executor is gone."""
+        """Wait for the next command. Raises EOFError or ConnectionError if the executor has ended."""
 
     def send(self, reply: bytes) -> None: ...
 
 
 class RankEnd(NamedTuple):
-    """How a rank ended. is_cause: by a signal or with its node; otherwise it may have ended because another did."""
+    """How a rank ended. is_cause: by a signal or with its node; else possibly because another rank ended."""
 
     text: str
     is_cause: bool
 
 
 class Transport(Protocol):
-    """The executor's end: messages to and from all ranks, and what is known of the life of each.
+    """The executor's end: exchanges messages with all ranks and monitors their processes.
 
-    end_delay_s: at most so long after others have lost their connection to a rank, `end` tells of its end.
+    end_delay_s: maximum time from a rank's loss of connection, as other ranks see it, until `end` reports its end.
     """
 
     size: int
     end_delay_s: float
 
     def send(self, message: bytes) -> None:
-        """To every rank. Raises OSError where one cannot be reached."""
+        """Send to every rank. Raises OSError if one cannot be reached."""
 
     def receive(self, timeout_s: float) -> list[tuple[int, Reply | None]]:
-        """Replies that have come, each with its rank; None from a rank whose connection is closed."""
+        """Replies received, each with its rank; None for a rank whose connection is closed."""
 
     def silence_s(self, rank: int) -> float:
-        """Seconds since a rank's last sign of life."""
+        """Seconds since a rank's last heartbeat."""
 
     def end(self, rank: int) -> RankEnd | None:
-        """None while the rank runs."""
+        """How a rank ended; None while it runs."""
 
     def place(self, rank: int) -> str:
-        """Its process, in words."""
+        """Description of a rank's process, for error messages."""
 
     def kill(self) -> None:
-        """End every rank, also one that is stopped, and free what they run on. Any thread may call it, again too; one
-        that waits in `receive` returns."""
+        """Kill every rank, even a stopped one, and release its resources. Idempotent and thread-safe; a concurrent
+        `receive` returns."""
 
     def close(self) -> None:
-        """Close the connections to ranks that were killed. May be called again; not while another thread uses them."""
+        """Close the connections to killed ranks. Idempotent; no other thread may be using them."""
 
 
 def kill_and_close(transport: Transport) -> None:

@@ -1,4 +1,4 @@
-"""One rank: receives messages, the same as every other rank, and runs its share of each step."""
+"""One rank: receives the same messages as every other rank and runs its share of each step."""
 
 import gc
 import pickle
@@ -20,7 +20,7 @@ from sarathi.transfer.receiver import Receiver
 from sarathi.transfer.sender import Sender
 from sarathi.worker.worker import Worker
 
-_KEPT_STEPS = 8  # whose results may be asked for again
+_MAX_RETAINED_FUTURES = 8  # steps whose results can still be requested
 
 
 class RankService:
@@ -45,14 +45,14 @@ class RankService:
         )  # fmt: skip
 
     def launch(self, number: int, out: SchedulerOutput, tokens: Sequence[SampledToken]) -> None:
-        """number: counts launches from 0. tokens: of results since then, for the stages before the last."""
+        """number: counts launches from 0. tokens: sampled since the last launch, for stages before the last."""
         if not self._worker.model.vocab_size:
             self._worker.append_tokens(tokens)
         self._futures[number] = self._steps.launch(out)
-        self._futures.pop(number - _KEPT_STEPS, None)
+        self._futures.pop(number - _MAX_RETAINED_FUTURES, None)
 
     def result(self, number: int) -> StepResult | None:
-        """Every rank takes the result at the same place among the messages; the first of the last stage tells it."""
+        """Every rank takes the result at the same position in the messages; the last stage's first rank returns it."""
         result = self._futures[number].result()
         self._busy_s += result.model_s
         return result if self._has_results else None
@@ -82,7 +82,7 @@ class RankService:
         return self._worker.fingerprint()
 
     def start_sending(self, store: tuple[str, int]) -> int:
-        """From now on, send what steps have in `sent` to the same rank of another engine; how many layers there are.
+        """Send the portions in each step's `sent` to the same rank of the decode engine. Returns the number of layers.
 
         store: see RankLink.
         """
@@ -92,24 +92,24 @@ class RankService:
         return len(worker.model.layers)
 
     def start_receiving(self, store: tuple[str, int]) -> None:
-        """From now on, take in what the same rank of another engine sends."""
+        """Start to receive portions from the same rank of the prefill engine."""
         link = RankLink(store, self._number, RECEIVER, self._worker.model.place.device)
         self._receiver = Receiver(link, self._worker.cache)
 
     def arrive(self, arrivals: Sequence[Arrival]) -> None:
-        """Return when they are there, with their tokens known."""
+        """Wait until all portions have arrived, then append the first tokens."""
         for request_id, num_portions, token in arrivals:
             self._receiver.wait(request_id, num_portions)
             if token is not None:
                 self._worker.append_tokens([token])
 
     def close(self) -> None:
-        """The process ends next, and the process group with it: to destroy NCCL's waits for graphs that hold it."""
+        """Keeps the process group, which ends with the process: destroying NCCL's would wait for graphs that use it."""
         self._worker.close()
 
 
 def serve(channel: Channel, setup: RankSetup, agree: Agree) -> None:
-    """Build the rank and obey commands until "close". What goes wrong is told as a reply, and ends the rank."""
+    """Build the rank and run commands until "close". An error is sent as a reply and ends the rank."""
     number, method = 0, "facts"
     try:
         service = RankService(setup, agree)
@@ -125,7 +125,7 @@ def serve(channel: Channel, setup: RankSetup, agree: Agree) -> None:
 
 
 def _failure(number: int, error: Exception) -> bytes:
-    """The error itself where the user can act on it (ValueError), else its text."""
+    """The error itself if it is the user's (ValueError), else its text."""
     if not isinstance(error, ValueError):
         traceback.print_exc()
         error = RuntimeError(f"{type(error).__name__}: {error}")
@@ -138,7 +138,7 @@ def _failure(number: int, error: Exception) -> bytes:
 
 
 def _connect(setup: RankSetup) -> tuple[EngineConfig, Ranks]:
-    """Join the process group; the configuration with this rank's device."""
+    """Join the process group. Returns the configuration with this rank's device."""
     torch.set_num_threads(setup.num_threads)
     config, device = setup.config, torch.device(setup.device)
     if device.type == "cuda":
