@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import deque
 from dataclasses import replace
 
@@ -183,7 +184,7 @@ def test_sequences_that_a_failed_step_was_to_copy_from_are_given_up() -> None:
     scheduler.add(first)
     run_to_end(scheduler, worker)
     assert scheduler.block_space_manager.stats.num_retained_rows == 10
-    second = replace(make_request("second", 30, 2), prompt_token_ids=(*first.prompt_token_ids[:22], *range(8)))
+    second = replace(make_request("second", 30, 2), token_ids=first.token_ids[:22] + array("q", range(8)))
     scheduler.add(second)
     worker.rows = 12
     out = scheduler.schedule()
