@@ -21,6 +21,7 @@ from sarathi.benchmark.serve.main import main
 from sarathi.benchmark.serve.options import add_options
 from sarathi.benchmark.serve.vocabulary import load_vocabulary
 
+LIMIT_S = 60  # of what a busy machine may delay
 SEED = 0  # set anew for each test: see tests/conftest.py
 
 
@@ -38,10 +39,12 @@ def test_latencies_are_those_of_the_server(tmp_path: Path, capsys: pytest.Captur
         result = load(server, tmp_path, "--num-prompts", 4, "--random-input-len", 30, "--random-output-len", 6)
     assert (result["completed"], result["failed"], result["model_id"]) == (4, 0, "fake-model")
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (120, 24)
-    assert 100 <= result["median_ttft_ms"] < 220
-    assert 28 <= result["median_itl_ms"] < 60  # a chunk that comes late shortens the next gap
-    assert 28 <= result["median_tpot_ms"] < 60
-    assert result["median_e2el_ms"] == pytest.approx(result["median_ttft_ms"] + 5 * result["median_tpot_ms"], rel=0.15)
+    ttfts, decodes = np.array(result["ttfts"]), np.sum(result["itls"], axis=1)  # a late chunk shortens the next gap
+    assert ttfts.min() >= 0.099 and (ttfts + decodes).min() >= 0.249 and result["p99_e2el_ms"] < LIMIT_S * 1e3
+    assert result["median_ttft_ms"] == pytest.approx(1e3 * np.median(ttfts))
+    assert result["median_itl_ms"] == pytest.approx(1e3 * np.median(result["itls"]))
+    assert result["median_tpot_ms"] == pytest.approx(1e3 * np.median(decodes / 5))
+    assert result["median_e2el_ms"] == pytest.approx(1e3 * np.median(ttfts + decodes))
     assert result["output_throughput"] == pytest.approx(24 / result["duration"])
     assert result["generated_texts"] == ["t0 t1 t2 t3 t4 t5 "] * 4
     printed = capsys.readouterr().out
@@ -252,8 +255,8 @@ def test_rate_spreads_requests_over_time(tmp_path: Path) -> None:
     with serving(Behaviour(first_s=0.001)) as server:
         result = load(server, tmp_path, *words, "--burstiness", 100)
         even = load(server, tmp_path, *words, "--burstiness", "inf")
-    assert 0.25 < result["duration"] < 1.2  # 19 intervals of 20 ms, nearly even
-    assert 0.38 < even["duration"] < 1.2 and even["burstiness"] == "inf"
+    assert 0.25 < result["duration"] < LIMIT_S  # 19 intervals of 20 ms, nearly even
+    assert 0.38 < even["duration"] < LIMIT_S and even["burstiness"] == "inf"
 
 
 def test_warm_ups_are_forgotten(tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ def test_mooncake_is_replayed_at_its_times(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with serving(Behaviour(first_s=0.001)) as server:
         result = load(server, tmp_path, "--dataset-name", "mooncake", "--dataset-path", path, "--num-prompts", 4)
-    assert 0.3 <= result["duration"] < 1.0
+    assert 0.3 <= result["duration"] < LIMIT_S
     assert len({tuple(body["prompt"][:512]) for body in server.bodies}) == 1
 
 
@@ -422,9 +425,11 @@ def test_time_in_the_clients_queue_is_told_apart(tmp_path: Path, capsys: pytest.
     words = ["--num-prompts", 4, "--random-input-len", 20, "--random-output-len", 1, "--max-concurrency", 1]
     with serving(Behaviour(first_s=0.1)) as server:
         result = load(server, tmp_path, *words)
-    assert result["median_ttft_ms"] < 190 and result["p99_scheduled_ttft_ms"] > 390
+    queued, ttfts = np.array(result["queued"]), np.array(result["ttfts"])
+    assert (queued >= 0.099 * np.arange(4)).all() and ttfts.min() >= 0.099
+    assert ttfts.sum() <= result["duration"] < LIMIT_S  # they follow each other
+    assert result["p99_scheduled_ttft_ms"] == pytest.approx(1e3 * np.percentile(queued + ttfts, 99))
     assert result["mean_scheduled_e2el_ms"] - result["mean_e2el_ms"] == pytest.approx(1e3 * np.mean(result["queued"]))
-    assert sorted(result["queued"]) == result["queued"] and result["queued"][0] < 0.09
     assert "Mean SCHEDULED_TTFT (ms)" in capsys.readouterr().out
 
 
@@ -450,9 +455,10 @@ def test_a_csv_with_times_is_replayed_at_them(tmp_path: Path, capsys: pytest.Cap
                                     "2024-05-10 00:00:00.300000,9,3\n2024-05-10 00:00:00.400000,7,1\n")  # fmt: skip
     words = ["--num-prompts", 3, "--dataset-name", "csv", "--dataset-path", tmp_path / "a.csv"]
     with serving(Behaviour()) as server:
+        began_s = time.perf_counter()
         result = load(server, tmp_path, *words)
-    gaps = np.diff(server.arrived_at_s)
-    assert 0.2 < gaps[0] < 0.45 and 0.03 < gaps[1] < 0.25
+    delays_s = np.array(server.arrived_at_s) - began_s
+    assert (delays_s >= (0, 0.3, 0.4)).all() and delays_s.max() < LIMIT_S
     assert result["planned_request_rate"] == pytest.approx(2 / 0.4) and result["request_rate"] == "inf"
     assert "Request rate planned (RPS):             5.00" in capsys.readouterr().out
 
