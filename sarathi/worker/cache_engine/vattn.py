@@ -68,6 +68,7 @@ class vATTNCacheEngine:
         self._share_rows = self._common_rows(_extent_rows(backend) if device.type == "cuda" else 1)
         self._slots: dict[str | int, _Slot] = {}
         self._started: list[str] = []  # requests that got a slot in the last `prepare`
+        self._lengths_before: dict[str, int] = {}  # prepared lengths of the other requests before the last `prepare`
         self._copies: list[_Copy] = []
         self._over_read_tokens, self._token_bytes = spec.over_read_tokens, spec.token_bytes
         self._maps_ahead = not backend.sync
@@ -110,6 +111,8 @@ class vATTNCacheEngine:
     def prepare(self, chunks: Sequence[Chunk], shared: Sequence[SharedPrefix] = ()) -> None:
         new = [chunk for chunk in chunks if chunk.request_id not in self._slots]
         self._started = [chunk.request_id for chunk in new]
+        names = [chunk.request_id for chunk in chunks if chunk.request_id in self._slots]
+        self._lengths_before = {name: self._slots[name].num_prepared for name in names}
         self._copies = []
         try:
             self._enter(new, {prefix.request_id: prefix for prefix in shared})
@@ -163,7 +166,7 @@ class vATTNCacheEngine:
         self._copies = []
         for chunk in chunks:
             if (slot := self._slots.get(chunk.request_id)) is not None:
-                slot.num_prepared = self._cache.trim(slot.number, self._mapped(chunk.start))
+                slot.num_prepared = self._cache.trim(slot.number, self._lengths_before[chunk.request_id])
                 slot.num_tokens = chunk.start
 
     def address(self, chunks: Sequence[Chunk]) -> SlotAddress:

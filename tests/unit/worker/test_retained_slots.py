@@ -82,3 +82,19 @@ def test_a_step_that_is_taken_back_leaves_what_was_computed_before(backend: str)
     assert num_tokens == 100 <= num_prepared < 300
     cache.check_integrity()
     cache.close()
+
+
+@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb"])
+def test_a_step_that_is_taken_back_may_begin_within_a_page_that_an_idle_slot_maps_too(backend: str) -> None:
+    """The slot of a sharer that has ended keeps its pages until another request takes it."""
+    cache = small_cache(backend)
+    cache.prepare([Chunk("first", 0, 64, True, 64)])
+    cache.prepare([Chunk("sharer", 48, 1, True, 64)], [SharedPrefix("sharer", "first", 48, 48)])
+    cache.release(["sharer"], PrefixChanges(retained=(("first", 1),), continued=(("second", 1),)))
+    chunk = Chunk("second", 41, 8, True, 300)
+    cache.prepare([chunk])
+    cache.cancel([chunk])
+    num_tokens, num_prepared = cache.lengths()["second"]
+    assert num_tokens == 41 <= num_prepared <= 64
+    cache.check_integrity()
+    cache.close()
