@@ -53,6 +53,7 @@ class History:
         self.aborted: set[str] = set()
         self.crashed: set[str] = set()
         self.least_rows = self.full_rows = capacity.rows
+        self._note_resizes()
         self.calls_to_crash: int | None = None
         self._make_fragile("allocate")
         self._make_fragile("free")
@@ -177,8 +178,18 @@ class History:
             assert (update.finish_reason is not None) == has_ended, "an end is told in its step, once"
             assert not has_ended or update[2:4] == (request.finish_reason, request.stop_reason)
         assert not by_request
-        self.least_rows = min(self.least_rows, self.scheduler.block_space_manager.capacity.rows)
         self.scheduler.check_integrity()
+
+    def _note_resizes(self) -> None:
+        """A shortage may begin and end within one step, where it leaves no request."""
+        manager = self.scheduler.block_space_manager
+        resize = manager.resize
+
+        def noted(rows: int) -> None:
+            resize(rows)
+            self.least_rows = min(self.least_rows, manager.capacity.rows)
+
+        manager.resize = noted  # type: ignore[method-assign]
 
     def _disturb(self) -> None:
         event = self.rng.random()
@@ -270,6 +281,7 @@ def test_every_invariant_with_prefix_caching(policy: str, backend: str, historie
         (519637127202, "sarathi", "sdpa_vattn"),  # doomed sequences kept rows, or were found again
         (1089654737738, "vllm", "sdpa_vattn"),
         (808422214161, "simple_chunking", "sdpa_paged"),
+        (272616041267, "simple_chunking", "sdpa_paged"),  # a shortage that one step began and ended
         (922586169188, "vllm", "sdpa_paged"),  # a pinned sequence left the queue while a request used all of its rows
     ],
 )
