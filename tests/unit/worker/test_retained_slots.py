@@ -42,13 +42,19 @@ def small_cache(backend: str) -> CacheEngine:
     return create_cache_engine(BackendSpec.parse(backend), spec, torch.device("cpu"), 1 << 20)
 
 
-@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb"])
-def test_a_request_that_goes_on_where_others_shared_clears_all_that_it_has_written(backend: str) -> None:
-    """Its logits were not finite. The tokens that the slot's last owner shared are this request's from its start on."""
+def cache_after_sharing(backend: str) -> CacheEngine:
+    """Request "second" goes on in the slot of a sequence of 64 tokens, whose first 48 an idle slot maps too."""
     cache = small_cache(backend)
     cache.prepare([Chunk("first", 0, 64, True, 64)])
     cache.prepare([Chunk("sharer", 48, 1, True, 64)], [SharedPrefix("sharer", "first", 48, 48)])
     cache.release(["sharer"], PrefixChanges(retained=(("first", 1),), continued=(("second", 1),)))
+    return cache
+
+
+@pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb"])
+def test_a_request_that_goes_on_where_others_shared_clears_all_that_it_has_written(backend: str) -> None:
+    """Its logits were not finite. The tokens that the slot's last owner shared are this request's from its start on."""
+    cache = cache_after_sharing(backend)
     cache.prepare([Chunk("second", 16, 8, True, 24)])
     slot = cache.address([Chunk("second", 16, 8, True, 24)]).slots[0]
     layers = [tensor for index in range(2) for tensor in cache.layer(index)]
@@ -87,10 +93,7 @@ def test_a_step_that_is_taken_back_leaves_what_was_computed_before(backend: str)
 @pytest.mark.parametrize("backend", ["sdpa_vattn_4kb", "sdpa_vattn_megacache_4kb"])
 def test_a_step_that_is_taken_back_may_begin_within_a_page_that_an_idle_slot_maps_too(backend: str) -> None:
     """The slot of a sharer that has ended keeps its pages until another request takes it."""
-    cache = small_cache(backend)
-    cache.prepare([Chunk("first", 0, 64, True, 64)])
-    cache.prepare([Chunk("sharer", 48, 1, True, 64)], [SharedPrefix("sharer", "first", 48, 48)])
-    cache.release(["sharer"], PrefixChanges(retained=(("first", 1),), continued=(("second", 1),)))
+    cache = cache_after_sharing(backend)
     chunk = Chunk("second", 41, 8, True, 300)
     cache.prepare([chunk])
     cache.cancel([chunk])

@@ -94,7 +94,8 @@ def build(name: str, folder: Path, **changes: Any) -> TinyModel:
 
 
 def compute_in_float64(patch: pytest.MonkeyPatch) -> None:
-    """Workers of this process and of its forks, on the CPU: for tests that compare tokens of random requests.
+    """Workers of this process and of its forks, on the CPU: for tests that compare tokens of random requests. Ranks in
+    processes of their own stay in float32.
 
     In float32, logits of other batch shapes differ by 1e-5: one of 50,000 greedy tokens and one of 200,000 drawn ones
     hang on that.
